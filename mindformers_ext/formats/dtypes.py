@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One table of element types: numpy's, safetensors' name, MindSpore's name, the command line's name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.formats.tensors import Array
+
+BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+
+
+@dataclass(frozen=True)
+class DtypeRow:
+    """One element type; an empty name means that the format cannot hold it."""
+
+    numpy: np.dtype[Any]
+    safetensors: str
+    mindspore: str
+    long: str
+
+
+# The numpy view of a file is little-endian on every machine ("<" where it matters).
+TABLE = (
+    DtypeRow(np.dtype("<f8"), "F64", "Float64", "float64"),
+    DtypeRow(np.dtype("<f4"), "F32", "Float32", "float32"),
+    DtypeRow(np.dtype("<f2"), "F16", "Float16", "float16"),
+    DtypeRow(BFLOAT16, "BF16", "BFloat16", "bfloat16"),
+    DtypeRow(np.dtype("<i8"), "I64", "Int64", "int64"),
+    DtypeRow(np.dtype("<i4"), "I32", "Int32", "int32"),
+    DtypeRow(np.dtype("<i2"), "I16", "Int16", "int16"),
+    DtypeRow(np.dtype("i1"), "I8", "Int8", "int8"),
+    DtypeRow(np.dtype("<u8"), "U64", "UInt64", "uint64"),
+    DtypeRow(np.dtype("<u4"), "U32", "UInt32", "uint32"),
+    DtypeRow(np.dtype("<u2"), "U16", "UInt16", "uint16"),
+    DtypeRow(np.dtype("u1"), "U8", "UInt8", "uint8"),
+    DtypeRow(np.dtype("?"), "BOOL", "Bool", "bool"),
+)
+BY_NUMPY = {row.numpy: row for row in TABLE}
+BY_SAFETENSORS = {row.safetensors: row.numpy for row in TABLE}
+BY_MINDSPORE = {row.mindspore: row.numpy for row in TABLE}
+SHORT_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+FLOATS = {row.long: row.numpy for row in TABLE if row.long in ("float64", "float32", "float16", "bfloat16")}
+
+
+def float_dtype(name: str) -> np.dtype[Any]:
+    """The numpy type of ``fp32``, ``fp16``, ``bf16`` or their long names; anything else is a ``UserError``."""
+    dtype = FLOATS.get(SHORT_NAMES.get(name, name))
+    if dtype is None or name == "float64":
+        raise UserError(f"dtype '{name}' is unknown: choose one of {', '.join(SHORT_NAMES)}")
+    return dtype
+
+
+def is_float(dtype: np.dtype[Any]) -> bool:
+    """Whether weights may have this type (bfloat16 included, which numpy itself does not call floating)."""
+    return dtype in FLOATS.values()
+
+
+def cast(array: Array, dtype: np.dtype[Any]) -> tuple[Array, int]:
+    """``array`` in ``dtype`` and how many finite values became infinite on the way (float16 ends at 65504)."""
+    if array.dtype == dtype:
+        return array, 0
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    if dtype.itemsize > array.dtype.itemsize:
+        return result, 0
+    lost = ~np.isfinite(result) & np.isfinite(array)
+    return result, int(np.count_nonzero(lost))

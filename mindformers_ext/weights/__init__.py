@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a tensor is called where: one rule table per model."""

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face <-> MindSpore weights: in memory, or one tensor at a time from any reader."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.spec import ModelSpec
+from mindformers_ext.formats.dtypes import float_dtype
+from mindformers_ext.formats.tensors import Array, MappingReader, TensorReader
+from mindformers_ext.weights import llama, mixtral
+from mindformers_ext.weights.plan import Plan, make_plan
+from mindformers_ext.weights.rules import Extras, Rule, RuleSet
+from mindformers_ext.weights.state import MS_TRAINING_STATE
+
+
+def rule_set(spec: ModelSpec, style: str = "per_expert") -> RuleSet:
+    """The table of ``spec``'s model at its sizes.
+
+    Args:
+        spec: with ``moe`` it is a Mixtral, without a LLaMA.
+        style: how Hugging Face's side spells the experts, a key of ``weights.mixtral.STYLES``; no matter for LLaMA.
+    """
+    if style not in mixtral.STYLES:
+        raise UserError(f"style '{style}' is unknown: choose one of {', '.join(mixtral.STYLES)}")
+    feed_forward = mixtral.STYLES[style] if spec.moe else llama.FEED_FORWARD
+    head: tuple[Rule, ...] = () if spec.tie_word_embeddings else (llama.HEAD,)
+    tied = spec.tie_word_embeddings
+    return RuleSet(
+        (llama.EMBEDDING, *llama.ATTENTION, *feed_forward, llama.FINAL_NORM, *head),
+        spec,
+        hf_extras=Extras(llama.HF_BUFFERS, llama.TIED_HF if tied else ()),
+        ms_extras=Extras((*MS_TRAINING_STATE, *mixtral.MS_STATE), llama.TIED_MS if tied else ()),
+    )
+
+
+def detect_style(names: Collection[str], spec: ModelSpec) -> str:
+    """The spelling that explains most of ``names``; per-expert where none does, so that the error names those."""
+    if not spec.moe:
+        return "per_expert"
+    known = {
+        style: sum(name in names for binding in rule_set(spec, style).bindings for name in binding.hf)
+        for style in mixtral.STYLES
+    }
+    return max(known, key=lambda style: known[style])
+
+
+def plan_to_mindspore(reader: TensorReader, spec: ModelSpec, dtype: str | None = None) -> Plan:
+    """A checked plan from a Hugging Face reader; ``dtype`` (fp16, bf16, fp32) casts, None keeps each tensor's type.
+
+    Raises:
+        UserError: names, shapes or types that do not fit ``spec``, all listed; no data is read.
+    """
+    rules = rule_set(spec, detect_style(reader.infos.keys(), spec))
+    return make_plan(rules, "to_ms", reader.infos, float_dtype(dtype) if dtype else None)
+
+
+def plan_to_hf(reader: TensorReader, spec: ModelSpec, style: str = "per_expert", dtype: str | None = None) -> Plan:
+    """A checked plan from a MindSpore reader to Hugging Face's names in ``style``; errors as ``plan_to_mindspore``."""
+    return make_plan(rule_set(spec, style), "to_hf", reader.infos, float_dtype(dtype) if dtype else None)
+
+
+def iter_to_mindspore(
+    reader: TensorReader, spec: ModelSpec, *, dtype: str | None = None, allow_overflow: bool = False
+) -> Iterator[tuple[str, Array]]:
+    """Yield (MindSpore name, array), one at a time; the plan is checked before this returns."""
+    return plan_to_mindspore(reader, spec, dtype).run(reader, allow_overflow)
+
+
+def iter_to_hf(
+    reader: TensorReader, spec: ModelSpec, *, style: str = "per_expert", dtype: str | None = None,
+    allow_overflow: bool = False,
+) -> Iterator[tuple[str, Array]]:  # fmt: skip
+    """Yield (Hugging Face name, array), one at a time; the plan is checked before this returns."""
+    return plan_to_hf(reader, spec, style, dtype).run(reader, allow_overflow)
+
+
+def to_mindspore(hf: Mapping[str, object], spec: ModelSpec, *, dtype: str | None = None) -> dict[str, Array]:
+    """All MindSpore parameters from Hugging Face tensors (numpy or torch, by name); nothing aliases the source."""
+    return dict(iter_to_mindspore(MappingReader(hf), spec, dtype=dtype))
+
+
+def to_hf(
+    ms: Mapping[str, object], spec: ModelSpec, style: str = "per_expert", *, dtype: str | None = None
+) -> dict[str, Array]:
+    """All Hugging Face tensors from MindSpore parameters; training state is dropped by rule, strangers refused."""
+    return dict(iter_to_hf(MappingReader(ms), spec, style=style, dtype=dtype))

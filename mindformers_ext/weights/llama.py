@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What LLaMA's tensors are called. Rotary layout is the same on both sides (rotate-half), so nothing is permuted."""
+
+from __future__ import annotations
+
+from mindformers_ext.weights.rules import Rule
+
+_HF, _MS = "model.layers.{layer}.", "model.layers.{layer}."
+
+EMBEDDING = Rule("model.embed_tokens.weight", ("model.tok_embeddings.embedding_weight",), "V D")
+ATTENTION = (
+    Rule(_HF + "input_layernorm.weight", (_MS + "attention_norm.weight",), "D"),
+    Rule(_HF + "self_attn.q_proj.weight", (_MS + "attention.wq.weight",), "HP D"),
+    Rule(_HF + "self_attn.k_proj.weight", (_MS + "attention.wk.weight",), "NP D"),
+    Rule(_HF + "self_attn.v_proj.weight", (_MS + "attention.wv.weight",), "NP D"),
+    Rule(_HF + "self_attn.o_proj.weight", (_MS + "attention.wo.weight",), "D HP"),
+    Rule(_HF + "post_attention_layernorm.weight", (_MS + "ffn_norm.weight",), "D"),
+)
+FEED_FORWARD = (
+    Rule(_HF + "mlp.gate_proj.weight", (_MS + "feed_forward.w1.weight",), "F D"),
+    Rule(_HF + "mlp.down_proj.weight", (_MS + "feed_forward.w2.weight",), "D F"),
+    Rule(_HF + "mlp.up_proj.weight", (_MS + "feed_forward.w3.weight",), "F D"),
+)
+FINAL_NORM = Rule("model.norm.weight", ("model.norm_out.weight",), "D")
+HEAD = Rule("lm_head.weight", ("lm_head.weight",), "V D")
+
+# Tied head: neither side stores it, but files exist that repeat the embedding under the head's name.
+TIED_HF = (("lm_head.weight", "model.embed_tokens.weight"),)
+TIED_MS = (("lm_head.weight", "model.tok_embeddings.embedding_weight"),)
+
+HF_BUFFERS = ((r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "rotary constants, computed from rope_theta"),)

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mapping between Hugging Face's and MindSpore's tensors, as data.
+
+A ``Rule`` names tensors by templates with ``{layer}`` and ``{expert}``; a ``RuleSet`` is a table of rules at the sizes
+of one model. Planning a conversion checks totality before any data is read: every source is used by one rule or
+declared ignored, every target is filled once, every shape fits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+
+from mindformers_ext.core.spec import ModelSpec
+from mindformers_ext.weights.transforms import Identity, Shape, Transform
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Hugging Face template -> MindSpore template(s).
+
+    ``hf`` may hold ``{layer}`` and, when the transform joins one tensor per expert, ``{expert}``. ``dims`` is the shape
+    of ONE Hugging Face tensor in size letters ("E 2F D"): V vocabulary, D model, F ffn, E experts, and H, N, P
+    for heads, kv heads, head width; "HP" is a product, "2F" twice F.
+    """
+
+    hf: str
+    ms: tuple[str, ...]
+    dims: str
+    transform: Transform = field(default_factory=Identity)
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether the rule repeats for every layer."""
+        return "{layer}" in self.hf
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What one side's file may hold besides the weights.
+
+    ``ignored``: regular expressions (full match) with the reason. ``copies``: (name, original): a second
+    name of a tensor (tied head); accepted when its data equals the original's, and never written.
+    """
+
+    ignored: tuple[tuple[str, str], ...] = ()
+    copies: tuple[tuple[str, str], ...] = ()
+
+    def reason_to_ignore(self, name: str) -> str | None:
+        """Why ``name`` may stay behind, or None."""
+        return next((reason for pattern, reason in self.ignored if re.fullmatch(pattern, name)), None)
+
+
+@dataclass(frozen=True)
+class Binding:
+    """One rule at concrete names and shapes: ``hf`` and ``ms`` map name -> shape, in the transform's order."""
+
+    hf: Mapping[str, Shape]
+    ms: Mapping[str, Shape]
+    transform: Transform
+
+
+@dataclass(frozen=True)
+class RuleSet:
+    """A table of rules at one model's sizes. Two rules for one name are a mistake in the table: ``ValueError``."""
+
+    rules: tuple[Rule, ...]
+    spec: ModelSpec
+    hf_extras: Extras = Extras()
+    ms_extras: Extras = Extras()
+
+    def __post_init__(self) -> None:
+        """Build once, so that a wrong table fails here."""
+        for side, names in (
+            ("Hugging Face", [name for binding in self.bindings for name in binding.hf]),
+            ("MindSpore", [name for binding in self.bindings for name in binding.ms]),
+        ):
+            twice = [name for name, count in Counter(names).items() if count > 1]
+            if twice:
+                raise ValueError(f"the table has two rules for the {side} name(s) {', '.join(twice)}")
+
+    @cached_property
+    def bindings(self) -> tuple[Binding, ...]:
+        """Every rule at every layer, in the model's order (layers by number)."""
+        return tuple(self._expand())
+
+    def _expand(self) -> Iterable[Binding]:
+        sizes = size_letters(self.spec)
+        for per_layer, group in groupby(self.rules, key=lambda rule: rule.per_layer):
+            rules = tuple(group)
+            for layer in range(self.spec.num_hidden_layers if per_layer else 1):
+                yield from (bind(rule, layer, sizes) for rule in rules)
+
+
+def size_letters(spec: ModelSpec) -> dict[str, int]:
+    """The sizes behind the letters of ``Rule.dims``."""
+    letters = {
+        "V": spec.vocab_size,
+        "D": spec.hidden_size,
+        "F": spec.intermediate_size,
+        "H": spec.num_attention_heads,
+        "N": spec.num_key_value_heads,
+        "P": spec.head_dim,
+        "2": 2,
+    }
+    return letters | ({"E": spec.moe.num_local_experts} if spec.moe else {})
+
+
+def bind(rule: Rule, layer: int, sizes: Mapping[str, int]) -> Binding:
+    """``rule`` at one layer: concrete names and shapes of both sides."""
+    count = sizes["E"] if "{expert}" in rule.hf else 1
+    shape: Shape = tuple(_product(word, sizes) for word in rule.dims.split())
+    hf = {rule.hf.format(layer=layer, expert=expert): shape for expert in range(count)}
+    shapes = rule.transform.ms_shapes([shape] * count)
+    names = [template.format(layer=layer) for template in rule.ms]
+    if len(names) != len(shapes):
+        raise ValueError(f"rule {rule.hf}: {type(rule.transform).__name__} makes {len(shapes)} tensors, named {names}")
+    ms = dict(zip(names, shapes, strict=True))
+    if len(hf) != count or len(ms) != len(shapes):
+        raise ValueError(f"rule {rule.hf} -> {rule.ms} gives one name to two tensors")
+    return Binding(hf, ms, rule.transform)
+
+
+def _product(word: str, sizes: Mapping[str, int]) -> int:
+    result = 1
+    for letter in word:
+        result *= sizes[letter]
+    return result

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training state in a MindSpore checkpoint: declared here, so that an export drops it knowingly and nothing else."""
+
+from __future__ import annotations
+
+_PARAMETER = r"(model\.|lm_head\.).+"
+
+MS_TRAINING_STATE = (
+    (
+        rf"(adam_m|adam_v|exp_avg|exp_avg_sq|max_exp_avg_sq|moment1|moment2|moments|vhat|muon_m|accu_grads)\.{_PARAMETER}",
+        "optimizer state",
+    ),
+    (r"(beta1_power|beta2_power|learning_rate|afactor_step)", "optimizer state"),
+    (r"(global_step|epoch_num|step_num|current_iterator_step|last_overflow_iterator_step)", "counters"),
+    (r"(scale_sense|loss_scale|global_batch_size|graceful_exit|graceful_init)", "train-step state"),
+    (r"(list_index|scale_window_up_count|scale_window_down_count)", "train-step state"),
+)
