@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One YAML value read as the kind its key wants; anything else becomes a problem that names the key."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from mindformers_ext.core.errors import Problems
+from mindformers_ext.core.spec import DTYPE_NAMES
+from mindformers_ext.core.yaml_keys import MODES
+
+
+def read_value(name: str, value: Any, kind: str, default: Any, problems: Problems) -> Any:
+    """``value`` as ``kind`` (int, float, bool, str, dtype, mode, ids); null means ``default``.
+
+    Returns the default and records a problem where the value is of another kind. ``ids`` gives a tuple of ints.
+    """
+    if value is None:
+        value = default
+    if value is None:
+        return None
+    reader, wanted = _READERS[kind]
+    found = reader(value)
+    if found is None:
+        problems.add(f"{name}={value!r} is not {wanted}", "correct it or leave the key out")
+        return reader(default) if default is not None else None
+    return found
+
+
+def _int(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _float(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)  # YAML 1.1 reads 1e-5, without a dot, as text
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _bool(value: Any) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def _str(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _dtype(value: Any) -> str | None:
+    name = str(value).lower()  # mindspore's own types print as Float32
+    return name if name in DTYPE_NAMES else None
+
+
+def _mode(value: Any) -> str | None:
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, str) and value.isdecimal():  # some of MindFormers' own files quote the number
+        value = int(value)
+    return value if value in (*MODES.values(), "stand_alone") else MODES.get(value)
+
+
+def _ids(value: Any) -> tuple[int, ...] | None:
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return values if values and all(_int(item) is not None for item in values) else None
+
+
+_READERS: dict[str, tuple[Any, str]] = {
+    "int": (_int, "a whole number"),
+    "float": (_float, "a finite number"),
+    "bool": (_bool, "True or False"),
+    "str": (_str, "a text"),
+    "dtype": (_dtype, "one of " + ", ".join(DTYPE_NAMES)),
+    "mode": (_mode, "one of " + ", ".join(f"{number} ({name})" for number, name in MODES.items())),
+    "ids": (_ids, "a token id or a list of token ids"),
+}

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A MindFormers YAML seen as a ``NetworkSpec`` and back; the words stand in ``core.yaml_keys``.
+
+What MindFormers leaves implicit is written out here: ``n_kv_heads`` null means ``num_heads``, ``intermediate_size``
+null follows from ``multiple_of`` and ``ffn_dim_multiplier``, ``max_position_embedding`` null means ``seq_length``,
+``expert_num`` 1 means a dense network, and ``use_parallel: False`` means one device.
+
+Our own keys, all in ``model.model_config`` because MindFormers refuses unknown keys in ``moe_config``:
+``head_dim`` (width of a head where it is not hidden_size / num_heads), ``return_extra_loss`` (default True: the routing
+losses are part of the loss) and ``aux_loss_reduce`` (``sum`` or ``mean`` over layers).
+
+Routing losses: ``aux_loss_types`` with ``aux_loss_factors`` where given (``[]`` means none); where absent or null,
+``aux_loss_factor`` > 0 means ``expert`` with that factor. MindFormers reads that factor and drops the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mindformers_ext.core.errors import Problems, nearest
+from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, NumericsSpec, ParallelSpec
+from mindformers_ext.core.yaml_keys import (
+    KEYS,
+    MODEL,
+    MODES,
+    NOTED,
+    OTHER_WORDS,
+    OUR_SECTIONS,
+    TOP,
+    UNBUILT,
+    Key,
+    defaults,
+    known_keys,
+)  # fmt: skip
+from mindformers_ext.core.yaml_values import read_value
+
+Sections = dict[str, Mapping[str, Any]]
+ROUTING_POLICY = "TopkRouterV2"
+RUN_MODES = ("train", "finetune", "eval", "predict", "predict_with_train_model", None)
+
+
+def network_spec_from_yaml(config: Mapping[str, Any], device_num: int = 1) -> NetworkSpec:
+    """The network that a MindFormers YAML describes, sizes as written (``core.rules`` judges them).
+
+    Args:
+        config: the YAML's content as plain mappings, raw or with MindFormers' template applied.
+        device_num: devices of the whole job.
+
+    Raises:
+        UserError: lists every unknown key, wrong kind of value, unbuilt option and broken rule of the model.
+    """
+    problems = Problems("the configuration")
+    sections = _sections(config, problems)
+    _check_keys(sections, problems)
+    parts: dict[str, dict[str, Any]] = {"model": {}, "moe": {}, "numerics": {}, "parallel": {}, "network": {}}
+    for key in KEYS:
+        value = sections[key.section].get(key.name, key.default)
+        parts[key.part][key.field] = read_value(_path(key), value, key.kind, key.default, problems)
+    problems.raise_if_any()  # what follows computes with the values
+
+    _complete_model(parts["model"], sections[MODEL], parts["network"]["seq_length"], problems)
+    _check_types_agree(sections[MODEL], parts["numerics"], problems)
+    parts["moe"] |= _routing(sections, problems)
+    parts["network"]["batch_size"] = _batch_size(sections, problems)
+    if not read_value("use_parallel", sections[TOP].get("use_parallel", False), "bool", False, problems):
+        parts["parallel"]["parallel_mode"] = "stand_alone"
+    problems.raise_if_any()
+
+    moe = MoESpec(**parts["moe"]) if parts["moe"]["num_local_experts"] > 1 else None
+    model = ModelSpec(**parts["model"], moe=moe)
+    model.collect(problems)
+    numerics = NumericsSpec(**parts["numerics"])
+    numerics.collect(problems)
+    problems.raise_if_any()
+    parallel = ParallelSpec(**parts["parallel"], device_num=device_num)
+    return NetworkSpec(model=model, numerics=numerics, parallel=parallel, **parts["network"])
+
+
+def yaml_from_network_spec(spec: NetworkSpec) -> dict[str, Any]:
+    """The YAML sections that describe ``spec``; ``network_spec_from_yaml`` reads them back to an equal spec.
+
+    Raises:
+        UserError: where MindFormers' words cannot say what the spec holds.
+    """
+    problems = Problems("this network as YAML")
+    if spec.model.moe and spec.model.moe.num_local_experts == 1:
+        problems.add("one expert", "expert_num: 1 means a dense network in YAML; use moe=None")
+    if spec.model.moe and spec.model.moe.router_dtype == "float16":
+        problems.add("router_dtype='float16'", "MindFormers reads router_dense_type float16 as float32; use float32")
+    problems.raise_if_any()
+    parts = {"model": spec.model, "moe": spec.model.moe, "numerics": spec.numerics, "parallel": spec.parallel,
+             "network": spec}  # fmt: skip
+    result: dict[str, Any] = {"use_parallel": spec.parallel.parallel_mode != "stand_alone"}
+    sections: dict[str, dict[str, Any]] = {TOP: result, **{name: {} for name in OUR_SECTIONS if name}}
+    for key in KEYS:
+        if parts[key.part] is not None:
+            sections[key.section][key.name] = _plain(key, getattr(parts[key.part], key.field))
+    if spec.model.more_eos_token_ids:
+        sections[MODEL]["eos_token_id"] = [spec.model.eos_token_id, *spec.model.more_eos_token_ids]
+    sections[MODEL] |= {"type": "LlamaConfig", "batch_size": spec.batch_size}
+    sections["runner_config"]["batch_size"] = spec.batch_size
+    if spec.model.moe:
+        sections["moe_config"] |= _plain_routing(spec.model.moe)
+    result["model"] = {"model_config": sections[MODEL], "arch": {"type": "LlamaForCausalLM"}}
+    for name in ("moe_config", "parallel_config", "parallel", "runner_config"):
+        if sections[name]:
+            result[name] = sections[name]
+    return result
+
+
+def yaml_notes(config: Mapping[str, Any]) -> list[str]:
+    """One line per key that is set, known and without effect here, so that nothing is ignored silently."""
+    sections = _sections(config, Problems("the configuration"))
+    notes = [
+        f"{_join(section, name)}={sections[section][name]!r} is about speed or layout elsewhere and has no effect here"
+        for section, keys in NOTED.items()
+        for name, neutral in keys.items()
+        if name in sections[section] and sections[section][name] not in neutral
+    ]
+    if str(sections["moe_config"].get("router_dense_type", "")).lower() == "float16":
+        notes.append("moe_config.router_dense_type float16 is read as float32, as MindFormers does")
+    return notes
+
+
+def _sections(config: Mapping[str, Any], problems: Problems) -> Sections:
+    """Our sections as mappings; ``moe_config`` and ``parallel_config`` may also stand in ``model_config``."""
+    found: Sections = {TOP: config}
+    for name in OUR_SECTIONS[1:]:
+        parent, _, last = name.rpartition(".")
+        found[name] = _mapping(name, found[parent].get(last), problems)
+    if not found[MODEL]:
+        problems.add("the section model.model_config is missing or empty", "describe the network there")
+    for name in ("moe_config", "parallel_config"):
+        nested = _mapping(f"{MODEL}.{name}", found[MODEL].get(name), problems)
+        if nested:
+            base = defaults(name)
+            # the template fills the top-level section with defaults: those count as not written
+            written = {key for key, value in found[name].items() if key in base and value != base[key]}
+            if written and any(nested.get(key, base.get(key)) != found[name].get(key, base.get(key)) for key in base):
+                problems.add(f"{name} stands at the top and in model_config and they differ", "keep the one at the top")
+            found[name] = nested
+    return found
+
+
+def _mapping(name: str, value: Any, problems: Problems) -> Mapping[str, Any]:
+    """A section's keys; MindFormers' own config objects (``MoEConfig``, ...) are unfolded."""
+    if value is None:
+        return {}
+    if isinstance(value, Mapping):
+        return value
+    if hasattr(value, "to_dict"):
+        content = dict(value.to_dict())
+        if content.get("aux_loss_types") == []:  # MoEConfig turns an absent list into an empty one
+            del content["aux_loss_types"], content["aux_loss_factors"]
+        return content
+    problems.add(f"{name}={value!r} is not a section", "indent its keys below it")
+    return {}
+
+
+def _check_keys(sections: Sections, problems: Problems) -> None:
+    """Unknown keys, and known keys whose value asks for what is not built."""
+    problems.one_of("run_mode", sections[TOP].get("run_mode"), RUN_MODES)
+    for section, content in sections.items():
+        known = known_keys(section)
+        for name in content:
+            if name not in known:
+                problems.add(f"unknown key '{_join(section, str(name))}'", advice(section, str(name)))
+        for name, neutral in UNBUILT.get(section, {}).items():
+            if name in content and content[name] not in neutral:
+                problems.add(
+                    f"{_join(section, name)}={content[name]!r} is not built yet",
+                    f"remove it or set it to {neutral[0]!r}",
+                )
+
+
+def advice(section: str, name: str) -> str:
+    """Where an unknown key probably belongs: our word for another table's, another section, or the nearest word."""
+    if name in OTHER_WORDS:
+        return f"write '{OTHER_WORDS[name]}'"
+    homes = [other for other in OUR_SECTIONS if other != section and name in known_keys(other)]
+    if homes and section:
+        return "it belongs to " + (f"'{homes[0]}'" if homes[0] else "the top level")
+    return nearest(name, known_keys(section))
+
+
+def _complete_model(model: dict[str, Any], words: Mapping[str, Any], seq_length: int, problems: Problems) -> None:
+    """Fill what MindFormers derives; the feed-forward width is LlamaFeedForward's formula."""
+    hidden, heads = model["hidden_size"], model["num_attention_heads"]
+    if model["num_key_value_heads"] is None:
+        model["num_key_value_heads"] = heads
+    if model["max_position_embeddings"] is None:
+        model["max_position_embeddings"] = seq_length
+    if model["head_dim"] is None:
+        if heads > 0 and hidden % heads:
+            problems.divides("hidden_size", hidden, "num_heads", heads)
+        model["head_dim"] = hidden // heads if heads > 0 else hidden
+    if model["intermediate_size"] is None:
+        multiple = read_value(f"{MODEL}.multiple_of", words.get("multiple_of", 256), "int", 256, problems)
+        factor = words.get("ffn_dim_multiplier")
+        factor = read_value(f"{MODEL}.ffn_dim_multiplier", factor, "float", None, problems)
+        wide = 4 * hidden if factor is None else int((factor + 0.01) * 4 * hidden)
+        multiple = max(1, multiple)
+        model["intermediate_size"] = multiple * ((int(2 * wide / 3) + multiple - 1) // multiple)
+    first, *more = model["eos_token_id"]
+    model |= {"eos_token_id": first, "more_eos_token_ids": tuple(more)}
+
+
+def _check_types_agree(words: Mapping[str, Any], numerics: Mapping[str, str], problems: Problems) -> None:
+    """``residual_dtype`` and ``embedding_init_type`` may only repeat what they default to."""
+    for name, other in (("residual_dtype", "compute_dtype"), ("embedding_init_type", "param_dtype")):
+        value = read_value(f"{MODEL}.{name}", words.get(name), "dtype", None, problems)
+        if value not in (None, numerics[other]):
+            problems.add(f"{MODEL}.{name}={value} is not built yet", f"remove it or set it to {numerics[other]}")
+
+
+def _routing(sections: Sections, problems: Problems) -> dict[str, Any]:
+    """The MoE fields that several keys fill together."""
+    words = sections["moe_config"]
+    policy = words.get("routing_policy", "TopkRouterV1")
+    if policy != ROUTING_POLICY and words.get("expert_num", 1) not in (1, None):
+        problems.add(
+            f"moe_config.routing_policy={policy!r}" + ("" if "routing_policy" in words else " (the default)"),
+            f"LLaMA's experts are routed by {ROUTING_POLICY}: set routing_policy: {ROUTING_POLICY}",
+        )
+    overlapped = read_value("moe_config.comp_comm_parallel", words.get("comp_comm_parallel", False), "bool", False,
+                            problems)  # fmt: skip
+    degree = read_value("moe_config.comp_comm_parallel_degree", words.get("comp_comm_parallel_degree", 2), "int", 2,
+                        problems)  # fmt: skip
+    router = next(key for key in KEYS if key.field == "router_dtype")
+    dtype = read_value(_path(router), words.get("router_dense_type", "float32"), "dtype", "float32", problems)
+    return {
+        "aux_losses": _aux_losses(words, problems),
+        "comp_comm_parallel_degree": degree if overlapped else 1,
+        "router_dtype": "float32" if dtype == "float16" else dtype,  # MindFormers' dtype_map
+    }
+
+
+def _aux_losses(words: Mapping[str, Any], problems: Problems) -> tuple[tuple[str, float], ...]:
+    kinds, factors = words.get("aux_loss_types"), words.get("aux_loss_factors")
+    if kinds is None:
+        if factors:
+            problems.add(f"moe_config.aux_loss_factors={factors} without aux_loss_types", "name their kinds")
+        name = "moe_config.aux_loss_factor"
+        factor = read_value(name, words.get("aux_loss_factor", 0.05), "float", 0.05, problems)
+        if factor is not None and not 0 <= factor < 1:
+            problems.add(f"{name}={factor} is out of range", "use 0 (off) up to below 1")
+        return (("expert", float(factor)),) if factor and words.get("expert_num", 1) != 1 else ()
+    factors = [] if factors is None else factors
+    if not isinstance(kinds, (list, tuple)) or not isinstance(factors, (list, tuple)):
+        problems.add(f"moe_config.aux_loss_types={kinds!r}, aux_loss_factors={factors!r}", "both must be lists")
+        return ()
+    if len(kinds) != len(factors):
+        problems.add(
+            f"moe_config.aux_loss_types has {len(kinds)} entries, aux_loss_factors {len(factors)}",
+            "give one factor per kind",
+        )
+    read = [read_value("moe_config.aux_loss_factors", factor, "float", 0.0, problems) for factor in factors]
+    return tuple((str(kind), factor) for kind, factor in zip(kinds, read, strict=False))
+
+
+def _batch_size(sections: Sections, problems: Problems) -> int:
+    """Sequences per data-parallel slice when training, of the whole batch otherwise.
+
+    MindFormers' trainer overwrites ``runner_config.batch_size`` with the global batch and keeps the written one as
+    ``mini_batch_size``.
+    """
+    own, runner = sections[MODEL].get("batch_size", 1), sections["runner_config"]
+    if sections[TOP].get("run_mode") in ("eval", "predict"):
+        return int(read_value(f"{MODEL}.batch_size", own, "int", 1, problems))
+    name = "mini_batch_size" if "mini_batch_size" in runner else "batch_size"
+    return int(read_value(f"runner_config.{name}", runner.get(name, own), "int", 1, problems))
+
+
+def _plain(key: Key, value: Any) -> Any:
+    if key.kind == "mode":
+        return next((number for number, name in MODES.items() if name == value), 1)
+    return value
+
+
+def _plain_routing(moe: MoESpec) -> dict[str, Any]:
+    degree = moe.comp_comm_parallel_degree
+    overlap = {"comp_comm_parallel": True, "comp_comm_parallel_degree": degree} if degree > 1 else {}
+    return {
+        "routing_policy": ROUTING_POLICY,
+        "aux_loss_types": [kind for kind, _ in moe.aux_losses],
+        "aux_loss_factors": [factor for _, factor in moe.aux_losses],
+        **overlap,
+    }
+
+
+def _path(key: Key) -> str:
+    return _join(key.section, key.name)
+
+
+def _join(section: str, name: str) -> str:
+    return f"{section}.{name}" if section else name
+
