@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load-balancing losses of one MoE layer."""
+
+from __future__ import annotations
+
+import mindspore.ops.operations as P
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from mindformers_ext.core.spec import MoESpec
+
+
+class AuxiliaryLoss(nn.Cell):
+    """Sum of the expert, device, communication and z losses (DeepSeek-V2 section 2.2.3; ST-MoE section 3.2).
+
+    Over parts of E/g neighbouring experts, with f the share of assignments and P the mean probability per expert:
+    ``factor * E^2 * mean_g(mean(f) * mean(P))``, averaged over routing groups. "expert" has g = E, "device"
+    g = expert_group_size, "comm" g = expert parallel size. Every one equals its factor when the load is balanced.
+
+    Inputs: logits (G, N, E), probabilities (G, N, E) that sum to 1 per token, counts (G, E), all float32.
+    """
+
+    def __init__(self, moe: MoESpec, expert_parallel: int = 1) -> None:
+        super().__init__()
+        experts = moe.num_local_experts
+        parts = {"expert": experts, "device": moe.expert_group_size, "comm": expert_parallel}
+        active = tuple((parts[kind], factor) for kind, factor in moe.aux_losses if factor > 0)
+        self.balances = bool(active)
+        self.z_factor = moe.z_loss_factor
+        self.pools = tuple(Tensor(_pooling(experts, count)) for count, _ in active)
+        self.weights = tuple(factor * experts**2 / count for count, factor in active)
+        self.matmul = P.MatMul()
+
+    def construct(self, logits_GNE: Tensor, prob_GNE: Tensor, counts_GE: Tensor) -> Tensor:
+        total = ops.zeros((), logits_GNE.dtype)
+        if self.balances:
+            share_GE = counts_GE / counts_GE.sum(-1, keepdims=True)
+            mean_GE = prob_GNE.mean(1)
+            for pool, weight in zip(self.pools, self.weights):
+                product = self.matmul(share_GE, pool) * self.matmul(mean_GE, pool)
+                total = total + weight * product.sum(-1).mean()
+        if self.z_factor > 0:
+            # Shifted by the maximum: exp never overflows (the unshifted form is inf * 0 = nan above 88).
+            top = ops.stop_gradient(logits_GNE.max(-1, keepdims=True))
+            logsumexp = ops.log(ops.exp(logits_GNE - top).sum(-1)) + ops.squeeze(top, -1)
+            total = total + self.z_factor * ops.square(logsumexp).mean()
+        return total
+
+
+def _pooling(experts: int, parts: int) -> np.ndarray:
+    """(E, parts) matrix that averages each part's E/parts neighbouring experts."""
+    size = experts // parts
+    return (np.arange(experts)[:, None] // size == np.arange(parts)[None]).astype(np.float32) / size

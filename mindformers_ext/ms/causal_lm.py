@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder-only language model that LLaMA and Mixtral share. Parameter names are MindFormers'."""
+
+from __future__ import annotations
+
+import mindspore as ms
+import mindspore.ops.operations as P
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.initializer import Normal, initializer
+
+from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.ms.attention import Attention, Linear, rotary_tables
+from mindformers_ext.ms.feed_forward import FeedForward
+from mindformers_ext.ms.loss import NextTokenLoss
+from mindformers_ext.ms.moe import MoE
+from mindformers_ext.ms.norm import RmsNorm
+from mindformers_ext.ms.ops.dtypes import mindspore_dtype
+from mindformers_ext.ms.ops.select import Operators, select_operators
+
+
+class TokenEmbedding(nn.Cell):
+    """Rows of the embedding table. Input (T) int32, output (T, D). Parameter ``embedding_weight`` (V, D)."""
+
+    def __init__(self, spec: NetworkSpec) -> None:
+        super().__init__()
+        model, dtype = spec.model, mindspore_dtype(spec.numerics.param_dtype)
+        table = initializer(Normal(sigma=model.initializer_range), (model.vocab_size, model.hidden_size), dtype)
+        self.embedding_weight = Parameter(table, name="embedding_weight")
+        self.gather = P.Gather()
+
+    def construct(self, ids_T: Tensor) -> Tensor:
+        return self.gather(self.embedding_weight, ids_T, 0)
+
+
+class DenseLayer(nn.Cell):
+    """Attention and dense feed-forward, each behind a norm and added to the residual. Input and output (T, D)."""
+
+    def __init__(self, spec: NetworkSpec, operators: Operators) -> None:
+        super().__init__()
+        self.attention_norm = RmsNorm(spec, operators)
+        self.attention = Attention(spec, operators)
+        self.ffn_norm = RmsNorm(spec, operators)
+        self.feed_forward = FeedForward(spec, operators)
+
+    def construct(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), cos_SP, sin_SP)
+        return x_TD + self.feed_forward(self.ffn_norm(x_TD))
+
+
+class MoELayer(nn.Cell):
+    """As ``DenseLayer`` with experts. Outputs (T, D), aux_loss (), load (E), dropped ()."""
+
+    def __init__(self, spec: NetworkSpec, operators: Operators) -> None:
+        super().__init__()
+        self.attention_norm = RmsNorm(spec, operators)
+        self.attention = Attention(spec, operators)
+        self.ffn_norm = RmsNorm(spec, operators)
+        self.feed_forward = MoE(spec, operators)
+
+    def construct(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), cos_SP, sin_SP)
+        y_TD, aux_loss, load_E, dropped = self.feed_forward(self.ffn_norm(x_TD))
+        return x_TD + y_TD, aux_loss, load_E, dropped
+
+
+class Decoder(nn.Cell):
+    """Embedding, layers, final norm.
+
+    Input (B, S) int32. Outputs: hidden (B*S, D), aux_loss (), load (L, E) and dropped (L) float32; a dense model
+    has no experts and returns load (1, 1) and dropped (1) of zeros.
+    """
+
+    def __init__(self, spec: NetworkSpec, operators: Operators) -> None:
+        super().__init__()
+        model = spec.model
+        self.compute_dtype = operators.dtype(spec.numerics.compute_dtype)
+        self.has_experts = model.moe is not None
+        self.aux_scale = 1.0 / model.num_hidden_layers if model.moe and model.moe.aux_loss_reduce == "mean" else 1.0
+        self.seq_length = spec.seq_length
+        layer = MoELayer if self.has_experts else DenseLayer
+        self.tok_embeddings = TokenEmbedding(spec)
+        self.layers = nn.CellList([layer(spec, operators) for _ in range(model.num_hidden_layers)])
+        self.norm_out = RmsNorm(spec, operators)
+        self.cos_SP, self.sin_SP = rotary_tables(
+            spec.seq_length, model.head_dim, model.rope_theta, operators.dtype(spec.numerics.rotary_dtype)
+        )
+
+    def construct(self, ids_BS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        S = ids_BS.shape[1]
+        cos_SP, sin_SP = self.cos_SP, self.sin_SP
+        if S != self.seq_length:
+            cos_SP, sin_SP = cos_SP[:, :S], sin_SP[:, :S]
+        x_TD = ops.cast(self.tok_embeddings(ops.reshape(ids_BS, (-1,))), self.compute_dtype)
+        aux_loss = ops.zeros((), ms.float32)
+        loads, drops = (), ()
+        if self.has_experts:
+            for layer in self.layers:
+                x_TD, layer_aux, load_E, dropped = layer(x_TD, cos_SP, sin_SP)
+                aux_loss = aux_loss + layer_aux
+                loads = loads + (load_E,)
+                drops = drops + (dropped,)
+            return self.norm_out(x_TD), aux_loss * self.aux_scale, ops.stack(loads), ops.stack(drops)
+        for layer in self.layers:
+            x_TD = layer(x_TD, cos_SP, sin_SP)
+        return self.norm_out(x_TD), aux_loss, ops.zeros((1, 1), ms.float32), ops.zeros((1,), ms.float32)
+
+
+class CausalLM(nn.Cell):
+    """Decoder and head.
+
+    ``construct(ids (B, S)) -> logits (B, S, V)`` float32; ``losses(ids (B, S+1), labels=None)`` -> (loss, lm_loss,
+    aux_loss, load (L, E), dropped (L)), loss = lm_loss + aux_loss (aux_loss left out when ``return_extra_loss`` is off).
+    """
+
+    def __init__(self, spec: NetworkSpec, operators: Operators | None = None) -> None:
+        super().__init__()
+        operators = operators or select_operators()
+        model = spec.model
+        self.spec = spec
+        self.vocab_size, self.pad_token_id = model.vocab_size, model.pad_token_id
+        self.ignore_token_id = model.ignore_token_id
+        self.tied, self.add_aux_loss = model.tie_word_embeddings, spec.return_extra_loss
+        self.model = Decoder(spec, operators)
+        self.product = P.MatMul(transpose_b=True)
+        if not self.tied:
+            dtype = mindspore_dtype(spec.numerics.param_dtype)
+            self.lm_head = Linear(model.hidden_size, model.vocab_size, model.initializer_range, dtype)
+        self.next_token_loss = NextTokenLoss()
+
+    def _head(self, x_TD: Tensor) -> Tensor:
+        if self.tied:
+            return self.product(x_TD, ops.cast(self.model.tok_embeddings.embedding_weight, x_TD.dtype))
+        return self.lm_head(x_TD)
+
+    def construct(self, ids_BS: Tensor) -> Tensor:
+        x_TD, _, _, _ = self.model(ids_BS)
+        logits = ops.cast(self._head(x_TD), ms.float32)
+        return ops.reshape(logits, (ids_BS.shape[0], ids_BS.shape[1], self.vocab_size))
+
+    def losses(self, ids_BT: Tensor, labels_BT: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """See the class; the shift by one token happens here. Tokens equal to the pad id do not count."""
+        tokens = ids_BT[:, :-1]
+        target = ids_BT[:, 1:] if labels_BT is None else labels_BT[:, 1:]
+        counted = ops.logical_and(tokens != self.pad_token_id, target != self.ignore_token_id)
+        x_TD, aux_loss, load_LE, dropped_L = self.model(tokens)
+        weight_T = ops.cast(ops.reshape(counted, (-1,)), ms.float32)
+        lm_loss = self.next_token_loss(self._head(x_TD), ops.reshape(target, (-1,)), weight_T)
+        loss = lm_loss + aux_loss if self.add_aux_loss else lm_loss
+        return loss, lm_loss, aux_loss, load_LE, dropped_L

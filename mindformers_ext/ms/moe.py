@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The MoE layer: router, tokens to slots, experts, slots back to tokens.
+
+Moving rows has gathers in both directions: the gradient of a gather by ``dispatch`` is a gather by ``combine`` and
+the reverse, since each pairs the same tokens and slots. No scatter, so gradients are deterministic on every device.
+"""
+
+from __future__ import annotations
+
+import mindspore as ms
+import mindspore.ops.operations as P
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.initializer import Normal, initializer
+
+from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.ms.experts import CapacityExperts
+from mindformers_ext.ms.ops.dtypes import mindspore_dtype
+from mindformers_ext.ms.ops.select import Operators
+from mindformers_ext.ms.router import TopkRouterV2
+
+
+class DispatchRows(nn.Cell):
+    """Copies token rows into slots.
+
+    Inputs: x (G, N, D), dispatch (G, E, C), and for the gradient slot (G, N, K) int32 (a flat E*C index) and kept
+    (G, N, K) of 0 or 1. Output (G, E, C, D). An empty slot holds the first token's row; nothing reads its result.
+    """
+
+    def __init__(self, chosen: int) -> None:
+        super().__init__()
+        self.chosen = chosen
+        self.gather = P.Gather(batch_dims=1)
+
+    def construct(self, x_GND: Tensor, dispatch_GEC: Tensor, slot_GNK: Tensor, kept_GNK: Tensor) -> Tensor:
+        return self.gather(x_GND, ops.maximum(dispatch_GEC - 1, 0), 1)
+
+    def bprop(
+        self, x_GND: Tensor, dispatch_GEC: Tensor, slot_GNK: Tensor, kept_GNK: Tensor, out: Tensor, dout: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows = ops.reshape(dout, (dout.shape[0], -1, dout.shape[-1]))
+        kept_GNK = ops.cast(kept_GNK, dout.dtype)
+        dx_GND = self.gather(rows, slot_GNK[:, :, 0], 1) * kept_GNK[:, :, 0:1]
+        for j in range(1, self.chosen):
+            dx_GND = dx_GND + self.gather(rows, slot_GNK[:, :, j], 1) * kept_GNK[:, :, j : j + 1]
+        return dx_GND, ops.zeros_like(dispatch_GEC), ops.zeros_like(slot_GNK), ops.zeros_like(kept_GNK)
+
+
+class CombineRows(nn.Cell):
+    """Weighted sum of each token's slots.
+
+    Inputs: y (G, E, C, D), coeff (G, N, K) (0 where dropped), slot (G, N, K) flat E*C index, and for the gradient
+    dispatch and assignment (G, E, C). Output (G, N, D).
+    """
+
+    def __init__(self, chosen: int, width: int) -> None:
+        super().__init__()
+        self.chosen = chosen
+        self.gather = P.Gather(batch_dims=1)
+        self.ones_D = Tensor(np.ones((width, 1), np.float32))
+        self.row_sum = P.MatMul()
+        self.concat = P.Concat(axis=-1)
+
+    def construct(
+        self, y_GECD: Tensor, coeff_GNK: Tensor, slot_GNK: Tensor, dispatch_GEC: Tensor, assignment_GEC: Tensor
+    ) -> Tensor:
+        rows = ops.reshape(y_GECD, (y_GECD.shape[0], -1, y_GECD.shape[-1]))
+        coeff_GNK = ops.cast(coeff_GNK, y_GECD.dtype)
+        out_GND = self.gather(rows, slot_GNK[:, :, 0], 1) * coeff_GNK[:, :, 0:1]
+        for j in range(1, self.chosen):
+            out_GND = out_GND + self.gather(rows, slot_GNK[:, :, j], 1) * coeff_GNK[:, :, j : j + 1]
+        return out_GND
+
+    def bprop(
+        self, y_GECD: Tensor, coeff_GNK: Tensor, slot_GNK: Tensor, dispatch_GEC: Tensor, assignment_GEC: Tensor,
+        out: Tensor, dout: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        G, N, D = dout.shape
+        filled_GEC = ops.cast(dispatch_GEC > 0, coeff_GNK.dtype)
+        weight_GEC = self.gather(ops.reshape(coeff_GNK, (G, -1)), assignment_GEC, 1) * filled_GEC
+        dy_GECD = self.gather(dout, ops.maximum(dispatch_GEC - 1, 0), 1)
+        dy_GECD = dy_GECD * ops.expand_dims(ops.cast(weight_GEC, dout.dtype), -1)
+        rows = ops.reshape(y_GECD, (G, -1, D))
+        parts = ()
+        for j in range(self.chosen):
+            product = ops.cast(self.gather(rows, slot_GNK[:, :, j], 1) * dout, ms.float32)
+            parts = parts + (ops.reshape(self.row_sum(ops.reshape(product, (-1, D)), self.ones_D), (G, N, 1)),)
+        dcoeff_GNK = ops.cast(self.concat(parts), coeff_GNK.dtype)
+        return (dy_GECD, dcoeff_GNK, ops.zeros_like(slot_GNK), ops.zeros_like(dispatch_GEC),
+                ops.zeros_like(assignment_GEC))  # fmt: skip
+
+
+class RouterGate(nn.Cell):
+    """Router logits: x Wg^T in the router's type (float32 unless asked). Weight (E, D), no bias."""
+
+    def __init__(self, hidden: int, experts: int, std: float, router_dtype: ms.Type) -> None:
+        super().__init__()
+        self.weight = Parameter(initializer(Normal(sigma=std), (experts, hidden), ms.float32), name="weight")
+        self.dtype = router_dtype
+        self.product = P.MatMul(transpose_b=True)
+
+    def construct(self, x_TD: Tensor) -> Tensor:
+        return ops.cast(self.product(ops.cast(x_TD, self.dtype), ops.cast(self.weight, self.dtype)), ms.float32)
+
+
+class Router(nn.Cell):
+    """Gate and routing; its parts carry MindFormers' names ``router.dense`` and ``router.router``."""
+
+    def __init__(self, spec: NetworkSpec, router_dtype: ms.Type) -> None:
+        super().__init__()
+        model = spec.model
+        experts = model.moe.num_local_experts
+        self.dense = RouterGate(model.hidden_size, experts, model.initializer_range, router_dtype)
+        self.router = TopkRouterV2(model.moe, spec.parallel)
+        self.groups = spec.parallel.groups
+        self.experts = experts
+
+    def construct(self, x_TD: Tensor) -> tuple:
+        return self.router(ops.reshape(self.dense(x_TD), (self.groups, -1, self.experts)))
+
+
+class MoE(nn.Cell):
+    """Mixture of SwiGLU experts. Input (T, D); outputs (T, D), aux_loss (), load (E), dropped ()."""
+
+    def __init__(self, spec: NetworkSpec, operators: Operators) -> None:
+        super().__init__()
+        model, moe = spec.model, spec.model.moe
+        param_dtype = mindspore_dtype(spec.numerics.param_dtype)
+        self.groups = spec.parallel.groups
+        self.router = Router(spec, operators.router_dtype(moe.router_dtype))
+        self.ffn = CapacityExperts(operators, moe.num_local_experts, model.hidden_size, model.intermediate_size,
+                                   model.initializer_range, param_dtype)  # fmt: skip
+        self.dispatch = DispatchRows(moe.num_experts_per_tok)
+        self.combine = CombineRows(moe.num_experts_per_tok, model.hidden_size)
+
+    def construct(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dispatch_GEC, combine_GNK, coeff_GNK, assignment_GEC, aux_loss, load_E, dropped = self.router(x_TD)
+        capacity = dispatch_GEC.shape[2]
+        expert_GNK = combine_GNK // (capacity + 1)
+        kept_GNK = ops.cast(combine_GNK > expert_GNK * (capacity + 1), ms.float32)
+        # Without the zero slot: expert * C + position; a dropped assignment reads slot 0 with weight 0.
+        slot_GNK = (combine_GNK - expert_GNK - 1) * ops.cast(kept_GNK, ms.int32)
+        x_GND = ops.reshape(x_TD, (self.groups, -1, x_TD.shape[-1]))
+        y_GECD = self.ffn(self.dispatch(x_GND, dispatch_GEC, slot_GNK, kept_GNK))
+        out_GND = self.combine(y_GECD, coeff_GNK, slot_GNK, dispatch_GEC, assignment_GEC)
+        return ops.reshape(out_GND, x_TD.shape), aux_loss, load_E, dropped

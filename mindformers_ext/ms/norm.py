@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RMSNorm with its weight."""
+
+from __future__ import annotations
+
+from mindspore import Parameter, Tensor, nn
+from mindspore.common.initializer import initializer
+
+from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.ms.ops.dtypes import mindspore_dtype
+from mindformers_ext.ms.ops.select import Operators
+
+
+class RmsNorm(nn.Cell):
+    """Root-mean-square normalisation (Zhang and Sennrich 2019). Input and output (T, D)."""
+
+    def __init__(self, spec: NetworkSpec, operators: Operators) -> None:
+        super().__init__()
+        width, dtype = spec.model.hidden_size, mindspore_dtype(spec.numerics.param_dtype)
+        self.weight = Parameter(initializer("ones", (width,), dtype), name="weight")
+        self.norm = operators.rms_norm(width, spec.model.rms_norm_eps, operators.dtype(spec.numerics.norm_dtype))
+
+    def construct(self, x_TD: Tensor) -> Tensor:
+        return self.norm(x_TD, self.weight)

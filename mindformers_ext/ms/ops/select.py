@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one place that chooses portable or Ascend operators, once per process and device, with a logged reason."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mindspore as ms
+from mindspore import nn
+
+from mindformers_ext.ms.ops import portable
+from mindformers_ext.ms.ops.dtypes import mindspore_dtype
+
+_log = logging.getLogger("mindformers_ext")
+
+
+@dataclass(frozen=True)
+class Operators:
+    """Constructors of the operators that have more than one implementation.
+
+    ``bfloat16`` says whether the device computes in it; ``lazy_inline`` whether identical layers may share one
+    compiled graph (MindSpore 2.9 refuses that on CPU).
+    """
+
+    name: str
+    reason: str
+    bfloat16: bool
+    lazy_inline: bool
+    rms_norm: Callable[..., nn.Cell] = portable.RmsNormOp
+    swiglu: Callable[..., nn.Cell] = portable.SwiGluOp
+    rotary: Callable[..., nn.Cell] = portable.RotaryOp
+    causal_attention: Callable[..., nn.Cell] = portable.CausalAttentionOp
+
+    def dtype(self, name: str) -> ms.Type:
+        """The type to compute in: bfloat16 becomes float32 where the device cannot multiply it."""
+        if name == "bfloat16" and not self.bfloat16:
+            return ms.float32
+        return mindspore_dtype(name)
+
+    def router_dtype(self, name: str) -> ms.Type:
+        """The gate's type; float16 means float32, as in MindFormers, because a gate in float16 loses choices."""
+        return ms.float32 if name == "float16" else self.dtype(name)
+
+
+_CHOICES = {
+    "CPU": Operators("portable", "MindSpore has no fused kernels on CPU", bfloat16=False, lazy_inline=False),
+    "GPU": Operators("portable", "MindSpore has no fused kernels on GPU", bfloat16=False, lazy_inline=False),
+    "Ascend": Operators("portable", "fused kernels are not wired yet", bfloat16=True, lazy_inline=True),
+}
+
+
+@functools.cache
+def _announce(device: str) -> None:
+    choice = _CHOICES[device]
+    _log.info("operators on %s: %s (%s)", device, choice.name, choice.reason)
+
+
+def select_operators(device_target: str | None = None) -> Operators:
+    """The operators of ``device_target`` (default: the running context's)."""
+    device = device_target or ms.get_context("device_target")
+    if device not in _CHOICES:
+        raise ValueError(f"device_target={device!r} is unknown: choose one of {', '.join(_CHOICES)}")
+    _announce(device)
+    return _CHOICES[device]

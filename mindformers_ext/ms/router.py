@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Top-k routing with capacity: MindFormers' ``TopkRouterV2``, in integers and for any number of tokens.
+
+One routing group G per data-parallel slice; every tensor keeps it as its first axis. The position of an assignment
+inside its expert comes from one sort of unique int32 keys ``expert * kN + order``: O(kN) memory, exact while
+``E * kN < 2**31`` (MindFormers' float32 one-hot cumulative sum needs O(kNE) and is exact only below 2**24).
+"""
+
+from __future__ import annotations
+
+import mindspore as ms
+import mindspore.ops.operations as P
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.ops.auto_generate import TensorToScalar
+
+from mindformers_ext.core.capacity import expert_capacity
+from mindformers_ext.core.spec import MoESpec, ParallelSpec
+from mindformers_ext.ms.aux_loss import AuxiliaryLoss
+
+_INT32_LIMIT = 2**31
+
+
+class ExpertOrder(nn.Cell):
+    """Sorts assignments by expert, keeping their drop order inside each expert.
+
+    Input: expert of each assignment in drop order (G, kN) int32. Outputs: the drop-order ids sorted by expert
+    (G, kN), position of every assignment inside its expert (G, kN) from 0, counts (G, E), starts (G, E); all int32.
+    """
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.experts = experts
+        self.range_E = Tensor(np.arange(experts + 1, dtype=np.int32)[None])
+        self.sort = P.Sort()
+        self.gather = P.Gather(batch_dims=1)
+
+    def construct(self, expert_GT: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        G, kN = expert_GT.shape
+        order_T = ops.reshape(Tensor(np.arange(kN, dtype=np.int32)), (1, kN))
+        keys, _ = self.sort(expert_GT * kN + order_T)
+        bounds = ops.searchsorted(keys, ops.tile(self.range_E * kN, (G, 1)), out_int32=True)
+        starts_GE = bounds[:, :-1]
+        counts_GE = bounds[:, 1:] - starts_GE
+        sorted_GT = keys % kN
+        # The ids are a permutation: the places that sort them back are the ranks.
+        _, rank_GT = self.sort(sorted_GT)
+        position_GT = rank_GT - self.gather(starts_GE, expert_GT, 1)
+        return sorted_GT, position_GT, counts_GE, starts_GE
+
+
+class TopkRouterV2(nn.Cell):
+    """Chooses experts and slots (GShard; DeepSeek-V2 section 2.2 for group limits; DeepSeek-V3 2.1 for the bias).
+
+    Input: logits (G, N, E) float32. Outputs:
+      dispatch (G, E, C) int32: 1 + token of each slot, 0 = empty;
+      combine (G, N, K) int32: expert * (1 + C) + 1 + position, position part 0 = dropped (the zero slot);
+      coeff (G, N, K) float32: gate, 0 where dropped;
+      assignment (G, E, C) int32: token * K + choice of each slot (of the first token for an empty one);
+      aux_loss () float32, load (E) float32: assignments per expert before dropping, dropped () float32: their share.
+
+    ``reference_capacity`` reproduces MindFormers' dropless capacity, which is one multiple larger than needed.
+    """
+
+    def __init__(self, moe: MoESpec, parallel: ParallelSpec | None = None, reference_capacity: bool = False) -> None:
+        super().__init__()
+        parallel = parallel or ParallelSpec()
+        self.moe = moe
+        self.experts, self.chosen = moe.num_local_experts, moe.num_experts_per_tok
+        self.multiple = parallel.router_model_parallel * moe.comp_comm_parallel_degree
+        self.dropless = moe.capacity_factor <= 0
+        self.spare = 1 if reference_capacity else 0
+        self.sequence_order = moe.enable_sdrop
+        self.sigmoid = moe.use_gating_sigmoid
+        self.normalise = moe.norm_topk_prob and self.chosen > 1
+        self.grouped = moe.topk_method != "greedy"
+        self.group_by_two = moe.topk_method == "noaux_tc"
+        self.biased = moe.balance_via_topk_bias
+        if self.biased:
+            zeros = Tensor(np.zeros(self.experts, np.float32))
+            self.topk_bias = Parameter(zeros, name="topk_bias", requires_grad=False, parallel_optimizer=False)
+        self.aux_loss = AuxiliaryLoss(moe, parallel.expert_parallel)
+        self.order = ExpertOrder(self.experts)
+        self.softmax = P.Softmax(axis=-1)
+        self.topk = P.TopK(sorted=True)
+        self.transpose = P.Transpose()
+        self.gather = P.Gather(batch_dims=1)
+        self.to_scalar = TensorToScalar()
+
+    def _limit_groups(self, score_GNE: Tensor) -> Tensor:
+        """Scores with the experts outside the best ``topk_group`` groups at minus infinity."""
+        G, N, E = score_GNE.shape
+        groups = self.moe.n_group
+        by_group = ops.reshape(score_GNE, (G, N, groups, E // groups))
+        best, _ = self.topk(by_group, 2 if self.group_by_two else 1)
+        group_score = best.sum(-1)
+        top, _ = self.topk(group_score, self.moe.topk_group)
+        kept = ops.expand_dims(group_score >= top[:, :, -1:], -1)
+        limited = ops.select(ops.broadcast_to(kept, by_group.shape), by_group, ops.full_like(by_group, -3.0e38))
+        return ops.reshape(limited, (G, N, E))
+
+    def _choose(self, prob_GNE: Tensor) -> tuple[Tensor, Tensor]:
+        """Gates and experts (G, N, K) of each token; the bias and the group limit choose, they never weigh."""
+        if not self.biased and not self.grouped:
+            return self.topk(prob_GNE, self.chosen)
+        score_GNE = ops.stop_gradient(prob_GNE)
+        if self.biased:
+            score_GNE = score_GNE + self.topk_bias
+        if self.grouped:
+            score_GNE = self._limit_groups(score_GNE)
+        _, index_GNK = self.topk(score_GNE, self.chosen)
+        return ops.gather_elements(prob_GNE, -1, index_GNK), index_GNK
+
+    def _gates(self, prob_GNE: Tensor) -> tuple[Tensor, Tensor]:
+        gate_GNK, index_GNK = self._choose(prob_GNE)
+        if self.normalise:
+            gate_GNK = gate_GNK / (gate_GNK.sum(-1, keepdims=True) + 1e-9)
+        if self.moe.routed_scaling_factor != 1.0:
+            gate_GNK = gate_GNK * self.moe.routed_scaling_factor
+        return gate_GNK, index_GNK
+
+    def _capacity(self, tokens: int, counts_GE: Tensor) -> int:
+        """Slots per expert: fixed by the factor, or the largest load rounded up when dropless."""
+        if not self.dropless:
+            moe = self.moe
+            return expert_capacity(self.chosen, tokens, moe.capacity_factor, self.experts, self.multiple)
+        largest = self.to_scalar(ops.cast(counts_GE.max(), ms.int64))
+        if self.spare:
+            return (largest // self.multiple + 1) * self.multiple
+        return (largest + self.multiple - 1) // self.multiple * self.multiple
+
+    def _drop_order(self, x_GNK: Tensor) -> Tensor:
+        """(G, N, K) -> (G, kN): all first choices first (kdrop), or token after token (sdrop)."""
+        if self.sequence_order:
+            return ops.reshape(x_GNK, (x_GNK.shape[0], -1))
+        return ops.reshape(self.transpose(x_GNK, (0, 2, 1)), (x_GNK.shape[0], -1))
+
+    def _token_order(self, x_GT: Tensor, tokens: int) -> Tensor:
+        """The inverse of ``_drop_order``."""
+        if self.sequence_order:
+            return ops.reshape(x_GT, (-1, tokens, self.chosen))
+        return self.transpose(ops.reshape(x_GT, (-1, self.chosen, tokens)), (0, 2, 1))
+
+    def _slots(self, sorted_GT: Tensor, counts_GE: Tensor, starts_GE: Tensor, capacity: int, tokens: int) -> tuple:
+        """dispatch and assignment (G, E, C) of the first ``capacity`` assignments of every expert."""
+        G, kN = sorted_GT.shape
+        place_C = ops.reshape(ops.arange(0, capacity, 1, dtype=ms.int32), (1, 1, -1))
+        rank = ops.minimum(ops.expand_dims(starts_GE, -1) + place_C, kN - 1)
+        filled = ops.cast(place_C < ops.expand_dims(counts_GE, -1), ms.int32)
+        order_GEC = self.gather(sorted_GT, rank, 1)
+        if self.sequence_order:
+            return (order_GEC // self.chosen + 1) * filled, order_GEC * filled
+        token = order_GEC % tokens
+        return (token + 1) * filled, (token * self.chosen + order_GEC // tokens) * filled
+
+    def construct(self, logits_GNE: Tensor) -> tuple:
+        G, N, E = logits_GNE.shape
+        _check_load(self.chosen * N, E, self.moe.max_router_load)
+        prob_GNE = ops.sigmoid(logits_GNE) if self.sigmoid else self.softmax(logits_GNE)
+        gate_GNK, index_GNK = self._gates(prob_GNE)
+        index_GNK = ops.stop_gradient(index_GNK)
+        expert_GT = self._drop_order(index_GNK)
+        sorted_GT, position_GT, counts_GE, starts_GE = self.order(expert_GT)
+        capacity = self._capacity(N, counts_GE)
+        dispatch_GEC, assignment_GEC = self._slots(sorted_GT, counts_GE, starts_GE, capacity, N)
+        kept_GT = position_GT < capacity
+        slot_GT = expert_GT * (capacity + 1) + (position_GT + 1) * ops.cast(kept_GT, ms.int32)
+        coeff_GNK = gate_GNK * self._token_order(ops.cast(kept_GT, ms.float32), N)
+        counts_GE = ops.cast(counts_GE, ms.float32)
+        aux_loss = self._auxiliary(logits_GNE, prob_GNE, counts_GE)
+        dropped = 1.0 - ops.cast(kept_GT, ms.float32).sum() / (G * self.chosen * N)
+        return (dispatch_GEC, self._token_order(slot_GT, N), coeff_GNK, assignment_GEC, aux_loss,
+                counts_GE.sum(0), dropped)  # fmt: skip
+
+    def _auxiliary(self, logits_GNE: Tensor, prob_GNE: Tensor, counts_GE: Tensor) -> Tensor:
+        """All auxiliary losses; with a bias the load is that of the unbiased choice."""
+        if self.sigmoid:
+            prob_GNE = prob_GNE / (prob_GNE.sum(-1, keepdims=True) + 1e-9)
+        if self.biased and self.aux_loss.balances:
+            _, index_GNK = self.topk(ops.stop_gradient(prob_GNE), self.chosen)
+            _, _, counts_GE, _ = self.order(self._drop_order(index_GNK))
+            counts_GE = ops.cast(counts_GE, ms.float32)
+        return self.aux_loss(logits_GNE, prob_GNE, counts_GE)
+
+
+def _check_load(assignments: int, experts: int, max_router_load: int) -> None:
+    """Refuse sizes that the integer keys, or the user's own limit, do not hold."""
+    if assignments > max_router_load:
+        raise ValueError(f"{assignments} assignments per routing group exceed max_router_load={max_router_load}: "
+                         "raise moe_config.max_router_load or shorten the batch")  # fmt: skip
+    if experts * assignments >= _INT32_LIMIT:
+        raise ValueError(f"{experts} experts x {assignments} assignments do not fit 32-bit keys: use more groups")

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training step in one graph: forward and backward once, overflow check, clipping, update, loss scale.
+
+The overflow check is the finiteness of the global gradient norm: one reduction serves the check and the clipping, and
+it needs no device register, so it works on CPU, GPU and Ascend alike (MindFormers' own step reads an Ascend flag).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import mindspore as ms
+import mindspore.ops.operations as P
+from mindspore import Parameter, Tensor, nn, ops
+
+# MindSpore's semi-auto parallel scales the gradient norm of sharded weights by this attribute on ExpandDims.
+_as_vector = P.ExpandDims().add_prim_attr("grad_scale", True)
+
+_square_sum = ops.MultitypeFuncGraph("square_sum")
+_scaled = ops.MultitypeFuncGraph("scaled")
+_clear = ops.MultitypeFuncGraph("clear")
+_accumulate = ops.MultitypeFuncGraph("accumulate")
+
+# Names of the step's own state in a checkpoint; a resumed run must restore them (see ``mf.checkpoint``).
+STEP_STATE = ("scale_sense", "current_iterator_step", "last_overflow_iterator_step")
+
+
+@_square_sum.register("Tensor")
+def _square_sum_of(gradient):  # type: ignore[no-untyped-def]
+    return _as_vector(ops.reduce_sum(ops.square(ops.cast(gradient, ms.float32))), 0)
+
+
+@_scaled.register("Tensor", "Tensor")
+def _scaled_by(factor, gradient):  # type: ignore[no-untyped-def]
+    return ops.cast(gradient, ms.float32) * factor
+
+
+@_clear.register("Tensor")
+def _clear_one(total):  # type: ignore[no-untyped-def]
+    return ops.assign(total, ops.zeros_like(total))
+
+
+@_accumulate.register("Tensor", "Tensor")
+def _accumulate_one(total, gradient):  # type: ignore[no-untyped-def]
+    return ops.assign_add(total, ops.cast(gradient, total.dtype))
+
+
+class StepOutput(NamedTuple):
+    """What a step returns; the first five are MindFormers' order, its callbacks read them by position."""
+
+    loss: Tensor
+    overflow: Tensor
+    loss_scale: Tensor
+    learning_rate: Tensor
+    global_norm: Tensor
+    lm_loss: Tensor
+    aux_loss: Tensor
+    expert_load: Tensor
+    dropped: Tensor
+
+
+class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
+    """Forward, backward, and one optimizer update of ``network(*batch) -> LossTerms``.
+
+    Inputs are the batch's columns, each (B, T) int32; with ``micro_batches`` n the batch is cut into n equal parts
+    along its first axis and the gradients and losses are averaged over them.
+
+    Args:
+        network: returns (loss, lm_loss, aux_loss, expert_load (L, E), dropped (L,)), the loss differentiable.
+        optimizer: a MindSpore optimizer over the network's trainable parameters.
+        scale_sense: fixed loss scale, or a ``DynamicLossScaleUpdateCell``.
+        max_grad_norm: clip the global gradient norm to this; None leaves the gradients alone.
+        micro_batches: gradient accumulation steps.
+
+    Outputs: ``StepOutput`` as a plain tuple; losses are means over the micro batches, ``expert_load`` their sum.
+    """
+
+    def __init__(self, network: nn.Cell, optimizer: nn.Optimizer, scale_sense: float | nn.Cell = 1.0,
+                 max_grad_norm: float | None = 1.0, micro_batches: int = 1) -> None:  # fmt: skip
+        if isinstance(scale_sense, (int, float)):
+            scale_sense = Tensor(float(scale_sense), ms.float32)
+        super().__init__(network, optimizer, scale_sense)
+        self.clips = max_grad_norm is not None
+        self.max_grad_norm = Tensor(max_grad_norm or 1.0, ms.float32)
+        self.micro_batches = micro_batches
+        self.accumulates = micro_batches > 1
+        self.has_dynamic_lr = bool(optimizer.dynamic_lr)
+        self.has_group_lr = bool(optimizer.is_group_lr)
+        self.gradients_of = ops.value_and_grad(self.scaled_loss, None, self.weights, has_aux=True)
+        if self.accumulates:
+            self.accu_grads = self.weights.clone(prefix="accu_grads", init="zeros")
+        self.all_finite = ops.IsFinite()
+
+    def construct(self, *batch: Tensor) -> tuple[Any, ...]:
+        """Run the step on one batch; see the class."""
+        scale = self.scale_sense
+        if self.accumulates:
+            terms, gradients = self.accumulated(scale, batch)
+        else:
+            terms, gradients = self.gradients_of_batch(scale, batch)
+        gradients = self.hyper_map(ops.partial(_scaled, 1.0 / (scale * self.micro_batches)), gradients)
+        gradients = self.grad_reducer(gradients)
+        global_norm = ops.sqrt(ops.addn(self.hyper_map(_square_sum, gradients))).reshape(())
+        overflow = self.process_loss_scale(self.not_finite(global_norm, terms[0]))
+        if self.clips:
+            coefficient = ops.minimum(self.max_grad_norm / (global_norm + 1e-6), Tensor(1.0, ms.float32))
+            gradients = self.hyper_map(ops.partial(_scaled, coefficient), gradients)
+        learning_rate = self.current_learning_rate()
+        loss = terms[0]
+        if not overflow:
+            loss = ops.depend(loss, self.optimizer(gradients))
+        return loss, overflow, scale, learning_rate, global_norm, terms[1], terms[2], terms[3], terms[4]
+
+    def scaled_loss(self, scale, *batch):  # type: ignore[no-untyped-def]
+        """(loss * scale, terms): what is differentiated, and what is only reported."""
+        terms = self.network(*batch)
+        return terms[0] * ops.cast(scale, terms[0].dtype), terms
+
+    def gradients_of_batch(self, scale, batch):  # type: ignore[no-untyped-def]
+        """Terms and scaled gradients of one (micro) batch."""
+        (_, terms), gradients = self.gradients_of(scale, *batch)
+        return terms, gradients
+
+    def accumulated(self, scale, batch):  # type: ignore[no-untyped-def]
+        """Mean terms and summed scaled gradients over the micro batches."""
+        cleared = self.hyper_map(_clear, self.accu_grads)
+        scale = ops.depend(scale, cleared)
+        totals = None
+        for index in range(self.micro_batches):
+            part = ()
+            for column in batch:
+                rows = column.shape[0] // self.micro_batches
+                part += (column[index * rows : (index + 1) * rows],)
+            terms, gradients = self.gradients_of_batch(scale, part)
+            scale = ops.depend(scale, self.hyper_map(_accumulate, self.accu_grads, gradients))
+            if totals is None:
+                totals = terms
+            else:
+                totals = (totals[0] + terms[0], totals[1] + terms[1], totals[2] + terms[2], totals[3] + terms[3],
+                          totals[4] + terms[4])  # fmt: skip
+        share = 1.0 / self.micro_batches
+        means = (totals[0] * share, totals[1] * share, totals[2] * share, totals[3], totals[4] * share)
+        gradients = self.hyper_map(ops.partial(_scaled, ops.depend(Tensor(1.0, ms.float32), scale)), self.accu_grads)
+        return means, gradients
+
+    def not_finite(self, global_norm, loss):  # type: ignore[no-untyped-def]
+        """True on every rank when any rank's gradient norm or loss is infinite or NaN."""
+        finite = ops.logical_and(self.all_finite(global_norm), self.all_finite(ops.cast(loss, ms.float32)))
+        overflow = ops.logical_not(finite.reshape(()))
+        if self.is_distributed:
+            overflow = self.allreduce(ops.cast(overflow, ms.float32)) > 0
+        return overflow
+
+    def current_learning_rate(self):  # type: ignore[no-untyped-def]
+        """The learning rate this step uses (of the last group when groups have their own)."""
+        rate = self.optimizer.learning_rate
+        if self.has_dynamic_lr:
+            schedule = rate[-1] if self.has_group_lr else rate
+            return schedule(self.optimizer.global_step).reshape(())
+        if self.has_group_lr:
+            return rate[-1]
+        return rate
+
+
+class LossNetwork(nn.Cell):
+    """Adapts a ``CausalLM`` to the step: ``construct(*batch)`` calls its ``losses``. Parameter names stay."""
+
+    def __init__(self, network: nn.Cell) -> None:
+        super().__init__(auto_prefix=False)
+        self.network = network
+
+    def construct(self, input_ids: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
+        """LossTerms of token ids (B, S+1) and optional labels (B, S+1)."""
+        return self.network.losses(input_ids, labels)
+
+
+def step_state(cell: TrainStepCell) -> dict[str, Parameter]:
+    """The step's own parameters by name: loss scale and, with a dynamic one, its two counters."""
+    return {name: parameter for name, parameter in cell.parameters_dict().items() if name in STEP_STATE}
