@@ -52,7 +52,9 @@ class TensorWriter(Protocol):
 def as_array(value: object) -> Array:
     """A numpy array of anything that holds one: numpy, a torch tensor (bfloat16 included) or a MindSpore tensor."""
     if hasattr(value, "asnumpy"):
-        return np.asarray(value.asnumpy())
+        array = np.asarray(value.asnumpy())
+        foreign = array.dtype.name == "bfloat16" and array.dtype != ml_dtypes.bfloat16
+        return array.view(np.uint16).view(ml_dtypes.bfloat16) if foreign else array  # MindSpore registers its own type
     if hasattr(value, "detach"):
         tensor = value.detach().cpu()
         if str(tensor.dtype) == "torch.bfloat16":  # numpy() refuses it; the way through float32 is exact

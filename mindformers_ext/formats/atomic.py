@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Outputs appear whole or not at all: written beside under a hidden name, flushed to disk, renamed into place.
+
+A killed run leaves at most one hidden ``.NAME.partial``; the next run for the same output replaces it. A lock on it
+keeps two live runs from writing the same output.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mindformers_ext.core.errors import UserError
+
+
+def partial_path(path: Path) -> Path:
+    """Where ``path`` is written until it is whole."""
+    return path.parent / f".{path.name}.partial"
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """An output that exists is a ``UserError`` unless ``overwrite`` (an empty folder is no obstacle)."""
+    empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+    if (path.exists() or path.is_symlink()) and not overwrite and not empty:
+        raise UserError(f"output '{path}' exists: choose another path, or pass --overwrite to replace it")
+
+
+@contextmanager
+def fresh_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a path to write; on success the file there becomes ``path``, on an exception it is removed."""
+    if path.is_dir():
+        raise UserError(f"output '{path}' is a folder: give a file name")
+    refuse_existing(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(path)
+    descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _lock(descriptor, path)
+        try:
+            yield partial
+            flush(partial)
+            os.replace(partial, path)
+            flush(path.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def fresh_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a folder to fill; on success it becomes ``path``, on an exception it is removed.
+
+    With ``overwrite`` the old folder is moved aside first and deleted last, so that a whole one exists at any time but
+    the moment between two renames.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"output '{path}' is a file: give a folder name")
+    refuse_existing(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = partial_path(path), path.parent / f".{path.name}.old"
+    partial.mkdir(exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        _lock(descriptor, path)
+        try:
+            _empty(partial)
+            yield partial
+            for item in partial.iterdir():
+                flush(item)
+            flush(partial)
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                os.rename(path, old)
+            os.rename(partial, path)
+            flush(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def flush(path: Path) -> None:
+    """Make sure that a file's data, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"output '{path}' is being written by another process: wait for it or choose another"
+        ) from error
+
+
+def _empty(folder: Path) -> None:
+    for item in folder.iterdir():
+        if item.is_dir() and not item.is_symlink():
+            shutil.rmtree(item)
+        else:
+            item.unlink()

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole MindSpore checkpoint of either format, with what the tensors alone cannot tell.
+
+A ``.ckpt`` has no place for metadata, so it lies beside it in ``X.ckpt.json``; a ``.safetensors`` carries the same text
+in its header.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.formats.ms_ckpt import CkptFile, CkptWriter
+from mindformers_ext.formats.safetensors_file import SafetensorsFile, SafetensorsFileWriter
+from mindformers_ext.formats.tensors import TensorInfo
+
+SUFFIXES = (".ckpt", ".safetensors")
+LAYOUTS = ("dense",)
+VERSION = 1
+KEY = "mindformers_ext"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointMeta:
+    """What made the checkpoint.
+
+    ``layout`` tells how the experts lie ("dense": (E, F, D) and (E, D, F)), which shapes cannot when F = D.
+    ``config`` is the model's Hugging Face ``config.json``; ``dtype`` the weights' type, "mixed" if there are
+    several; ``source`` where they came from.
+    """
+
+    config: Mapping[str, Any]
+    dtype: str
+    source: str
+    layout: str = "dense"
+    version: int = VERSION
+
+    def to_text(self) -> str:
+        """JSON, read back by ``from_text``."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @staticmethod
+    def from_text(text: str, where: str) -> CheckpointMeta:
+        """Parse; anything but the fields above, with their types, is a ``UserError`` that names ``where``."""
+        try:
+            values = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"{where} is not JSON ({error}): remove it and pass --config") from error
+        problems = Problems(where)
+        fields = {"config": dict, "dtype": str, "source": str, "layout": str, "version": int}
+        if not isinstance(values, dict) or set(values) != set(fields):
+            problems.add("it does not hold " + ", ".join(fields), "remove it and pass --config")
+            problems.raise_if_any()
+        for name, kind in fields.items():
+            if type(values[name]) is not kind:
+                problems.add(f"{name}={values[name]!r}", f"expected {kind.__name__}")
+        problems.one_of("version", values["version"], (VERSION,))
+        problems.one_of("layout", values["layout"], LAYOUTS)
+        problems.raise_if_any()
+        return CheckpointMeta(**values)
+
+
+def sidecar(path: Path) -> Path:
+    """Where the metadata of a ``.ckpt`` lies."""
+    return path.with_name(path.name + ".json")
+
+
+def check_suffix(path: Path) -> None:
+    """A checkpoint's name ends in .ckpt or .safetensors; anything else is a ``UserError``."""
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"'{path}' must end in {' or '.join(SUFFIXES)}: the ending chooses the format")
+
+
+def open_checkpoint(path: Path) -> CkptFile | SafetensorsFile:
+    """A reader of the file; a CRC inside a ``.ckpt`` is checked first (one pass over the file)."""
+    if path.is_dir():
+        raise UserError(f"'{path}' is a folder: give one checkpoint file (*.ckpt or *.safetensors)")
+    check_suffix(path)
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path)
+    reader = CkptFile(path)
+    try:
+        reader.check_crc()
+    except UserError:
+        reader.close()
+        raise
+    return reader
+
+
+def read_meta(path: Path, reader: CkptFile | SafetensorsFile) -> CheckpointMeta | None:
+    """The metadata of an open checkpoint, or None where others wrote it."""
+    if isinstance(reader, SafetensorsFile):
+        text = reader.metadata.get(KEY)
+        return CheckpointMeta.from_text(text, f"the header of '{path}'") if text is not None else None
+    beside = sidecar(path)
+    if not beside.is_file():
+        return None
+    try:
+        return CheckpointMeta.from_text(beside.read_text(encoding="utf-8"), f"'{beside}'")
+    except UnicodeDecodeError as error:
+        raise UserError(f"'{beside}' is not text: remove it and pass --config") from error
+
+
+def open_writer(
+    partial: Path, suffix: str, targets: Sequence[TensorInfo], meta: CheckpointMeta
+) -> CkptWriter | SafetensorsFileWriter:
+    """A writer to ``partial`` in the format of ``suffix``. A ``.ckpt``'s metadata is the caller's to put beside."""
+    if suffix == ".ckpt":
+        return CkptWriter(partial)
+    return SafetensorsFileWriter(partial, targets, {"format": "ms", KEY: meta.to_text()})

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One safetensors file: header length (8 bytes, little-endian), JSON header, data.
+
+Own code, because the library's numpy side knows no bfloat16 and writes only from memory; the library is the judge in
+the tests. Layout: github.com/huggingface/safetensors, "Format".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.formats.blocks import Block, OpenFile, StoredTensor, byte_view, read_stored
+from mindformers_ext.formats.dtypes import BY_NUMPY, BY_SAFETENSORS
+from mindformers_ext.formats.tensors import Array, Index, TensorInfo
+
+MAX_HEADER = 100_000_000  # the library's own limit
+METADATA = "__metadata__"
+
+
+class SafetensorsFile:
+    """A ``TensorReader`` of one file. The header is checked whole on opening; data is read on demand."""
+
+    def __init__(self, path: Path) -> None:
+        """Open and check; a broken header or a cut file is a ``UserError``."""
+        self._file = OpenFile(path)
+        try:
+            header, start = _header(self._file)
+            self.metadata: Mapping[str, str] = _metadata(path, header)
+            self._tensors = _tensors(self._file, header, start)
+        except UserError:
+            self._file.close()
+            raise
+        self.infos: Mapping[str, TensorInfo] = {name: tensor.info for name, tensor in self._tensors.items()}
+
+    def read(self, name: str, index: Index = ()) -> Array:
+        """The tensor, or the part that ``index`` selects."""
+        return read_stored(self._file, self._tensors[name], index)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _header(file: OpenFile) -> tuple[dict[str, Any], int]:
+    raw = file.bytes_at(0, 8)
+    length = int.from_bytes(raw, "little")
+    if len(raw) < 8 or length > min(MAX_HEADER, file.size - 8):
+        raise UserError(
+            f"'{file.path}' is not a safetensors file or was cut: {file.size} bytes, header of {length} bytes promised"
+        )
+    try:
+        header = json.loads(file.bytes_at(8, length).decode("utf-8"), object_pairs_hook=_no_twins)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, _TwinError) as error:
+        raise UserError(f"'{file.path}' is not a safetensors file: its header cannot be read ({error})") from error
+    if not isinstance(header, dict):
+        raise UserError(f"'{file.path}' is not a safetensors file: its header is no table")
+    return header, 8 + length
+
+
+class _TwinError(ValueError):
+    """A JSON object names a key twice."""
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise _TwinError("a name occurs twice")
+    return result
+
+
+def _metadata(path: Path, header: dict[str, Any]) -> Mapping[str, str]:
+    metadata = header.pop(METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise UserError(f"'{path}': {METADATA} must map names to strings")
+    return metadata
+
+
+def _tensors(file: OpenFile, header: Mapping[str, Any], start: int) -> dict[str, StoredTensor]:
+    problems = Problems(f"'{file.path}'")
+    tensors = {}
+    for name, entry in header.items():
+        wrong = _entry_fault(entry)
+        if wrong:
+            problems.add(f"'{name}' {wrong}", "the file is damaged or of a kind this reader does not know")
+            continue
+        begin, end = entry["data_offsets"]
+        info = TensorInfo(name, tuple(entry["shape"]), BY_SAFETENSORS[entry["dtype"]])
+        if end - begin != info.nbytes:
+            problems.add(f"'{name}' has {end - begin} bytes", f"{info.shape} of {entry['dtype']} needs {info.nbytes}")
+        tensors[name] = StoredTensor(info, (Block(start + begin, end - begin),))
+    problems.raise_if_any()
+    expected = start
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.blocks[0].offset, tensor.blocks[0].length)):
+        if tensor.blocks[0].offset != expected:
+            problems.add(f"'{tensor.info.name}' starts at byte {tensor.blocks[0].offset}", f"expected {expected}")
+        expected = tensor.blocks[0].offset + tensor.blocks[0].length
+    if expected != file.size:
+        problems.add(f"the file has {file.size} bytes", f"its header promises {expected}: copy or download it again")
+    problems.raise_if_any()
+    return tensors
+
+
+def _entry_fault(entry: object) -> str | None:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        return "lacks dtype, shape or data_offsets"
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in BY_SAFETENSORS:
+        return f"has type {entry['dtype']}, known are {', '.join(BY_SAFETENSORS)}"
+    for key in ("shape", "data_offsets"):
+        numbers = entry[key]
+        if not isinstance(numbers, list) or not all(type(item) is int and item >= 0 for item in numbers):
+            return f"has a wrong {key}: {numbers}"
+    offsets = entry["data_offsets"]
+    return None if len(offsets) == 2 and offsets[0] <= offsets[1] else f"has wrong data_offsets: {offsets}"
+
+
+class SafetensorsFileWriter:
+    """Writes one file from tensors that come one at a time, in any order; names, shapes and types are known before.
+
+    Data lies by falling element size, as the library writes it: every tensor stays aligned to its element.
+    """
+
+    def __init__(self, path: Path, targets: Sequence[TensorInfo], metadata: Mapping[str, str]) -> None:
+        """Write the header. ``metadata`` goes into it as it is."""
+        header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
+        offset = 0
+        self._waiting: dict[str, tuple[TensorInfo, int]] = {}
+        for info in sorted(targets, key=lambda info: -info.dtype.itemsize):
+            end = offset + info.nbytes
+            kind = BY_NUMPY[info.dtype].safetensors
+            header[info.name] = {"dtype": kind, "shape": list(info.shape), "data_offsets": [offset, end]}
+            self._waiting[info.name] = (info, offset)
+            offset = end
+        if len(self._waiting) != len(targets):
+            raise ValueError("a name occurs twice among the tensors to write")
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+        text += b" " * (-len(text) % 8)
+        self._start = 8 + len(text)
+        self._file = open(path, "wb")  # noqa: SIM115 - closed by __exit__
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def add(self, name: str, array: Array) -> None:
+        """Write one tensor to its place."""
+        info, offset = self._waiting.pop(name)
+        if array.shape != info.shape or array.dtype != info.dtype:
+            raise ValueError(f"'{name}' came as {array.dtype}{array.shape}, announced as {info.dtype}{info.shape}")
+        self._file.seek(self._start + offset)
+        self._file.write(byte_view(np.ascontiguousarray(array)).data)
+
+    def __enter__(self) -> SafetensorsFileWriter:
+        """The writer itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close; a tensor that never came is a mistake of the caller (``ValueError``)."""
+        self._file.close()
+        if kind is None and self._waiting:
+            raise ValueError(
+                f"{len(self._waiting)} announced tensors were not written, first {next(iter(self._waiting))}"
+            )
