@@ -146,9 +146,10 @@ class ModelSpec:
             problems.add(f"head width {self.head_dim} is odd", "rotary embedding turns pairs: use an even head_dim")
         if self.rms_norm_eps <= 0 or self.rope_theta <= 0:
             problems.add(f"rms_norm_eps={self.rms_norm_eps}, rope_theta={self.rope_theta}", "both must be positive")
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if getattr(self, name) >= self.vocab_size > 0:
-                problems.add(f"{name}={getattr(self, name)} is outside the vocabulary of {self.vocab_size}",
+        special = [(name, getattr(self, name)) for name in ("bos_token_id", "eos_token_id", "pad_token_id")]
+        for name, token in special + [("eos_token_id", token) for token in self.more_eos_token_ids]:
+            if token >= self.vocab_size > 0:
+                problems.add(f"{name}={token} is outside the vocabulary of {self.vocab_size}",
                              "correct the id or vocab_size")  # fmt: skip
         if self.moe:
             self.moe.collect(problems)

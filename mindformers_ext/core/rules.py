@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every rule between a network, its cluster and the job, checked at once before anything is built.
+
+MindFormers checks a part of these late or not at all (``ep <= dp``, ``dp % ep`` and ``E % ep`` never: ep > dp gives a
+group size of 0 and an unreadable shape error). Errors are raised together; what may be unwanted comes back as warnings.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import product
+
+from mindformers_ext.core.errors import Problems
+from mindformers_ext.core.spec import ModelSpec, NetworkSpec, ParallelSpec
+from mindformers_ext.core.yaml_keys import SHARDED_MODES
+
+SIZES = ("data_parallel", "model_parallel", "pipeline_stage", "expert_parallel", "context_parallel", "micro_batch_num")
+TRAINING = ("train", "finetune")
+RUN_MODES = (*TRAINING, "eval", "predict", "predict_with_train_model")
+
+
+def check_network(spec: NetworkSpec, run_mode: str = "train") -> list[str]:
+    """Check ``spec`` for ``run_mode`` (train, finetune, eval, predict) and return the warnings, one line each.
+
+    The sizes are judged as ``settled`` leaves them.
+
+    Raises:
+        UserError: lists every broken rule with its numbers and the nearest valid choice.
+    """
+    problems = Problems("these settings do not fit together")
+    problems.one_of("run_mode", run_mode, RUN_MODES)
+    spec.model.collect(problems)
+    spec.numerics.collect(problems)
+    problems.positive("seq_length", spec.seq_length)
+    problems.positive("batch_size", spec.batch_size)
+    for name in (*SIZES, "micro_batch_interleave_num", "device_num"):
+        problems.positive(name, getattr(spec.parallel, name))
+    if problems.lines:  # products of wrong numbers would only repeat the mistakes
+        problems.raise_if_any()
+    kept, warnings = settled(spec)
+    for check in (_product, _lengths, _widths, _pipeline, _experts, _router_load):
+        check(kept, run_mode, problems, warnings)
+    _quiet_losses(kept, run_mode, warnings)
+    problems.raise_if_any()
+    return warnings
+
+
+def settled(spec: NetworkSpec) -> tuple[NetworkSpec, list[str]]:
+    """The spec that is really built, and what changed: build from this one, not from the one read.
+
+    Outside ``semi_auto_parallel`` and ``auto_parallel`` MindFormers resets every size to 1; with a pipeline it gives up
+    ``vocab_emb_dp``.
+    """
+    parallel, warnings = spec.parallel, []
+    if parallel.parallel_mode not in SHARDED_MODES:
+        lost = [f"{name}={getattr(parallel, name)}" for name in SIZES if getattr(parallel, name) != 1]
+        if parallel.use_seq_parallel:
+            lost.append("use_seq_parallel=True")
+        if lost:
+            warnings.append(f"in {parallel.parallel_mode} mode every size is 1, so {', '.join(lost)} has no effect")
+        ones = dict.fromkeys(SIZES, 1)
+        parallel = replace(parallel, **ones, use_seq_parallel=False, full_batch=False)  # type: ignore[arg-type]
+    elif parallel.pipeline_stage > 1 and parallel.vocab_emb_dp:
+        warnings.append(f"vocab_emb_dp becomes False because pipeline_stage={parallel.pipeline_stage}")
+        parallel = replace(parallel, vocab_emb_dp=False)
+    return replace(spec, parallel=parallel), warnings
+
+
+def router_tokens(spec: NetworkSpec, run_mode: str = "train") -> int:
+    """Tokens N of one routing group; 0 where a group would be empty.
+
+    ``batch_size`` counts sequences per data-parallel slice in training, of the whole batch otherwise; under sequence
+    parallel each slice is cut once more over the model-parallel ranks.
+    """
+    parallel = spec.parallel
+    cut = parallel.model_parallel if parallel.use_seq_parallel else 1
+    if run_mode not in TRAINING:
+        cut *= parallel.data_parallel
+    return spec.batch_size * spec.seq_length // cut
+
+
+def nearest_sizes(parallel: ParallelSpec, model: ModelSpec) -> tuple[int, int, int]:
+    """The (dp, mp, pp) nearest to the given ones with dp * mp * pp == device_num that also suits the model.
+
+    Nearest: fewest sizes changed, then the smallest sum of their log ratios. Data parallel alone always suits.
+    """
+    given = (parallel.data_parallel, parallel.model_parallel, parallel.pipeline_stage)
+    widths = math.gcd(model.num_attention_heads, model.num_key_value_heads, model.intermediate_size, model.hidden_size)
+    divisors = _divisors(parallel.device_num)
+    choices = [
+        (parallel.device_num // (mp * pp), mp, pp)
+        for mp, pp in product(divisors, divisors)
+        if parallel.device_num % (mp * pp) == 0 and widths % mp == 0 and pp <= model.num_hidden_layers
+    ]
+
+    def distance(choice: tuple[int, int, int]) -> tuple[int, float]:
+        pairs = list(zip(choice, given, strict=True))
+        return sum(new != old for new, old in pairs), sum(abs(math.log(new / old)) for new, old in pairs)
+
+    return min(choices, key=distance)
+
+
+def _product(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: list[str]) -> None:
+    parallel = spec.parallel
+    dp, mp, pp, cp = (getattr(parallel, name) for name in
+                      ("data_parallel", "model_parallel", "pipeline_stage", "context_parallel"))  # fmt: skip
+    if cp != 1:
+        problems.add(f"context_parallel={cp}", "this network is not cut along the sequence: set context_parallel: 1")
+    if parallel.parallel_mode == "semi_auto_parallel" and dp * mp * pp * cp != parallel.device_num:
+        near = nearest_sizes(parallel, spec.model)
+        problems.add(
+            f"data_parallel*model_parallel*pipeline_stage*context_parallel = {dp}*{mp}*{pp}*{cp} = {dp * mp * pp * cp}"
+            f" is not the device count {parallel.device_num}",
+            "the nearest choice is data_parallel={}, model_parallel={}, pipeline_stage={}".format(*near),
+        )
+    if run_mode not in TRAINING and spec.batch_size % dp:
+        problems.divides("model_config.batch_size", spec.batch_size, "data_parallel", dp)
+    if parallel.parallel_mode == "data_parallel" and parallel.device_num > 1 and run_mode in TRAINING:
+        if not parallel.gradients_mean:
+            warnings.append("gradients_mean=False sums the gradients of all devices: set parallel.gradients_mean: True")
+
+
+def _lengths(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: list[str]) -> None:
+    limit = spec.model.max_position_embeddings
+    if spec.seq_length > limit:
+        problems.add(
+            f"seq_length={spec.seq_length} exceeds max_position_embedding={limit}",
+            f"use a seq_length up to {limit} or raise max_position_embedding",
+        )
+    if spec.parallel.use_seq_parallel and spec.seq_length % spec.parallel.model_parallel:
+        problems.divides("seq_length", spec.seq_length, "model_parallel (use_seq_parallel)",
+                         spec.parallel.model_parallel)  # fmt: skip
+
+
+def _widths(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: list[str]) -> None:
+    model, mp, parallel = spec.model, spec.parallel.model_parallel, spec.parallel
+    widths = {
+        "num_heads": model.num_attention_heads,
+        "n_kv_heads": model.num_key_value_heads,
+        "intermediate_size": model.intermediate_size,
+        "hidden_size": model.hidden_size,
+    }
+    near = _nearest(mp, _divisors(math.gcd(*widths.values())))
+    for name, width in widths.items():
+        if width % mp:
+            problems.add(f"{name}={width} is not a multiple of model_parallel={mp}",
+                         f"the nearest model_parallel that divides every width is {near}")  # fmt: skip
+    if model.vocab_size % mp:
+        warnings.append(f"vocab_size={model.vocab_size} is not a multiple of model_parallel={mp}: the output layer "
+                        "and the loss are not cut")  # fmt: skip
+    if parallel.enable_parallel_optimizer and parallel.parallel_mode in SHARDED_MODES:
+        for name, width in (("vocab_size", model.vocab_size), ("hidden_size", model.hidden_size)):
+            if width % parallel.device_num:
+                warnings.append(f"{name}={width} is not a multiple of the {parallel.device_num} devices: "
+                                "enable_parallel_optimizer may leave its parameters whole")  # fmt: skip
+
+
+def _pipeline(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: list[str]) -> None:
+    stages, micro, layers = spec.parallel.pipeline_stage, spec.parallel.micro_batch_num, spec.model.num_hidden_layers
+    if stages == 1:
+        if micro > 1 and run_mode in TRAINING:
+            warnings.append(f"micro_batch_num={micro} has no effect at pipeline_stage=1")
+        return
+    if run_mode == "eval":
+        problems.add(f"pipeline_stage={stages} in eval", "set pipeline_stage: 1")
+    if run_mode in TRAINING and micro < stages:
+        problems.add(f"micro_batch_num={micro} is below pipeline_stage={stages}", f"use at least {stages}")
+    if layers < stages:
+        problems.add(f"pipeline_stage={stages} exceeds num_layers={layers}", f"use at most {layers} stages")
+
+
+def _experts(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: list[str]) -> None:
+    parallel = spec.parallel
+    dp, ep, mp = parallel.data_parallel, parallel.expert_parallel, parallel.model_parallel
+    if not spec.model.moe:
+        if ep > 1:
+            warnings.append(f"expert_parallel={ep} has no effect on a dense network")
+        return
+    experts = spec.model.moe.num_local_experts
+    near = f"the nearest expert_parallel that fits is {_nearest(ep, _divisors(math.gcd(dp, experts)))}"
+    if ep > dp:
+        problems.add(f"expert_parallel={ep} exceeds data_parallel={dp}", near)
+    elif dp % ep:
+        problems.add(f"data_parallel={dp} is not a multiple of expert_parallel={ep}", near)
+    if experts % ep:
+        problems.add(f"expert_num={experts} is not a multiple of expert_parallel={ep}", near)
+    if mp > 1 and not parallel.use_seq_parallel:
+        line = f"model_parallel={mp} with experts but without sequence parallel"
+        if run_mode in TRAINING:
+            problems.add(line, "set parallel_config.use_seq_parallel: True")
+        else:
+            warnings.append(f"{line}: every model-parallel rank routes the same tokens")
+    if ep > 1 and not parallel.enable_alltoall:
+        warnings.append(f"enable_alltoall=False with expert_parallel={ep}: tokens move by gather and slice, slower")
+
+
+def _router_load(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: list[str]) -> None:
+    moe, tokens = spec.model.moe, router_tokens(spec, run_mode)
+    if not moe:
+        return
+    load = moe.num_experts_per_tok * tokens
+    if load > moe.max_router_load:
+        problems.add(
+            f"num_experts_chosen*tokens of a routing group = {moe.num_experts_per_tok}*{tokens} = {load} exceeds "
+            f"max_router_load={moe.max_router_load}",
+            f"use at most {moe.max_router_load // moe.num_experts_per_tok} tokens (batch_size*seq_length) per group, "
+            f"or set moe_config.max_router_load to {load} or more",
+        )
+
+
+def _quiet_losses(spec: NetworkSpec, run_mode: str, warnings: list[str]) -> None:
+    moe = spec.model.moe
+    if not moe or run_mode not in TRAINING:
+        return
+    if moe.balance_via_topk_bias and not moe.topk_bias_update_rate:
+        warnings.append("balance_via_topk_bias=True with topk_bias_update_rate=0 never moves the bias")
+    if moe.topk_bias_update_rate and not moe.balance_via_topk_bias:
+        warnings.append(f"topk_bias_update_rate={moe.topk_bias_update_rate} has no effect: balance_via_topk_bias=False")
+    if not spec.return_extra_loss and (moe.aux_losses or moe.z_loss_factor):
+        warnings.append("return_extra_loss=False: the routing losses are not part of the loss")
+
+
+def _divisors(number: int) -> list[int]:
+    return [value for value in range(1, number + 1) if number % value == 0]
+
+
+def _nearest(wanted: int, choices: list[int]) -> int:
+    """The choice nearest to ``wanted``; the smaller of two equally near ones."""
+    return min(choices, key=lambda choice: (abs(choice - wanted), choice))

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""YAML files and values, read safely: no tags, no duplicate keys, numbers such as 1e-5 are numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mindformers_ext.core.errors import UserError
+
+SIZE_LIMIT = 4 * 1024 * 1024  # bytes; real files have a few thousand
+NODE_LIMIT = 200_000  # nodes after aliases are followed: a few lines of nested aliases can mean billions
+DEPTH_LIMIT = 50
+
+# YAML 1.2's floats: YAML 1.1, which PyYAML follows, reads 1e-5 and 1.e5 without a sign as text
+_FLOAT = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader that refuses a key given twice in one mapping."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """The mapping of ``node``; merged anchors (``<<``) may be overridden, written keys may not repeat."""
+        seen: dict[object, int] = {}
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge" or not isinstance(key_node, yaml.ScalarNode):
+                continue
+            key = self.construct_object(key_node)
+            line = key_node.start_mark.line + 1
+            if key in seen:
+                raise UserError(f"key '{key}' stands twice, in line {seen[key]} and line {line}: remove one of them")
+            seen[key] = line
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in the YAML file at ``path``.
+
+    Raises:
+        UserError: the file is missing, too large, not YAML, not a mapping, or holds a key twice.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"configuration file {path} {what}: give the path of a .yaml file")
+    size = path.stat().st_size
+    if size > SIZE_LIMIT:
+        raise UserError(f"{path} has {size} bytes, more than {SIZE_LIMIT}: this is hardly a configuration file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+    content = parse_yaml(text, str(path))
+    if not isinstance(content, dict):
+        found = "is empty" if content is None else f"holds a {type(content).__name__}"
+        raise UserError(f"{path} {found}: a configuration is a mapping of keys to values")
+    names = [key for key in content if not isinstance(key, str)]
+    if names:
+        raise UserError(f"{path}: the keys {names} are not text: quote them")
+    return content
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of YAML ``text``; ``where`` names its source in messages.
+
+    Raises:
+        UserError: the text is not YAML, holds a key twice, or is nested too deep or too wide.
+    """
+    try:
+        loader = _Loader(text)  # already looks for characters that no YAML may hold
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _measure(node, 0, [NODE_LIMIT])
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise UserError(f"{where} is nested too deep") from error
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _measure(node: yaml.Node, depth: int, left: list[int]) -> None:
+    """Refuse a document that is too deep or, with aliases followed, too large."""
+    left[0] -= 1
+    if depth > DEPTH_LIMIT:
+        raise UserError(f"nested deeper than {DEPTH_LIMIT} levels (or an alias inside itself)")
+    if left[0] < 0:
+        raise UserError(f"more than {NODE_LIMIT} values once aliases are followed")
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            _measure(key, depth + 1, left)
+            _measure(value, depth + 1, left)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _measure(item, depth + 1, left)

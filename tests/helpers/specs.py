@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hypothesis strategies for valid specs, and a MindFormers YAML with the keys that users' files have."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from mindformers_ext.core.spec import DTYPE_NAMES, ModelSpec, MoESpec, NetworkSpec, NumericsSpec, ParallelSpec
+
+# The sections of the r1.3 to r1.7 files that a network is read from, with the dead keys and the anchor they carry.
+PRETRAIN_YAML = """
+seed: 0
+output_dir: './output'
+load_checkpoint: ""
+auto_trans_ckpt: False
+run_mode: 'train'
+trainer: {type: CausalLanguageModelingTrainer, model_name: 'mixtral-8x7b'}
+do_eval: false
+runner_config: {epochs: 10, batch_size: 1, sink_mode: True, sink_size: 1}
+optimizer: {type: AdamW, betas: [0.9, 0.95], eps: 1.e-8}
+moe_config:
+  expert_num: 8
+  capacity_factor: 1.1
+  aux_loss_factor: 0.05
+  num_experts_chosen: 2
+  routing_policy: "TopkRouterV2"
+  enable_sdrop: True
+  router_dense_type: "float32"
+  use_fused_ops_topkrouter: False
+  balance_via_topk_bias: False
+  topk_bias_update_rate: 0.001
+lr_schedule: {type: CosineWithWarmUpLR, learning_rate: 1.e-5, lr_end: 1.e-6, warmup_ratio: 0.03, total_steps: -1}
+train_dataset: &train_dataset
+  data_loader: {type: MindDataset, dataset_dir: "", shuffle: True}
+  input_columns: ["input_ids"]
+  batch_size: 4
+train_dataset_task: {type: CausalLanguageModelDataset, dataset_config: *train_dataset}
+use_parallel: True
+parallel:
+  parallel_mode: 1
+  gradients_mean: False
+  enable_alltoall: True
+  full_batch: True
+  search_mode: "sharding_propagation"
+  enable_parallel_optimizer: True
+  strategy_ckpt_save_file: "./ckpt_strategy.ckpt"
+  parallel_optimizer_config: {gradient_accumulation_shard: False, parallel_optimizer_threshold: 64}
+parallel_config:
+  data_parallel: 8
+  model_parallel: 1
+  expert_parallel: 8
+  pipeline_stage: 2
+  use_seq_parallel: False
+  micro_batch_num: 16
+  vocab_emb_dp: True
+  gradient_aggregation_group: 4
+micro_batch_interleave_num: 1
+recompute_config:
+  recompute: True
+  select_recompute: False
+  parallel_optimizer_comm_recompute: False
+  mp_comm_recompute: True
+  recompute_slice_activation: True
+callbacks:
+  - type: MFLossMonitor
+  - type: CheckpointMonitor
+    prefix: "mixtral-8x7b"
+  - type: ObsMonitor
+context: {mode: 0, device_target: "Ascend", max_device_memory: "58GB", jit_config: {jit_level: "O1"}}
+model:
+  model_config:
+    type: LlamaConfig
+    batch_size: 1
+    seq_length: 4096
+    hidden_size: 4096
+    intermediate_size: 14336
+    theta: 1000000
+    num_layers: 32
+    num_heads: 32
+    vocab_size: 32000
+    multiple_of: 256
+    n_kv_heads: 8
+    rms_norm_eps: 1.0e-5
+    bos_token_id: 1
+    eos_token_id: 2
+    pad_token_id: 0
+    ignore_token_id: -100
+    compute_dtype: "float16"
+    layernorm_compute_type: "float32"
+    softmax_compute_type: "float16"
+    rotary_dtype: "float16"
+    param_init_type: "float32"
+    use_past: False
+    extend_method: "None"
+    use_flash_attention: True
+    offset: 0
+    checkpoint_name_or_path: ""
+    repetition_penalty: 1
+    max_decode_length: 512
+    top_k: 3
+    top_p: 1
+    do_sample: False
+  arch:
+    type: LlamaForCausalLM
+runner_wrapper:
+  type: MFTrainOneStepCell
+  scale_sense: {type: DynamicLossScaleUpdateCell, loss_scale_value: 65535, scale_factor: 2, scale_window: 1000}
+  use_clip_grad: True
+eval_callbacks:
+  - type: ObsMonitor
+auto_tune: False
+filepath_prefix: './autotune'
+autotune_per_step: 10
+profile: False
+layer_scale: False
+layer_decay: 0.65
+lr_scale_factor: 256
+remote_save_url: "Please input obs url on AICC platform."
+"""
+
+# semi_auto_parallel, which most rules are about, in half of the draws
+MODES = ["semi_auto_parallel"] * 4 + ["auto_parallel", "data_parallel", "hybrid_parallel", "stand_alone"]
+
+_factors = st.integers(0, 999).map(lambda value: value / 1000)
+_dtypes = st.sampled_from(DTYPE_NAMES)
+
+
+@st.composite
+def moe_specs(draw: st.DrawFn) -> MoESpec:
+    """Valid routing of 2 to 16 experts."""
+    groups = draw(st.sampled_from([1, 2, 4]))
+    experts = groups * draw(st.integers(2, 4))
+    kept = draw(st.integers(1, groups))
+    method = draw(st.sampled_from(["greedy", "group_limited_greedy", "noaux_tc"]))
+    limit = experts if method == "greedy" else kept * (experts // groups)
+    kinds = draw(st.lists(st.sampled_from(["expert", "device", "comm"]), unique=True))
+    return MoESpec(
+        num_local_experts=experts,
+        num_experts_per_tok=draw(st.integers(1, limit)),
+        capacity_factor=draw(st.sampled_from([-1.0, 0.0, 0.5, 1.1, 2.0])),
+        enable_sdrop=draw(st.booleans()),
+        use_gating_sigmoid=draw(st.booleans()),
+        norm_topk_prob=draw(st.booleans()),
+        routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
+        topk_method=method,
+        n_group=groups if method != "greedy" else draw(st.sampled_from([None, groups])),
+        topk_group=kept if method != "greedy" else None,
+        aux_losses=tuple((kind, draw(_factors)) for kind in kinds),
+        expert_group_size=groups if "device" in kinds else None,
+        z_loss_factor=draw(_factors),
+        aux_loss_reduce=draw(st.sampled_from(["sum", "mean"])),
+        balance_via_topk_bias=draw(st.booleans()),
+        topk_bias_update_rate=draw(_factors),
+        router_dtype=draw(st.sampled_from(["float32", "bfloat16"])),
+        use_fused_ops_topkrouter=draw(st.booleans()),
+        comp_comm_parallel_degree=draw(st.integers(1, 3)),
+        max_router_load=draw(st.sampled_from([131072, 262144])),
+    )
+
+
+@st.composite
+def model_specs(draw: st.DrawFn) -> ModelSpec:
+    """Valid models, dense or with experts, odd widths included."""
+    kv_heads = draw(st.integers(1, 4))
+    heads = kv_heads * draw(st.integers(1, 3))
+    vocab = draw(st.integers(8, 500))
+    ids = st.integers(-1, 7)
+    return ModelSpec(
+        vocab_size=vocab,
+        hidden_size=draw(st.integers(1, 200)),
+        intermediate_size=draw(st.integers(1, 200)),
+        num_hidden_layers=draw(st.integers(1, 8)),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=2 * draw(st.integers(1, 16)),
+        max_position_embeddings=draw(st.integers(64, 4096)),
+        rms_norm_eps=draw(st.sampled_from([1e-5, 1e-6])),
+        rope_theta=draw(st.sampled_from([1e4, 5e5, 1e6])),
+        tie_word_embeddings=draw(st.booleans()),
+        initializer_range=draw(st.sampled_from([0.01, 0.02])),
+        bos_token_id=draw(ids),
+        eos_token_id=draw(ids),
+        pad_token_id=draw(ids),
+        ignore_token_id=draw(st.sampled_from([-100, -1])),
+        more_eos_token_ids=tuple(draw(st.lists(st.integers(0, 7), max_size=2))),
+        moe=draw(st.none() | moe_specs()),
+    )
+
+
+@st.composite
+def parallel_specs(draw: st.DrawFn) -> ParallelSpec:
+    """Any sizes; their product is the device count in about half of the draws."""
+    sizes = st.sampled_from([1, 1, 1, 2, 3, 4])
+    dp, mp, pp = draw(sizes), draw(sizes), draw(sizes)
+    return ParallelSpec(
+        data_parallel=dp,
+        model_parallel=mp,
+        pipeline_stage=pp,
+        expert_parallel=draw(sizes),
+        context_parallel=draw(st.sampled_from([1, 1, 1, 2])),
+        micro_batch_num=draw(sizes),
+        micro_batch_interleave_num=draw(st.integers(1, 2)),
+        use_seq_parallel=draw(st.booleans()),
+        vocab_emb_dp=draw(st.booleans()),
+        enable_alltoall=draw(st.booleans()),
+        enable_parallel_optimizer=draw(st.booleans()),
+        gradients_mean=draw(st.booleans()),
+        full_batch=draw(st.booleans()),
+        parallel_mode=draw(st.sampled_from(MODES)),
+        device_num=draw(st.just(dp * mp * pp) | st.sampled_from([1, 2, 4, 6, 8, 16, 24])),
+    )
+
+
+@st.composite
+def network_specs(draw: st.DrawFn) -> NetworkSpec:
+    """Valid models with any sizes of the cluster."""
+    return NetworkSpec(
+        model=draw(model_specs()),
+        seq_length=draw(st.integers(1, 64)),
+        batch_size=draw(st.integers(1, 8)),
+        numerics=NumericsSpec(
+            compute_dtype=draw(_dtypes),
+            param_dtype=draw(_dtypes),
+            norm_dtype=draw(_dtypes),
+            softmax_dtype=draw(_dtypes),
+            rotary_dtype=draw(_dtypes),
+        ),
+        parallel=draw(parallel_specs()),
+        return_extra_loss=draw(st.booleans()),
+    )

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""YAML files: numbers, anchors, and every file that is refused with a reason."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.log import get_logger, set_up_logging
+from mindformers_ext.core.yaml_file import SIZE_LIMIT, load_yaml, parse_yaml
+from tests.helpers.specs import PRETRAIN_YAML
+
+BILLION = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
+
+
+def test_a_real_file(tmp_path: Path) -> None:
+    path = tmp_path / "pretrain.yaml"
+    path.write_text(PRETRAIN_YAML + "# 当前不支持\n", encoding="utf-8")
+    config = load_yaml(path)
+    assert config["moe_config"]["expert_num"] == 8
+    assert config["train_dataset_task"]["dataset_config"] is config["train_dataset"]  # the anchor
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-5", 1e-5), ("1.e-8", 1e-8), ("3e4", 3e4), ("-2.5E+3", -2500.0), ("e5", "e5"), ("1e", "1e"), ("12", 12),
+     ("None", "None"), ("null", None), ("", None), ("a: b", {"a": "b"}), ("yes", True)],
+)  # fmt: skip
+def test_values(text: str, value: object) -> None:
+    assert parse_yaml(text, "value") == value
+
+
+def test_merged_keys_may_be_overridden() -> None:
+    assert parse_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}", "text")["b"] == {"x": 3, "y": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: 1\nb:\n  c: 1\n  c: 2\n", "key 'c' stands twice, in line 3 and line 4"),
+        ("{a: 1, a: 2}", "key 'a' stands twice"),
+        ("a: [1", "is not valid YAML"),
+        ("a: \x1f", "special characters are not allowed"),
+        ("a: !!python/name:os.system", "is not valid YAML"),
+        ("- a\n- b", "holds a list"),
+        ("", "is empty"),
+        ("1: a", r"the keys \[1\] are not text"),
+        ("a: &a [*a]", "nested deeper"),
+        (BILLION, "once aliases are followed"),
+        ("[" * 100_000, "nested too deep|nested deeper"),
+    ],
+)
+def test_broken_files(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=words) as caught:
+        load_yaml(path)
+    assert str(path) in str(caught.value)
+
+
+def test_what_is_no_yaml_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        load_yaml(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="is a folder"):
+        load_yaml(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes("a: é".encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_yaml(tmp_path / "latin.yaml")
+    (tmp_path / "big.yaml").write_bytes(b"#" * (SIZE_LIMIT + 1))
+    with pytest.raises(UserError, match="more than"):
+        load_yaml(tmp_path / "big.yaml")
+
+
+def test_logging_is_set_up_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    package = logging.getLogger("mindformers_ext")
+    before = (list(package.handlers), package.level, package.propagate)
+    try:
+        set_up_logging()
+        set_up_logging(file=tmp_path / "log" / "run.log")
+        get_logger("mindformers_ext.core.rules").info("hello")
+        get_logger("other").info("there")
+        assert capsys.readouterr().err.count("hello") == 1
+        written = (tmp_path / "log" / "run.log").read_text(encoding="utf-8")
+        assert "INFO mindformers_ext.core.rules: hello" in written and "mindformers_ext.other: there" in written
+    finally:
+        for handler in package.handlers:
+            if handler not in before[0]:
+                handler.close()
+        package.handlers, package.level, package.propagate = before
