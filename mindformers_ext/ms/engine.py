@@ -54,15 +54,20 @@ class MindSporeEngine:
 
 
 def _check(parameters: Mapping[str, Parameter], weights: Mapping[str, np.ndarray]) -> None:
+    held = {name: weight.shape for name, weight in weights.items()}
+    wanted = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     problems = Problems("weights for the network")
-    missing = [name for name in parameters if name not in weights and name.split(".")[-1] not in STATE]
-    unwanted = [name for name in weights if name not in parameters]
-    for what, names in (("missing", missing), ("unwanted", unwanted)):
-        for name in names[:LISTED]:
-            problems.add(f"'{name}' is {what}", "the checkpoint was made for another model or other sizes")
-        if len(names) > LISTED:
-            problems.add(f"{len(names) - LISTED} more are {what}", f"{len(names)} in all")
-    for name, parameter in parameters.items():
-        if name in weights and weights[name].shape != tuple(parameter.shape):
-            problems.add(f"'{name}' has shape {weights[name].shape}", f"the network wants {tuple(parameter.shape)}")
+    _list(problems, "missing", [f"'{n}'" for n in wanted if n not in held and n.split(".")[-1] not in STATE])
+    _list(problems, "unwanted", [f"'{name}'" for name in held if name not in wanted])
+    wrong = [name for name in wanted if name in held and held[name] != wanted[name]]
+    _list(problems, "misshaped", [f"'{name}' {held[name]} instead of {wanted[name]}" for name in wrong])
     problems.raise_if_any()
+
+
+def _list(problems: Problems, what: str, names: list[str]) -> None:
+    if names:
+        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+        problems.add(
+            f"{len(names)} tensors are {what}: {', '.join(names[:LISTED])}{more}",
+            "the checkpoint was made for another model or other sizes",
+        )

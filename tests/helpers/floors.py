@@ -30,7 +30,7 @@ def _floor(ours: str = "", third: str = "", late_ours: str = "", late_third: str
 
 
 # numpy is the common array library of every folder that touches arrays. tensorboardX and matplotlib write the pictures
-# of a training run; both stay inside functions.
+# of a training run; both stay inside functions. So does transformers, by which pt/hf_reference.py judges our networks.
 FLOORS = {
     "core": _floor("", "yaml numpy"),
     "formats": _floor("core", "numpy safetensors ml_dtypes"),
@@ -38,7 +38,7 @@ FLOORS = {
     "data": _floor("core formats", "numpy", late_third="sentencepiece fastchat tokenizers"),
     "surgery": _floor("core weights", "numpy torch"),
     "ms": _floor("core", "numpy mindspore"),
-    "pt": _floor("core", "numpy torch"),
+    "pt": _floor("core", "numpy torch", late_third="transformers"),
     "jobs": _floor("core formats weights data surgery", "numpy tqdm", late_third="matplotlib"),
     "mf": _floor("core data ms jobs", "numpy mindspore mindformers", late_third="tensorboardX"),
     "cli": _floor("jobs weights core", "rich", late_ours="mf"),

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python tools/plot_run.py output/quickstart``: loss curve and expert load of a training run as PNG."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from mindformers_ext.cli.outcome import exit_code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    result = argparse.ArgumentParser(
+        prog="plot_run.py",
+        description="Plot a training run of run_mindformer.py from its metrics: loss.png (loss, LM loss, aux loss, "
+        "learning rate) and, with experts, expert_load.png (share of tokens per expert, imbalance, drops).",
+    )
+    result.add_argument("run_folder", type=Path, help="the run's output_dir; the pictures are written there")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 on success, 2 on a user's mistake."""
+    return exit_code(_run, parser().parse_args(argv))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from mindformers_ext.jobs.plot_run import plot_run
+
+    for picture in plot_run(arguments.run_folder):
+        print(f"wrote {picture}")
+    return 0

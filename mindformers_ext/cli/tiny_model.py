@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python tools/make_tiny_model.py``: a Hugging Face folder with random weights."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mindformers_ext.cli.outcome import exit_code
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.spec import ModelSpec, MoESpec
+
+SIZES = {
+    "vocab_size": 2000,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options. Sizes default to None, so that ``--config`` beside a size can be refused."""
+    result = argparse.ArgumentParser(
+        prog="make_tiny_model.py",
+        description="Write a Hugging Face Mixtral (or LLaMA) folder with random weights that transformers loads. "
+        "Sizes come from a training YAML (--config) or from the options below.",
+    )
+    result.add_argument("--output_dir", type=Path, required=True, help="the model folder to write")
+    result.add_argument(
+        "--config", type=Path, help="a MindFormers YAML, for example configs/tiny/mixtral_pretrain.yaml"
+    )
+    result.add_argument("--model", choices=("mixtral", "llama"), help="without --config: which model (default mixtral)")
+    for name, value in {**SIZES, **EXPERTS}.items():
+        result.add_argument(f"--{name}", type=int, help=f"without --config (default {value})")
+    result.add_argument("--tokenizer", type=Path, help="a SentencePiece model (tokenizer.model) to add to the folder")
+    result.add_argument("--seed", type=int, default=0, help="of the random weights (default 0)")
+    result.add_argument("--overwrite", action="store_true", help="replace a folder that exists")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 on success, 2 on a user's mistake."""
+    return exit_code(_run, parser().parse_args(argv))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from mindformers_ext.jobs.tiny_model import TinyModelRequest, make_tiny_model
+
+    request = TinyModelRequest(
+        output_dir=arguments.output_dir,
+        spec=_spec(arguments),
+        tokenizer=arguments.tokenizer,
+        seed=arguments.seed,
+        overwrite=arguments.overwrite,
+    )
+    summary = make_tiny_model(request)
+    print(
+        f"wrote {arguments.output_dir}: {summary.model_type}, {summary.parameters:,} parameters in "
+        f"{summary.tensors} tensors"
+    )
+    return 0
+
+
+def _spec(arguments: argparse.Namespace) -> ModelSpec:
+    from mindformers_ext.jobs.tiny_model import spec_from_yaml_file
+
+    given = [name for name in ("model", *SIZES, *EXPERTS) if getattr(arguments, name) is not None]
+    if arguments.config:
+        if given:
+            raise UserError(f"--config already says {', '.join(given)}: give the sizes in one place")
+        return spec_from_yaml_file(arguments.config)
+    sizes: dict[str, Any] = {name: _chosen(arguments, name, value) for name, value in SIZES.items()}
+    routing: dict[str, Any] = {name: _chosen(arguments, name, value) for name, value in EXPERTS.items()}
+    if arguments.model == "llama" and any(getattr(arguments, name) is not None for name in EXPERTS):
+        raise UserError("a llama has no experts: leave out --num_local_experts and --num_experts_per_tok")
+    return ModelSpec(
+        **sizes,
+        head_dim=sizes["hidden_size"] // max(1, sizes["num_attention_heads"]),
+        pad_token_id=3,
+        moe=None if arguments.model == "llama" else MoESpec(**routing),
+    )
+
+
+def _chosen(arguments: argparse.Namespace, name: str, default: int) -> int:
+    value = getattr(arguments, name)
+    return default if value is None else value

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one door from jobs to the engines: what a job may ask of a framework, and how one is opened.
+
+A job names an engine by a word and sees numpy arrays only; which framework answers is decided here, when asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.spec import NetworkSpec
+
+
+class Network(Protocol):
+    """A causal language model of an engine, weights included."""
+
+    def load(self, weights: Mapping[str, np.ndarray]) -> None:
+        """Fill every parameter from ``weights`` (MindFormers' names).
+
+        Raises:
+            UserError: a name is missing or not wanted, or a shape differs; all of them are listed.
+        """
+        ...
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """float32 logits of shape (B, S, V) for int32 token ids of shape (B, S)."""
+        ...
+
+
+class Engine(Protocol):
+    """A framework that can build networks."""
+
+    name: str
+
+    def build(self, spec: NetworkSpec) -> Network:
+        """A causal language model with fresh random weights."""
+        ...
+
+
+class RecordStore(Protocol):
+    """Reads and writes files of token rows."""
+
+    def write(self, path: Path, rows: Iterable[Mapping[str, np.ndarray]], fields: tuple[str, ...]) -> int:
+        """Write int32 rows that have ``fields``; returns how many. The file appears whole or not at all."""
+        ...
+
+    def read(self, path: Path, fields: tuple[str, ...]) -> Iterator[dict[str, np.ndarray]]:
+        """The rows of a file, in file order."""
+        ...
+
+
+class Reference(Protocol):
+    """Somebody else's implementation of the same model: what ours is judged by."""
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """float32 logits of shape (B, S, V) for token ids of shape (B, S)."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text`` as the reference's own tokenizer gives them, BOS included."""
+        ...
+
+
+ENGINES = ("ms",)
+
+
+def open_engine(name: str) -> Engine:
+    """The engine called ``name``: "ms" is MindSpore. Importing it takes seconds; do it once."""
+    if name == "ms":
+        from mindformers_ext.ms.engine import MindSporeEngine
+
+        return MindSporeEngine()
+    raise UserError(f"no engine called '{name}': choose one of {', '.join(ENGINES)}")
+
+
+def open_records() -> RecordStore:
+    """MindRecord files, read and written by MindSpore."""
+    from mindformers_ext.ms.mindrecord import MindRecordStore
+
+    return MindRecordStore()
+
+
+def open_reference(folder: Path) -> Reference:
+    """Hugging Face transformers with the model folder at ``folder``, float32 on the CPU."""
+    from mindformers_ext.pt.hf_reference import HuggingFaceReference
+
+    return HuggingFaceReference(folder)

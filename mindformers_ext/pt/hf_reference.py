@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face transformers as the judge of our networks: a model folder, run in float32 on the CPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mindformers_ext.core.errors import UserError
+
+# transformers' tokenizers load protobuf. MindSpore's generated code needs protobuf's Python implementation, which it
+# asks for while it is imported: too late in a process where protobuf came first. So ask before anyone does.
+os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
+
+
+class HuggingFaceReference:
+    """The causal language model of a Hugging Face folder, with the folder's tokenizer if it has one."""
+
+    def __init__(self, folder: Path) -> None:
+        """Load ``folder``; nothing is downloaded.
+
+        Raises:
+            UserError: no model there, or weights missing or left over (transformers itself would fill the missing
+                ones with random numbers and only warn).
+        """
+        from transformers import AutoModelForCausalLM
+
+        if not (folder / "config.json").is_file():
+            raise UserError(f"no config.json in {folder}: give a Hugging Face model folder")
+        self.folder = folder
+        self.model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True, output_loading_info=True
+        )
+        wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
+        if wrong:
+            listed = "; ".join(f"{kind}: {', '.join(names[:5])} ({len(names)})" for kind, names in wrong.items())
+            raise UserError(f"{folder}: config.json and the weights do not belong together. {listed}")
+        self.model.eval()
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """float32 logits of shape (B, S, V) for token ids of shape (B, S)."""
+        with torch.no_grad():
+            return self.model(torch.from_numpy(ids.astype(np.int64)), use_cache=False).logits.float().numpy()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``, BOS included, by the folder's own tokenizer."""
+        from transformers import AutoTokenizer
+
+        return list(AutoTokenizer.from_pretrained(self.folder, local_files_only=True)(text)["input_ids"])
