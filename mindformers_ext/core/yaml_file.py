@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YAML files and values, read safely: no tags, no duplicate keys, numbers such as 1e-5 are numbers."""
+"""YAML files and values, read and written safely: no tags, no duplicate keys, numbers such as 1e-5 are numbers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,12 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper that quotes a text which ``_Loader`` would read as a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -86,6 +91,18 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where} is nested too deep") from error
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def dump_yaml(config: Mapping[str, Any]) -> str:
+    """``config`` as YAML text in its own order; ``parse_yaml`` and any YAML 1.1 reader give it back.
+
+    Raises:
+        UserError: a value is no plain YAML value (an object of a framework, for example).
+    """
+    try:
+        return yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    except yaml.representer.RepresenterError as error:
+        raise UserError(f"not a plain YAML value: {error.args[-1]!r}") from error
 
 
 def _measure(node: yaml.Node, depth: int, left: list[int]) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.log import get_logger, set_up_logging
-from mindformers_ext.core.yaml_file import SIZE_LIMIT, load_yaml, parse_yaml
+from mindformers_ext.core.yaml_file import SIZE_LIMIT, dump_yaml, load_yaml, parse_yaml
 from tests.helpers.specs import PRETRAIN_YAML
 
 BILLION = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
@@ -59,6 +63,26 @@ def test_broken_files(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
         load_yaml(path)
     assert str(path) in str(caught.value)
+
+
+TEXTS = st.text("ae1.-+_: #'\"N") | st.sampled_from(["None", "1e-5", "yes", "0x1F"])
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abe1."), inner, max_size=3), max_leaves=8,
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(st.text("abe1."), PLAIN, max_size=4))
+def test_what_is_written_is_read_back(config: dict[str, Any]) -> None:
+    text = dump_yaml(config)
+    assert (parse_yaml(text, "text") or {}) == config
+    assert (yaml.safe_load(text) or {}) == config  # MindFormers reads with PyYAML's own rules
+
+
+def test_only_plain_values_are_written() -> None:
+    with pytest.raises(UserError, match="not a plain YAML value"):
+        dump_yaml({"a": Path("b")})
 
 
 def test_what_is_no_yaml_file(tmp_path: Path) -> None:
