@@ -131,6 +131,13 @@ class ModelSpec:
     moe: MoESpec | None = None
 
     @property
+    def experts(self) -> MoESpec:
+        """``moe`` of a model that has experts; ``ValueError`` for a dense one."""
+        if self.moe is None:
+            raise ValueError("a dense model has no experts")
+        return self.moe
+
+    @property
     def model_type(self) -> str:
         """``mixtral`` with experts, ``llama`` without: the stem of every file about this model."""
         return "mixtral" if self.moe else "llama"

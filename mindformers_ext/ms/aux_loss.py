@@ -23,7 +23,7 @@ class AuxiliaryLoss(nn.Cell):
     def __init__(self, moe: MoESpec, expert_parallel: int = 1) -> None:
         super().__init__()
         experts = moe.num_local_experts
-        parts = {"expert": experts, "device": moe.expert_group_size, "comm": expert_parallel}
+        parts = {"expert": experts, "device": moe.expert_group_size or 1, "comm": expert_parallel}
         active = tuple((parts[kind], factor) for kind, factor in moe.aux_losses if factor > 0)
         self.balances = bool(active)
         self.z_factor = moe.z_loss_factor
@@ -36,7 +36,8 @@ class AuxiliaryLoss(nn.Cell):
         if self.balances:
             share_GE = counts_GE / counts_GE.sum(-1, keepdims=True)
             mean_GE = prob_GNE.mean(1)
-            for pool, weight in zip(self.pools, self.weights):
+            for i in range(len(self.pools)):
+                pool, weight = self.pools[i], self.weights[i]
                 product = self.matmul(share_GE, pool) * self.matmul(mean_GE, pool)
                 total = total + weight * product.sum(-1).mean()
         if self.z_factor > 0:

@@ -66,8 +66,8 @@ class MoELayer(nn.Cell):
 class Decoder(nn.Cell):
     """Embedding, layers, final norm.
 
-    Input (B, S) int32. Outputs: hidden (B*S, D), aux_loss (), load (L, E) and dropped (L) float32; a dense model
-    has no experts and returns load (1, 1) and dropped (1) of zeros.
+    Input (B, S) int32. Outputs: hidden (B*S, D), aux_loss (), load (layers, E) and dropped (layers),
+    float32; a dense model has no experts and returns load (1, 1) and dropped (1) of zeros.
     """
 
     def __init__(self, spec: NetworkSpec, operators: Operators) -> None:
@@ -92,7 +92,8 @@ class Decoder(nn.Cell):
             cos_SP, sin_SP = cos_SP[:, :S], sin_SP[:, :S]
         x_TD = ops.cast(self.tok_embeddings(ops.reshape(ids_BS, (-1,))), self.compute_dtype)
         aux_loss = ops.zeros((), ms.float32)
-        loads, drops = (), ()
+        loads: tuple = ()
+        drops: tuple = ()
         if self.has_experts:
             for layer in self.layers:
                 x_TD, layer_aux, load_E, dropped = layer(x_TD, cos_SP, sin_SP)
@@ -109,7 +110,8 @@ class CausalLM(nn.Cell):
     """Decoder and head.
 
     ``construct(ids (B, S)) -> logits (B, S, V)`` float32; ``losses(ids (B, S+1), labels=None)`` -> (loss, lm_loss,
-    aux_loss, load (L, E), dropped (L)), loss = lm_loss + aux_loss (aux_loss left out when ``return_extra_loss`` is off).
+    aux_loss, load (layers, E), dropped (layers)) with loss = lm_loss + aux_loss, or lm_loss alone when
+    ``return_extra_loss`` is off.
     """
 
     def __init__(self, spec: NetworkSpec, operators: Operators | None = None) -> None:
@@ -142,8 +144,8 @@ class CausalLM(nn.Cell):
         tokens = ids_BT[:, :-1]
         target = ids_BT[:, 1:] if labels_BT is None else labels_BT[:, 1:]
         counted = ops.logical_and(tokens != self.pad_token_id, target != self.ignore_token_id)
-        x_TD, aux_loss, load_LE, dropped_L = self.model(tokens)
+        x_TD, aux_loss, load, dropped = self.model(tokens)
         weight_T = ops.cast(ops.reshape(counted, (-1,)), ms.float32)
         lm_loss = self.next_token_loss(self._head(x_TD), ops.reshape(target, (-1,)), weight_T)
         loss = lm_loss + aux_loss if self.add_aux_loss else lm_loss
-        return loss, lm_loss, aux_loss, load_LE, dropped_L
+        return loss, lm_loss, aux_loss, load, dropped

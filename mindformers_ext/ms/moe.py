@@ -81,7 +81,7 @@ class CombineRows(nn.Cell):
         dy_GECD = self.gather(dout, ops.maximum(dispatch_GEC - 1, 0), 1)
         dy_GECD = dy_GECD * ops.expand_dims(ops.cast(weight_GEC, dout.dtype), -1)
         rows = ops.reshape(y_GECD, (G, -1, D))
-        parts = ()
+        parts: tuple = ()
         for j in range(self.chosen):
             product = ops.cast(self.gather(rows, slot_GNK[:, :, j], 1) * dout, ms.float32)
             parts = parts + (ops.reshape(self.row_sum(ops.reshape(product, (-1, D)), self.ones_D), (G, N, 1)),)
@@ -109,9 +109,9 @@ class Router(nn.Cell):
     def __init__(self, spec: NetworkSpec, router_dtype: ms.Type) -> None:
         super().__init__()
         model = spec.model
-        experts = model.moe.num_local_experts
+        experts = model.experts.num_local_experts
         self.dense = RouterGate(model.hidden_size, experts, model.initializer_range, router_dtype)
-        self.router = TopkRouterV2(model.moe, spec.parallel)
+        self.router = TopkRouterV2(model.experts, spec.parallel)
         self.groups = spec.parallel.groups
         self.experts = experts
 
@@ -124,7 +124,7 @@ class MoE(nn.Cell):
 
     def __init__(self, spec: NetworkSpec, operators: Operators) -> None:
         super().__init__()
-        model, moe = spec.model, spec.model.moe
+        model, moe = spec.model, spec.model.experts
         param_dtype = mindspore_dtype(spec.numerics.param_dtype)
         self.groups = spec.parallel.groups
         self.router = Router(spec, operators.router_dtype(moe.router_dtype))

@@ -56,11 +56,17 @@ class SwiGluOp(nn.Cell):
 
     def __init__(self) -> None:
         super().__init__()
-        self.silu = ops.silu
-        self.mul = P.Mul()
+        self.sigmoid = P.Sigmoid()
 
     def construct(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self.mul(self.silu(gate), up)
+        return gate * self.sigmoid(gate) * up
+
+    def bprop(self, gate: Tensor, up: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+        # silu' = s + a (1 - s) = a + s (1 - a) with s the sigmoid and a = gate * s.
+        sigmoid = self.sigmoid(gate)
+        active = gate * sigmoid
+        dgate = dout * up * (active + sigmoid * (1.0 - active))
+        return dgate, dout * active
 
 
 class RotaryOp(nn.Cell):
@@ -90,36 +96,3 @@ class RotaryOp(nn.Cell):
         d = ops.cast(dout, self.dtype)
         dx_BSHP = ops.cast(d * cos_SP - self._turn(d) * sin_SP, x_BSHP.dtype)
         return dx_BSHP, ops.zeros_like(cos_SP), ops.zeros_like(sin_SP)
-
-
-class CausalAttentionOp(nn.Cell):
-    """Grouped-query causal attention; key and value heads are shared by stacking queries, never repeated.
-
-    Inputs: ``q`` (B, S, H*P), ``k`` and ``v`` (B, S, N*P). Output: (B, S, H*P). Scores (B*N, R*S, S) with R = H/N.
-    """
-
-    def __init__(self, heads: int, kv_heads: int, head_dim: int, seq_length: int, softmax_dtype: ms.Type) -> None:
-        super().__init__()
-        self.kv_heads, self.repeats, self.head_dim = kv_heads, heads // kv_heads, head_dim
-        self.scale = head_dim**-0.5
-        self.softmax_dtype = softmax_dtype
-        self.softmax = P.Softmax(axis=-1)
-        self.scores = P.BatchMatMul(transpose_b=True)
-        self.mix = P.BatchMatMul()
-        self.transpose = P.Transpose()
-        # Finite, so that a row can never become nan; far below any score, so that exp gives exactly 0.
-        mask = np.triu(np.full((seq_length, seq_length), -1e9 if softmax_dtype != ms.float16 else -6e4, np.float32), 1)
-        self.mask_SS = Tensor(mask, softmax_dtype)
-
-    def construct(self, q_BSD: Tensor, k_BSD: Tensor, v_BSD: Tensor) -> Tensor:
-        B, S, _ = q_BSD.shape
-        N, R, P_ = self.kv_heads, self.repeats, self.head_dim
-        q = self.transpose(ops.reshape(q_BSD * self.scale, (B, S, N, R, P_)), (0, 2, 3, 1, 4))
-        k = self.transpose(ops.reshape(k_BSD, (B, S, N, P_)), (0, 2, 1, 3))
-        v = self.transpose(ops.reshape(v_BSD, (B, S, N, P_)), (0, 2, 1, 3))
-        scores = self.scores(ops.reshape(q, (B * N, R * S, P_)), ops.reshape(k, (B * N, S, P_)))
-        scores = ops.cast(ops.reshape(scores, (B * N * R, S, S)), self.softmax_dtype)
-        weights = ops.cast(self.softmax(scores + self.mask_SS[:S, :S]), q_BSD.dtype)
-        mixed = self.mix(ops.reshape(weights, (B * N, R * S, S)), ops.reshape(v, (B * N, S, P_)))
-        mixed = self.transpose(ops.reshape(mixed, (B, N, R, S, P_)), (0, 3, 1, 2, 4))
-        return ops.reshape(mixed, (B, S, N * R * P_))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import mindspore as ms
 from mindspore import nn
 
-from mindformers_ext.ms.ops import portable
+from mindformers_ext.ms.ops import portable, portable_attention
 from mindformers_ext.ms.ops.dtypes import mindspore_dtype
 
 _log = logging.getLogger("mindformers_ext")
@@ -32,7 +32,7 @@ class Operators:
     rms_norm: Callable[..., nn.Cell] = portable.RmsNormOp
     swiglu: Callable[..., nn.Cell] = portable.SwiGluOp
     rotary: Callable[..., nn.Cell] = portable.RotaryOp
-    causal_attention: Callable[..., nn.Cell] = portable.CausalAttentionOp
+    causal_attention: Callable[..., nn.Cell] = portable_attention.CausalAttentionOp
 
     def dtype(self, name: str) -> ms.Type:
         """The type to compute in: bfloat16 becomes float32 where the device cannot multiply it."""
