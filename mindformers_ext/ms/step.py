@@ -18,31 +18,29 @@ _as_vector = P.ExpandDims().add_prim_attr("grad_scale", True)
 
 _square_sum = ops.MultitypeFuncGraph("square_sum")
 _scaled = ops.MultitypeFuncGraph("scaled")
-_clear = ops.MultitypeFuncGraph("clear")
-_accumulate = ops.MultitypeFuncGraph("accumulate")
+_add = ops.MultitypeFuncGraph("add")
 
-# Names of the step's own state in a checkpoint; a resumed run must restore them (see ``mf.checkpoint``).
+# Names of the step's own state in a checkpoint; a resumed run must restore them (``mf.trainer`` does).
 STEP_STATE = ("scale_sense", "current_iterator_step", "last_overflow_iterator_step")
+
+Batch = tuple[Tensor, ...]
+Gradients = tuple[Tensor, ...]
+Terms = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # loss, lm_loss, aux_loss, expert_load, dropped
 
 
 @_square_sum.register("Tensor")
-def _square_sum_of(gradient):  # type: ignore[no-untyped-def]
+def _square_sum_of(gradient: Tensor) -> Tensor:
     return _as_vector(ops.reduce_sum(ops.square(ops.cast(gradient, ms.float32))), 0)
 
 
 @_scaled.register("Tensor", "Tensor")
-def _scaled_by(factor, gradient):  # type: ignore[no-untyped-def]
+def _scaled_by(factor: Tensor, gradient: Tensor) -> Tensor:
     return ops.cast(gradient, ms.float32) * factor
 
 
-@_clear.register("Tensor")
-def _clear_one(total):  # type: ignore[no-untyped-def]
-    return ops.assign(total, ops.zeros_like(total))
-
-
-@_accumulate.register("Tensor", "Tensor")
-def _accumulate_one(total, gradient):  # type: ignore[no-untyped-def]
-    return ops.assign_add(total, ops.cast(gradient, total.dtype))
+@_add.register("Tensor", "Tensor")
+def _add_pair(left: Tensor, right: Tensor) -> Tensor:
+    return ops.cast(left, ms.float32) + ops.cast(right, ms.float32)
 
 
 class StepOutput(NamedTuple):
@@ -72,7 +70,8 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
         max_grad_norm: clip the global gradient norm to this; None leaves the gradients alone.
         micro_batches: gradient accumulation steps.
 
-    Outputs: ``StepOutput`` as a plain tuple; losses are means over the micro batches, ``expert_load`` their sum.
+    Outputs: ``StepOutput`` as a plain tuple; losses are means over the micro batches, ``expert_load`` their sum, and
+    ``loss_scale`` is the one the next step uses.
     """
 
     def __init__(self, network: nn.Cell, optimizer: nn.Optimizer, scale_sense: float | nn.Cell = 1.0,
@@ -87,8 +86,6 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
         self.has_dynamic_lr = bool(optimizer.dynamic_lr)
         self.has_group_lr = bool(optimizer.is_group_lr)
         self.gradients_of = ops.value_and_grad(self.scaled_loss, None, self.weights, has_aux=True)
-        if self.accumulates:
-            self.accu_grads = self.weights.clone(prefix="accu_grads", init="zeros")
         self.all_finite = ops.IsFinite()
 
     def construct(self, *batch: Tensor) -> tuple[Any, ...]:
@@ -109,41 +106,40 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
         loss = terms[0]
         if not overflow:
             loss = ops.depend(loss, self.optimizer(gradients))
+        scale = ops.depend(self.scale_sense, overflow)
         return loss, overflow, scale, learning_rate, global_norm, terms[1], terms[2], terms[3], terms[4]
 
-    def scaled_loss(self, scale, *batch):  # type: ignore[no-untyped-def]
+    def scaled_loss(self, scale: Tensor, *batch: Tensor) -> tuple[Tensor, Terms]:
         """(loss * scale, terms): what is differentiated, and what is only reported."""
         terms = self.network(*batch)
         return terms[0] * ops.cast(scale, terms[0].dtype), terms
 
-    def gradients_of_batch(self, scale, batch):  # type: ignore[no-untyped-def]
+    def gradients_of_batch(self, scale: Tensor, batch: Batch) -> tuple[Terms, Gradients]:
         """Terms and scaled gradients of one (micro) batch."""
         (_, terms), gradients = self.gradients_of(scale, *batch)
         return terms, gradients
 
-    def accumulated(self, scale, batch):  # type: ignore[no-untyped-def]
-        """Mean terms and summed scaled gradients over the micro batches."""
-        cleared = self.hyper_map(_clear, self.accu_grads)
-        scale = ops.depend(scale, cleared)
-        totals = None
-        for index in range(self.micro_batches):
-            part = ()
-            for column in batch:
-                rows = column.shape[0] // self.micro_batches
-                part += (column[index * rows : (index + 1) * rows],)
-            terms, gradients = self.gradients_of_batch(scale, part)
-            scale = ops.depend(scale, self.hyper_map(_accumulate, self.accu_grads, gradients))
-            if totals is None:
-                totals = terms
-            else:
-                totals = (totals[0] + terms[0], totals[1] + terms[1], totals[2] + terms[2], totals[3] + terms[3],
-                          totals[4] + terms[4])  # fmt: skip
+    def accumulated(self, scale: Tensor, batch: Batch) -> tuple[Terms, Gradients]:
+        """Mean terms and summed scaled gradients over the micro batches, one after the other."""
+        terms, gradients = self.gradients_of_batch(scale, self.micro_batch(batch, 0))
+        for index in range(1, self.micro_batches):
+            # without this dependency the executor may keep the activations of several micro batches at once
+            scale = ops.depend(scale, gradients)
+            more, next_gradients = self.gradients_of_batch(scale, self.micro_batch(batch, index))
+            gradients = self.hyper_map(_add, gradients, next_gradients)
+            terms = (terms[0] + more[0], terms[1] + more[1], terms[2] + more[2], terms[3] + more[3], terms[4] + more[4])
         share = 1.0 / self.micro_batches
-        means = (totals[0] * share, totals[1] * share, totals[2] * share, totals[3], totals[4] * share)
-        gradients = self.hyper_map(ops.partial(_scaled, ops.depend(Tensor(1.0, ms.float32), scale)), self.accu_grads)
-        return means, gradients
+        return (terms[0] * share, terms[1] * share, terms[2] * share, terms[3], terms[4] * share), gradients
 
-    def not_finite(self, global_norm, loss):  # type: ignore[no-untyped-def]
+    def micro_batch(self, batch: Batch, index: int) -> Batch:
+        """The rows of micro batch ``index`` of every column."""
+        part: Batch = ()
+        for column in batch:
+            rows = column.shape[0] // self.micro_batches
+            part += (column[index * rows : (index + 1) * rows],)
+        return part
+
+    def not_finite(self, global_norm: Tensor, loss: Tensor) -> Tensor:
         """True on every rank when any rank's gradient norm or loss is infinite or NaN."""
         finite = ops.logical_and(self.all_finite(global_norm), self.all_finite(ops.cast(loss, ms.float32)))
         overflow = ops.logical_not(finite.reshape(()))
@@ -151,7 +147,7 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
             overflow = self.allreduce(ops.cast(overflow, ms.float32)) > 0
         return overflow
 
-    def current_learning_rate(self):  # type: ignore[no-untyped-def]
+    def current_learning_rate(self) -> Tensor:
         """The learning rate this step uses (of the last group when groups have their own)."""
         rate = self.optimizer.learning_rate
         if self.has_dynamic_lr:

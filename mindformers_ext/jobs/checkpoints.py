@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoint folders of training runs: which files are whole, which one to resume from, and do they fit the network.
+
+A folder is MindFormers': ``checkpoint/rank_<r>/<prefix>_rank_<r>[_<task>]-<epoch>_<step>.ckpt`` and ``meta.json``. A
+file is written under another name, flushed and renamed, and its size is noted in ``sizes.json`` beside it; so a
+half file can only come from a copy or a lost disk, and is still found here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.spec import ModelSpec
+from mindformers_ext.formats.atomic import flush
+from mindformers_ext.formats.ms_ckpt import CkptFile
+from mindformers_ext.formats.safetensors_file import SafetensorsFile
+from mindformers_ext.weights.convert import rule_set
+
+SIZES = "sizes.json"
+SUFFIXES = (".ckpt", ".safetensors")
+LISTED = 12
+_NAME = re.compile(r"(?P<prefix>.+)_rank_(?P<rank>\d+)(?:_(?P<task>\d+))?-(?P<epoch>\d+)_(?P<step>\d+)$")
+
+
+@dataclass(frozen=True, order=True)
+class Saved:
+    """One checkpoint file; ordered by epoch and step (both count from 1, the step within its epoch)."""
+
+    epoch: int
+    step: int
+    path: Path
+
+    @property
+    def label(self) -> str:
+        """``epoch_step``, as in the file name."""
+        return f"{self.epoch}_{self.step}"
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where to resume: the folder above the rank folders, rank 0's file, and what was passed over and why."""
+
+    folder: Path
+    saved: Saved
+    passed_over: tuple[str, ...]
+
+
+def saved_in(folder: Path, suffix: str = ".ckpt") -> list[Saved]:
+    """The checkpoint files of a rank folder, oldest step first."""
+    found = []
+    for path in folder.glob(f"*{suffix}") if folder.is_dir() else ():
+        match = _NAME.match(path.name.removesuffix(suffix))
+        if match:
+            found.append(Saved(int(match["epoch"]), int(match["step"]), path))
+    return sorted(found)
+
+
+def fault(path: Path) -> str | None:
+    """Why ``path`` is not a whole checkpoint, or None when it is."""
+    noted = noted_sizes(path.parent).get(path.name)
+    size = path.stat().st_size
+    if noted is not None and noted != size:
+        return f"{path.name} has {size} bytes instead of {noted}"
+    try:
+        (SafetensorsFile if path.suffix == ".safetensors" else CkptFile)(path).close()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def last_whole(folder: Path, suffix: str = ".ckpt") -> Saved | None:
+    """The newest whole checkpoint of a rank folder, or None."""
+    return next((saved for saved in reversed(saved_in(folder, suffix)) if fault(saved.path) is None), None)
+
+
+def choose_resume(folder: Path, name: str | None = None, suffix: str = ".ckpt") -> ResumePoint:
+    """The newest step that every rank of ``folder`` has whole, or the file called ``name`` (rank 0's).
+
+    Raises:
+        UserError: the folder holds no rank folder, or no step is whole on every rank.
+    """
+    ranks = sorted(folder.glob("rank_*"), key=lambda path: int(path.name.removeprefix("rank_")))
+    if not ranks:
+        raise UserError(f"nothing to resume from: {folder} has no folder rank_0; give --load_checkpoint the "
+                        "'checkpoint' folder of an earlier run")  # fmt: skip
+    passed_over = [f"{path.name} was being written when the run was stopped" for rank in ranks
+                   for path in sorted(rank.glob("*.tmp"))]  # fmt: skip
+    by_rank = [{saved.label: saved for saved in saved_in(rank, suffix)} for rank in ranks]
+    for saved in reversed(saved_in(ranks[0], suffix)):
+        if name and saved.path.name.removesuffix(suffix) != name.removesuffix(suffix):
+            continue
+        faults = [found[saved.label] for found in by_rank if saved.label in found]
+        reasons = [reason for reason in map(fault, (item.path for item in faults)) if reason]
+        if len(faults) < len(ranks):
+            reasons.append(f"step {saved.label} exists on {len(faults)} of {len(ranks)} ranks")
+        if not reasons:
+            return ResumePoint(folder, saved, tuple(passed_over))
+        passed_over += reasons
+    tried = "; ".join(passed_over) or "there is no checkpoint file"
+    raise UserError(f"nothing to resume from in {folder}: {tried}. Start without --resume_training, or give another "
+                    "--load_checkpoint")  # fmt: skip
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Delete the unfinished ``.tmp`` files of all rank folders; returns what was deleted."""
+    found = sorted(folder.glob("rank_*/*.tmp"))
+    for path in found:
+        path.chmod(0o600)
+        path.unlink()
+    return found
+
+
+def noted_sizes(folder: Path) -> dict[str, int]:
+    """File name -> bytes, as noted when each file was finished; empty where nothing was noted."""
+    try:
+        noted = json.loads((folder / SIZES).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return {}
+    return {str(name): int(size) for name, size in noted.items()} if isinstance(noted, dict) else {}
+
+
+def note_size(path: Path) -> None:
+    """Flush ``path`` to the disk and note its size; forgets files that are gone."""
+    flush(path)
+    folder = path.parent
+    sizes = {name: size for name, size in noted_sizes(folder).items() if (folder / name).exists()}
+    sizes[path.name] = path.stat().st_size
+    beside = folder / (SIZES + ".new")
+    beside.write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+    flush(beside)
+    os.replace(beside, folder / SIZES)
+    flush(folder)
+
+
+def checkpoint_file(path: Path, suffix: str = ".ckpt") -> Path | None:
+    """The file whose shapes tell what ``path`` holds: itself, a file in it, or rank 0's newest; None if none is."""
+    if path.is_file():
+        return path
+    files = sorted(path.glob(f"*{suffix}"))
+    if files:
+        return files[0]
+    newest = saved_in(path / "rank_0", suffix)
+    return newest[-1].path if newest else next(iter(sorted((path / "rank_0").glob(f"*{suffix}"))), None)
+
+
+def check_shapes(path: Path, model: ModelSpec, whole: bool = True) -> None:
+    """Compare the weights in ``path`` with those ``model`` needs; reads no data.
+
+    Args:
+        path: a ``.ckpt`` or ``.safetensors`` file with MindFormers' names.
+        model: the network's sizes.
+        whole: every weight must be there; False for a file that holds one part.
+
+    Raises:
+        UserError: lists the names that are missing or have another shape.
+    """
+    reader = SafetensorsFile(path) if path.suffix == ".safetensors" else CkptFile(path)
+    try:
+        held = {name: info.shape for name, info in reader.infos.items()}
+    finally:
+        reader.close()
+    needed = {name: shape for binding in rule_set(model).bindings for name, shape in binding.ms.items()}
+    problems = Problems(f"checkpoint {path} does not fit the network of the configuration")
+    wrong = [f"{name} is {held[name]}, the network has {shape}" for name, shape in needed.items()
+             if name in held and held[name] != shape]  # fmt: skip
+    _add(problems, wrong, "of another shape", "correct the sizes in model.model_config and moe_config")
+    if whole:
+        missing = [name for name in needed if name not in held]
+        _add(problems, missing, "missing", "give the checkpoint of this model, converted to MindFormers' names")
+    extra = [name for name in held if name.startswith("model.layers.") and name not in needed and "router.router." not
+             in name]  # fmt: skip
+    _add(problems, extra, "that the network does not have", "correct num_layers or moe_config")
+    problems.raise_if_any()
+
+
+def _add(problems: Problems, names: Sequence[str], what: str, advice: str) -> None:
+    if names:
+        shown = "; ".join(names[:LISTED]) + (f"; and {len(names) - LISTED} more" if len(names) > LISTED else "")
+        problems.add(f"{len(names)} weights {what}: {shown}", advice)

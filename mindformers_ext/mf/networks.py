@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our networks as MindFormers models: what its Trainer, evaluation metrics and text generation call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindformers.models.modeling_utils import PreTrainedModel
+from mindformers.tools.logger import logger
+from mindformers.tools.utils import get_predict_run_mode, get_real_group_size
+from mindspore import Tensor, ops
+
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.mf.config import MixtralConfig, PortableLlamaConfig
+from mindformers_ext.ms.models import build_causal_lm
+from mindformers_ext.ms.router import TopkRouterV2
+
+
+class PortableLlamaForCausalLM(PreTrainedModel):
+    """A LLaMA or Mixtral of portable operators; MindFormers' own runs on Ascend alone.
+
+    Parameter names are MindFormers' (``model.layers.0.attention.wq.weight``): this class adds no prefix.
+
+    ``construct`` returns, by phase:
+
+    - training: the scalar loss (LM loss plus routing losses), or all LossTerms once ``report_terms`` was called,
+      as our train step does;
+    - evaluation: (logits, tokens, mask) for ``PerplexityMetric``, whose result equals the LM loss of training;
+      rows of ``seq_length`` and of ``seq_length + 1`` tokens both work;
+    - prediction: logits (B*S, V), rows in order.
+
+    Evaluation and prediction route without dropping tokens.
+    """
+
+    config_class = PortableLlamaConfig
+    base_model_prefix = ""
+
+    def __init__(self, config: PortableLlamaConfig) -> None:
+        super().__init__(config, auto_prefix=False)
+        if config.use_past:
+            logger.info("use_past: True is not needed here: generation recomputes the sequence; it is set to False.")
+            config.use_past = False
+        spec = config.network_spec(get_real_group_size())
+        self.spec = spec
+        self.causal_lm = build_causal_lm(spec)
+        self.predicts = get_predict_run_mode()
+        self.returns_terms = False
+        self.seq_length = spec.seq_length
+        self.pad_token_id = spec.model.pad_token_id
+        self.ignore_token_id = spec.model.ignore_token_id
+        self.argmax = _argmax
+        self.drops = spec.model.moe is not None and spec.model.moe.capacity_factor > 0
+        self.route_all(not self.training)
+        self.load_checkpoint(config)
+
+    def report_terms(self) -> None:
+        """From now on training returns (loss, lm_loss, aux_loss, expert_load, dropped) instead of the loss."""
+        self.returns_terms = True
+
+    def set_train(self, mode: bool = True) -> PortableLlamaForCausalLM:
+        """Training mode on or off, and with it the dropping of tokens."""
+        self.route_all(not mode)
+        return super().set_train(mode)
+
+    def route_all(self, everything: bool) -> None:
+        """Route without dropping, or back to the capacity of the configuration; takes effect at the next compile."""
+        for _, cell in self.causal_lm.cells_and_names():
+            if isinstance(cell, TopkRouterV2):
+                cell.dropless = everything or not self.drops
+
+    def construct(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        """See the class. ``input_ids`` (B, T) and ``labels`` (B, T), int32; T = seq_length + 1 in training."""
+        if self.training:
+            terms = self.causal_lm.losses(input_ids, labels)
+            if self.returns_terms:
+                return terms
+            return terms[0]
+        if self.predicts:
+            logits = ops.cast(self.causal_lm(input_ids), ms.float32)
+            return logits.reshape((-1, logits.shape[-1]))
+        return self.evaluated(input_ids, labels)
+
+    def evaluated(self, input_ids: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(logits (B, T, V), tokens (B, T), mask (B, T)); the metric compares logits[:, :-1] with tokens[:, 1:]."""
+        width = input_ids.shape[1]
+        if width > self.seq_length:
+            logits = ops.cast(self.causal_lm(input_ids[:, :-1]), ms.float32)
+            logits = ops.cat((logits, logits[:, -1:]), 1)  # never read: there is no token after the last
+        else:
+            logits = ops.cast(self.causal_lm(input_ids), ms.float32)
+        weight = ops.cast(input_ids[:, :-1] != self.pad_token_id, ms.float32)
+        if labels is not None:
+            weight = weight * ops.cast(labels[:, 1:] != self.ignore_token_id, ms.float32)
+        mask = ops.cat((ops.zeros_like(weight[:, :1]), weight), 1)
+        return logits, input_ids, mask
+
+    def prepare_inputs_for_generation(self, input_ids: np.ndarray, **_: Any) -> dict[str, Tensor]:
+        """The padded prompts (B, seq_length) as int32."""
+        return {"input_ids": Tensor.from_numpy(input_ids.astype(np.int32))}
+
+    def prepare_inputs_for_predict_layout(self, input_ids: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Inputs with which MindFormers compiles the network before it transforms a checkpoint."""
+        labels = Tensor(kwargs["labels"], ms.int32) if "labels" in kwargs else None
+        return Tensor(input_ids, ms.int32), labels
+
+    def get_model_parameters(self, only_trainable: bool = True) -> set[Any]:
+        """The network's parameters, as MindFormers lists them before training."""
+        return set(self.trainable_params() if only_trainable else self.get_parameters())
+
+
+class MixtralForCausalLM(PortableLlamaForCausalLM):
+    """Mixtral (Jiang et al. 2024, arXiv:2401.04088): ``PortableLlamaForCausalLM`` with routed experts."""
+
+    config_class = MixtralConfig
+
+    def __init__(self, config: MixtralConfig) -> None:
+        super().__init__(config)
+        if self.spec.model.moe is None:
+            raise UserError(
+                "MixtralForCausalLM needs experts, moe_config.expert_num is 1: set expert_num and num_experts_chosen, "
+                "or use PortableLlamaForCausalLM for a dense network"
+            )
+
+
+def _argmax(logits: Tensor, axis: int) -> Tensor:
+    """MindFormers' greedy choice takes ``mint.argmax``, which has no CPU kernel."""
+    return ops.argmax(logits, axis)

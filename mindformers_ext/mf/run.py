@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a checked configuration to MindFormers' Trainer: what ``run_mindformer.py`` calls last."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mindformers.core.context import build_context
+from mindformers.tools.logger import logger
+from mindformers.tools.register import MindFormerConfig
+from mindformers.trainer import Trainer
+from mindformers.utils.file_utils import set_output_path
+
+import mindformers_ext.mf.register  # noqa: F401  puts our classes into MindFormers' registry
+from mindformers_ext.core.yaml_text import yaml_text
+from mindformers_ext.mf.upgrade import upgrade
+
+TRAINING = ("train", "finetune")
+
+
+def run(config: Mapping[str, Any], extra_notes: tuple[str, ...] = ()) -> Any:
+    """Train, evaluate or predict as ``config['run_mode']`` says, and return what the Trainer returns.
+
+    Args:
+        config: the YAML's content with the command line's options applied.
+        extra_notes: lines for the log besides those about the upgrade.
+
+    The configuration that MindFormers really gets is kept as ``<output_dir>/run_config/<run_mode>.yaml``.
+    """
+    device = (config.get("context") or {}).get("device_target", "Ascend")
+    upgraded, notes = upgrade(config, device)
+    full = MindFormerConfig(str(_saved(upgraded)))
+    set_output_path(full.output_dir)
+    build_context(full)
+    for note in (*extra_notes, *notes):
+        logger.info("mindformers_ext: %s", note)
+    trainer = Trainer(full)
+    mode = full.run_mode
+    if mode in TRAINING:
+        return trainer.train()
+    if mode == "eval":
+        return trainer.evaluate(eval_checkpoint=full.load_checkpoint or None)
+    return trainer.predict(predict_checkpoint=full.load_checkpoint or None, input_data=full.input_data,
+                           batch_size=full.predict_batch_size, adapter_id=full.adapter_id)  # fmt: skip
+
+
+def _saved(config: Mapping[str, Any]) -> Path:
+    """Write the configuration where the run's other files go; every process of a job writes the same content."""
+    folder = Path(config.get("output_dir") or "./output") / "run_config"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{config.get('run_mode')}.yaml"
+    beside = folder / f".{path.name}.{os.getpid()}"
+    beside.write_text(yaml_text(config), encoding="utf-8")
+    os.replace(beside, path)
+    return path

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MindFormers' causal language modelling trainer with the parts it lacks off Ascend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+from mindformers.tools.logger import logger
+from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+from mindformers.tools.utils import get_real_rank
+from mindformers.trainer.causal_language_modeling import CausalLanguageModelingTrainer
+from mindspore import nn
+
+from mindformers_ext.jobs.checkpoints import checkpoint_file
+from mindformers_ext.mf.balance import MoETopkBiasBalanceCallback
+from mindformers_ext.mf.checkpoint import WholeCheckpointMonitor
+from mindformers_ext.mf.monitor import MoELossMonitor
+from mindformers_ext.ms.step import STEP_STATE, TrainStepCell, step_state
+
+# MindFormers hands a callback the run's facts (first step, schedule, batch) only when the YAML calls it by these names.
+STAND_INS = {"MFLossMonitor": MoELossMonitor, "CheckpointMonitor": WholeCheckpointMonitor,
+             "TopkBiasBalanceCallback": MoETopkBiasBalanceCallback}  # fmt: skip
+SHARDED = ("semi_auto_parallel", "auto_parallel")
+
+
+class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
+    """``CausalLanguageModelingTrainer`` plus: our callbacks behind MindFormers' names, gradient accumulation on one
+    device and in data parallel, and a resumed loss scale with its counters."""
+
+    def training_process(self, *args: Any, **kwargs: Any) -> None:
+        """Train with our callbacks in place of MindFormers' of the same name."""
+        with stand_ins():
+            super().training_process(*args, **kwargs)
+
+    def _check_grad_accumulation_steps(self) -> None:
+        """Keep the steps where our train step accumulates; MindFormers resets them to 1 outside semi-auto parallel."""
+        steps = self.config.runner_config.gradient_accumulation_steps
+        super()._check_grad_accumulation_steps()
+        if self._step_accumulates() and isinstance(steps, int) and steps > 1:
+            self.config.runner_config.gradient_accumulation_steps = steps
+            self.config.runner_wrapper.gradient_accumulation_steps = steps
+            logger.info("gradient_accumulation_steps: %d micro batches inside the portable train step.", steps)
+
+    def wrap_network_with_tool_cells(self, network: nn.Cell) -> nn.Cell:
+        """MindFormers' wrapping, without its accumulation cell where our train step accumulates."""
+        runner = self.config.runner_config
+        steps = runner.gradient_accumulation_steps
+        if not self._step_accumulates():
+            return super().wrap_network_with_tool_cells(network)
+        runner.gradient_accumulation_steps = 1
+        try:
+            return super().wrap_network_with_tool_cells(network)
+        finally:
+            runner.gradient_accumulation_steps = steps
+
+    def create_model_wrapper(self, network: nn.Cell, optimizer: nn.Optimizer) -> nn.Cell:
+        """The train step; a resumed run gets its loss scale and the counters of a dynamic one back."""
+        wrapper = super().create_model_wrapper(network, optimizer)
+        if isinstance(wrapper, TrainStepCell) and self.config.resume_training and self.config.checkpoint.load_path:
+            restore_step_state(wrapper, self._resume_file())
+        return wrapper
+
+    def _step_accumulates(self) -> bool:
+        wrapper = self.config.runner_wrapper
+        ours = wrapper is not None and wrapper.type == "PortableTrainOneStepCell"
+        return ours and ms.get_auto_parallel_context("parallel_mode") not in SHARDED
+
+    def _resume_file(self) -> Path | None:
+        path = Path(self.config.checkpoint.load_path)
+        rank = path / f"rank_{get_real_rank()}"
+        name = self.config.resume_training
+        if isinstance(name, str) and (rank / name).is_file():
+            return rank / name
+        return checkpoint_file(rank if rank.is_dir() else path)
+
+
+def restore_step_state(cell: TrainStepCell, path: Path | None) -> None:
+    """Load the train step's own parameters from ``path``; MindFormers loads network and optimizer only."""
+    if path is None:
+        return
+    kind = path.suffix.removeprefix(".")
+    held = ms.load_checkpoint(str(path), choice_func=lambda name: name in STEP_STATE, format=kind)
+    for name, parameter in step_state(cell).items():
+        if name in held:
+            parameter.set_data(ms.Tensor(held[name].asnumpy().reshape(parameter.shape), parameter.dtype))
+    logger.info("Train step state restored: %s", {name: str(held[name].asnumpy()) for name in sorted(held)})
+
+
+@contextmanager
+def stand_ins() -> Iterator[None]:
+    """For as long as it lasts, the YAML's callback names mean our classes."""
+    callbacks = MindFormerRegister.registry[MindFormerModuleType.CALLBACK]
+    before = {name: callbacks[name] for name in STAND_INS}
+    try:
+        for name, stand_in in STAND_INS.items():
+            MindFormerRegister.register_cls(stand_in, MindFormerModuleType.CALLBACK, alias=name)
+        yield
+    finally:
+        for name, original in before.items():
+            MindFormerRegister.register_cls(original, MindFormerModuleType.CALLBACK, alias=name)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes an older YAML run here without an edit, and says what it changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from mindformers_ext.mf.config import WRITTEN
+
+# Sections that describe the network; kept as written for ``mf.config``.
+DESCRIBING = ("model", "moe_config", "parallel_config", "parallel", "runner_config", "use_parallel", "run_mode",
+              "micro_batch_interleave_num")  # fmt: skip
+CALLBACK_NOTES = {"MFLossMonitor": "MoELossMonitor", "CheckpointMonitor": "WholeCheckpointMonitor",
+                  "TopkBiasBalanceCallback": "MoETopkBiasBalanceCallback"}  # fmt: skip
+
+
+def upgrade(config: Mapping[str, Any], device_target: str) -> tuple[dict[str, Any], list[str]]:
+    """The configuration that MindFormers gets, and one line per change.
+
+    - ``LlamaConfig`` and ``LlamaForCausalLM`` with ``moe_config.expert_num`` > 1 become our Mixtral; dense ones become
+      our LLaMA wherever MindFormers' own cannot run, that is not on Ascend.
+    - ``MFTrainOneStepCell`` becomes our train step and ``CausalLanguageModelingTrainer`` our trainer, which puts our
+      callbacks behind MindFormers' names.
+    - Sink mode goes off on the CPU: MindFormers multiplies the epochs by the steps for it, MindSpore then runs without.
+
+    ``config`` itself is not changed.
+    """
+    result: dict[str, Any] = copy.deepcopy(dict(config))
+    notes: list[str] = []
+    if _upgrade_network(result, config, device_target, notes):
+        _upgrade_run(result, notes)
+    if device_target == "CPU":
+        runner = result.setdefault("runner_config", {})
+        if runner.get("sink_mode", True):
+            runner["sink_mode"] = False
+            notes.append("runner_config.sink_mode becomes False: the CPU has no data sinking")
+    return result, notes
+
+
+def _upgrade_network(result: dict[str, Any], written: Mapping[str, Any], device: str, notes: list[str]) -> bool:
+    """Our network where it is wanted; True when the run is ours."""
+    model = result["model"]
+    words, arch = model["model_config"], model.setdefault("arch", {})
+    experts = (result.get("moe_config") or words.get("moe_config") or {}).get("expert_num", 1) or 1
+    names = (words.get("type"), arch.get("type"))
+    wanted = ("MixtralConfig", "MixtralForCausalLM") if experts > 1 else ("PortableLlamaConfig",
+                                                                          "PortableLlamaForCausalLM")  # fmt: skip
+    if names == ("LlamaConfig", "LlamaForCausalLM") and (experts > 1 or device != "Ascend"):
+        why = f"it has {experts} experts" if experts > 1 else f"MindFormers' LLaMA does not run on {device}"
+        words["type"], arch["type"] = wanted
+        notes.append(f"LlamaForCausalLM becomes {wanted[1]}: {why}")
+    elif names != wanted:
+        return False
+    words[WRITTEN] = copy.deepcopy({key: written[key] for key in DESCRIBING if key in written})
+    for section in (result.get("moe_config"), words.get("moe_config")):
+        if section and section.get("aux_loss_factor") == 0:
+            section.pop("aux_loss_factor")  # off for us; MindFormers' own check refuses 0
+    return True
+
+
+def _upgrade_run(result: dict[str, Any], notes: list[str]) -> None:
+    wrapper = result.get("runner_wrapper")
+    if wrapper and wrapper.get("type", "MFTrainOneStepCell") == "MFTrainOneStepCell":
+        wrapper["type"] = "PortableTrainOneStepCell"
+        notes.append("MFTrainOneStepCell becomes PortableTrainOneStepCell: its overflow check runs on every device")
+    trainer = result.setdefault("trainer", {})
+    if trainer.get("type", "CausalLanguageModelingTrainer") == "CausalLanguageModelingTrainer":
+        trainer["type"] = "PortableCausalLanguageModelingTrainer"
+        for callback in result.get("callbacks") or []:
+            name = callback.get("type")
+            if name in CALLBACK_NOTES:
+                notes.append(f"callback {name} becomes {CALLBACK_NOTES[name]}")
