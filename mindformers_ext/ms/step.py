@@ -10,13 +10,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import mindspore as ms
-import mindspore.ops.operations as P
 from mindspore import Parameter, Tensor, nn, ops
 
-# MindSpore's semi-auto parallel scales the gradient norm of sharded weights by this attribute on ExpandDims.
-_as_vector = P.ExpandDims().add_prim_attr("grad_scale", True)
+from mindformers_ext.ms.ops.select import select_operators
 
-_square_sum = ops.MultitypeFuncGraph("square_sum")
 _scaled = ops.MultitypeFuncGraph("scaled")
 _add = ops.MultitypeFuncGraph("add")
 
@@ -26,11 +23,6 @@ STEP_STATE = ("scale_sense", "current_iterator_step", "last_overflow_iterator_st
 Batch = tuple[Tensor, ...]
 Gradients = tuple[Tensor, ...]
 Terms = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # loss, lm_loss, aux_loss, expert_load, dropped
-
-
-@_square_sum.register("Tensor")
-def _square_sum_of(gradient: Tensor) -> Tensor:
-    return _as_vector(ops.reduce_sum(ops.square(ops.cast(gradient, ms.float32))), 0)
 
 
 @_scaled.register("Tensor", "Tensor")
@@ -87,6 +79,7 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
         self.has_group_lr = bool(optimizer.is_group_lr)
         self.gradients_of = ops.value_and_grad(self.scaled_loss, None, self.weights, has_aux=True)
         self.all_finite = ops.IsFinite()
+        self.square_sum = select_operators().square_sum()
 
     def construct(self, *batch: Tensor) -> tuple[Any, ...]:
         """Run the step on one batch; see the class."""
@@ -95,19 +88,27 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
             terms, gradients = self.accumulated(scale, batch)
         else:
             terms, gradients = self.gradients_of_batch(scale, batch)
-        gradients = self.hyper_map(ops.partial(_scaled, 1.0 / (scale * self.micro_batches)), gradients)
         gradients = self.grad_reducer(gradients)
-        global_norm = ops.sqrt(ops.addn(self.hyper_map(_square_sum, gradients))).reshape(())
+        unscale = 1.0 / (scale * self.micro_batches)
+        global_norm = self.norm(gradients) * unscale
         overflow = self.process_loss_scale(self.not_finite(global_norm, terms[0]))
         if self.clips:
-            coefficient = ops.minimum(self.max_grad_norm / (global_norm + 1e-6), Tensor(1.0, ms.float32))
-            gradients = self.hyper_map(ops.partial(_scaled, coefficient), gradients)
+            # One pass over the gradients undoes the loss scale and clips.
+            unscale = unscale * ops.minimum(self.max_grad_norm / (global_norm + 1e-6), 1.0)
+        gradients = self.hyper_map(ops.partial(_scaled, unscale), gradients)
         learning_rate = self.current_learning_rate()
         loss = terms[0]
         if not overflow:
             loss = ops.depend(loss, self.optimizer(gradients))
         scale = ops.depend(self.scale_sense, overflow)
         return loss, overflow, scale, learning_rate, global_norm, terms[1], terms[2], terms[3], terms[4]
+
+    def norm(self, gradients: Gradients) -> Tensor:
+        """Euclidean norm () of all gradients together."""
+        parts: tuple = ()
+        for gradient in gradients:
+            parts = parts + (self.square_sum(gradient),)
+        return ops.sqrt(ops.addn(parts)).reshape(())
 
     def scaled_loss(self, scale: Tensor, *batch: Tensor) -> tuple[Tensor, Terms]:
         """(loss * scale, terms): what is differentiated, and what is only reported."""

@@ -14,6 +14,32 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 
+class SquareSumOp(nn.Cell):
+    """Sum of squares in float32, as a product of the flat tensor with itself. Output (1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.product = P.MatMul(transpose_b=True)
+
+    def construct(self, x: Tensor) -> Tensor:
+        row = ops.reshape(ops.cast(x, ms.float32), (1, -1))
+        return ops.reshape(self.product(row, row), (1,))
+
+
+class ReducedSquareSumOp(nn.Cell):
+    """Sum of squares in float32 by a reduction, which keeps a sharded tensor in place. Output (1).
+
+    MindSpore's semi-auto parallel adds up the parts of a sharded gradient where it finds ``grad_scale``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.as_vector = P.ExpandDims().add_prim_attr("grad_scale", True)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.as_vector(ops.reduce_sum(ops.square(ops.cast(x, ms.float32))), 0)
+
+
 class RmsNormOp(nn.Cell):
     """y = x / sqrt(mean(x^2) + eps) * w over the last axis (Zhang and Sennrich 2019), statistics in ``dtype``.
 
@@ -62,10 +88,10 @@ class SwiGluOp(nn.Cell):
         return gate * self.sigmoid(gate) * up
 
     def bprop(self, gate: Tensor, up: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
-        # silu' = s + a (1 - s) = a + s (1 - a) with s the sigmoid and a = gate * s.
+        # silu' = s + a - a s with s the sigmoid and a = gate * s; no scalar operand, which would be slower on CPU.
         sigmoid = self.sigmoid(gate)
         active = gate * sigmoid
-        dgate = dout * up * (active + sigmoid * (1.0 - active))
+        dgate = dout * up * (sigmoid + active - active * sigmoid)
         return dgate, dout * active
 
 

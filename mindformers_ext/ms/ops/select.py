@@ -29,6 +29,7 @@ class Operators:
     reason: str
     bfloat16: bool
     lazy_inline: bool
+    square_sum: Callable[[], nn.Cell] = portable.SquareSumOp
     rms_norm: Callable[..., nn.Cell] = portable.RmsNormOp
     swiglu: Callable[..., nn.Cell] = portable.SwiGluOp
     rotary: Callable[..., nn.Cell] = portable.RotaryOp
@@ -48,7 +49,8 @@ class Operators:
 _CHOICES = {
     "CPU": Operators("portable", "MindSpore has no fused kernels on CPU", bfloat16=False, lazy_inline=False),
     "GPU": Operators("portable", "MindSpore has no fused kernels on GPU", bfloat16=False, lazy_inline=False),
-    "Ascend": Operators("portable", "fused kernels are not wired yet", bfloat16=True, lazy_inline=True),
+    "Ascend": Operators("portable", "fused kernels are not wired yet", bfloat16=True, lazy_inline=True,
+                        square_sum=portable.ReducedSquareSumOp),  # fmt: skip
 }
 
 
