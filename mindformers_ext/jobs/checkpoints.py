@@ -25,13 +25,18 @@ from mindformers_ext.weights.convert import rule_set
 SIZES = "sizes.json"
 SUFFIXES = (".ckpt", ".safetensors")
 LISTED = 12
-_NAME = re.compile(r"(?P<prefix>.+)_rank_(?P<rank>\d+)(?:_(?P<task>\d+))?-(?P<epoch>\d+)_(?P<step>\d+)$")
+_NAME = re.compile(r"(?P<prefix>.+)_rank_(?P<rank>\d+)(?:_(?P<run>\d+))?-(?P<epoch>\d+)_(?P<step>\d+)$")
 
 
 @dataclass(frozen=True, order=True)
 class Saved:
-    """One checkpoint file; ordered by epoch and step (both count from 1, the step within its epoch)."""
+    """One checkpoint file; the step counts within its epoch, both from 1.
 
+    ``run`` numbers the runs that wrote into one folder (MindFormers' ``_1`` behind the rank): a later run's files are
+    newer than an earlier run's, whatever their step.
+    """
+
+    run: int
     epoch: int
     step: int
     path: Path
@@ -52,12 +57,12 @@ class ResumePoint:
 
 
 def saved_in(folder: Path, suffix: str = ".ckpt") -> list[Saved]:
-    """The checkpoint files of a rank folder, oldest step first."""
+    """The checkpoint files of a rank folder, oldest first."""
     found = []
     for path in folder.glob(f"*{suffix}") if folder.is_dir() else ():
         match = _NAME.match(path.name.removesuffix(suffix))
         if match:
-            found.append(Saved(int(match["epoch"]), int(match["step"]), path))
+            found.append(Saved(int(match["run"] or 0), int(match["epoch"]), int(match["step"]), path))
     return sorted(found)
 
 
@@ -91,14 +96,14 @@ def choose_resume(folder: Path, name: str | None = None, suffix: str = ".ckpt") 
                         "'checkpoint' folder of an earlier run")  # fmt: skip
     passed_over = [f"{path.name} was being written when the run was stopped" for rank in ranks
                    for path in sorted(rank.glob("*.tmp"))]  # fmt: skip
-    by_rank = [{saved.label: saved for saved in saved_in(rank, suffix)} for rank in ranks]
+    by_rank = [{(saved.run, saved.label): saved for saved in saved_in(rank, suffix)} for rank in ranks]
     for saved in reversed(saved_in(ranks[0], suffix)):
         if name and saved.path.name.removesuffix(suffix) != name.removesuffix(suffix):
             continue
-        faults = [found[saved.label] for found in by_rank if saved.label in found]
-        reasons = [reason for reason in map(fault, (item.path for item in faults)) if reason]
-        if len(faults) < len(ranks):
-            reasons.append(f"step {saved.label} exists on {len(faults)} of {len(ranks)} ranks")
+        held = [found[saved.run, saved.label] for found in by_rank if (saved.run, saved.label) in found]
+        reasons = [reason for reason in map(fault, (item.path for item in held)) if reason]
+        if len(held) < len(ranks):
+            reasons.append(f"step {saved.label} exists on {len(held)} of {len(ranks)} ranks")
         if not reasons:
             return ResumePoint(folder, saved, tuple(passed_over))
         passed_over += reasons
@@ -114,6 +119,20 @@ def remove_leftovers(folder: Path) -> list[Path]:
         path.chmod(0o600)
         path.unlink()
     return found
+
+
+def set_aside(folder: Path, first: tuple[int, int], since: float) -> list[Path]:
+    """Rename the checkpoints from (epoch, step) ``first`` on to ``*.unusable``, so that nothing resumes from them.
+
+    ``since``: files older than this time (seconds) belong to earlier runs and stay.
+    """
+    moved = []
+    for saved in [item for suffix in SUFFIXES for item in saved_in(folder, suffix)]:
+        if (saved.epoch, saved.step) >= first and saved.path.stat().st_mtime >= since:
+            target = saved.path.with_name(saved.path.name + ".unusable")
+            os.replace(saved.path, target)
+            moved.append(target)
+    return moved
 
 
 def noted_sizes(folder: Path) -> dict[str, int]:

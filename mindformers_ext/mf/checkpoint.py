@@ -17,20 +17,31 @@ from mindspore import nn
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.jobs.checkpoints import last_whole, note_size
 
-__all__ = ["WholeCheckpointMonitor", "last_whole", "not_finite"]
-
 
 class WholeCheckpointMonitor(CheckpointMonitor):
     """Saves as MindFormers' monitor does, with four differences.
 
-    - The new file is on the disk (flushed, renamed, its size noted) before an old one is removed; MindFormers
-      removes first, so with ``keep_checkpoint_max: 1`` a crash leaves nothing.
+    - The new file is on the disk (flushed, renamed, its size noted), and a further step has shown its weights to be
+      good, before an old one is removed; MindFormers removes first, so with ``keep_checkpoint_max: 1`` a crash or
+      a NaN leaves nothing. For a while there is one file more than that.
     - Weights that are not finite are never saved: training stops, and the last file stays the last good one.
     - ``save_checkpoint_steps`` counts the run's steps, also after a resume in the middle of an epoch.
     - File names carry the run's true epoch and step; MindFormers counts them anew after a resume.
 
     Arguments: MindFormers' ``CheckpointMonitor``'s.
     """
+
+    _newest: Path | None = None  # written last, and not yet followed by a step that shows it is good
+
+    def step_end(self, run_context: Any) -> None:
+        """Save when it is time; old files go once a later step has shown that the newest one is good."""
+        self._prune()
+        super().step_end(run_context)
+
+    def end(self, run_context: Any) -> None:
+        """Save the last step, then remove what is too old."""
+        super().end(run_context)
+        self._prune()
 
     @property
     def first_step(self) -> int:
@@ -73,7 +84,7 @@ class WholeCheckpointMonitor(CheckpointMonitor):
         else:
             note_size(path)
             self.record_last_ckpt_to_json(epoch, in_epoch, name)
-        self._prune(path)
+        self._newest = path
         logger.info("Checkpoint of step %d: %s (%.1f s)", step, path, time.time() - started)
 
     def _steps_per_epoch(self, cb_params: Any) -> int:
@@ -92,8 +103,11 @@ class WholeCheckpointMonitor(CheckpointMonitor):
             values["global_batch_size"] = self.global_batch_size
         self._append_dict.update(values)
 
-    def _prune(self, newest: Path) -> None:
+    def _prune(self) -> None:
         """Remove the oldest files above ``keep_checkpoint_max``, never the newest."""
+        newest, self._newest = self._newest, None
+        if newest is None:
+            return
         keep = self._config.keep_checkpoint_max or 0
         self._manager.update_ckpoint_filelist(self._directory, self._prefix)
         while 0 < keep < self._manager.ckpoint_num:

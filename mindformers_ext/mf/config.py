@@ -8,6 +8,7 @@ from typing import Any
 
 from mindformers.models.llama.llama_config import LlamaConfig
 
+from mindformers_ext.core.rules import settled
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.core.yaml_view import network_spec_from_yaml
 
@@ -36,9 +37,8 @@ class PortableLlamaConfig(LlamaConfig):
         Raises:
             UserError: lists every key or value the network cannot be built from.
         """
-        if self.network_yaml is not None:
-            return network_spec_from_yaml(self.network_yaml, device_num)
-        return network_spec_from_yaml(self._sections(), device_num)
+        words = self._sections() if self.network_yaml is None else self.network_yaml
+        return settled(network_spec_from_yaml(words, device_num))[0]
 
     def _sections(self) -> dict[str, Any]:
         parallel = {

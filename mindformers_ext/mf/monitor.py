@@ -16,12 +16,13 @@ from mindformers.tools.utils import get_output_root_path, get_real_rank
 from mindformers.utils.tensorboard import get_tensorboard_writer
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.mf.checkpoint import last_whole
+from mindformers_ext.jobs.checkpoints import last_whole, set_aside
 from mindformers_ext.mf.metrics import MetricsFile, StepRecord, record_of
 
 SCALARS = ("loss", "lm_loss", "aux_loss", "drop_rate", "learning_rate", "global_norm", "loss_scale",
            "tokens_per_second")  # fmt: skip
 PATIENCE = 50  # steps in a row whose gradients overflow before the run gives up
+SHORT_PATIENCE = 5  # the same while the loss scale stands still: then no later step can differ
 
 
 class MoELossMonitor(MFLossMonitor):
@@ -34,7 +35,8 @@ class MoELossMonitor(MFLossMonitor):
         given: MindFormers' arguments of ``MFLossMonitor``.
 
     Raises:
-        UserError: while training, when the loss is not finite, or when gradients overflow 50 steps in a row.
+        UserError: while training, when the loss is not finite, or when gradients overflow 50 steps in a row (5 while
+            the loss scale is fixed or at its floor).
     """
 
     def __init__(self, per_print_times: int = 1, tensorboard: bool = True, **given: Any) -> None:
@@ -42,9 +44,10 @@ class MoELossMonitor(MFLossMonitor):
         self.wants_tensorboard = tensorboard
         self.metrics: MetricsFile | None = None
         self.writer: Any = None
+        self.started = time.time()
         self.owns_writer = False
         self.recent: deque[float] = deque(maxlen=20)
-        self.overflows = 0
+        self.overflowed: list[float] = []  # loss scale of each step of the present streak
 
     def on_train_begin(self, run_context: Any) -> None:
         """Open the metrics file and the TensorBoard writer."""
@@ -76,7 +79,7 @@ class MoELossMonitor(MFLossMonitor):
             self.recent.append(seconds)
         if (parameters.cur_step_num - 1) % self.per_print_times == 0 or not record.is_finite:
             self._show(record, steps)
-        self._judge(record)
+        self._judge(record, steps)
 
     def on_train_end(self, run_context: Any) -> None:
         """Close the TensorBoard writer if it is ours."""
@@ -114,21 +117,37 @@ class MoELossMonitor(MFLossMonitor):
             record.loss_scale, record.global_norm, int(record.tokens_per_second), timedelta(seconds=int(max(left, 0))),
         )  # fmt: skip
 
-    def _judge(self, record: StepRecord) -> None:
+    def _judge(self, record: StepRecord, steps: int) -> None:
         if not record.is_finite:
             raise UserError(
                 f"step {record.step}: the loss is {record.loss} (LM loss {record.lm_loss}), training stops. "
-                f"{_last_good()} Lower the learning rate, warm up longer, or check the data."
+                f"{self._last_good(record, steps)} Lower the learning rate, warm up longer, or check the data."
             )
-        self.overflows = self.overflows + 1 if record.overflow else 0
-        if self.overflows >= PATIENCE:
+        if not record.overflow:
+            self.overflowed.clear()
+            return
+        self.overflowed.append(record.loss_scale)
+        recent = self.overflowed[-SHORT_PATIENCE:]
+        stuck = len(recent) == SHORT_PATIENCE and len(set(recent)) == 1
+        if stuck or len(self.overflowed) >= PATIENCE:
             raise UserError(
-                f"step {record.step}: gradients overflowed {PATIENCE} steps in a row at loss scale "
-                f"{record.loss_scale}, no step changed the weights. {_last_good()} Lower the loss scale or the "
-                "learning rate."
+                f"step {record.step}: gradients overflowed {len(self.overflowed)} steps in a row, now at loss scale "
+                f"{record.loss_scale}; none of these steps changed the weights. {self._last_good(record, steps)} "
+                "Lower the learning rate or the loss scale."
             )
 
+    def _last_good(self, record: StepRecord, steps: int) -> str:
+        """Sets aside the checkpoints that hold the weights of this failure, and names the newest of the others."""
+        folder = Path(get_output_root_path()) / "checkpoint" / f"rank_{get_real_rank()}"
+        failing = record.step - 1 - self._streak_before(record)
+        place = (failing - 1) // steps + 1, (failing - 1) % steps + 1
+        moved = set_aside(folder, place, self.started) if failing > 0 else []
+        found = last_whole(folder)
+        text = f"The last good checkpoint is {found.path} (step {found.label})." if found else "No checkpoint is left."
+        if moved:
+            text += f" {', '.join(path.name for path in moved)} holds the weights that led here."
+        return text
 
-def _last_good() -> str:
-    found = last_whole(Path(get_output_root_path()) / "checkpoint" / f"rank_{get_real_rank()}")
-    return f"The last good checkpoint is {found.path} (step {found.label})." if found else "No checkpoint exists yet."
+    def _streak_before(self, record: StepRecord) -> int:
+        """Steps before this one that changed nothing because their gradients overflowed."""
+        return len(self.overflowed) - (1 if record.is_finite else 0)

@@ -15,6 +15,7 @@ from mindformers.trainer import Trainer
 from mindformers.utils.file_utils import set_output_path
 
 import mindformers_ext.mf.register  # noqa: F401  puts our classes into MindFormers' registry
+from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.yaml_text import yaml_text
 from mindformers_ext.mf.upgrade import upgrade
 
@@ -34,7 +35,7 @@ def run(config: Mapping[str, Any], extra_notes: tuple[str, ...] = ()) -> Any:
     upgraded, notes = upgrade(config, device)
     full = MindFormerConfig(str(_saved(upgraded)))
     set_output_path(full.output_dir)
-    build_context(full)
+    _open_device(full, device)
     for note in (*extra_notes, *notes):
         logger.info("mindformers_ext: %s", note)
     trainer = Trainer(full)
@@ -45,6 +46,17 @@ def run(config: Mapping[str, Any], extra_notes: tuple[str, ...] = ()) -> Any:
         return trainer.evaluate(eval_checkpoint=full.load_checkpoint or None)
     return trainer.predict(predict_checkpoint=full.load_checkpoint or None, input_data=full.input_data,
                            batch_size=full.predict_batch_size, adapter_id=full.adapter_id)  # fmt: skip
+
+
+def _open_device(config: MindFormerConfig, device: str) -> None:
+    """MindFormers' context; a device that MindSpore cannot use is the user's mistake."""
+    try:
+        build_context(config)
+    except RuntimeError as error:
+        if "nsupported device target" not in str(error):
+            raise
+        first = str(error).splitlines()[0]
+        raise UserError(f"device_target {device} cannot be used: {first} Run with --device_target CPU.") from error
 
 
 def _saved(config: Mapping[str, Any]) -> Path:

@@ -31,6 +31,10 @@ def upgrade(config: Mapping[str, Any], device_target: str) -> tuple[dict[str, An
     notes: list[str] = []
     if _upgrade_network(result, config, device_target, notes):
         _upgrade_run(result, notes)
+    for section in ("train_dataset", "eval_dataset"):
+        if result.get(section):
+            result.setdefault(f"{section}_task", {"type": "CausalLanguageModelDataset"})
+            result[f"{section}_task"]["dataset_config"] = result[section]
     if device_target == "CPU":
         runner = result.setdefault("runner_config", {})
         if runner.get("sink_mode", True):

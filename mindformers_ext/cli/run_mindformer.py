@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python run_mindformer.py``: train, finetune, evaluate and predict through MindFormers."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mindformers_ext.cli.outcome import exit_code
+from mindformers_ext.cli.run_flags import FLAGS, OneValue, apply_flags, read_arguments
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.yaml_file import load_yaml
+
+EXAMPLES = """\
+examples:
+  train a tiny Mixtral on a CPU:
+    python run_mindformer.py --config configs/tiny/mixtral_pretrain.yaml --train_data data/train.mindrecord
+  continue it after a stop, from the newest whole checkpoint:
+    python run_mindformer.py --config configs/tiny/mixtral_pretrain.yaml --train_data data/train.mindrecord \\
+        --resume_training True
+  measure its perplexity:
+    python run_mindformer.py --config configs/tiny/mixtral_pretrain.yaml --run_mode eval \\
+        --eval_data data/eval.mindrecord --load_checkpoint output/checkpoint
+  let it write:
+    python run_mindformer.py --config configs/tiny/mixtral_predict.yaml --load_checkpoint output/checkpoint \\
+        --predict_data "def main" "import "
+  change any key of the file:
+    ... --model.model_config.num_layers 8 --optimizer.betas "[0.9, 0.95]" --callbacks.1.save_checkpoint_steps 50
+
+A key that does not exist is an error that names the nearest one. Exit code: 0 done, 2 a mistake in the input.
+"""
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    result = argparse.ArgumentParser(
+        prog="run_mindformer.py",
+        usage="run_mindformer.py --config YAML [options] [--section.key VALUE ...]",
+        description="Train, finetune, evaluate or predict with a MindFormers YAML, on Ascend or CPU.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    result.add_argument("--config", required=True, metavar="YAML", help="configuration file")
+    for flag in FLAGS:
+        more: dict[str, Any] = {"nargs": "+"} if flag.many else {}
+        if flag.choices:
+            more["choices"] = flag.choices
+        else:
+            more["metavar"] = flag.field.upper() if flag.reader is str else "VALUE"
+        result.add_argument(*flag.names, dest=flag.field, type=flag.reader, action=OneValue, help=flag.help, **more)
+    result.add_argument("--options", nargs="+", metavar="KEY=VALUE", help="older spelling of --key value")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 on success, 2 on a user's mistake."""
+
+    def read_and_run(_: argparse.Namespace) -> int:
+        return _run(read_arguments(parser(), argv))
+
+    return exit_code(read_and_run, argparse.Namespace())
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from mindformers_ext.jobs.run_checks import check_run
+
+    path = _config_path(arguments.config)
+    config = apply_flags(load_yaml(path), arguments)
+    checked = check_run(config, str(path))
+    for line in checked.notes:
+        print(f"note: {line}", file=sys.stderr)
+    _prepare(checked.config)
+
+    from mindformers_ext.mf.run import run
+
+    run(checked.config, checked.notes)
+    return 0
+
+
+def _config_path(name: str) -> Path:
+    """A relative path counts from here, then from the repository, as MindFormers' own script does."""
+    path = Path(name)
+    if not path.is_absolute() and not path.exists() and (ROOT / path).exists():
+        return ROOT / path
+    return path
+
+
+def _prepare(config: dict[str, Any]) -> None:
+    """What must be set before MindFormers is imported: where its log goes, and where the user's classes are."""
+    os.environ.setdefault("LOCAL_DEFAULT_PATH", str(config["output_dir"]))
+    folder = config.pop("register_path", None)
+    if folder:
+        if not Path(folder).is_dir():
+            raise UserError(f"--register_path {folder} is not a folder: give the folder that holds your module")
+        os.environ["REGISTER_PATH"] = str(folder)
+        sys.path.append(str(folder))

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything about a run that can be judged before a network is built, in the order in which it is cheap."""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.rules import check_network
+from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.core.yaml_view import network_spec_from_yaml, yaml_notes
+from mindformers_ext.jobs.checkpoints import check_shapes, checkpoint_file, choose_resume, fault, remove_leftovers
+from mindformers_ext.jobs.run_data import check_dataset
+from mindformers_ext.jobs.run_sections import check_sections
+
+TRAINING = ("train", "finetune")
+RUN_MODES = (*TRAINING, "eval", "predict")
+DATASET = {"train": "train_dataset", "finetune": "train_dataset", "eval": "eval_dataset"}
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """A configuration that can run, and what the user should read in the log."""
+
+    config: dict[str, Any]
+    spec: NetworkSpec
+    notes: tuple[str, ...]
+
+
+def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
+    """Check ``config`` (from the file ``where``) and settle what to load and to resume.
+
+    Raises:
+        UserError: the first group of mistakes found: keys and values, then the device, files, and data.
+    """
+    result = {**config, "output_dir": config.get("output_dir") or "./output"}
+    mode = result.get("run_mode")
+    if mode not in RUN_MODES:
+        raise UserError(f"{where}: run_mode={mode!r}: choose one of {', '.join(RUN_MODES)} (--run_mode)")
+    try:
+        check_sections(result, mode)
+        spec = network_spec_from_yaml(result, device_count(result))
+        notes = [*yaml_notes(result), *check_network(spec, mode)]
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    check_device(str((result.get("context") or {}).get("device_target", "Ascend")))
+    notes += _settle_checkpoint(result, spec)
+    check_tokenizer(result, spec, mode)
+    if mode in DATASET:
+        check_dataset(result, DATASET[mode], spec, mode)
+    elif not result.get("input_data"):
+        raise UserError('run_mode predict has nothing to predict: give --predict_data "a prompt"')
+    if mode == "predict":
+        result.setdefault("save_file", str(Path(result["output_dir"]) / "text_generation_result.txt"))
+    return CheckedRun(result, spec, tuple(notes))
+
+
+def device_count(config: Mapping[str, Any]) -> int:
+    """Devices of the whole job: what the launcher says, 1 without ``use_parallel``."""
+    if not config.get("use_parallel", False):
+        return 1
+    for name in ("MS_WORKER_NUM", "RANK_SIZE"):
+        value = os.environ.get(name, "")
+        if value.isdecimal() and int(value) > 0:
+            return int(value)
+    return 1
+
+
+def check_device(target: str) -> None:
+    """Whether MindSpore can use ``target`` here, found out without importing it.
+
+    Raises:
+        UserError: no such device, or its software is not installed.
+    """
+    if target not in ("Ascend", "CPU", "GPU"):
+        raise UserError(f"device_target={target!r} is unknown: choose Ascend, GPU or CPU (--device_target)")
+    if target == "CPU":
+        return
+    if target == "Ascend":
+        if not _has_library("libascendcl.so"):
+            raise UserError(
+                "device_target is Ascend, but this machine has no Ascend software (libascendcl.so of CANN is not "
+                "found): run with --device_target CPU, or source CANN's set_env.sh"
+            )
+        return
+    if not _has_library("libcuda.so.1"):
+        raise UserError("device_target is GPU, but this machine has no CUDA driver: run with --device_target CPU")
+
+
+def _has_library(name: str) -> bool:
+    places = os.environ.get("LD_LIBRARY_PATH", "").split(":")
+    for variable in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME"):
+        if os.environ.get(variable):
+            places.append(os.path.join(os.environ[variable], "lib64"))
+    if any(place and (Path(place) / name).exists() for place in places):
+        return True
+    return ctypes.util.find_library(name.removeprefix("lib").partition(".so")[0]) is not None
+
+
+def check_tokenizer(config: Mapping[str, Any], spec: NetworkSpec, mode: str) -> None:
+    """The tokenizer's ids must be rows of the embedding; predict needs a tokenizer.
+
+    Raises:
+        UserError: the file is missing, or its vocabulary is larger than ``vocab_size``.
+    """
+    section = (config.get("processor") or {}).get("tokenizer") or {}
+    name = section.get("vocab_file") or section.get("tokenizer_file")
+    if not name:
+        if mode == "predict":
+            raise UserError("run_mode predict needs a tokenizer: set processor.tokenizer.vocab_file to the .model file "
+                            "(--processor.tokenizer.vocab_file)")  # fmt: skip
+        return
+    path = Path(name)
+    if not path.is_file():
+        if mode == "predict":
+            raise UserError(f"processor.tokenizer.vocab_file {path} does not exist: give the model's tokenizer")
+        return
+    if path.suffix == ".model":
+        from mindformers_ext.data.tokenizers import SentencePieceTokenizer
+
+        size = SentencePieceTokenizer(path).vocab_size
+        if size > spec.model.vocab_size:
+            rows = spec.model.vocab_size
+            raise UserError(
+                f"the tokenizer {path} has {size} pieces, model_config.vocab_size is {rows}: ids from {rows} on have "
+                f"no embedding; set vocab_size to {size} or more, or give the model's own tokenizer"
+            )
+
+
+def _settle_checkpoint(config: dict[str, Any], spec: NetworkSpec) -> list[str]:
+    """Check ``load_checkpoint`` and choose where to resume; returns notes. Changes ``config``."""
+    notes: list[str] = []
+    if config.get("resume_training") and config["run_mode"] in TRAINING:
+        notes += _settle_resume(config)
+    name = config.get("load_checkpoint")
+    if not name:
+        if config["run_mode"] in ("eval", "predict"):
+            notes.append("no load_checkpoint: the network keeps its random weights")
+        return notes
+    path = Path(name)
+    if not path.exists():
+        raise UserError(f"load_checkpoint {path} does not exist: give a .ckpt or .safetensors file, or a folder with "
+                        "rank_0 in it")  # fmt: skip
+    return notes + _check_checkpoint(config, spec, path)
+
+
+def _settle_resume(config: dict[str, Any]) -> list[str]:
+    name, wanted = config.get("load_checkpoint"), config["resume_training"]
+    folder = Path(name or Path(config["output_dir"]) / "checkpoint")
+    if not name and not any(folder.glob("rank_*/*.ckpt")):
+        left = remove_leftovers(folder)
+        config["resume_training"] = False
+        what = f" ({', '.join(path.name for path in left)} was half written)" if left else ""
+        return [f"resume_training: {folder} holds no whole checkpoint yet{what}, the run starts from step 0"]
+    config["load_checkpoint"] = str(folder)
+    if folder.is_file():
+        reason = fault(folder)
+        if reason:
+            raise UserError(f"cannot resume from {folder}: {reason}")
+        return [f"resuming from {folder}"]
+    suffix = ".safetensors" if config.get("load_ckpt_format") == "safetensors" else ".ckpt"
+    point = choose_resume(folder, wanted if isinstance(wanted, str) else None, suffix)
+    config["resume_training"] = point.saved.path.name
+    notes = [f"passed over: {reason}" for reason in point.passed_over]
+    remove_leftovers(folder)
+    return [*notes, f"resuming from {point.saved.path}, the newest whole checkpoint (epoch {point.saved.epoch}, step "
+                    f"{point.saved.step} of it)"]  # fmt: skip
+
+
+def _check_checkpoint(config: dict[str, Any], spec: NetworkSpec, path: Path) -> list[str]:
+    """Shapes of a whole checkpoint; a sliced one can only be judged with its strategy."""
+    if path.is_dir() and (path / "config.json").is_file():
+        raise UserError(f"load_checkpoint {path} is a Hugging Face folder: convert it first (python convert_weight.py "
+                        "--help) and give the result")  # fmt: skip
+    suffix = ".safetensors" if config.get("load_ckpt_format") == "safetensors" else ".ckpt"
+    resume = config.get("resume_training")
+    file = path / "rank_0" / resume if path.is_dir() and isinstance(resume, str) else checkpoint_file(path, suffix)
+    if file is None:
+        raise UserError(
+            f"load_checkpoint {path} holds no {suffix} file: give a checkpoint file, or a folder with rank_0 in it "
+            "(load_ckpt_format chooses .ckpt or .safetensors)"
+        )
+    if len(list(path.glob("rank_*"))) > 1 or config.get("auto_trans_ckpt"):
+        return []
+    check_shapes(file, spec.model)
+    if file.suffix == ".safetensors" and config.get("load_ckpt_format", "ckpt") != "safetensors":
+        config["load_ckpt_format"] = "safetensors"
+        return ["load_ckpt_format becomes safetensors, the kind of load_checkpoint"]
+    return []
