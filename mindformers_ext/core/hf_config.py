@@ -144,8 +144,11 @@ def hf_config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     if not spec.moe:
         return result | {"attention_bias": False, "mlp_bias": False, "rope_scaling": None}
     problems = Problems("this network as a Hugging Face mixtral")
-    for name, wanted in (("use_gating_sigmoid", False), ("norm_topk_prob", True), ("routed_scaling_factor", 1.0),
-                         ("topk_method", "greedy"), ("balance_via_topk_bias", False)):  # fmt: skip
+    built = {"use_gating_sigmoid": False, "norm_topk_prob": True, "routed_scaling_factor": 1.0,
+             "topk_method": "greedy", "balance_via_topk_bias": False}  # fmt: skip
+    if spec.moe.num_experts_per_tok == 1:
+        built["norm_single_choice"] = True  # transformers always divides by the sum over the chosen
+    for name, wanted in built.items():
         if getattr(spec.moe, name) != wanted:
             problems.add(f"{name}={getattr(spec.moe, name)!r}", f"transformers' Mixtral computes with {wanted!r} only")
     problems.raise_if_any()
@@ -164,6 +167,7 @@ def routing_as_hf(moe: MoESpec) -> MoESpec:
         capacity_factor=0.0,
         aux_losses=expert,
         aux_loss_reduce="mean",
+        norm_single_choice=moe.num_experts_per_tok == 1,
     )
 
 
@@ -248,4 +252,5 @@ def _routing(config: Mapping[str, Any], problems: Problems) -> MoESpec | None:
         return None
     factor = float(f"{coef * fields['num_experts_per_tok']:.12g}")  # so that / k * k gives the factor back
     moe = MoESpec(**fields, aux_losses=(("expert", factor),) if factor else ())
-    return replace(moe, capacity_factor=0.0, aux_loss_reduce="mean")
+    single = moe.num_experts_per_tok == 1
+    return replace(moe, capacity_factor=0.0, aux_loss_reduce="mean", norm_single_choice=single)

@@ -24,6 +24,8 @@ class MoESpec:
 
     ``capacity_factor`` <= 0 means dropless. ``aux_losses`` pairs a kind with its factor; a factor of 0 is off.
     ``expert_group_size`` is MindFormers' word for the NUMBER of expert groups of the "device" loss.
+    ``norm_single_choice`` extends ``norm_topk_prob`` to one chosen expert, whose gate is then 1, as in Hugging Face's
+    Mixtral; MindFormers leaves it its probability, through which the router learns.
     """
 
     num_local_experts: int
@@ -32,6 +34,7 @@ class MoESpec:
     enable_sdrop: bool = False
     use_gating_sigmoid: bool = False
     norm_topk_prob: bool = True
+    norm_single_choice: bool = False
     routed_scaling_factor: float = 1.0
     topk_method: str = "greedy"
     n_group: int | None = None

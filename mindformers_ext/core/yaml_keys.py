@@ -75,7 +75,10 @@ KEYS: tuple[Key, ...] = (
         seq_length               seq_length               int    2048
         return_extra_loss        return_extra_loss        bool   True
     """),
-    *_keys(MODEL, "moe", "aux_loss_reduce aux_loss_reduce str sum"),
+    *_keys(MODEL, "moe", """
+        aux_loss_reduce          aux_loss_reduce          str    sum
+        norm_single_choice       norm_single_choice       bool   False
+    """),
     *_keys("moe_config", "moe", """
         expert_num               num_local_experts        int    1
         num_experts_chosen       num_experts_per_tok      int    1

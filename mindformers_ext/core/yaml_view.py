@@ -7,7 +7,8 @@ null follows from ``multiple_of`` and ``ffn_dim_multiplier``, ``max_position_emb
 
 Our own keys, all in ``model.model_config`` because MindFormers refuses unknown keys in ``moe_config``:
 ``head_dim`` (width of a head where it is not hidden_size / num_heads), ``return_extra_loss`` (default True: the routing
-losses are part of the loss) and ``aux_loss_reduce`` (``sum`` or ``mean`` over layers).
+losses are part of the loss), ``aux_loss_reduce`` (``sum`` or ``mean`` over layers) and ``norm_single_choice`` (a single
+chosen expert gets gate 1, as in Hugging Face's Mixtral; default False, MindFormers' rule).
 
 Routing losses: ``aux_loss_types`` with ``aux_loss_factors`` where given (``[]`` means none); where absent or null,
 ``aux_loss_factor`` > 0 means ``expert`` with that factor. MindFormers reads that factor and drops the loss.

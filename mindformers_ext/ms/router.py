@@ -72,7 +72,7 @@ class TopkRouterV2(nn.Cell):
         self.spare = 1 if reference_capacity else 0
         self.sequence_order = moe.enable_sdrop
         self.sigmoid = moe.use_gating_sigmoid
-        self.normalise = moe.norm_topk_prob and self.chosen > 1
+        self.normalise = moe.norm_topk_prob and (self.chosen > 1 or moe.norm_single_choice)
         self.grouped = moe.topk_method != "greedy"
         self.group_by_two = moe.topk_method == "noaux_tc"
         self.biased = moe.balance_via_topk_bias

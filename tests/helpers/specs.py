@@ -141,6 +141,7 @@ def moe_specs(draw: st.DrawFn) -> MoESpec:
         enable_sdrop=draw(st.booleans()),
         use_gating_sigmoid=draw(st.booleans()),
         norm_topk_prob=draw(st.booleans()),
+        norm_single_choice=draw(st.booleans()),
         routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
         topk_method=method,
         n_group=groups if method != "greedy" else draw(st.sampled_from([None, groups])),

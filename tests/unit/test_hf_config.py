@@ -109,7 +109,8 @@ def test_head_dim_is_optional_and_free() -> None:
 def test_round_trip(spec: ModelSpec) -> None:
     if spec.moe:
         spec = replace(spec, moe=replace(spec.moe, use_gating_sigmoid=False, norm_topk_prob=True, topk_method="greedy",
-                                         routed_scaling_factor=1.0, balance_via_topk_bias=False))  # fmt: skip
+                                         routed_scaling_factor=1.0, balance_via_topk_bias=False,
+                                         norm_single_choice=spec.moe.num_experts_per_tok == 1))  # fmt: skip
         factors = tuple((kind, factor / 4) for kind, factor in spec.moe.aux_losses)
         spec = replace(spec, moe=replace(spec.moe, aux_losses=factors))
     if spec.eos_token_id < 0:
@@ -126,6 +127,7 @@ def test_round_trip(spec: ModelSpec) -> None:
         ({"use_gating_sigmoid": True}, "use_gating_sigmoid=True"),
         ({"norm_topk_prob": False}, "norm_topk_prob=False"),
         ({"routed_scaling_factor": 2.5}, "routed_scaling_factor=2.5"),
+        ({"num_experts_per_tok": 1}, "norm_single_choice=False"),  # transformers' gate of one choice is 1, not p
     ],
 )
 def test_what_transformers_does_not_compute_is_not_written(change: dict[str, Any], word: str) -> None:

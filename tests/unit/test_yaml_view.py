@@ -132,8 +132,9 @@ def test_routing_losses(words: dict[str, Any], losses: tuple[tuple[str, float], 
 
 
 def test_our_own_keys() -> None:
-    spec = network_spec_from_yaml(in_model(head_dim=64, return_extra_loss=False, aux_loss_reduce="mean"), 16)
-    assert spec.model.moe is not None
+    words = {"head_dim": 64, "return_extra_loss": False, "aux_loss_reduce": "mean", "norm_single_choice": True}
+    spec = network_spec_from_yaml(in_model(**words), 16)
+    assert spec.model.moe is not None and spec.model.moe.norm_single_choice
     assert (spec.model.head_dim, spec.return_extra_loss, spec.model.moe.aux_loss_reduce) == (64, False, "mean")
     assert spec.model.moe.aux_losses == (("expert", 0.05),)
 
