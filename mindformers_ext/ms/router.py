@@ -69,6 +69,7 @@ class TopkRouterV2(nn.Cell):
         self.experts, self.chosen = moe.num_local_experts, moe.num_experts_per_tok
         self.multiple = parallel.router_model_parallel * moe.comp_comm_parallel_degree
         self.dropless = moe.capacity_factor <= 0
+        self.drops_only_in_training = False  # set by whoever evaluates with the training network (mf)
         self.spare = 1 if reference_capacity else 0
         self.sequence_order = moe.enable_sdrop
         self.sigmoid = moe.use_gating_sigmoid
@@ -121,7 +122,7 @@ class TopkRouterV2(nn.Cell):
 
     def _capacity(self, tokens: int, counts_GE: Tensor) -> int:
         """Slots per expert: fixed by the factor, or the largest load rounded up when dropless."""
-        if not self.dropless:
+        if not self.dropless and (self.training or not self.drops_only_in_training):
             moe = self.moe
             return expert_capacity(self.chosen, tokens, moe.capacity_factor, self.experts, self.multiple)
         largest = self.to_scalar(ops.cast(counts_GE.max(), ms.int64))
