@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("run_folder", type=Path, help="the run's output_dir")
     result.add_argument("--parity", type=Path, help="saved output of check_parity.py; its last line goes in")
-    result.add_argument("--sample", type=Path, help="text file with what the model generated")
+    result.add_argument("--sample", type=Path, help="what the model wrote: text_generation_result.txt")
     result.add_argument(
         "--max_loss_ratio", type=float, default=0.75, help="mean loss of the last 20 steps over the first 20 (0.75)"
     )

@@ -74,7 +74,7 @@ def _spec(arguments: argparse.Namespace) -> ModelSpec:
     if arguments.config:
         if given:
             raise UserError(f"--config already says {', '.join(given)}: give the sizes in one place")
-        return spec_from_yaml_file(arguments.config)
+        return spec_from_yaml_file(arguments.config).model
     sizes: dict[str, Any] = {name: _chosen(arguments, name, value) for name, value in SIZES.items()}
     routing: dict[str, Any] = {name: _chosen(arguments, name, value) for name, value in EXPERTS.items()}
     if arguments.model == "llama" and any(getattr(arguments, name) is not None for name in EXPERTS):

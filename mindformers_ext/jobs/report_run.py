@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ PICTURES = (("loss.png", "Loss over the steps"), ("expert_load.png", "How the ex
 
 @dataclass(frozen=True, kw_only=True)
 class ReportRequest:
-    """``parity`` and ``sample`` are text files made by other commands, or None."""
+    """``parity``: saved output of the parity check; ``sample``: text, or MindFormers' text_generation_result.txt."""
 
     run_folder: Path
     parity: Path | None = None
@@ -71,7 +72,7 @@ def _page(request: ReportRequest, metrics: RunMetrics, report: Report) -> str:
         if (request.run_folder / name).is_file():
             parts.append(f"## {title}\n\n![{title}]({name})")
     if request.sample:
-        parts.append(f"## What the trained model writes\n\n{_quoted(_read(request.sample).strip())}")
+        parts.append(f"## What the trained model writes\n\n{_quoted(_generated(request.sample))}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -90,6 +91,17 @@ def _word(passed: bool) -> str:
 def _quoted(text: str) -> str:
     """A code block that no fence inside the text can end."""
     return "\n".join("    " + line for line in text.split("\n"))
+
+
+def _generated(path: Path) -> str:
+    """The texts in MindFormers' result file, a printed Python list; any other text as it is."""
+    text = _read(path).strip()
+    try:
+        results = ast.literal_eval(text)
+        texts = [answer for result in results for answer in result["text_generation_text"]]
+    except (SyntaxError, ValueError, TypeError, KeyError):
+        return text
+    return "\n\n".join(map(str, texts))
 
 
 def _read(path: Path) -> str:

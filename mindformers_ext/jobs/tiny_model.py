@@ -14,7 +14,7 @@ import numpy as np
 
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.hf_config import hf_config_from_spec
-from mindformers_ext.core.spec import ModelSpec
+from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.core.yaml_file import load_yaml
 from mindformers_ext.core.yaml_view import network_spec_from_yaml
 from mindformers_ext.data.tokenizers import SentencePieceTokenizer
@@ -46,9 +46,9 @@ class TinyModelSummary:
     parameters: int
 
 
-def spec_from_yaml_file(path: Path) -> ModelSpec:
-    """The model that a MindFormers YAML trains, so that its sizes are said once."""
-    return network_spec_from_yaml(load_yaml(path)).model
+def spec_from_yaml_file(path: Path) -> NetworkSpec:
+    """The network that a MindFormers YAML trains, so that its sizes are said once."""
+    return network_spec_from_yaml(load_yaml(path))
 
 
 def make_tiny_model(request: TinyModelRequest) -> TinyModelSummary:

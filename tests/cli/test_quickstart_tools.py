@@ -66,6 +66,18 @@ def test_corpus_lists_every_wrong_size(tmp_path: Path, capsys: pytest.CaptureFix
     assert not (tmp_path / "x").exists()
 
 
+def test_corpus_takes_its_sizes_from_a_yaml_or_from_options(
+    tmp_path: Path, repo_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(repo_root / "configs" / "tiny" / "mixtral_pretrain.yaml")
+    argv = ["--output_dir", str(tmp_path), "--config", config, "--max_bytes", "400000"]
+    assert tiny_corpus.main(argv) == 0
+    described = json.loads((tmp_path / "corpus.json").read_text())
+    assert (described["vocab_size"], described["tokens_per_row"]) == (2000, 129)
+    assert tiny_corpus.main([*argv, "--seq_length", "64"]) == 2
+    assert "--config already says seq_length" in capsys.readouterr().err
+
+
 def test_model_loads_in_transformers_whole(model: Path, corpus: Path) -> None:
     from mindformers_ext.data.tokenizers import SentencePieceTokenizer
     from mindformers_ext.pt.hf_reference import HuggingFaceReference
@@ -175,6 +187,9 @@ def test_report_holds_the_figures_and_judges_the_loss(tmp_path: Path, capsys: py
     assert "5,000 tokens/s" in page and "5.00% / 5.00%" in page
     assert "    max |logits difference| = 1e-06 <= 0.0001" in page
     assert "    Return the ```name```\n    | of |" in page
+    (tmp_path / "sample.txt").write_text("[{'text_generation_text': ['one\\n\\'two\\'', 'three']}]")
+    assert report_run.main(argv) == 0
+    assert "    one\n    'two'\n    \n    three\n" in (tmp_path / "report.md").read_text()
     assert report_run.main([*argv, "--max_loss_ratio", "0.3"]) == 1
     assert "FAILED" in (tmp_path / "report.md").read_text()
     assert "ABOVE 0.3" in capsys.readouterr().out
