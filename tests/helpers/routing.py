@@ -27,7 +27,10 @@ class Routing:
 
 
 def chosen_experts(prob_GNE: np.ndarray, moe: MoESpec, bias_E: np.ndarray | None = None) -> np.ndarray:
-    """Experts (G, N, K), best first; of equal ones the lower number. Groups outside the limit are out."""
+    """Experts (G, N, K), best first. Groups outside the limit are out.
+
+    Of equal ones the lower number, while MindSpore's TopK keeps to no rule (on the CPU it depends on the sizes).
+    """
     G, N, E = prob_GNE.shape
     index_GNK = np.zeros((G, N, moe.num_experts_per_tok), np.int64)
     for g, n in np.ndindex(G, N):
@@ -52,11 +55,14 @@ def capacity_of(moe: MoESpec, tokens: int, largest_load: int, multiple: int = 1)
     return wanted
 
 
-def route(prob_GNE: np.ndarray, moe: MoESpec, multiple: int = 1, bias_E: np.ndarray | None = None) -> Routing:
-    """Fill the experts' slots one assignment after the other, in drop order, until each is full."""
+def route(prob_GNE: np.ndarray, moe: MoESpec, multiple: int = 1, index_GNK: np.ndarray | None = None) -> Routing:
+    """Fill the experts' slots one assignment after the other, in drop order, until each is full.
+
+    ``index_GNK``: the experts chosen, where ties or a bias make ``chosen_experts(prob_GNE, moe)`` not the only answer.
+    """
     G, N, E = prob_GNE.shape
     K = moe.num_experts_per_tok
-    index_GNK = chosen_experts(prob_GNE, moe, bias_E)
+    index_GNK = chosen_experts(prob_GNE, moe) if index_GNK is None else index_GNK
     load_GE = np.stack([np.bincount(index_GNK[g].ravel(), minlength=E) for g in range(G)])
     capacity = capacity_of(moe, N, int(load_GE.max()), multiple)
     gate_GNK = np.take_along_axis(prob_GNE, index_GNK, -1)
