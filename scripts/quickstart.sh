@@ -13,7 +13,7 @@ steps=600            # training steps
 output=output/quickstart
 max_bytes=3000000    # text collected for the data set
 max_loss_ratio=0.75  # mean loss of the last 20 steps over that of the first 20
-prompt="Return a new"
+prompt="This module"
 
 usage() { sed -n '3,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 fail() { echo "quickstart: $*" >&2; exit 2; }
@@ -86,7 +86,8 @@ trained=$(ls -t "$output"/checkpoint/rank_0/*.ckpt | head -n 1)
 
 title "predict"
 run $python run_mindformer.py --config $config --run_mode predict --load_checkpoint "$trained" \
-    --predict_data "$prompt" --processor.tokenizer.vocab_file "$output/data/tokenizer.model" --output_dir "$output"
+    --predict_data "$prompt" --processor.tokenizer.vocab_file "$output/data/tokenizer.model" \
+    --model.model_config.repetition_penalty 1.3 --output_dir "$output"
 
 title "MindSpore -> Hugging Face, and compare every logit"
 run $python convert_weight.py --model mixtral --reversed --input_path "$trained" --config "$output/hf_start" \
