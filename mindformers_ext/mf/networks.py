@@ -38,10 +38,10 @@ class PortableLlamaForCausalLM(PreTrainedModel):
     base_model_prefix = ""
 
     def __init__(self, config: PortableLlamaConfig) -> None:
-        super().__init__(config, auto_prefix=False)
         if config.use_past:
-            logger.info("use_past: True is not needed here: generation recomputes the sequence; it is set to False.")
+            logger.info("use_past becomes False: generation recomputes the sequence for every token")
             config.use_past = False
+        super().__init__(config, auto_prefix=False)
         spec = config.network_spec(get_real_group_size())
         self.spec = spec
         self.causal_lm = build_causal_lm(spec)
@@ -51,24 +51,14 @@ class PortableLlamaForCausalLM(PreTrainedModel):
         self.pad_token_id = spec.model.pad_token_id
         self.ignore_token_id = spec.model.ignore_token_id
         self.argmax = _argmax
-        self.drops = spec.model.moe is not None and spec.model.moe.capacity_factor > 0
-        self.route_all(not self.training)
+        for _, cell in self.causal_lm.cells_and_names():
+            if isinstance(cell, TopkRouterV2):
+                cell.drops_only_in_training = True
         self.load_checkpoint(config)
 
     def report_terms(self) -> None:
         """From now on training returns (loss, lm_loss, aux_loss, expert_load, dropped) instead of the loss."""
         self.returns_terms = True
-
-    def set_train(self, mode: bool = True) -> PortableLlamaForCausalLM:
-        """Training mode on or off, and with it the dropping of tokens."""
-        self.route_all(not mode)
-        return super().set_train(mode)
-
-    def route_all(self, everything: bool) -> None:
-        """Route without dropping, or back to the capacity of the configuration; takes effect at the next compile."""
-        for _, cell in self.causal_lm.cells_and_names():
-            if isinstance(cell, TopkRouterV2):
-                cell.dropless = everything or not self.drops
 
     def construct(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
         """See the class. ``input_ids`` (B, T) and ``labels`` (B, T), int32; T = seq_length + 1 in training."""

@@ -23,7 +23,7 @@ TRAINING = ("train", "finetune")
 
 
 def run(config: Mapping[str, Any], extra_notes: tuple[str, ...] = ()) -> Any:
-    """Train, evaluate or predict as ``config['run_mode']`` says, and return what the Trainer returns.
+    """Train (returns None), evaluate (the metrics by name) or predict (MindFormers' list) as ``run_mode`` says.
 
     Args:
         config: the YAML's content with the command line's options applied.
@@ -43,9 +43,19 @@ def run(config: Mapping[str, Any], extra_notes: tuple[str, ...] = ()) -> Any:
     if mode in TRAINING:
         return trainer.train()
     if mode == "eval":
-        return trainer.evaluate(eval_checkpoint=full.load_checkpoint or None)
-    return trainer.predict(predict_checkpoint=full.load_checkpoint or None, input_data=full.input_data,
-                           batch_size=full.predict_batch_size, adapter_id=full.adapter_id)  # fmt: skip
+        trainer.evaluate(eval_checkpoint=full.load_checkpoint or None)
+        return getattr(trainer.trainer, "eval_result", None)
+    result = trainer.predict(predict_checkpoint=full.load_checkpoint or None, input_data=full.input_data,
+                             batch_size=full.predict_batch_size, adapter_id=full.adapter_id)  # fmt: skip
+    _keep_texts(result, Path(full.output_dir) / "sample.txt")
+    return result
+
+
+def _keep_texts(result: Any, path: Path) -> None:
+    """The generated texts as plain text, one after the other; MindFormers' own file holds a printed list."""
+    texts = [text for item in result for text in item.get("text_generation_text", ())]
+    path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    logger.info("The texts are in %s", path)
 
 
 def _open_device(config: MindFormerConfig, device: str) -> None:

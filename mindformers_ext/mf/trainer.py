@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import mindspore as ms
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
-from mindformers.tools.utils import get_real_rank
+from mindformers.tools.utils import get_output_root_path, get_real_rank
 from mindformers.trainer.causal_language_modeling import CausalLanguageModelingTrainer
 from mindspore import nn
 
@@ -29,12 +30,21 @@ SHARDED = ("semi_auto_parallel", "auto_parallel")
 
 class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
     """``CausalLanguageModelingTrainer`` plus: our callbacks behind MindFormers' names, gradient accumulation on one
-    device and in data parallel, and a resumed loss scale with its counters."""
+    device and in data parallel, a resumed loss scale with its counters, and an evaluation whose result is kept."""
 
     def training_process(self, *args: Any, **kwargs: Any) -> None:
         """Train with our callbacks in place of MindFormers' of the same name."""
         with stand_ins():
             super().training_process(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Evaluate, and keep the result as ``eval_result`` and in ``<output_dir>/eval.json``."""
+        super().evaluate(*args, **kwargs)
+        metrics = self.compute_metrics or {}
+        self.eval_result = {name: metric.eval() for name, metric in metrics.items()}
+        path = Path(get_output_root_path()) / "eval.json"
+        path.write_text(json.dumps(self.eval_result, indent=1) + "\n", encoding="utf-8")
+        logger.info("Evaluation: %s, kept in %s", self.eval_result, path)
 
     def _check_grad_accumulation_steps(self) -> None:
         """Keep the steps where our train step accumulates; MindFormers resets them to 1 outside semi-auto parallel."""
