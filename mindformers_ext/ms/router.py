@@ -73,6 +73,7 @@ class TopkRouterV2(nn.Cell):
         self.spare = 1 if reference_capacity else 0
         self.sequence_order = moe.enable_sdrop
         self.sigmoid = moe.use_gating_sigmoid
+        self.single_expert = self.experts == 1
         self.normalise = moe.norm_topk_prob and (self.chosen > 1 or moe.norm_single_choice)
         self.grouped = moe.topk_method != "greedy"
         self.group_by_two = moe.topk_method == "noaux_tc"
@@ -157,7 +158,7 @@ class TopkRouterV2(nn.Cell):
     def construct(self, logits_GNE: Tensor) -> tuple:
         G, N, E = logits_GNE.shape
         _check_load(self.chosen * N, E, self.moe.max_router_load)
-        prob_GNE = ops.sigmoid(logits_GNE) if self.sigmoid else self.softmax(logits_GNE)
+        prob_GNE = self._probabilities(logits_GNE)
         gate_GNK, index_GNK = self._gates(prob_GNE)
         index_GNK = ops.stop_gradient(index_GNK)
         expert_GT = self._drop_order(index_GNK)
@@ -172,6 +173,15 @@ class TopkRouterV2(nn.Cell):
         dropped = 1.0 - ops.cast(kept_GT, ms.float32).sum() / (G * self.chosen * N)
         return (dispatch_GEC, self._token_order(slot_GT, N), coeff_GNK, assignment_GEC, aux_loss,
                 counts_GE.sum(0), dropped)  # fmt: skip
+
+    def _probabilities(self, logits_GNE: Tensor) -> Tensor:
+        if self.sigmoid:
+            return ops.sigmoid(logits_GNE)
+        if self.single_expert:
+            # Always 1. Not only cheaper: in PYNATIVE, MindSpore 2.9 keeps the gradient it has traced for Softmax over
+            # an axis of length 1, which needs no sum, and uses it for every later Softmax of the process.
+            return ops.ones_like(logits_GNE)
+        return self.softmax(logits_GNE)
 
     def _auxiliary(self, logits_GNE: Tensor, prob_GNE: Tensor, counts_GE: Tensor) -> Tensor:
         """All auxiliary losses; with a bias the load is that of the unbiased choice."""
