@@ -45,14 +45,18 @@ TRAINING = ("train", "finetune")
 
 
 def check_sections(config: Mapping[str, Any], mode: str) -> None:
-    """Check the keys of the optimizer, schedule, wrapper and callbacks; only training uses them.
+    """Check the expert count, and for training the keys of optimizer, schedule, wrapper and callbacks.
 
     Raises:
         UserError: lists every unknown key with the nearest known one, and sections that are missing.
     """
-    if mode not in TRAINING:
-        return
     problems = Problems("configuration")
+    experts = (config.get("moe_config") or {}).get("expert_num", 1)
+    if isinstance(experts, int) and experts < 1:
+        problems.add(f"moe_config.expert_num={experts}", "use 1 (dense) or more")
+    if mode not in TRAINING:
+        problems.raise_if_any()
+        return
     for path, kinds in ARGUMENTS.items():
         section: Any = config
         for step in path.split("."):

@@ -45,9 +45,10 @@ class PortableLlamaConfig(LlamaConfig):
             key: value for key, value in self.parallel_config.to_dict().items() if key not in ("recompute", "swap")
         }
         moe = self.moe_config.to_dict()
-        moe["router_dense_type"] = str(moe.get("router_dense_type")).lower()
         if not moe.get("aux_loss_types"):
             moe.pop("aux_loss_types", None), moe.pop("aux_loss_factors", None)
+        if moe.get("router_dense_type") is None:  # MindFormers' own default, before its template is applied
+            moe.pop("router_dense_type", None)
         return {"model": {"model_config": self.given}, "moe_config": moe, "parallel_config": parallel}
 
 

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts that MindFormers sees of us, one by one."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindformers.core import build_optim
+from mindformers.models import build_network
+from mindformers.tools.register import MindFormerConfig
+from mindspore import Parameter, Tensor
+
+import mindformers_ext.mf.register  # noqa: F401  what a plain MindFormers run imports
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.yaml_file import parse_yaml
+from mindformers_ext.core.yaml_view import network_spec_from_yaml
+from mindformers_ext.mf.balance import moved
+from mindformers_ext.mf.metrics import MetricsFile, record_of
+from mindformers_ext.mf.trainer import stand_ins
+from mindformers_ext.mf.upgrade import upgrade
+from mindformers_ext.ms.models import build_causal_lm
+from tests.helpers.tiny_run import YAML
+
+
+def config(**changes):
+    return parse_yaml(YAML, "test") | changes
+
+
+@pytest.mark.parametrize("dtype", [ms.float32, ms.float16])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_fp32_state_adam_weight_decay(dtype, decay):
+    start, grads = np.array([[0.5, -2.0]], np.float32), np.array([[0.1, -0.3]], np.float32)
+    parameter = Parameter(Tensor(start, dtype), name="w")
+    optimizer = build_optim({"type": "FP32StateAdamWeightDecay", "beta1": 0.9, "beta2": 0.95, "eps": 1e-8,
+                             "learning_rate": 0.1, "weight_decay": decay}, {"params": [parameter]})  # fmt: skip
+    assert optimizer.moments1[0].dtype == ms.float32 and optimizer.moments2[0].name == "adam_v.w"
+    weight, m, v = start.astype(np.float64), 0.0, 0.0
+    for step in range(1, 4):
+        gradient = grads * step
+        optimizer((Tensor(gradient, dtype),))
+        m, v = 0.9 * m + 0.1 * gradient, 0.95 * v + 0.05 * gradient**2
+        weight = weight - 0.1 * (m / (np.sqrt(v) + 1e-8) + decay * weight)
+    tolerance = 1e-5 if dtype == ms.float32 else 5e-3
+    np.testing.assert_allclose(parameter.asnumpy(), weight, rtol=tolerance)
+
+
+def test_fp32_state_adam_weight_decay_refuses_wrong_values():
+    with pytest.raises(UserError, match=r"beta1=1.5.*\n.*eps=0"):
+        build_optim({"type": "FP32StateAdamWeightDecay", "beta1": 1.5, "eps": 0.0},
+                    {"params": [Parameter(Tensor([1.0]), name="w")]})  # fmt: skip
+
+
+def test_an_older_yaml_becomes_ours_and_stays_as_it_was():
+    before = config()
+    result, notes = upgrade(before, "CPU")
+    assert before == config()
+    assert result["model"]["model_config"]["type"] == "MixtralConfig"
+    assert result["model"]["arch"]["type"] == "MixtralForCausalLM"
+    assert result["runner_wrapper"]["type"] == "PortableTrainOneStepCell"
+    assert result["trainer"]["type"] == "PortableCausalLanguageModelingTrainer"
+    assert result["runner_config"]["sink_mode"] is False
+    assert len(notes) == 5
+
+
+@pytest.mark.parametrize(("device", "arch"), [("CPU", "PortableLlamaForCausalLM"), ("GPU", "PortableLlamaForCausalLM"),
+                                              ("Ascend", "LlamaForCausalLM")])  # fmt: skip
+def test_a_dense_yaml_is_left_to_mindformers_where_that_runs(device, arch):
+    result, notes = upgrade(config(moe_config=None), device)
+    assert result["model"]["arch"]["type"] == arch
+    assert (result["trainer"]["type"] == "CausalLanguageModelingTrainer") == (device == "Ascend")
+    assert any(device in note for note in notes) == (device != "Ascend")
+
+
+def plain_network(**changes):
+    """The network as a plain MindFormers run builds it, from our registered names."""
+    from mindformers.core.parallel_config import build_parallel_config
+
+    full = MindFormerConfig(**config(**changes))
+    full.model.model_config.type, full.model.arch.type = "MixtralConfig", "MixtralForCausalLM"
+    build_parallel_config(full)
+    return build_network(full.model, default_args={"parallel_config": full.parallel_config,
+                                                   "moe_config": full.moe_config})  # fmt: skip
+
+
+def test_a_plain_mindformers_run_builds_the_same_network():
+    network = plain_network()
+    spec = network_spec_from_yaml(config())
+    assert network.spec.model == spec.model
+    ours = {parameter.name: parameter.shape for parameter in build_causal_lm(spec).get_parameters()}
+    assert {parameter.name: parameter.shape for parameter in network.get_parameters()} == ours
+    assert "model.layers.0.feed_forward.ffn.w1.weight" in ours
+
+
+def test_training_returns_the_loss_until_the_terms_are_asked_for():
+    network = plain_network()
+    network.set_train(True)
+    ids = Tensor(np.random.default_rng(0).integers(5, 390, (2, 33)), ms.int32)
+    loss = network(ids)
+    assert loss.shape == ()
+    terms = plain_network()
+    ms.load_param_into_net(terms, network.parameters_dict())
+    terms.report_terms()
+    terms.set_train(True)
+    values = terms(ids)
+    assert len(values) == 5 and float(values[0]) == pytest.approx(float(loss), abs=1e-6)
+
+
+def test_mixtral_without_experts_is_refused():
+    with pytest.raises(UserError, match="needs experts"):
+        plain_network(moe_config={"expert_num": 1})
+
+
+def test_the_bias_goes_against_the_load():
+    bias = moved(np.zeros(4, np.float32), np.array([10.0, 2.0, 4.0, 0.0]), 0.01)
+    np.testing.assert_allclose(bias, [-0.01, 0.01, 0.0, 0.01])
+    np.testing.assert_array_equal(moved(bias, np.zeros(4), 0.01), bias)
+
+
+def test_callbacks_are_ours_only_inside():
+    from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+
+    kind, name = MindFormerModuleType.CALLBACK, "MFLossMonitor"
+    before = MindFormerRegister.get_cls(kind, name)
+    with pytest.raises(RuntimeError), stand_ins():
+        assert MindFormerRegister.get_cls(kind, name).__name__ == "MoELossMonitor"
+        raise RuntimeError
+    assert MindFormerRegister.get_cls(kind, name) is before
+
+
+def test_a_resumed_metrics_file_reads_as_one_run(tmp_path):
+    outputs = (Tensor(1.5), Tensor(False), Tensor(2.0), Tensor(0.1), Tensor(0.5), Tensor(1.25), Tensor(0.25),
+               Tensor([[3.0, 1.0]]), Tensor([0.5]))  # fmt: skip
+    first = MetricsFile(str(tmp_path), 0, 0)
+    for step in range(1, 6):
+        first.append(record_of(outputs, step, 1, 0.5, 100))
+    with first.path.open("a") as file:
+        file.write('{"step": 6, "los')  # a killed run
+    second = MetricsFile(str(tmp_path), 0, 3)
+    second.append(record_of(outputs, 4, 1, 0.25, 100))
+    lines = second.path.read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == [f'{{"step": {step}' for step in (1, 2, 3, 4)]
+    assert '"tokens_per_second": 400.0' in lines[-1] and '"drop_rate": 0.5' in lines[-1]
+    MetricsFile(str(tmp_path), 0, 0)
+    assert not second.path.exists() and second.path.with_name("rank_0.jsonl.previous").exists()
