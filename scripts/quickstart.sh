@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 config=configs/tiny/mixtral_pretrain.yaml
 python=.venv/bin/python
-steps=400            # training steps
+steps=300            # training steps
 output=output/quickstart
 max_bytes=3000000    # text collected for the data set
 max_loss_ratio=0.75  # mean loss of the last 20 steps over that of the first 20
