@@ -49,10 +49,10 @@ class Attention(nn.Cell):
         self.wk = Linear(model.hidden_size, kv_width, std, dtype)
         self.wv = Linear(model.hidden_size, kv_width, std, dtype)
         self.wo = Linear(width, model.hidden_size, std, dtype)
-        self.rotary = operators.rotary(operators.dtype(spec.numerics.rotary_dtype))
-        self.attend = operators.causal_attention(
-            self.heads, self.kv_heads, self.head_dim, spec.seq_length, operators.dtype(spec.numerics.softmax_dtype)
-        )
+        self.rotary = operators.build(operators.rotary, operators.dtype(spec.numerics.rotary_dtype))
+        softmax_dtype = operators.dtype(spec.numerics.softmax_dtype)
+        self.attend = operators.build(operators.causal_attention, self.heads, self.kv_heads, self.head_dim,
+                                      spec.seq_length, softmax_dtype)  # fmt: skip
 
     def construct(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
         S = cos_SP.shape[1]

@@ -86,10 +86,8 @@ class Decoder(nn.Cell):
         )
 
     def construct(self, ids_BS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        S = ids_BS.shape[1]
+        _check_length(ids_BS.shape[1], self.seq_length)
         cos_SP, sin_SP = self.cos_SP, self.sin_SP
-        if S != self.seq_length:
-            cos_SP, sin_SP = cos_SP[:, :S], sin_SP[:, :S]
         x_TD = ops.cast(self.tok_embeddings(ops.reshape(ids_BS, (-1,))), self.compute_dtype)
         aux_loss = ops.zeros((), ms.float32)
         loads: tuple = ()
@@ -106,6 +104,13 @@ class Decoder(nn.Cell):
         return self.norm_out(x_TD), aux_loss, ops.zeros((1, 1), ms.float32), ops.zeros((1,), ms.float32)
 
 
+def _check_length(length: int, seq_length: int) -> None:
+    """Rotary tables, masks and the halves of attention are of one length; some others would pass unnoticed."""
+    if length != seq_length:
+        raise ValueError(f"rows of {length} tokens in a network built for seq_length={seq_length}: pad them, or build "
+                         "the network for their length")  # fmt: skip
+
+
 class CausalLM(nn.Cell):
     """Decoder and head.
 
@@ -116,7 +121,7 @@ class CausalLM(nn.Cell):
 
     def __init__(self, spec: NetworkSpec, operators: Operators | None = None) -> None:
         super().__init__()
-        operators = operators or select_operators()
+        operators = (operators or select_operators()).for_network()
         model = spec.model
         self.spec = spec
         self.vocab_size, self.pad_token_id = model.vocab_size, model.pad_token_id

@@ -34,7 +34,7 @@ class CapacityExperts(nn.Cell):
         self.w1 = ExpertLinear(experts, hidden, ffn, std, param_dtype)
         self.w2 = ExpertLinear(experts, ffn, hidden, std, param_dtype)
         self.w3 = ExpertLinear(experts, hidden, ffn, std, param_dtype)
-        self.swiglu = operators.swiglu()
+        self.swiglu = operators.build(operators.swiglu)
         self.transpose = P.Transpose()
 
     def construct(self, x_GECD: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ class FeedForward(nn.Cell):
         self.w1 = Linear(hidden, ffn, std, dtype)
         self.w2 = Linear(ffn, hidden, std, dtype)
         self.w3 = Linear(hidden, ffn, std, dtype)
-        self.swiglu = operators.swiglu()
+        self.swiglu = operators.build(operators.swiglu)
 
     def construct(self, x_TD: Tensor) -> Tensor:
         return self.w2(self.swiglu(self.w1(x_TD), self.w3(x_TD)))

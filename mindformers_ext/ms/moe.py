@@ -20,6 +20,28 @@ from mindformers_ext.ms.ops.select import Operators
 from mindformers_ext.ms.router import TopkRouterV2
 
 
+class WeightedRows(nn.Cell):
+    """Sum over K of a weight times a gathered row.
+
+    Inputs: rows (G, R, D), index (G, N, K) int32 into R, weight (G, N, K). Output (G, N, D). One gather per choice:
+    a gather of (G, N, K, D) would need a slow sum over K.
+    """
+
+    def __init__(self, chosen: int) -> None:
+        super().__init__()
+        self.choices = range(1, chosen)
+        self.split = P.Split(axis=2, output_num=chosen)
+        self.gather = P.Gather(batch_dims=1)
+
+    def construct(self, rows_GTD: Tensor, index_GNK: Tensor, weight_GNK: Tensor) -> Tensor:
+        index = self.split(index_GNK)
+        weight = self.split(ops.expand_dims(ops.cast(weight_GNK, rows_GTD.dtype), -1))
+        total = self.gather(rows_GTD, index[0], 1) * weight[0]
+        for j in self.choices:
+            total = total + self.gather(rows_GTD, index[j], 1) * weight[j]
+        return ops.squeeze(total, 2)
+
+
 class DispatchRows(nn.Cell):
     """Copies token rows into slots.
 
@@ -29,8 +51,8 @@ class DispatchRows(nn.Cell):
 
     def __init__(self, chosen: int) -> None:
         super().__init__()
-        self.chosen = chosen
         self.gather = P.Gather(batch_dims=1)
+        self.weighted_rows = WeightedRows(chosen)
 
     def construct(self, x_GND: Tensor, dispatch_GEC: Tensor, slot_GNK: Tensor, kept_GNK: Tensor) -> Tensor:
         return self.gather(x_GND, ops.maximum(dispatch_GEC - 1, 0), 1)
@@ -39,10 +61,7 @@ class DispatchRows(nn.Cell):
         self, x_GND: Tensor, dispatch_GEC: Tensor, slot_GNK: Tensor, kept_GNK: Tensor, out: Tensor, dout: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = ops.reshape(dout, (dout.shape[0], -1, dout.shape[-1]))
-        kept_GNK = ops.cast(kept_GNK, dout.dtype)
-        dx_GND = self.gather(rows, slot_GNK[:, :, 0], 1) * kept_GNK[:, :, 0:1]
-        for j in range(1, self.chosen):
-            dx_GND = dx_GND + self.gather(rows, slot_GNK[:, :, j], 1) * kept_GNK[:, :, j : j + 1]
+        dx_GND = self.weighted_rows(rows, slot_GNK, kept_GNK)
         return dx_GND, ops.zeros_like(dispatch_GEC), ops.zeros_like(slot_GNK), ops.zeros_like(kept_GNK)
 
 
@@ -55,8 +74,10 @@ class CombineRows(nn.Cell):
 
     def __init__(self, chosen: int, width: int) -> None:
         super().__init__()
-        self.chosen = chosen
+        self.choices = range(1, chosen)
+        self.split = P.Split(axis=2, output_num=chosen)
         self.gather = P.Gather(batch_dims=1)
+        self.weighted_rows = WeightedRows(chosen)
         self.ones_D = Tensor(np.ones((width, 1), np.float32))
         self.row_sum = P.MatMul()
         self.concat = P.Concat(axis=-1)
@@ -65,26 +86,28 @@ class CombineRows(nn.Cell):
         self, y_GECD: Tensor, coeff_GNK: Tensor, slot_GNK: Tensor, dispatch_GEC: Tensor, assignment_GEC: Tensor
     ) -> Tensor:
         rows = ops.reshape(y_GECD, (y_GECD.shape[0], -1, y_GECD.shape[-1]))
-        coeff_GNK = ops.cast(coeff_GNK, y_GECD.dtype)
-        out_GND = self.gather(rows, slot_GNK[:, :, 0], 1) * coeff_GNK[:, :, 0:1]
-        for j in range(1, self.chosen):
-            out_GND = out_GND + self.gather(rows, slot_GNK[:, :, j], 1) * coeff_GNK[:, :, j : j + 1]
-        return out_GND
+        return self.weighted_rows(rows, slot_GNK, coeff_GNK)
+
+    def _along(self, rows_GTD: Tensor, index_GNK: Tensor, dout_GND: Tensor) -> Tensor:
+        """Dot products (G, N, 1) of one choice's rows with the output's gradient (G, N, 1, D)."""
+        product = ops.cast(self.gather(rows_GTD, index_GNK, 1) * dout_GND, ms.float32)
+        along = self.row_sum(ops.reshape(product, (-1, product.shape[3])), self.ones_D)
+        return ops.reshape(along, index_GNK.shape)
 
     def bprop(
         self, y_GECD: Tensor, coeff_GNK: Tensor, slot_GNK: Tensor, dispatch_GEC: Tensor, assignment_GEC: Tensor,
         out: Tensor, dout: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        G, N, D = dout.shape
+        G, _, D = dout.shape
         filled_GEC = ops.cast(dispatch_GEC > 0, coeff_GNK.dtype)
         weight_GEC = self.gather(ops.reshape(coeff_GNK, (G, -1)), assignment_GEC, 1) * filled_GEC
         dy_GECD = self.gather(dout, ops.maximum(dispatch_GEC - 1, 0), 1)
         dy_GECD = dy_GECD * ops.expand_dims(ops.cast(weight_GEC, dout.dtype), -1)
         rows = ops.reshape(y_GECD, (G, -1, D))
-        parts: tuple = ()
-        for j in range(self.chosen):
-            product = ops.cast(self.gather(rows, slot_GNK[:, :, j], 1) * dout, ms.float32)
-            parts = parts + (ops.reshape(self.row_sum(ops.reshape(product, (-1, D)), self.ones_D), (G, N, 1)),)
+        index, dout_GND = self.split(slot_GNK), ops.expand_dims(dout, 2)
+        parts: tuple = (self._along(rows, index[0], dout_GND),)
+        for j in self.choices:
+            parts = parts + (self._along(rows, index[j], dout_GND),)
         dcoeff_GNK = ops.cast(self.concat(parts), coeff_GNK.dtype)
         return (dy_GECD, dcoeff_GNK, ops.zeros_like(slot_GNK), ops.zeros_like(dispatch_GEC),
                 ops.zeros_like(assignment_GEC))  # fmt: skip
@@ -106,12 +129,16 @@ class RouterGate(nn.Cell):
 class Router(nn.Cell):
     """Gate and routing; its parts carry MindFormers' names ``router.dense`` and ``router.router``."""
 
-    def __init__(self, spec: NetworkSpec, router_dtype: ms.Type) -> None:
+    def __init__(self, spec: NetworkSpec, operators: Operators) -> None:
         super().__init__()
         model = spec.model
+        router_dtype = operators.router_dtype(model.experts.router_dtype)
         experts = model.experts.num_local_experts
         self.dense = RouterGate(model.hidden_size, experts, model.initializer_range, router_dtype)
-        self.router = TopkRouterV2(model.experts, spec.parallel)
+        if model.experts.balance_via_topk_bias:  # then every layer has its own bias
+            self.router = TopkRouterV2(model.experts, spec.parallel)
+        else:
+            self.router = operators.build(TopkRouterV2, model.experts, spec.parallel)
         self.groups = spec.parallel.groups
         self.experts = experts
 
@@ -127,11 +154,11 @@ class MoE(nn.Cell):
         model, moe = spec.model, spec.model.experts
         param_dtype = mindspore_dtype(spec.numerics.param_dtype)
         self.groups = spec.parallel.groups
-        self.router = Router(spec, operators.router_dtype(moe.router_dtype))
+        self.router = Router(spec, operators)
         self.ffn = CapacityExperts(operators, moe.num_local_experts, model.hidden_size, model.intermediate_size,
                                    model.initializer_range, param_dtype)  # fmt: skip
-        self.dispatch = DispatchRows(moe.num_experts_per_tok)
-        self.combine = CombineRows(moe.num_experts_per_tok, model.hidden_size)
+        self.dispatch = operators.build(DispatchRows, moe.num_experts_per_tok)
+        self.combine = operators.build(CombineRows, moe.num_experts_per_tok, model.hidden_size)
 
     def construct(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dispatch_GEC, combine_GNK, coeff_GNK, assignment_GEC, aux_loss, load_E, dropped = self.router(x_TD)

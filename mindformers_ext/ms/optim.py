@@ -12,6 +12,23 @@ from mindspore import Tensor, nn, ops
 
 from mindformers_ext.core.errors import Problems
 
+_adam = P.Adam()
+_update = ops.MultitypeFuncGraph("fused_adamw")
+
+
+@_update.register("Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Bool", "Tensor", "Tensor",
+                  "Tensor", "Tensor")  # fmt: skip
+def _update_parameter(
+    beta1_power: Tensor, beta2_power: Tensor, beta1: Tensor, beta2: Tensor, eps: Tensor, lr: Tensor,
+    weight_decay: Tensor, decays: bool, parameter: Tensor, mean: Tensor, square: Tensor, gradient: Tensor,
+) -> bool:  # fmt: skip
+    """Decay, then Adam, of one parameter. ``eps`` comes scaled, see ``FusedAdamW``."""
+    if decays:
+        gradient = ops.depend(gradient, ops.assign(parameter, parameter * (1.0 - lr * weight_decay)))
+    updated = _adam(parameter, mean, square, beta1_power, beta2_power, lr, beta1, beta2, eps,
+                   ops.cast(gradient, ms.float32))  # fmt: skip
+    return ops.depend(True, updated)
+
 
 class FusedAdamW(nn.Optimizer):
     """AdamW (Loshchilov and Hutter 2019, algorithm 2, as torch.optim.AdamW computes it), one kernel per parameter.
@@ -54,7 +71,6 @@ class FusedAdamW(nn.Optimizer):
         self.eps = Tensor(eps, ms.float32)
         self.means = self._parameters.clone(prefix="adam_m", init="zeros")
         self.squares = self._parameters.clone(prefix="adam_v", init="zeros")
-        self.adam = P.Adam()
         self.decays = tuple(self.exec_weight_decay and bool(flag) for flag in self.decay_flags)
         self.increase = Tensor(np.ones(1, np.int32))
 
@@ -65,14 +81,12 @@ class FusedAdamW(nn.Optimizer):
         step = ops.cast(self.global_step, ms.float32).reshape(())
         beta1_power, beta2_power = ops.pow(self.beta1, step), ops.pow(self.beta2, step)
         eps = self.eps * ops.sqrt(1.0 - beta2_power)
-        done: tuple = ()
-        for i in range(len(self._parameters)):
-            parameter, gradient = self._parameters[i], ops.cast(gradients[i], ms.float32)
-            rate = lr[i] if self.is_group_lr else lr
-            if self.decays[i]:
-                decay = weight_decay[i] if self.is_group else weight_decay
-                gradient = ops.depend(gradient, ops.assign(parameter, parameter * (1.0 - rate * decay)))
-            updated = self.adam(parameter, self.means[i], self.squares[i], beta1_power, beta2_power, rate,
-                                self.beta1, self.beta2, eps, gradient)  # fmt: skip
-            done = done + (ops.depend(True, updated),)
-        return done
+        state = (self.decays, self._parameters, self.means, self.squares, gradients)
+        if self.is_group_lr:
+            update = ops.partial(_update, beta1_power, beta2_power, self.beta1, self.beta2, eps)
+            return self.hyper_map(update, lr, weight_decay, *state)
+        if self.is_group:
+            update = ops.partial(_update, beta1_power, beta2_power, self.beta1, self.beta2, eps, lr)
+            return self.hyper_map(update, weight_decay, *state)
+        update = ops.partial(_update, beta1_power, beta2_power, self.beta1, self.beta2, eps, lr, weight_decay)
+        return self.hyper_map(update, *state)

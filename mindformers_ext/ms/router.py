@@ -31,7 +31,7 @@ class ExpertOrder(nn.Cell):
     def __init__(self, experts: int) -> None:
         super().__init__()
         self.experts = experts
-        self.range_E = Tensor(np.arange(experts + 1, dtype=np.int32)[None])
+        self.first_E = Tensor(np.arange(experts, dtype=np.int32)[None])
         self.sort = P.Sort()
         self.gather = P.Gather(batch_dims=1)
 
@@ -39,9 +39,9 @@ class ExpertOrder(nn.Cell):
         G, kN = expert_GT.shape
         order_T = ops.reshape(Tensor(np.arange(kN, dtype=np.int32)), (1, kN))
         keys, _ = self.sort(expert_GT * kN + order_T)
-        bounds = ops.searchsorted(keys, ops.tile(self.range_E * kN, (G, 1)), out_int32=True)
-        starts_GE = bounds[:, :-1]
-        counts_GE = bounds[:, 1:] - starts_GE
+        first_key_GE = ops.tile(self.first_E * kN, (G, 1))
+        starts_GE = ops.searchsorted(keys, first_key_GE, out_int32=True)
+        counts_GE = ops.searchsorted(keys, first_key_GE + kN, out_int32=True) - starts_GE
         sorted_GT = keys % kN
         # The ids are a permutation: the places that sort them back are the ranks.
         _, rank_GT = self.sort(sorted_GT)

@@ -105,10 +105,7 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
 
     def norm(self, gradients: Gradients) -> Tensor:
         """Euclidean norm () of all gradients together."""
-        parts: tuple = ()
-        for gradient in gradients:
-            parts = parts + (self.square_sum(gradient),)
-        return ops.sqrt(ops.addn(parts)).reshape(())
+        return ops.sqrt(ops.addn(self.hyper_map(self.square_sum, gradients))).reshape(())
 
     def scaled_loss(self, scale: Tensor, *batch: Tensor) -> tuple[Tensor, Terms]:
         """(loss * scale, terms): what is differentiated, and what is only reported."""
