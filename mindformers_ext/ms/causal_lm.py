@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mindspore as ms
 import mindspore.ops.operations as P
 from mindspore import Parameter, Tensor, nn, ops
@@ -122,6 +124,7 @@ class CausalLM(nn.Cell):
     def __init__(self, spec: NetworkSpec, operators: Operators | None = None) -> None:
         super().__init__()
         operators = (operators or select_operators()).for_network()
+        spec = replace(spec, numerics=operators.numerics(spec.numerics))
         model = spec.model
         self.spec = spec
         self.vocab_size, self.pad_token_id = model.vocab_size, model.pad_token_id

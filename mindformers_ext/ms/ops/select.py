@@ -6,11 +6,12 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 
 import mindspore as ms
 from mindspore import nn
 
+from mindformers_ext.core.spec import NumericsSpec
 from mindformers_ext.ms.ops import portable, portable_attention
 from mindformers_ext.ms.ops.dtypes import mindspore_dtype
 
@@ -53,6 +54,16 @@ class Operators:
         if name == "bfloat16" and not self.bfloat16:
             return ms.float32
         return mindspore_dtype(name)
+
+    def numerics(self, asked: NumericsSpec) -> NumericsSpec:
+        """The types to store and compute in: without bfloat16 kernels the parameters are float32 as well.
+
+        MindSpore cannot even look up rows of a bfloat16 table there.
+        """
+        if self.bfloat16 or "bfloat16" not in astuple(asked):
+            return asked
+        _log.warning("this device does not compute in bfloat16: parameters and arithmetic are float32 instead")
+        return NumericsSpec(**{name: "float32" if kind == "bfloat16" else kind for name, kind in asdict(asked).items()})
 
     def router_dtype(self, name: str) -> ms.Type:
         """The gate's type; float16 means float32, as in MindFormers, because a gate in float16 loses choices."""
