@@ -26,8 +26,8 @@ examples:
     python run_mindformer.py --config configs/tiny/mixtral_pretrain.yaml --run_mode eval \\
         --eval_data data/eval.mindrecord --load_checkpoint output/checkpoint
   let it write:
-    python run_mindformer.py --config configs/tiny/mixtral_predict.yaml --load_checkpoint output/checkpoint \\
-        --predict_data "def main" "import "
+    python run_mindformer.py --config configs/tiny/mixtral_pretrain.yaml --run_mode predict \\
+        --load_checkpoint output/checkpoint --predict_data "Return a new" "The file"
   change any key of the file:
     ... --model.model_config.num_layers 8 --optimizer.betas "[0.9, 0.95]" --callbacks.1.save_checkpoint_steps 50
 

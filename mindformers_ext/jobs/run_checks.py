@@ -152,18 +152,23 @@ def _settle_checkpoint(config: dict[str, Any], spec: NetworkSpec) -> list[str]:
 def _settle_resume(config: dict[str, Any]) -> list[str]:
     name, wanted = config.get("load_checkpoint"), config["resume_training"]
     folder = Path(name or Path(config["output_dir"]) / "checkpoint")
-    if not name and not any(folder.glob("rank_*/*.ckpt")):
+    suffix = _suffix(config)
+    if not name and not any(folder.glob(f"rank_*/*{suffix}")):
         left = remove_leftovers(folder)
         config["resume_training"] = False
         what = f" ({', '.join(path.name for path in left)} was half written)" if left else ""
         return [f"resume_training: {folder} holds no whole checkpoint yet{what}, the run starts from step 0"]
+    if suffix == ".safetensors" and not config.get("use_parallel"):
+        raise UserError(
+            f"cannot resume from {folder}: MindFormers resumes one device from .ckpt only, load_ckpt_format is "
+            "safetensors; save with checkpoint_format: ckpt, or start from the weights without --resume_training"
+        )
     config["load_checkpoint"] = str(folder)
     if folder.is_file():
         reason = fault(folder)
         if reason:
             raise UserError(f"cannot resume from {folder}: {reason}")
         return [f"resuming from {folder}"]
-    suffix = ".safetensors" if config.get("load_ckpt_format") == "safetensors" else ".ckpt"
     point = choose_resume(folder, wanted if isinstance(wanted, str) else None, suffix)
     config["resume_training"] = point.saved.path.name
     notes = [f"passed over: {reason}" for reason in point.passed_over]
@@ -177,7 +182,7 @@ def _check_checkpoint(config: dict[str, Any], spec: NetworkSpec, path: Path) -> 
     if path.is_dir() and (path / "config.json").is_file():
         raise UserError(f"load_checkpoint {path} is a Hugging Face folder: convert it first (python convert_weight.py "
                         "--help) and give the result")  # fmt: skip
-    suffix = ".safetensors" if config.get("load_ckpt_format") == "safetensors" else ".ckpt"
+    suffix = _suffix(config)
     resume = config.get("resume_training")
     file = path / "rank_0" / resume if path.is_dir() and isinstance(resume, str) else checkpoint_file(path, suffix)
     if file is None:
@@ -188,7 +193,25 @@ def _check_checkpoint(config: dict[str, Any], spec: NetworkSpec, path: Path) -> 
     if len(list(path.glob("rank_*"))) > 1 or config.get("auto_trans_ckpt"):
         return []
     check_shapes(file, spec.model)
-    if file.suffix == ".safetensors" and config.get("load_ckpt_format", "ckpt") != "safetensors":
+    if file.suffix != ".safetensors":
+        return []
+    notes = []
+    if config.get("load_ckpt_format", "ckpt") != "safetensors":
         config["load_ckpt_format"] = "safetensors"
-        return ["load_ckpt_format becomes safetensors, the kind of load_checkpoint"]
-    return []
+        notes.append("load_ckpt_format becomes safetensors, the kind of load_checkpoint")
+    if not config.get("use_parallel") and file.parent.name.startswith("rank_"):
+        config["load_checkpoint"] = str(_outside_rank_folder(file, Path(config["output_dir"])))
+    return notes
+
+
+def _outside_rank_folder(file: Path, output_dir: Path) -> Path:
+    """A link to ``file``: MindFormers takes safetensors in a folder rank_0 for one slice of several and refuses it."""
+    link = output_dir / "loaded" / file.name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(file.resolve())
+    return link
+
+
+def _suffix(config: Mapping[str, Any]) -> str:
+    return ".safetensors" if config.get("load_ckpt_format") == "safetensors" else ".ckpt"

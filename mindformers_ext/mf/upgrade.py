@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ def upgrade(config: Mapping[str, Any], device_target: str) -> tuple[dict[str, An
       our LLaMA wherever MindFormers' own cannot run, that is not on Ascend.
     - ``MFTrainOneStepCell`` becomes our train step and ``CausalLanguageModelingTrainer`` our trainer, which puts our
       callbacks behind MindFormers' names.
+    - No more reading threads than cores.
     - Sink mode goes off on the CPU: MindFormers multiplies the epochs by the steps for it, MindSpore then runs without.
 
     ``config`` itself is not changed.
@@ -35,12 +37,21 @@ def upgrade(config: Mapping[str, Any], device_target: str) -> tuple[dict[str, An
         if result.get(section):
             result.setdefault(f"{section}_task", {"type": "CausalLanguageModelDataset"})
             result[f"{section}_task"]["dataset_config"] = result[section]
+            _limit_workers(result[section], section, notes)
     if device_target == "CPU":
         runner = result.setdefault("runner_config", {})
         if runner.get("sink_mode", True):
             runner["sink_mode"] = False
             notes.append("runner_config.sink_mode becomes False: the CPU has no data sinking")
     return result, notes
+
+
+def _limit_workers(dataset: dict[str, Any], section: str, notes: list[str]) -> None:
+    """MindSpore refuses more reading threads than the machine has cores."""
+    cores, workers = os.cpu_count() or 1, dataset.get("num_parallel_workers", 8)
+    if isinstance(workers, int) and workers > cores:
+        dataset["num_parallel_workers"] = cores
+        notes.append(f"{section}.num_parallel_workers becomes {cores}: this machine has no more cores")
 
 
 def _upgrade_network(result: dict[str, Any], written: Mapping[str, Any], device: str, notes: list[str]) -> bool:

@@ -202,6 +202,21 @@ def test_a_loss_that_is_not_a_number_stops_the_run(whole, job):
 
 
 @pytest.mark.slow
+def test_safetensors_are_saved_and_evaluated(job, tmp_path):
+    text = job.read_text().replace("async_save: False", "async_save: False, checkpoint_format: safetensors")
+    config = tmp_path / "job.yaml"
+    config.write_text("load_ckpt_format: safetensors\n" + text)
+    output = tmp_path / "out"
+    assert run_job(config, "--output_dir", output, "--epochs", 1, cwd=tmp_path).returncode == 0
+    resumed = run_job(config, "--output_dir", output, "--resume_training", "True", cwd=tmp_path)
+    assert resumed.returncode == 2 and "from .ckpt only" in resumed.stderr
+    result = run_job(config, "--run_mode", "eval", "--output_dir", output, "--load_checkpoint", output / "checkpoint",
+                     cwd=tmp_path)  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "'loss': " in result.stdout + result.stderr
+
+
+@pytest.mark.slow
 def test_finetuning_starts_from_a_checkpoint_and_counts_labels(whole, job, tmp_path):
     rows = token_rows()
     labels = rows.copy()
