@@ -62,6 +62,7 @@ def network_spec_from_yaml(config: Mapping[str, Any], device_num: int = 1) -> Ne
 
     _complete_model(parts["model"], sections[MODEL], parts["network"]["seq_length"], problems)
     _check_types_agree(sections[MODEL], parts["numerics"], problems)
+    problems.positive("moe_config.expert_num", parts["moe"]["num_local_experts"])
     parts["moe"] |= _routing(sections, problems)
     parts["network"]["batch_size"] = _batch_size(sections, problems)
     if not read_value("use_parallel", sections[TOP].get("use_parallel", False), "bool", False, problems):

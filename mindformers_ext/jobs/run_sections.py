@@ -12,6 +12,7 @@ from mindformers_ext.core.errors import Problems
 ARGUMENTS: dict[str, dict[str, str]] = {
     "optimizer": {
         "AdamW": "betas eps weight_decay learning_rate use_fused swap",
+        "FusedAdamW": "betas eps weight_decay learning_rate",
         "FP32StateAdamWeightDecay": "beta1 beta2 eps weight_decay learning_rate",
     },
     "lr_schedule": {
@@ -45,15 +46,12 @@ TRAINING = ("train", "finetune")
 
 
 def check_sections(config: Mapping[str, Any], mode: str) -> None:
-    """Check the expert count, and for training the keys of optimizer, schedule, wrapper and callbacks.
+    """Check, for training, the keys of optimizer, schedule, wrapper and callbacks.
 
     Raises:
         UserError: lists every unknown key with the nearest known one, and sections that are missing.
     """
     problems = Problems("configuration")
-    experts = (config.get("moe_config") or {}).get("expert_num", 1)
-    if isinstance(experts, int) and experts < 1:
-        problems.add(f"moe_config.expert_num={experts}", "use 1 (dense) or more")
     if mode not in TRAINING:
         problems.raise_if_any()
         return

@@ -21,6 +21,7 @@ from mindformers_ext.mf.networks import MixtralForCausalLM, PortableLlamaForCaus
 from mindformers_ext.mf.optimizer import FP32StateAdamWeightDecay
 from mindformers_ext.mf.step import PortableTrainOneStepCell
 from mindformers_ext.mf.trainer import PortableCausalLanguageModelingTrainer
+from mindformers_ext.ms.optim import FusedAdamW
 
 
 class ObsMonitor(Callback):
@@ -38,6 +39,7 @@ REGISTERED: tuple[tuple[str, type], ...] = (
     (Kind.MODELS, PortableLlamaForCausalLM),
     (Kind.WRAPPER, PortableTrainOneStepCell),
     (Kind.OPTIMIZER, FP32StateAdamWeightDecay),
+    (Kind.OPTIMIZER, FusedAdamW),
     (Kind.CALLBACK, MoELossMonitor),
     (Kind.CALLBACK, WholeCheckpointMonitor),
     (Kind.CALLBACK, MoETopkBiasBalanceCallback),

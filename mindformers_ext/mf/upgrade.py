@@ -24,6 +24,7 @@ def upgrade(config: Mapping[str, Any], device_target: str) -> tuple[dict[str, An
       our LLaMA wherever MindFormers' own cannot run, that is not on Ascend.
     - ``MFTrainOneStepCell`` becomes our train step and ``CausalLanguageModelingTrainer`` our trainer, which puts our
       callbacks behind MindFormers' names.
+    - ``AdamW`` becomes our ``FusedAdamW``, the same numbers in one kernel, off Ascend and with float32 weights.
     - No more reading threads than cores.
     - Sink mode goes off on the CPU: MindFormers multiplies the epochs by the steps for it, MindSpore then runs without.
 
@@ -33,6 +34,7 @@ def upgrade(config: Mapping[str, Any], device_target: str) -> tuple[dict[str, An
     notes: list[str] = []
     if _upgrade_network(result, config, device_target, notes):
         _upgrade_run(result, notes)
+        _upgrade_optimizer(result, device_target, notes)
     for section in ("train_dataset", "eval_dataset"):
         if result.get(section):
             result.setdefault(f"{section}_task", {"type": "CausalLanguageModelDataset"})
@@ -91,3 +93,15 @@ def _upgrade_run(result: dict[str, Any], notes: list[str]) -> None:
             name = callback.get("type")
             if name in CALLBACK_NOTES:
                 notes.append(f"callback {name} becomes {CALLBACK_NOTES[name]}")
+
+
+def _upgrade_optimizer(result: dict[str, Any], device: str, notes: list[str]) -> None:
+    """Ours computes what MindFormers' AdamW does and keeps its checkpoint names; see ``ms.optim``."""
+    optimizer = result.get("optimizer") or {}
+    weights = result["model"]["model_config"].get("param_init_type", "float16")
+    plain = not optimizer.get("swap") and not optimizer.get("use_fused")
+    if optimizer.get("type") == "AdamW" and device != "Ascend" and weights == "float32" and plain:
+        for off in ("swap", "use_fused"):
+            optimizer.pop(off, None)
+        optimizer["type"] = "FusedAdamW"
+        notes.append("AdamW becomes FusedAdamW: the same update in one kernel")

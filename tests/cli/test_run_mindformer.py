@@ -68,7 +68,7 @@ def refused(capsys, job, *arguments):
         (["--model.model_config.vocab_size", 300], ["400 pieces", "vocab_size is 300"]),
         (["--moe_config.num_experts_chosen", 5], ["num_experts_chosen=5 exceeds expert_num=4"]),
         (["--moe_config.capacity_factor", 5], ["capacity_factor=5.0 is out of range", "up to expert_num (4)"]),
-        (["--moe_config.expert_num", -2], ["moe_config.expert_num=-2", "1 (dense)"]),
+        (["--moe_config.expert_num", -2], ["moe_config.expert_num=-2", "above 0"]),
         (["--device_target", "Ascend"], ["device_target is Ascend", "--device_target CPU"]),
         (["--load_checkpoint", "none.ckpt"], ["none.ckpt", "does not exist"]),
         (["--batch_size", 64], ["40 rows", "one step takes 64"]),

@@ -58,7 +58,8 @@ def test_an_older_yaml_becomes_ours_and_stays_as_it_was():
     assert result["runner_wrapper"]["type"] == "PortableTrainOneStepCell"
     assert result["trainer"]["type"] == "PortableCausalLanguageModelingTrainer"
     assert result["runner_config"]["sink_mode"] is False
-    assert len([note for note in notes if "num_parallel_workers" not in note]) == 5
+    assert result["optimizer"]["type"] == "FusedAdamW"
+    assert len([note for note in notes if "num_parallel_workers" not in note]) == 6
 
 
 @pytest.mark.parametrize(("device", "arch"), [("CPU", "PortableLlamaForCausalLM"), ("GPU", "PortableLlamaForCausalLM"),
