@@ -10,7 +10,7 @@ of the bytes. Optional end: b"crc_num" and the CRC-32 of all before, 10 bytes bi
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -176,21 +176,37 @@ class CkptWriter:
 
     def add(self, name: str, array: Array) -> None:
         """Append one tensor. The format cannot hold an empty one (``UserError``)."""
-        if name in self._names:
-            raise ValueError(f"'{name}' was written before")
-        if array.size == 0:
-            raise UserError(f"'{name}' {array.shape} is empty: MindSpore's .ckpt cannot hold it; write .safetensors")
-        self._names.add(name)
-        dims = b"".join(varint_field(1, size) for size in array.shape)
-        start = dims + bytes_field(2, BY_NUMPY[array.dtype].mindspore.encode())
-        tag = bytes_field(1, name.encode("utf-8"))
-        data = byte_view(np.ascontiguousarray(array)).data
-        for offset in range(0, len(data), self._slice):
-            piece = data[offset : offset + self._slice]
-            head = start + varint(3 << 3 | BYTES) + varint(len(piece))
-            tensor = varint(2 << 3 | BYTES) + varint(len(head) + len(piece)) + head
-            self._file.write(varint(1 << 3 | BYTES) + varint(len(tag) + len(tensor) + len(piece)) + tag + tensor)
-            self._file.write(piece)
+        self.add_parts(TensorInfo(name, array.shape, array.dtype), (array,))
+
+    def add_parts(self, info: TensorInfo, parts: Iterable[Array]) -> None:
+        """Append one tensor that comes in consecutive ``parts`` (C order, any shapes); the same bytes as ``add``.
+
+        Raises:
+            UserError: the tensor is empty.
+            ValueError: the name was written before, or the parts are not the ``info.nbytes`` announced.
+        """
+        if info.name in self._names:
+            raise ValueError(f"'{info.name}' was written before")
+        if info.nbytes == 0:
+            raise UserError(
+                f"'{info.name}' {info.shape} is empty: MindSpore's .ckpt cannot hold it; write .safetensors"
+            )
+        self._names.add(info.name)
+        done = 0
+        for part in parts:
+            data = byte_view(np.ascontiguousarray(part)).data
+            if part.dtype != info.dtype or done + len(data) > info.nbytes:
+                raise ValueError(f"'{info.name}': a part of {part.dtype}{part.shape} does not fit {info}")
+            while data:
+                if done % self._slice == 0:
+                    self._file.write(_slice_head(info, min(self._slice, info.nbytes - done)))
+                piece = data[: self._slice - done % self._slice]
+                self._file.write(piece)
+                done += len(piece)
+                data = data[len(piece) :]
+            del part, data  # or it lives on while the next one is made
+        if done != info.nbytes:
+            raise ValueError(f"'{info.name}': {done} bytes came, {info.nbytes} were announced")
 
     def __enter__(self) -> CkptWriter:
         """The writer itself."""
@@ -201,3 +217,12 @@ class CkptWriter:
     ) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _slice_head(info: TensorInfo, length: int) -> bytes:
+    """What stands before ``length`` bytes of the tensor's data: keys, lengths, name, dims and type."""
+    dims = b"".join(varint_field(1, size) for size in info.shape)
+    head = dims + bytes_field(2, BY_NUMPY[info.dtype].mindspore.encode()) + varint(3 << 3 | BYTES) + varint(length)
+    tag = bytes_field(1, info.name.encode("utf-8"))
+    tensor = varint(2 << 3 | BYTES) + varint(len(head) + length) + head
+    return varint(1 << 3 | BYTES) + varint(len(tag) + len(tensor) + length) + tag + tensor

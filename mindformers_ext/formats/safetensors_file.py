@@ -8,7 +8,7 @@ the tests. Layout: github.com/huggingface/safetensors, "Format".
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -152,6 +152,27 @@ class SafetensorsFileWriter:
             raise ValueError(f"'{name}' came as {array.dtype}{array.shape}, announced as {info.dtype}{info.shape}")
         self._file.seek(self._start + offset)
         self._file.write(byte_view(np.ascontiguousarray(array)).data)
+
+    def add_parts(self, info: TensorInfo, parts: Iterable[Array]) -> None:
+        """Write one tensor that comes in consecutive ``parts`` (C order, any shapes); the same bytes as ``add``.
+
+        Raises:
+            ValueError: ``info`` or the parts are not what was announced.
+        """
+        announced, offset = self._waiting.pop(info.name)
+        if info != announced:
+            raise ValueError(f"'{info.name}' came as {info}, announced as {announced}")
+        self._file.seek(self._start + offset)
+        done = 0
+        for part in parts:
+            data = byte_view(np.ascontiguousarray(part)).data
+            if part.dtype != info.dtype or done + len(data) > info.nbytes:
+                raise ValueError(f"'{info.name}': a part of {part.dtype}{part.shape} does not fit {info}")
+            self._file.write(data)
+            done += len(data)
+            del part, data  # or it lives on while the next one is made
+        if done != info.nbytes:
+            raise ValueError(f"'{info.name}': {done} bytes came, {info.nbytes} were announced")
 
     def __enter__(self) -> SafetensorsFileWriter:
         """The writer itself."""
