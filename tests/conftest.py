@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("GLOG_v", "3")  # MindSpore: errors only; read when it is first imported
+# MindSpore fails to import where a tokenizer has loaded protobuf's C implementation before it.
+os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads anything
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns when a test forks
 

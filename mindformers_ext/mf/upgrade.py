@@ -45,6 +45,7 @@ def upgrade(config: Mapping[str, Any], device_target: str) -> tuple[dict[str, An
         if runner.get("sink_mode", True):
             runner["sink_mode"] = False
             notes.append("runner_config.sink_mode becomes False: the CPU has no data sinking")
+        result["postprocess_use_numpy"] = True  # sampling: MindSpore's own top-k has no CPU kernel
     return result, notes
 
 

@@ -46,7 +46,11 @@ class HuggingFaceReference:
             return self.model(torch.from_numpy(ids.astype(np.int64)), use_cache=False).logits.float().numpy()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, BOS included, by the folder's own tokenizer."""
+        """Token ids of ``text``, BOS included, by the folder's own tokenizer; ``UserError`` when it has none."""
+        names = ("tokenizer.model", "tokenizer.json")
+        if not any((self.folder / name).is_file() for name in names):
+            raise UserError(f"{self.folder} has no {' or '.join(names)}: copy the model's tokenizer there "
+                            "(convert_weight.py --reversed --config HF_FOLDER does), or leave out --text")  # fmt: skip
         from transformers import AutoTokenizer
 
         return list(AutoTokenizer.from_pretrained(self.folder, local_files_only=True)(text)["input_ids"])

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from mindformers_ext.weights.rules import Rule
+from mindformers_ext.weights.transforms import GroupedQkv, InterleavedRows
 
 _HF, _MS = "model.layers.{layer}.", "model.layers.{layer}."
 
@@ -21,11 +22,26 @@ FEED_FORWARD = (
     Rule(_HF + "mlp.down_proj.weight", (_MS + "feed_forward.w2.weight",), "D F"),
     Rule(_HF + "mlp.up_proj.weight", (_MS + "feed_forward.w3.weight",), "F D"),
 )
+FEED_FORWARD_CONCAT = (
+    Rule((_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"), (_MS + "feed_forward.w_gate_hidden.weight",),
+         ("F D", "F D"), InterleavedRows()),
+    Rule(_HF + "mlp.down_proj.weight", (_MS + "feed_forward.w2.weight",), "D F"),
+)  # fmt: skip
 FINAL_NORM = Rule("model.norm.weight", ("model.norm_out.weight",), "D")
 HEAD = Rule("lm_head.weight", ("lm_head.weight",), "V D")
 
 # Tied head: neither side stores it, but files exist that repeat the embedding under the head's name.
 TIED_HF = (("lm_head.weight", "model.embed_tokens.weight"),)
 TIED_MS = (("lm_head.weight", "model.tok_embeddings.embedding_weight"),)
+
+
+def attention(qkv_concat: bool, kv_heads: int) -> tuple[Rule, ...]:
+    """The attention of one layer, q, k and v apart or in one tensor."""
+    if not qkv_concat:
+        return ATTENTION
+    projections = tuple(_HF + f"self_attn.{name}_proj.weight" for name in "qkv")
+    concat = Rule(projections, (_MS + "attention.w_qkv.weight",), ("HP D", "NP D", "NP D"), GroupedQkv(kv_heads))
+    return tuple(rule for rule in (ATTENTION[0], concat, *ATTENTION[4:]))
+
 
 HF_BUFFERS = ((r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "rotary constants, computed from rope_theta"),)

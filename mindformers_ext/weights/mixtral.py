@@ -8,8 +8,10 @@ checkpoint), or fused over experts with gate above up (E, 2F, D), under ``mlp.``
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mindformers_ext.weights.rules import Rule
-from mindformers_ext.weights.transforms import SplitHalves, Stack
+from mindformers_ext.weights.transforms import SplitHalves, Stack, Transposed
 
 _MS = "model.layers.{layer}.feed_forward."
 _OLD, _NEW = "model.layers.{layer}.block_sparse_moe.", "model.layers.{layer}.mlp."
@@ -20,7 +22,7 @@ _W1, _W2, _W3 = (_MS + f"ffn.{name}.weight" for name in ("w1", "w2", "w3"))
 def _fused(prefix: str) -> tuple[Rule, ...]:
     return (
         Rule(prefix + "gate.weight", (_ROUTER,), "E D"),
-        Rule(prefix + "experts.gate_up_proj", (_W1, _W3), "E 2F D", SplitHalves(axis=1)),
+        Rule(prefix + "experts.gate_up_proj", (_W1, _W3), "E 2F D", SplitHalves()),
         Rule(prefix + "experts.down_proj", (_W2,), "E D F"),
     )
 
@@ -32,6 +34,16 @@ PER_EXPERT = (
     Rule(_OLD + "experts.{expert}.w3.weight", (_W3,), "F D", Stack()),
 )
 STYLES = {"per_expert": PER_EXPERT, "fused": _fused(_NEW), "fused_block_sparse": _fused(_OLD)}
+
+
+
+def feed_forward(style: str, transposed: bool) -> tuple[Rule, ...]:
+    """Router and experts in the HF spelling ``style``; ``transposed`` is the GMM layout: (E, D, F), (E, F, D)."""
+    router, *experts = STYLES[style]
+    if not transposed:
+        return (router, *experts)
+    return (router, *(replace(rule, transform=Transposed(rule.transform)) for rule in experts))
+
 
 # Kept by training, not by Hugging Face's model.
 MS_STATE = (

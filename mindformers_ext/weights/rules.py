@@ -16,27 +16,35 @@ from functools import cached_property
 from itertools import groupby
 
 from mindformers_ext.core.spec import ModelSpec
-from mindformers_ext.weights.transforms import Identity, Shape, Transform
+from mindformers_ext.weights.transforms import Identity, Transform
+from mindformers_ext.weights.views import Shape, View, whole
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Hugging Face template -> MindSpore template(s).
+    """Hugging Face template(s) -> MindSpore template(s).
 
-    ``hf`` may hold ``{layer}`` and, when the transform joins one tensor per expert, ``{expert}``. ``dims`` is the shape
-    of ONE Hugging Face tensor in size letters ("E 2F D"): V vocabulary, D model, F ffn, E experts, and H, N, P
-    for heads, kv heads, head width; "HP" is a product, "2F" twice F.
+    ``hf`` may hold ``{layer}`` and, when the transform joins one tensor per expert, ``{expert}``; several templates are
+    in the transform's order. ``dims`` is the shape of each Hugging Face tensor in size letters ("E 2F D"): V vocabulary,
+    D model, F ffn, E experts, and H, N, P for heads, kv heads, head width; "HP" is a product, "2F" twice F.
     """
 
-    hf: str
+    hf: str | tuple[str, ...]
     ms: tuple[str, ...]
-    dims: str
+    dims: str | tuple[str, ...]
     transform: Transform = field(default_factory=Identity)
+
+    @property
+    def hf_templates(self) -> tuple[tuple[str, str], ...]:
+        """(template, dims) of each Hugging Face name."""
+        names = (self.hf,) if isinstance(self.hf, str) else self.hf
+        dims = (self.dims,) if isinstance(self.dims, str) else self.dims
+        return tuple(zip(names, dims, strict=True))
 
     @property
     def per_layer(self) -> bool:
         """Whether the rule repeats for every layer."""
-        return "{layer}" in self.hf
+        return "{layer}" in self.hf_templates[0][0]
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,15 @@ class Binding:
     hf: Mapping[str, Shape]
     ms: Mapping[str, Shape]
     transform: Transform
+
+    def ms_views(self, hf: Mapping[str, View]) -> dict[str, View]:
+        """The MindSpore tensors as views, from views of the Hugging Face tensors."""
+        return dict(zip(self.ms, self.transform.to_ms([hf[name] for name in self.hf]), strict=True))
+
+    def hf_views(self) -> dict[str, View]:
+        """The Hugging Face tensors as views of stored MindSpore tensors."""
+        stored = [whole(name, shape) for name, shape in self.ms.items()]
+        return dict(zip(self.hf, self.transform.to_hf(stored, tuple(self.hf.values())), strict=True))
 
 
 @dataclass(frozen=True)
@@ -112,15 +129,17 @@ def size_letters(spec: ModelSpec) -> dict[str, int]:
 
 def bind(rule: Rule, layer: int, sizes: Mapping[str, int]) -> Binding:
     """``rule`` at one layer: concrete names and shapes of both sides."""
-    count = sizes["E"] if "{expert}" in rule.hf else 1
-    shape: Shape = tuple(_product(word, sizes) for word in rule.dims.split())
-    hf = {rule.hf.format(layer=layer, expert=expert): shape for expert in range(count)}
-    shapes = rule.transform.ms_shapes([shape] * count)
+    listed = [
+        (template.format(layer=layer, expert=expert), tuple(_product(word, sizes) for word in dims.split()))
+        for template, dims in rule.hf_templates
+        for expert in range(sizes["E"] if "{expert}" in template else 1)
+    ]
+    made = [view.shape for view in rule.transform.to_ms([whole(name, shape) for name, shape in listed])]
     names = [template.format(layer=layer) for template in rule.ms]
-    if len(names) != len(shapes):
-        raise ValueError(f"rule {rule.hf}: {type(rule.transform).__name__} makes {len(shapes)} tensors, named {names}")
-    ms = dict(zip(names, shapes, strict=True))
-    if len(hf) != count or len(ms) != len(shapes):
+    if len(names) != len(made):
+        raise ValueError(f"rule {rule.hf}: {type(rule.transform).__name__} makes {len(made)} tensors, named {names}")
+    hf, ms = dict(listed), dict(zip(names, made, strict=True))
+    if len(hf) != len(listed) or len(ms) != len(made):
         raise ValueError(f"rule {rule.hf} -> {rule.ms} gives one name to two tensors")
     return Binding(hf, ms, rule.transform)
 

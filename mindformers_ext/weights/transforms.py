@@ -1,106 +1,106 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the tensors of one rule turn into each other. Elements move, none is computed: inverses are exact.
 
-A transform joins n Hugging Face tensors and m MindSpore tensors. It makes one tensor at a time from lazy reads, so
-that a conversion holds one result and one part of a source in memory.
+A transform joins n Hugging Face tensors and m MindSpore tensors, as views: no data is touched here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
+from mindformers_ext.weights.views import Shape, View, every, interleave, join, matrix, part, stack, swap
 
-from mindformers_ext.formats.tensors import Array, Index
-
-Shape = tuple[int, ...]
-Read = Callable[[int, Index], Array]
-"""``read(i, index)``: the part ``index`` of the rule's i-th tensor on the other side."""
+Views = tuple[View, ...]
 
 
 class Transform(Protocol):
     """n tensors on the Hugging Face side, m on the MindSpore side, elements the same."""
 
-    def ms_shapes(self, hf_shapes: Sequence[Shape]) -> tuple[Shape, ...]:
-        """Shapes of the MindSpore tensors."""
+    def to_ms(self, hf: Sequence[View]) -> Views:
+        """The MindSpore tensors of the Hugging Face tensors."""
 
-    def to_ms(self, read: Read, which: int, hf_shapes: Sequence[Shape]) -> Array:
-        """The ``which``-th MindSpore tensor from reads of the Hugging Face tensors."""
-
-    def to_hf(self, read: Read, which: int, hf_shapes: Sequence[Shape]) -> Array:
-        """The ``which``-th Hugging Face tensor from reads of the MindSpore tensors."""
+    def to_hf(self, ms: Sequence[View], hf_shapes: Sequence[Shape]) -> Views:
+        """The Hugging Face tensors, of ``hf_shapes``, of the MindSpore tensors."""
 
 
 @dataclass(frozen=True)
 class Identity:
     """One tensor, unchanged."""
 
-    def ms_shapes(self, hf_shapes: Sequence[Shape]) -> tuple[Shape, ...]:
-        """The same shape."""
-        return (hf_shapes[0],)
-
-    def to_ms(self, read: Read, which: int, hf_shapes: Sequence[Shape]) -> Array:
+    def to_ms(self, hf: Sequence[View]) -> Views:
         """The tensor itself."""
-        return read(which, ())
+        return (hf[0],)
 
-    def to_hf(self, read: Read, which: int, hf_shapes: Sequence[Shape]) -> Array:
+    def to_hf(self, ms: Sequence[View], hf_shapes: Sequence[Shape]) -> Views:
         """The tensor itself."""
-        return read(which, ())
+        return (ms[0],)
 
 
 @dataclass(frozen=True)
 class Stack:
     """n equal matrices, one per expert, on a new first axis: n x (A, B) <-> (n, A, B)."""
 
-    def ms_shapes(self, hf_shapes: Sequence[Shape]) -> tuple[Shape, ...]:
-        """(n, A, B)."""
-        return ((len(hf_shapes), *hf_shapes[0]),)
+    def to_ms(self, hf: Sequence[View]) -> Views:
+        """The stack, in the rule's (numeric) order."""
+        return (stack(hf),)
 
-    def to_ms(self, read: Read, which: int, hf_shapes: Sequence[Shape]) -> Array:
-        """The stack, filled matrix by matrix in the rule's (numeric) order."""
-        first = read(0, ())
-        stacked = np.empty((len(hf_shapes), *first.shape), first.dtype)
-        stacked[0] = first
-        for place in range(1, len(hf_shapes)):
-            stacked[place] = read(place, ())
-        return stacked
-
-    def to_hf(self, read: Read, which: int, hf_shapes: Sequence[Shape]) -> Array:
-        """Matrix ``which`` of the stack."""
-        return read(0, (which,))
+    def to_hf(self, ms: Sequence[View], hf_shapes: Sequence[Shape]) -> Views:
+        """The matrices of the stack."""
+        return tuple(matrix(ms[0], place) for place in range(len(hf_shapes)))
 
 
 @dataclass(frozen=True)
 class SplitHalves:
-    """One fused tensor and its two halves along ``axis``: (E, 2F, D) <-> (E, F, D), (E, F, D) with axis 1."""
+    """Gate above up in one tensor, and the two apart: (E, 2F, D) <-> (E, F, D), (E, F, D)."""
 
-    axis: int = 1
+    def to_ms(self, hf: Sequence[View]) -> Views:
+        """The upper and the lower half of every expert."""
+        half = hf[0].shape[1] // 2
+        return part(hf[0], 1, 0, half), part(hf[0], 1, half, 2 * half)
 
-    def ms_shapes(self, hf_shapes: Sequence[Shape]) -> tuple[Shape, ...]:
-        """Twice the shape with ``axis`` halved."""
-        shape = list(hf_shapes[0])
-        shape[self.axis] //= 2
-        return tuple(shape), tuple(shape)
-
-    def to_ms(self, read: Read, which: int, hf_shapes: Sequence[Shape]) -> Array:
-        """The first (``which`` 0) or the second half."""
-        half = hf_shapes[0][self.axis] // 2
-        part = slice(which * half, (which + 1) * half)
-        return read(0, (slice(None),) * self.axis + (part,))
-
-    def to_hf(self, read: Read, which: int, hf_shapes: Sequence[Shape]) -> Array:
+    def to_hf(self, ms: Sequence[View], hf_shapes: Sequence[Shape]) -> Views:
         """Both halves in one tensor again."""
-        half = hf_shapes[0][self.axis] // 2
-        first = read(0, ())
-        fused = np.empty(hf_shapes[0], first.dtype)
-        before = (slice(None),) * self.axis
-        front, back = (*before, slice(0, half)), (*before, slice(half, 2 * half))
-        fused[front] = first
-        del first
-        fused[back] = read(1, ())
-        return fused
+        return (stack([join([matrix(half, place) for half in ms]) for place in range(hf_shapes[0][0])]),)
+
+
+@dataclass(frozen=True)
+class GroupedQkv:
+    """q, k and v in one tensor, group after group: [n_rep*P rows of q | P of k | P of v] for each of N kv heads.
+
+    (H*P, D), (N*P, D), (N*P, D) <-> ((H + 2N)*P, D). ``groups`` is N.
+    """
+
+    groups: int
+
+    def to_ms(self, hf: Sequence[View]) -> Views:
+        """w_qkv."""
+        return (join([_rows(view, self.groups, group) for group in range(self.groups) for view in hf]),)
+
+    def to_hf(self, ms: Sequence[View], hf_shapes: Sequence[Shape]) -> Views:
+        """q, k, v."""
+        heights = [shape[0] // self.groups for shape in hf_shapes]
+        starts = [sum(heights[:place]) for place in range(len(heights))]
+        group_rows = sum(heights)
+        return tuple(
+            join([part(ms[0], 0, group * group_rows + start, group * group_rows + start + height) for group in
+                  range(self.groups)])
+            for start, height in zip(starts, heights, strict=True)
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class InterleavedRows:
+    """Gate and up of a dense feed-forward, rows in turn: (F, D), (F, D) <-> (2F, D)."""
+
+    def to_ms(self, hf: Sequence[View]) -> Views:
+        """gate 0, up 0, gate 1, up 1, ..."""
+        return (interleave(hf),)
+
+    def to_hf(self, ms: Sequence[View], hf_shapes: Sequence[Shape]) -> Views:
+        """The even and the odd rows."""
+        return every(ms[0], 0, 2), every(ms[0], 1, 2)
 
 
 @dataclass(frozen=True)
@@ -109,18 +109,15 @@ class Transposed:
 
     inner: Transform
 
-    def ms_shapes(self, hf_shapes: Sequence[Shape]) -> tuple[Shape, ...]:
-        """The inner shapes, last two axes swapped."""
-        return tuple((*shape[:-2], shape[-1], shape[-2]) for shape in self.inner.ms_shapes(hf_shapes))
+    def to_ms(self, hf: Sequence[View]) -> Views:
+        """The inner tensors, swapped."""
+        return tuple(swap(view) for view in self.inner.to_ms(hf))
 
-    def to_ms(self, read: Read, which: int, hf_shapes: Sequence[Shape]) -> Array:
-        """The inner result, swapped."""
-        return _swap(self.inner.to_ms(read, which, hf_shapes))
-
-    def to_hf(self, read: Read, which: int, hf_shapes: Sequence[Shape]) -> Array:
-        """The inner inverse over swapped reads (inner transforms select whole matrices of a stored stack)."""
-        return np.ascontiguousarray(self.inner.to_hf(lambda i, index: _swap(read(i, index)), which, hf_shapes))
+    def to_hf(self, ms: Sequence[View], hf_shapes: Sequence[Shape]) -> Views:
+        """The inner inverse of the swapped tensors."""
+        return self.inner.to_hf([swap(view) for view in ms], hf_shapes)
 
 
-def _swap(array: Array) -> Array:
-    return np.ascontiguousarray(np.swapaxes(array, -1, -2))
+def _rows(view: View, groups: int, group: int) -> View:
+    height = view.shape[0] // groups
+    return part(view, 0, group * height, (group + 1) * height)

@@ -116,6 +116,15 @@ def test_a_prompt_s_answer_does_not_depend_on_the_batch(trained, monkeypatch):
     assert (trained.folder / "predict" / "sample.txt").read_text() == "".join(f"{text}\n" for text in together)
 
 
+def test_sampling_runs_where_mindspore_has_no_top_k(trained, monkeypatch):
+    monkeypatch.chdir(trained.folder)
+    config = config_of(trained.yaml, "run_mode=predict", f"output_dir={trained.folder / 'sampled'}",
+                       f"load_checkpoint={newest(trained)}", "model.model_config.do_sample=True",
+                       "model.model_config.top_k=3", "model.model_config.top_p=0.9")  # fmt: skip
+    (answer,) = run(config | {"input_data": ["import numpy"]})
+    assert answer["text_generation_text"][0].startswith("import numpy")
+
+
 def test_the_bias_moves_and_balances(job):
     output = job.folder / "biased"
     run(config_of(job.yaml, f"output_dir={output}", "moe_config.balance_via_topk_bias=True",

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The measurements run and check that both engines computed the same; nothing here asserts a time."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def bench(repo_root: Path, name: str, *arguments: str) -> str:
+    command = [sys.executable, f"tools/bench/{name}.py", *arguments]
+    result = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_moe_layer_measures_equal_outputs(repo_root: Path) -> None:
+    text = bench(repo_root, "moe_layer", "--tokens", "48", "--rounds", "2", "--capacity_factor", "0")
+    assert len(re.findall(r"ratio wall \d+\.\d+  CPU \d+\.\d+", text)) == 2
+    checked = re.search(r"dropped 0.00% .* checked 48 of 48 tokens equal, largest difference .* (\S+)$", text, re.M)
+    assert checked and float(checked[1]) < 1e-4
+
+
+@pytest.mark.slow
+def test_train_step_and_compile_time_report(repo_root: Path) -> None:
+    assert re.search(r"train step .* ratio wall \d+\.\d+", bench(repo_root, "train_step", "--rounds", "1"))
+    assert re.search(r"t\(2\) / t\(1\) = \d+\.\d+", bench(repo_root, "compile_time", "--layers", "1", "2"))

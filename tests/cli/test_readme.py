@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's commands: the same in both languages, and each one run, here or by the test named for it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+# Commands that another test, or the suite itself, runs.
+RUN_ELSEWHERE = {
+    "bash scripts/setup_env.sh": "scripts/test.sh, before the suite",
+    "source .venv/bin/activate": "every command of this test has the environment's PATH",
+    "bash scripts/quickstart.sh": "tests/cli/test_quickstart.py, and the shorter run below",
+    "bash scripts/test.sh": "the suite",
+    "python tools/bench/moe_layer.py": "tests/cli/test_bench.py, with fewer rounds",
+    "python tools/bench/train_step.py": "tests/cli/test_bench.py, with fewer rounds",
+    "python tools/bench/compile_time.py": "tests/cli/test_bench.py, with fewer layers",
+}
+
+
+def commands(text: str) -> list[str]:
+    """The commands of all bash blocks, continuation lines joined."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").split("\n")
+    return [re.sub(r"\s+", " ", line).strip() for line in lines if line.strip()]
+
+
+def test_both_languages_give_the_same_commands(repo_root: Path) -> None:
+    english, chinese = (commands((repo_root / name).read_text("utf-8")) for name in ("README.md", "README_CN.md"))
+    assert english == chinese
+    assert set(RUN_ELSEWHERE) <= set(english), "a command left the README: take it out of this table"
+
+
+def test_every_named_file_exists(repo_root: Path) -> None:
+    for command in commands((repo_root / "README.md").read_text("utf-8")):
+        for word in shlex.split(command):
+            if re.fullmatch(r"(scripts|tools|configs)/\S+|\w+\.py", word):
+                assert (repo_root / word).is_file(), f"{word} in: {command}"
+
+
+@pytest.mark.slow
+def test_the_commands_run_in_their_order(repo_root: Path, tmp_path: Path) -> None:
+    """In a folder whose ``output`` is the test's own: a short quickstart, then the README's commands as written."""
+    for name in os.listdir(repo_root):
+        if name not in ("output", ".git"):
+            (tmp_path / name).symlink_to(repo_root / name)
+    environment = dict(os.environ, PATH=f"{repo_root / '.venv' / 'bin'}:{os.environ['PATH']}", GLOG_v="3")
+
+    def run(command: str) -> None:
+        result = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True,
+                                timeout=400, check=False)  # fmt: skip
+        assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
+
+    quickstart = f"bash {repo_root}/scripts/quickstart.sh --steps 20 --max_bytes 500000 --max_loss_ratio 1.0"
+    run(f"{quickstart} --output {tmp_path}/output/quickstart")
+    for command in commands((repo_root / "README.md").read_text("utf-8")):
+        if command not in RUN_ELSEWHERE:
+            run(command)
+    assert (tmp_path / "output/try/loss.png").stat().st_size > 20_000
