@@ -19,8 +19,10 @@ from mindformers_ext.formats.safetensors_file import SafetensorsFile, Safetensor
 from mindformers_ext.formats.tensors import TensorInfo
 
 SUFFIXES = (".ckpt", ".safetensors")
-LAYOUTS = ("dense",)
-VERSION = 1
+LAYOUTS = ("dense", "gmm")
+VERSION = 2
+FIELDS_1 = {"config": dict, "dtype": str, "source": str, "layout": str, "version": int}
+FIELDS = {**FIELDS_1, "qkv_concat": bool, "experts": int, "source_hash": str, "hash": str}
 KEY = "mindformers_ext"
 
 
@@ -28,15 +30,22 @@ KEY = "mindformers_ext"
 class CheckpointMeta:
     """What made the checkpoint.
 
-    ``layout`` tells how the experts lie ("dense": (E, F, D) and (E, D, F)), which shapes cannot when F = D.
-    ``config`` is the model's Hugging Face ``config.json``; ``dtype`` the weights' type, "mixed" if there are
-    several; ``source`` where they came from.
+    ``layout`` tells how the experts lie ("dense": (E, F, D) and (E, D, F), "gmm": the last two axes swapped), which
+    shapes cannot when F = D; ``qkv_concat`` whether q, k, v are one tensor; ``experts`` how many there are (0: dense).
+    ``config`` is the model's Hugging Face ``config.json``, empty where it was never told; ``dtype`` the weights' type,
+    "mixed" if there are several; ``source`` where they came from. ``source_hash`` and ``hash`` are fingerprints of the
+    source and of the checkpoint itself (``formats.fingerprint``), "" where unknown; a .safetensors has no ``hash``,
+    as its description cannot lie beside another file.
     """
 
     config: Mapping[str, Any]
     dtype: str
     source: str
     layout: str = "dense"
+    qkv_concat: bool = False
+    experts: int = 0
+    source_hash: str = ""
+    hash: str = ""
     version: int = VERSION
 
     def to_text(self) -> str:
@@ -51,14 +60,14 @@ class CheckpointMeta:
         except (json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"{where} is not JSON ({error}): remove it and pass --config") from error
         problems = Problems(where)
-        fields = {"config": dict, "dtype": str, "source": str, "layout": str, "version": int}
+        fields = FIELDS_1 if isinstance(values, dict) and values.get("version") == 1 else FIELDS
         if not isinstance(values, dict) or set(values) != set(fields):
             problems.add("it does not hold " + ", ".join(fields), "remove it and pass --config")
             problems.raise_if_any()
         for name, kind in fields.items():
             if type(values[name]) is not kind:
                 problems.add(f"{name}={values[name]!r}", f"expected {kind.__name__}")
-        problems.one_of("version", values["version"], (VERSION,))
+        problems.one_of("version", values["version"], (1, VERSION))
         problems.one_of("layout", values["layout"], LAYOUTS)
         problems.raise_if_any()
         return CheckpointMeta(**values)

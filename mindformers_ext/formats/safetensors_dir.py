@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -146,6 +146,10 @@ class SafetensorsDirWriter:
     def add(self, name: str, array: Array) -> None:
         """Write one tensor into its shard."""
         self._writers[self._place[name]].add(name, array)
+
+    def add_parts(self, info: TensorInfo, parts: Iterable[Array]) -> None:
+        """Write one tensor that comes in consecutive ``parts`` into its shard."""
+        self._writers[self._place[info.name]].add_parts(info, parts)
 
     def __enter__(self) -> SafetensorsDirWriter:
         """The writer itself."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
@@ -47,6 +47,9 @@ class TensorWriter(Protocol):
 
     def add(self, name: str, array: Array) -> None:
         """Append one tensor."""
+
+    def add_parts(self, info: TensorInfo, parts: Iterable[Array]) -> None:
+        """Append one tensor that comes in consecutive parts, C order."""
 
 
 def as_array(value: object) -> Array:

@@ -10,29 +10,43 @@ from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.formats.dtypes import float_dtype
 from mindformers_ext.formats.tensors import Array, MappingReader, TensorReader
 from mindformers_ext.weights import llama, mixtral
+from mindformers_ext.weights.layouts import GMM, Layout
 from mindformers_ext.weights.plan import Plan, make_plan
 from mindformers_ext.weights.rules import Extras, Rule, RuleSet
 from mindformers_ext.weights.state import MS_TRAINING_STATE
 
 
-def rule_set(spec: ModelSpec, style: str = "per_expert") -> RuleSet:
+def rule_set(spec: ModelSpec, style: str = "per_expert", layout: Layout | None = None) -> RuleSet:
     """The table of ``spec``'s model at its sizes.
 
     Args:
         spec: with ``moe`` it is a Mixtral, without a LLaMA.
         style: how Hugging Face's side spells the experts, a key of ``weights.mixtral.STYLES``; no matter for LLaMA.
+        layout: how MindSpore's side lies; None is the dense layout of training.
+
+    Raises:
+        UserError: an unknown style, or the gmm layout of a model without experts.
     """
+    layout = layout or Layout()
     if style not in mixtral.STYLES:
         raise UserError(f"style '{style}' is unknown: choose one of {', '.join(mixtral.STYLES)}")
-    feed_forward = mixtral.STYLES[style] if spec.moe else llama.FEED_FORWARD
-    head: tuple[Rule, ...] = () if spec.tie_word_embeddings else (llama.HEAD,)
+    gmm = layout.experts == GMM
+    if gmm and not spec.moe:
+        raise UserError("the gmm layout transposes experts and this model has none: leave --use_gmm out")
+    if spec.moe:
+        feed_forward = mixtral.feed_forward(style, transposed=gmm)
+    else:
+        feed_forward = llama.FEED_FORWARD_CONCAT if layout.qkv_concat else llama.FEED_FORWARD
+    attention = llama.attention(layout.qkv_concat, spec.num_key_value_heads)
     tied = spec.tie_word_embeddings
+    head: tuple[Rule, ...] = () if tied else (llama.HEAD,)
     return RuleSet(
-        (llama.EMBEDDING, *llama.ATTENTION, *feed_forward, llama.FINAL_NORM, *head),
+        (llama.EMBEDDING, *attention, *feed_forward, llama.FINAL_NORM, *head),
         spec,
         hf_extras=Extras(llama.HF_BUFFERS, llama.TIED_HF if tied else ()),
-        ms_extras=Extras((*MS_TRAINING_STATE, *mixtral.MS_STATE), llama.TIED_MS if tied else ()),
-    )
+        ms_extras=Extras((*MS_TRAINING_STATE, *mixtral.MS_STATE), llama.TIED_MS if tied else (),
+                         kept=tuple(pattern for pattern, _ in mixtral.MS_STATE)),
+    )  # fmt: skip
 
 
 def detect_style(names: Collection[str], spec: ModelSpec) -> str:
@@ -46,19 +60,34 @@ def detect_style(names: Collection[str], spec: ModelSpec) -> str:
     return max(known, key=lambda style: known[style])
 
 
-def plan_to_mindspore(reader: TensorReader, spec: ModelSpec, dtype: str | None = None) -> Plan:
+def plan_to_mindspore(
+    reader: TensorReader, spec: ModelSpec, dtype: str | None = None, layout: Layout | None = None
+) -> Plan:
     """A checked plan from a Hugging Face reader; ``dtype`` (fp16, bf16, fp32) casts, None keeps each tensor's type.
 
     Raises:
         UserError: names, shapes or types that do not fit ``spec``, all listed; no data is read.
     """
-    rules = rule_set(spec, detect_style(reader.infos.keys(), spec))
+    rules = rule_set(spec, detect_style(reader.infos.keys(), spec), layout)
     return make_plan(rules, "to_ms", reader.infos, float_dtype(dtype) if dtype else None)
 
 
-def plan_to_hf(reader: TensorReader, spec: ModelSpec, style: str = "per_expert", dtype: str | None = None) -> Plan:
-    """A checked plan from a MindSpore reader to Hugging Face's names in ``style``; errors as ``plan_to_mindspore``."""
-    return make_plan(rule_set(spec, style), "to_hf", reader.infos, float_dtype(dtype) if dtype else None)
+def plan_to_hf(
+    reader: TensorReader, spec: ModelSpec, style: str = "per_expert", dtype: str | None = None,
+    layout: Layout | None = None,
+) -> Plan:  # fmt: skip
+    """A checked plan from a MindSpore reader that lies in ``layout`` to Hugging Face's names in ``style``; errors as
+    ``plan_to_mindspore``."""
+    return make_plan(rule_set(spec, style, layout), "to_hf", reader.infos, float_dtype(dtype) if dtype else None)
+
+
+def plan_relayout(
+    reader: TensorReader, spec: ModelSpec, source: Layout, target: Layout, dtype: str | None = None
+) -> Plan:
+    """A checked plan from one MindSpore layout to another; training state stays behind. Errors as
+    ``plan_to_mindspore``."""
+    return make_plan(rule_set(spec, layout=source), "relayout", reader.infos, float_dtype(dtype) if dtype else None,
+                     rule_set(spec, layout=target))  # fmt: skip
 
 
 def iter_to_mindspore(

@@ -34,6 +34,8 @@ HEAD = Rule("lm_head.weight", ("lm_head.weight",), "V D")
 TIED_HF = (("lm_head.weight", "model.embed_tokens.weight"),)
 TIED_MS = (("lm_head.weight", "model.tok_embeddings.embedding_weight"),)
 
+HF_BUFFERS = ((r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "rotary constants, computed from rope_theta"),)
+
 
 def attention(qkv_concat: bool, kv_heads: int) -> tuple[Rule, ...]:
     """The attention of one layer, q, k and v apart or in one tensor."""
@@ -41,7 +43,4 @@ def attention(qkv_concat: bool, kv_heads: int) -> tuple[Rule, ...]:
         return ATTENTION
     projections = tuple(_HF + f"self_attn.{name}_proj.weight" for name in "qkv")
     concat = Rule(projections, (_MS + "attention.w_qkv.weight",), ("HP D", "NP D", "NP D"), GroupedQkv(kv_heads))
-    return tuple(rule for rule in (ATTENTION[0], concat, *ATTENTION[4:]))
-
-
-HF_BUFFERS = ((r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "rotary constants, computed from rope_theta"),)
+    return ATTENTION[0], concat, *ATTENTION[4:]

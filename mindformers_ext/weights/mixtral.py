@@ -35,6 +35,11 @@ PER_EXPERT = (
 )
 STYLES = {"per_expert": PER_EXPERT, "fused": _fused(_NEW), "fused_block_sparse": _fused(_OLD)}
 
+# Kept by training, not by Hugging Face's model.
+MS_STATE = (
+    (r"model\.layers\.\d+\.feed_forward\.router\.router\.topk_bias", "router bias, unknown to Hugging Face"),
+    (r"model\.layers\.\d+\.feed_forward\.router\.router\.(expert_load|fi_parameter)", "router statistics"),
+)
 
 
 def feed_forward(style: str, transposed: bool) -> tuple[Rule, ...]:
@@ -43,10 +48,3 @@ def feed_forward(style: str, transposed: bool) -> tuple[Rule, ...]:
     if not transposed:
         return (router, *experts)
     return (router, *(replace(rule, transform=Transposed(rule.transform)) for rule in experts))
-
-
-# Kept by training, not by Hugging Face's model.
-MS_STATE = (
-    (r"model\.layers\.\d+\.feed_forward\.router\.router\.topk_bias", "router bias, unknown to Hugging Face"),
-    (r"model\.layers\.\d+\.feed_forward\.router\.router\.(expert_load|fi_parameter)", "router statistics"),
-)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a rule table and what a file holds to a checked list of steps; then one tensor at a time."""
+"""From rule tables and what a file holds to a checked list of steps; then one tensor at a time, block by block."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -12,96 +14,187 @@ import numpy as np
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.formats.dtypes import BY_NUMPY, cast, is_float
 from mindformers_ext.formats.tensors import Array, Index, TensorInfo, TensorReader
-from mindformers_ext.weights.rules import Binding, Extras, RuleSet
-from mindformers_ext.weights.transforms import Shape
+from mindformers_ext.weights.rules import Extras, RuleSet
+from mindformers_ext.weights.views import BLOCK, Shape, View, boxes, describe, leaves, stream, whole
 
-Direction = Literal["to_ms", "to_hf"]
+Direction = Literal["to_ms", "to_hf", "relayout"]
 LISTED = 20
+
+
+@dataclass
+class Overflow:
+    """Whether finite values may become infinite in a cast, and how many did, by source tensor."""
+
+    allow: bool = False
+    lost: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One target: the ``which``-th tensor that ``binding`` makes."""
+    """One target and where its data comes from."""
 
     target: TensorInfo
-    binding: Binding
-    which: int
+    view: View
+
+    def __str__(self) -> str:
+        """A line for people."""
+        kind = BY_NUMPY[self.target.dtype].long
+        return f"{self.target.name} {self.target.shape} {kind} <- {describe(self.view)}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A conversion that cannot miss a tensor. ``ignored`` pairs a source name with the reason it stays behind."""
+    """A conversion that cannot miss a tensor. ``ignored`` pairs a source name with the reason it stays behind.
 
-    direction: Direction
+    ``recast`` is the type of every target but those in ``kept``; None keeps all types.
+    """
+
     steps: tuple[Step, ...]
     ignored: tuple[tuple[str, str], ...]
     copies: tuple[tuple[str, str], ...]
     recast: np.dtype[Any] | None
+    kept: frozenset[str] = frozenset()
 
     @property
     def targets(self) -> tuple[TensorInfo, ...]:
         """Name, shape and type of every tensor to come, in order."""
         return tuple(step.target for step in self.steps)
 
-    def run(self, reader: TensorReader, allow_overflow: bool = False) -> Iterator[tuple[str, Array]]:
-        """Yield (name, array) per target. A cast that makes finite values infinite is a ``UserError``, or allowed."""
+    def check_copies(self, reader: TensorReader) -> None:
+        """Second names of a tensor (tied head) must hold its bits; ``UserError`` otherwise."""
         for name, original in self.copies:
-            if not _same_bits(reader.read(name), reader.read(original)):
+            if not _same_bits(reader, name, original):
                 raise UserError(
                     f"'{name}' differs from '{original}' although the model ties them (tie_word_embeddings true): "
                     "set tie_word_embeddings to false in config.json, or remove the tensor"
                 )
+
+    def stream(
+        self, reader: TensorReader, overflow: Overflow | None = None
+    ) -> Iterator[tuple[TensorInfo, Iterator[Array]]]:
+        """Yield each target with its data in blocks, C order; take all blocks before the next target.
+
+        Raises:
+            UserError: finite values become infinite and ``overflow`` does not allow it.
+        """
+        self.check_copies(reader)
+        source = _Source(reader, self.recast, self.kept, overflow or Overflow())
         for step in self.steps:
-            yield step.target.name, self._make(step, reader, allow_overflow)
+            yield step.target, stream(step.view, source)
 
-    def _make(self, step: Step, reader: TensorReader, allow_overflow: bool) -> Array:
-        binding = step.binding
-        sources = tuple(binding.hf if self.direction == "to_ms" else binding.ms)
+    def run(self, reader: TensorReader, allow_overflow: bool = False) -> Iterator[tuple[str, Array]]:
+        """Yield (name, array) per target, whole; errors as ``stream``."""
+        for info, blocks in self.stream(reader, Overflow(allow_overflow)):
+            yield info.name, assemble(info, blocks)
 
-        def read(place: int, index: Index) -> Array:
-            name = sources[place]
-            array = reader.read(name, index)
-            if self.recast is None:
-                return array
-            result, lost = cast(array, self.recast)
-            if lost and not allow_overflow:
-                raise UserError(
-                    f"'{name}': {lost} of {array.size} values do not fit {BY_NUMPY[self.recast].long} and would become "
-                    "infinite: choose bf16 or fp32, or pass --allow_overflow True"
-                )
-            return result
 
-        make = binding.transform.to_ms if self.direction == "to_ms" else binding.transform.to_hf
-        return make(read, step.which, tuple(binding.hf.values()))
+def assemble(info: TensorInfo, blocks: Iterable[Array]) -> Array:
+    """One array of consecutive blocks."""
+    out = np.empty(info.shape, info.dtype)
+    flat, done = out.reshape(-1), 0
+    for block in blocks:
+        flat[done : done + block.size] = block.reshape(-1)
+        done += block.size
+    if done != out.size:
+        raise ValueError(f"'{info.name}': {done} elements came, {out.size} were announced")
+    return out
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A reader whose blocks leave in the type ``recast``."""
+
+    reader: TensorReader
+    recast: np.dtype[Any] | None
+    kept: frozenset[str]
+    overflow: Overflow
+
+    def read(self, name: str, index: Index) -> Array:
+        return self.reader.read(name, index)
+
+    def finish(self, name: str, block: Array) -> Array:
+        if self.recast is None or name in self.kept:
+            return block
+        result, lost = cast(block, self.recast)
+        if lost:
+            if not self.overflow.allow:
+                raise self._too_large(name, self.recast)
+            self.overflow.lost[name] += lost
+        return result
+
+    def _too_large(self, name: str, recast: np.dtype[Any]) -> UserError:
+        info = self.reader.infos[name]
+        parts = (_box(self.reader, name, box) for box in boxes(info.shape, BLOCK))
+        lost, size = sum(cast(array, recast)[1] for array in parts), int(np.prod(info.shape))
+        return UserError(
+            f"'{name}': {lost} of {size} values do not fit {BY_NUMPY[recast].long} and would become "
+            "infinite: choose bf16 or fp32, or pass --allow_overflow True"
+        )
 
 
 def make_plan(
-    rules: RuleSet, direction: Direction, infos: Mapping[str, TensorInfo], dtype: np.dtype[Any] | None
-) -> Plan:
+    rules: RuleSet, direction: Direction, infos: Mapping[str, TensorInfo], dtype: np.dtype[Any] | None,
+    target: RuleSet | None = None,
+) -> Plan:  # fmt: skip
     """Check ``infos`` against ``rules`` and list the steps.
+
+    Args:
+        rules: the table of the source's style and layout.
+        direction: "relayout" is from one MindSpore layout to another.
+        infos: what the source holds.
+        dtype: the type of every target; None keeps each tensor's.
+        target: the table of a relayout's target.
 
     Raises:
         UserError: tensors missing, unexpected, misshaped or of a type that holds no weights; all of them listed.
     """
-    to_ms = direction == "to_ms"
-    extras = rules.hf_extras if to_ms else rules.ms_extras
+    from_hf = direction == "to_ms"
     wanted = {
-        name: shape for binding in rules.bindings for name, shape in (binding.hf if to_ms else binding.ms).items()
+        name: shape for binding in rules.bindings for name, shape in (binding.hf if from_hf else binding.ms).items()
     }
-    ignored, copies = _set_aside(infos, wanted, extras)
-    problems = Problems("tensors of the " + ("Hugging Face folder" if to_ms else "MindSpore checkpoint"))
+    ignored, copies = _set_aside(infos, wanted, rules.hf_extras if from_hf else rules.ms_extras)
+    problems = Problems("tensors of the " + ("Hugging Face folder" if from_hf else "MindSpore checkpoint"))
     _check_names(problems, wanted, [name for name in infos if name not in ignored and name not in dict(copies)])
     _check_kinds(problems, wanted, infos)
-    if not problems.lines and dtype is None:
-        _check_one_dtype(problems, rules, to_ms, infos)
     problems.raise_if_any()
+    views = _views(rules, direction, target)
+    if dtype is None:
+        _check_one_dtype(problems, views, infos)
+        problems.raise_if_any()
     steps = []
-    for binding in rules.bindings:
-        sources, targets = (binding.hf, binding.ms) if to_ms else (binding.ms, binding.hf)
-        result = dtype or infos[next(iter(sources))].dtype
-        for which, (name, shape) in enumerate(targets.items()):
-            steps.append(Step(TensorInfo(name, shape, result), binding, which))
-    return Plan(direction, tuple(steps), tuple(ignored.items()), copies, dtype)
+    for name, view in views.items():
+        kind = dtype or infos[next(leaves(view)).name].dtype
+        steps.append(Step(TensorInfo(name, view.shape, kind), view))
+    kept = _kept(rules.ms_extras, direction, ignored)
+    steps += [Step(infos[name], whole(name, infos[name].shape)) for name in kept]
+    return Plan(tuple(steps), tuple(ignored.items()), copies, dtype, frozenset(kept))
+
+
+def _kept(extras: Extras, direction: Direction, ignored: dict[str, str]) -> list[str]:
+    """What one MindSpore layout hands to another as it is; taken out of ``ignored``."""
+    if direction != "relayout":
+        return []
+    names = [name for name in ignored if any(re.fullmatch(pattern, name) for pattern in extras.kept)]
+    for name in names:
+        del ignored[name]
+    return names
+
+
+def _views(rules: RuleSet, direction: Direction, target: RuleSet | None) -> dict[str, View]:
+    """Every target as a view of stored tensors: through Hugging Face's names, which all tables share."""
+    views: dict[str, View] = {}
+    if direction == "to_ms":
+        for binding in rules.bindings:
+            views |= binding.ms_views({name: whole(name, shape) for name, shape in binding.hf.items()})
+        return views
+    hf = {name: view for binding in rules.bindings for name, view in binding.hf_views().items()}
+    if direction == "to_hf":
+        return hf
+    if target is None:
+        raise ValueError("a relayout needs the target's table")
+    for binding in target.bindings:
+        views |= binding.ms_views(hf)
+    return views
 
 
 def _set_aside(
@@ -139,13 +232,13 @@ def _check_kinds(problems: Problems, wanted: Mapping[str, Shape], infos: Mapping
     _add_rest(problems, "of another type", [info.name for info in odd])
 
 
-def _check_one_dtype(problems: Problems, rules: RuleSet, to_ms: bool, infos: Mapping[str, TensorInfo]) -> None:
-    for binding in rules.bindings:
-        sources = tuple(binding.hf if to_ms else binding.ms)
+def _check_one_dtype(problems: Problems, views: Mapping[str, View], infos: Mapping[str, TensorInfo]) -> None:
+    for target, view in views.items():
+        sources = list(dict.fromkeys(slab.name for slab in leaves(view)))
         kinds = sorted({str(infos[name].dtype) for name in sources})
         if len(kinds) > 1:
             problems.add(f"'{sources[0]}' and its {len(sources) - 1} partners have types {', '.join(kinds)}",
-                         "they make one tensor: choose its type with --dtype")  # fmt: skip
+                         f"they make '{target}': choose its type with --dtype")  # fmt: skip
 
 
 def _add_rest(problems: Problems, what: str, names: Collection[str]) -> None:
@@ -153,5 +246,13 @@ def _add_rest(problems: Problems, what: str, names: Collection[str]) -> None:
         problems.add(f"{len(names) - LISTED} more tensors are {what}", f"{len(names)} in all")
 
 
-def _same_bits(left: Array, right: Array) -> bool:
-    return left.shape == right.shape and left.dtype == right.dtype and left.tobytes() == right.tobytes()
+def _box(reader: TensorReader, name: str, box: Iterable[tuple[int, int]]) -> Array:
+    return reader.read(name, tuple(slice(start, stop) for start, stop in box))
+
+
+def _same_bits(reader: TensorReader, left: str, right: str) -> bool:
+    one, other = reader.infos[left], reader.infos[right]
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    return all(_box(reader, left, box).tobytes() == _box(reader, right, box).tobytes()
+               for box in boxes(one.shape, BLOCK))  # fmt: skip

@@ -25,8 +25,9 @@ class Rule:
     """Hugging Face template(s) -> MindSpore template(s).
 
     ``hf`` may hold ``{layer}`` and, when the transform joins one tensor per expert, ``{expert}``; several templates are
-    in the transform's order. ``dims`` is the shape of each Hugging Face tensor in size letters ("E 2F D"): V vocabulary,
-    D model, F ffn, E experts, and H, N, P for heads, kv heads, head width; "HP" is a product, "2F" twice F.
+    in the transform's order. ``dims`` is the shape of each Hugging Face tensor in size letters ("E 2F D"):
+    V vocabulary, D model, F ffn, E experts, and H, N, P for heads, kv heads, head width; "HP" is a product, "2F" twice
+    F.
     """
 
     hf: str | tuple[str, ...]
@@ -52,11 +53,13 @@ class Extras:
     """What one side's file may hold besides the weights.
 
     ``ignored``: regular expressions (full match) with the reason. ``copies``: (name, original): a second
-    name of a tensor (tied head); accepted when its data equals the original's, and never written.
+    name of a tensor (tied head); accepted when its data equals the original's, and never written. ``kept``: those of
+    the ignored that another layout of the same side holds too.
     """
 
     ignored: tuple[tuple[str, str], ...] = ()
     copies: tuple[tuple[str, str], ...] = ()
+    kept: tuple[str, ...] = ()
 
     def reason_to_ignore(self, name: str) -> str | None:
         """Why ``name`` may stay behind, or None."""

@@ -24,7 +24,7 @@ from mindformers_ext.weights.convert import (
 )
 from mindformers_ext.weights.mixtral import STYLES
 from mindformers_ext.weights.rules import Rule, RuleSet, bind
-from mindformers_ext.weights.transforms import Identity, SplitHalves, Stack, Transposed
+from mindformers_ext.weights.transforms import SplitHalves
 
 
 def spec_of(experts=4, layers=2, tied=False, **sizes):
@@ -316,26 +316,3 @@ def test_a_table_with_two_rules_for_one_name_fails_to_build():
         RuleSet((Rule("a", ("b", "b"), "E 2F D", SplitHalves()),), spec_of())
     with pytest.raises(ValueError, match="makes 2 tensors"):
         bind(Rule("a", ("b",), "E 2F D", SplitHalves()), 0, {"E": 2, "2": 2, "F": 3, "D": 4})
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    inner=st.sampled_from([Identity(), Stack(), SplitHalves(0), SplitHalves(1), SplitHalves(2)]), swap=st.booleans(),
-    sizes=st.tuples(*[st.integers(1, 5)] * 3), count=st.integers(1, 4),
-)  # fmt: skip
-def test_transforms_have_exact_inverses(inner, swap, sizes, count):
-    transform = Transposed(inner) if swap else inner
-    count = count if isinstance(inner, Stack) else 1
-    shape = list(sizes)
-    if isinstance(inner, SplitHalves):
-        shape[inner.axis] *= 2
-    rng = np.random.default_rng(0)
-    hf = [rng.normal(size=shape).astype(np.float32) for _ in range(count)]
-    shapes = [tuple(shape)] * count
-    ms_shapes = transform.ms_shapes(shapes)
-    ms = [transform.to_ms(lambda i, index: hf[i][index], which, shapes) for which in range(len(ms_shapes))]
-    assert tuple(array.shape for array in ms) == ms_shapes
-    assert sum(array.size for array in ms) == sum(array.size for array in hf)
-    for which, array in enumerate(hf):
-        back = transform.to_hf(lambda i, index: ms[i][index], which, shapes)
-        assert back.shape == array.shape and back.tobytes() == array.tobytes()
