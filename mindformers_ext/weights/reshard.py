@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sliced checkpoint seen as whole tensors, read on demand; and the parts of whole tensors that a rank holds.
+
+Every slice is a box of the whole tensor, so merging, slicing and slicing anew are the same: read the box that is asked
+for from the boxes that are there. Data moves in pieces of ``PIECE`` bytes; nothing grows with a tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.formats.ms_file import open_checkpoint
+from mindformers_ext.formats.rank_dirs import rank_files, shown
+from mindformers_ext.formats.strategy import Box, Layout, Strategy, read_strategy
+from mindformers_ext.formats.tensors import Array, Index, TensorInfo, TensorReader
+from mindformers_ext.weights.state import MS_TRAINING_STATE
+
+PIECE = 32 * 2**20
+RUN = 2**14  # bytes; shorter runs are read with what lies between them
+LISTED = 20
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank holds of a tensor: the box ``box`` of the whole, as the whole tensor of ``reader``."""
+
+    rank: int
+    box: Box
+
+
+class SlicedReader:
+    """A ``TensorReader`` of the whole tensors of a sliced checkpoint. Opening compares names, shapes and types only.
+
+    A tensor that the strategy does not list is whole on its ranks: it is taken from the first, and must be equal on all.
+    ``absent`` names what the strategy lists and no rank holds (training state alone may be missing).
+    """
+
+    def __init__(self, readers: Mapping[int, TensorReader], strategy: Strategy) -> None:
+        """``readers``: every rank's file. Tensors missing, misshaped or of two types are one ``UserError``."""
+        problems = Problems(f"ranks of the checkpoint against strategy '{strategy.source}'")
+        self._readers, self.strategy = readers, strategy
+        self._parts: dict[str, tuple[Part, ...]] = {}
+        self.infos: dict[str, TensorInfo] = {}
+        self.absent: tuple[str, ...] = ()
+        if sorted(readers) != list(range(strategy.world)):
+            lacking = sorted(set(range(strategy.world)) - set(readers))
+            found = f"{len(readers)} ranks, the strategy describes {strategy.world}"
+            problems.add(found + (f"; rank_{shown(lacking)} is missing" if lacking else ""),
+                         "give all ranks and all stages of one run")  # fmt: skip
+            problems.raise_if_any()
+        for name, first in strategy.names().items():
+            self._list(problems, name, first)
+        self.unlisted = self._find_unlisted(problems)
+        problems.raise_if_any()
+        for name in self.unlisted:
+            self._check_equal(problems, name)
+        problems.raise_if_any()
+
+    def read(self, name: str, index: Index = ()) -> Array:
+        """The whole tensor, or the part that ``index`` selects, put together from the ranks that hold it."""
+        info = self.infos[name]
+        box, dropped = full_box(index, info.shape)
+        out = np.empty([item.stop - item.start for item in box], info.dtype)
+        for part in self._parts[name]:
+            pairs = zip(box, part.box, strict=True)
+            common = tuple(slice(max(ours.start, its.start), min(ours.stop, its.stop)) for ours, its in pairs)
+            if all(item.start < item.stop for item in common):
+                local = _shift(common, part.box)
+                out[_shift(common, box)] = read_box(self._readers[part.rank], name, local)
+        return np.squeeze(out, axis=dropped) if dropped else out
+
+    def close(self) -> None:
+        """Close every rank's file."""
+        for reader in self._readers.values():
+            if (close := getattr(reader, "close", None)) is not None:
+                close()
+
+    def _list(self, problems: Problems, name: str, first: int) -> None:
+        """Enter one tensor of the strategy, of its first stage; stages that share it must agree."""
+        wholes: dict[TensorInfo, int] = {}
+        for stage, layouts in enumerate(self.strategy.stages):
+            if name in layouts:
+                info = self._whole(problems, name, stage, layouts[name])
+                if info is None:
+                    continue
+                wholes.setdefault(info, stage)
+        if len(wholes) > 1:
+            problems.add(f"'{name}' is {' and '.join(f'{info.dtype}{info.shape}' for info in wholes)} in stages "
+                         f"{shown(list(wholes.values()))}", "files of different runs are mixed")  # fmt: skip
+        if not wholes:
+            self.absent += (name,)
+            return
+        info, stage = next(iter(wholes.items()))
+        layout = self.strategy.stages[stage][name]
+        boxes: dict[tuple[int, ...], Part] = {}
+        for local, rank in enumerate(self.strategy.ranks(stage)):
+            boxes.setdefault(layout.place(local), Part(rank, layout.box(info.shape, local)))
+        self.infos[name], self._parts[name] = info, tuple(boxes.values())
+
+    def _whole(self, problems: Problems, name: str, stage: int, layout: Layout) -> TensorInfo | None:
+        """The whole tensor as the ranks of one stage tell it; None (and a problem, unless state) if they do not."""
+        held = {rank: info for rank in self.strategy.ranks(stage) if (info := self._readers[rank].infos.get(name))}
+        if not held and is_state(name):
+            return None
+        lacking = [rank for rank in self.strategy.ranks(stage) if rank not in held]
+        if lacking:
+            problems.add(f"'{name}' is missing in rank_{shown(lacking)}", "the strategy puts a part of it there")
+            return None
+        kinds = {(info.dtype, info.shape): rank for rank, info in reversed(held.items())}
+        if len(kinds) > 1:
+            told = [f"{dtype}{shape} in rank_{rank}" for (dtype, shape), rank in kinds.items()]
+            problems.add(f"'{name}' is {shown(told)}", "parts of a tensor are alike: files of different runs are mixed")
+            return None
+        (dtype, shape), rank = next(iter(kinds.items()))
+        if len(shape) != len(layout.tensor_map):
+            problems.add(f"'{name}' {shape} has {len(shape)} axes in rank_{rank}, the strategy cuts {layout.parts}",
+                         "give the strategy of the run that saved the checkpoint")  # fmt: skip
+            return None
+        return TensorInfo(name, layout.whole_shape(shape), dtype)
+
+    def _find_unlisted(self, problems: Problems) -> tuple[str, ...]:
+        listed = self.strategy.names()
+        found: dict[str, list[int]] = {}
+        for rank, reader in self._readers.items():
+            stage = self.strategy.stages[rank // self.strategy.devices]
+            for name in reader.infos:
+                if name not in listed:
+                    found.setdefault(name, []).append(rank)
+                elif name not in stage:
+                    problems.add(f"'{name}' is in rank_{rank}", "the strategy puts it into other pipeline stages only")
+        for name, ranks in found.items():
+            info = self._readers[ranks[0]].infos[name]
+            self.infos[name] = info
+            self._parts[name] = (Part(ranks[0], tuple(slice(0, size) for size in info.shape)),)
+        self._holders = found
+        return tuple(found)
+
+    def _check_equal(self, problems: Problems, name: str) -> None:
+        """A tensor without a layout must be the same on every rank that holds it."""
+        first, *others = self._holders[name]
+        info = self.infos[name]
+        stages = {rank // self.strategy.devices for rank in self._holders[name]}
+        lacking = sorted({rank for stage in stages for rank in self.strategy.ranks(stage)} - {first, *others})
+        if lacking:
+            problems.add(f"'{name}' is in rank_{first}, not in rank_{shown(lacking)}, and not in the strategy",
+                         "ranks of a stage hold the same tensors: files of different runs are mixed")  # fmt: skip
+            return
+        for rank in others:
+            reader = self._readers[rank]
+            same = reader.infos[name] == info and all(
+                read_box(reader, name, piece).tobytes() == read_box(self._readers[first], name, piece).tobytes()
+                for piece in pieces(tuple(slice(0, size) for size in info.shape), info.dtype.itemsize)
+            )
+            if not same:
+                problems.add(f"'{name}' differs between rank_{first} and rank_{rank} and is not in the strategy",
+                             "it was cut in a way that no file tells: give the strategy that lists it")  # fmt: skip
+                return
+
+
+def is_state(name: str) -> bool:
+    """Whether ``name`` is training state, which a checkpoint may lack."""
+    return any(re.fullmatch(pattern, name) for pattern, _ in MS_TRAINING_STATE)
+
+
+def full_box(index: Index, shape: tuple[int, ...]) -> tuple[Box, tuple[int, ...]]:
+    """``index`` as one slice for each axis, and the axes that an int drops."""
+    box, dropped = [], []
+    for axis, size in enumerate(shape):
+        item = index[axis] if axis < len(index) else slice(None)
+        if isinstance(item, int):
+            if not 0 <= item < size:
+                raise IndexError(f"index {item} is outside an axis of {size}")
+            dropped.append(axis)
+            item = slice(item, item + 1)
+        start, stop, step = item.indices(size)
+        if step != 1:
+            raise IndexError(f"slices of step {step} are not read")
+        box.append(slice(start, max(start, stop)))
+    return tuple(box), tuple(dropped)
+
+
+def _shift(box: Box, origin: Box) -> Box:
+    """``box`` counted from the corner of ``origin``."""
+    return tuple(
+        slice(item.start - base.start, item.stop - base.start) for item, base in zip(box, origin, strict=True)
+    )
+
+
+def read_box(reader: TensorReader, name: str, box: Box) -> Array:
+    """The part ``box`` of a tensor. Where it lies in short runs of bytes, whole rows are read and cut in memory."""
+    info = reader.infos[name]
+    cut, run = len(box), info.dtype.itemsize  # axes from ``cut`` on are read whole
+    for axis in reversed(range(len(box))):
+        size = box[axis].stop - box[axis].start
+        if size < info.shape[axis]:
+            if run * size >= RUN:
+                break
+            cut = axis
+        run *= info.shape[axis]
+    if cut == len(box):
+        return reader.read(name, box)
+    waste = prod(info.shape[cut:]) // max(prod(item.stop - item.start for item in box[cut:]), 1)
+    out = np.empty([item.stop - item.start for item in box], info.dtype)
+    for piece in pieces(box, info.dtype.itemsize * max(waste, 1)):
+        rows = reader.read(name, piece[:cut])
+        out[_shift(piece, box)] = rows[(slice(None),) * cut + piece[cut:]]
+    return out
+
+
+def pieces(box: Box, itemsize: int, limit: int = PIECE) -> Iterator[Box]:
+    """Cut ``box`` into consecutive boxes of at most ``limit`` bytes, in C order (one element at least)."""
+    sizes = [item.stop - item.start for item in box]
+    if not box or prod(sizes) * itemsize <= limit:
+        yield box
+        return
+    row = prod(sizes[1:]) * itemsize
+    first, rest = box[0], box[1:]
+    if row <= limit:
+        step = max(limit // row, 1)
+        for start in range(first.start, first.stop, step):
+            yield (slice(start, min(start + step, first.stop)), *rest)
+        return
+    for start in range(first.start, first.stop):
+        for inner in pieces(rest, itemsize, limit):
+            yield (slice(start, start + 1), *inner)
+
+
+def open_sliced(checkpoint_dir: Path, strategy_dir: Path) -> SlicedReader:
+    """A reader of the whole tensors of ``checkpoint_dir/rank_N/*`` as the strategy file or folder cut them.
+
+    Raises:
+        UserError: ranks, files, stages or tensors missing, double or contradicting; all listed, no data is read.
+    """
+    strategy = read_strategy(strategy_dir)
+    files = rank_files(checkpoint_dir)
+    if len(files) == 1 < strategy.world:
+        raise UserError(
+            f"'{checkpoint_dir}' holds one rank, strategy '{strategy_dir}' describes {strategy.world}: "
+            "leave the strategy away for a whole checkpoint, or give all ranks"
+        )
+    with ExitStack() as stack:
+        readers = {}
+        for rank, path in files.items():
+            readers[rank] = open_checkpoint(path)
+            stack.callback(readers[rank].close)
+        result = SlicedReader(readers, strategy)
+        stack.pop_all()
+    return result
