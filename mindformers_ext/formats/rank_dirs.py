@@ -33,8 +33,12 @@ def checkpoint_files(folder: Path) -> list[Path]:
     )  # fmt: skip
 
 
-def rank_files(source: Path) -> dict[int, Path]:
+def rank_files(source: Path, label: str | None = None) -> dict[int, Path]:
     """The one checkpoint file of every rank of ``source``: a folder of rank folders, of one file, or a file itself.
+
+    Args:
+        source: the path.
+        label: chooses among several files of a rank folder the one whose name, without its ending, ends so.
 
     Raises:
         UserError: nothing there, ranks missing in the row, none or several files in a rank folder, mixed formats; all
@@ -54,11 +58,18 @@ def rank_files(source: Path) -> dict[int, Path]:
     result = {}
     for rank, folder in folders.items():
         files = checkpoint_files(folder)
+        if label is not None and files:
+            chosen = [file for file in files if file.stem.endswith(label)]
+            if not chosen:
+                problems.add(f"rank_{rank} holds no file that ends in '{label}'",
+                             f"found {shown([file.name for file in files])}")  # fmt: skip
+                continue
+            files = chosen
         if len(files) == 1:
             result[rank] = files[0]
         elif files:
             problems.add(f"rank_{rank} holds {len(files)} checkpoint files: {shown([file.name for file in files])}",
-                         "keep the one to use, or name it with --pick")  # fmt: skip
+                         "keep one, or choose with --pick last or --pick ENDING, for example --pick 3_2")  # fmt: skip
         else:
             problems.add(f"rank_{rank} holds no checkpoint file", f"expected one *{' or *'.join(SUFFIXES)}")
     kinds = {file.suffix for file in result.values()}

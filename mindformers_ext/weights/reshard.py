@@ -7,11 +7,9 @@ for from the boxes that are there. Data moves in pieces of ``PIECE`` bytes; noth
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +19,8 @@ from mindformers_ext.formats.ms_file import open_checkpoint
 from mindformers_ext.formats.rank_dirs import rank_files, shown
 from mindformers_ext.formats.strategy import Box, Layout, Strategy, read_strategy
 from mindformers_ext.formats.tensors import Array, Index, TensorInfo, TensorReader
-from mindformers_ext.weights.state import MS_TRAINING_STATE
-
-PIECE = 32 * 2**20
-RUN = 2**14  # bytes; shorter runs are read with what lies between them
-LISTED = 20
+from mindformers_ext.weights.boxes import full_box, overlap, pieces, read_box, shift, sizes, whole_box
+from mindformers_ext.weights.reshard_plan import is_state
 
 
 @dataclass(frozen=True)
@@ -39,7 +34,7 @@ class Part:
 class SlicedReader:
     """A ``TensorReader`` of the whole tensors of a sliced checkpoint. Opening compares names, shapes and types only.
 
-    A tensor that the strategy does not list is whole on its ranks: it is taken from the first, and must be equal on all.
+    A tensor that the strategy does not list is whole on its ranks: it is taken from the first and must be equal on all.
     ``absent`` names what the strategy lists and no rank holds (training state alone may be missing).
     """
 
@@ -68,13 +63,10 @@ class SlicedReader:
         """The whole tensor, or the part that ``index`` selects, put together from the ranks that hold it."""
         info = self.infos[name]
         box, dropped = full_box(index, info.shape)
-        out = np.empty([item.stop - item.start for item in box], info.dtype)
+        out = np.empty(sizes(box), info.dtype)
         for part in self._parts[name]:
-            pairs = zip(box, part.box, strict=True)
-            common = tuple(slice(max(ours.start, its.start), min(ours.stop, its.stop)) for ours, its in pairs)
-            if all(item.start < item.stop for item in common):
-                local = _shift(common, part.box)
-                out[_shift(common, box)] = read_box(self._readers[part.rank], name, local)
+            if (common := overlap(box, part.box)) is not None:
+                out[shift(common, box)] = read_box(self._readers[part.rank], name, shift(common, part.box))
         return np.squeeze(out, axis=dropped) if dropped else out
 
     def close(self) -> None:
@@ -139,7 +131,7 @@ class SlicedReader:
         for name, ranks in found.items():
             info = self._readers[ranks[0]].infos[name]
             self.infos[name] = info
-            self._parts[name] = (Part(ranks[0], tuple(slice(0, size) for size in info.shape)),)
+            self._parts[name] = (Part(ranks[0], whole_box(info.shape)),)
         self._holders = found
         return tuple(found)
 
@@ -157,80 +149,12 @@ class SlicedReader:
             reader = self._readers[rank]
             same = reader.infos[name] == info and all(
                 read_box(reader, name, piece).tobytes() == read_box(self._readers[first], name, piece).tobytes()
-                for piece in pieces(tuple(slice(0, size) for size in info.shape), info.dtype.itemsize)
+                for piece in pieces(whole_box(info.shape), info.dtype.itemsize)
             )
             if not same:
                 problems.add(f"'{name}' differs between rank_{first} and rank_{rank} and is not in the strategy",
                              "it was cut in a way that no file tells: give the strategy that lists it")  # fmt: skip
                 return
-
-
-def is_state(name: str) -> bool:
-    """Whether ``name`` is training state, which a checkpoint may lack."""
-    return any(re.fullmatch(pattern, name) for pattern, _ in MS_TRAINING_STATE)
-
-
-def full_box(index: Index, shape: tuple[int, ...]) -> tuple[Box, tuple[int, ...]]:
-    """``index`` as one slice for each axis, and the axes that an int drops."""
-    box, dropped = [], []
-    for axis, size in enumerate(shape):
-        item = index[axis] if axis < len(index) else slice(None)
-        if isinstance(item, int):
-            if not 0 <= item < size:
-                raise IndexError(f"index {item} is outside an axis of {size}")
-            dropped.append(axis)
-            item = slice(item, item + 1)
-        start, stop, step = item.indices(size)
-        if step != 1:
-            raise IndexError(f"slices of step {step} are not read")
-        box.append(slice(start, max(start, stop)))
-    return tuple(box), tuple(dropped)
-
-
-def _shift(box: Box, origin: Box) -> Box:
-    """``box`` counted from the corner of ``origin``."""
-    return tuple(
-        slice(item.start - base.start, item.stop - base.start) for item, base in zip(box, origin, strict=True)
-    )
-
-
-def read_box(reader: TensorReader, name: str, box: Box) -> Array:
-    """The part ``box`` of a tensor. Where it lies in short runs of bytes, whole rows are read and cut in memory."""
-    info = reader.infos[name]
-    cut, run = len(box), info.dtype.itemsize  # axes from ``cut`` on are read whole
-    for axis in reversed(range(len(box))):
-        size = box[axis].stop - box[axis].start
-        if size < info.shape[axis]:
-            if run * size >= RUN:
-                break
-            cut = axis
-        run *= info.shape[axis]
-    if cut == len(box):
-        return reader.read(name, box)
-    waste = prod(info.shape[cut:]) // max(prod(item.stop - item.start for item in box[cut:]), 1)
-    out = np.empty([item.stop - item.start for item in box], info.dtype)
-    for piece in pieces(box, info.dtype.itemsize * max(waste, 1)):
-        rows = reader.read(name, piece[:cut])
-        out[_shift(piece, box)] = rows[(slice(None),) * cut + piece[cut:]]
-    return out
-
-
-def pieces(box: Box, itemsize: int, limit: int = PIECE) -> Iterator[Box]:
-    """Cut ``box`` into consecutive boxes of at most ``limit`` bytes, in C order (one element at least)."""
-    sizes = [item.stop - item.start for item in box]
-    if not box or prod(sizes) * itemsize <= limit:
-        yield box
-        return
-    row = prod(sizes[1:]) * itemsize
-    first, rest = box[0], box[1:]
-    if row <= limit:
-        step = max(limit // row, 1)
-        for start in range(first.start, first.stop, step):
-            yield (slice(start, min(start + step, first.stop)), *rest)
-        return
-    for start in range(first.start, first.stop):
-        for inner in pieces(rest, itemsize, limit):
-            yield (slice(start, start + 1), *inner)
 
 
 def open_sliced(checkpoint_dir: Path, strategy_dir: Path) -> SlicedReader:
