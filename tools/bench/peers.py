@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 
 THREADS = 2
+PAUSE = 0.05  # seconds before each call: the threads of the engine that ran before spin for a while, then sleep
 
 
 def serve(facts: dict, measurements: dict[str, Callable[[], None]]) -> None:
@@ -49,6 +50,7 @@ class Worker:
 
     def measure(self, name: str) -> dict:
         """Run one measurement."""
+        time.sleep(PAUSE)
         assert self.process.stdin is not None
         print(name, file=self.process.stdin, flush=True)
         return self._read()
