@@ -7,9 +7,15 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from mindformers_ext.cli.convert import optional_path, switch
 from mindformers_ext.cli.outcome import exit_code
 
-TOO_DIFFERENT = 1
+DIFFERENT = 1
+LISTED = 20
+EPILOG = """examples:
+  python tools/check_parity.py --hf Mixtral-8x7B-v0.1 --ckpt mixtral.ckpt --text "I love Beijing, because"
+  python tools/check_parity.py --hf Mixtral-8x7B-v0.1 --ckpt gmm.ckpt --weights_only
+"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -17,21 +23,27 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="check_parity.py",
         description="Compare the logits of transformers on a Hugging Face folder with those of our MindSpore network "
-        "on a checkpoint. Exit code 1 above the tolerance.",
+        "on a checkpoint of any layout; or, with --weights_only, every tensor, without loading a framework. Exit code "
+        "1 above the tolerance, or when a tensor differs.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     result.add_argument("--hf", type=Path, required=True, help="Hugging Face model folder")
-    result.add_argument("--ckpt", type=Path, required=True, help="MindSpore .ckpt of the same model")
+    result.add_argument("--ckpt", type=Path, required=True, help="MindSpore checkpoint of the same model")
     result.add_argument("--text", action="append", default=[], help="text to compare on; may be given several times")
     result.add_argument("--tolerance", type=float, default=1e-4, help="largest allowed difference (default 1e-4)")
+    result.add_argument("--strategy_dir", type=optional_path, help="with --weights_only: strategy files, if --ckpt is "
+                        "the folder above rank_0, rank_1, ...")  # fmt: skip
+    switch(result, "--weights_only", "compare tensors instead of logits")
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 within the tolerance, 1 above it, 2 on a user's mistake."""
-    return exit_code(_run, parser().parse_args(argv))
+    return exit_code(lambda given: (_weights if given.weights_only else _logits)(given), parser().parse_args(argv))
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _logits(arguments: argparse.Namespace) -> int:
     from mindformers_ext.jobs.check_parity import check_parity
 
     result = check_parity(arguments.hf, arguments.ckpt, arguments.text)
@@ -42,4 +54,18 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     sign = "<=" if within else ">"
     print(f"max |logits difference| = {result.difference:.2e} {sign} {arguments.tolerance:g}")
-    return 0 if within else TOO_DIFFERENT
+    return 0 if within else DIFFERENT
+
+
+def _weights(arguments: argparse.Namespace) -> int:
+    from mindformers_ext.jobs.compare_weights import compare_weights
+
+    result = compare_weights(arguments.hf, arguments.ckpt, arguments.strategy_dir)
+    for name, difference in result.different[:LISTED]:
+        print(f"differs: {name}, by up to {difference:.3e}")
+    if len(result.different) > LISTED:
+        print(f"and {len(result.different) - LISTED} more")
+    cast = f", Hugging Face's cast to {result.cast_to}" if result.cast_to else ""
+    equal = result.tensors - len(result.different)
+    print(f"{equal} of {result.tensors} tensors are bit-equal (checkpoint {result.layout}{cast})")
+    return DIFFERENT if result.different else 0

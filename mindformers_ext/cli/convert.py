@@ -1,20 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python convert_weight.py``: Hugging Face folder <-> MindSpore checkpoint."""
+"""``python convert_weight.py``: Hugging Face folders and MindSpore checkpoints of any layout, into each other."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mindformers_ext.cli.outcome import exit_code
+from mindformers_ext.core.errors import UserError
+
+if TYPE_CHECKING:
+    from mindformers_ext.jobs.convert import ConvertRequest
+    from mindformers_ext.weights.plan import Direction
 
 EPILOG = """examples:
-  python convert_weight.py --model mixtral --input_path Mixtral-8x7B-v0.1 --output_path mixtral.ckpt --dtype bf16
-  python convert_weight.py --model mixtral --reversed --input_path mixtral.ckpt --output_path mixtral_hf
+  Hugging Face to MindSpore, and back:
+    python convert_weight.py --model mixtral --input_path Mixtral-8x7B-v0.1 --output_path mixtral.ckpt --dtype bf16
+    python convert_weight.py --model mixtral --reversed --input_path mixtral.ckpt --output_path mixtral_hf/
+  back from the slices of many ranks:
+    python convert_weight.py --model mixtral --reversed --input_path checkpoint/ --output_path mixtral_hf/ \\
+        --strategy_dir strategy/ --config Mixtral-8x7B-v0.1
+  for predict with grouped matmul, from Hugging Face or from a MindSpore checkpoint:
+    python convert_weight.py --use_gmm=True --dtype=fp16 --torch_ckpt_dir=Mixtral-8x7B-v0.1 \\
+        --mindspore_ckpt_path=gmm.ckpt
+    python convert_weight.py --use_gmm=True --dtype=fp16 --pre_ckpt_path=mixtral.ckpt --mindspore_ckpt_path=gmm.ckpt
 """
 BOOLEANS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+DTYPES = ("fp16", "bf16", "fp32")
+SEED_DTYPE = "fp16"  # what --mindspore_ckpt_path has always written without --dtype
+MS_SUFFIXES = (".ckpt", ".safetensors")
 
 
 def boolean(text: str) -> bool:
@@ -24,70 +41,147 @@ def boolean(text: str) -> bool:
     return BOOLEANS[text.lower()]
 
 
+def optional_path(text: str) -> Path | None:
+    """A path; "None" and "" are none, as MindFormers' scripts have it."""
+    return None if text in ("", "None") else Path(text)
+
+
+def switch(target: argparse.ArgumentParser, name: str, text: str) -> None:
+    """An option that is True, False, or True when given alone."""
+    target.add_argument(name, type=boolean, nargs="?", const=True, default=False, metavar="True|False", help=text)
+
+
+def add_common(target: argparse.ArgumentParser) -> None:
+    """What both directions know."""
+    target.add_argument("--dtype", choices=DTYPES, help="type of the weights written (default: keep; "
+                        f"{SEED_DTYPE} when --mindspore_ckpt_path is written)")  # fmt: skip
+    target.add_argument(
+        "--config",
+        type=optional_path,
+        help="Hugging Face config.json or its folder (default: the input's own); with --reversed the folder's "
+        "tokenizer files are copied too",
+    )
+    target.add_argument("--strategy_dir", type=optional_path, help="strategy files of a sliced checkpoint; the input "
+                        "is then the folder above rank_0, rank_1, ...")  # fmt: skip
+    target.add_argument("--input_layout", choices=("dense", "gmm"), help="how the experts of the MindSpore input lie, "
+                        "where neither its description nor its shapes tell")  # fmt: skip
+    target.add_argument("--max_shard_size", help="largest shard of a Hugging Face folder (default 5GB)")
+    switch(target, "--overwrite", "replace an existing output")
+    switch(target, "--allow_overflow", "let values too large for --dtype become infinite, and count them")
+    switch(target, "--dry_run", "check everything and print the plan, write nothing")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
     result = argparse.ArgumentParser(
         prog="convert_weight.py",
-        description="Convert a Hugging Face model folder to a MindSpore checkpoint, or back with --reversed. "
-        "Tensors stream one at a time; outputs appear whole or not at all.",
+        description="Convert a Hugging Face model folder to a MindSpore checkpoint, back with --reversed, or one "
+        "MindSpore layout to another. Tensors stream in blocks; outputs appear whole or not at all.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     result.add_argument("--model", choices=("llama", "mixtral"), help="model (default: what the configuration says)")
-    _switch(result, "--reversed", "MindSpore to Hugging Face")
-    result.add_argument(
-        "--input_path", type=Path, required=True, help="Hugging Face folder; a checkpoint with --reversed"
-    )
-    result.add_argument(
-        "--output_path", type=Path, required=True, help="X.ckpt or X.safetensors; a folder with --reversed"
-    )
-    result.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="type of the weights written (default: keep)")
-    result.add_argument(
-        "--config",
-        type=Path,
-        help="Hugging Face config.json or its folder (default: the input's own); with --reversed the folder's "
-        "tokenizer files are copied too",
-    )
-    result.add_argument("--max_shard_size", help="largest shard written by --reversed (default 5GB)")
-    _switch(result, "--overwrite", "replace an existing output")
-    _switch(result, "--allow_overflow", "let values too large for --dtype become infinite")
+    switch(result, "--reversed", "MindSpore to Hugging Face")
+    result.add_argument("--input_path", type=Path, help="Hugging Face folder; a MindSpore checkpoint with --reversed "
+                        "or to change its layout")  # fmt: skip
+    result.add_argument("--output_path", type=Path, help="X.ckpt or X.safetensors; a folder with --reversed")
+    result.add_argument("--torch_ckpt_dir", type=Path, help="Hugging Face folder (with --reversed: to write)")
+    result.add_argument("--torch_ckpt_idr", type=Path, help="the same, as an old document spells it")
+    result.add_argument("--pre_ckpt_path", type=Path, help="a MindSpore checkpoint to bring into another layout")
+    result.add_argument("--mindspore_ckpt_path", type=Path, help="X.ckpt or X.safetensors to write (with --reversed: "
+                        "to read)")  # fmt: skip
+    switch(result, "--use_gmm", "write the experts transposed, as predict with grouped matmul wants them")
+    switch(result, "--qkv_concat", "write q, k, v as one tensor (gate and up of a dense model too)")
+    add_common(result)
     return result
-
-
-def _switch(target: argparse.ArgumentParser, name: str, text: str) -> None:
-    target.add_argument(name, type=boolean, nargs="?", const=True, default=False, metavar="True|False", help=text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 on success, 2 on a user's mistake."""
-    return exit_code(_run, parser().parse_args(argv))
+    return exit_code(lambda arguments: run(_request(arguments), arguments.dry_run), parser().parse_args(argv))
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    from mindformers_ext.jobs.convert import ConvertRequest, convert, shard_bytes
+def _request(arguments: argparse.Namespace) -> ConvertRequest:
+    from mindformers_ext.jobs.convert import ConvertRequest, shard_bytes
+    from mindformers_ext.weights.layouts import DENSE, GMM, Layout
 
-    report = convert(
-        ConvertRequest(
-            input_path=arguments.input_path,
-            output_path=arguments.output_path,
-            reverse=arguments.reversed,
-            model=arguments.model,
-            dtype=arguments.dtype,
-            config=arguments.config,
-            max_shard_bytes=shard_bytes(arguments.max_shard_size, arguments.reversed),
-            overwrite=arguments.overwrite,
-            allow_overflow=arguments.allow_overflow,
-        )
+    source, target, direction = _paths(arguments)
+    seed_form = arguments.mindspore_ckpt_path == target
+    return ConvertRequest(
+        input_path=source,
+        output_path=target,
+        direction=direction,
+        model=arguments.model,
+        dtype=arguments.dtype or (SEED_DTYPE if seed_form else None),
+        config=arguments.config,
+        layout=Layout(GMM if arguments.use_gmm else DENSE, arguments.qkv_concat),
+        input_layout=arguments.input_layout,
+        strategy_dir=arguments.strategy_dir,
+        max_shard_bytes=shard_bytes(arguments.max_shard_size, direction == "to_hf"),
+        overwrite=arguments.overwrite,
+        allow_overflow=arguments.allow_overflow,
+        refuse_gmm_twice=arguments.pre_ckpt_path is not None,
     )
-    for note in report.notes:
-        print(f"note: {note}", file=sys.stderr)
-    for reason, names in report.ignored.items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        print(f"left behind, {reason}: {names[0]}{more}")
+
+
+def _paths(arguments: argparse.Namespace) -> tuple[Path, Path, Direction]:
+    """Source, target and direction, from whichever names the user chose."""
+    torch = {"--torch_ckpt_dir": arguments.torch_ckpt_dir, "--torch_ckpt_idr": arguments.torch_ckpt_idr}
+    mindspore = {"--mindspore_ckpt_path": arguments.mindspore_ckpt_path}
+    sources: dict[str, Path | None] = {"--input_path": arguments.input_path}
+    targets: dict[str, Path | None] = {"--output_path": arguments.output_path}
+    if arguments.torch_ckpt_idr:
+        print("note: --torch_ckpt_idr is read as --torch_ckpt_dir", file=sys.stderr)
+    if arguments.reversed:
+        for name, value in (("--pre_ckpt_path", arguments.pre_ckpt_path), ("--use_gmm", arguments.use_gmm),
+                            ("--qkv_concat", arguments.qkv_concat)):  # fmt: skip
+            if value:
+                raise UserError(f"{name} does not go with --reversed: the checkpoint's own layout is found and undone")
+        sources, targets = sources | mindspore, targets | torch
+        return _one("input", sources), _one("output", targets), "to_hf"
+    sources |= torch | {"--pre_ckpt_path": arguments.pre_ckpt_path}
+    source, target = _one("input", sources), _one("output", targets | mindspore)
+    from_ms = arguments.pre_ckpt_path or arguments.strategy_dir or (source.is_file() and source.suffix in MS_SUFFIXES)
+    if not from_ms and arguments.input_layout:
+        raise UserError("--input_layout describes a MindSpore input, and the input is a Hugging Face folder")
+    return source, target, "relayout" if from_ms else "to_ms"
+
+
+def _one(what: str, given: Mapping[str, Path | None]) -> Path:
+    found = {name: path for name, path in given.items() if path}
+    if len(found) != 1:
+        raise UserError(f"the {what} must be given once, found {', '.join(found) or 'nothing'}: pass one of "
+                        + ", ".join(given))  # fmt: skip
+    return next(iter(found.values()))
+
+
+def run(request: ConvertRequest, dry_run: bool) -> int:
+    """Convert, or show the plan, and say what was done."""
+    from mindformers_ext.jobs.convert import convert, plan_only
+
+    if dry_run:
+        plan = plan_only(request)
+        print(f"plan: {plan.source} -> {plan.target}")
+        for line in plan.lines:
+            print(f"  {line}")
+        _say(plan.notes, plan.ignored)
+        print(f"{request.output_path}: {len(plan.lines)} tensors, {plan.nbytes / 1e9:.3f} GB to write, "
+              f"{plan.free / 1e9:.1f} GB free; nothing was written")  # fmt: skip
+        return 0
+    report = convert(request)
+    _say(report.notes, report.ignored)
     speed = report.nbytes / 1e6 / max(report.seconds, 1e-9)
     print(
-        f"{arguments.output_path}: {report.tensors} tensors, {report.nbytes / 1e9:.3f} GB in {report.seconds:.1f} s "
+        f"{request.output_path}: {report.tensors} tensors, {report.nbytes / 1e9:.3f} GB in {report.seconds:.1f} s "
         f"({speed:.0f} MB/s)"
     )
     return 0
+
+
+def _say(notes: Sequence[str], ignored: Mapping[str, Sequence[str]]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    for reason, names in ignored.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        print(f"left behind, {reason}: {names[0]}{more}")

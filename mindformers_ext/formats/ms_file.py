@@ -52,6 +52,10 @@ class CheckpointMeta:
         """JSON, read back by ``from_text``."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
+    def summary(self) -> dict[str, Any]:
+        """All but the configuration, for people."""
+        return {name: value for name, value in asdict(self).items() if name != "config"}
+
     @staticmethod
     def from_text(text: str, where: str) -> CheckpointMeta:
         """Parse; anything but the fields above, with their types, is a ``UserError`` that names ``where``."""

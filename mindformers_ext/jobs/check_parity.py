@@ -14,10 +14,10 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.hf_config import model_spec_from_hf
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.data.packing import check_ids
-from mindformers_ext.formats.ms_file import open_checkpoint
-from mindformers_ext.jobs.convert import read_config
 from mindformers_ext.jobs.engine import open_engine, open_reference
-from mindformers_ext.weights.convert import rule_set
+from mindformers_ext.jobs.weight_source import described_layout, open_ms, read_config
+from mindformers_ext.weights.convert import plan_relayout
+from mindformers_ext.weights.layouts import Layout, resolve_layout
 
 DEFAULT_TEXT = "Return a new list containing all items from the iterable in ascending order."
 RANDOM_TOKENS = 48  # compared when the folder has no tokenizer
@@ -73,10 +73,11 @@ def _spec(folder: Path) -> ModelSpec:
 
 
 def _read_weights(checkpoint: Path, spec: ModelSpec) -> dict[str, np.ndarray]:
-    """The model's tensors in the file; optimizer state and counters stay behind, everything else is kept."""
-    extras = rule_set(spec).ms_extras
-    with closing(open_checkpoint(checkpoint)) as reader:
-        return {name: reader.read(name) for name in reader.infos if extras.reason_to_ignore(name) is None}
+    """The model's tensors in the file, of whatever layout, as our network takes them; training state stays behind."""
+    reader, meta = open_ms(checkpoint)
+    with closing(reader):
+        layout = resolve_layout(reader.infos, spec, described_layout(meta))
+        return dict(plan_relayout(reader, spec, layout, Layout()).run(reader))
 
 
 def _default_texts(folder: Path) -> list[str]:

@@ -19,8 +19,10 @@ from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.formats.atomic import flush
 from mindformers_ext.formats.ms_ckpt import CkptFile
+from mindformers_ext.formats.ms_file import CheckpointMeta, read_meta
 from mindformers_ext.formats.safetensors_file import SafetensorsFile
 from mindformers_ext.weights.convert import rule_set
+from mindformers_ext.weights.layouts import DENSE, Layout
 
 SIZES = "sizes.json"
 SUFFIXES = (".ckpt", ".safetensors")
@@ -181,6 +183,7 @@ def check_shapes(path: Path, model: ModelSpec, whole: bool = True) -> None:
     """
     reader = SafetensorsFile(path) if path.suffix == ".safetensors" else CkptFile(path)
     try:
+        _check_layout(path, read_meta(path, reader))
         held = {name: info.shape for name, info in reader.infos.items()}
     finally:
         reader.close()
@@ -196,6 +199,15 @@ def check_shapes(path: Path, model: ModelSpec, whole: bool = True) -> None:
              in name]  # fmt: skip
     _add(problems, extra, "that the network does not have", "correct num_layers or moe_config")
     problems.raise_if_any()
+
+
+def _check_layout(path: Path, meta: CheckpointMeta | None) -> None:
+    """The network reads the dense layout; another one may have the same shapes, so the description is asked."""
+    if meta and (meta.layout != DENSE or meta.qkv_concat):
+        raise UserError(
+            f"checkpoint {path} lies {Layout(meta.layout, meta.qkv_concat)}, the network reads {DENSE}: bring it back "
+            "with convert_weight.py --pre_ckpt_path X --mindspore_ckpt_path Y --use_gmm False"
+        )
 
 
 def _add(problems: Problems, names: Sequence[str], what: str, advice: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converts a Hugging Face folder to a MindSpore checkpoint and back, one tensor at a time, whole or not at all."""
+"""Converts weights between Hugging Face folders and MindSpore checkpoints of any layout, whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,50 +7,59 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.hf_config import model_spec_from_hf
 from mindformers_ext.core.spec import ModelSpec
-from mindformers_ext.formats.atomic import fresh_file, fresh_folder, refuse_existing
+from mindformers_ext.formats.atomic import flush, fresh_file, fresh_folder, refuse_existing
 from mindformers_ext.formats.dtypes import BY_NUMPY
-from mindformers_ext.formats.ms_file import (
-    CheckpointMeta,
-    check_suffix,
-    open_checkpoint,
-    open_writer,
-    read_meta,
-    sidecar,
-)
-from mindformers_ext.formats.safetensors_dir import SafetensorsDir, SafetensorsDirWriter, parse_size
-from mindformers_ext.formats.tensors import TensorReader, TensorWriter
-from mindformers_ext.weights.convert import plan_to_hf, plan_to_mindspore
-from mindformers_ext.weights.plan import Plan
+from mindformers_ext.formats.fingerprint import fingerprint
+from mindformers_ext.formats.ms_ckpt import CkptFile
+from mindformers_ext.formats.ms_file import CheckpointMeta, check_suffix, open_writer, sidecar
+from mindformers_ext.formats.safetensors_dir import SafetensorsDirWriter, parse_size
+from mindformers_ext.formats.tensors import Array, TensorReader, TensorWriter
+from mindformers_ext.jobs.weight_source import CONFIG, check_model, know, open_hf, open_ms, read_config
+from mindformers_ext.weights.convert import plan_relayout, plan_to_hf, plan_to_mindspore
+from mindformers_ext.weights.layouts import GMM, Layout
+from mindformers_ext.weights.plan import Direction, Overflow, Plan
 
-CONFIG = "config.json"
 DEFAULT_SHARD = 5 * 10**9
 COMPANIONS = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
+NO_CONFIG = (
+    "no config.json was written, as nothing told the model's: put the original one into the folder, or convert again "
+    "with --config"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertRequest:
-    """What to convert. ``model`` None takes the model that the configuration names; ``dtype`` None keeps each type."""
+    """What to convert.
+
+    ``model`` None takes the model that the configuration names; ``dtype`` None keeps each type. ``layout`` is that of
+    the MindSpore checkpoint written, ``input_layout`` ("dense", "gmm") that of one read, where nothing else tells.
+    ``strategy_dir`` belongs to the slices of many ranks. ``relayout`` goes from MindSpore to MindSpore.
+    """
 
     input_path: Path
     output_path: Path
-    reverse: bool = False
+    direction: Direction = "to_ms"
     model: str | None = None
     dtype: str | None = None
     config: Path | None = None
+    layout: Layout = field(default_factory=Layout)
+    input_layout: str | None = None
+    strategy_dir: Path | None = None
     max_shard_bytes: int = DEFAULT_SHARD
     overwrite: bool = False
     allow_overflow: bool = False
+    refuse_gmm_twice: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,31 @@ class ConvertReport:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class PlanReport:
+    """What would be written: a line per tensor, the bytes, and the bytes that the disk has free."""
+
+    lines: tuple[str, ...]
+    nbytes: int
+    free: int
+    source: str
+    target: str
+    ignored: Mapping[str, tuple[str, ...]]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A conversion that is open and checked."""
+
+    reader: TensorReader
+    plan: Plan
+    config: Mapping[str, Any]
+    spec: ModelSpec
+    source: str
+    notes: tuple[str, ...]
+
+
 def convert(request: ConvertRequest) -> ConvertReport:
     """Run the conversion.
 
@@ -71,13 +105,34 @@ def convert(request: ConvertRequest) -> ConvertReport:
         UserError: anything wrong with the input, the configuration or the output path; nothing is left half-written.
     """
     try:
-        return _from_mindspore(request) if request.reverse else _to_mindspore(request)
+        _check_output(request)
+        with _opened(request) as job:
+            check_space(request.output_path, job.plan)
+            started = time.monotonic()
+            overflow = Overflow(request.allow_overflow)
+            (_write_hf if request.direction == "to_hf" else _write_ms)(request, job, overflow)
+            notes = (*job.notes, *_infinite(overflow), *((NO_CONFIG,) if _lacks_config(request, job) else ()))
+            nbytes = sum(info.nbytes for info in job.plan.targets)
+            return ConvertReport(
+                len(job.plan.targets), nbytes, time.monotonic() - started, _left_behind(job.plan), notes
+            )
     except OSError as error:
-        where = f" ('{error.filename}')" if error.filename else ""
-        raise UserError(
-            f"the system refused to read '{request.input_path}' or to write '{request.output_path}': "
-            f"{error.strerror}{where}; check the path, its permissions and the room on the disk"
-        ) from error
+        raise _refused(request, error) from error
+
+
+def plan_only(request: ConvertRequest) -> PlanReport:
+    """All checks of ``convert`` and the plan, without writing; errors as there (but a full disk is no error)."""
+    try:
+        _check_output(request)
+        with _opened(request) as job:
+            return PlanReport(
+                tuple(str(step) for step in job.plan.steps), sum(info.nbytes for info in job.plan.targets),
+                _free(request.output_path), job.source,
+                "Hugging Face" if request.direction == "to_hf" else f"MindSpore, {request.layout}",
+                _left_behind(job.plan), job.notes,
+            )  # fmt: skip
+    except OSError as error:
+        raise _refused(request, error) from error
 
 
 def shard_bytes(text: str | None, reverse: bool) -> int:
@@ -89,57 +144,107 @@ def shard_bytes(text: str | None, reverse: bool) -> int:
     return parse_size(text)
 
 
-def _to_mindspore(request: ConvertRequest) -> ConvertReport:
+@contextmanager
+def _opened(request: ConvertRequest) -> Iterator[_Job]:
+    """Open the source and plan."""
+    if request.direction == "to_ms":
+        with closing(open_hf(request.input_path)) as reader:
+            config = read_config(request.config or _folder(request.input_path))
+            spec = model_spec_from_hf(config)
+            check_model(spec, request.model)
+            plan = plan_to_mindspore(reader, spec, request.dtype, request.layout)
+            yield _Job(reader, plan, config, spec, "Hugging Face", ())
+        return
+    reader, meta = open_ms(request.input_path, request.strategy_dir)
+    with closing(reader):
+        known = know(reader, meta, request.config, request.model, request.input_layout)
+        if request.direction == "to_hf":
+            plan = plan_to_hf(reader, known.spec, dtype=request.dtype, layout=known.layout)
+        else:
+            _check_relayout(request, known.layout, known.config)
+            plan = plan_relayout(reader, known.spec, known.layout, request.layout, request.dtype)
+        yield _Job(reader, plan, known.config, known.spec, f"MindSpore, {known.layout}", known.notes)
+
+
+def _check_relayout(request: ConvertRequest, source: Layout, config: Mapping[str, Any]) -> None:
+    same = source == request.layout
+    nothing = same and request.dtype is None and request.input_path.suffix == request.output_path.suffix
+    if nothing or (request.refuse_gmm_twice and source.experts == GMM == request.layout.experts):
+        raise UserError(
+            f"'{request.input_path}' already lies {source}: transposing it again would spoil it, and there is nothing "
+            "else to do; use it as it is"
+        )
+    if request.layout.qkv_concat != source.qkv_concat and not config:
+        raise UserError("joining or splitting q, k, v needs the number of heads: pass --config with a config.json")
+
+
+def _check_output(request: ConvertRequest) -> None:
     out = request.output_path
+    if request.direction == "to_hf":
+        refuse_existing(out, request.overwrite)
+        return _protect(request)
     check_suffix(out)
-    beside = sidecar(out) if out.suffix == ".ckpt" else None
-    for path in (out, beside):
-        if path:
-            refuse_existing(path, request.overwrite)
-    if out.suffix == ".safetensors" and out.parent.resolve() == request.input_path.resolve():
-        raise UserError(f"output '{out}' lies among the weights of the input folder: choose another folder")
-    with closing(SafetensorsDir(request.input_path)) as reader:
-        config = read_config(request.config or request.input_path)
-        plan = plan_to_mindspore(reader, _spec(config, request.model), request.dtype)
-        check_space(out, plan)
-        meta = CheckpointMeta(config=config, dtype=_dtype_of(plan), source=str(request.input_path))
-        started = time.monotonic()
-        with fresh_file(out, request.overwrite) as partial:
-            with open_writer(partial, out.suffix, plan.targets, meta) as writer:
-                _copy(plan, reader, writer, request.allow_overflow)
-            if beside:  # never an old description beside new weights
-                beside.unlink(missing_ok=True)
-        if beside:
-            with fresh_file(beside) as partial:
-                partial.write_text(meta.to_text(), encoding="utf-8")
-    return _report(plan, time.monotonic() - started, ())
-
-
-def _from_mindspore(request: ConvertRequest) -> ConvertReport:
-    out = request.output_path
     refuse_existing(out, request.overwrite)
-    _protect(request)
-    with closing(open_checkpoint(request.input_path)) as reader:
-        config, notes = _config_of(request, read_meta(request.input_path, reader))
-        plan = plan_to_hf(reader, _spec(config, request.model), dtype=request.dtype)
-        check_space(out, plan)
-        started = time.monotonic()
-        with fresh_folder(out, request.overwrite) as partial:
-            with SafetensorsDirWriter(partial, plan.targets, request.max_shard_bytes) as writer:
-                _copy(plan, reader, writer, request.allow_overflow)
-            text = json.dumps(_with_dtype(config, _dtype_of(plan)), indent=2) + "\n"
+    beside = sidecar(out)
+    if out.suffix == ".ckpt" and not (_is_leftover(out, beside)):
+        refuse_existing(beside, request.overwrite)
+    folder = _folder(request.input_path).resolve()
+    if request.direction == "to_ms" and out.suffix == ".safetensors" and out.parent.resolve() == folder:
+        raise UserError(f"output '{out}' lies among the weights of the input folder: choose another folder")
+    if request.direction == "relayout" and out.resolve() == request.input_path.resolve():
+        raise UserError(f"output '{out}' is the input: choose another name")
+
+
+def _is_leftover(out: Path, beside: Path) -> bool:
+    """A description of ours without its checkpoint: a run was killed between the two renames."""
+    if out.exists() or not beside.is_file():
+        return False
+    try:
+        return bool(CheckpointMeta.from_text(beside.read_text(encoding="utf-8"), str(beside)).hash)
+    except (UserError, UnicodeDecodeError):
+        return False
+
+
+def _write_ms(request: ConvertRequest, job: _Job, overflow: Overflow) -> None:
+    """The description of a ``.ckpt`` comes first: its fingerprint makes readers refuse an older file with it."""
+    out = request.output_path
+    experts = job.spec.moe.num_local_experts if job.spec.moe else 0
+    words: dict[str, Any] = dict(
+        config=job.config, dtype=_dtype_of(job.plan), source=str(request.input_path), layout=request.layout.experts,
+        qkv_concat=request.layout.qkv_concat, experts=experts, source_hash=fingerprint(job.reader),
+    )  # fmt: skip
+    with fresh_file(out, request.overwrite) as partial:
+        with open_writer(partial, out.suffix, job.plan.targets, CheckpointMeta(**words)) as writer:
+            _copy(job.plan, job.reader, writer, overflow)
+        if out.suffix == ".ckpt":
+            flush(partial)
+            with closing(CkptFile(partial)) as written:
+                meta = CheckpointMeta(**words, hash=fingerprint(written))
+            with fresh_file(sidecar(out), overwrite=True) as description:
+                description.write_text(meta.to_text(), encoding="utf-8")
+
+
+def _write_hf(request: ConvertRequest, job: _Job, overflow: Overflow) -> None:
+    with fresh_folder(request.output_path, request.overwrite) as partial:
+        with SafetensorsDirWriter(partial, job.plan.targets, request.max_shard_bytes) as writer:
+            _copy(job.plan, job.reader, writer, overflow)
+        if job.config:
+            text = json.dumps(_with_dtype(job.config, _dtype_of(job.plan)), indent=2) + "\n"
             (partial / CONFIG).write_text(text, encoding="utf-8")
-            if request.config and request.config.is_dir():
-                for name in COMPANIONS:
-                    if (request.config / name).is_file():
-                        shutil.copyfile(request.config / name, partial / name)
-    return _report(plan, time.monotonic() - started, notes)
+        if request.config and request.config.is_dir():
+            for name in COMPANIONS:
+                if (request.config / name).is_file():
+                    shutil.copyfile(request.config / name, partial / name)
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() or not path.is_file() else path.parent
 
 
 def _protect(request: ConvertRequest) -> None:
     """--overwrite replaces a whole folder: only a model folder, and none that this run reads from."""
     out = request.output_path.resolve()
-    for source in (request.input_path, request.config):
+    for source in (request.input_path, request.config, request.strategy_dir):
         if source and out in (source.resolve(), *source.resolve().parents):
             raise UserError(f"output '{request.output_path}' holds '{source}', which is read: choose another folder")
     if not request.overwrite or not out.is_dir() or not any(out.iterdir()):
@@ -150,72 +255,32 @@ def _protect(request: ConvertRequest) -> None:
         )
 
 
-def _config_of(request: ConvertRequest, meta: CheckpointMeta | None) -> tuple[Mapping[str, Any], tuple[str, ...]]:
-    """The model's configuration and notes about where it came from."""
-    if request.config is None and meta is None:
-        raise UserError(
-            f"'{request.input_path}' does not tell the model's sizes: pass --config with a Hugging Face config.json"
-        )
-    if request.config is None:
-        assert meta is not None
-        return meta.config, ()
-    config = read_config(request.config)
-    if meta is None:
-        return config, ()
-    keys = {*config, *meta.config} - {"torch_dtype", "dtype", "transformers_version", "_name_or_path"}
-    differing = sorted(key for key in keys if config.get(key) != meta.config.get(key))
-    if not differing:
-        return config, ()
-    return config, (
-        f"--config differs from the checkpoint's own description in {', '.join(differing)}: --config is used",
-    )
-
-
-def read_config(path: Path) -> Mapping[str, Any]:
-    """``config.json`` at ``path`` or in the folder ``path``; a file that is not a JSON table is a ``UserError``."""
-    file = path / CONFIG if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"'{file}' does not exist: the model's sizes come from a Hugging Face config.json")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"'{file}' is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"'{file}' is not a table of settings")
-    return config
-
-
-def _spec(config: Mapping[str, Any], model: str | None) -> ModelSpec:
-    spec = model_spec_from_hf(config)
-    if model and model != spec.model_type:
-        raise UserError(f"--model {model} but the configuration describes a {spec.model_type}: correct one of them")
-    return spec
-
-
 def check_space(path: Path, plan: Plan) -> None:
     """The disk of ``path`` must have room for all of ``plan``'s targets (old files stay until the new are whole)."""
-    place = next(parent for parent in path.absolute().parents if parent.exists())
-    free, needed = shutil.disk_usage(place).free, sum(info.nbytes for info in plan.targets)
+    free, needed = _free(path), sum(info.nbytes for info in plan.targets)
     if needed > free:
         raise UserError(f"'{path}' needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free: make room there")
 
 
-def _copy(plan: Plan, reader: TensorReader, writer: TensorWriter, allow_overflow: bool) -> None:
-    for name, array in _progress(plan, plan.run(reader, allow_overflow)):
-        writer.add(name, array)
-        del array  # or it lives on while the next one is made
+def _free(path: Path) -> int:
+    return shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
 
 
-def _progress(plan: Plan, tensors: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+def _copy(plan: Plan, reader: TensorReader, writer: TensorWriter, overflow: Overflow) -> None:
     from tqdm import tqdm
 
     total = sum(info.nbytes for info in plan.targets)
     with tqdm(total=total, unit="B", unit_scale=True, desc="converting", mininterval=0.5, dynamic_ncols=True) as bar:
-        for name, array in tensors:
-            size = array.nbytes
-            yield name, array
-            del array
-            bar.update(size)
+        for info, blocks in plan.stream(reader, overflow):
+            writer.add_parts(info, _counted(blocks, bar))
+
+
+def _counted(blocks: Iterator[Array], bar: Any) -> Iterator[Array]:
+    for block in blocks:
+        size = block.nbytes
+        yield block
+        del block  # or it lives on while the next one is made
+        bar.update(size)
 
 
 def _dtype_of(plan: Plan) -> str:
@@ -229,10 +294,29 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return {**config, key: dtype} if dtype != "mixed" else dict(config)
 
 
-def _report(plan: Plan, seconds: float, notes: tuple[str, ...]) -> ConvertReport:
+def _lacks_config(request: ConvertRequest, job: _Job) -> bool:
+    return request.direction == "to_hf" and not job.config
+
+
+def _infinite(overflow: Overflow) -> tuple[str, ...]:
+    if not overflow.lost:
+        return ()
+    worst = ", ".join(f"'{name}' ({count})" for name, count in overflow.lost.most_common(5))
+    return (f"{overflow.lost.total()} values became infinite in {len(overflow.lost)} tensors, most in {worst}",)
+
+
+def _left_behind(plan: Plan) -> Mapping[str, tuple[str, ...]]:
     ignored: dict[str, tuple[str, ...]] = {}
     for name, reason in plan.ignored:
         ignored[reason] = (*ignored.get(reason, ()), name)
     for name, original in plan.copies:
         ignored[f"same data as {original} (tied)"] = (name,)
-    return ConvertReport(len(plan.targets), sum(info.nbytes for info in plan.targets), seconds, ignored, notes)
+    return ignored
+
+
+def _refused(request: ConvertRequest, error: OSError) -> UserError:
+    where = f" ('{error.filename}')" if error.filename else ""
+    return UserError(
+        f"the system refused to read '{request.input_path}' or to write '{request.output_path}': "
+        f"{error.strerror}{where}; check the path, its permissions and the room on the disk"
+    )

@@ -66,6 +66,19 @@ class Reference(Protocol):
         ...
 
 
+class TensorFile(Protocol):
+    """A framework's own weight file, opened without running anything in it."""
+
+    @property
+    def infos(self) -> Mapping[str, tuple[tuple[int, ...], str]]:
+        """Shape and type ("float32", "bfloat16", ...) by name."""
+        ...
+
+    def read(self, name: str, index: tuple[int | slice, ...]) -> np.ndarray:
+        """A copy of a part of a tensor; bfloat16 as its bits."""
+        ...
+
+
 ENGINES = ("ms",)
 
 
@@ -90,3 +103,10 @@ def open_reference(folder: Path) -> Reference:
     from mindformers_ext.pt.hf_reference import HuggingFaceReference
 
     return HuggingFaceReference(folder)
+
+
+def open_torch_file(path: Path) -> TensorFile:
+    """A ``.bin`` or ``.pt`` file of torch.save; imports torch."""
+    from mindformers_ext.pt.torch_file import TorchFile
+
+    return TorchFile(path)

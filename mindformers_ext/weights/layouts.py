@@ -95,7 +95,8 @@ def sizes_from_shapes(infos: Mapping[str, TensorInfo]) -> ModelSpec:
         UserError: the shapes do not tell.
     """
     layers = sum(1 for name in infos if name.endswith(".attention_norm.weight") and name.startswith("model.layers."))
-    needed = [EMBEDDING, _WQ.format(0), _WK.format(0)]
+    # without its head a checkpoint may be tied, or cut: only a configuration knows
+    needed = [EMBEDDING, HEAD, _WQ.format(0), _WK.format(0)]
     missing = [name for name in needed if name not in infos or len(infos[name].shape) != 2]
     if missing or not layers:
         raise UserError(
@@ -103,13 +104,12 @@ def sizes_from_shapes(infos: Mapping[str, TensorInfo]) -> ModelSpec:
             "pass --config with a Hugging Face config.json"
         )
     vocab, hidden = infos[EMBEDDING].shape
-    q, kv = infos[needed[1]].shape[0], infos[needed[2]].shape[0]
+    q, kv = infos[_WQ.format(0)].shape[0], infos[_WK.format(0)].shape[0]
     width, experts = _expert_width(infos, hidden)
     head = gcd(q, kv)
     return ModelSpec(
         vocab_size=vocab, hidden_size=hidden, intermediate_size=width, num_hidden_layers=layers,
         num_attention_heads=q // head, num_key_value_heads=kv // head, head_dim=head,
-        tie_word_embeddings=HEAD not in infos,
         moe=MoESpec(num_local_experts=experts, num_experts_per_tok=1) if experts else None,
     )  # fmt: skip
 

@@ -172,7 +172,9 @@ def test_config_elsewhere_and_tokenizer_files(tmp_path, capsys):
                 writer.add("adam_m." + name, np.zeros(shape, np.float32))
         writer.add("global_step", np.int32([7]))
     words = ["--reversed", "--input_path", out, "--output_path", tmp_path / "back"]
-    refused(capsys, words, "pass --config")
+    assert run(*words[:-1], tmp_path / "without") == 0
+    assert "no config.json was written" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "without").iterdir()} == {"model.safetensors"}
     assert run(*words, "--config", tmp_path / "hf") == 0
     text = capsys.readouterr().out
     assert "left behind, optimizer state: adam_m.model.tok_embeddings.embedding_weight and 22 more" in text
@@ -195,10 +197,16 @@ def test_metadata_that_is_damaged_or_from_the_future(tmp_path, capsys):
     assert run("--input_path", tmp_path / "hf", "--output_path", out) == 0
     good = json.loads(beside.read_text())
     words = ["--reversed", "--input_path", out, "--output_path", tmp_path / "back"]
-    for change, text in (({"layout": "gmm"}, "layout"), ({"version": 2}, "version"), ({"config": "x"}, "config='x'"),
-                         ({"more": 1}, "does not hold")):  # fmt: skip
+    for change, text in (({"version": 3}, "version"), ({"config": "x"}, "config='x'"),
+                         ({"more": 1}, "does not hold"), ({"layout": "other"}, "layout='other'"),
+                         ({"hash": "0" * 64}, "another checkpoint")):  # fmt: skip
         beside.write_text(json.dumps(good | change))
         refused(capsys, words, "m.ckpt.json", text)
+    for change, text in (({"layout": "gmm"}, "its tensors says dense, its description says gmm"),
+                         ({"qkv_concat": True}, "description says qkv_concat True, its tensors False"),
+                         ({"experts": 4}, "has 3 experts, the checkpoint's description 4")):  # fmt: skip
+        beside.write_text(json.dumps(good | change))
+        refused(capsys, words, text)
     beside.write_text("{")
     refused(capsys, words, "is not JSON", "--config")
     beside.write_bytes(b"\xff")

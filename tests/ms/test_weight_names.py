@@ -44,7 +44,7 @@ def test_transformers_reads_what_came_back(tmp_path, experts, tied, kind):
     model.save_pretrained(tmp_path / "hf", max_shard_size="4KB")
     ckpt, back = tmp_path / "m.ckpt", tmp_path / "back"
     convert(ConvertRequest(input_path=tmp_path / "hf", output_path=ckpt))
-    convert(ConvertRequest(input_path=ckpt, output_path=back, reverse=True, max_shard_bytes=5000))
+    convert(ConvertRequest(input_path=ckpt, output_path=back, direction="to_hf", max_shard_bytes=5000))
     again = AutoModelForCausalLM.from_pretrained(back, dtype="auto")
     assert again.dtype == model.dtype
     theirs, ours = model.state_dict(), again.state_dict()

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python tools/inspect_ckpt.py``: what a weight file or folder holds, as a table or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mindformers_ext.cli.convert import switch
+from mindformers_ext.cli.outcome import exit_code
+from mindformers_ext.core.errors import UserError
+
+EPILOG = """examples:
+  python tools/inspect_ckpt.py mixtral.ckpt
+  python tools/inspect_ckpt.py Mixtral-8x7B-v0.1 --grep 'layers\\.0\\.'
+  python tools/inspect_ckpt.py mixtral.ckpt --json > mixtral.json
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    result = argparse.ArgumentParser(
+        prog="inspect_ckpt.py",
+        description="Show names, shapes, types, layout and bytes of a MindSpore .ckpt or .safetensors file, a PyTorch "
+        "file, or a Hugging Face folder. No data is loaded.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("path", type=Path, help="file or folder")
+    result.add_argument("--grep", help="only tensors whose name matches this regular expression")
+    switch(result, "--json", "print JSON")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 on success, 2 on a user's mistake."""
+    return exit_code(_run, parser().parse_args(argv))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from mindformers_ext.jobs.inspect_ckpt import inspect_ckpt, type_name
+
+    try:
+        wanted = re.compile(arguments.grep or "")
+    except re.error as error:
+        raise UserError(f"--grep '{arguments.grep}' is no regular expression: {error}") from error
+    found = inspect_ckpt(arguments.path)
+    if arguments.json:
+        words = found.to_json()
+        words["tensors"] = [row for row in words["tensors"] if wanted.search(row["name"])]
+        print(json.dumps(words, indent=1))
+        return 0
+    rows = [(info.name, str(info.shape), type_name(info), size(info.nbytes)) for info in found.tensors
+            if wanted.search(info.name)]  # fmt: skip
+    widths = [max((len(row[place]) for row in rows), default=0) for place in range(4)]
+    for row in rows:
+        print("  ".join((*(text.ljust(width) for text, width in zip(row[:3], widths, strict=False)),
+                         row[3].rjust(widths[3]))))  # fmt: skip
+    print(f"{found.path}: {found.kind}, {len(found.tensors)} tensors, {size(found.nbytes)} ("
+          + ", ".join(f"{kind} {size(nbytes)}" for kind, nbytes in found.types().items()) + ")")  # fmt: skip
+    print(f"layout: {found.layout or 'not told'}; fingerprint: {found.fingerprint[:16]}")
+    for name, value in (found.description or {}).items():
+        print(f"{name}: {value}")
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return 0
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people."""
+    value = float(nbytes)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opens the weights that a job is pointed at: a Hugging Face folder, a MindSpore file, or the slices of many ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.hf_config import model_spec_from_hf
+from mindformers_ext.core.spec import ModelSpec
+from mindformers_ext.formats.fingerprint import fingerprint
+from mindformers_ext.formats.ms_file import CheckpointMeta, open_checkpoint, read_meta, sidecar
+from mindformers_ext.formats.safetensors_dir import SafetensorsDir
+from mindformers_ext.formats.tensors import TensorReader
+from mindformers_ext.weights.layouts import Layout, resolve_layout, sizes_from_shapes
+
+CONFIG = "config.json"
+TORCH_SUFFIXES = (".bin", ".pt")
+
+
+class Reader(TensorReader, Protocol):
+    """A reader that is closed after use."""
+
+    def close(self) -> None:
+        """Let go of the files."""
+
+
+def open_hf(path: Path) -> Reader:
+    """The weights of a Hugging Face folder: safetensors, else PyTorch files (imports torch)."""
+    if path.is_dir() and not any(path.glob("*.safetensors*")):
+        from mindformers_ext.jobs.torch_dir import TorchDir, torch_files
+
+        if torch_files(path):
+            return TorchDir(path)
+    if path.is_file() and path.suffix in TORCH_SUFFIXES:
+        from mindformers_ext.jobs.torch_dir import TorchDir
+
+        return TorchDir(path)
+    return SafetensorsDir(path)
+
+
+def open_ms(path: Path, strategy_dir: Path | None = None) -> tuple[Reader, CheckpointMeta | None]:
+    """A MindSpore checkpoint and its description, which must be its own.
+
+    Args:
+        path: one file; with ``strategy_dir`` the folder above rank_0, rank_1, ...
+        strategy_dir: the strategy files by which the ranks were cut.
+
+    Raises:
+        UserError: what is no whole checkpoint, or a description that belongs to another file.
+    """
+    if strategy_dir is not None:
+        from mindformers_ext.weights.reshard import open_sliced
+
+        if not path.is_dir():
+            raise UserError(f"'{path}' is not a folder: with --strategy_dir give the folder above rank_0, rank_1, ...")
+        return open_sliced(path, strategy_dir), None
+    if path.is_dir() and any(path.glob("rank_*")):
+        raise UserError(f"'{path}' holds the slices of several ranks: pass --strategy_dir with their strategy files")
+    reader = open_checkpoint(path)
+    try:
+        meta = read_meta(path, reader)
+        if meta and meta.hash and meta.hash != fingerprint(reader):
+            raise UserError(f"'{sidecar(path)}' describes another checkpoint than '{path}': copy the pair again, or "
+                            "remove the description and pass --config")  # fmt: skip
+    except UserError:
+        reader.close()
+        raise
+    return reader, meta
+
+
+def described_layout(meta: CheckpointMeta | None) -> Layout | None:
+    """The layout that a description names."""
+    return Layout(meta.layout, meta.qkv_concat) if meta else None
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a MindSpore checkpoint's model. ``config`` is empty where only shapes tell its sizes."""
+
+    config: Mapping[str, Any]
+    spec: ModelSpec
+    layout: Layout
+    notes: tuple[str, ...]
+
+
+def know(
+    reader: TensorReader, meta: CheckpointMeta | None, config: Path | None = None, model: str | None = None,
+    input_layout: str | None = None,
+) -> Known:  # fmt: skip
+    """Sizes and layout of an open MindSpore checkpoint, from ``config``, its description, or its shapes, in this order.
+
+    Raises:
+        UserError: nothing tells, or they contradict each other.
+    """
+    found, notes = _config_of(meta, config)
+    if found:
+        spec = model_spec_from_hf(found)
+    else:
+        spec = sizes_from_shapes(reader.infos)
+        notes = (*notes, "the checkpoint has no description: sizes were taken from its shapes; head count, rope_theta "
+                 "and token ids are not among them")  # fmt: skip
+    if meta and meta.version > 1 and meta.config and meta.experts != (spec.moe.num_local_experts if spec.moe else 0):
+        raise UserError(f"the configuration has {spec.moe.num_local_experts if spec.moe else 0} experts, the "
+                        f"checkpoint's description {meta.experts}: correct --config")  # fmt: skip
+    check_model(spec, model)
+    return Known(found, spec, resolve_layout(reader.infos, spec, described_layout(meta), input_layout), notes)
+
+
+def check_model(spec: ModelSpec, model: str | None) -> None:
+    """``--model`` must name what the weights are; a ``UserError`` otherwise."""
+    if model and model != spec.model_type:
+        raise UserError(f"--model {model} but the configuration describes a {spec.model_type}: correct one of them")
+
+
+def read_config(path: Path) -> Mapping[str, Any]:
+    """``config.json`` at ``path`` or in the folder ``path``; a file that is not a JSON table is a ``UserError``."""
+    file = path / CONFIG if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"'{file}' does not exist: the model's sizes come from a Hugging Face config.json")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"'{file}' is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"'{file}' is not a table of settings")
+    return config
+
+
+def _config_of(meta: CheckpointMeta | None, path: Path | None) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """The model's configuration, empty where nobody tells, and notes about where it came from."""
+    own = meta.config if meta else {}
+    if path is None:
+        return own, ()
+    config = read_config(path)
+    if not own:
+        return config, ()
+    keys = {*config, *own} - {"torch_dtype", "dtype", "transformers_version", "_name_or_path"}
+    differing = sorted(key for key in keys if config.get(key) != own.get(key))
+    if not differing:
+        return config, ()
+    return config, (
+        f"--config differs from the checkpoint's own description in {', '.join(differing)}: --config is used",
+    )

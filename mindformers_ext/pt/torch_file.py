@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A PyTorch weight file (``.bin``, ``.pt``) as numpy arrays. ``weights_only`` runs no code of it."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mindformers_ext.core.errors import UserError
+
+# What damaged or hostile files make torch.load raise.
+FAULTS = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError,
+          AssertionError, OverflowError, UnicodeDecodeError, NotImplementedError, zipfile.BadZipFile)  # fmt: skip
+MAX_PICKLE = 2**26  # bytes of names and shapes; Mixtral-8x22B has under one million
+
+
+class TorchFile:
+    """The tensors of one file, mapped from the disk, not read. bfloat16 comes as its bits (uint16)."""
+
+    def __init__(self, path: Path) -> None:
+        """Open ``path``.
+
+        Raises:
+            UserError: not a zip file of torch.save, damaged, or holding anything but plain tensors.
+        """
+        self.path = path
+        _check_zip(path)
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except FAULTS as error:
+            reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"'{path}' cannot be read as plain tensors ({reason}): it is damaged, or holds Python objects, which "
+                "are never run. Save the model as safetensors"
+            ) from error
+        if not isinstance(loaded, dict):
+            raise UserError(f"'{path}' holds a {type(loaded).__name__}, not tensors by name: save model.state_dict()")
+        self._tensors: dict[str, torch.Tensor] = {}
+        for name, tensor in loaded.items():
+            self._tensors[str(name)] = self._checked(name, tensor)
+
+    @property
+    def infos(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and torch's name of the type ("float32", "bfloat16", ...) of each tensor."""
+        return {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in self._tensors.items()}
+
+    def read(self, name: str, index: tuple[int | slice, ...]) -> np.ndarray:
+        """A copy of a part of a tensor."""
+        part = self._tensors[name][index] if index else self._tensors[name]
+        bits = part.contiguous().view(torch.uint16) if part.dtype == torch.bfloat16 else part
+        return np.array(bits.numpy(), order="C", copy=True)
+
+    def _checked(self, name: object, tensor: object) -> torch.Tensor:
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise UserError(f"'{self.path}' holds {name!r} of type {type(tensor).__name__}, not a tensor by name: "
+                            "save model.state_dict()")  # fmt: skip
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            raise UserError(f"'{self.path}': '{name}' is sparse, quantised or without data: save it as a plain tensor")
+        # a small storage spread over a large shape (strides of 0) would fill the memory when read
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UserError(f"'{self.path}': '{name}' {tuple(tensor.shape)} has less data than its shape needs")
+        return tensor.detach()
+
+
+def _check_zip(path: Path) -> None:
+    """torch.save has written zip files since 1.6, nothing compressed; mapping works with those alone."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError, IndexError) as error:
+        raise UserError(
+            f"'{path}' is not a file of torch.save (since 1.6), or was cut: copy it again, or save it anew"
+        ) from error
+    size = path.stat().st_size
+    packed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size]
+    tables = [entry for entry in entries if entry.filename.endswith("data.pkl")]
+    if packed or len(tables) != 1 or tables[0].file_size > MAX_PICKLE:
+        raise UserError(f"'{path}' is not laid out as torch.save does it: save the model as safetensors")
