@@ -77,8 +77,9 @@ def read_box(reader: TensorReader, name: str, box: Box) -> Array:
     return out
 
 
-def pieces(box: Box, itemsize: int, limit: int = PIECE) -> Iterator[Box]:
-    """Cut ``box`` into consecutive boxes of at most ``limit`` bytes, in C order (one element at least)."""
+def pieces(box: Box, itemsize: int, limit: int | None = None) -> Iterator[Box]:
+    """Cut ``box`` into consecutive boxes, in C order, of at most ``limit`` bytes (``PIECE``) and at least one element."""
+    limit = PIECE if limit is None else limit
     shape = sizes(box)
     if not box or prod(shape) * itemsize <= limit:
         yield box
