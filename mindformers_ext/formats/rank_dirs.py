@@ -59,7 +59,7 @@ def rank_files(source: Path, label: str | None = None) -> dict[int, Path]:
     for rank, folder in folders.items():
         files = checkpoint_files(folder)
         if label is not None and files:
-            chosen = [file for file in files if file.stem.endswith(label)]
+            chosen = [file for file in files if _ends(file.stem, label)]
             if not chosen:
                 problems.add(f"rank_{rank} holds no file that ends in '{label}'",
                              f"found {shown([file.name for file in files])}")  # fmt: skip
@@ -77,6 +77,12 @@ def rank_files(source: Path, label: str | None = None) -> dict[int, Path]:
         problems.add("some ranks hold .ckpt and some .safetensors", "use ranks of one run in one format")
     problems.raise_if_any()
     return result
+
+
+def _ends(stem: str, label: str) -> bool:
+    """Whether ``stem`` ends in ``label``, and not in the middle of a number ("13_2" does not end in "3_2")."""
+    before = stem.removesuffix(label)
+    return before != stem and not (label[0].isdigit() and before[-1:].isdigit())
 
 
 def _only_file(folder: Path) -> Path:

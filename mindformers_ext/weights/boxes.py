@@ -78,7 +78,7 @@ def read_box(reader: TensorReader, name: str, box: Box) -> Array:
 
 
 def pieces(box: Box, itemsize: int, limit: int | None = None) -> Iterator[Box]:
-    """Cut ``box`` into consecutive boxes, in C order, of at most ``limit`` bytes (``PIECE``) and at least one element."""
+    """Cut ``box`` into consecutive boxes, in C order, of at most ``limit`` bytes (``PIECE``); one element at least."""
     limit = PIECE if limit is None else limit
     shape = sizes(box)
     if not box or prod(shape) * itemsize <= limit:

@@ -1,0 +1,407 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``tools/transform_ckpt.py`` as a user runs it: the seed's command, every flag, every mistake, and being killed."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mindformers_ext.cli.transform_ckpt import main
+from mindformers_ext.formats.ms_file import CheckpointMeta, open_checkpoint, read_meta, sidecar
+from mindformers_ext.formats.rank_dirs import rank_files
+from mindformers_ext.formats.strategy import read_strategy
+from mindformers_ext.weights.reshard import open_sliced
+from tests.helpers.sliced import (
+    DP4,
+    DP8,
+    PP2,
+    PP4,
+    assert_holds,
+    cut,
+    golden_arrays,
+    same,
+    write_file,
+    write_ranks,
+    write_strategy,
+)
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+def run(*words):
+    """The command in this process; argparse's own exit is an exit code too."""
+    try:
+        return main([str(word) for word in words])
+    except SystemExit as stop:
+        return stop.code
+
+
+def shell(*words, **options):
+    command = [sys.executable, "transform_ckpt.py", *map(str, words)]
+    return subprocess.run(command, cwd=TOOLS, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run's output: 16 ranks with counters, and what they hold whole."""
+    folder = tmp_path_factory.mktemp("run")
+    strategy = read_strategy(PP2)
+    arrays = golden_arrays(strategy.names())
+    extras = {"global_step": np.int32([7])}
+    write_ranks(folder / "checkpoint", cut(strategy, arrays, extras))
+    shutil.copytree(PP2, folder / "strategy")
+    return folder, arrays | extras
+
+
+@pytest.fixture
+def ranks(saved, tmp_path):
+    """A copy of the run that a test may spoil."""
+    shutil.copytree(saved[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def merge(folder, out, *more):
+    return ["--src_ckpt_strategy", folder / "strategy", "--src_ckpt_dir", folder / "checkpoint", "--dst_ckpt_dir", out,
+            *more]  # fmt: skip
+
+
+def holds(path, arrays):
+    reader = open_checkpoint(path)
+    assert_holds(reader, arrays)
+    reader.close()
+
+
+def tree(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_command_as_the_seed_types_it(saved, tmp_path):
+    folder, arrays = saved
+    shutil.copytree(folder, tmp_path / "output")
+    before = tree(tmp_path / "output")
+    os.chmod(tmp_path / "output" / "strategy", 0o500)  # MindFormers' tool writes into it, ours need not
+    path = str(tmp_path)
+    result = shell("--src_ckpt_strategy", f"{path}/output/strategy/", "--src_ckpt_dir", f"{path}/output/checkpoint/",
+                   "--dst_ckpt_dir", f"{path}/target_checkpoint/", "--prefix", "mixtral_")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert tree(tmp_path / "target_checkpoint") == ["rank_0/mixtral_0.ckpt"]
+    holds(tmp_path / "target_checkpoint" / "rank_0" / "mixtral_0.ckpt", arrays)
+    assert tree(tmp_path / "output") == before
+    assert "not written, state that the source's strategy lists" in result.stdout and "MB/s" in result.stdout
+
+
+@pytest.mark.parametrize("kind", ["ckpt", "safetensors"])
+def test_round_trip_through_every_strategy(saved, tmp_path, kind):
+    """Formats change on the way; what was 16 ranks is 16 equal ranks again at the end."""
+    folder, arrays = saved
+    other = {"ckpt": "safetensors", "safetensors": "ckpt"}[kind]
+    assert run(*merge(folder, tmp_path / "a"), "--dst_ckpt_strategy", PP4, "--output_format", kind) == 0
+    assert len(rank_files(tmp_path / "a")) == 16
+    steps = (("a", "b", PP4, DP8, other), ("b", "c", DP8, None, kind), ("c", "d", None, DP4, None),
+             ("d", "e", DP4, PP2, "ckpt"))  # fmt: skip
+    for source, target, src, dst, form in steps:
+        words = ["--src_checkpoint", tmp_path / source, "--dst_checkpoint_dir", tmp_path / target]
+        words += ["--src_strategy", src or "None", "--dst_strategy", dst or ""]
+        assert run(*words, *(["--output_format", form] if form else [])) == 0
+    holds(tmp_path / "c" / "rank_0" / f"checkpoint_0.{kind}", arrays)
+    assert len(rank_files(tmp_path / "d")) == 8 and rank_files(tmp_path / "d")[7].suffix == f".{kind}"
+    for rank, path in rank_files(tmp_path / "e").items():
+        before, after = open_checkpoint(rank_files(folder / "checkpoint")[rank]), open_checkpoint(path)
+        assert before.infos.keys() == after.infos.keys()
+        assert all(same(before.read(name), after.read(name)) for name in before.infos)
+        before.close(), after.close()
+
+
+def test_processes_and_shares_give_the_same_files(saved, tmp_path, capsys):
+    folder, _ = saved
+    anew = ["--dst_ckpt_strategy", DP8, "--prefix", "m_"]
+    assert run(*merge(folder, tmp_path / "one", *anew)) == 0
+    result = shell(*merge(folder, tmp_path / "many", *anew, "--transform_process_num", 4, "--world_size", 16,
+                          "--transform_by_rank", "True"))  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    for rank in (0, 8, 4):
+        assert run(*merge(folder, tmp_path / "shares", *anew, "--process_num", 2, "--rank_id", rank)) == 0
+    assert "rank 4 has nothing to do: ranks 0, 8 transform 8 each" in capsys.readouterr().err
+    expected = tree(tmp_path / "one")
+    assert len(expected) == 16 and tree(tmp_path / "many") == expected
+    assert tree(tmp_path / "shares") == [*expected, "transform_succeed_rank_0.txt", "transform_succeed_rank_8.txt"]
+    for name in expected:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "many" / name).read_bytes()
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "shares" / name).read_bytes()
+
+
+def test_the_description_of_the_model_travels_along(saved, tmp_path):
+    _, arrays = saved
+    whole = tmp_path / "mixtral.ckpt"
+    write_file(whole, arrays)
+    meta = CheckpointMeta(config={"model_type": "mixtral"}, dtype="float32", source="somewhere")
+    sidecar(whole).write_text(meta.to_text())
+    assert run("--src_ckpt_dir", whole, "--dst_ckpt_strategy", PP2, "--dst_ckpt_dir", tmp_path / "cut") == 0
+    assert run("--src_ckpt_dir", tmp_path / "cut", "--src_ckpt_strategy", PP2, "--dst_ckpt_dir", tmp_path / "back",
+               "--output_format", "safetensors") == 0  # fmt: skip
+    for path in (tmp_path / "cut/rank_9/checkpoint_9.ckpt", tmp_path / "back/rank_0/checkpoint_0.safetensors"):
+        reader = open_checkpoint(path)
+        assert read_meta(path, reader) == meta
+        reader.close()
+
+
+def test_a_dry_run_checks_and_writes_nothing(saved, tmp_path, capsys):
+    folder, _ = saved
+    assert run(*merge(folder, tmp_path / "out", "--dst_ckpt_strategy", PP4, "--dry_run")) == 0
+    out = capsys.readouterr().out
+    assert out.count("would write") == 16 and "rank_15/checkpoint_15.ckpt: " in out
+    assert not (tmp_path / "out").exists()
+
+
+def spoil(ranks, what):
+    source, strategy = ranks / "checkpoint", ranks / "strategy"
+    rank_5 = source / "rank_5" / "mixtral_rank_5-3_2.ckpt"
+    if what == "a missing rank":
+        shutil.rmtree(source / "rank_5")
+    elif what == "the last ranks missing":
+        shutil.rmtree(source / "rank_15")
+    elif what == "an empty rank":
+        rank_5.unlink()
+    elif what == "two files":
+        shutil.copy(rank_5, rank_5.with_name("mixtral_rank_5-4_2.ckpt"))
+    elif what == "two formats":
+        write_file(rank_5.with_suffix(".safetensors"), {"a": np.float32([1])})
+        rank_5.unlink()
+    elif what == "a cut file":
+        os.truncate(rank_5, rank_5.stat().st_size - 1)
+    elif what == "a file of another run":
+        write_file(rank_5, {"model.norm_out.weight": np.zeros(32, np.float32)})
+    elif what == "an empty strategy folder":
+        for path in strategy.iterdir():
+            path.unlink()
+    elif what == "an empty strategy file":
+        (strategy / "ckpt_strategy_rank_8.ckpt").write_bytes(b"")
+    elif what == "a stage without strategy":
+        (strategy / "ckpt_strategy_rank_8.ckpt").unlink()
+    elif what == "the first stage without strategy":
+        (strategy / "ckpt_strategy_rank_0.ckpt").unlink()
+    elif what == "a checkpoint as strategy":
+        shutil.copy(rank_5, strategy / "ckpt_strategy_rank_5.ckpt")
+    elif what == "another run's strategy":
+        shutil.rmtree(strategy)
+        shutil.copytree(DP8, strategy)
+    elif what == "no checkpoint":
+        shutil.rmtree(source)
+        source.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("a missing rank", "folder rank_5 is missing, rank_15 is there"),
+        ("the last ranks missing", "15 ranks, the strategy describes 16; rank_15 is missing"),
+        ("an empty rank", "rank_5 holds no checkpoint file"),
+        ("two files", "rank_5 holds 2 checkpoint files: mixtral_rank_5-3_2.ckpt, mixtral_rank_5-4_2.ckpt"),
+        ("two formats", "some ranks hold .ckpt and some .safetensors"),
+        ("a cut file", "mixtral_rank_5-3_2.ckpt' is not a whole MindSpore checkpoint"),
+        ("a file of another run", "'model.layers.0.attention.wq.weight' is missing in rank_5"),
+        ("an empty strategy folder", "holds no strategy files"),
+        ("an empty strategy file", "ckpt_strategy_rank_8.ckpt' has 0 bytes"),
+        ("a stage without strategy", "16 ranks, the strategy describes 8"),
+        ("the first stage without strategy", "stage 1 without stage 0"),
+        ("a checkpoint as strategy", "ckpt_strategy_rank_5.ckpt' is not a strategy file"),
+        ("another run's strategy", "is missing in rank_8"),
+        ("no checkpoint", "holds neither rank folders"),
+    ],
+)
+def test_a_source_that_is_not_whole_is_refused_before_any_write(ranks, tmp_path, capsys, what, text):
+    spoil(ranks, what)
+    assert run(*merge(ranks, tmp_path / "out")) == 2
+    err = capsys.readouterr().err
+    assert text in err and "Traceback" not in err, err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--src_ckpt_dir", "{run}/checkpoint", "--dst_ckpt_dir", "{out}"], "16 ranks and no --src_ckpt_strategy"),
+        (["--src_ckpt_dir", "{run}/checkpoint", "--dst_ckpt_dir", "{out}", "--dst_ckpt_strategy", DP8],
+         "16 ranks and no --src_ckpt_strategy"),
+        (["--src_ckpt_dir", "{run}/checkpoint/rank_0", "--dst_ckpt_dir", "{out}"], "nothing to transform"),
+        (["--src_ckpt_dir", "{run}/checkpoint/rank_0", "--src_ckpt_strategy", PP2, "--dst_ckpt_dir", "{out}"],
+         "holds one rank, --src_ckpt_strategy describes 16"),
+        (["--src_ckpt_dir", "{run}/strategy", "--dst_ckpt_strategy", PP2, "--dst_ckpt_dir", "{out}"], "2 checkpoint"),
+        (["--src_ckpt_dir", "{run}/nowhere", "--src_ckpt_strategy", PP2, "--dst_ckpt_dir", "{out}"], "does not exist"),
+        (["--src_ckpt_dir", "{run}/checkpoint", "--src_ckpt_strategy", PP2], "are both needed"),
+        (["{merge}", "--prefix", "a/b"], "must start a file name"),
+        (["{merge}", "--world_size", "8"], "--world_size 8: the target has 1 ranks"),
+        (["{merge}", "--transform_process_num", "0"], "--transform_process_num=0"),
+        (["{merge}", "--dst_ckpt_strategy", DP8, "--transform_process_num", "3"], "16 is not a multiple of"),
+        (["{merge}", "--dst_ckpt_strategy", DP8, "--rank_id", "16"], "the target has ranks 0 to 15"),
+        (["{merge}", "--pick", "9_9"], "rank_0 holds no file that ends in '9_9'"),
+        (["{merge}", "--output_format", "pt"], "invalid choice"),
+        (["{merge}", "--dst_ckpt", "x"], "unrecognized arguments"),
+    ],
+)
+def test_options_that_make_no_sense(saved, tmp_path, capsys, words, text):
+    folder, out = saved[0], tmp_path / "out"
+    words = [str(word).format(run=folder, out=out, merge="{merge}") for word in words]
+    words = merge(folder, out, *words[1:]) if words[0] == "{merge}" else words
+    assert run(*words) == 2
+    err = capsys.readouterr().err
+    assert text in err and "Traceback" not in err, err
+    assert not out.exists()
+
+
+def test_targets_that_cannot_be_cut_so(tmp_path, capsys):
+    arrays = {"model.layers.0.a.weight": np.zeros((6, 4), np.float32), "lm_head.weight": np.zeros(3, np.float32)}
+    write_file(tmp_path / "whole.ckpt", arrays)
+    target = write_strategy(tmp_path / "s.ckpt", {
+        "model.layers.0.a.weight": dict(matrix=[4], tensor_map=[0, -1]), "model.b": dict(matrix=[4], tensor_map=[-1])})
+    words = ["--src_ckpt_dir", tmp_path / "whole.ckpt", "--dst_ckpt_strategy", target, "--dst_ckpt_dir", tmp_path / "o"]
+    assert run(*words) == 2
+    err = capsys.readouterr().err
+    for text in ("1 tensors not in the target strategy: lm_head.weight", "1 tensors missing in the source: model.b",
+                 "'model.layers.0.a.weight': shape (6, 4) cannot be cut into (4, 1) parts"):  # fmt: skip
+        assert text in err
+    assert not (tmp_path / "o").exists()
+
+
+def test_several_files_in_a_rank_folder_are_chosen_by_name(ranks, tmp_path, capsys):
+    strategy = read_strategy(PP2)
+    newer = golden_arrays(strategy.names(), seed=1)
+    write_ranks(ranks / "checkpoint", cut(strategy, newer), name="mixtral_rank_{}-13_2")
+    write_ranks(ranks / "checkpoint", cut(strategy, newer)[:7], name="mixtral_rank_{}-5_1")  # the run was stopped here
+    assert run(*merge(ranks, tmp_path / "no")) == 2
+    assert "choose with --pick last or --pick ENDING" in capsys.readouterr().err
+    assert run(*merge(ranks, tmp_path / "last", "--pick", "last")) == 0
+    holds(tmp_path / "last/rank_0/checkpoint_0.ckpt", newer)
+    assert run(*merge(ranks, tmp_path / "named", "--pick", "3_2")) == 0
+    holds(tmp_path / "named/rank_0/checkpoint_0.ckpt", golden_arrays(strategy.names()) | {"global_step": np.int32([7])})
+
+
+def test_outputs_are_not_mixed_with_others(saved, tmp_path, capsys):
+    folder, arrays = saved
+    anew = ["--dst_ckpt_strategy", DP4, "--prefix", "m_"]
+    out = tmp_path / "out"
+    assert run(*merge(folder, out, *anew)) == 0
+    first = {name: (out / name).stat().st_mtime_ns for name in tree(out)}
+
+    def refused(text, *words):
+        assert run(*words) == 2
+        assert text in capsys.readouterr().err
+        assert {name: (out / name).stat().st_mtime_ns for name in tree(out)} == first
+
+    refused("rank_0/m_0.ckpt' exists", *merge(folder, out, *anew))
+    refused("rank_0 holds m_0.ckpt", *merge(folder, out, "--dst_ckpt_strategy", DP4, "--overwrite"))
+    refused("rank_1, 2, 3, 4, 5, 6, 7 is there: the target has 1 ranks", *merge(folder, out, "--prefix", "m_"))
+    refused("is where the source lies", *merge(folder, folder / "checkpoint", *anew))
+    assert run(*merge(folder, out, *anew, "--overwrite")) == 0
+    reader = open_sliced(out, DP4)
+    assert_holds(reader, arrays)
+    reader.close()
+    (tmp_path / "file").write_text("x")
+    assert run(*merge(folder, tmp_path / "file")) == 2
+
+
+def test_help_is_quick_and_loads_no_framework():
+    script = (
+        "import runpy, sys\nsys.argv = ['x', '--help']\n"
+        "try:\n runpy.run_path('transform_ckpt.py', run_name='__main__')\nexcept SystemExit: pass\n"
+        "print([name for name in ('mindspore', 'torch', 'mindformers', 'transformers') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=TOOLS, capture_output=True, text=True, check=True)
+    assert "--src_ckpt_strategy" in result.stdout and result.stdout.strip().endswith("[]")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """60 MB in 16 ranks: long enough to be killed in the middle."""
+    folder = tmp_path_factory.mktemp("large")
+    rows = {f"model.layers.{n}.w": dict(matrix=[2, 8], tensor_map=[-1, 0], step=8, size=2) for n in range(30)}
+    write_strategy(folder / "strategy" / "s.ckpt", rows)
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.integers(0, 255, (1024, 512), np.int32) for name in rows}
+    write_ranks(folder / "checkpoint", cut(read_strategy(folder / "strategy"), arrays))
+    write_strategy(folder / "other.ckpt", {name: dict(matrix=[2, 4], tensor_map=[0, 1]) for name in rows})
+    return folder, arrays
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_any_moment_it_goes_on_and_leaves_nothing_wrong(large, tmp_path, processes):
+    folder, arrays = large
+    words = merge(folder, tmp_path / "out", "--dst_ckpt_strategy", folder / "other.ckpt", "--prefix", "m_",
+                  "--transform_process_num", processes)  # fmt: skip
+    command = [sys.executable, "transform_ckpt.py", *map(str, words)]
+    expected = cut(read_strategy(folder / "other.ckpt"), arrays)
+    moments = random.Random(processes)
+    for _ in range(7):
+        process = subprocess.Popen(command, cwd=TOOLS, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(moments.uniform(0.2, 0.7))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        finished = sorted((tmp_path / "out").glob("rank_*/m_*.ckpt"))
+        for path in finished:
+            holds(path, expected[int(path.parent.name.removeprefix("rank_"))])
+        if len(finished) == 8:
+            shutil.rmtree(tmp_path / "out")
+    time.sleep(1)  # processes that lost their parent end within half a second
+    result = shell(*words, *(["--overwrite"] if len(list((tmp_path / "out").glob("rank_*/m_*.ckpt"))) == 8 else []))
+    assert result.returncode == 0, result.stderr
+    assert tree(tmp_path / "out") == [f"rank_{rank}/m_{rank}.ckpt" for rank in range(8)]
+    for path in (tmp_path / "out").rglob("*.ckpt"):
+        holds(path, expected[int(path.parent.name.removeprefix("rank_"))])
+
+
+def test_an_interrupted_run_keeps_what_it_finished_and_nothing_older(large, tmp_path, capsys):
+    """The note of an interrupted run makes its own files count, not those that stood there before it."""
+    folder, arrays = large
+    words = merge(folder, tmp_path / "out", "--dst_ckpt_strategy", folder / "other.ckpt", "--overwrite")
+    assert run(*words) == 0
+    out = tmp_path / "out"
+    for rank in (2, 3):
+        write_file(out / f"rank_{rank}" / f"checkpoint_{rank}.ckpt", {"old": np.float32([1])})
+    process = subprocess.Popen([sys.executable, "transform_ckpt.py", *map(str, words)], cwd=TOOLS)
+    while not (out / ".transform_ckpt.json").exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGSTOP)
+    before = json.loads((out / ".transform_ckpt.json").read_text())["before"]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(before) == 8
+    capsys.readouterr()
+    assert run(*words) == 0
+    for rank, expected in enumerate(cut(read_strategy(folder / "other.ckpt"), arrays)):
+        holds(out / f"rank_{rank}" / f"checkpoint_{rank}.ckpt", expected)
+    assert not (out / ".transform_ckpt.json").exists()
+
+
+def test_a_disk_that_fills_up_is_a_message(saved, tmp_path):
+    """A limit on the size of files stands for a full disk: the system refuses to write on."""
+    folder, _ = saved
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
+    result = shell(*merge(folder, tmp_path / "out"), preexec_fn=limit)
+    assert result.returncode == 2 and "the system refused" in result.stderr and "Traceback" not in result.stderr
+    assert not list((tmp_path / "out").rglob("*.ckpt*"))
+
+
+def test_a_killed_worker_is_a_message(large, tmp_path):
+    """As when the system kills a process for its memory."""
+    folder, _ = large
+    words = merge(folder, tmp_path / "out", "--dst_ckpt_strategy", folder / "other.ckpt", "--process_num", 2)
+    process = subprocess.Popen([sys.executable, "transform_ckpt.py", *map(str, words)], cwd=TOOLS, text=True,
+                               stderr=subprocess.PIPE)  # fmt: skip
+    workers = []
+    while len(workers) < 2 and process.poll() is None:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        pids = children.read_text().split() if children.exists() else []
+        workers = [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "smaller --transform_process_num" in err and "Traceback" not in err
+    assert shell(*words).returncode == 0
