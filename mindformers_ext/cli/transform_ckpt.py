@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
         "--unlisted", choices=("error", "copy"), default="error",
         help="tensors that the target strategy does not list: an error, or whole on every rank",
     )  # fmt: skip
+    _switch(result, "--check_copies", "compare what several source ranks hold alike (reads every file once more)")
     _switch(result, "--overwrite", "replace existing outputs")
     _switch(result, "--dry_run", "check everything and print the plan, write nothing")
     return result
@@ -95,6 +96,7 @@ def _run(arguments: argparse.Namespace) -> int:
             process_num=arguments.transform_process_num,
             unlisted=arguments.unlisted,
             pick=arguments.pick,
+            check_copies=arguments.check_copies,
             overwrite=arguments.overwrite,
             dry_run=arguments.dry_run,
         )

@@ -18,7 +18,8 @@ from typing import Any
 
 from mindformers_ext.core.errors import UserError
 
-MAX_BYTES = 256 * 2**20
+MAX_BYTES = 64 * 2**20
+MAX_AXES = 32
 MAX_INT, MAX_NAME = 2**31 - 1, 4096
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 NUMBERS = ("field", "opt_weight_shard_step", "opt_weight_shard_size")
@@ -95,6 +96,8 @@ def _layout_from_protobuf(data: bytes) -> RawLayout:
     for number, value in _fields(data, {1: BYTES, 2: BYTES, 3: BYTES, 4: BYTES, 5: VARINT, 6: VARINT, 7: VARINT}):
         if number <= 4:
             lists[number].append(tuple(_dims(value)))
+            if len(lists[number]) > MAX_AXES:
+                raise _FaultError(f"a layout has more than {MAX_AXES} lists of a kind")
         elif number in numbers:
             raise _FaultError("a layout repeats a number")
         else:
@@ -141,6 +144,8 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
 
 def _dims(data: bytes) -> Iterator[int]:
     """``repeated int dim = 1``, one by one or packed."""
+    if len(data) > MAX_AXES * 11:
+        raise _FaultError(f"a list has more than {MAX_AXES} numbers")
     position = 0
     while position < len(data):
         key, position = _varint(data, position)

@@ -48,6 +48,7 @@ class TransformRequest:
     process_num: int = 1
     unlisted: Unlisted = "error"
     pick: str | None = None
+    check_copies: bool = False
     overwrite: bool = False
     dry_run: bool = False
 
@@ -95,6 +96,8 @@ def _transform(request: TransformRequest) -> TransformReport:
         whole_on_ranks = frozenset(reader.unlisted) if isinstance(reader, SlicedReader) else frozenset()
         plan = plan_reshard(reader.infos, target, whole_on_ranks, request.unlisted)
         left = dict(plan.left)
+        if isinstance(reader, SlicedReader) and request.check_copies:
+            reader.check_copies()
         if isinstance(reader, SlicedReader) and reader.absent:
             left["state that the source's strategy lists and no rank holds"] = reader.absent
     finally:

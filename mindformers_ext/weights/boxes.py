@@ -12,7 +12,7 @@ from mindformers_ext.formats.strategy import Box
 from mindformers_ext.formats.tensors import Array, Index, TensorReader
 
 PIECE = 32 * 2**20
-RUN = 2**14  # bytes; shorter runs are read with what lies between them
+RUN = 2**12  # bytes; shorter runs are read with what lies between them
 
 
 def whole_box(shape: tuple[int, ...]) -> Box:

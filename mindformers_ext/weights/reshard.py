@@ -69,6 +69,35 @@ class SlicedReader:
                 out[shift(common, box)] = read_box(self._readers[part.rank], name, shift(common, part.box))
         return np.squeeze(out, axis=dropped) if dropped else out
 
+    def check_copies(self) -> None:
+        """Compare what several ranks hold alike (data parallel copies, tensors that stages share); reads every file.
+
+        Raises:
+            UserError: copies differ; each such tensor is named with two ranks.
+        """
+        problems = Problems("parts that several ranks hold alike")
+        for name, info in self.infos.items():
+            first: dict[str, int] = {}
+            for stage, layouts in enumerate(self.strategy.stages):
+                ranks = self.strategy.ranks(stage) if name in layouts else range(0)
+                for local, rank in enumerate(ranks):
+                    box = layouts[name].box(info.shape, local)
+                    twin = first.setdefault(str(box), rank)
+                    if twin != rank and not self._equal(name, twin, rank):
+                        problems.add(f"'{name}' differs between rank_{twin} and rank_{rank}",
+                                     "both hold the same part: one file is damaged or of another step")  # fmt: skip
+                        break
+        problems.raise_if_any()
+
+    def _equal(self, name: str, left: int, right: int) -> bool:
+        """Whether two ranks hold the same bits under ``name``."""
+        ours, theirs = self._readers[left], self._readers[right]
+        info = ours.infos[name]
+        return theirs.infos[name] == info and all(
+            read_box(theirs, name, piece).tobytes() == read_box(ours, name, piece).tobytes()
+            for piece in pieces(whole_box(info.shape), info.dtype.itemsize)
+        )
+
     def close(self) -> None:
         """Close every rank's file."""
         for reader in self._readers.values():
@@ -138,7 +167,6 @@ class SlicedReader:
     def _check_equal(self, problems: Problems, name: str) -> None:
         """A tensor without a layout must be the same on every rank that holds it."""
         first, *others = self._holders[name]
-        info = self.infos[name]
         stages = {rank // self.strategy.devices for rank in self._holders[name]}
         lacking = sorted({rank for stage in stages for rank in self.strategy.ranks(stage)} - {first, *others})
         if lacking:
@@ -146,12 +174,7 @@ class SlicedReader:
                          "ranks of a stage hold the same tensors: files of different runs are mixed")  # fmt: skip
             return
         for rank in others:
-            reader = self._readers[rank]
-            same = reader.infos[name] == info and all(
-                read_box(reader, name, piece).tobytes() == read_box(self._readers[first], name, piece).tobytes()
-                for piece in pieces(whole_box(info.shape), info.dtype.itemsize)
-            )
-            if not same:
+            if not self._equal(name, first, rank):
                 problems.add(f"'{name}' differs between rank_{first} and rank_{rank} and is not in the strategy",
                              "it was cut in a way that no file tells: give the strategy that lists it")  # fmt: skip
                 return

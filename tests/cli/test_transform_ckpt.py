@@ -104,7 +104,8 @@ def test_round_trip_through_every_strategy(saved, tmp_path, kind):
     """Formats change on the way; what was 16 ranks is 16 equal ranks again at the end."""
     folder, arrays = saved
     other = {"ckpt": "safetensors", "safetensors": "ckpt"}[kind]
-    assert run(*merge(folder, tmp_path / "a"), "--dst_ckpt_strategy", PP4, "--output_format", kind) == 0
+    anew = ["--dst_ckpt_strategy", PP4, "--output_format", kind, "--check_copies"]
+    assert run(*merge(folder, tmp_path / "a", *anew)) == 0
     assert len(rank_files(tmp_path / "a")) == 16
     steps = (("a", "b", PP4, DP8, other), ("b", "c", DP8, None, kind), ("c", "d", None, DP4, None),
              ("d", "e", DP4, PP2, "ckpt"))  # fmt: skip
@@ -272,6 +273,21 @@ def test_targets_that_cannot_be_cut_so(tmp_path, capsys):
     assert not (tmp_path / "o").exists()
 
 
+def test_copies_are_compared_when_asked_for(ranks, tmp_path, capsys):
+    """Rank 4 holds the same part of the norms as rank 0; the first is taken, unless somebody asks."""
+    path = ranks / "checkpoint" / "rank_4" / "mixtral_rank_4-3_2.ckpt"
+    reader = open_checkpoint(path)
+    held = {name: reader.read(name) for name in reader.infos}
+    reader.close()
+    held["model.layers.0.ffn_norm.weight"][3] += 1
+    write_file(path, held)
+    assert run(*merge(ranks, tmp_path / "unasked")) == 0
+    capsys.readouterr()
+    assert run(*merge(ranks, tmp_path / "out", "--check_copies")) == 2
+    assert "'model.layers.0.ffn_norm.weight' differs between rank_0 and rank_4" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_several_files_in_a_rank_folder_are_chosen_by_name(ranks, tmp_path, capsys):
     strategy = read_strategy(PP2)
     newer = golden_arrays(strategy.names(), seed=1)
@@ -379,6 +395,23 @@ def test_an_interrupted_run_keeps_what_it_finished_and_nothing_older(large, tmp_
     for rank, expected in enumerate(cut(read_strategy(folder / "other.ckpt"), arrays)):
         holds(out / f"rank_{rank}" / f"checkpoint_{rank}.ckpt", expected)
     assert not (out / ".transform_ckpt.json").exists()
+
+
+def test_memory_does_not_grow_with_a_tensor(tmp_path):
+    """One tensor of 268 MB, cut by columns: the process stays below its size. tools/bench/reshard.py has 3 GB."""
+    write_strategy(tmp_path / "s.ckpt", {"model.w": dict(matrix=[4], tensor_map=[-1, 0])})
+    block = np.arange(8192 * 2048, dtype=np.int32).reshape(8192, 2048)
+    for rank in range(4):
+        write_file(tmp_path / "src" / f"rank_{rank}" / "x.ckpt", {"model.w": block})
+    for number, words in enumerate((["--src_ckpt_dir", "src", "--src_ckpt_strategy", "s.ckpt", "--dst_ckpt_dir", "a"],
+                                    ["--src_ckpt_dir", "a", "--dst_ckpt_strategy", "s.ckpt", "--dst_ckpt_dir", "b"])):
+        process = subprocess.Popen([sys.executable, TOOLS / "transform_ckpt.py", *words], cwd=tmp_path,
+                                   stderr=subprocess.DEVNULL)  # fmt: skip
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0 and usage.ru_maxrss < 200_000, (number, usage.ru_maxrss)
+    for rank in range(4):
+        target = tmp_path / "b" / f"rank_{rank}" / f"checkpoint_{rank}.ckpt"
+        assert target.read_bytes() == (tmp_path / "src" / f"rank_{rank}" / "x.ckpt").read_bytes()
 
 
 def test_a_disk_that_fills_up_is_a_message(saved, tmp_path):

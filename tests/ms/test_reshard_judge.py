@@ -13,7 +13,7 @@ from mindformers_ext.formats.ms_file import open_checkpoint
 from mindformers_ext.formats.rank_dirs import rank_files
 from mindformers_ext.formats.strategy import read_strategy
 from mindformers_ext.formats.tensors import as_array
-from tests.helpers.sliced import DP4, DP8, PP2, PP4, assert_holds, golden_arrays, same, write_file
+from tests.helpers.sliced import DP4, DP8, JSON, PP2, PP4, assert_holds, golden_arrays, same, write_file
 
 
 def merged(tmp_path, folder):
@@ -92,6 +92,22 @@ def test_whole_to_16_ranks_to_other_ranks_and_back(tmp_path, suffix, dtype):
         assert_equal_files(tmp_path / name, tmp_path / f"ms_{name}")
         source = tmp_path / name
     reader = open_checkpoint(tmp_path / "f" / "rank_0" / f"mixtral_0{suffix}")
+    assert_holds(reader, arrays)
+    reader.close()
+
+
+def test_json_strategies_and_files_that_mindspore_wrote(tmp_path):
+    """Its slices, made by a JSON strategy, are our source; the merged whole is what it began with."""
+    import mindspore as ms
+
+    strategy = JSON / "ckpt_strategy_rank_0.json"
+    arrays = golden_arrays(read_strategy(strategy).names())
+    write_file(tmp_path / "whole" / "rank_0" / "x.ckpt", arrays)
+    ms.transform_checkpoints(str(tmp_path / "whole"), str(tmp_path / "ms"), "mixtral_", None, str(strategy))
+    ours(tmp_path / "whole", tmp_path / "ours", None, strategy)
+    assert_equal_files(tmp_path / "ours", tmp_path / "ms")
+    ours(tmp_path / "ms", tmp_path / "back", JSON)
+    reader = open_checkpoint(tmp_path / "back" / "rank_0" / "mixtral_0.ckpt")
     assert_holds(reader, arrays)
     reader.close()
 

@@ -176,6 +176,27 @@ def test_ranks_that_contradict_the_strategy_are_named(edits, texts):
     assert all(text in str(error.value) for text in texts), str(error.value)
 
 
+def test_a_tensor_that_two_stages_share():
+    """Tied embeddings: the first stage's parts are taken; stages of different shape are refused."""
+    rows, columns = Layout((4,), ((0,), ())), Layout((2, 2), ((), (0,)))
+    strategy = Strategy(({"tied": rows}, {"tied": columns}), 4, "drawn")
+    arrays = {"tied": np.arange(64, dtype=np.float32).reshape(8, 8)}
+    reader = reader_of(strategy, arrays)
+    assert_holds(reader, arrays)
+    reader.check_copies()
+    plan = plan_reshard(reader.infos, strategy)
+    assert [rank[0].info.shape for rank in plan.ranks] == [(2, 8)] * 4 + [(8, 4)] * 4
+    held = cut(strategy, arrays)
+    held[7]["tied"] = held[7]["tied"] + 1
+    other = SlicedReader({rank: MappingReader(part) for rank, part in enumerate(held)}, strategy)
+    with pytest.raises(UserError, match="'tied' differs between rank_5 and rank_7"):
+        other.check_copies()
+    for rank in range(4, 8):
+        held[rank]["tied"] = held[rank]["tied"][:4]
+    with pytest.raises(UserError, match=r"float32\(8, 8\) and float32\(4, 8\) in stages 0, 1"):
+        SlicedReader({rank: MappingReader(part) for rank, part in enumerate(held)}, strategy)
+
+
 def test_folders_that_do_not_hold_one_file_for_each_rank(tmp_path):
     strategy, ranks = change()
     write_ranks(tmp_path, ranks)

@@ -56,12 +56,13 @@ def make(folder, gigabytes):
         with CkptWriter(path) as writer:
             for name, layout in strategy.stages[0].items():
                 shape = tuple(item.stop - item.start for item in layout.box(shapes[name], rank))
-                writer.add_parts(TensorInfo(name, shape, block.dtype), blocks(block, int(np.prod(shape)), rank))
+                numbers = blocks(block, int(np.prod(shape)), sum(layout.place(rank)))
+                writer.add_parts(TensorInfo(name, shape, block.dtype), numbers)
     return 2 * sum(int(np.prod(shape)) for shape in shapes.values())
 
 
 def blocks(block, count, start):
-    """``count`` numbers out of ``block``, piece by piece, from another place for each rank."""
+    """``count`` numbers out of ``block``, piece by piece, from place ``start`` on; equal for ranks with equal parts."""
     piece = np.roll(block[: 2**20], start)
     while count > 0:
         yield piece[:count]
