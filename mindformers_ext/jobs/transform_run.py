@@ -174,7 +174,7 @@ def _start_worker(source: Source, overwrite: bool, queue: Any, parent: int) -> N
 def _end_with(parent: int) -> None:
     """A worker whose parent was killed would wait for tasks for ever."""
     while os.getppid() == parent:
-        time.sleep(0.5)
+        time.sleep(0.2)
     os._exit(1)
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -355,18 +356,23 @@ def test_killed_at_any_moment_it_goes_on_and_leaves_nothing_wrong(large, tmp_pat
                   "--transform_process_num", processes)  # fmt: skip
     command = [sys.executable, "transform_ckpt.py", *map(str, words)]
     expected = cut(read_strategy(folder / "other.ckpt"), arrays)
-    moments = random.Random(processes)
-    for _ in range(7):
-        process = subprocess.Popen(command, cwd=TOOLS, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(moments.uniform(0.2, 0.7))
-        process.send_signal(signal.SIGKILL)
+    moments, in_the_middle = random.Random(processes), 0
+    for _ in range(10):
+        process = subprocess.Popen(command, cwd=TOOLS, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                   start_new_session=True)  # fmt: skip
+        while process.poll() is None and not list((tmp_path / "out").glob("rank_*/.m_*")):
+            time.sleep(0.001)  # until it writes
+        time.sleep(moments.uniform(0, 0.12))
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         finished = sorted((tmp_path / "out").glob("rank_*/m_*.ckpt"))
         for path in finished:
             holds(path, expected[int(path.parent.name.removeprefix("rank_"))])
+        in_the_middle += len(finished) < 8 and bool(list((tmp_path / "out").glob("rank_*/.m_*")))
         if len(finished) == 8:
             shutil.rmtree(tmp_path / "out")
-    time.sleep(1)  # processes that lost their parent end within half a second
+    assert in_the_middle > 2
     result = shell(*words, *(["--overwrite"] if len(list((tmp_path / "out").glob("rank_*/m_*.ckpt"))) == 8 else []))
     assert result.returncode == 0, result.stderr
     assert tree(tmp_path / "out") == [f"rank_{rank}/m_{rank}.ckpt" for rank in range(8)]
@@ -423,18 +429,45 @@ def test_a_disk_that_fills_up_is_a_message(saved, tmp_path):
     assert not list((tmp_path / "out").rglob("*.ckpt*"))
 
 
+def workers_of(process, count):
+    """The ids of the command's worker processes, once there are ``count``."""
+    children, workers = Path(f"/proc/{process.pid}/task/{process.pid}/children"), []
+    while len(workers) < count and process.poll() is None:
+        pids = children.read_text().split() if children.exists() else []
+        workers = [int(pid) for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return workers
+
+
+def test_workers_end_with_the_command(large, tmp_path):
+    folder, _ = large
+    words = merge(folder, tmp_path / "out", "--dst_ckpt_strategy", folder / "other.ckpt", "--process_num", 2)
+    process = subprocess.Popen([sys.executable, "transform_ckpt.py", *map(str, words)], cwd=TOOLS,
+                               stderr=subprocess.DEVNULL)  # fmt: skip
+    workers = workers_of(process, 2)
+    process.kill()
+    process.wait()
+    limit = time.monotonic() + 10
+    while alive := [pid for pid in workers if running(pid)]:
+        assert time.monotonic() < limit, alive
+        time.sleep(0.1)
+    assert len(workers) == 2
+
+
+def running(pid):
+    """Whether the process is there and has not ended (a zombie waits for whoever inherited it)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def test_a_killed_worker_is_a_message(large, tmp_path):
     """As when the system kills a process for its memory."""
     folder, _ = large
     words = merge(folder, tmp_path / "out", "--dst_ckpt_strategy", folder / "other.ckpt", "--process_num", 2)
     process = subprocess.Popen([sys.executable, "transform_ckpt.py", *map(str, words)], cwd=TOOLS, text=True,
                                stderr=subprocess.PIPE)  # fmt: skip
-    workers = []
-    while len(workers) < 2 and process.poll() is None:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        pids = children.read_text().split() if children.exists() else []
-        workers = [pid for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    os.kill(int(workers[-1]), signal.SIGKILL)
+    os.kill(workers_of(process, 2)[-1], signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2 and "smaller --transform_process_num" in err and "Traceback" not in err
     assert shell(*words).returncode == 0
