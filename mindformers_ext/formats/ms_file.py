@@ -61,7 +61,7 @@ class CheckpointMeta:
         """Parse; anything but the fields above, with their types, is a ``UserError`` that names ``where``."""
         try:
             values = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where} is not JSON ({error}): remove it and pass --config") from error
         problems = Problems(where)
         fields = FIELDS_1 if isinstance(values, dict) and values.get("version") == 1 else FIELDS

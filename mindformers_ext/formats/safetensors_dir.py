@@ -83,7 +83,7 @@ def _read_index(path: Path) -> dict[str, list[str]]:
     try:
         places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         names = set(places.values())
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"'{path}' cannot be read as an index with a weight_map: copy it again") from error
     wrong = [name for name in names if not isinstance(name, str) or not re.fullmatch(r"[\w.\-]+\.safetensors", name)]
     if wrong or not names:

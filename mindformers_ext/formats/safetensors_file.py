@@ -57,7 +57,7 @@ def _header(file: OpenFile) -> tuple[dict[str, Any], int]:
         )
     try:
         header = json.loads(file.bytes_at(8, length).decode("utf-8"), object_pairs_hook=_no_twins)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, _TwinError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"'{file.path}' is not a safetensors file: its header cannot be read ({error})") from error
     if not isinstance(header, dict):
         raise UserError(f"'{file.path}' is not a safetensors file: its header is no table")

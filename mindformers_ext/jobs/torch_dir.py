@@ -65,7 +65,7 @@ def torch_files(folder: Path) -> Mapping[str, list[str] | None]:
         try:
             places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             names = set(places.values())
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"'{index}' cannot be read as an index with a weight_map: copy it again") from error
         if not names or not all(isinstance(name, str) and re.fullmatch(r"[\w.\-]+\.bin", name) for name in names):
             raise UserError(f"'{index}' must list names of .bin files in this folder")

@@ -124,7 +124,7 @@ def read_config(path: Path) -> Mapping[str, Any]:
         raise UserError(f"'{file}' does not exist: the model's sizes come from a Hugging Face config.json")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"'{file}' is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"'{file}' is not a table of settings")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
@@ -28,20 +29,23 @@ class TorchFile:
             UserError: not a zip file of torch.save, damaged, or holding anything but plain tensors.
         """
         self.path = path
-        _check_zip(path)
+        stored = _check_zip(path)
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except FAULTS as error:
-            reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"'{path}' cannot be read as plain tensors ({reason}): it is damaged, or holds Python objects, which "
-                "are never run. Save the model as safetensors"
+                f"'{path}' cannot be read as plain tensors ({_reason(error)}): it is damaged, or holds Python "
+                "objects, which are never run. Save the model as safetensors"
             ) from error
         if not isinstance(loaded, dict):
             raise UserError(f"'{path}' holds a {type(loaded).__name__}, not tensors by name: save model.state_dict()")
         self._tensors: dict[str, torch.Tensor] = {}
         for name, tensor in loaded.items():
             self._tensors[str(name)] = self._checked(name, tensor)
+        storages = [tensor.untyped_storage() for tensor in self._tensors.values()]
+        mapped = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
+        if sorted(mapped.values()) != stored:  # torch maps what the table says, beyond an entry's end too
+            raise UserError(f"'{path}' is damaged: its table of tensors and its data differ in size; copy it again")
 
     @property
     def infos(self) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -66,11 +70,26 @@ class TorchFile:
         return tensor.detach()
 
 
-def _check_zip(path: Path) -> None:
-    """torch.save has written zip files since 1.6, nothing compressed; mapping works with those alone."""
+def _reason(error: BaseException) -> str:
+    """A few words; torch's own text goes on to advise loading the file with all its code."""
+    named = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if named:
+        return f"it asks to run {named[1]}"
+    text = str(error).strip().splitlines()
+    return text[0][:200] if text and "eights only load" not in text[0] else type(error).__name__
+
+
+def _check_zip(path: Path) -> list[int]:
+    """torch.save has written zip files since 1.6, nothing compressed; mapping works with those alone.
+
+    Returns the sizes of the stored data, sorted, zeros left out.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
+            for entry in entries:
+                if entry.filename.endswith("data.pkl") and entry.file_size <= MAX_PICKLE:
+                    archive.read(entry)  # checks its CRC
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError, IndexError) as error:
         raise UserError(
             f"'{path}' is not a file of torch.save (since 1.6), or was cut: copy it again, or save it anew"
@@ -80,3 +99,5 @@ def _check_zip(path: Path) -> None:
     tables = [entry for entry in entries if entry.filename.endswith("data.pkl")]
     if packed or len(tables) != 1 or tables[0].file_size > MAX_PICKLE:
         raise UserError(f"'{path}' is not laid out as torch.save does it: save the model as safetensors")
+    return sorted(entry.file_size for entry in entries
+                  if entry.file_size and re.search(r"(^|/)data/\d+$", entry.filename))  # fmt: skip

@@ -10,7 +10,7 @@ from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.formats.dtypes import float_dtype
 from mindformers_ext.formats.tensors import Array, MappingReader, TensorReader
 from mindformers_ext.weights import llama, mixtral
-from mindformers_ext.weights.layouts import GMM, Layout
+from mindformers_ext.weights.layouts import GMM, Layout, check_count
 from mindformers_ext.weights.plan import Plan, make_plan
 from mindformers_ext.weights.rules import Extras, Rule, RuleSet
 from mindformers_ext.weights.state import MS_TRAINING_STATE
@@ -30,6 +30,7 @@ def rule_set(spec: ModelSpec, style: str = "per_expert", layout: Layout | None =
     layout = layout or Layout()
     if style not in mixtral.STYLES:
         raise UserError(f"style '{style}' is unknown: choose one of {', '.join(mixtral.STYLES)}")
+    check_count(spec)
     gmm = layout.experts == GMM
     if gmm and not spec.moe:
         raise UserError("the gmm layout transposes experts and this model has none: leave --use_gmm out")

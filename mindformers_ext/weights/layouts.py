@@ -18,6 +18,7 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import ModelSpec, MoESpec
 from mindformers_ext.formats.tensors import TensorInfo
 
+MOST_MATRICES = 10**6  # layers times experts
 DENSE, GMM = "dense", "gmm"
 EMBEDDING, HEAD = "model.tok_embeddings.embedding_weight", "lm_head.weight"
 _LAYER = "model.layers.{}."
@@ -45,8 +46,16 @@ class Seen:
     qkv_concat: bool
 
 
+def check_count(spec: ModelSpec) -> None:
+    """A damaged configuration must not fill the memory with names: ``UserError`` beyond any known model."""
+    experts = spec.moe.num_local_experts if spec.moe else 1
+    if spec.num_hidden_layers * experts > MOST_MATRICES:
+        raise UserError(f"{spec.num_hidden_layers} layers of {experts} experts: no such model; correct config.json")
+
+
 def see_layout(infos: Mapping[str, TensorInfo], spec: ModelSpec) -> Seen:
     """Look at every layer; layers that differ among themselves are a ``UserError``."""
+    check_count(spec)
     layers = range(spec.num_hidden_layers)
     concat = {_QKV.format(layer) in infos for layer in layers}
     if len(concat) > 1:

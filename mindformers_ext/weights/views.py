@@ -40,7 +40,7 @@ class Slab:
     @property
     def shape(self) -> Shape:
         """The shape as seen from above."""
-        sizes = [len(range(*part)) for part in self.ranges[self.dropped :]]
+        sizes = [-((start - stop) // step) for start, stop, step in self.ranges[self.dropped :]]
         if self.swapped:
             sizes[-2:] = sizes[:-3:-1]
         return tuple(sizes)
