@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty
 from typing import Any
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.atomic import fresh_file
+from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.formats.ms_ckpt import CkptFile, CkptWriter
 from mindformers_ext.formats.ms_file import CheckpointMeta, open_checkpoint, open_writer, read_meta, sidecar
 from mindformers_ext.formats.safetensors_file import SafetensorsFile, SafetensorsFileWriter
@@ -89,7 +90,7 @@ def run_tasks(source: Source, tasks: Sequence[Task], processes: int, overwrite: 
         elif tasks:
             reader = open_source(source, check_crc=False)
             try:
-                meta = _meta(source)
+                meta = source_meta(source)
                 for task in tasks:
                     write_rank(reader, task, meta, overwrite, bar.update)
             finally:
@@ -97,28 +98,17 @@ def run_tasks(source: Source, tasks: Sequence[Task], processes: int, overwrite: 
     return time.monotonic() - started
 
 
-def _meta(source: Source) -> CheckpointMeta | None:
-    """The description beside or in the first rank's file, which is handed on."""
-    reader = open_source(Source({0: source.files[0]}, None), check_crc=False)
+def source_meta(source: Source) -> CheckpointMeta | None:
+    """The description beside or in the first rank's file, handed on; one of another file is a ``UserError``."""
+    path = source.files[0]
+    reader = CkptFile(path) if path.suffix == ".ckpt" else SafetensorsFile(path)
     try:
-        assert not isinstance(reader, SlicedReader)
-        return read_meta(source.files[0], reader)
+        meta = read_meta(path, reader)
+        if meta and meta.hash and meta.hash != fingerprint(reader):
+            raise UserError(f"'{sidecar(path)}' describes another checkpoint: copy the pair again, or remove it")
+        return meta
     finally:
         reader.close()
-
-
-def describe(source: Source, paths: Sequence[Path]) -> None:
-    """Put the description beside the ``.ckpt`` files that lack it (a run may be killed between the two)."""
-    lacking = [path for path in paths if path.suffix == ".ckpt" and not sidecar(path).exists()]
-    meta = _meta(source) if lacking else None
-    for path in lacking if meta else ():
-        _write_beside(path, meta)
-
-
-def _write_beside(path: Path, meta: CheckpointMeta | None) -> None:
-    if meta:
-        with fresh_file(sidecar(path)) as partial:
-            partial.write_text(meta.to_text(), encoding="utf-8")
 
 
 def write_rank(
@@ -129,21 +119,32 @@ def write_rank(
     count: Count,
 ) -> None:
     """Write one rank's file; it appears under its name when it is whole."""
-    beside = sidecar(task.path) if task.path.suffix == ".ckpt" else None
     with fresh_file(task.path, overwrite) as partial:
         with _writer(partial, task, meta) as writer:
             for part in task.parts:
                 writer.add_parts(part.info, _data(reader, part, count))
-        if beside:  # never an old description beside new weights
-            beside.unlink(missing_ok=True)
-    if beside:
-        _write_beside(task.path, meta)
+        if task.path.suffix == ".ckpt":
+            _describe(task.path, partial, meta)
+
+
+def _describe(path: Path, partial: Path, meta: CheckpointMeta | None) -> None:
+    """The description lies beside before the file does: its fingerprint makes readers refuse an older file with it."""
+    if meta is None:
+        sidecar(path).unlink(missing_ok=True)
+        return
+    written = CkptFile(partial)
+    try:
+        mark = fingerprint(written)
+    finally:
+        written.close()
+    with fresh_file(sidecar(path), overwrite=True) as beside:
+        beside.write_text(replace(meta, hash=mark).to_text(), encoding="utf-8")
 
 
 def _writer(partial: Path, task: Task, meta: CheckpointMeta | None) -> CkptWriter | SafetensorsFileWriter:
     targets = [part.info for part in task.parts]
     if meta is not None:
-        return open_writer(partial, task.path.suffix, targets, meta)
+        return open_writer(partial, task.path.suffix, targets, replace(meta, hash=""))
     if task.path.suffix == ".ckpt":
         return CkptWriter(partial)
     return SafetensorsFileWriter(partial, targets, {"format": "ms"})
@@ -168,7 +169,8 @@ _worker: dict[str, Any] = {}
 
 def _start_worker(source: Source, overwrite: bool, queue: Any, parent: int) -> None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    _worker.update(reader=open_source(source, check_crc=False), meta=_meta(source), overwrite=overwrite, queue=queue)
+    reader = open_source(source, check_crc=False)
+    _worker.update(reader=reader, meta=source_meta(source), overwrite=overwrite, queue=queue)
 
 
 def _end_with(parent: int) -> None:

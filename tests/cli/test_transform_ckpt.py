@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mindformers_ext.cli.transform_ckpt import main
+from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.formats.ms_file import CheckpointMeta, open_checkpoint, read_meta, sidecar
 from mindformers_ext.formats.rank_dirs import rank_files
 from mindformers_ext.formats.strategy import read_strategy
@@ -141,7 +143,7 @@ def test_processes_and_shares_give_the_same_files(saved, tmp_path, capsys):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "shares" / name).read_bytes()
 
 
-def test_the_description_of_the_model_travels_along(saved, tmp_path):
+def test_the_description_of_the_model_travels_along(saved, tmp_path, capsys):
     _, arrays = saved
     whole = tmp_path / "mixtral.ckpt"
     write_file(whole, arrays)
@@ -152,8 +154,14 @@ def test_the_description_of_the_model_travels_along(saved, tmp_path):
                "--output_format", "safetensors") == 0  # fmt: skip
     for path in (tmp_path / "cut/rank_9/checkpoint_9.ckpt", tmp_path / "back/rank_0/checkpoint_0.safetensors"):
         reader = open_checkpoint(path)
-        assert read_meta(path, reader) == meta
+        got = read_meta(path, reader)
+        assert got == replace(meta, hash=fingerprint(reader) if path.suffix == ".ckpt" else "")
         reader.close()
+    first = tmp_path / "cut" / "rank_0" / "checkpoint_0.ckpt"
+    sidecar(first).write_text(sidecar(tmp_path / "cut" / "rank_9" / "checkpoint_9.ckpt").read_text())
+    assert run("--src_ckpt_dir", tmp_path / "cut", "--src_ckpt_strategy", PP2, "--dst_ckpt_dir", tmp_path / "no") == 2
+    assert "describes another checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_dry_run_checks_and_writes_nothing(saved, tmp_path, capsys):
