@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SIGKILL at random moments and full disks: never a wrong file under a final name, and the next run succeeds."""
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.jobs.compare_weights import compare_weights
+from tests.cli.test_convert import ROOT, hf_folder, run, spec_of
+
+KILLS = 20
+SPEC = dict(experts=4, hidden_size=512, intermediate_size=768, layers=4, head_dim=128)
+
+
+def scaled(folder, source, factor):
+    """Another training state of the same model."""
+    from mindformers_ext.formats.safetensors_dir import SafetensorsDir, SafetensorsDirWriter
+
+    reader = SafetensorsDir(source)
+    folder.mkdir()
+    shutil.copyfile(source / "config.json", folder / "config.json")
+    with SafetensorsDirWriter(folder, list(reader.infos.values()), 2 * 10**7) as writer:
+        for name in reader.infos:
+            writer.add(name, reader.read(name) * np.float32(factor))
+    reader.close()
+
+
+def is_model(output, folders, forward, tmp_path):
+    """The number of the model in ``folders`` that the output holds, "refused" by its reader, or None: wrong."""
+    try:
+        if not forward:  # a folder: convert it again, and compare that
+            shutil.rmtree(tmp_path / "again", ignore_errors=True)
+            (tmp_path / "again").mkdir()
+            if run("--input_path", output, "--output_path", tmp_path / "again" / "m.ckpt"):
+                return "refused"
+            output = tmp_path / "again" / "m.ckpt"
+        for number, folder in enumerate(folders):
+            if not compare_weights(folder, output).different:
+                return number
+    except UserError:
+        return "refused"
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forward", [True, False], ids=["to_ms", "to_hf"])
+def test_killed_at_random_moments(tmp_path, forward, capsys):
+    rng = random.Random(11)
+    folders = [tmp_path / "new", tmp_path / "old"]
+    hf_folder(folders[0], spec_of(**SPEC), shard=2 * 10**7)
+    scaled(folders[1], folders[0], 2)
+    sources = folders
+    if not forward:
+        sources = [tmp_path / "new.ckpt", tmp_path / "old.ckpt"]
+        for folder, source in zip(folders, sources, strict=True):
+            assert run("--input_path", folder, "--output_path", source, "--use_gmm") == 0
+    work = tmp_path / "work"
+    output = work / ("m.ckpt" if forward else "hf")
+    flags = ["--use_gmm"] if forward else ["--reversed"]
+
+    def words(source):
+        return [*flags, "--input_path", str(source), "--output_path", str(output), "--overwrite"]
+
+    script = [sys.executable, str(ROOT / "convert_weight.py")]
+    started = time.monotonic()
+    subprocess.run([*script, *words(sources[0])], check=True, capture_output=True)
+    duration = time.monotonic() - started
+    seen = []
+    for kill in range(KILLS // 2):
+        shutil.rmtree(work)
+        if kill % 2:
+            assert run(*words(sources[1])) == 0
+        process = subprocess.Popen([*script, *words(sources[0])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0.3, 1.1) * duration)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if output.exists():
+            held = is_model(output, folders, forward, tmp_path)
+            assert held is not None, f"kill {kill}: a reader accepts {output}, neither the old model nor the new"
+            seen.append(held)
+        else:
+            seen.append("nothing")
+        assert run(*words(sources[0])) == 0
+        assert is_model(output, folders, forward, tmp_path) == 0
+        assert sorted(path.name for path in work.iterdir()) == (["m.ckpt", "m.ckpt.json"] if forward else ["hf"])
+    capsys.readouterr()
+    print(f"\nafter {KILLS // 2} kills within {duration:.1f} s the output held: {seen}")
+
+
+def in_small_tmpfs(size, words, folder):
+    """The command with ``folder`` on a tmpfs of ``size`` bytes of its own; skips where that is not allowed."""
+    command = " ".join([sys.executable, str(ROOT / "convert_weight.py"), *map(str, words)])
+    inside = f"mount -t tmpfs -o size={size} tmpfs {folder} || exit 99; {command}; code=$?; ls -A {folder}; exit $code"
+    isolate = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", inside]
+    if not shutil.which("unshare"):
+        pytest.skip("no unshare on this machine")
+    done = subprocess.run(isolate, capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode == 99 or "unshare" in done.stderr:
+        pytest.skip(f"no tmpfs may be mounted here: {done.stderr.strip()[-200:]}")
+    return done
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(tmp_path):
+    hf_folder(tmp_path / "hf")
+    (tmp_path / "small").mkdir()
+    words = ["--input_path", tmp_path / "hf", "--output_path", tmp_path / "small" / "m.ckpt"]
+    done = in_small_tmpfs(8192, words, tmp_path / "small")
+    assert done.returncode == 2 and "make room there" in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == "" and "converting" not in done.stderr
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path, reverse):
+    """The data fit, names and description do not: the write fails near its end."""
+    hf_folder(tmp_path / "hf")
+    assert run("--input_path", tmp_path / "hf", "--output_path", tmp_path / "m.ckpt") == 0
+    (tmp_path / "small").mkdir()
+    words = ["--input_path", tmp_path / "hf", "--output_path", tmp_path / "small" / "m.ckpt"]
+    if reverse:
+        words = ["--reversed", "--input_path", tmp_path / "m.ckpt", "--output_path", tmp_path / "small" / "hf"]
+    done = in_small_tmpfs(3 * 4096, words, tmp_path / "small")
+    assert done.returncode == 2 and "No space left on device" in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == ""
