@@ -69,16 +69,22 @@ def blocks(block, count, start):
         count -= len(piece)
 
 
+COMMAND = (
+    "import resource, sys; from mindformers_ext.cli.transform_ckpt import main; code = main(sys.argv[1:]); "
+    "use = resource.getrusage(resource.RUSAGE_SELF); "
+    "peak = next(line for line in open('/proc/self/status') if 'VmHWM' in line).split()[1]; "
+    "print(int(peak) / 1024, use.ru_utime + use.ru_stime); sys.exit(code)"
+)
+
+
 def measured(command):
-    """Seconds and peak resident MB of a command."""
+    """Seconds of a command, and the last two numbers it prints (peak resident MB and CPU seconds), if any."""
     started = time.monotonic()
-    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    error = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
+    done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True, check=False)
     seconds = time.monotonic() - started
-    if status:
-        raise SystemExit(error.decode()[-2000:])
-    return seconds, usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    return seconds, *(float(word) for word in done.stdout.split()[-2:])
 
 
 def main():
@@ -90,12 +96,12 @@ def main():
     parser.add_argument("--transform_process_num", type=int, default=1)
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(dir=options.folder, prefix="reshard_"))
-    tool = [sys.executable, ROOT / "tools" / "transform_ckpt.py", "--output_format", options.output_format]
+    tool = [sys.executable, "-c", COMMAND, "--output_format", options.output_format]
     try:
         size = make(work, options.gigabytes)
         print(f"{size / 1e9:.2f} GB in 8 ranks (dp 2 x mp 4 x ep 2, optimizer sharding), {os.cpu_count()} cores")
         held = sum(path.stat().st_size for path in work.rglob("x.ckpt"))
-        copy, _, _ = measured(["cp", "-r", work / "ranks", work / "copy"])
+        copy, *_ = measured(["cp", "-r", work / "ranks", work / "copy"])
         copy /= held / size  # replicas make the ranks larger than the model
         shutil.rmtree(work / "copy")
         print(f"cp     {size / 1e6 / copy:6.0f} MB/s")
@@ -108,11 +114,11 @@ def main():
             ratio = written / seconds / (size / copy)
             print(f"{label:6} {written / 1e6 / seconds:6.0f} MB/s, {ratio:.2f} of cp, peak {peak:.0f} MB, "
                   f"CPU {cpu:.1f} s for {written / 1e9:.2f} GB")  # fmt: skip
-        for rank in range(8):
-            again = work / "again" / f"rank_{rank}" / f"checkpoint_{rank}.{options.output_format}"
-            if options.output_format == "ckpt":
-                subprocess.run(["cmp", work / "ranks" / f"rank_{rank}" / "x.ckpt", again], check=True)
-        print("the ranks cut from the merged file equal the first ones, byte by byte")
+        if options.output_format == "ckpt":
+            for rank in range(8):
+                first, again = work / "ranks" / f"rank_{rank}" / "x.ckpt", work / "again" / f"rank_{rank}"
+                subprocess.run(["cmp", first, again / f"checkpoint_{rank}.ckpt"], check=True)
+            print("the ranks cut from the merged file equal the first ones, byte by byte")
     finally:
         shutil.rmtree(work)
 
