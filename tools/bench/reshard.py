@@ -93,7 +93,6 @@ def main():
     parser.add_argument("--gigabytes", type=float, default=3)
     parser.add_argument("--folder", type=Path, help="where to make the set (default: the system's temporary folder)")
     parser.add_argument("--output_format", choices=("ckpt", "safetensors"), default="ckpt")
-    parser.add_argument("--transform_process_num", type=int, default=1)
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(dir=options.folder, prefix="reshard_"))
     tool = [sys.executable, "-c", COMMAND, "--output_format", options.output_format]
@@ -107,8 +106,7 @@ def main():
         print(f"cp     {size / 1e6 / copy:6.0f} MB/s")
         merge = ["--src_ckpt_dir", work / "ranks", "--src_ckpt_strategy", work / "strategy"]
         cut = ["--src_ckpt_dir", work / "whole", "--dst_ckpt_strategy", work / "strategy"]
-        many = ["--transform_process_num", options.transform_process_num]
-        for label, words, out in (("merge", merge, "whole"), ("cut", [*cut, *many], "again")):
+        for label, words, out in (("merge", merge, "whole"), ("cut", cut, "again")):
             seconds, peak, cpu = measured([*tool, *words, "--dst_ckpt_dir", work / out])
             written = sum(path.stat().st_size for path in (work / out).rglob("*.*"))
             ratio = written / seconds / (size / copy)
