@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +66,14 @@ class OpenFile:
                     f"'{self.path}' ended at byte {offset + done}: it was cut while being read; copy it again"
                 )
             done += count
+
+
+def open_new(path: Path) -> BinaryIO:
+    """An empty file to write. One that is empty already is not truncated: ext4 would flush it when it is closed."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+    if os.fstat(descriptor).st_size:
+        os.ftruncate(descriptor, 0)
+    return os.fdopen(descriptor, "wb")
 
 
 def read_stored(file: OpenFile, tensor: StoredTensor, index: Index = ()) -> Array:

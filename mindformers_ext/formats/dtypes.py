@@ -13,6 +13,8 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.tensors import Array
 
 BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+FLOAT16: np.dtype[Any] = np.dtype("<f2")
+HALF_START, HALF_END = (127 - 14) << 7, (127 + 16) << 7  # bits of 2**-14 and 2**16 as bfloat16
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,10 @@ def cast(array: Array, dtype: np.dtype[Any]) -> tuple[Array, int]:
     """``array`` in ``dtype`` and how many finite values became infinite on the way (float16 ends at 65504)."""
     if array.dtype == dtype:
         return array, 0
+    if array.dtype == BFLOAT16 and dtype == FLOAT16 and array.ndim and array.flags.c_contiguous:
+        halves = _half_of_bfloat16(array)
+        if halves is not None:
+            return halves, 0
     with np.errstate(over="ignore"):
         result = array.astype(dtype)
     if dtype.itemsize > array.dtype.itemsize or _all_finite(result):
@@ -73,10 +79,29 @@ def cast(array: Array, dtype: np.dtype[Any]) -> tuple[Array, int]:
     return result, int(np.count_nonzero(lost))
 
 
+def _half_of_bfloat16(array: Array) -> Array | None:
+    """float16 of bfloat16 by moving bits, twice as fast as ``astype``; None where a value is too large.
+
+    Between 2**-14 and 2**16 every bfloat16 is a float16: the exponent loses its offset of 112, the 7 bits of the
+    mantissa move up by 3. The few smaller ones are rounded by ``astype``.
+    """
+    bits = array.view(np.uint16)
+    result = bits & 0x7FFF
+    if int(result.max(initial=0)) >= HALF_END:
+        return None
+    small = result < HALF_START
+    result -= 112 << 7
+    result <<= 3
+    result |= bits & 0x8000
+    halves = result.view(FLOAT16)
+    halves[small] = array[small].astype(FLOAT16)
+    return halves
+
+
 def _all_finite(array: Array) -> bool:
     """Whether no 16-bit float is infinite or NaN, by its bits: a tenth of the time of ``isfinite``."""
-    if array.dtype.itemsize != 2 or array.size == 0:
+    if array.dtype.itemsize != 2 or array.size == 0 or array.ndim == 0:
         return False
     infinite = int(np.array(np.inf, array.dtype).view(np.uint16))
-    bits = array.view(np.uint16) if array.ndim else np.atleast_1d(array).view(np.uint16)
-    return int((bits & 0x7FFF).max()) < infinite
+    # the positive are the largest of the signed, the negative (highest bit set) the largest of the unsigned
+    return int(array.view(np.int16).max()) < infinite and int(array.view(np.uint16).max()) < infinite + 0x8000

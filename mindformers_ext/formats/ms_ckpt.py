@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.formats.blocks import Block, OpenFile, StoredTensor, byte_view, read_stored
+from mindformers_ext.formats.blocks import Block, OpenFile, StoredTensor, byte_view, open_new, read_stored
 from mindformers_ext.formats.dtypes import BY_MINDSPORE, BY_NUMPY
 from mindformers_ext.formats.tensors import Array, Index, TensorInfo
 from mindformers_ext.formats.wire import BYTES, VARINT, Cursor, bytes_field, varint, varint_field
@@ -170,7 +170,7 @@ class CkptWriter:
 
     def __init__(self, path: Path, slice_bytes: int = SLICE_BYTES) -> None:
         """Tensors above ``slice_bytes`` are cut into slices of that size."""
-        self._file = open(path, "wb")  # noqa: SIM115 - closed by __exit__
+        self._file = open_new(path)
         self._names: set[str] = set()
         self._slice = slice_bytes
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mindformers_ext.core.errors import Problems, UserError
-from mindformers_ext.formats.blocks import Block, OpenFile, StoredTensor, byte_view, read_stored
+from mindformers_ext.formats.blocks import Block, OpenFile, StoredTensor, byte_view, open_new, read_stored
 from mindformers_ext.formats.dtypes import BY_NUMPY, BY_SAFETENSORS
 from mindformers_ext.formats.tensors import Array, Index, TensorInfo
 
@@ -142,7 +142,7 @@ class SafetensorsFileWriter:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
-        self._file = open(path, "wb")  # noqa: SIM115 - closed by __exit__
+        self._file = open_new(path)
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def add(self, name: str, array: Array) -> None:

@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from mindformers_ext.weights.layouts import GMM, Layout
 from mindformers_ext.weights.plan import Direction, Overflow, Plan
 
 DEFAULT_SHARD = 5 * 10**9
+LARGE = 2**23  # bytes of a tensor for which reading ahead pays
 COMPANIONS = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
@@ -272,7 +274,17 @@ def _copy(plan: Plan, reader: TensorReader, writer: TensorWriter, overflow: Over
     total = sum(info.nbytes for info in plan.targets)
     with tqdm(total=total, unit="B", unit_scale=True, desc="converting", mininterval=0.5, dynamic_ncols=True) as bar:
         for info, blocks in plan.stream(reader, overflow):
-            writer.add_parts(info, _counted(blocks, bar))
+            writer.add_parts(info, _counted(_ahead(blocks) if info.nbytes > LARGE else blocks, bar))
+
+
+def _ahead(blocks: Iterator[Array]) -> Iterator[Array]:
+    """The same blocks; the next is made while this one is written."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, blocks, None)
+        while (block := coming.result()) is not None:
+            coming = pool.submit(next, blocks, None)
+            yield block
+            del block  # or it lives on while the next one is made
 
 
 def _counted(blocks: Iterator[Array], bar: Any) -> Iterator[Array]:

@@ -19,6 +19,7 @@ from mindformers_ext.weights.views import BLOCK, Shape, View, boxes, describe, l
 
 Direction = Literal["to_ms", "to_hf", "relayout"]
 LISTED = 20
+HEAP = 31 * 2**20  # just below the size up to which glibc learns (mallopt(3), M_MMAP_THRESHOLD)
 
 
 @dataclass
@@ -78,6 +79,7 @@ class Plan:
             UserError: finite values become infinite and ``overflow`` does not allow it.
         """
         self.check_copies(reader)
+        np.empty(HEAP, np.uint8)  # freed at once: from now on malloc keeps blocks instead of giving their pages back
         source = _Source(reader, self.recast, self.kept, overflow or Overflow())
         for step in self.steps:
             yield step.target, stream(step.view, source)

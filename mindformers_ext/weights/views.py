@@ -20,9 +20,10 @@ from mindformers_ext.formats.tensors import Array, Index
 Shape = tuple[int, ...]
 Range = tuple[int, int, int]
 """Start, stop, step."""
-BLOCK = 2**22  # elements of one block: 8 MiB of 16-bit numbers stay near the processor
+BLOCK = 2**20  # elements of one block: 2 MiB of 16-bit numbers stay near the processor
+TURNED = 2**22  # elements of a block of a matrix that is turned: more columns at once, less work per element
 STRIP = 2**26  # elements held while a matrix is turned: one expert of Mixtral-8x7B (58.7 M) at a time
-TILE = 16  # rows turned at once: their cache lines are used up before they are lost
+TILE = 8  # rows turned at once: their cache lines are used up before they are lost
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def describe(view: View) -> str:
 
 
 def stream(view: View, source: Source) -> Iterator[Array]:
-    """The data in C order, in blocks of at most ``BLOCK`` elements (or one row)."""
+    """The data in C order, in blocks of at most ``BLOCK`` (turned: ``TURNED``) elements, or one row."""
     if isinstance(view, Interleaved):
         rows, *rest = view.parts[0].shape
         step = max(1, BLOCK // (prod(rest) * len(view.parts)))
@@ -277,7 +278,7 @@ def _turned(view: Slab, source: Source) -> Iterator[Array]:
     plain = replace(view, swapped=False)
     *outer, rows, columns = plain.shape
     width = max(1, STRIP // rows)
-    block = max(1, BLOCK // rows)
+    block = max(1, TURNED // rows)
     for place in np.ndindex(*outer):
         at = tuple((number, number + 1) for number in place)
         for left in range(0, columns, width):

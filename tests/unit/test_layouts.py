@@ -118,6 +118,7 @@ def test_transforms_have_exact_inverses_in_any_blocks(kind, swap, n, sizes, rep,
     hf = {f"hf{i}": rng.normal(size=shape).astype(ml_dtypes.bfloat16) for i, shape in enumerate(shapes)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(views, "BLOCK", block)
+        patch.setattr(views, "TURNED", block)
         patch.setattr(views, "STRIP", strip)
         made = transform.to_ms([views.whole(name, array.shape) for name, array in hf.items()])
         ms = {f"ms{i}": flat(view, hf).reshape(view.shape) for i, view in enumerate(made)}
