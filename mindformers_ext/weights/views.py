@@ -210,8 +210,12 @@ def describe(view: View) -> str:
     return f"{kind}{first}{', transposed' if slabs[0].swapped else ''}"
 
 
-def stream(view: View, source: Source) -> Iterator[Array]:
-    """The data in C order, in blocks of at most ``BLOCK`` (turned: ``TURNED``) elements, or one row."""
+def stream(view: View, source: Source, scratch: list[Array] | None = None) -> Iterator[Array]:
+    """The data in C order, in blocks of at most ``BLOCK`` (turned: ``TURNED``) elements, or one row.
+
+    ``scratch`` is memory that the matrices of one tensor share.
+    """
+    scratch = [] if scratch is None else scratch
     if isinstance(view, Interleaved):
         rows, *rest = view.parts[0].shape
         step = max(1, BLOCK // (prod(rest) * len(view.parts)))
@@ -221,9 +225,9 @@ def stream(view: View, source: Source) -> Iterator[Array]:
             yield turns.reshape(-1, *rest)
     elif not isinstance(view, Slab):
         for piece in view.parts:
-            yield from stream(piece, source)
+            yield from stream(piece, source, scratch)
     elif view.swapped:
-        yield from _turned(view, source)
+        yield from _turned(view, source, scratch)
     else:
         for box in boxes(view.shape, BLOCK):
             yield source.finish(view.name, _read(view, source, box))
@@ -273,27 +277,42 @@ def _read(view: Slab, source: Source, box: Sequence[tuple[int, int]]) -> Array:
     return array[:: kept[0][2]] if kept and kept[0][2] != 1 else array
 
 
-def _turned(view: Slab, source: Source) -> Iterator[Array]:
-    """A swapped slab: strips of the stored columns are read and turned block by block."""
+def _turned(view: Slab, source: Source, scratch: list[Array]) -> Iterator[Array]:
+    """A swapped slab: strips of the stored columns are read into ``scratch`` and leave it turned, block by block."""
     plain = replace(view, swapped=False)
     *outer, rows, columns = plain.shape
-    width = max(1, STRIP // rows)
-    block = max(1, TURNED // rows)
+    width = min(columns, max(1, STRIP // rows))
+    step, block = max(1, BLOCK // width), max(1, TURNED // rows)
     for place in np.ndindex(*outer):
         at = tuple((number, number + 1) for number in place)
         for left in range(0, columns, width):
             right = min(left + width, columns)
-            strip = _read(plain, source, (*at, (0, rows), (left, right))).reshape(rows, right - left)
+            for top in range(0, rows, step):
+                bottom = min(top + step, rows)
+                given = _read(plain, source, (*at, (top, bottom), (left, right))).reshape(bottom - top, right - left)
+                strip = _shaped(scratch, (rows, right - left), given.dtype)
+                strip[top:bottom] = _numbers(given)
             for low in range(0, right - left, block):
-                yield source.finish(view.name, _turn(strip[:, low : low + block]))
-            del strip
+                yield source.finish(view.name, _turn(strip[:, low : low + block]).view(given.dtype))
+
+
+def _shaped(scratch: list[Array], shape: Shape, kind: np.dtype[Any]) -> Array:
+    """Memory of ``scratch`` as numbers in a shape; fresh pages cost more than turning, so they are used again."""
+    size = prod(shape) * kind.itemsize
+    if not scratch or scratch[0].size < size:
+        scratch[:] = [np.empty(size, np.uint8)]
+    return _numbers(scratch[0][:size].view(kind).reshape(shape))
+
+
+def _numbers(array: Array) -> Array:
+    """The same bits as plain numbers of the same width: numpy copies bfloat16 slowly."""
+    return array.view(np.dtype(f"u{array.dtype.itemsize}"))
 
 
 def _turn(strip: Array) -> Array:
-    """The transpose, contiguous; in tiles, as plain numbers of the same width: numpy copies bfloat16 slowly."""
+    """The transpose, contiguous, made in tiles."""
     rows, columns = strip.shape
-    plain: np.dtype[Any] = np.dtype(f"u{strip.dtype.itemsize}")
-    given, out = strip.view(plain), np.empty((columns, rows), plain)
+    out = np.empty((columns, rows), strip.dtype)
     for row in range(0, rows, TILE):
-        out[:, row : row + TILE] = given[row : row + TILE].T
-    return out.view(strip.dtype)
+        out[:, row : row + TILE] = strip[row : row + TILE].T
+    return out
