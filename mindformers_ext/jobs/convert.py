@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -279,12 +280,23 @@ def _copy(plan: Plan, reader: TensorReader, writer: TensorWriter, overflow: Over
 
 def _ahead(blocks: Iterator[Array]) -> Iterator[Array]:
     """The same blocks; the next is made while this one is written."""
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, _short_turns():
         coming = pool.submit(next, blocks, None)
         while (block := coming.result()) is not None:
             coming = pool.submit(next, blocks, None)
             yield block
             del block  # or it lives on while the next one is made
+
+
+@contextmanager
+def _short_turns() -> Iterator[None]:
+    """Threads pass the interpreter on after 0.5 ms instead of 5: longer than that a finished write waits for it."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(5e-4)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def _counted(blocks: Iterator[Array], bar: Any) -> Iterator[Array]:

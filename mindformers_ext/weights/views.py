@@ -16,14 +16,15 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from mindformers_ext.formats.tensors import Array, Index
+from mindformers_ext.weights.turn import turned
 
 Shape = tuple[int, ...]
 Range = tuple[int, int, int]
 """Start, stop, step."""
 BLOCK = 2**20  # elements of one block: 2 MiB of 16-bit numbers stay near the processor
 TURNED = 2**22  # elements of a block of a matrix that is turned: more columns at once, less work per element
+WIDTH = 64  # a multiple of columns that are turned at once
 STRIP = 2**26  # elements held while a matrix is turned: one expert of Mixtral-8x7B (58.7 M) at a time
-TILE = 8  # rows turned at once: their cache lines are used up before they are lost
 
 
 @dataclass(frozen=True)
@@ -282,7 +283,7 @@ def _turned(view: Slab, source: Source, scratch: list[Array]) -> Iterator[Array]
     plain = replace(view, swapped=False)
     *outer, rows, columns = plain.shape
     width = min(columns, max(1, STRIP // rows))
-    step, block = max(1, BLOCK // width), max(1, TURNED // rows)
+    step, block = max(1, BLOCK // width), max(WIDTH, TURNED // rows // WIDTH * WIDTH)
     for place in np.ndindex(*outer):
         at = tuple((number, number + 1) for number in place)
         for left in range(0, columns, width):
@@ -293,7 +294,7 @@ def _turned(view: Slab, source: Source, scratch: list[Array]) -> Iterator[Array]
                 strip = _shaped(scratch, (rows, right - left), given.dtype)
                 strip[top:bottom] = _numbers(given)
             for low in range(0, right - left, block):
-                yield source.finish(view.name, _turn(strip[:, low : low + block]).view(given.dtype))
+                yield source.finish(view.name, turned(strip[:, low : low + block]).view(given.dtype))
 
 
 def _shaped(scratch: list[Array], shape: Shape, kind: np.dtype[Any]) -> Array:
@@ -308,11 +309,3 @@ def _numbers(array: Array) -> Array:
     """The same bits as plain numbers of the same width: numpy copies bfloat16 slowly."""
     return array.view(np.dtype(f"u{array.dtype.itemsize}"))
 
-
-def _turn(strip: Array) -> Array:
-    """The transpose, contiguous, made in tiles."""
-    rows, columns = strip.shape
-    out = np.empty((columns, rows), strip.dtype)
-    for row in range(0, rows, TILE):
-        out[:, row : row + TILE] = strip[row : row + TILE].T
-    return out
