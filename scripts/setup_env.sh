@@ -89,6 +89,9 @@ echo "setup_env: installing into $venv; the first time takes minutes"
 torch=$(grep -E '^torch==' requirements.lock)
 step $pip "$torch"
 step $pip -r requirements.lock
+for package in $(sed -n 's/^#no-deps //p' requirements.lock); do
+    step $pip --no-deps "$package"  # its own list of dependencies does not build
+done
 step $pip --no-deps --no-build-isolation -e .
 check_mindspore
 want > $stamp.new
