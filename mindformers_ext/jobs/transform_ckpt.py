@@ -21,7 +21,8 @@ from mindformers_ext.formats.ms_file import SUFFIXES
 from mindformers_ext.formats.rank_dirs import checkpoint_files, rank_files, rank_folders, shown
 from mindformers_ext.formats.strategy import read_strategy
 from mindformers_ext.jobs.checkpoints import saved_in
-from mindformers_ext.jobs.transform_run import Source, Task, open_source, run_tasks, source_meta
+from mindformers_ext.jobs.transform_run import Source, Task, open_source, run_tasks
+from mindformers_ext.jobs.weight_source import rank_meta
 from mindformers_ext.weights.reshard import SlicedReader
 from mindformers_ext.weights.reshard_plan import ReshardPlan, Unlisted, plan_reshard
 
@@ -91,7 +92,7 @@ def _transform(request: TransformRequest) -> TransformReport:
         raise UserError("the source is whole and no --dst_ckpt_strategy is given: there is nothing to transform; give "
                         "--src_ckpt_strategy to merge ranks, or --dst_ckpt_strategy to cut")  # fmt: skip
     ranks, notes = share(request, target.world if target else 1)
-    source_meta(source)  # only checked here: what writes reads it again
+    rank_meta(source.files[0])  # only checked here: what writes reads it again
     reader = open_source(source)
     try:
         whole_on_ranks = frozenset(reader.unlisted) if isinstance(reader, SlicedReader) else frozenset()

@@ -21,10 +21,11 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.atomic import fresh_file
 from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.formats.ms_ckpt import CkptFile, CkptWriter
-from mindformers_ext.formats.ms_file import CheckpointMeta, open_checkpoint, open_writer, read_meta, sidecar
+from mindformers_ext.formats.ms_file import CheckpointMeta, open_checkpoint, open_writer, sidecar
 from mindformers_ext.formats.safetensors_file import SafetensorsFile, SafetensorsFileWriter
 from mindformers_ext.formats.strategy import Strategy
 from mindformers_ext.formats.tensors import Array
+from mindformers_ext.jobs.weight_source import rank_meta
 from mindformers_ext.weights.boxes import pieces, read_box
 from mindformers_ext.weights.reshard import SlicedReader
 from mindformers_ext.weights.reshard_plan import RankPart
@@ -90,25 +91,12 @@ def run_tasks(source: Source, tasks: Sequence[Task], processes: int, overwrite: 
         elif tasks:
             reader = open_source(source, check_crc=False)
             try:
-                meta = source_meta(source)
+                meta = rank_meta(source.files[0])
                 for task in tasks:
                     write_rank(reader, task, meta, overwrite, bar.update)
             finally:
                 reader.close()
     return time.monotonic() - started
-
-
-def source_meta(source: Source) -> CheckpointMeta | None:
-    """The description beside or in the first rank's file, handed on; one of another file is a ``UserError``."""
-    path = source.files[0]
-    reader = CkptFile(path) if path.suffix == ".ckpt" else SafetensorsFile(path)
-    try:
-        meta = read_meta(path, reader)
-        if meta and meta.hash and meta.hash != fingerprint(reader):
-            raise UserError(f"'{sidecar(path)}' describes another checkpoint: copy the pair again, or remove it")
-        return meta
-    finally:
-        reader.close()
 
 
 def write_rank(
@@ -170,7 +158,7 @@ _worker: dict[str, Any] = {}
 def _start_worker(source: Source, overwrite: bool, queue: Any, parent: int) -> None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     reader = open_source(source, check_crc=False)
-    _worker.update(reader=reader, meta=source_meta(source), overwrite=overwrite, queue=queue)
+    _worker.update(reader=reader, meta=rank_meta(source.files[0]), overwrite=overwrite, queue=queue)
 
 
 def _end_with(parent: int) -> None:

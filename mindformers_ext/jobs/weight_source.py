@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,8 +14,11 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.hf_config import model_spec_from_hf
 from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.formats.fingerprint import fingerprint
+from mindformers_ext.formats.ms_ckpt import CkptFile
 from mindformers_ext.formats.ms_file import CheckpointMeta, open_checkpoint, read_meta, sidecar
+from mindformers_ext.formats.rank_dirs import rank_files
 from mindformers_ext.formats.safetensors_dir import SafetensorsDir
+from mindformers_ext.formats.safetensors_file import SafetensorsFile
 from mindformers_ext.formats.tensors import TensorReader
 from mindformers_ext.weights.layouts import Layout, resolve_layout, sizes_from_shapes
 
@@ -58,19 +62,35 @@ def open_ms(path: Path, strategy_dir: Path | None = None) -> tuple[Reader, Check
 
         if not path.is_dir():
             raise UserError(f"'{path}' is not a folder: with --strategy_dir give the folder above rank_0, rank_1, ...")
-        return open_sliced(path, strategy_dir), None
+        sliced = open_sliced(path, strategy_dir)
+        try:
+            return sliced, rank_meta(rank_files(path)[0])
+        except UserError:
+            sliced.close()
+            raise
     if path.is_dir() and any(path.glob("rank_*")):
         raise UserError(f"'{path}' holds the slices of several ranks: pass --strategy_dir with their strategy files")
     reader = open_checkpoint(path)
     try:
-        meta = read_meta(path, reader)
-        if meta and meta.hash and meta.hash != fingerprint(reader):
-            raise UserError(f"'{sidecar(path)}' describes another checkpoint than '{path}': copy the pair again, or "
-                            "remove the description and pass --config")  # fmt: skip
+        return reader, own_meta(path, reader)
     except UserError:
         reader.close()
         raise
-    return reader, meta
+
+
+def own_meta(path: Path, reader: CkptFile | SafetensorsFile) -> CheckpointMeta | None:
+    """The description of an open checkpoint, None where it has none; one of another file is a ``UserError``."""
+    meta = read_meta(path, reader)
+    if meta and meta.hash and meta.hash != fingerprint(reader):
+        raise UserError(f"'{sidecar(path)}' describes another checkpoint than '{path}': copy the pair again, or "
+                        "remove the description and pass --config")  # fmt: skip
+    return meta
+
+
+def rank_meta(path: Path) -> CheckpointMeta | None:
+    """The description of one rank's file, which is that of the whole model."""
+    with closing(CkptFile(path) if path.suffix == ".ckpt" else SafetensorsFile(path)) as reader:
+        return own_meta(path, reader)
 
 
 def described_layout(meta: CheckpointMeta | None) -> Layout | None:
