@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JSON objects out of a file of any size, one at a time: a JSON list, or JSON lines. Errors name file and line."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mindformers_ext.core.errors import UserError
+
+CHUNK = 1 << 20  # bytes read at once
+NEAR_END = 16  # characters; an error closer to the end of what is read may be due to the missing rest
+_BLANKS = re.compile(r"[ \t\r\n]*")
+_HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can write it, UTF-8 cannot
+
+
+@dataclass(frozen=True)
+class Record:
+    """One object of a file: its place among the others (from 1) and the line it begins in."""
+
+    path: Path
+    number: int
+    line: int
+    value: dict[str, Any]
+
+    @property
+    def where(self) -> str:
+        """How errors name it."""
+        return f"{self.path}, record {self.number} (line {self.line})"
+
+    def text(self, name: str) -> str:
+        """The string under ``name``, or a ``UserError`` that says what is there instead."""
+        value = self.value.get(name)
+        if isinstance(value, str):
+            if value.isascii() or not _HALF_PAIR.search(value):
+                return value
+            raise UserError(
+                f"{self.where}: '{name}' holds half of a surrogate pair (\\ud800 to \\udfff); mend the text"
+            )
+        if name not in self.value:
+            fields = ", ".join(map(repr, self.value)) or "no field"
+            raise UserError(f"{self.where}: no field '{name}', it has {fields}; give every record a '{name}'")
+        raise UserError(f"{self.where}: '{name}' is {json.dumps(value)[:40]}, not a string; write it in quotes")
+
+
+def read_records(path: Path, progress: Callable[[int], object] | None = None) -> Iterator[Record]:
+    """The objects of a JSON list (``[{...}, {...}]``) or of JSON lines (one object a line), in file order.
+
+    Only a part of the file is in memory at any time. The first character that is not blank says which of the two it is.
+
+    Args:
+        path: UTF-8, with or without a byte order mark, whatever the locale.
+        progress: is called with the bytes of each part that was read.
+
+    Raises:
+        UserError: no such file, no record in it, not UTF-8, not JSON, an entry that is no object or holds a name twice.
+    """
+    scanner = _Scanner(path, _decoded(path, progress or (lambda _: None)))
+    first = scanner.peek()
+    if not first:
+        raise UserError(f"{path} is empty: give a JSON list of objects, or one JSON object a line")
+    if first not in "[{":
+        raise scanner.error(f"found {first!r}; a JSON list begins with '[', JSON lines with '{{'")
+    number = 0
+    for line, value in scanner.list_items() if first == "[" else scanner.line_items():
+        number += 1
+        yield Record(path, number, line, value)
+    if not number:
+        raise UserError(f"{path} holds an empty list: give at least one record")
+
+
+def _decoded(path: Path, progress: Callable[[int], object]) -> Iterator[str]:
+    """The file's text in parts."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    line = 1
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                text = decoder.decode(chunk)
+                progress(len(chunk))
+                line += text.count("\n")
+                yield text
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        bad = line + bytes(error.object[: error.start]).count(b"\n")
+        raise UserError(
+            f"{path}, line {bad}: not UTF-8 ({error.reason}); convert it, for example with iconv"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(next(name for name in names if names.count(name) > 1))
+    return result
+
+
+class _TwiceError(ValueError):
+    """A name that an object holds twice; JSON readers would keep the last and drop the others silently."""
+
+
+def _spoiled(error: Exception) -> str:
+    twice = isinstance(error, _TwiceError)
+    return f"the record holds the name '{error}' twice; leave one" if twice else "the record is nested too deeply"
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+@dataclass
+class _Scanner:
+    """A window that slides over the text; ``line`` is the line of the character at ``counted``."""
+
+    path: Path
+    parts: Iterator[str]
+    text: str = ""
+    place: int = 0
+    line: int = 1
+    counted: int = 0
+    ended: bool = False
+
+    def error(self, what: str, line: int | None = None) -> UserError:
+        """A ``UserError`` for the present place, or for ``line``."""
+        return UserError(f"{self.path}, line {self.here() if line is None else line}: {what}")
+
+    def here(self) -> int:
+        """Number of the line in which the present place lies."""
+        self.line += self.text.count("\n", self.counted, self.place)
+        self.counted = self.place
+        return self.line
+
+    def more(self) -> bool:
+        """Forget what is behind and read at least as much as is ahead (so long objects cost no squares)."""
+        self.here()
+        fresh, size = [self.text[self.place :]], 0
+        self.place = self.counted = 0
+        while not self.ended and size <= len(fresh[0]):
+            part = next(self.parts, None)
+            self.ended = part is None
+            fresh.append(part or "")
+            size += len(fresh[-1])
+        self.text = "".join(fresh)
+        return size > 0
+
+    def peek(self) -> str:
+        """The next character that is not blank, "" at the end."""
+        while True:
+            found = _BLANKS.match(self.text, self.place)
+            self.place = found.end() if found else self.place
+            if self.place < len(self.text):
+                return self.text[self.place]
+            if not self.more():
+                return ""
+
+    def list_items(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The objects between the brackets, each with its line."""
+        self.place += 1
+        following = self.peek()
+        while following != "]":
+            if following != "{":
+                raise self.error(self._unexpected(following, "an object, '{...}'"))
+            yield self._decode_grown()
+            following = self.peek()
+            if following == ",":
+                self.place += 1
+                following = self.peek()
+                if following == "]":
+                    raise self.error("found ']' after a comma; take the last comma out")
+            elif following != "]":
+                raise self.error(self._unexpected(following, "',' or ']' after a record"))
+        self.place += 1
+        if self.peek():
+            raise self.error("there is text after the list's ']'; one list a file")
+
+    def line_items(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """One object a line; blank lines are skipped."""
+        while following := self.peek():
+            if following != "{":
+                raise self.error(self._unexpected(following, "one object a line, '{...}'"))
+            yield self._decode_line()
+
+    def _decode_line(self) -> tuple[int, dict[str, Any]]:
+        end = self.text.find("\n", self.place)
+        while end < 0 and self.more():
+            end = self.text.find("\n", self.place)
+        end = len(self.text) if end < 0 else end
+        line = self.here()
+        text = self.text[self.place : end]
+        try:
+            value, stop = _DECODER.raw_decode(text)
+        except json.JSONDecodeError as error:
+            raise self.error(f"not JSON ({error.msg}, column {error.colno}); write one whole object a line") from error
+        except (_TwiceError, RecursionError) as error:
+            raise self.error(_spoiled(error)) from error
+        if text[stop:].strip():
+            raise self.error("there is text after the object; write one object a line")
+        self.place = end
+        return line, value
+
+    def _decode_grown(self) -> tuple[int, dict[str, Any]]:
+        """The object at the present place; reads on while it may only be cut off."""
+        while True:
+            line = self.here()
+            try:
+                value, self.place = _DECODER.raw_decode(self.text, self.place)
+                return line, value
+            except json.JSONDecodeError as error:
+                cut_off = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - NEAR_END
+                if cut_off and self.more():
+                    continue
+                bad = line + self.text.count("\n", self.place, error.pos)
+                what = "the file ends inside a record" if cut_off and self.ended else "not JSON"
+                raise self.error(f"{what} ({error.msg}); the record begins in line {line}", bad) from error
+            except (_TwiceError, RecursionError) as error:
+                raise self.error(_spoiled(error)) from error
+
+    @staticmethod
+    def _unexpected(found: str, wanted: str) -> str:
+        return f"found {found!r}, expected {wanted}" if found else f"the file ends, expected {wanted}"
