@@ -30,3 +30,14 @@ def test_moe_layer_measures_equal_outputs(repo_root: Path) -> None:
 def test_train_step_and_compile_time_report(repo_root: Path) -> None:
     assert re.search(r"train step .* ratio wall \d+\.\d+", bench(repo_root, "train_step", "--rounds", "1"))
     assert re.search(r"t\(2\) / t\(1\) = \d+\.\d+", bench(repo_root, "compile_time", "--layers", "1", "2"))
+
+
+@pytest.mark.slow
+def test_weights_are_measured_against_cp(repo_root: Path, tmp_path: Path) -> None:
+    small = ["--width", "256", "--folder", str(tmp_path)]
+    lines = bench(repo_root, "convert", "--rounds", "1", "--experts", "2", *small).splitlines()
+    assert sum("ratio to cp: to disk" in line for line in lines) == 8
+    text = bench(repo_root, "reshard", "--gigabytes", "0.03", *small)
+    assert "the ranks cut from the merged file equal the first ones, byte by byte" in text
+    assert len(re.findall(r"of cp, peak \d+ MB", text)) == 2
+    assert not any(tmp_path.iterdir())

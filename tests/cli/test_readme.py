@@ -20,6 +20,10 @@ RUN_ELSEWHERE = {
     "python tools/bench/moe_layer.py": "tests/cli/test_bench.py, with fewer rounds",
     "python tools/bench/train_step.py": "tests/cli/test_bench.py, with fewer rounds",
     "python tools/bench/compile_time.py": "tests/cli/test_bench.py, with fewer layers",
+    "python tools/bench/convert.py": "tests/cli/test_bench.py, with a narrow layer",
+    "python tools/bench/reshard.py": "tests/cli/test_bench.py, with narrow layers",
+    "python tools/transform_ckpt.py --src_ckpt_strategy output/strategy/ --src_ckpt_dir output/checkpoint/ "
+    "--dst_ckpt_dir target_checkpoint/ --prefix mixtral_": "tests/cli/test_transform_ckpt.py, with the seed's paths",
 }
 
 

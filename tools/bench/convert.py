@@ -48,10 +48,10 @@ print(json.dumps(dict(code=code, wall=time.perf_counter() - start, cpu=times.use
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
-def make_model(folder: Path, experts: int) -> int:
+def make_model(folder: Path, experts: int, width: int) -> int:
     """Write the layer with random weights of a real model's spread; returns its bytes."""
-    spec = ModelSpec(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=1,
-                     num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+    spec = ModelSpec(vocab_size=32000, hidden_size=width, intermediate_size=width * 7 // 2, num_hidden_layers=1,
+                     num_attention_heads=32, num_key_value_heads=8, head_dim=width // 32,
                      moe=MoESpec(num_local_experts=experts, num_experts_per_tok=2))  # fmt: skip
     targets = [TensorInfo(name, shape, BF16) for binding in rule_set(spec).bindings
                for name, shape in binding.hf.items()]  # fmt: skip
@@ -140,13 +140,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--experts", type=int, default=8, help="fewer for a quick look")
+    parser.add_argument("--width", type=int, default=4096, help="hidden size, a multiple of 64; the others follow")
     given = parser.parse_args()
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     kind = cpu[1] if cpu else "unknown processor"
     print(f"machine: {kind}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start")
     with tempfile.TemporaryDirectory(dir=given.folder, prefix="bench_convert_") as place:
         hf, ckpt, gmm, back = (Path(place) / name for name in ("hf", "m.ckpt", "gmm.ckpt", "back"))
-        print(f"model: one layer, {make_model(hf, given.experts) / 1e9:.2f} GB bfloat16")
+        print(f"model: one layer, {make_model(hf, given.experts, given.width) / 1e9:.2f} GB bfloat16")
         forward = ["--input_path", str(hf), "--output_path"]
         reverse = ["--reversed", "--input_path", str(ckpt), "--output_path", str(back)]
         table = (

@@ -39,15 +39,15 @@ LAYER = (
 )  # fmt: skip
 
 
-def make(folder, gigabytes):
+def make(folder, gigabytes, width):
     """The strategy and eight ranks of random bits; returns the bytes of the whole model."""
     rows, shapes = {}, {}
-    layer_bytes = 2 * sum(int(np.prod(shape)) for _, shape, _, _ in LAYER)
+    layer_bytes = 2 * sum(int(np.prod(scaled(shape, width))) for _, shape, _, _ in LAYER)
     for layer in range(max(1, round(gigabytes * 1e9 / layer_bytes))):
         for name, shape, tensor_map, sharded in LAYER:
             full = f"model.layers.{layer}.{name}"
             rows[full] = dict(matrix=[2, 4], tensor_map=tensor_map, step=4 * sharded, size=-1 if sharded else 0)
-            shapes[full] = shape
+            shapes[full] = scaled(shape, width)
     strategy = read_strategy(write_strategy(folder / "strategy" / "s.ckpt", rows))
     block = np.random.default_rng(0).integers(0, 2**16, 2**23, np.uint16).view(ml_dtypes.bfloat16)
     for rank in range(8):
@@ -59,6 +59,11 @@ def make(folder, gigabytes):
                 numbers = blocks(block, int(np.prod(shape)), sum(layout.place(rank)))
                 writer.add_parts(TensorInfo(name, shape, block.dtype), numbers)
     return 2 * sum(int(np.prod(shape)) for shape in shapes.values())
+
+
+def scaled(shape, width):
+    """``shape`` for a hidden size of ``width``; the axis of the 8 experts stays."""
+    return tuple(size if size == 8 else size * width // 4096 for size in shape)
 
 
 def blocks(block, count, start):
@@ -91,13 +96,14 @@ def main():
     """Print one line for each direction."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=3)
+    parser.add_argument("--width", type=int, default=4096, help="hidden size, a multiple of 256")
     parser.add_argument("--folder", type=Path, help="where to make the set (default: the system's temporary folder)")
     parser.add_argument("--output_format", choices=("ckpt", "safetensors"), default="ckpt")
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(dir=options.folder, prefix="reshard_"))
     tool = [sys.executable, "-c", COMMAND, "--output_format", options.output_format]
     try:
-        size = make(work, options.gigabytes)
+        size = make(work, options.gigabytes, options.width)
         print(f"{size / 1e9:.2f} GB in 8 ranks (dp 2 x mp 4 x ep 2, optimizer sharding), {os.cpu_count()} cores")
         held = sum(path.stat().st_size for path in work.rglob("x.ckpt"))
         copy, *_ = measured(["cp", "-r", work / "ranks", work / "copy"])
