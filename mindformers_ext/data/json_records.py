@@ -60,7 +60,7 @@ def read_records(path: Path, progress: Callable[[int], object] | None = None) ->
     Raises:
         UserError: no such file, no record in it, not UTF-8, not JSON, an entry that is no object or holds a name twice.
     """
-    scanner = _Scanner(path, _decoded(path, progress or (lambda _: None)))
+    scanner = _Scanner(path, decoded(path, progress or (lambda _: None)))
     first = scanner.peek()
     if not first:
         raise UserError(f"{path} is empty: give a JSON list of objects, or one JSON object a line")
@@ -74,7 +74,7 @@ def read_records(path: Path, progress: Callable[[int], object] | None = None) ->
         raise UserError(f"{path} holds an empty list: give at least one record")
 
 
-def _decoded(path: Path, progress: Callable[[int], object]) -> Iterator[str]:
+def decoded(path: Path, progress: Callable[[int], object]) -> Iterator[str]:
     """The file's text in parts."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     line = 1
