@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Alpaca records to conversations: the two prompts that Stanford's Alpaca was trained with, in FastChat's JSON.
 
-The text is, byte for byte, that of MindFormers r1.7 (tools/dataset_preprocess/llama/alpaca_converter.py). Also as there,
-an ``input`` of blanks only counts as an input and gets its "### Input:" block: a data set that was converted with r1.7
-must come out the same. Such records are counted, so that a command can name them.
+The text is, byte for byte, that of MindFormers r1.7 (tools/dataset_preprocess/llama/alpaca_converter.py). As there, an
+``input`` of blanks only counts as an input and gets its "### Input:" block, so that a data set comes out as it did with
+r1.7. Such records are counted: a command can name them.
 """
 
 from __future__ import annotations

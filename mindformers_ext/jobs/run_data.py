@@ -6,9 +6,11 @@ from __future__ import annotations
 import re
 import sqlite3
 from collections.abc import Mapping
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -76,13 +78,11 @@ def dataset_files(loader: Mapping[str, Any], section: str) -> list[Path]:
 
 def row_count(path: Path) -> int:
     """Rows of one MindRecord file, from its index."""
-    index = sqlite3.connect(f"file:{path}.db?mode=ro", uri=True)
     try:
-        return int(index.execute("select count(*) from INDEXES").fetchone()[0])
+        with closing(sqlite3.connect(f"file:{quote(str(path))}.db?mode=ro", uri=True)) as index:
+            return int(index.execute("select count(*) from INDEXES").fetchone()[0])
     except sqlite3.Error as error:
         raise UserError(f"the index {path.name}.db of {path} cannot be read ({error}): write the data again") from error
-    finally:
-        index.close()
 
 
 def _check_count(config: Mapping[str, Any], rows: int, section: str, mode: str) -> None:

@@ -55,7 +55,8 @@ def read_mindrecord(path: Path, fields: tuple[str, ...]) -> Iterator[dict[str, n
 
     if not path.is_file() or not path.with_name(path.name + ".db").is_file():
         raise UserError(f"no MindRecord at {path}: the file and its index {path.name}.db must both be there")
-    rows = ds.MindDataset(str(path), columns_list=list(fields), shuffle=False, num_parallel_workers=1)
+    # In a list: a plain name would also open every other shard of the same data set in that folder.
+    rows = ds.MindDataset([str(path)], columns_list=list(fields), shuffle=False, num_parallel_workers=1)
     yield from rows.create_dict_iterator(num_epochs=1, output_numpy=True)
 
 
