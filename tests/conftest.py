@@ -21,6 +21,27 @@ def repo_root() -> Path:
     return Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(scope="session")
+def shared_data(repo_root: Path) -> Path:
+    """Real texts and tokenizers beside the working tree; tests that need them are skipped where they are not."""
+    folder = repo_root.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no folder shared/data beside the working tree")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wiki_file(shared_data: Path) -> Path:
+    """WikiText-2's validation split."""
+    return shared_data / "wiki.valid.tokens"
+
+
+@pytest.fixture(scope="session", params=["llama2", "mixtral"])
+def real_tokenizer(request: pytest.FixtureRequest, shared_data: Path) -> Path:
+    """The SentencePiece models of LLaMA-2 and Mixtral, one after the other."""
+    return shared_data / f"{request.param}_tokenizer.model"
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests marked gpu are skipped, with the reason, where torch sees no CUDA device."""
     if item.get_closest_marker("gpu"):

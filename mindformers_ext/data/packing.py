@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 from mindformers_ext.core.errors import UserError
 
+Ids = npt.NDArray[np.int32]
+
 
 @dataclass
 class PackingCounts:
@@ -22,7 +24,25 @@ class PackingCounts:
     dropped: int = 0
 
 
-def pack(documents: Iterable[Sequence[int]], length: int, counts: PackingCounts) -> Iterator[npt.NDArray[np.int32]]:
+class Packer:
+    """Takes token ids in parts of any size and gives the whole rows among them."""
+
+    def __init__(self, length: int) -> None:
+        """``length``: tokens of a row; a causal model of S positions trains on rows of S + 1."""
+        if length < 1:
+            raise UserError(f"row length {length} is not positive: give seq_length + 1 tokens")
+        self.length = length
+        self.rest: Ids = np.empty(0, np.int32)
+
+    def add(self, ids: Ids) -> Ids:
+        """The rows that ``ids`` complete, of shape (rows, length), as a copy; what fills no row waits in ``rest``."""
+        stream = np.concatenate((self.rest, ids))
+        whole = len(stream) // self.length * self.length
+        self.rest = stream[whole:].copy()
+        return stream[:whole].reshape(-1, self.length)
+
+
+def pack(documents: Iterable[Sequence[int]], length: int, counts: PackingCounts) -> Iterator[Ids]:
     """Join the documents end to end and cut rows of ``length`` tokens; the tail that fills no row is dropped.
 
     Nothing is dropped silently: ``counts`` is kept up to date while rows are taken, and when the iterator is exhausted
@@ -36,19 +56,14 @@ def pack(documents: Iterable[Sequence[int]], length: int, counts: PackingCounts)
     Yields:
         int32 rows of shape (length,).
     """
-    if length < 1:
-        raise UserError(f"row length {length} is not positive: give seq_length + 1 tokens")
-    pending: list[int] = []
+    packer = Packer(length)
     for ids in documents:
         counts.documents += 1
         counts.tokens += len(ids)
-        pending.extend(ids)
-        whole = len(pending) // length
-        for start in range(0, whole * length, length):
+        for row in packer.add(np.asarray(ids, dtype=np.int32)):
             counts.rows += 1
-            yield np.asarray(pending[start : start + length], dtype=np.int32)
-        del pending[: whole * length]
-    counts.dropped = len(pending)
+            yield row
+    counts.dropped = len(packer.rest)
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, what: str) -> None:

@@ -1,18 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizers: SentencePiece models, loaded or trained. ``sentencepiece`` is imported when one is used."""
+"""Tokenizers: SentencePiece models and Hugging Face's tokenizer.json, loaded when one is used; many texts at a time.
+
+The texts of special tokens inside a text (``<unk>`` of WikiText, ``<s>``, ``</s>``) become their ids, and what stands
+between them is encoded on its own, as MindFormers' and Hugging Face's LLaMA tokenizers do.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.data.hf_tokenizer import HuggingFaceTokenizer
 
 # LLaMA's first three ids, and a padding id of its own: with pad == unk a loss that masks padding also drops every
 # unknown token (found in MindFormers' preprocessing, spec section 6).
 SPECIAL_IDS = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3}
+IN_TEXT = ("unk_id", "bos_id", "eos_id")  # special tokens that are recognised inside a text
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back."""
+
+    path: Path
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids; every id of ``encode`` is below it."""
+        ...
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """``unk_id``, ``bos_id``, ``eos_id`` and ``pad_id``; -1 where there is none."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Any]:
+        """Token ids of each text (lists or int32 arrays), without BOS and EOS."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ``ids``."""
+        ...
 
 
 class SentencePieceTokenizer:
@@ -28,6 +63,12 @@ class SentencePieceTokenizer:
             self._model: Any = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except RuntimeError as error:
             raise UserError(f"{path} is no SentencePiece model ({error}): give a tokenizer.model") from error
+        self.path = path
+        ids = self.special_ids
+        self._marks = {self._model.id_to_piece(ids[name]): ids[name] for name in IN_TEXT if ids[name] >= 0}
+        self._pattern = re.compile("(" + "|".join(map(re.escape, self._marks)) + ")")
+        byte = self._model.piece_to_id("<0x0A>")  # with byte fallback, unknown tokens come from the text "<unk>" only
+        self._byte_fallback = byte >= 0 and bool(self._model.is_byte(byte))
 
     @property
     def vocab_size(self) -> int:
@@ -41,11 +82,67 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Token ids of ``text``, between BOS and EOS where asked."""
-        return list(self._model.encode(text, add_bos=bos, add_eos=eos))
+        ids = self.special_ids
+        return [ids["bos_id"]] * bos + [int(token) for token in self.encode_batch([text])[0]] + [ids["eos_id"]] * eos
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Any]:
+        """Token ids of each text as an int32 array; one call of the library for all of them."""
+        sections: list[str] = []
+        plans: list[list[str] | None] = []  # None: the whole text is one section
+        for text in texts:
+            if "<" in text and self._pattern.search(text):
+                parts = [part for part in self._pattern.split(text) if part]
+                sections += (part for part in parts if part not in self._marks)
+                plans.append(parts)
+            else:
+                sections.append(text)
+                plans.append(None)
+        encoded = iter(self._model.encode(sections, num_threads=1, return_type="numpy"))
+        return [next(encoded) if plan is None else self._joined(plan, encoded) for plan in plans]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ``ids``; control ids give nothing."""
-        return str(self._model.decode([int(token) for token in ids]))
+        """Text of ``ids``; control ids give nothing, an unknown token its own mark."""
+        tokens = [int(token) for token in ids]
+        unk = self.special_ids["unk_id"]
+        if not self._byte_fallback or unk not in tokens:
+            return str(self._model.decode(tokens))
+        places = [-1, *(place for place, token in enumerate(tokens) if token == unk), len(tokens)]
+        parts = [self._model.decode(tokens[a + 1 : b]) for a, b in zip(places, places[1:], strict=False)]
+        return str(self._model.id_to_piece(unk)).join(parts)
+
+    def _joined(self, parts: list[str], encoded: Iterable[Any]) -> npt.NDArray[np.int32]:
+        ids = iter(encoded)
+        found = [[self._marks[part]] if part in self._marks else next(ids) for part in parts]
+        return np.fromiter(chain.from_iterable(found), np.int32)
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """A SentencePiece file, a tokenizer.json, or a folder that holds one of them (tokenizer.model goes first).
+
+    Raises:
+        UserError: nothing of the kind is there, or the file is of another kind.
+    """
+    if path.is_dir():
+        for name in ("tokenizer.model", "tokenizer.json"):
+            if (path / name).is_file():
+                return open_tokenizer(path / name)
+        raise UserError(f"no tokenizer.model and no tokenizer.json in the folder {path}: give a tokenizer file")
+    if path.suffix == ".json":
+        return HuggingFaceTokenizer(path)
+    return SentencePieceTokenizer(path)
+
+
+def puts_blank(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer sees every text as if a blank stood before it (LLaMA's do)."""
+    both, left, right = (list(ids) for ids in tokenizer.encode_batch(["a b", "a", "b"]))
+    return both == left + right
+
+
+def encode_glued(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Any]:
+    """Token ids of texts that go on without a blank: encoded behind a line break, whose ids are then cut off."""
+    mark, *found = tokenizer.encode_batch(["\n", *("\n" + text for text in texts)])
+    size = len(mark)
+    return [ids[size:] if list(ids[:size]) == list(mark) else ids for ids in found]
 
 
 def train_sentencepiece(documents: Iterable[str], path: Path, vocab_size: int) -> SentencePieceTokenizer:

@@ -87,6 +87,39 @@ def fresh_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         os.close(descriptor)
 
 
+@contextmanager
+def fresh_group(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a folder to fill with files that belong together; on success they move beside ``path``.
+
+    Longer names move first: of ``rows`` with its index ``rows.db`` the index is there before the file, and of shards
+    ``rows0`` comes last, so a group whose first file can be seen is whole. What is replaced is removed before, the
+    first file first; on an exception nothing has moved.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(path)
+    partial.mkdir(exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        _lock(descriptor, path)
+        try:
+            _empty(partial)
+            yield partial
+            names = sorted((item.name for item in partial.iterdir()), key=lambda name: (len(name), name))
+            targets = [path.with_name(name) for name in names]
+            for name, target in zip(names, targets, strict=True):
+                flush(partial / name)
+                refuse_existing(target, overwrite)
+            for target in targets:
+                target.unlink(missing_ok=True)
+            for name, target in zip(reversed(names), reversed(targets), strict=True):
+                os.rename(partial / name, target)
+            flush(path.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
 def flush(path: Path) -> None:
     """Make sure that a file's data, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

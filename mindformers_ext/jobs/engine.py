@@ -54,6 +54,22 @@ class RecordStore(Protocol):
         ...
 
 
+class RecordWriter(Protocol):
+    """Writes one data set of token rows in a process of its own, block by block."""
+
+    def write(self, block: Mapping[str, np.ndarray]) -> None:
+        """Append rows: one int32 array of shape (rows, length) per field. Returns before they are on the disk."""
+        ...
+
+    def close(self) -> int:
+        """Finish the files; returns how many rows they hold."""
+        ...
+
+    def abort(self) -> None:
+        """End the process; what was written is incomplete."""
+        ...
+
+
 class Reference(Protocol):
     """Somebody else's implementation of the same model: what ours is judged by."""
 
@@ -96,6 +112,13 @@ def open_records() -> RecordStore:
     from mindformers_ext.ms.mindrecord import MindRecordStore
 
     return MindRecordStore()
+
+
+def open_record_writer(path: Path, fields: tuple[str, ...], shards: int, row_length: int) -> RecordWriter:
+    """MindRecord ``path``, or ``path0``, ``path1``, ... for several shards, none of which may exist."""
+    from mindformers_ext.ms.mindrecord_writer import MindRecordWriter
+
+    return MindRecordWriter(path, fields, shards, row_length)
 
 
 def open_reference(folder: Path) -> Reference:

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python tools/dataset_preprocess/llama/llama_preprocess.py``: text to MindRecord files of token rows."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mindformers_ext.cli.outcome import exit_code
+
+if TYPE_CHECKING:
+    from mindformers_ext.jobs.preprocess import Summary
+
+TYPES = ("wiki", "wikipedia", "qa", "text", "jsonl")
+EPILOG = """examples:
+  WikiText for pretraining, rows of 2049 tokens:
+    python tools/dataset_preprocess/llama/llama_preprocess.py --dataset_type wiki --input_glob wiki.train.tokens \\
+        --model_file tokenizer.model --seq_length 2048 --output_file wiki2048.mindrecord
+  conversations for finetuning (tools/dataset_preprocess/llama/alpaca_converter.py makes them from alpaca records):
+    python tools/dataset_preprocess/llama/llama_preprocess.py --dataset_type qa --input_glob conversations.json \\
+        --model_file tokenizer.model --config finetune.yaml --output_file alpaca2048.mindrecord
+  JSON lines, several processes, rows of 2048 tokens for evaluation:
+    python tools/dataset_preprocess/llama/llama_preprocess.py --dataset_type jsonl --field content \\
+        --input_glob 'corpus/*.jsonl' --model_file Mixtral-8x7B-v0.1 --split eval --workers 8 \\
+        --output_file eval.mindrecord
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    result = argparse.ArgumentParser(
+        prog="llama_preprocess.py",
+        description="Turn text into MindRecord files of token rows. Text streams: no file needs to fit into memory. "
+        "The rows are the same for any number of workers; files appear whole or not at all.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_inputs(result)
+    _add_rows(result)
+    result.add_argument("--output_file", type=Path, required=True, help="file to write, best named X.mindrecord")
+    result.add_argument("--file_partition", type=int, default=1, help="files to spread the rows over: X0, X1, ...")
+    result.add_argument("--overwrite", action="store_true", help="replace existing outputs")
+    result.add_argument("--summary", type=Path, help="where the counts go as JSON (default OUTPUT_FILE.summary.json)")
+    result.add_argument("--workers", type=int, default=cores(), help="processes that tokenise (default: the cores, "
+                        "here %(default)s)")  # fmt: skip
+    return result
+
+
+def _add_inputs(target: argparse.ArgumentParser) -> None:
+    target.add_argument("--dataset_type", default="wiki", help="wiki: WikiText's token files, cleaned; wikipedia: "
+                        "parquet; qa: conversations, loss on the answers only; text: plain text; jsonl: JSON lines "
+                        f"(one of {', '.join(TYPES)}; default wiki)")  # fmt: skip
+    target.add_argument("--input_glob", required=True, help="a file, a folder, or a glob pattern in quotes")
+    target.add_argument("--field", help="jsonl: name of the text (default text); wikipedia: column (default the first)")
+    target.add_argument("--document", help="text: what gets BOS and EOS: file, paragraph or line (default file)")
+    target.add_argument("--model_file", type=Path, required=True, help="tokenizer: SentencePiece tokenizer.model, "
+                        "tokenizer.json, or a folder with one")  # fmt: skip
+    target.add_argument("--tokenizer", choices=["llama"], default="llama",
+                        help="as MindFormers' script has it; --model_file says what it is")  # fmt: skip
+    target.add_argument("--bos_id", type=int, help="token at a document's start (default: the tokenizer's)")
+    target.add_argument("--eos_id", type=int, help="token at a document's end (default: the tokenizer's)")
+    target.add_argument("--pad_id", type=int, help="token that fills rows of qa (default: the tokenizer's; without one "
+                        "its unknown token, as MindFormers has it)")  # fmt: skip
+
+
+def _add_rows(target: argparse.ArgumentParser) -> None:
+    target.add_argument("--seq_length", type=int, help="positions of the network (default: --config's, else 2048)")
+    target.add_argument("--split", default="train", help="train: rows of seq_length + 1 tokens; eval: of seq_length")
+    target.add_argument("--config", type=Path, help="MindFormers YAML of the run that will read the rows: vocabulary, "
+                        "special ids and length must agree")  # fmt: skip
+    target.add_argument("--repeat", type=int, help="go over the text this many times (default 1)")
+    target.add_argument("--samples_num", type=int, help="wikipedia: at most this many rows (default 10000)")
+    target.add_argument("--skip_masked", action="store_true", help="qa: leave out rows without any loss")
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 on success, 2 on a user's mistake."""
+    return exit_code(_run, parser().parse_args(argv))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from mindformers_ext.jobs.preprocess import preprocess
+    from mindformers_ext.jobs.preprocess_request import PreprocessRequest
+
+    options = vars(arguments)
+    options.pop("tokenizer")
+    started = time.monotonic()
+    summary = preprocess(PreprocessRequest(**options))
+    for line in report(summary, time.monotonic() - started):
+        print(line)
+    return 0
+
+
+def report(summary: Summary, seconds: float) -> list[str]:
+    """The summary as a person reads it; counts that are zero and matter only then are left out."""
+    what = "conversations" if summary.dataset_type == "qa" else "documents"
+    names = summary.output_files
+    lines = [
+        f"{names[0]}{f' to {names[-1]}' if len(names) > 1 else ''}: {summary.records} records of "
+        f"{summary.row_length} tokens from {summary.documents} {what}, {summary.tokens} tokens, in {seconds:.1f} s "
+        f"({summary.tokens / max(seconds, 1e-9):,.0f} tokens/s)",
+        f"ids: bos {summary.bos_id}, eos {summary.eos_id}, pad {summary.pad_id}; "
+        f"padding {summary.padding_share:.1%}, loss on {summary.loss_share:.1%} of the tokens",
+    ]
+    notes = {
+        "dropped_tokens": "tokens at the end filled no row and were dropped",
+        "truncated": f"records were longer than {summary.row_length} tokens and lost {summary.truncated_tokens} tokens",
+        "masked": "records bear no loss: no answer, or it was cut off (--skip_masked leaves them out)",
+        "masked_skipped": "records without any loss were left out",
+        "no_question": "conversations without a human turn were left out",
+        "unknown_tokens": "unknown tokens"
+        + (" get no loss, because pad is the unknown token too" if summary.pad_id == summary.unk_id else ""),
+    }
+    lines += [f"{getattr(summary, name)} {text}" for name, text in notes.items() if getattr(summary, name)]
+    if summary.samples_left_out:
+        lines.append("--samples_num was reached; there may be more text")
+    if "mindrecord" not in Path(names[0]).name:
+        lines.append("note: run_mindformer.py reads files whose names end in .mindrecord")
+    return lines

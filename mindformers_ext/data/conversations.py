@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conversations to rows: Vicuna v1.1 text, its tokens, and labels on the answers only.
+
+The tokens are those of MindFormers' ``llama_preprocess.py --dataset_type qa`` (r1.3 to r1.7): the text is cut at the
+template's ``</s>``, each part is encoded on its own and gets EOS, BOS stands once in front. The labels follow from
+where the answers stand in the text, by comparing token lists; MindFormers counts tokens that are not padding, which
+masks a whole conversation wherever padding is ``<unk>`` and the text holds one, or an answer says "ASSISTANT: ".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.data.json_records import Record, read_records
+from mindformers_ext.data.packing import Ids
+from mindformers_ext.data.readers import Progress
+from mindformers_ext.data.tokenizers import Tokenizer
+
+TEMPLATE = "vicuna_v1.1"
+PEOPLE = ("human", "gpt")  # as the records call the template's two roles
+IGNORED = -100
+
+
+class Conversation(NamedTuple):
+    """A conversation as text, and the (start, end) of each answer in it; ``where`` names its record."""
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+    where: str
+
+
+class Part(NamedTuple):
+    """What is encoded on its own: a text that ends with EOS, and how it begins before the answer.
+
+    ``lead`` is None where all of the part is answer, and the part's own text where none of it is.
+    """
+
+    text: str
+    lead: str | None
+
+
+@dataclass(frozen=True)
+class Specials:
+    """The ids that frame and fill rows."""
+
+    bos: int
+    eos: int
+    pad: int
+
+
+@dataclass(frozen=True)
+class QaRow:
+    """A row: token ids and labels of the same length, and the conversation's length before it was cut or padded."""
+
+    ids: Ids
+    labels: Ids
+    tokens: int
+
+
+def read_conversations(path: Path, progress: Progress | None = None) -> Iterator[Conversation | None]:
+    """The conversations of a JSON list or of JSON lines; None for one in which nobody asks anything.
+
+    Raises:
+        UserError: names file, record and line of what is malformed.
+    """
+    for record in read_records(path, progress):
+        messages = _messages(record)
+        yield _rendered(messages, record.where) if messages else None
+
+
+def encode_conversations(
+    tokenizer: Tokenizer, conversations: Sequence[Conversation], special: Specials, length: int
+) -> list[QaRow]:
+    """One row of ``length`` tokens per conversation, padded or cut at the end."""
+    parts = [_parts(conversation) for conversation in conversations]
+    flat = [part for found in parts for part in found]
+    encoded = iter(tokenizer.encode_batch([part.text for part in flat]))
+    leads = iter(tokenizer.encode_batch([part.lead for part in flat if part.lead is not None]))
+    return [_row(found, encoded, leads, special, length) for found in parts]
+
+
+def separator() -> str:
+    """What the template writes after each answer."""
+    return str(_template().sep2)
+
+
+def _template() -> Any:
+    from fastchat.conversation import get_conv_template
+
+    return get_conv_template(TEMPLATE)
+
+
+def _messages(record: Record) -> list[str]:
+    """What was said, in turn, a human first. One leading turn of the assistant is left out, as MindFormers does."""
+    turns = record.value.get("conversations")
+    if not isinstance(turns, list):
+        what = "no field 'conversations'" if "conversations" not in record.value else "'conversations' is no list"
+        raise UserError(f"{record.where}: {what}; alpaca_converter.py makes it from alpaca records")
+    said = []
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, dict) or turn.get("from") not in PEOPLE:
+            found = turn.get("from") if isinstance(turn, dict) else turn
+            raise UserError(f"{record.where}, turn {number}: 'from' is {found!r}; it must be 'human' or 'gpt'")
+        where = Record(record.path, record.number, record.line, turn)
+        said.append((turn["from"], where.text("value")))
+    if said and said[0][0] == PEOPLE[1]:
+        said = said[1:]
+    for number, (who, _) in enumerate(said):
+        if who != PEOPLE[number % 2]:
+            raise UserError(f"{record.where}: two turns of '{who}' in a row; human and gpt must take turns")
+    return [text for _, text in said]
+
+
+def _rendered(messages: Sequence[str], where: str) -> Conversation:
+    template = _template()
+    answers = []
+    for number, message in enumerate(messages):
+        template.append_message(template.roles[number % 2], message)
+        if number % 2 and message:
+            end = len(template.get_prompt()) - len(template.sep2)
+            answers.append((end - len(message), end))
+    return Conversation(template.get_prompt(), tuple(answers), where)
+
+
+def _parts(conversation: Conversation) -> list[Part]:
+    """The text between the separators. An answer that holds a separator itself spreads over several parts."""
+    mark, start, parts = separator(), 0, []
+    for text in conversation.text.split(mark):
+        end = start + len(text)
+        if text:
+            parts.append(Part(text, _lead(conversation, start, end)))
+        start = end + len(mark)
+    return parts
+
+
+def _lead(conversation: Conversation, start: int, end: int) -> str | None:
+    for first, last in conversation.answers:
+        if first < end and start < last:
+            # the blank before the answer belongs to the answer's first token
+            return conversation.text[start : first - 1] if first > start else None
+    return conversation.text[start:end]
+
+
+def _row(parts: Iterable[Part], encoded: Iterator[Any], leads: Iterator[Any], special: Specials, length: int) -> QaRow:
+    ids, labels = [np.array([special.bos], np.int32)], [np.array([IGNORED], np.int32)]
+    for part in parts:
+        own = np.append(np.asarray(next(encoded), np.int32), np.int32(special.eos))
+        target = own.copy()
+        if part.lead is not None:
+            lead = np.asarray(next(leads), np.int32)
+            target[: len(own) if part.lead == part.text else common_prefix(own, lead)] = IGNORED
+        ids.append(own)
+        labels.append(target)
+    tokens = sum(map(len, ids))
+    missing = max(length - tokens, 0)
+    ids.append(np.full(missing, special.pad, np.int32))
+    labels.append(np.full(missing, IGNORED, np.int32))
+    return QaRow(np.concatenate(ids)[:length], np.concatenate(labels)[:length], tokens)
+
+
+def common_prefix(one: Ids, other: Ids) -> int:
+    """How many ids two lists begin with alike."""
+    size = min(len(one), len(other))
+    different = np.flatnonzero(one[:size] != other[:size])
+    return int(different[0]) if len(different) else size

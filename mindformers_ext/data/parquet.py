@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parquet files of articles, as Wikipedia is published; ``pyarrow`` is imported when one is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.data.readers import Cutting, Fragment, Progress, cut
+
+ROWS = 256  # articles in memory at once
+
+
+def read_parquet(
+    path: Path, field: str | None, cutting: Cutting, progress: Progress | None = None
+) -> Iterator[Fragment]:
+    """The lines of the articles, blank ones left out, each a document. ``field`` None is the first column.
+
+    Raises:
+        UserError: pyarrow is not installed, the file is of another kind, or the column is missing or holds no text.
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UserError("parquet files are read by pyarrow, which is not installed: pip install pyarrow") from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            name = field or (names[0] if names else "")
+            if name not in names:
+                have = ", ".join(names) or "none"
+                raise UserError(f"{path} has the columns {have}, no '{name}': give another --field")
+            done = 0
+            for batch in file.iter_batches(batch_size=ROWS, columns=[name]):
+                yield from _lines(path, name, batch.column(0).to_pylist(), done, cutting)
+                done += batch.num_rows
+                if progress:
+                    progress(path.stat().st_size * batch.num_rows // max(file.metadata.num_rows, 1))
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path} is no parquet file ({error}): give one, or another --dataset_type") from error
+
+
+def _lines(path: Path, name: str, articles: list[object], done: int, cutting: Cutting) -> Iterator[Fragment]:
+    for number, text in enumerate(articles, start=done + 1):
+        if not isinstance(text, str):
+            raise UserError(f"{path}, row {number}: '{name}' holds {text!r:.40}, not text; give another --field")
+        for line in text.split("\n"):
+            if stripped := line.strip():
+                yield from cut(stripped, cutting)

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to MindRecord: reader -> tokenizer (in processes) -> rows -> writer (a process of its own)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.data.conversations import IGNORED, read_conversations
+from mindformers_ext.data.packing import Packer, check_ids
+from mindformers_ext.data.parquet import read_parquet
+from mindformers_ext.data.readers import Cutting, Fragment, Progress, read_jsonl, read_text, read_wiki
+from mindformers_ext.data.tokenizers import Tokenizer, puts_blank
+from mindformers_ext.formats.atomic import fresh_file, fresh_group
+from mindformers_ext.jobs.engine import RecordWriter, open_record_writer
+from mindformers_ext.jobs.preprocess_encode import QaBatch, Setup, TextBatch, Tokens, encode_all
+from mindformers_ext.jobs.preprocess_request import SAMPLES, Checked, PreprocessRequest, check_request
+
+BATCH_CHARACTERS = 1 << 17  # of text that a process encodes at once
+BATCH_CONVERSATIONS = 64
+BLOCK_TOKENS = 1 << 18  # handed to the writer at once
+SPOOLED = "tokens.int32"  # ids of the first pass, where --repeat asks for more
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was written; also the file ``<output>.summary.json``. The same for any number of workers.
+
+    ``loss_tokens`` counts what a network learns to predict: not masked by labels, and not behind a token that is
+    ``pad_token_id``. ``no_question`` conversations hold no human turn and are left out; ``masked`` rows hold no answer,
+    or only one that was cut off; ``truncated`` rows lost ``truncated_tokens`` at their end.
+    """
+
+    dataset_type: str
+    split: str
+    input_files: list[str]
+    output_files: list[str]
+    tokenizer: str
+    tokenizer_sha256: str
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    unk_id: int
+    seq_length: int
+    row_length: int
+    repeat: int
+    documents: int = 0
+    records: int = 0
+    tokens: int = 0
+    unknown_tokens: int = 0
+    padding_tokens: int = 0
+    dropped_tokens: int = 0
+    loss_tokens: int = 0
+    truncated: int = 0
+    truncated_tokens: int = 0
+    masked: int = 0
+    masked_skipped: int = 0
+    no_question: int = 0
+    samples_left_out: bool = False
+
+    @property
+    def padding_share(self) -> float:
+        """Padding among all tokens of the rows."""
+        return self.padding_tokens / max(self.records * self.row_length, 1)
+
+    @property
+    def loss_share(self) -> float:
+        """Tokens with loss among all tokens of the rows."""
+        return self.loss_tokens / max(self.records * self.row_length, 1)
+
+    def as_json(self) -> str:
+        """Everything as JSON text."""
+        shares = {"padding_share": round(self.padding_share, 6), "loss_share": round(self.loss_share, 6)}
+        return json.dumps({**asdict(self), **shares}, indent=2, ensure_ascii=False) + "\n"
+
+
+def preprocess(request: PreprocessRequest) -> Summary:
+    """Write the data set and its summary; they appear whole or not at all.
+
+    Raises:
+        UserError: an option, an input line, a tokenizer or an output that does not fit; what and where is said.
+    """
+    checked, tokenizer = check_request(request)
+    with fresh_group(request.output_file, request.overwrite) as folder:
+        writer = open_record_writer(
+            folder / request.output_file.name, request.kind.fields, request.file_partition, checked.row_length
+        )
+        try:
+            run = _Run(checked, tokenizer, folder, writer)
+            run.work()
+            if not writer.close():
+                raise UserError(
+                    f"{request.input_glob} fills not one row of {checked.row_length} tokens: give more text, or a "
+                    "smaller --seq_length"
+                )
+        except BaseException:
+            writer.abort()
+            raise
+        summary = run.summary()
+        if request.summary is None:
+            (folder / request.summary_file.name).write_text(summary.as_json(), encoding="utf-8")
+    if request.summary is not None:
+        with fresh_file(request.summary, request.overwrite) as path:
+            path.write_text(summary.as_json(), encoding="utf-8")
+    return summary
+
+
+class _Run:
+    """One run: takes batches from the readers, gives blocks of rows to the writer, and counts."""
+
+    def __init__(self, checked: Checked, tokenizer: Tokenizer, folder: Path, writer: RecordWriter) -> None:
+        self.checked, self.request, self.tokenizer = checked, checked.request, tokenizer
+        self.folder, self.writer = folder, writer
+        self.counts = dict.fromkeys(
+            ("documents", "tokens", "unknown_tokens", "padding_tokens", "dropped_tokens", "loss_tokens", "truncated",
+             "truncated_tokens", "masked", "masked_skipped", "no_question", "records"), 0)  # fmt: skip
+        self.block: list[dict[str, np.ndarray]] = []
+        self.block_tokens = 0
+        self.framed_rows = self.request.dataset_type == "wikipedia"  # BOS and EOS around rows, not around documents
+        self.packer = Packer(checked.row_length - 2 * self.framed_rows)
+        self.samples_left = (self.request.samples_num or SAMPLES) if self.framed_rows else None
+
+    def work(self) -> None:
+        """Everything from the first byte read to the last row handed over."""
+        from tqdm import tqdm
+
+        size = sum(path.stat().st_size for path in self.checked.files)
+        with tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", mininterval=0.5, dynamic_ncols=True) as bar:
+            self._first_pass(bar.update)
+        for _ in range((self.request.repeat or 1) - 1):
+            for ids in _blocks_of(self.folder / SPOOLED):
+                self._pack(ids)
+        self._flush()
+        self.counts["dropped_tokens"] += len(self.packer.rest)
+        (self.folder / SPOOLED).unlink(missing_ok=True)
+
+    def summary(self) -> Summary:
+        """What was counted."""
+        request, checked = self.request, self.checked
+        return Summary(
+            request.dataset_type, request.split, [str(path) for path in checked.files],
+            [str(path) for path in request.shard_files()], str(self.tokenizer.path),
+            sha256(self.tokenizer.path.read_bytes()).hexdigest(), checked.special.bos, checked.special.eos,
+            checked.special.pad, checked.unknown, checked.seq_length, checked.row_length, request.repeat or 1,
+            **self.counts, samples_left_out=self.samples_left == 0,
+        )  # fmt: skip
+
+    def _first_pass(self, progress: Progress) -> None:
+        setup = Setup(self.tokenizer.path, self.checked.special, self.checked.row_length, not self.framed_rows)
+        encoded = encode_all(setup, self.tokenizer, self._batches(progress), self.request.workers)
+        spool = (self.folder / SPOOLED).open("wb") if (self.request.repeat or 1) > 1 else None
+        try:
+            for tokens in encoded:
+                self._count(tokens)
+                if tokens.labels is not None:
+                    self._conversations(tokens)
+                    continue
+                self._pack(tokens.ids)
+                if spool:
+                    tokens.ids.tofile(spool)
+                if self.samples_left == 0:
+                    break
+        finally:
+            encoded.close()  # type: ignore[attr-defined]  # a generator: its processes end now
+            if spool:
+                spool.close()
+
+    def _batches(self, progress: Progress) -> Iterator[TextBatch | QaBatch]:
+        if self.request.dataset_type == "qa":
+            yield from self._conversation_batches(progress)
+            return
+        cutting = Cutting(blank=puts_blank(self.tokenizer))
+        for path in self.checked.files:
+            yield from _text_batches(self._reader(path, cutting, progress))
+
+    def _reader(self, path: Path, cutting: Cutting, progress: Progress) -> Iterator[Fragment]:
+        request = self.request
+        readers: dict[str, Callable[[], Iterator[Fragment]]] = {
+            "wiki": lambda: read_wiki(path, cutting, progress),
+            "wikipedia": lambda: read_parquet(path, request.field, cutting, progress),
+            "text": lambda: read_text(path, request.document or "file", cutting, progress),
+            "jsonl": lambda: read_jsonl(path, request.field or "text", cutting, progress),
+        }
+        return readers[request.dataset_type]()
+
+    def _conversation_batches(self, progress: Progress) -> Iterator[QaBatch]:
+        batch = []
+        for path in self.checked.files:
+            for conversation in read_conversations(path, progress):
+                if conversation is None:
+                    self.counts["no_question"] += 1
+                    continue
+                batch.append(conversation)
+                if len(batch) == BATCH_CONVERSATIONS:
+                    yield QaBatch(batch)
+                    batch = []
+        if batch:
+            yield QaBatch(batch)
+
+    def _count(self, tokens: Tokens) -> None:
+        counts = self.counts
+        counts["documents"] += tokens.documents
+        counts["tokens"] += tokens.ids.size - tokens.padding + tokens.cut
+        counts["truncated"] += tokens.truncated
+        counts["truncated_tokens"] += tokens.cut
+        if tokens.ids.size:
+            check_ids([int(tokens.ids.min()), int(tokens.ids.max())], self.checked.vocab_size, "the data")
+
+    def _conversations(self, tokens: Tokens) -> None:
+        ids, labels = tokens.ids, tokens.labels
+        assert labels is not None
+        if self.request.skip_masked:
+            keep = (labels != IGNORED).any(axis=1)
+            self.counts["masked_skipped"] += int((~keep).sum())
+            ids, labels = ids[keep], labels[keep]
+        else:
+            self.counts["masked"] += tokens.masked
+        self._rows(ids, labels)
+
+    def _pack(self, ids: np.ndarray) -> None:
+        rows = self.packer.add(ids)
+        if self.framed_rows:
+            special = self.checked.special
+            rows = np.pad(rows, ((0, 0), (1, 1)), constant_values=((0, 0), (special.bos, special.eos)))
+        if self.samples_left is not None:
+            rows = rows[: self.samples_left]
+            self.samples_left -= len(rows)
+        self._rows(rows, None)
+
+    def _rows(self, ids: np.ndarray, labels: np.ndarray | None) -> None:
+        if not len(ids):
+            return
+        counts = self.counts
+        counts["records"] += len(ids)
+        counts["loss_tokens"] += loss_tokens(ids, labels, self.checked.loss_pad)
+        padding = 0
+        if labels is not None:
+            padding = int((np.cumsum((ids != self.checked.special.pad)[:, ::-1], axis=1) == 0).sum())
+            counts["padding_tokens"] += padding
+        if self.checked.unknown >= 0:
+            unknown = int((ids == self.checked.unknown).sum())
+            counts["unknown_tokens"] += unknown - (padding if self.checked.unknown == self.checked.special.pad else 0)
+        self.block.append({"input_ids": ids} if labels is None else {"input_ids": ids, "labels": labels})
+        self.block_tokens += ids.size
+        if self.block_tokens >= BLOCK_TOKENS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.block:
+            joined = {name: np.concatenate([block[name] for block in self.block]) for name in self.block[0]}
+            self.writer.write(joined)
+        self.block, self.block_tokens = [], 0
+
+
+def loss_tokens(ids: np.ndarray, labels: np.ndarray | None, pad_id: int) -> int:
+    """Positions of rows (rows, length) that bear loss: MindFormers' LlamaForCausalLM, the next token is the target."""
+    weight = ids[:, :-1] != pad_id
+    if labels is not None:
+        weight &= labels[:, 1:] != IGNORED
+    return int(weight.sum())
+
+
+def _text_batches(fragments: Iterable[Fragment]) -> Iterator[TextBatch]:
+    batch, size = [], 0
+    for fragment in fragments:
+        batch.append(fragment)
+        size += len(fragment.text) + 1
+        if size >= BATCH_CHARACTERS:
+            yield TextBatch(batch)
+            batch, size = [], 0
+    if batch:
+        yield TextBatch(batch)
+
+
+def _blocks_of(path: Path) -> Iterator[Any]:
+    with path.open("rb") as file:
+        while len(ids := np.fromfile(file, np.int32, BLOCK_TOKENS)):
+            yield ids
