@@ -90,14 +90,16 @@ FLAGS: tuple[Flag, ...] = (
 )  # fmt: skip
 
 
-def read_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse ``argv``; ``pairs`` holds the dotted options.
+def read_arguments(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, own: Sequence[str] = ()
+) -> argparse.Namespace:
+    """Parse ``argv``; ``pairs`` holds the dotted options. ``own``: options of the command besides ``FLAGS``.
 
     Raises:
         UserError: an option that is neither a row of ``FLAGS`` nor a dotted path.
     """
     arguments, rest = parser.parse_known_args(argv)
-    known = [name for flag in FLAGS for name in flag.names] + ["--config", "--options"]
+    known = [name for flag in FLAGS for name in flag.names] + ["--config", "--options", *own]
     problems = Problems("command line options")
     for word in rest:
         name = word.partition("=")[0]

@@ -31,13 +31,7 @@ def run(config: Mapping[str, Any], extra_notes: tuple[str, ...] = ()) -> Any:
 
     The configuration that MindFormers really gets is kept as ``<output_dir>/run_config/<run_mode>.yaml``.
     """
-    device = (config.get("context") or {}).get("device_target", "Ascend")
-    upgraded, notes = upgrade(config, device)
-    full = MindFormerConfig(str(_saved(upgraded)))
-    set_output_path(full.output_dir)
-    _open_device(full, device)
-    for note in (*extra_notes, *notes):
-        logger.info("mindformers_ext: %s", note)
+    full = prepare(config, extra_notes)
     trainer = Trainer(full)
     mode = full.run_mode
     if mode in TRAINING:
@@ -49,6 +43,21 @@ def run(config: Mapping[str, Any], extra_notes: tuple[str, ...] = ()) -> Any:
                              batch_size=full.predict_batch_size, adapter_id=full.adapter_id)  # fmt: skip
     _keep_texts(result, Path(full.output_dir) / "sample.txt")
     return result
+
+
+def prepare(config: Mapping[str, Any], extra_notes: tuple[str, ...] = (), native: bool = False) -> MindFormerConfig:
+    """MindFormers' configuration for ``config``, saved, its device opened and its notes logged.
+
+    ``native`` leaves MindFormers' own classes in place.
+    """
+    device = (config.get("context") or {}).get("device_target", "Ascend")
+    upgraded, notes = (dict(config), []) if native else upgrade(config, device)
+    full = MindFormerConfig(str(_saved(upgraded)))
+    set_output_path(full.output_dir)
+    _open_device(full, device)
+    for note in (*extra_notes, *notes):
+        logger.info("mindformers_ext: %s", note)
+    return full
 
 
 def _keep_texts(result: Any, path: Path) -> None:

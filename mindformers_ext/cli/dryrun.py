@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python tools/dryrun.py``: compile a cluster's job for Ascend on this machine, without an NPU."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mindformers_ext.cli.convert import switch
+from mindformers_ext.cli.outcome import exit_code
+from mindformers_ext.cli.run_flags import FLAGS, OneValue, apply_flags, read_arguments
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.yaml_file import load_yaml
+
+FAILED = 1
+EXAMPLES = """\
+examples:
+  does it compile on 16 devices, and what does each pipeline stage hold and send?
+    python tools/dryrun.py --config research/mixtral/mixtral_8x7b/pretrain_mixtral-8x7b.yaml --worker_num 16
+  every rank, with the strategy files for transform_ckpt.py in output/dryrun/strategy:
+    python tools/dryrun.py --config job.yaml --worker_num 16 --ranks all --out output/dryrun
+  another split, given on the command line:
+    python tools/dryrun.py --config job.yaml --worker_num 16 --parallel_config.data_parallel 4 \\
+        --parallel_config.model_parallel 2 --parallel_config.use_seq_parallel True
+Every option of run_mindformer.py (--epochs, --section.key, ...) works here as well.
+"""
+OWN = ("config", "worker_num", "ranks", "out", "jobs", "compare", "keep_graphs", "options")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options: its own, and those of ``run_mindformer.py``."""
+    result = argparse.ArgumentParser(
+        prog="dryrun.py",
+        description="Compile the training step of a cluster's job with MindSpore's Ascend compiler, rank by rank, and "
+        "report whether it compiles, what each rank holds and what it sends. Needs a C compiler, no NPU and no CANN.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    result.add_argument("--config", required=True, metavar="YAML", help="configuration file of the job")
+    result.add_argument("--worker_num", required=True, type=int, metavar="N", help="devices of the whole job")
+    result.add_argument("--ranks", default="stages", metavar="WHICH", help="all, stages (the first rank of each "
+                        "pipeline stage) or numbers such as 0,8 (default stages)")  # fmt: skip
+    result.add_argument("--out", type=Path, metavar="DIR", help="folder for report.html, report.json, strategy/ and "
+                        "one log per rank (default output/dryrun/<name of the file>)")  # fmt: skip
+    result.add_argument("--jobs", type=int, metavar="N", help="ranks compiled at a time (default: one per core)")
+    switch(result, "--compare", "also compile MindFormers' own network for the same file")
+    switch(result, "--keep_graphs", "keep MindSpore's graphs as text (large)")
+    result.set_defaults(output_dir=None)  # here it is --out
+    for flag in (row for row in FLAGS if row.field != "output_dir"):
+        more: dict[str, Any] = {"nargs": "+"} if flag.many else {}
+        more |= {"choices": flag.choices} if flag.choices else {}
+        result.add_argument(*flag.names, dest=flag.field, type=flag.reader, action=OneValue, help=argparse.SUPPRESS,
+                            **more)  # fmt: skip
+    result.add_argument("--options", nargs="+", metavar="KEY=VALUE", help=argparse.SUPPRESS)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 when every asked rank compiles, 1 when one does not, 2 on a user's mistake."""
+
+    def read_and_run(_: argparse.Namespace) -> int:
+        return _run(read_arguments(parser(), argv, own=tuple(f"--{name}" for name in OWN)))
+
+    return exit_code(read_and_run, argparse.Namespace())
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from mindformers_ext.jobs.dryrun import plan_dry_run
+    from mindformers_ext.jobs.dryrun_facts import RankFacts
+    from mindformers_ext.jobs.dryrun_page import write_page
+    from mindformers_ext.jobs.dryrun_ranks import RankJob, compile_ranks
+    from mindformers_ext.jobs.dryrun_report import DryRunReport, report_text, write_json
+    from mindformers_ext.jobs.dryrun_stubs import ensure_stubs
+
+    path = Path(arguments.config)
+    out = (arguments.out or Path("output") / "dryrun" / path.stem).resolve()
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise UserError(f"--jobs {arguments.jobs}: give 1 or more")
+    plan = plan_dry_run(apply_flags(load_yaml(path), arguments), str(path), arguments.worker_num, arguments.ranks, out)
+    stubs = ensure_stubs()
+
+    def told(facts: RankFacts) -> None:
+        seconds = facts.start_seconds + facts.build_seconds + facts.compile_seconds
+        print(f"rank {facts.rank}: " + ("compiles" if facts.compiles else "FAILS") + f" ({seconds:.0f} s)",
+              file=sys.stderr, flush=True)  # fmt: skip
+
+    def compiled(native: bool) -> tuple[RankFacts, ...]:
+        job = RankJob(plan=plan, stubs=stubs, command=(sys.executable, "-m", "mindformers_ext.cli.dryrun_rank"),
+                      folder=out / ("native" if native else "ranks"), native=native, keep_graphs=arguments.keep_graphs,
+                      at_once=arguments.jobs or os.cpu_count() or 1)  # fmt: skip
+        return tuple(compile_ranks(job, told))
+
+    ranks = compiled(native=False)
+    report = DryRunReport(str(path), plan, ranks, compiled(native=True) if arguments.compare else ())
+    write_json(report, out / "report.json")
+    write_page(report, out / "report.html")
+    print(report_text(report))
+    print(f"{out}: report.html, report.json, strategy/, ranks/rank_*/log.txt")
+    return 0 if report.compiles else FAILED

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A cluster's job compiled on one machine: what is checked first, which ranks are compiled, where everything goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.rules import check_network, settled
+from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.core.yaml_view import network_spec_from_yaml, yaml_notes
+from mindformers_ext.jobs.run_sections import check_sections
+
+TRAINING = ("train", "finetune")
+# What a level-0 simulation cannot tell; every report says it.
+LIMITS = (
+    "This is a compilation, nothing was computed. It does not show the speed of kernels or links, real memory peaks, "
+    "numerics, or whether CANN has a kernel for every operator and shape.",
+    "Weights, gradients and optimizer states are exact (from the compiled graph); activation memory is estimated by "
+    "arithmetic.",
+    "Collectives are those of the graph; CANN may still fuse or split them. Bytes sent assume ring algorithms.",
+)
+
+
+@dataclass(frozen=True)
+class DryRunPlan:
+    """A job that can be compiled: its checked configuration, the spec that is really built, and the ranks asked for."""
+
+    config: dict[str, Any]
+    spec: NetworkSpec
+    world: int
+    ranks: tuple[int, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def per_stage(self) -> int:
+        """Ranks of one pipeline stage."""
+        return self.world // self.spec.parallel.pipeline_stage
+
+    @property
+    def rows(self) -> int:
+        """Rows of one step, as every rank reads them."""
+        parallel, runner = self.spec.parallel, self.config.get("runner_config") or {}
+        copies = parallel.data_parallel if parallel.full_batch else 1
+        steps = int(runner.get("gradient_accumulation_steps") or 1)
+        return (self.spec.batch_size * copies * parallel.micro_batch_num * parallel.micro_batch_interleave_num
+                * steps)  # fmt: skip
+
+    def stage(self, rank: int) -> int:
+        """The pipeline stage of ``rank``."""
+        return rank // self.per_stage
+
+
+def plan_dry_run(config: Mapping[str, Any], where: str, world: int, ranks: str, out: Path) -> DryRunPlan:
+    """Check ``config`` (from the file ``where``) for ``world`` devices and settle what is compiled.
+
+    Args:
+        config: the YAML's content with options applied.
+        where: the file, for messages.
+        world: devices of the whole job.
+        ranks: "all", "stages" (the first rank of each pipeline stage), or numbers such as "0,8".
+        out: the job's output folder.
+
+    Raises:
+        UserError: lists every broken rule with the nearest valid choice.
+    """
+    if world < 1:
+        raise UserError(f"--worker_num {world}: give the number of devices of the whole job, 1 or more")
+    words = {**config, "output_dir": str(out)}
+    mode = words.get("run_mode")
+    if mode not in TRAINING:
+        raise UserError(f"{where}: run_mode={mode!r}: a dry run compiles the training step, choose train or finetune "
+                        "(--run_mode train)")  # fmt: skip
+    notes = _adapt(words, world)
+    try:
+        check_sections(words, mode)
+        spec = network_spec_from_yaml(words, world)
+        notes += [*yaml_notes(words), *check_network(spec, mode)]
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    spec = settled(spec)[0]
+    return DryRunPlan(words, spec, world, asked_ranks(ranks, world, spec.parallel.pipeline_stage), tuple(notes))
+
+
+def _adapt(words: dict[str, Any], world: int) -> list[str]:
+    """Change what a compilation for ``world`` devices needs; returns one line per change."""
+    notes = []
+    if bool(words.get("use_parallel")) != (world > 1):
+        words["use_parallel"] = world > 1
+        notes.append(f"use_parallel becomes {world > 1}: --worker_num {world}")
+    context = dict(words.get("context") or {})
+    if context.get("device_target", "Ascend") != "Ascend":
+        notes.append(f"context.device_target {context['device_target']} becomes Ascend")
+    if context.get("mode", 0) not in (0, "GRAPH_MODE"):
+        raise UserError("context.mode is 1 (pynative): only graph mode is compiled, set --mode 0")
+    words["context"] = {**context, "device_target": "Ascend", "device_id": 0}
+    for key, off in (("load_checkpoint", ""), ("resume_training", False), ("auto_trans_ckpt", False),
+                     ("do_eval", False), ("profile", False)):  # fmt: skip
+        if words.get(key):
+            notes.append(f"{key} is left out: nothing is loaded or run")
+            words[key] = off
+    return notes
+
+
+def asked_ranks(text: str, world: int, stages: int) -> tuple[int, ...]:
+    """The ranks that ``all``, ``stages`` or a list of numbers means.
+
+    Raises:
+        UserError: a number outside 0 to ``world`` - 1, or no number.
+    """
+    if text == "all":
+        return tuple(range(world))
+    if text == "stages":
+        return tuple(range(0, world, world // stages))
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() for part in parts):
+        raise UserError(f"--ranks {text!r}: write all, stages, or numbers such as 0,8")
+    ranks = sorted({int(part) for part in parts})
+    if ranks[-1] >= world:
+        raise UserError(f"--ranks {text}: the job has the ranks 0 to {world - 1} (--worker_num {world})")
+    return tuple(ranks)

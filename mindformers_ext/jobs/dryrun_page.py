@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A dry run's result as one HTML page that needs nothing else: no script, no font, no picture from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from mindformers_ext.formats.atomic import fresh_file
+from mindformers_ext.jobs.dryrun import LIMITS
+from mindformers_ext.jobs.dryrun_facts import RankFacts
+from mindformers_ext.jobs.dryrun_report import DryRunReport, amount, group_text, shape_text, sizes
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8885 }
+:root { --a: #3b6ea8; --b: #c98a1b; --c: #5a9a52; --d: #9a6bb0; --bad: #c0392b }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+.answer { font-size: 1.1rem; padding: .6rem .9rem; border-left: .4rem solid var(--c); background: #8881 }
+.answer.bad { border-color: var(--bad) }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .92rem }
+td, th { padding: .22rem .8rem .22rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+.bar { display: flex; height: 1.1rem; min-width: 18rem } .bar i { display: block; height: 100% }
+.key i { display: inline-block; width: .8rem; height: .8rem; margin: 0 .3rem 0 1rem }
+pre { overflow-x: auto; background: #8881; padding: .6rem } ul { padding-left: 1.2rem }
+"""
+PARTS = (("weight", "weights", "a"), ("gradient", "gradients", "b"), ("optimizer", "optimizer states", "c"))
+Cell = tuple[str, bool]  # HTML and whether it is a number
+
+
+def write_page(report: DryRunReport, path: Path) -> None:
+    """Write the page to ``path``."""
+    with fresh_file(path, overwrite=True) as beside:
+        beside.write_text(page(report), encoding="utf-8")
+
+
+def page(report: DryRunReport) -> str:
+    """The page's HTML."""
+    plan = report.plan
+    failed = [facts for facts in report.ranks if not facts.compiles]
+    answer = (f"{len(report.ranks)} of {plan.world} ranks were compiled, all of them successfully." if not failed else
+              f"{len(failed)} of the {len(report.ranks)} compiled ranks do not compile.")  # fmt: skip
+    body = [
+        f"<h1>Dry run of {escape(report.config)}</h1>",
+        f"<p>{plan.world} devices, {plan.rows} rows of {plan.spec.seq_length} tokens per step: "
+        + escape(", ".join(f"{name} {value}" for name, value in sizes(plan.spec.parallel).items())) + "</p>",
+        f'<p class="answer{" bad" if failed else ""}">{answer}</p>',
+        _list(f"note: {note}" for note in plan.notes),
+        *(_failure(facts) for facts in failed),
+        "<h2>Memory of each rank</h2>",
+        _memory(report.ranks),
+        *(_stage(facts) for facts in report.one_per_stage()),
+        "<h2>Compilation</h2>",
+        _compilation(report.ranks),
+        *_comparison(report),
+        "<h2>What this does not show</h2>",
+        _list(LIMITS),
+    ]  # fmt: skip
+    head = f'<meta charset="utf-8"><title>Dry run of {escape(report.config)}</title><style>{STYLE}</style>'
+    text = "\n".join(filter(None, body))
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{text}\n</body></html>\n'
+
+
+def _list(lines: Iterable[str]) -> str:
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f"<ul>{items}</ul>" if items else ""
+
+
+def _failure(facts: RankFacts) -> str:
+    return f"<h2>Rank {facts.rank} does not compile</h2><pre>{escape(facts.error)}</pre>"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
+    """A table; a column is right-aligned when its cells are numbers."""
+    body = list(rows)
+    numbers = [bool(body) and body[0][place][1] for place in range(len(head))]
+    top = "".join(f'<th{_class(number)}>{escape(name)}</th>' for name, number in zip(head, numbers, strict=True))
+    lines = ("".join(f"<td{_class(number)}>{cell}</td>" for cell, number in row) for row in body)
+    return f'<div class="wide"><table><tr>{top}</tr>' + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
+
+
+def _class(number: bool) -> str:
+    return ' class="n"' if number else ""
+
+
+def _text(value: object) -> Cell:
+    return escape(str(value)), False
+
+
+def _number(value: object) -> Cell:
+    return escape(str(value)), True
+
+
+def _memory(ranks: Sequence[RankFacts]) -> str:
+    """One bar per rank, all on one scale."""
+    good = [facts for facts in ranks if facts.compiles]
+    if not good:
+        return "<p>No rank compiled.</p>"
+    scale = max(sum(facts.nbytes(kind) for kind, _, _ in PARTS) for facts in good) or 1
+    key = "".join(f'<i style="background:var(--{colour})"></i>{name}' for _, name, colour in PARTS)
+    rows = []
+    for facts in good:
+        pieces = "".join(
+            f'<i style="background:var(--{colour});width:{100 * facts.nbytes(kind) / scale:.2f}%"></i>'
+            for kind, _, colour in PARTS
+        )
+        parts = [_number(amount(facts.nbytes(kind))) for kind, _, _ in PARTS]
+        total = _number(amount(sum(facts.nbytes(kind) for kind, _, _ in PARTS)))
+        rows.append((_number(facts.rank), _number(facts.stage), *parts, total,
+                     (f'<div class="bar">{pieces}</div>', False)))  # fmt: skip
+    head = ("rank", "stage", *(name for _, name, _ in PARTS), "together", "")
+    return f'<p class="key">{key}</p>' + _table(head, rows)
+
+
+def _stage(facts: RankFacts) -> str:
+    """Traffic and largest tensors of one stage's first rank."""
+    most = max((row.sent for row in facts.traffic), default=0) or 1
+    traffic = [
+        (_text(row.kind), _text(row.purpose), _text(group_text(row.ranks)), _number(row.count),
+         _number(amount(row.payload)), _number(amount(row.sent)),
+         (f'<div class="bar"><i style="background:var(--a);width:{100 * row.sent / most:.2f}%"></i></div>', False))
+        for row in sorted(facts.traffic, key=lambda row: -row.sent)
+    ]  # fmt: skip
+    tensors = [(_text(row.name), _text(row.kind), _text(shape_text(row.whole)), _text(shape_text(row.local)),
+                _text(row.dtype), _number(amount(row.nbytes))) for row in facts.largest()]  # fmt: skip
+    planned = ""
+    if facts.unplanned:
+        kinds = ", ".join(sorted({row.kind for row in facts.unplanned}))
+        planned = (f"<p>{len(facts.unplanned)} operators have no strategy of their own (MindSpore made one up): "
+                   f"{escape(kinds)}</p>")  # fmt: skip
+    return (
+        f"<h2>Stage {facts.stage} (rank {facts.rank})</h2><p>{facts.matmul_flops / 1e12:.3f} TFLOP of matrix products "
+        "per step and rank. Collectives of one step:</p>"
+        + _table(("kind", "for", "ranks", "count", "payload", "sent by this rank", ""), traffic)
+        + planned
+        + "<p>Largest tensors:</p>"
+        + _table(("tensor", "kind", "whole", "on this rank", "type", "bytes"), tensors)
+    )
+
+
+def _compilation(ranks: Sequence[RankFacts]) -> str:
+    rows = [
+        (_number(facts.rank), _number(facts.stage), _text("yes" if facts.compiles else "NO"),
+         _number(f"{facts.start_seconds:.1f}"), _number(f"{facts.build_seconds:.1f}"),
+         _number(f"{facts.compile_seconds:.1f}"), _number(amount(facts.peak_rss)))
+        for facts in ranks
+    ]  # fmt: skip
+    head = ("rank", "stage", "compiles", "imports, s", "network, s", "compiler, s", "peak memory of this machine")
+    return _table(head, rows)
+
+
+def _comparison(report: DryRunReport) -> list[str]:
+    """Our network's collectives beside MindFormers' own."""
+    parts = []
+    for theirs in report.native:
+        ours = next(facts for facts in report.ranks if facts.rank == theirs.rank)
+        if theirs.error:
+            parts.append(f"<p>Rank {theirs.rank}: MindFormers' network does not compile.</p>"
+                         f"<pre>{escape(theirs.error)}</pre>")  # fmt: skip
+            continue
+        rows = []
+        for kind in sorted({row.kind for row in (*ours.traffic, *theirs.traffic)}):
+            mine, other = ([row for row in facts.traffic if row.kind == kind] for facts in (ours, theirs))
+            rows.append((_text(kind), *(_number(sum(row.count for row in part)) for part in (mine, other)),
+                         *(_number(amount(sum(row.sent for row in part))) for part in (mine, other))))  # fmt: skip
+        parts.append(f"<p>Rank {theirs.rank}</p>" + _table(("kind", "count, ours", "count, theirs", "sent, ours",
+                                                            "sent, theirs"), rows))  # fmt: skip
+    return ["<h2>MindFormers' own network for the same file</h2>", *parts] if parts else []

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A dry run's result as text and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mindformers_ext.core.spec import ParallelSpec
+from mindformers_ext.formats.atomic import fresh_file
+from mindformers_ext.jobs.dryrun import LIMITS, DryRunPlan
+from mindformers_ext.jobs.dryrun_facts import KINDS, RankFacts
+
+SIZES = ("data_parallel", "model_parallel", "pipeline_stage", "expert_parallel", "micro_batch_num",
+         "micro_batch_interleave_num", "use_seq_parallel", "vocab_emb_dp", "enable_alltoall",
+         "enable_parallel_optimizer")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DryRunReport:
+    """Everything a report is written from. ``native``: the ranks of MindFormers' own network, when it was asked for."""
+
+    config: str
+    plan: DryRunPlan
+    ranks: tuple[RankFacts, ...]
+    native: tuple[RankFacts, ...] = ()
+
+    @property
+    def compiles(self) -> bool:
+        """Whether every asked rank of our network compiled."""
+        return all(facts.compiles for facts in self.ranks)
+
+    def one_per_stage(self) -> list[RankFacts]:
+        """The first compiled rank of each stage, by stage."""
+        found: dict[int, RankFacts] = {}
+        for facts in self.ranks:
+            if facts.compiles:
+                found.setdefault(facts.stage, facts)
+        return [found[stage] for stage in sorted(found)]
+
+
+def sizes(parallel: ParallelSpec) -> dict[str, Any]:
+    """The parallel sizes as the YAML names them."""
+    return {name: getattr(parallel, name) for name in SIZES}
+
+
+def report_json(report: DryRunReport) -> dict[str, Any]:
+    """The report as plain values."""
+    plan = report.plan
+    return {
+        "config": report.config,
+        "devices": plan.world,
+        "compiles": report.compiles,
+        "parallel": sizes(plan.spec.parallel),
+        "rows_per_step": plan.rows,
+        "notes": list(plan.notes),
+        "limits": list(LIMITS),
+        "ranks": [facts.to_json() | {"bytes": {kind: facts.nbytes(kind) for kind in KINDS}} for facts in report.ranks],
+        "native_ranks": [facts.to_json() for facts in report.native],
+    }
+
+
+def write_json(report: DryRunReport, path: Path) -> None:
+    """Write ``report_json`` to ``path``."""
+    with fresh_file(path, overwrite=True) as beside:
+        beside.write_text(json.dumps(report_json(report), indent=1) + "\n", encoding="utf-8")
+
+
+def report_text(report: DryRunReport) -> str:
+    """The report for a terminal."""
+    plan, parallel = report.plan, report.plan.spec.parallel
+    lines = [
+        f"{report.config}: {plan.world} devices, " + ", ".join(f"{k} {v}" for k, v in sizes(parallel).items()),
+        *(f"note: {note}" for note in plan.notes),
+        "",
+        "compilation",
+        *table(("rank", "stage", "compiles", "seconds", "peak RSS", "weights", "gradients", "optimizer"),
+               (_rank_row(facts) for facts in report.ranks)),
+    ]  # fmt: skip
+    for facts in report.ranks:
+        if facts.error:
+            lines += ["", f"rank {facts.rank} does not compile:", *(f"  {line}" for line in facts.error.splitlines())]
+    for facts in report.one_per_stage():
+        lines += ["", *stage_lines(facts)]
+    if len(report.one_per_stage()) > 1:
+        lines += ["", *balance_lines(report.one_per_stage())]
+    if report.native:
+        lines += ["", *comparison_lines(report)]
+    return "\n".join([*lines, "", *LIMITS, ""])
+
+
+def _rank_row(facts: RankFacts) -> tuple[str, ...]:
+    if not facts.compiles:
+        return (str(facts.rank), str(facts.stage), "NO", *[""] * 5)
+    seconds = facts.start_seconds + facts.build_seconds + facts.compile_seconds
+    parts = [amount(facts.nbytes(kind)) for kind in ("weight", "gradient", "optimizer")]
+    return (str(facts.rank), str(facts.stage), "yes", f"{seconds:.0f}", amount(facts.peak_rss), *parts)
+
+
+def stage_lines(facts: RankFacts) -> list[str]:
+    """Collectives, largest tensors and generated strategies of one rank."""
+    lines = [f"stage {facts.stage} (rank {facts.rank}), collectives of one step"]
+    rows = [(row.kind, row.purpose, group_text(row.ranks), f"{row.count}", amount(row.payload), amount(row.sent))
+            for row in facts.traffic]  # fmt: skip
+    lines += table(("kind", "for", "ranks", "count", "payload", "sent by this rank"), rows)
+    lines.append(f"largest tensors of rank {facts.rank}")
+    lines += table(("tensor", "whole", "here", "type", "bytes"),
+                   ((row.name, shape_text(row.whole), shape_text(row.local), row.dtype, amount(row.nbytes))
+                    for row in facts.largest()))  # fmt: skip
+    if facts.unplanned:
+        kinds = ", ".join(sorted({row.kind for row in facts.unplanned}))
+        lines.append(f"{len(facts.unplanned)} operators have no strategy of their own (MindSpore made one up): {kinds}")
+    return lines
+
+
+def balance_lines(stages: Sequence[RankFacts]) -> list[str]:
+    """How evenly the pipeline stages share weights and products."""
+    most = max(facts.matmul_flops for facts in stages) or 1
+    rows = [(str(facts.stage), amount(facts.nbytes("weight")), f"{facts.matmul_flops / 1e12:.3f}",
+             f"{100 * facts.matmul_flops / most:.0f}%") for facts in stages]  # fmt: skip
+    return ["pipeline balance", *table(("stage", "weights", "TFLOP of products per step", "of the busiest"), rows)]
+
+
+def comparison_lines(report: DryRunReport) -> list[str]:
+    """Collectives of our network beside MindFormers' own for the same YAML."""
+    lines = ["MindFormers' own network for the same file"]
+    for ours in report.ranks:
+        for theirs in (facts for facts in report.native if facts.rank == ours.rank):
+            if theirs.error:
+                lines.append(f"rank {theirs.rank}: it does not compile: {theirs.error.splitlines()[0]}")
+                continue
+            rows = []
+            for kind in sorted({row.kind for row in (*ours.traffic, *theirs.traffic)}):
+                mine, other = ([row for row in facts.traffic if row.kind == kind] for facts in (ours, theirs))
+                rows.append((kind, *(f"{sum(row.count for row in part)}" for part in (mine, other)),
+                             *(amount(sum(row.sent for row in part)) for part in (mine, other))))  # fmt: skip
+            lines += [f"rank {ours.rank}", *table(("kind", "ours", "theirs", "sent, ours", "sent, theirs"), rows)]
+    return lines
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table, columns aligned."""
+    body = [tuple(head), *map(tuple, rows)]
+    widths = [max(len(row[place]) for row in body) for place in range(len(head))]
+    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in body]  # fmt: skip
+
+
+def amount(nbytes: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000 or unit == "GB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    raise AssertionError("unreachable")
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """(2, 3) as ``2x3``; a scalar as ``-``."""
+    return "x".join(map(str, shape)) or "-"
+
+
+def group_text(ranks: Sequence[int]) -> str:
+    """Members of a group in short: ``0-7``, ``0-14 by 2``, or the numbers."""
+    if len(ranks) > 2:
+        step = ranks[1] - ranks[0]
+        if step > 0 and list(ranks) == list(range(ranks[0], ranks[-1] + 1, step)):
+            return f"{ranks[0]}-{ranks[-1]}" + (f" by {step}" if step > 1 else "")
+    return ",".join(map(str, ranks))

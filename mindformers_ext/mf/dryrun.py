@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rank of a job that is compiled and never run: the same path as ``mf.run`` up to the finished train step.
+
+Runs in a process of its own whose environment puts MindSpore's Ascend compiler on stand-ins of CANN
+(``jobs.dryrun_stubs``). There a graph can be compiled but no step computed, so the trainer stops where training starts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mindformers.tools.logger import logger
+from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+from mindformers.trainer import Trainer
+from mindspore import Tensor, nn
+
+from mindformers_ext.mf.run import prepare
+from mindformers_ext.mf.trainer import PortableCausalLanguageModelingTrainer
+from mindformers_ext.ms.mindrecord import write_mindrecord
+
+TOKEN = 5  # every token of the synthetic rows; no value is ever computed
+
+
+class TrainStepBuiltError(Exception):
+    """Carries the finished train step out of MindFormers' trainer."""
+
+    def __init__(self, step: nn.Cell, dataset: Any) -> None:
+        super().__init__("the train step is built")
+        self.step, self.dataset = step, dataset
+
+
+class CompileOnlyTrainer(PortableCausalLanguageModelingTrainer):
+    """Builds data, network, optimizer and train step as every run does, then stops."""
+
+    def create_model_wrapper(self, network: nn.Cell, optimizer: nn.Optimizer) -> nn.Cell:
+        """Build the train step and raise ``TrainStepBuiltError`` with it."""
+        raise TrainStepBuiltError(super().create_model_wrapper(network, optimizer), self.train_dataset)
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """Whole shapes of all parameters, which of them are trained, the batch's shapes, and seconds per phase."""
+
+    shapes: dict[str, tuple[int, ...]]
+    trained: tuple[str, ...]
+    batch: tuple[tuple[int, ...], ...]
+    build_seconds: float
+    compile_seconds: float
+
+
+def compile_step(config: Mapping[str, Any], rows: int, folder: Path, native: bool = False) -> CompiledStep:
+    """Compile this rank's train step of ``config``.
+
+    Args:
+        config: a checked configuration; its data set is replaced by ``rows`` synthetic rows.
+        rows: at least one step's.
+        folder: where the synthetic data goes.
+        native: compile MindFormers' own network and train step instead of ours.
+    """
+    started = time.time()
+    full = prepare(with_synthetic_data(config, rows, folder), native=native)
+    MindFormerRegister.register_cls(CompileOnlyTrainer, MindFormerModuleType.TRAINER)
+    full.trainer.type = CompileOnlyTrainer.__name__
+    try:
+        Trainer(full).train()
+    except TrainStepBuiltError as built:
+        step, dataset = built.step, built.dataset
+    else:
+        raise RuntimeError("MindFormers' trainer ended before the train step was built")
+    shapes = {parameter.name: tuple(parameter.shape) for parameter in step.get_parameters()}
+    trained = tuple(parameter.name for parameter in step.optimizer.parameters)
+    batch = tuple(tuple(shape) for shape in dataset.output_shapes())
+    step.set_train()
+    built_at = time.time()
+    step.compile(*(Tensor(np.full(shape, TOKEN, np.int32)) for shape in batch))
+    logger.info("Dry run: the train step is compiled.")
+    return CompiledStep(shapes, trained, batch, built_at - started, time.time() - built_at)
+
+
+def with_synthetic_data(config: Mapping[str, Any], rows: int, folder: Path) -> dict[str, Any]:
+    """``config`` with its training data replaced by ``rows`` equal rows of seq_length + 1 tokens."""
+    written = config.get("train_dataset") or {}
+    columns = tuple(written.get("input_columns") or ("input_ids",))
+    width = int(config["model"]["model_config"].get("seq_length", 2048)) + 1
+    path = folder / "synthetic.mindrecord"
+    row = {column: np.full(width, TOKEN, np.int32) for column in columns}
+    write_mindrecord(path, (row for _ in range(rows)), columns)
+    dataset = {
+        **written,
+        "input_columns": list(columns),
+        "data_loader": {"type": "MindDataset", "dataset_dir": str(path), "shuffle": False},
+        "drop_remainder": True,
+        "num_parallel_workers": 1,
+    }
+    task = {"type": "CausalLanguageModelDataset", "dataset_config": dataset}
+    return {**config, "train_dataset": dataset, "train_dataset_task": task}
