@@ -39,10 +39,15 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     result.add_argument("file", type=Path, help="MindRecord with input_ids, and labels where it is for finetuning")
-    result.add_argument("--model_file", type=Path, required=True, help="the tokenizer the file was made with")
+    result.add_argument(
+        "--model_file",
+        type=Path,
+        required=True,
+        help="the tokenizer the file was made with: tokenizer.model, tokenizer.json, or a folder with one",
+    )
     result.add_argument("--n", type=int, default=3, help="records to show (default 3)")
     result.add_argument("--skip", type=int, default=0, help="records to pass over first (default 0)")
-    result.add_argument("--pad_id", type=int, help="pad_token_id of the network (default: the tokenizer's, else <unk>)")
+    result.add_argument("--pad_id", type=int, help="pad_token_id of the network (default: as llama_preprocess.py)")
     result.add_argument("--ignore_id", type=int, default=-100, help="label that bears no loss (default -100)")
     result.add_argument("--color", choices=("auto", "always", "never"), default="auto",
                         help="mark by colour, or by [[ ]] (default auto: colour on a terminal)")  # fmt: skip

@@ -3,32 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.data.tokenizers import Tokenizer
 
 SPECIAL_TEXTS = {"unk_id": "<unk>", "bos_id": "<s>", "eos_id": "</s>", "pad_id": "<pad>"}
-
-
-class Tokenizer(Protocol):
-    """What is asked of a tokenizer here."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids."""
-        ...
-
-    @property
-    def special_ids(self) -> dict[str, int]:
-        """``unk_id``, ``bos_id``, ``eos_id`` and ``pad_id``; -1 where there is none."""
-        ...
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of ``ids``."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -42,7 +24,8 @@ class Segment:
 
 @dataclass(frozen=True)
 class ShownRecord:
-    """A row to print, and its counts in tokens. ``padding`` is the run of the pad id at the end.
+    """A row to print, and its counts in tokens. ``padding`` is the run of the pad id at the end (an EOS that is also
+    the pad id, but has a label, is no padding).
 
     ``changed`` counts loss-bearing labels that are not the row's own token; 0 in data for a causal model.
     """
@@ -90,7 +73,8 @@ def show(
             f"ids 0 to {size - 1}: give the tokenizer the file was made with (--model_file)"
         )
     mask = loss_mask(ids, labels, pad_id, ignore_id)
-    padding = next((place for place, token in enumerate(reversed(ids)) if token != pad_id), len(ids))
+    filler = [token == pad_id and (labels is None or labels[at] == ignore_id) for at, token in enumerate(ids)]
+    padding = next((count for count, fills in enumerate(reversed(filler)) if not fills), len(ids))
     body = len(ids) - padding
     special = {tokenizer.special_ids[name]: text for name, text in SPECIAL_TEXTS.items()}
     segments = [*_body(ids[:body], mask, special, tokenizer), *_padding(mask[body:])]

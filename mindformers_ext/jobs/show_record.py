@@ -11,17 +11,18 @@ from pathlib import Path
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.data.show import ShownRecord as ShownRecord  # part of what this module gives
 from mindformers_ext.data.show import show
-from mindformers_ext.data.tokenizers import SentencePieceTokenizer
+from mindformers_ext.data.tokenizers import Tokenizer, open_tokenizer
 from mindformers_ext.formats.mindrecord_file import record_fields
 from mindformers_ext.jobs.engine import open_records
 from mindformers_ext.jobs.run_data import row_count
 
 FIELDS = ("input_ids", "labels")  # what a causal model reads
+PADS = ("pad_id", "unk_id", "eos_id")  # the first that a tokenizer has pads its rows (see preprocess_request.py)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShowRequest:
-    """Which records to show. ``pad_id`` None: the tokenizer's pad, else its unknown token as MindFormers does."""
+    """Which records to show. ``pad_id`` None: the one that llama_preprocess.py takes for this tokenizer."""
 
     path: Path
     model_file: Path
@@ -67,16 +68,16 @@ def open_file(request: ShowRequest) -> OpenedFile:
     rows = row_count(request.path)
     if request.skip >= rows:
         raise UserError(f"--skip {request.skip}: {request.path} holds {rows} records")
-    tokenizer = SentencePieceTokenizer(request.model_file)
+    tokenizer = open_tokenizer(request.model_file)
     special = tokenizer.special_ids
     pad_id = request.pad_id
     if pad_id is None:
-        pad_id = special["pad_id"] if special["pad_id"] >= 0 else special["unk_id"]
+        pad_id = next((special[name] for name in PADS if special[name] >= 0), -1)
     return OpenedFile(rows, fields, pad_id, _records(request, fields, tokenizer, pad_id))
 
 
 def _records(
-    request: ShowRequest, fields: tuple[str, ...], tokenizer: SentencePieceTokenizer, pad_id: int
+    request: ShowRequest, fields: tuple[str, ...], tokenizer: Tokenizer, pad_id: int
 ) -> Iterator[tuple[int, ShownRecord]]:
     rows = open_records().read(request.path, fields)
     chosen = islice(enumerate(rows, start=1), request.skip, request.skip + request.count)

@@ -130,10 +130,10 @@ def environment() -> dict[str, str]:
     return kept | {"GLOG_v": "3"}
 
 
-def run_job(config: Path, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+def run_job(config: Path, *arguments: object, cwd: Path, timeout: int = 280) -> subprocess.CompletedProcess:
     """Run the command to its end."""
     return subprocess.run(command(config, *arguments), cwd=cwd, env=environment(), capture_output=True, text=True,
-                          timeout=280, check=False)  # fmt: skip
+                          timeout=timeout, check=False)  # fmt: skip
 
 
 def rows_of(output: Path) -> list[dict]:

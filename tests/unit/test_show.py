@@ -81,6 +81,13 @@ def test_an_unknown_token_is_visible_and_counted(tokenizer: SentencePieceTokeniz
     assert as_padding.loss == len(before) + 1 + len(after) - 1 + 1
 
 
+def test_an_eos_that_also_pads_is_seen_where_it_has_a_label(tokenizer: SentencePieceTokenizer) -> None:
+    ids, labels = conversation(tokenizer, ("One plus one?", "Two"))
+    shown = show(ids + [EOS] * 3, labels + [IGNORE] * 3, tokenizer, EOS, IGNORE)
+    assert [segment.text.strip() for segment in shown.segments][-2:] == ["</s>", "<pad>x3"]
+    assert (shown.padding, shown.loss) == (3, sum(label != IGNORE for label in labels))
+
+
 def test_loss_follows_the_networks_rule() -> None:
     assert loss_mask([1, 5, 6, 3, 3], None, 3, IGNORE) == [False, True, True, True, False]
     assert loss_mask([1, 5, 6, 3, 3], [1, 5, IGNORE, 3, 3], 3, IGNORE) == [False, True, False, True, False]
