@@ -155,6 +155,10 @@ class TopkRouterV2(nn.Cell):
         token = order_GEC % tokens
         return (token + 1) * filled, (token * self.chosen + order_GEC // tokens) * filled
 
+    def choose(self, logits_GNE: Tensor) -> tuple[Tensor, Tensor]:
+        """Gates (G, N, K) float32 and experts (G, N, K) int32 of each token, before any slot is given: inference."""
+        return self._gates(self._probabilities(logits_GNE))
+
     def construct(self, logits_GNE: Tensor) -> tuple:
         G, N, E = logits_GNE.shape
         _check_load(self.chosen * N, E, self.moe.max_router_load)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts for inference equal a ten-line loop in any load, and padding changes nothing, in all three forms."""
+
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn
+
+from mindformers_ext.core.spec import MoESpec
+from mindformers_ext.ms.dropless import ChosenExperts, EveryExpert, SlottedExperts, dropless
+from mindformers_ext.ms.moe import MoE
+from mindformers_ext.ms.ops.select import select_operators
+from tests.helpers.moe_twin import GATE, HIDDEN, W1, W2, W3, random_rows, random_weights, spec_of
+
+FORMS = [ChosenExperts, EveryExpert, SlottedExperts]
+# A capacity factor that would drop nearly everything: inference does not look at it.
+MIXTRAL = MoESpec(num_local_experts=5, num_experts_per_tok=2, capacity_factor=0.2)
+
+
+def loop(x: np.ndarray, weights: dict[str, np.ndarray], chosen: int, normal: bool = True) -> np.ndarray:
+    """The ten lines, in float64."""
+    w = {name: value.astype(np.float64) for name, value in weights.items()}
+    out = np.zeros(x.shape)
+    for t, row in enumerate(x.astype(np.float64)):
+        odds = np.exp(w[GATE] @ row - (w[GATE] @ row).max())
+        odds /= odds.sum()
+        best = np.argsort(-odds, kind="stable")[:chosen]
+        for e in best:
+            up, gate = w[W3][e] @ row, w[W1][e] @ row
+            share = odds[e] / odds[best].sum() if normal else odds[e]
+            out[t] += share * (w[W2][e] @ (gate / (1 + np.exp(-gate)) * up))
+    return out
+
+
+def layer(moe: MoESpec, weights: dict[str, np.ndarray]) -> MoE:
+    cell = MoE(spec_of(moe), select_operators())
+    for parameter in cell.get_parameters():
+        parameter.set_data(Tensor(weights[parameter.name]))
+    cell.set_train(False)
+    return cell
+
+
+def run(form: type[nn.Cell], moe: MoESpec, weights: dict, x: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
+    valid = np.ones(len(x)) if valid is None else valid
+    return form(layer(moe, weights))(Tensor(x), Tensor(valid.astype(np.int32))).asnumpy()
+
+
+def loads() -> dict[str, tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Rows and weights by name: ordinary, all tokens to the same two experts, the last experts never chosen, one."""
+    ordinary, one_way, idle = random_weights(5, 4), random_weights(5, 5), random_weights(5, 6)
+    positive = np.abs(random_rows(8)) + 0.1
+    one_way[GATE][:] = np.array([0.0, -3.0, 2.0, 3.0, -2.0])[:, None]
+    idle[GATE][2:] = -9.0
+    return {"ordinary": (random_rows(1), ordinary), "all to two": (positive, one_way), "three idle": (positive, idle),
+            "one token": (random_rows(2, 1), ordinary)}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("load", loads())
+def test_equals_the_loop_in_any_load(mode: str, form: type[nn.Cell], load: str) -> None:
+    x, weights = loads()[load]
+    expected = loop(x, weights, 2)
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(run(form, MIXTRAL, weights, x), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_choice_of_probability_weight(mode: str, form: type[nn.Cell]) -> None:
+    moe, weights = MoESpec(num_local_experts=4, num_experts_per_tok=1), random_weights(4, 7)
+    x = random_rows(3)
+    np.testing.assert_allclose(run(form, moe, weights, x), loop(x, weights, 1, normal=False), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_padding_neither_routes_nor_takes_room(mode: str, form: type[nn.Cell]) -> None:
+    """Rows of other tokens among padding give what they give alone; slots are as many as real tokens need."""
+    x, weights = random_rows(1), random_weights(5, 4)
+    valid = np.arange(len(x)) % 3 > 0
+    filled = np.where(valid[:, None], x, 100.0).astype(np.float32)  # padding that would crowd one expert
+    found = run(form, MIXTRAL, weights, filled, valid)
+    np.testing.assert_allclose(found[valid], loop(x[valid], weights, 2), rtol=0, atol=1e-5)
+    if form is SlottedExperts:
+        np.testing.assert_array_equal(found[~valid], 0.0)
+        assert not run(form, MIXTRAL, weights, filled, np.zeros(len(x))).any()  # nothing but padding
+
+
+def test_the_cheapest_form_is_chosen() -> None:
+    ms.set_context(mode=ms.GRAPH_MODE)
+    cell = layer(MoESpec(num_local_experts=8, num_experts_per_tok=2), random_weights(8))
+    assert [type(dropless(cell, tokens)) for tokens in (1, 2, 32, 33, 4096)] == [
+        ChosenExperts, EveryExpert, EveryExpert, SlottedExperts, SlottedExperts]  # fmt: skip
+    few = layer(MoESpec(num_local_experts=4, num_experts_per_tok=2), random_weights(4))
+    assert type(dropless(few, 1)) is EveryExpert and few.ffn.w1.weight.shape == (4, 7, HIDDEN)
