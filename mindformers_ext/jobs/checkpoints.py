@@ -118,8 +118,7 @@ def remove_leftovers(folder: Path) -> list[Path]:
     """Delete the unfinished ``.tmp`` files of all rank folders; returns what was deleted."""
     found = sorted(folder.glob("rank_*/*.tmp"))
     for path in found:
-        path.chmod(0o600)
-        path.unlink()
+        path.unlink(missing_ok=True)  # the ranks of a job all look at once
     return found
 
 

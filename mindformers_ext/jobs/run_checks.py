@@ -49,6 +49,9 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     check_device(str((result.get("context") or {}).get("device_target", "Ascend")))
+    if result.get("use_parallel") and not launched():
+        result["use_parallel"] = False
+        notes.append("use_parallel becomes False: this process was started alone (scripts/msrun_launcher.sh starts more)")
     notes += _settle_checkpoint(result, spec)
     check_tokenizer(result, spec, mode)
     if mode in DATASET:
@@ -58,6 +61,11 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
     if mode == "predict":
         result.setdefault("save_file", str(Path(result["output_dir"]) / "text_generation_result.txt"))
     return CheckedRun(result, spec, tuple(notes))
+
+
+def launched() -> bool:
+    """Whether a launcher started this process as one of several (or a simulation plays them)."""
+    return any(os.environ.get(name) for name in ("MS_ROLE", "RANK_TABLE_FILE", "RANK_ID", "MS_SIMULATION_LEVEL"))
 
 
 def device_count(config: Mapping[str, Any]) -> int:

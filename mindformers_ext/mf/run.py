@@ -17,6 +17,7 @@ from mindformers.utils.file_utils import set_output_path
 import mindformers_ext.mf.register  # noqa: F401  puts our classes into MindFormers' registry
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.yaml_text import yaml_text
+from mindformers_ext.mf.barrier import use_cpu_barrier
 from mindformers_ext.mf.upgrade import upgrade
 
 TRAINING = ("train", "finetune")
@@ -55,6 +56,8 @@ def prepare(config: Mapping[str, Any], extra_notes: tuple[str, ...] = (), native
     full = MindFormerConfig(str(_saved(upgraded)))
     set_output_path(full.output_dir)
     _open_device(full, device)
+    if full.use_parallel and device == "CPU":
+        use_cpu_barrier()
     for note in (*extra_notes, *notes):
         logger.info("mindformers_ext: %s", note)
     return full

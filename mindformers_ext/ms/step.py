@@ -16,6 +16,7 @@ from mindformers_ext.ms.ops.select import select_operators
 
 _scaled = ops.MultitypeFuncGraph("scaled")
 _add = ops.MultitypeFuncGraph("add")
+_float32 = ops.MultitypeFuncGraph("float32")
 
 # Names of the step's own state in a checkpoint; a resumed run must restore them (``mf.trainer`` does).
 STEP_STATE = ("scale_sense", "current_iterator_step", "last_overflow_iterator_step")
@@ -33,6 +34,11 @@ def _scaled_by(factor: Tensor, gradient: Tensor) -> Tensor:
 @_add.register("Tensor", "Tensor")
 def _add_pair(left: Tensor, right: Tensor) -> Tensor:
     return ops.cast(left, ms.float32) + ops.cast(right, ms.float32)
+
+
+@_float32.register("Tensor")
+def _as_float32(gradient: Tensor) -> Tensor:
+    return ops.cast(gradient, ms.float32)
 
 
 class StepOutput(NamedTuple):
@@ -62,8 +68,12 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
         max_grad_norm: clip the global gradient norm to this; None leaves the gradients alone.
         micro_batches: gradient accumulation steps.
 
-    Outputs: ``StepOutput`` as a plain tuple; losses are means over the micro batches, ``expert_load`` their sum, and
-    ``loss_scale`` is the one the next step uses.
+    In data parallel (one process per slice of the batch) gradients are averaged over the ranks before the norm is
+    taken, whatever ``gradients_mean`` says, so every rank clips alike and takes the same step. Each rank's loss weighs
+    the same, as in PyTorch's DDP: with labels, ranks that count fewer tokens count them more.
+
+    Outputs: ``StepOutput`` as a plain tuple; losses are means over micro batches and ranks, ``expert_load`` their sum,
+    and ``loss_scale`` is the one the next step uses. In data parallel all ranks return the same.
     """
 
     def __init__(self, network: nn.Cell, optimizer: nn.Optimizer, scale_sense: float | nn.Cell = 1.0,
@@ -80,6 +90,10 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
         self.gradients_of = ops.value_and_grad(self.scaled_loss, None, self.weights, has_aux=True)
         self.all_finite = ops.IsFinite()
         self.square_sum = select_operators().square_sum()
+        self.averages = bool(self.reducer_flag)
+        if self.averages:
+            self.share = 1.0 / self.degree
+            self.grad_reducer = nn.DistributedGradReducer(self.weights, mean=True, degree=self.degree)
 
     def construct(self, *batch: Tensor) -> tuple[Any, ...]:
         """Run the step on one batch; see the class."""
@@ -88,7 +102,10 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
             terms, gradients = self.accumulated(scale, batch)
         else:
             terms, gradients = self.gradients_of_batch(scale, batch)
-        gradients = self.grad_reducer(gradients)
+        if self.averages:
+            # float32: bfloat16 has no AllReduce on a CPU, and a sum of scaled float16 gradients may overflow
+            gradients = self.grad_reducer(self.hyper_map(_float32, gradients))
+            terms = self.over_ranks(terms)
         unscale = 1.0 / (scale * self.micro_batches)
         global_norm = self.norm(gradients) * unscale
         overflow = self.process_loss_scale(self.not_finite(global_norm, terms[0]))
@@ -102,6 +119,15 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
             loss = ops.depend(loss, self.optimizer(gradients))
         scale = ops.depend(self.scale_sense, overflow)
         return loss, overflow, scale, learning_rate, global_norm, terms[1], terms[2], terms[3], terms[4]
+
+    def over_ranks(self, terms: Terms) -> Terms:
+        """Losses and dropped shares averaged, expert loads summed over the ranks, in one exchange."""
+        losses = ops.stack((terms[0], terms[1], terms[2])).astype(ms.float32) * self.share
+        load, dropped = terms[3].astype(ms.float32), terms[4].astype(ms.float32) * self.share
+        end = 3 + load.size
+        packed = self.allreduce(ops.cat((losses, load.reshape(-1), dropped.reshape(-1))))
+        loads, shares = packed[3:end].reshape(load.shape), packed[end:].reshape(dropped.shape)
+        return packed[0], packed[1], packed[2], loads, shares
 
     def norm(self, gradients: Gradients) -> Tensor:
         """Euclidean norm () of all gradients together."""
@@ -141,7 +167,7 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
         """True on every rank when any rank's gradient norm or loss is infinite or NaN."""
         finite = ops.logical_and(self.all_finite(global_norm), self.all_finite(ops.cast(loss, ms.float32)))
         overflow = ops.logical_not(finite.reshape(()))
-        if self.is_distributed:
+        if self.is_distributed and not self.averages:  # averaged values are broken on every rank or on none
             overflow = self.allreduce(ops.cast(overflow, ms.float32)) > 0
         return overflow
 

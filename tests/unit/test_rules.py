@@ -107,7 +107,7 @@ def test_rules_of_run_modes() -> None:
         (with_sizes(pipeline_stage=1, device_num=8), "micro_batch_num=16 has no effect"),
         (with_sizes(data_parallel=3, expert_parallel=1, enable_parallel_optimizer=True, device_num=6),
          "vocab_size=32000"),
-        (with_sizes(parallel_mode="data_parallel"), "gradients_mean=False sums"),
+        (with_sizes(parallel_mode="data_parallel"), "gradients_mean=False has no effect"),
         (with_sizes(parallel_mode="data_parallel"), "data_parallel=8, pipeline_stage=2, expert_parallel=8"),
         (replace(SEED, model=replace(MODEL, moe=None)), "expert_parallel=8 has no effect"),
         (replace(SEED, model=replace(MODEL, moe=replace(MODEL.moe, balance_via_topk_bias=True))), "never moves"),

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes, data parallel through launcher and Trainer, equal one process with the whole batch."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from tests.helpers.cluster import (
+    MASTER,
+    end,
+    free_port,
+    launch,
+    launch_environment,
+    namespaces_missing,
+    start,
+    two_machines,
+    wait_for,
+    workers,
+)
+from tests.helpers.tiny_run import BATCH, ROOT, ROWS, SEQ, STEPS, command, environment, make_job, rows_of
+
+pytestmark = pytest.mark.slow
+
+# Makes the start weights, then trains one network on batches of both ranks' rows with two routing groups, as the
+# two processes have. MindRecord gives rank r the rows r, r + 2, ...; the groups hold the rows of one rank each.
+REFERENCE = """
+import json, sys
+import mindspore as ms, numpy as np
+from mindformers_ext.core.yaml_file import load_yaml
+from mindformers_ext.core.yaml_view import network_spec_from_yaml
+from mindformers_ext.ms.models import build_causal_lm
+from mindformers_ext.ms.optim import FusedAdamW
+from mindformers_ext.ms.step import LossNetwork, TrainStepCell
+from tests.helpers.tiny_run import BATCH, ROWS, token_rows
+what, yaml, start, rates = sys.argv[1:]
+config = load_yaml(yaml)
+config["use_parallel"], config["parallel"] = True, {"parallel_mode": 1}
+config["parallel_config"] = {"data_parallel": 2}
+network = build_causal_lm(network_spec_from_yaml(config, 2))
+if what == "start":
+    ms.set_seed(3)
+    config["parallel_config"] = {"data_parallel": 1}
+    network = build_causal_lm(network_spec_from_yaml(config, 1))
+    ms.save_checkpoint(network, start)
+    raise SystemExit
+assert ms.load_param_into_net(network, ms.load_checkpoint(start))[0] == []
+network.set_train(True)
+rates = json.loads(rates)
+optimizer = FusedAdamW(network.trainable_params(), ms.Tensor(rates, ms.float32), betas=(0.9, 0.95))
+step = TrainStepCell(LossNetwork(network), optimizer, max_grad_norm=0.5)
+rows, found = token_rows(), []
+for number in range(len(rates)):
+    first = number * BATCH % ROWS
+    batch = rows[first : first + BATCH]
+    outputs = step(ms.Tensor(np.concatenate([batch[0::2], batch[1::2]])))
+    found.append([float(outputs[place]) for place in (0, 5, 6, 4)] + outputs[7].asnumpy().sum(0).tolist())
+print(json.dumps(found))
+"""
+FIXED = ("--train_dataset.data_loader.shuffle False --runner_wrapper.scale_sense 1.0 --optimizer.weight_decay 0 "
+         "--runner_wrapper.max_grad_norm 0.5")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A job run to its end by two processes from given weights: output folder, metrics, command."""
+    folder = tmp_path_factory.mktemp("pair")
+    job = SimpleNamespace(folder=folder, yaml=make_job(folder), start=folder / "start.ckpt")
+    reference(job, "start", "[]")
+    job.command = (f"run_mindformer.py --config {job.yaml} --use_parallel True --parallel.parallel_mode 0 --batch_size "
+                   f"{BATCH // 2} {FIXED} --callbacks.1.save_checkpoint_steps 2")  # fmt: skip
+    job.fresh = f"{job.command} --load_checkpoint {job.start}"
+    text = launch(f"{job.fresh} --output_dir whole", 2, free_port(), "log", "True", 120, cwd=folder)
+    assert text.startswith("0\n"), text[-3000:]
+    job.rows = rows_of(folder / "whole")
+    return job
+
+
+def reference(job, what, rates):
+    """Runs ``REFERENCE``; returns the last line it prints."""
+    result = subprocess.run([sys.executable, "-c", REFERENCE, what, job.yaml, job.start, rates], cwd=ROOT,
+                            env=environment(), capture_output=True, text=True, check=False)  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+def test_two_processes_equal_one_with_the_whole_batch(pair):
+    rates = [row["learning_rate"] for row in pair.rows]
+    expected = json.loads(reference(pair, "train", json.dumps(rates)).splitlines()[-1])
+    assert len(expected) == len(pair.rows) == STEPS == 20
+    for row, (loss, lm_loss, aux_loss, norm, *load) in zip(pair.rows, expected, strict=True):
+        assert row["loss"] == pytest.approx(loss, abs=1e-5)
+        assert row["lm_loss"] == pytest.approx(lm_loss, abs=1e-5)
+        assert row["aux_loss"] == pytest.approx(aux_loss, abs=1e-6) and row["aux_loss"] > 0.09
+        assert row["global_norm"] == pytest.approx(norm, abs=1e-4)
+        assert np.array(row["expert_load"]).sum(0).tolist() == load
+    assert max(row["global_norm"] for row in pair.rows) > 0.5  # clipped
+
+
+def test_every_rank_reports_the_whole_job(pair):
+    other = (pair.folder / "whole" / "metrics" / "rank_1.jsonl").read_text().splitlines()
+    for row, line in zip(pair.rows, other, strict=True):
+        second = json.loads(line)
+        assert all(row[name] == second[name] for name in ("loss", "aux_loss", "global_norm", "expert_load", "dropped"))
+        assert (np.array(row["expert_load"]).sum(axis=1) == 2 * BATCH * SEQ).all()  # of both ranks
+
+
+def test_ranks_hold_the_same_weights(pair):
+    import mindspore as ms
+
+    held = [ms.load_checkpoint(str(next((pair.folder / "whole" / "checkpoint" / f"rank_{rank}").glob("*-2_10.ckpt"))))
+            for rank in range(2)]  # fmt: skip
+    assert set(held[0]) == set(held[1]) and len(held[0]) > 60
+    for name, value in held[0].items():
+        np.testing.assert_array_equal(value.asnumpy(), held[1][name].asnumpy(), err_msg=name)
+
+
+def test_a_killed_rank_ends_the_job_and_it_resumes_exactly(pair):
+    output = pair.folder / "killed"
+    process = start(f"{pair.fresh} --output_dir killed", 2, free_port(), "log_killed", "True", 120, cwd=pair.folder,
+                    log=pair.folder / "out")  # fmt: skip
+    try:
+        wait_for(lambda: list((output / "checkpoint" / "rank_1").glob("*-1_6.ckpt")), 120, "step 6")
+        started = time.time()
+        os.kill(workers("--output_dir killed".replace(" ", "\0"))[1], signal.SIGKILL)
+        assert process.wait(120) == 1 and time.time() - started < 90
+    finally:
+        end(process)
+    text = (pair.folder / "out").read_text()
+    assert "Worker 1 was ended by signal SIGKILL" in text and "log_killed/worker_1.log" in text
+    assert len(rows_of(output)) < STEPS
+    text = launch(f"{pair.command} --output_dir killed --resume_training True", 2, free_port(), "log_resumed", "True",
+                  120, cwd=pair.folder)  # fmt: skip
+    assert text.startswith("0\n"), text[-3000:]
+    resumed = rows_of(output)
+    assert [row["step"] for row in resumed] == list(range(1, STEPS + 1))
+    for row, expected in zip(resumed, pair.rows, strict=True):
+        for name in ("loss", "lm_loss", "aux_loss", "global_norm", "learning_rate", "expert_load", "dropped"):
+            assert row[name] == expected[name], (row["step"], name)
+
+
+def test_two_machines_give_the_same(pair):
+    reason = namespaces_missing()
+    if reason:
+        pytest.skip(reason)
+    port = free_port()
+    with two_machines() as names:
+        nodes = [start(f"{pair.fresh} --output_dir nodes", 2, 1, MASTER, port, rank, f"log_node{rank}", "True", 120,
+                       cwd=pair.folder, log=pair.folder / f"out{rank}", namespace=name)
+                 for rank, name in enumerate(names)]  # fmt: skip
+        try:
+            codes = [node.wait(200) for node in nodes]
+        finally:
+            for node in nodes:
+                end(node)
+    assert codes == [0, 0], (pair.folder / "out0").read_text()[-3000:]
+    assert (pair.folder / "log_node1" / "worker_1.log").exists()
+    assert not (pair.folder / "log_node1" / "scheduler.log").exists()
+    for row, expected in zip(rows_of(pair.folder / "nodes"), pair.rows, strict=True):
+        assert row["loss"] == expected["loss"] and row["expert_load"] == expected["expert_load"]
+
+
+def test_use_parallel_in_a_lone_process_is_said_and_runs(pair):
+    result = subprocess.run(
+        command(pair.yaml, "--use_parallel", "True", "--parallel.parallel_mode", 0, "--num_samples", 4, "--epochs", 1,
+                "--output_dir", "alone"), cwd=pair.folder, env=launch_environment(), capture_output=True, text=True,
+        check=False)  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "use_parallel becomes False: this process was started alone" in result.stderr
+    assert len(rows_of(pair.folder / "alone")) == 1 and ROWS == 40
