@@ -51,7 +51,7 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
     check_device(str((result.get("context") or {}).get("device_target", "Ascend")))
     if result.get("use_parallel") and not launched():
         result["use_parallel"] = False
-        notes.append("use_parallel becomes False: this process was started alone (scripts/msrun_launcher.sh starts more)")
+        notes.append("use_parallel becomes False: this process was started alone (scripts/msrun_launcher.sh)")
     notes += _settle_checkpoint(result, spec)
     check_tokenizer(result, spec, mode)
     if mode in DATASET:
