@@ -29,7 +29,7 @@ class HuggingFaceTokenizer:
             text = path.read_text(encoding="utf-8")
             self._model: Any = tokenizers.Tokenizer.from_str(text)
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8: give a tokenizer.json") from error
+            raise UserError(f"{path} is no tokenizer.json (not UTF-8): give a tokenizer.json") from error
         except Exception as error:  # noqa: BLE001 the library raises plain Exception for every fault in the file
             raise UserError(f"{path} is no tokenizer.json ({error}): give one of a Hugging Face model") from error
         self._model.no_padding()

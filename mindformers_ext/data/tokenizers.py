@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Sequence
-from itertools import chain
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.data.hf_tokenizer import HuggingFaceTokenizer
+from mindformers_ext.data.word_cache import WordEncoder, is_separable
 
 # LLaMA's first three ids, and a padding id of its own: with pad == unk a loss that masks padding also drops every
 # unknown token (found in MindFormers' preprocessing, spec section 6).
@@ -65,10 +64,13 @@ class SentencePieceTokenizer:
             raise UserError(f"{path} is no SentencePiece model ({error}): give a tokenizer.model") from error
         self.path = path
         ids = self.special_ids
-        self._marks = {self._model.id_to_piece(ids[name]): ids[name] for name in IN_TEXT if ids[name] >= 0}
+        self._marks = {
+            self._model.id_to_piece(ids[name]): np.int32(ids[name]).tobytes() for name in IN_TEXT if ids[name] >= 0
+        }
         self._pattern = re.compile("(" + "|".join(map(re.escape, self._marks)) + ")")
         byte = self._model.piece_to_id("<0x0A>")  # with byte fallback, unknown tokens come from the text "<unk>" only
         self._byte_fallback = byte >= 0 and bool(self._model.is_byte(byte))
+        self._words = WordEncoder(self._model) if is_separable(self._model) else None
 
     @property
     def vocab_size(self) -> int:
@@ -97,8 +99,9 @@ class SentencePieceTokenizer:
             else:
                 sections.append(text)
                 plans.append(None)
-        encoded = iter(self._model.encode(sections, num_threads=1, return_type="numpy"))
-        return [next(encoded) if plan is None else self._joined(plan, encoded) for plan in plans]
+        encoded = iter(self._encoded(sections))
+        return [np.frombuffer(next(encoded) if plan is None else self._joined(plan, encoded), np.int32)
+                for plan in plans]  # fmt: skip
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``; control ids give nothing, an unknown token its own mark."""
@@ -110,10 +113,13 @@ class SentencePieceTokenizer:
         parts = [self._model.decode(tokens[a + 1 : b]) for a, b in zip(places, places[1:], strict=False)]
         return str(self._model.id_to_piece(unk)).join(parts)
 
-    def _joined(self, parts: list[str], encoded: Iterable[Any]) -> npt.NDArray[np.int32]:
-        ids = iter(encoded)
-        found = [[self._marks[part]] if part in self._marks else next(ids) for part in parts]
-        return np.fromiter(chain.from_iterable(found), np.int32)
+    def _encoded(self, sections: list[str]) -> list[bytes]:
+        if self._words is not None:
+            return self._words.encode(sections)
+        return [np.array(ids, np.int32).tobytes() for ids in self._model.encode(sections, num_threads=1, out_type=int)]
+
+    def _joined(self, parts: list[str], encoded: Iterator[bytes]) -> bytes:
+        return b"".join([self._marks[part] if part in self._marks else next(encoded) for part in parts])
 
 
 def open_tokenizer(path: Path) -> Tokenizer:

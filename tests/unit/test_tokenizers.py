@@ -5,11 +5,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.data.corpus import standard_library_text
-from mindformers_ext.data.tokenizers import SPECIAL_IDS, SentencePieceTokenizer, train_sentencepiece
+from mindformers_ext.data.readers import Cutting, cut
+from mindformers_ext.data.tokenizers import (
+    SPECIAL_IDS,
+    SentencePieceTokenizer,
+    encode_glued,
+    open_tokenizer,
+    puts_blank,
+    train_sentencepiece,
+)
+from mindformers_ext.data.word_cache import WordEncoder, is_separable
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +67,123 @@ def test_too_little_text_and_wrong_files_are_user_errors(tmp_path: Path) -> None
     (tmp_path / "a.model").write_bytes(b"not a model")
     with pytest.raises(UserError, match="no SentencePiece model"):
         SentencePieceTokenizer(tmp_path / "a.model")
+
+
+@given(st.lists(st.text(alphabet="  ab the\n\t.,'é漢\U0001f600▁\xa0\x00<>s/unk019", max_size=30), max_size=4))
+def test_words_apart_give_the_models_own_tokens(tokenizer: SentencePieceTokenizer, texts: list[str]) -> None:
+    assert is_separable(tokenizer._model)
+    found = [np.frombuffer(ids, np.int32).tolist() for ids in WordEncoder(tokenizer._model).encode(texts)]
+    assert found == tokenizer._model.encode(texts, out_type=int)
+
+
+def test_real_text_gives_the_models_own_tokens(real_tokenizer: Path, wiki_file: Path) -> None:
+    real = SentencePieceTokenizer(real_tokenizer)
+    assert is_separable(real._model)
+    texts = wiki_file.read_text(encoding="utf-8").split("\n")
+    encoder = WordEncoder(real._model)
+    for _ in range(2):  # the second time from the cache
+        found = [np.frombuffer(ids, np.int32).tolist() for ids in encoder.encode(texts)]
+        assert found == real._model.encode(texts, out_type=int)
+
+
+def test_the_cache_is_bounded(tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mindformers_ext.data.word_cache.MOST_WORDS", 100)
+    encoder = WordEncoder(tokenizer._model)
+    for start in range(0, 1000, 50):
+        text = " ".join(f"w{number}" for number in range(start, start + 50)) + " " + "long" * 20 + " "
+        assert np.frombuffer(encoder.encode([text])[0], np.int32).tolist() == tokenizer._model.encode(text)
+        assert len(encoder._known) <= 101 and max(map(len, encoder._known)) < 30
+
+
+@pytest.mark.parametrize("normal", [{"normalization_rule_name": "nmt_nfkc"}, {"remove_extra_whitespaces": True},
+                                    {"model_type": "unigram"}, {"split_by_whitespace": False},
+                                    {"byte_fallback": False}])  # fmt: skip
+def test_other_models_are_encoded_text_by_text(documents: list[str], tmp_path: Path, normal: dict) -> None:
+    import sentencepiece
+
+    settings = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
+                "remove_extra_whitespaces": False, "vocab_size": 700, "minloglevel": 2} | normal  # fmt: skip
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(documents[:200]), model_prefix=str(tmp_path / "other"), **settings
+    )
+    other = SentencePieceTokenizer(tmp_path / "other.model")
+    assert not is_separable(other._model)
+    texts = ["Return the  name. ", "", " of a <unk> file", "plain"]
+    for text, ids in zip(texts, other.encode_batch(texts), strict=True):
+        if "<unk>" not in text:
+            assert ids.tolist() == other._model.encode(text)
+    assert 0 in other.encode(texts[2])
+
+
+def test_special_tokens_in_a_text_become_their_ids(tokenizer: SentencePieceTokenizer) -> None:
+    inner = tokenizer._model.encode
+    text = "<unk> of <s>the</s></s> < unk>"
+    expected = [0, *inner(" of "), 1, *inner("the"), 2, 2, *inner(" < unk>")]
+    assert tokenizer.encode(text) == expected
+    assert tokenizer.decode([0, *inner(" of "), 0]) == "<unk> of <unk>"
+
+
+def test_a_long_document_cut_between_words_keeps_its_tokens(real_tokenizer: Path, wiki_file: Path) -> None:
+    real = open_tokenizer(real_tokenizer)
+    assert puts_blank(real)
+    text = wiki_file.read_text(encoding="utf-8")[:300_000].replace("<unk>", "lobster")
+    parts = list(cut(text, Cutting(limit=500)))
+    assert len(parts) > 500 and not any(part.glued for part in parts)
+    cut_ids = np.concatenate(real.encode_batch([part.text for part in parts]))
+    assert cut_ids.tolist() == real.encode_batch([text])[0].tolist()
+
+
+def test_text_without_blanks_goes_on_without_one(tokenizer: SentencePieceTokenizer) -> None:
+    text = "漢字仮名" * 50
+    parts = list(cut(text, Cutting(limit=30)))
+    first, *glued = parts
+    ids = [*tokenizer.encode_batch([first.text]), *encode_glued(tokenizer, [part.text for part in glued])]
+    assert tokenizer.decode(np.concatenate(ids)) == text
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tokenizer: SentencePieceTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model as a tokenizer.json, made by the rules of transformers' LLaMA converter (legacy)."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+    model = tokenizer._model
+    pieces = [model.id_to_piece(index) for index in range(model.vocab_size())]
+    ranks = {piece: (-model.get_score(index)) for index, piece in enumerate(pieces)}
+    merges = []
+    for piece in pieces[259 + 1 :]:
+        splits = [(piece[:at], piece[at:]) for at in range(1, len(piece))]
+        merges += [(ranks[piece], pair) for pair in splits if pair[0] in ranks and pair[1] in ranks]
+    ordered = [pair for _, pair in sorted(merges, key=lambda item: item[0])]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    made = Tokenizer(models.BPE(vocabulary, ordered, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                      decoders.Strip(" ", 1, 0)])  # fmt: skip
+    made.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in pieces[:3]])
+    folder = tmp_path_factory.mktemp("hf")
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": {"content": "</s>"}}')
+    return folder
+
+
+def test_a_hugging_face_folder_gives_the_same_tokens(
+    hf_folder: Path, tokenizer: SentencePieceTokenizer, documents: list[str]
+) -> None:
+    hf = open_tokenizer(hf_folder)
+    assert hf.vocab_size == 600 and hf.special_ids == SPECIAL_IDS and puts_blank(hf)
+    texts = [*documents[:40], "two  blanks <unk> and</s>more ", "é 漢字"]
+    for text, theirs, ours in zip(texts, hf.encode_batch(texts), tokenizer.encode_batch(texts), strict=True):
+        assert theirs == ours.tolist()
+        if "<" not in text:
+            assert hf.decode([1, *theirs, 2]) == text
+
+
+def test_wrong_tokenizer_files_are_named(tmp_path: Path) -> None:
+    for name, content in (("a.json", b"{}"), ("b.json", b"not json"), ("c.json", b"\xff\xfe"), ("d.model", b"{}")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name} is no"):
+            open_tokenizer(tmp_path / name)
+    with pytest.raises(UserError, match=r"no tokenizer\.model and no tokenizer\.json in the folder"):
+        open_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="no tokenizer at"):
+        open_tokenizer(tmp_path / "missing.json")
