@@ -68,8 +68,15 @@ export GLOG_v=3 HF_HUB_OFFLINE=1  # MindSpore: errors only; transformers: nothin
 
 title "data: text of Python's standard library, a tokenizer trained on it, MindRecord files"
 run $python tools/make_tiny_corpus.py --config $config --output_dir "$output/data" --max_bytes "$max_bytes"
+for split in train eval; do  # rows of seq_length + 1 tokens for both: evaluation takes them too, and predicts one more
+    run $python tools/dataset_preprocess/llama/llama_preprocess.py --dataset_type jsonl --config $config \
+        --input_glob "$output/data/$split.jsonl" --model_file "$output/data/tokenizer.model" \
+        --output_file "$output/data/$split.mindrecord"
+done
+run $python tools/show_record.py "$output/data/train.mindrecord" --model_file "$output/data/tokenizer.model" --n 1
 batch=$(awk '$1 == "batch_size:" {print $2; exit}' $config)
-rows=$($python -c 'import json, sys; print(json.load(open(sys.argv[1]))["train"]["rows"])' "$output/data/corpus.json")
+rows=$($python -c 'import json, sys; print(json.load(open(sys.argv[1]))["records"])' \
+    "$output/data/train.mindrecord.summary.json")
 [ $((steps * batch)) -le "$rows" ] || fail "the data has $rows rows: give at most --steps $((rows / batch)), or more --max_bytes"
 
 title "a tiny Hugging Face Mixtral with random weights, of the sizes in $config"

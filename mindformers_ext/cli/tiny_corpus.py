@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python tools/make_tiny_corpus.py``: text of the standard library -> tokenizer -> MindRecord."""
+"""``python tools/make_tiny_corpus.py``: text of the standard library, and a tokenizer trained on it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 from mindformers_ext.cli.outcome import exit_code
 from mindformers_ext.core.errors import UserError
 
-DEFAULTS = {"vocab_size": 2000, "seq_length": 128}
+DEFAULT_VOCAB = 2000
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
     result = argparse.ArgumentParser(
         prog="make_tiny_corpus.py",
-        description="Make a small data set from the documentation inside Python's standard library: train and eval "
-        "text, a SentencePiece tokenizer trained on it, and MindRecord files of token rows.",
+        description="Make a small corpus from the documentation inside Python's standard library: text for training "
+        "and evaluation as JSON lines, and a SentencePiece tokenizer trained on it. "
+        "tools/dataset_preprocess/llama/llama_preprocess.py turns them into MindRecord files of token rows.",
     )
     result.add_argument("--output_dir", type=Path, required=True, help="folder for all files")
-    result.add_argument("--config", type=Path, help="take vocab_size and seq_length from this MindFormers YAML")
+    result.add_argument("--config", type=Path, help="take vocab_size from this MindFormers YAML")
     result.add_argument("--vocab_size", type=int, help="pieces of the tokenizer (default 2000)")
-    result.add_argument("--seq_length", type=int, help="rows hold seq_length + 1 tokens (default 128)")
     result.add_argument("--max_bytes", type=int, default=3_000_000, help="stop collecting text there (default 3000000)")
     result.add_argument("--held_out_every", type=int, default=20, help="each n-th document is for eval (default 20)")
     return result
@@ -37,33 +37,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from mindformers_ext.jobs.tiny_corpus import CorpusRequest, make_corpus
 
-    vocab_size, seq_length = _sizes(arguments)
     request = CorpusRequest(
         output_dir=arguments.output_dir,
-        vocab_size=vocab_size,
-        seq_length=seq_length,
+        vocab_size=_vocab_size(arguments),
         max_bytes=arguments.max_bytes,
         held_out_every=arguments.held_out_every,
     )
     summary = make_corpus(request)
-    print(f"{summary.documents} documents, {summary.text_bytes / 1e6:.2f} MB of text, {summary.vocab_size} pieces")
-    for name, counts in (("train", summary.train), ("eval", summary.eval)):
-        print(
-            f"{arguments.output_dir / name}.mindrecord: {counts.rows} rows of {summary.tokens_per_row} tokens "
-            f"from {counts.documents} documents; {counts.dropped} tokens at the end filled no row"
-        )
+    out = arguments.output_dir
+    print(f"{out / 'train.jsonl'}: {summary.train_documents} documents")
+    print(
+        f"{out / 'eval.jsonl'}: {summary.eval_documents} documents; {summary.text_bytes / 1e6:.2f} MB of text in both"
+    )
+    print(f"{out / 'tokenizer.model'}: {summary.vocab_size} pieces")
     return 0
 
 
-def _sizes(arguments: argparse.Namespace) -> tuple[int, int]:
-    """(vocab_size, seq_length), from the YAML or from the options, never from both."""
-    given = [name for name in DEFAULTS if getattr(arguments, name) is not None]
-    if arguments.config:
-        from mindformers_ext.jobs.tiny_model import spec_from_yaml_file
+def _vocab_size(arguments: argparse.Namespace) -> int:
+    """From the YAML or from the option, never from both."""
+    if not arguments.config:
+        return DEFAULT_VOCAB if arguments.vocab_size is None else arguments.vocab_size
+    from mindformers_ext.jobs.tiny_model import spec_from_yaml_file
 
-        if given:
-            raise UserError(f"--config already says {', '.join(given)}: give the sizes in one place")
-        spec = spec_from_yaml_file(arguments.config)
-        return spec.model.vocab_size, spec.seq_length
-    vocab_size, seq_length = (getattr(arguments, name) if name in given else DEFAULTS[name] for name in DEFAULTS)
-    return vocab_size, seq_length
+    if arguments.vocab_size is not None:
+        raise UserError("--config already says vocab_size: give the size in one place")
+    return spec_from_yaml_file(arguments.config).model.vocab_size

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,16 +11,6 @@ import numpy.typing as npt
 from mindformers_ext.core.errors import UserError
 
 Ids = npt.NDArray[np.int32]
-
-
-@dataclass
-class PackingCounts:
-    """What a packing run has taken and given so far: ``tokens == rows * length + dropped`` once it has ended."""
-
-    documents: int = 0
-    tokens: int = 0
-    rows: int = 0
-    dropped: int = 0
 
 
 class Packer:
@@ -40,30 +29,6 @@ class Packer:
         whole = len(stream) // self.length * self.length
         self.rest = stream[whole:].copy()
         return stream[:whole].reshape(-1, self.length)
-
-
-def pack(documents: Iterable[Sequence[int]], length: int, counts: PackingCounts) -> Iterator[Ids]:
-    """Join the documents end to end and cut rows of ``length`` tokens; the tail that fills no row is dropped.
-
-    Nothing is dropped silently: ``counts`` is kept up to date while rows are taken, and when the iterator is exhausted
-    its ``dropped`` holds the tail's size.
-
-    Args:
-        documents: token ids of one document each, BOS and EOS included where wanted.
-        length: tokens of a row; a causal model of S positions trains on rows of S + 1.
-        counts: is filled while the rows are taken.
-
-    Yields:
-        int32 rows of shape (length,).
-    """
-    packer = Packer(length)
-    for ids in documents:
-        counts.documents += 1
-        counts.tokens += len(ids)
-        for row in packer.add(np.asarray(ids, dtype=np.int32)):
-            counts.rows += 1
-            yield row
-    counts.dropped = len(packer.rest)
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, what: str) -> None:

@@ -64,7 +64,7 @@ def dataset_files(loader: Mapping[str, Any], section: str) -> list[Path]:
         if not path.exists():
             raise UserError(
                 f"the data set {path} ({section}.data_loader.dataset_dir) does not exist: give {option} FILE, or make "
-                "it first (tools/make_tiny_corpus.py makes a small one)"
+                "it first (tools/dataset_preprocess/llama/llama_preprocess.py)"
             )
         found = sorted(item for item in path.rglob("*") if _MINDRECORD.search(item.name)) if path.is_dir() else [path]
         if not found or not all(_MINDRECORD.search(item.name) for item in found):

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mindformers_ext.cli import check_parity, convert, plot_run, report_run, tiny_corpus, tiny_model
+from mindformers_ext.cli import check_parity, convert, plot_run, preprocess, report_run, tiny_corpus, tiny_model
 
 SIZES = ["--hidden_size", "32", "--intermediate_size", "48", "--vocab_size", "600", "--max_position_embeddings", "64",
          "--num_local_experts", "3"]  # fmt: skip
@@ -18,7 +19,7 @@ SIZES = ["--hidden_size", "32", "--intermediate_size", "48", "--vocab_size", "60
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
-    argv = ["--output_dir", str(folder), "--vocab_size", "600", "--seq_length", "32", "--max_bytes", "300000"]
+    argv = ["--output_dir", str(folder), "--vocab_size", "600", "--max_bytes", "300000"]
     assert tiny_corpus.main(argv) == 0
     return folder
 
@@ -44,38 +45,54 @@ def write_metrics(folder: Path, steps: int, last_loss: float = 4.0, layers: int 
 
 
 def test_corpus_says_what_it_holds(corpus: Path) -> None:
-    from mindformers_ext.data.tokenizers import SentencePieceTokenizer
+    described = json.loads((corpus / "corpus.json").read_text())
+    for split in ("train", "eval"):
+        assert described[f"{split}_documents"] == len((corpus / f"{split}.jsonl").read_text().splitlines()) > 0
+    assert described["vocab_size"] == 600
+    digest = sha256((corpus / "tokenizer.model").read_bytes()).hexdigest()
+    assert described["tokenizer_sha256"] == digest
+    assert sorted(path.name for path in corpus.iterdir()) == [
+        "corpus.json", "eval.jsonl", "tokenizer.model", "train.jsonl"]  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_its_rows_are_what_sentencepiece_says(corpus: Path, tmp_path: Path, workers: str) -> None:
+    """The quickstart's rows: every document between BOS and EOS, encoded by the library itself, cut in order."""
+    from sentencepiece import SentencePieceProcessor
+
     from mindformers_ext.ms.mindrecord import read_mindrecord
 
-    described = json.loads((corpus / "corpus.json").read_text())
-    tokenizer = SentencePieceTokenizer(corpus / "tokenizer.model")
-    for split in ("train", "eval"):
-        rows = [row["input_ids"] for row in read_mindrecord(corpus / f"{split}.mindrecord", ("input_ids",))]
-        counts = described[split]
-        assert len(rows) == counts["rows"] > 0
-        assert all(row.shape == (33,) and 0 <= row.min() and row.max() < 600 for row in rows)
-        assert counts["tokens"] == 33 * counts["rows"] + counts["dropped"]
-        first = json.loads((corpus / f"{split}.jsonl").read_text().split("\n")[0])["text"]
-        assert rows[0].tolist() == tokenizer.encode(first, bos=True)[:33]
+    model, output = SentencePieceProcessor(model_file=str(corpus / "tokenizer.model")), tmp_path / "train.mindrecord"
+    documents = [json.loads(line)["text"] for line in (corpus / "train.jsonl").read_text().split("\n") if line]
+    documents += ["a blank at the end ", "  two at the start", "a line at the end\n"]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    argv = ["--dataset_type", "jsonl", "--input_glob", str(tmp_path / "train.jsonl"), "--seq_length", "32"]
+    argv += ["--model_file", str(corpus / "tokenizer.model"), "--output_file", str(output), "--workers", workers]
+    assert preprocess.main(argv) == 0
+    stream = [token for text in documents for token in [1, *model.encode(text), 2]]
+    rows = [row["input_ids"].tolist() for row in read_mindrecord(output, ("input_ids",))]
+    assert rows == [stream[at : at + 33] for at in range(0, len(stream) - 32, 33)]
+    summary = json.loads((tmp_path / "train.mindrecord.summary.json").read_text())
+    assert (summary["records"], summary["dropped_tokens"]) == (len(rows), len(stream) % 33)
 
 
 def test_corpus_lists_every_wrong_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tiny_corpus.main(["--output_dir", str(tmp_path / "x"), "--vocab_size", "9", "--seq_length", "0"]) == 2
+    argv = ["--output_dir", str(tmp_path / "x"), "--vocab_size", "9", "--max_bytes", "0", "--held_out_every", "1"]
+    assert tiny_corpus.main(argv) == 2
     message = capsys.readouterr().err
-    assert "vocab_size=9" in message and "seq_length=0" in message and "Traceback" not in message
-    assert not (tmp_path / "x").exists()
+    assert all(word in message for word in ("vocab_size=9", "max_bytes=0", "held_out_every=1", "3 problems"))
+    assert "Traceback" not in message and not (tmp_path / "x").exists()
 
 
-def test_corpus_takes_its_sizes_from_a_yaml_or_from_options(
+def test_corpus_takes_its_size_from_a_yaml_or_from_the_option(
     tmp_path: Path, repo_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = str(repo_root / "configs" / "tiny" / "mixtral_pretrain.yaml")
     argv = ["--output_dir", str(tmp_path), "--config", config, "--max_bytes", "400000"]
     assert tiny_corpus.main(argv) == 0
-    described = json.loads((tmp_path / "corpus.json").read_text())
-    assert (described["vocab_size"], described["tokens_per_row"]) == (2000, 129)
-    assert tiny_corpus.main([*argv, "--seq_length", "64"]) == 2
-    assert "--config already says seq_length" in capsys.readouterr().err
+    assert json.loads((tmp_path / "corpus.json").read_text())["vocab_size"] == 2000
+    assert tiny_corpus.main([*argv, "--vocab_size", "640"]) == 2
+    assert "--config already says vocab_size" in capsys.readouterr().err
 
 
 def test_model_loads_in_transformers_whole(model: Path, corpus: Path) -> None:

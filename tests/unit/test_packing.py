@@ -9,40 +9,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.data.packing import PackingCounts, check_ids, pack
+from mindformers_ext.data.packing import Packer, check_ids
 
 documents = st.lists(st.lists(st.integers(0, 99), max_size=20), max_size=12)
 
 
 @given(documents, st.integers(1, 9))
 def test_rows_are_the_stream_cut_in_order(docs: list[list[int]], length: int) -> None:
-    counts = PackingCounts()
-    rows = list(pack(docs, length, counts))
+    packer = Packer(length)
+    rows = [row for ids in docs for row in packer.add(np.array(ids, np.int32))]
     stream = [token for ids in docs for token in ids]
-    whole = len(stream) // length * length
-    assert [int(token) for row in rows for token in row] == stream[:whole]
     assert all(row.shape == (length,) and row.dtype == np.int32 for row in rows)
-    assert counts == PackingCounts(len(docs), len(stream), len(rows), len(stream) - whole)
-
-
-def test_rows_come_before_the_documents_end() -> None:
-    def endless():
-        while True:
-            yield [7, 8, 9]
-
-    rows = pack(endless(), 4, PackingCounts())
-    assert [next(rows).tolist() for _ in range(3)] == [[7, 8, 9, 7], [8, 9, 7, 8], [9, 7, 8, 9]]
+    assert [int(token) for row in rows for token in row] + packer.rest.tolist() == stream
+    assert len(packer.rest) < length
 
 
 def test_a_row_is_a_copy_that_later_rows_do_not_change() -> None:
-    rows = list(pack([[1, 2, 3, 4]], 2, PackingCounts()))
-    rows[1][:] = 0
-    assert rows[0].tolist() == [1, 2]
+    packer, ids = Packer(2), np.arange(5, dtype=np.int32)
+    rows = packer.add(ids)
+    ids[:] = 0
+    assert rows.tolist() == [[0, 1], [2, 3]] and packer.rest.tolist() == [4]
 
 
 def test_length_must_be_positive() -> None:
     with pytest.raises(UserError, match="row length 0"):
-        next(pack([[1]], 0, PackingCounts()))
+        Packer(0)
 
 
 @pytest.mark.parametrize("ids", [[0, 5, 10], [-1, 3]])
