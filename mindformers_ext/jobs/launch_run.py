@@ -27,7 +27,7 @@ SHOWN = 12  # lines of a log in a message
 _DIED = re.compile(r"Worker process (\d+) exit with exception\. Error code: (-?\d+)")
 _INCOMPLETE = ("Failed to initialize distributed job cluster", "Failed to initialize the node")
 _PORT_TAKEN = ("Address already in use", "Failed to bind")
-_NOISE = re.compile(r"^\[(WARNING|INFO|DEBUG)\]|^\s*$|^-+$|C\+\+ Call Stack|^mindspore/|^Traceback|^  ")
+_NOISE = re.compile(r"^\[(WARNING|INFO|DEBUG)\]|^\s*$|^-+$|C\+\+ Call Stack|^mindspore/|^Traceback|^  | - INFO - ")
 
 Show = Callable[[str], None]
 

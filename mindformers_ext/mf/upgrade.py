@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from mindformers_ext.core.yaml_keys import MODES
 from mindformers_ext.mf.config import WRITTEN
 
 # Sections that describe the network; kept as written for ``mf.config``.
@@ -25,7 +26,7 @@ def upgrade(config: Mapping[str, Any], device_target: str) -> tuple[dict[str, An
     - ``MFTrainOneStepCell`` becomes our train step and ``CausalLanguageModelingTrainer`` our trainer, which puts our
       callbacks behind MindFormers' names.
     - ``AdamW`` becomes our ``FusedAdamW``, the same numbers in one kernel, off Ascend and with float32 weights.
-    - No more reading threads than cores.
+    - No more reading threads than cores; no optimizer states cut over data-parallel processes off Ascend.
     - Sink mode goes off on the CPU: MindFormers multiplies the epochs by the steps for it, MindSpore then runs without.
 
     ``config`` itself is not changed.
@@ -40,6 +41,7 @@ def upgrade(config: Mapping[str, Any], device_target: str) -> tuple[dict[str, An
             result.setdefault(f"{section}_task", {"type": "CausalLanguageModelDataset"})
             result[f"{section}_task"]["dataset_config"] = result[section]
             _limit_workers(result[section], section, notes)
+    _upgrade_parallel(result, device_target, notes)
     if device_target == "CPU":
         runner = result.setdefault("runner_config", {})
         if runner.get("sink_mode", True):
@@ -47,6 +49,16 @@ def upgrade(config: Mapping[str, Any], device_target: str) -> tuple[dict[str, An
             notes.append("runner_config.sink_mode becomes False: the CPU has no data sinking")
         result["postprocess_use_numpy"] = True  # sampling: MindSpore's own top-k has no CPU kernel
     return result, notes
+
+
+def _upgrade_parallel(result: dict[str, Any], device: str, notes: list[str]) -> None:
+    """Between CPU processes only whole optimizers exist: MindSpore cuts their states on Ascend alone."""
+    parallel = result.get("parallel") or {}
+    mode = MODES.get(parallel.get("parallel_mode", 1), parallel.get("parallel_mode"))
+    cut = result.get("use_parallel") and parallel.get("enable_parallel_optimizer")
+    if cut and device != "Ascend" and str(mode) in ("0", "data_parallel"):
+        parallel["enable_parallel_optimizer"] = False
+        notes.append(f"enable_parallel_optimizer becomes False: data parallel on {device} keeps whole optimizer states")
 
 
 def _limit_workers(dataset: dict[str, Any], section: str, notes: list[str]) -> None:

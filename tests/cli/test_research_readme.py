@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands of research/mixtral/README.md: run as written in a copy of the repository whose networks are small."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mindformers_ext.core.overrides import apply_overrides
+from mindformers_ext.core.yaml_file import dump_yaml, load_yaml
+from tests.cli.test_readme import commands
+from tests.helpers.cluster import MASTER, end, launch_environment, namespaces_missing, start, two_machines, wait_for
+
+SMALL = {"model.model_config.hidden_size": "32", "model.model_config.intermediate_size": "64",
+         "model.model_config.num_layers": "2", "model.model_config.num_heads": "4",
+         "model.model_config.n_kv_heads": "2", "model.model_config.pad_token_id": "3",
+         "model.model_config.vocab_size": "400", "model.model_config.seq_length": "64",
+         "model.model_config.max_decode_length": "12", "model.model_config.compute_dtype": "float32",
+         "model.model_config.softmax_compute_type": "float32", "model.model_config.rotary_dtype": "float32",
+         "model.model_config.param_init_type": "float32"}  # fmt: skip
+RUN_ELSEWHERE = {
+    "python tools/transform_ckpt.py": "tests/cli/test_transform_ckpt.py",
+    "--strategy_dir output/strategy": "tests/cli/test_convert_layouts.py and test_transform_ckpt.py",
+    "python tools/dryrun.py": "tests/dryrun",
+}
+
+
+@pytest.fixture(scope="module")
+def tree(repo_root: Path, tmp_path_factory) -> Path:
+    """The repository with small networks in research/, and a folder data/ as the README names it."""
+    from mindformers_ext.data.tokenizers import train_sentencepiece
+
+    folder = tmp_path_factory.mktemp("tree")
+    for name in os.listdir(repo_root):
+        if name not in ("output", ".git", "research", "data"):
+            (folder / name).symlink_to(repo_root / name)
+    shutil.copytree(repo_root / "research", folder / "research")
+    for path in (folder / "research").rglob("*.yaml"):
+        path.write_text(dump_yaml(apply_overrides(load_yaml(path), list(SMALL.items()))), encoding="utf-8")
+    data = folder / "data"
+    data.mkdir()
+    sources = [path.read_text(encoding="utf-8") for path in sorted((repo_root / "mindformers_ext").rglob("*.py"))]
+    train_sentencepiece(sources[:40], data / "tokenizer.model", 400)
+    (data / "wiki.train.tokens").write_text(" = Title = \n\n" + "\n\n".join(sources[:20]), encoding="utf-8")
+    records = [{"instruction": f"Count to {number}.", "input": "", "output": "one two"} for number in range(3)]
+    (data / "alpaca_data.json").write_text(json.dumps(records), encoding="utf-8")
+    made = run("python tools/make_tiny_model.py --config research/mixtral/mixtral_8x7b/pretrain_mixtral-8x7b.yaml "
+               "--tokenizer data/tokenizer.model --output_dir data/Mixtral-8x7B-v0.1", folder)  # fmt: skip
+    assert made.returncode == 0, made.stderr[-2000:]
+    return folder
+
+
+def run(command: str, folder: Path, **more: str) -> subprocess.CompletedProcess:
+    """A command of the README, with this Python first on the PATH."""
+    variables = launch_environment() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | more
+    return subprocess.run(["bash", "-c", command], cwd=folder, env=variables, capture_output=True, text=True,
+                          timeout=400, check=False)  # fmt: skip
+
+
+def readme(repo_root: Path, name: str = "README.md") -> list[str]:
+    return commands((repo_root / "research" / "mixtral" / name).read_text("utf-8"))
+
+
+def test_both_languages_give_the_same_commands(repo_root: Path) -> None:
+    assert readme(repo_root) == readme(repo_root, "README_CN.md")
+
+
+def test_every_named_file_exists(repo_root: Path) -> None:
+    for command in readme(repo_root):
+        for word in re.findall(r"(?:scripts|tools|configs|research)/[\w/.-]+|\b\w+\.py\b", command):
+            assert (repo_root / word).exists(), f"{word} in: {command}"
+
+
+@pytest.mark.slow
+def test_the_commands_run_in_their_order(repo_root: Path, tree: Path) -> None:
+    """Jobs of many processes only as far as their command line; their workers run in the other tests."""
+    for command in readme(repo_root):
+        if any(word in command for word in RUN_ELSEWHERE):
+            continue
+        launches = command.startswith("bash scripts/msrun_launcher.sh")
+        result = run(command, tree, **({"MSRUN_DRY_RUN": "1"} if launches else {}))
+        assert result.returncode == 0, f"{command}\n{result.stdout[-1500:]}\n{result.stderr[-2500:]}"
+        if launches:
+            assert "msrun --bind_core" in result.stdout
+    assert list((tree / "data" / "hf").glob("*.safetensors")) and (tree / "data" / "ms" / "gmm_mixtral.ckpt").exists()
+    assert "I love Beijing, because" in (tree / "output" / "sample.txt").read_text()
+
+
+@pytest.mark.slow
+def test_the_seed_s_two_node_command_runs_on_two_machines(repo_root: Path, tree: Path) -> None:
+    """As written, with two workers instead of 16, data parallel instead of the split that needs NPUs."""
+    reason = namespaces_missing()
+    if reason:
+        pytest.skip(reason)
+    from tests.helpers.tiny_run import token_rows, write_rows
+
+    write_rows(tree / "data" / "rows.mindrecord", token_rows(width=65, rows=8))
+    path = tree / "research" / "mixtral" / "mixtral_8x7b" / "pretrain_mixtral-8x7b.yaml"
+    changes = {"parallel.parallel_mode": "0", "context.device_target": "CPU", "runner_config.epochs": "1"}
+    path.write_text(dump_yaml(apply_overrides(load_yaml(path), list(changes.items()))), encoding="utf-8")
+    words = ("run_mindformer.py \\\n --config research/mixtral/mixtral_8x7b/pretrain_mixtral-8x7b.yaml \\\n "
+             "--run_mode train \\\n --use_parallel True \\\n --train_data data/rows.mindrecord")  # fmt: skip
+    with two_machines() as names:
+        nodes = [start(words, 2, 1, MASTER, 8118, rank, f"output/msrun_log{rank}", "False", 300, cwd=tree,
+                       log=tree / f"out{rank}", namespace=name) for rank, name in enumerate(names)]  # fmt: skip
+        try:
+            assert [node.wait(60) for node in nodes] == [0, 0]  # in the background
+            for rank in range(2):
+                ended = tree / "output" / f"msrun_log{rank}" / "launcher.log"
+                wait_for(lambda log=ended: "the job ended" in log.read_text(), 200, f"the end of node {rank}")
+                assert "the job ended with exit code 0" in ended.read_text(), ended.read_text()[-3000:]
+        finally:
+            for node in nodes:
+                end(node)
+    rows = [json.loads(line) for line in (tree / "output" / "metrics" / "rank_1.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 and rows[0]["expert_load"][0] and not rows[0]["overflow"]
