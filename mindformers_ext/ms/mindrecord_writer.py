@@ -110,9 +110,17 @@ def _serve(connection: Connection, light: bool, path: Path, fields: tuple[str, .
     try:
         writer = _writer(light, path, fields, shards, page)
         connection.send((READY, ""))
+        pending: list[dict[str, np.ndarray]] = []
         while (block := connection.recv()) is not None:
             columns = [block[name] for name in fields]
-            writer.write_raw_data([dict(zip(fields, row, strict=True)) for row in zip(*columns, strict=True)])
+            pending += [dict(zip(fields, row, strict=True)) for row in zip(*columns, strict=True)]
+            # MindSpore deals rows evenly to the shards, and what is left over to shards that it draws at random
+            even = len(pending) // shards * shards
+            if even:
+                writer.write_raw_data(pending[:even])
+                del pending[:even]
+        if pending:
+            writer.write_raw_data(pending)
         writer.commit()
         connection.send((DONE, ""))
         code = 0

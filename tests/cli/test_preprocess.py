@@ -104,7 +104,7 @@ def test_text_comes_back(corpus: Path, texts: list[str], model: Path, document: 
     [
         ("text", "*.txt", ("--repeat", 2)),
         ("jsonl", "a.jsonl", ("--field", "content", "--split", "eval")),
-        ("qa", "talk.json", ("--file_partition", 3)),
+        ("qa", "talk.json", ("--file_partition", 4)),
     ],
 )
 def test_any_number_of_workers_writes_the_same_files(
@@ -121,7 +121,7 @@ def test_any_number_of_workers_writes_the_same_files(
     assert written[0] == written[1]
     described, files = written[0]
     assert described["row_length"] == (40 if "eval" in more else 41)
-    assert len(files) == (6 if kind == "qa" else 2)
+    assert len(files) == (8 if kind == "qa" else 2)
     first = output.with_name(output.name + "0") if kind == "qa" else output
     assert sum(1 for _ in rows_of(first, "input_ids")) == described["records"] > 50
 
