@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--overwrite", action="store_true", help="replace existing outputs")
     result.add_argument("--summary", type=Path, help="where the counts go as JSON (default OUTPUT_FILE.summary.json)")
     result.add_argument("--workers", type=int, default=cores(), help="processes that tokenise (default: the cores, "
-                        "here %(default)s)")  # fmt: skip
+                        "here %(default)s; fewer where the input is small)")  # fmt: skip
     return result
 
 

@@ -25,6 +25,7 @@ from mindformers_ext.jobs.preprocess_request import SAMPLES, Checked, Preprocess
 
 BATCH_CHARACTERS = 1 << 17  # of text that a process encodes at once
 BATCH_CONVERSATIONS = 64
+SHARE = 4_000_000  # bytes of input that make one more process worth its start
 BLOCK_TOKENS = 1 << 18  # handed to the writer at once
 SPOOLED = "tokens.int32"  # ids of the first pass, where --repeat asks for more
 
@@ -154,7 +155,8 @@ class _Run:
 
     def _first_pass(self, progress: Progress) -> None:
         setup = Setup(self.tokenizer.path, self.checked.special, self.checked.row_length, not self.framed_rows)
-        encoded = encode_all(setup, self.tokenizer, self._batches(progress), self.request.workers)
+        workers = min(self.request.workers, 1 + sum(path.stat().st_size for path in self.checked.files) // SHARE)
+        encoded = encode_all(setup, self.tokenizer, self._batches(progress), workers)
         spool = (self.folder / SPOOLED).open("wb") if (self.request.repeat or 1) > 1 else None
         try:
             for tokens in encoded:

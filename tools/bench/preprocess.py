@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens per second of llama_preprocess.py, against SentencePiece's own encode and a loop with MindFormers' tokenizer.
+
+The text is real and not repeated: the documentation and sources of Python's standard library, and a text file where one
+is given. All of it is one plain text, one document per paragraph. What is measured, each call in a process of its own:
+
+- ours: the whole command from its start to the files on the disk, with one and with two workers;
+- rows: the same from the first batch read to the last row handed to the writer;
+- sentencepiece: ``encode`` of the list of paragraphs, one thread, model loaded, nothing written;
+- line by line: ``LlamaTokenizer(line)`` of MindFormers 1.9 for a part of the text, tokenizer loaded, nothing written.
+
+Calls alternate; medians of wall and processor seconds (all processes of a call) and ratios of tokens per second.
+
+    python tools/bench/preprocess.py --model_file tokenizer.model [--text FILE] [--megabytes 30] [--rounds 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from mindformers_ext.data.corpus import library_files, standard_library_text
+
+TIMER = """
+import json, os, sys, time
+def figures(start, cpu, tokens):
+    times = os.times()
+    used = times.user + times.system + times.children_user + times.children_system
+    print(json.dumps(dict(wall=time.perf_counter() - start, cpu=used - cpu, tokens=tokens)))
+def used():
+    times = os.times()
+    return times.user + times.system
+model, text, folder, extra = sys.argv[1:5]
+"""
+OURS = TIMER + """
+if __name__ == "__main__":
+    start = time.perf_counter()
+    from mindformers_ext.jobs import preprocess as job
+    from mindformers_ext.jobs.preprocess_request import PreprocessRequest
+    from pathlib import Path
+    inner = {}
+    work = job._Run.work
+    def timed(self):
+        begun = time.perf_counter()
+        work(self)
+        inner["rows"] = time.perf_counter() - begun
+    job._Run.work = timed
+    sys.stderr = open(os.devnull, "w")
+    done = job.preprocess(PreprocessRequest(dataset_type="text", document="paragraph", input_glob=text,
+        output_file=Path(folder) / "x.mindrecord", model_file=Path(model), seq_length=2048, workers=int(extra),
+        overwrite=True))
+    sys.stderr = sys.__stderr__
+    figures(start, 0.0, done.tokens)
+    print(json.dumps(inner))
+"""
+PEER = TIMER + """
+import sentencepiece
+processor = sentencepiece.SentencePieceProcessor(model_file=model)
+parts = [part for part in open(text, encoding="utf-8").read().split("\\n\\n") if part.strip()]
+cpu, start = used(), time.perf_counter()
+ids = processor.encode(parts, num_threads=int(extra), out_type=int)
+figures(start, cpu, sum(map(len, ids)) + 2 * len(ids))
+"""
+LOOP = TIMER + """
+os.environ["PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"] = "python"
+from mindformers.models.llama.llama_tokenizer import LlamaTokenizer
+tokenizer = LlamaTokenizer(vocab_file=model)
+lines = [line for line in open(text, encoding="utf-8").read()[:int(extra)].split("\\n") if line.strip()]
+cpu, start, tokens = used(), time.perf_counter(), 0
+for line in lines:
+    tokens += len(tokenizer(line)["input_ids"])
+figures(start, cpu, tokens)
+"""
+LOOP_CHARACTERS = 500_000  # the loop is slow; its speed does not depend on the amount
+
+
+def measured(code: str, folder: Path, *arguments: object) -> dict:
+    """Run a measurement in a process; its figures."""
+    script = folder / "measure.py"
+    script.write_text(code, encoding="utf-8")
+    command = [sys.executable, str(script), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "GLOG_v": "4"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        raise SystemExit(done.stderr)
+    result: dict = {}
+    for line in lines:
+        result |= json.loads(line)
+    return result
+
+
+def make_text(path: Path, given: Path | None, megabytes: int) -> int:
+    """The text to encode; returns its bytes."""
+    parts = [given.read_text(encoding="utf-8")] if given else []
+    parts += standard_library_text(megabytes * 10**6)
+    sources = (source.read_text(encoding="utf-8", errors="ignore") for source in library_files())
+    text = "\n\n".join([*parts, *sources])[: megabytes * 10**6]
+    path.write_text(text, encoding="utf-8")
+    return path.stat().st_size
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model_file", type=Path, required=True)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--megabytes", type=int, default=30, help="of text, at most")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        size = make_text(folder / "text.txt", arguments.text, arguments.megabytes)
+        common = (arguments.model_file.resolve(), folder / "text.txt", folder)
+        calls = {"ours, 1 worker": (OURS, 1), "ours, 2 workers": (OURS, 2), "sentencepiece": (PEER, 1),
+                 "line by line": (LOOP, LOOP_CHARACTERS)}  # fmt: skip
+        print(f"machine: {platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start; "
+              f"{size / 1e6:.1f} MB of text")  # fmt: skip
+        samples: dict[str, list[dict]] = {name: [] for name in calls}
+        for _ in range(arguments.rounds):
+            for name, (code, extra) in calls.items():
+                samples[name].append(measured(code, folder, *common, extra))
+    report(samples)
+
+
+def report(samples: dict[str, list[dict]]) -> None:
+    """Medians, and ratios against the peers."""
+    def median(name: str, what: str) -> float:
+        return statistics.median(sample[what] for sample in samples[name])
+
+    speed = {}
+    for name, taken in samples.items():
+        tokens = taken[0]["tokens"]
+        speed[name] = tokens / median(name, "wall")
+        line = f"{name:<16} {tokens:>9} tokens  {median(name, 'wall'):7.2f} s  CPU {median(name, 'cpu'):7.2f} s  "
+        print(line + f"{speed[name]:>12,.0f} tokens/s")
+    for name in ("ours, 1 worker", "ours, 2 workers"):
+        rows = samples[name][0]["tokens"] / median(name, "rows")
+        for peer in ("sentencepiece", "line by line"):
+            cpu = samples[peer][0]["tokens"] / median(peer, "cpu") / samples[name][0]["tokens"] * median(name, "cpu")
+            print(f"{name} / {peer}: tokens/s {speed[name] / speed[peer]:.2f} for the whole command, "
+                  f"{rows / speed[peer]:.2f} from the first batch to the last row; per CPU second {1 / cpu:.2f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
