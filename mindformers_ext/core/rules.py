@@ -118,8 +118,8 @@ def _product(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: lis
         problems.divides("model_config.batch_size", spec.batch_size, "data_parallel", dp)
     if parallel.parallel_mode == "data_parallel" and parallel.device_num > 1 and run_mode in TRAINING:
         if not parallel.gradients_mean:
-            warnings.append("gradients_mean=False has no effect in data_parallel mode: the gradients of all devices are "
-                            "averaged, as one device with the whole batch would have them")  # fmt: skip
+            warnings.append("gradients_mean=False has no effect in data_parallel mode: the gradients of all devices "
+                            "are averaged, as one device with the whole batch would have them")  # fmt: skip
 
 
 def _lengths(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: list[str]) -> None:

@@ -121,7 +121,7 @@ KEYS: tuple[Key, ...] = (
 # Keys that fill more than one field, or a field together with others; read by hand in ``core.yaml_view``.
 COMPOSED: dict[str, frozenset[str]] = {
     MODEL: frozenset({"batch_size", "multiple_of", "ffn_dim_multiplier", "moe_config", "parallel_config",
-                      "residual_dtype", "embedding_init_type"}),
+                      "residual_dtype", "embedding_init_type", "pet_config"}),
     "moe_config": frozenset({"routing_policy", "aux_loss_factor", "aux_loss_types", "aux_loss_factors",
                              "comp_comm_parallel", "comp_comm_parallel_degree"}),
     "runner_config": frozenset({"batch_size", "mini_batch_size"}),
@@ -229,7 +229,6 @@ UNBUILT: dict[str, dict[str, tuple[object, ...]]] = {
         "quantization_config": (None, {}),
         "llm_backend": ("", None),
         "parallel_decoding_params": (None, {}),
-        "pet_config": (None, {}),
         "use_3d_tensor_parallel": (False, None),
         "tp_x": (1, None),
         "tp_y": (1, None),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.lora import lora_from_yaml
 from mindformers_ext.core.rules import check_network
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.core.yaml_view import network_spec_from_yaml, yaml_notes
@@ -49,6 +50,7 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     check_device(str((result.get("context") or {}).get("device_target", "Ascend")))
+    _check_lora(result, mode)
     if result.get("use_parallel") and not launched():
         result["use_parallel"] = False
         notes.append("use_parallel becomes False: this process was started alone (scripts/msrun_launcher.sh)")
@@ -61,6 +63,18 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
     if mode == "predict":
         result.setdefault("save_file", str(Path(result["output_dir"]) / "text_generation_result.txt"))
     return CheckedRun(result, spec, tuple(notes))
+
+
+def _check_lora(config: Mapping[str, Any], mode: str) -> None:
+    """What a run with adapters cannot do yet."""
+    if lora_from_yaml(config) is None:
+        return
+    if mode not in TRAINING:
+        raise UserError(f"pet_config with run_mode {mode}: merge the adapters into the base first (python "
+                        "tools/merge_lora.py --help), load the result, and leave pet_config out")  # fmt: skip
+    if config.get("resume_training"):
+        raise UserError("pet_config with resume_training is not built: the checkpoints hold the adapters only; start "
+                        "again from the base weights")  # fmt: skip
 
 
 def launched() -> bool:

@@ -16,21 +16,27 @@ from mindspore import nn
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.jobs.checkpoints import last_whole, note_size
+from mindformers_ext.ms.lora import adapter_parameters
+
+WEIGHTS = ("model.", "lm_head.")  # of the network; the step's and the optimizer's own state has other names
 
 
 class WholeCheckpointMonitor(CheckpointMonitor):
-    """Saves as MindFormers' monitor does, with four differences.
+    """Saves as MindFormers' monitor does, with five differences.
 
     - The new file is on the disk (flushed, renamed, its size noted), and a further step has shown its weights to be
       good, before an old one is removed; MindFormers removes first, so with ``keep_checkpoint_max: 1`` a crash or
       a NaN leaves nothing. For a while there is one file more than that.
     - Weights that are not finite are never saved: training stops, and the last file stays the last good one.
     - ``save_checkpoint_steps`` counts the run's steps, also after a resume in the middle of an epoch.
+    - With LoRA adapters a file holds them and the optimizer's state, not the base weights.
     - File names carry the run's true epoch and step; MindFormers counts them anew after a resume.
 
     Arguments: MindFormers' ``CheckpointMonitor``'s.
     """
 
+    _has_adapters = False
+    _frozen: frozenset[str] = frozenset()
     _newest: Path | None = None  # written last, and not yet followed by a step that shows it is good
 
     def step_end(self, run_context: Any) -> None:
@@ -42,6 +48,11 @@ class WholeCheckpointMonitor(CheckpointMonitor):
         """Save the last step, then remove what is too old."""
         super().end(run_context)
         self._prune()
+
+    def _filter_ckpt_not_save(self, x: str, filter_list: list[str]) -> bool:
+        """With LoRA only what is trained: the base weights stay in their own file."""
+        kept = bool(super()._filter_ckpt_not_save(x, filter_list))
+        return kept and (not self._has_adapters or x not in self._frozen)
 
     @property
     def first_step(self) -> int:
@@ -75,6 +86,9 @@ class WholeCheckpointMonitor(CheckpointMonitor):
         self._last_triggered_step = cb_params.cur_step_num
         self._last_time_for_keep = started
         self._fill_append(cb_params, epoch, step)
+        self._has_adapters = bool(adapter_parameters(network))
+        self._frozen = frozenset(item.name for item in network.get_parameters() if not item.requires_grad
+                                 and item.name.startswith(WEIGHTS))  # fmt: skip
         self.remove_redundancy(network, str(path), self._append_dict, None)
         self._latest_ckpt_file_name = str(path)
         self.save_info_list[cb_params.cur_step_num]["ckpt"]["ckpt_file_path"] = str(path)

@@ -8,6 +8,7 @@ from typing import Any
 
 from mindformers.models.llama.llama_config import LlamaConfig
 
+from mindformers_ext.core.lora import LoraSpec, lora_from_yaml
 from mindformers_ext.core.rules import settled
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.core.yaml_view import network_spec_from_yaml
@@ -39,6 +40,10 @@ class PortableLlamaConfig(LlamaConfig):
         """
         words = self._sections() if self.network_yaml is None else self.network_yaml
         return settled(network_spec_from_yaml(words, device_num))[0]
+
+    def lora(self) -> LoraSpec | None:
+        """The adapters that ``pet_config`` asks for."""
+        return lora_from_yaml(self.network_yaml or {})
 
     def _sections(self) -> dict[str, Any]:
         parallel = {

@@ -14,6 +14,7 @@ from mindspore import Tensor, ops
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.mf.config import MixtralConfig, PortableLlamaConfig
+from mindformers_ext.ms.lora import add_lora
 from mindformers_ext.ms.models import build_causal_lm
 from mindformers_ext.ms.router import TopkRouterV2
 
@@ -45,6 +46,11 @@ class PortableLlamaForCausalLM(PreTrainedModel):
         spec = config.network_spec(get_real_group_size())
         self.spec = spec
         self.causal_lm = build_causal_lm(spec)
+        lora = config.lora()
+        self.adapted = add_lora(self.causal_lm, lora) if lora else []
+        if lora:
+            logger.info("LoRA: rank %d, scale %g, beside %d layers: %s ...", lora.rank, lora.scale, len(self.adapted),
+                        ", ".join(self.adapted[:4]))  # fmt: skip
         self.predicts = get_predict_run_mode()
         self.returns_terms = False
         self.seq_length = spec.seq_length

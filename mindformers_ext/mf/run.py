@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from mindformers.utils.file_utils import set_output_path
 
 import mindformers_ext.mf.register  # noqa: F401  puts our classes into MindFormers' registry
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.lora import ADAPTER_CONFIG, lora_from_yaml
 from mindformers_ext.core.yaml_text import yaml_text
 from mindformers_ext.mf.barrier import use_cpu_barrier
 from mindformers_ext.mf.upgrade import upgrade
@@ -36,6 +38,7 @@ def run(config: Mapping[str, Any], extra_notes: tuple[str, ...] = ()) -> Any:
     trainer = Trainer(full)
     mode = full.run_mode
     if mode in TRAINING:
+        _keep_lora(config, Path(full.output_dir))
         return trainer.train()
     if mode == "eval":
         trainer.evaluate(eval_checkpoint=full.load_checkpoint or None)
@@ -61,6 +64,15 @@ def prepare(config: Mapping[str, Any], extra_notes: tuple[str, ...] = (), native
     for note in (*extra_notes, *notes):
         logger.info("mindformers_ext: %s", note)
     return full
+
+
+def _keep_lora(config: Mapping[str, Any], folder: Path) -> None:
+    """What ``tools/merge_lora.py`` must know about the adapters, in PEFT's words."""
+    lora = lora_from_yaml(config)
+    if lora:
+        beside = folder / f".{ADAPTER_CONFIG}.{os.getpid()}"
+        beside.write_text(json.dumps(lora.peft_words(), indent=1) + "\n", encoding="utf-8")
+        os.replace(beside, folder / ADAPTER_CONFIG)
 
 
 def _keep_texts(result: Any, path: Path) -> None:

@@ -84,6 +84,7 @@ def _upgrade_network(result: dict[str, Any], written: Mapping[str, Any], device:
     elif names != wanted:
         return False
     words[WRITTEN] = copy.deepcopy({key: written[key] for key in DESCRIBING if key in written})
+    words.pop("pet_config", None)  # MindFormers would look for its own linear layers; ``mf.networks`` reads the copy
     words["use_flash_attention"] = False  # ours is chosen by device; MindFormers refuses it without use_past
     if words.get("use_past"):
         words["use_past"] = False

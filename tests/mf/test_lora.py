@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA: only adapters train, checkpoints hold only them, and merging gives the network with adapters."""
+
+import json
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+from mindformers_ext.cli.merge_lora import main as merge
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.lora import LORA_A, LORA_B, LoraSpec, lora_from_yaml
+from mindformers_ext.core.yaml_view import network_spec_from_yaml
+from mindformers_ext.jobs.run_checks import check_run
+from mindformers_ext.mf.run import run
+from mindformers_ext.ms.lora import add_lora
+from mindformers_ext.ms.models import build_causal_lm
+from tests.helpers.tiny_run import config_of, rows_of, token_rows
+
+PET = {"pet_type": "lora", "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ".*wq|.*wo|lm_head"}
+
+
+def with_pet(config, **changes):
+    config["model"]["model_config"]["pet_config"] = PET | changes
+    return config
+
+
+@pytest.fixture(scope="module")
+def tuned(job):
+    """The job finetuned with adapters from given base weights: output folder, base file, metrics."""
+    folder = job.folder / "lora"
+    folder.mkdir()
+    base = folder / "base.ckpt"
+    ms.set_seed(5)
+    ms.save_checkpoint(network_of(job), str(base))
+    config = config_of(job.yaml, f"output_dir={folder / 'out'}", "runner_config.epochs=2", f"load_checkpoint={base}",
+                       "lr_schedule.learning_rate=0.02", "callbacks.1.save_checkpoint_steps=5")  # fmt: skip
+    run(check_run(with_pet(config), "test").config)
+    return base, folder / "out", rows_of(folder / "out")
+
+
+def network_of(job):
+    network = build_causal_lm(network_spec_from_yaml(config_of(job.yaml)))
+    network.set_train(False)
+    return network
+
+
+def test_the_loss_falls_with_adapters_alone(tuned):
+    _, _, rows = tuned
+    assert len(rows) == 20 and rows[-1]["lm_loss"] < 0.97 * rows[0]["lm_loss"]
+
+
+def test_a_checkpoint_holds_only_adapters_and_their_state(tuned):
+    _, output, _ = tuned
+    held = ms.load_checkpoint(str(output / "checkpoint" / "rank_0" / "tiny_rank_0-2_10.ckpt"))
+    weights = {name for name in held if name.startswith(("model.", "lm_head"))}
+    layers = [f"model.layers.{layer}.attention.{cell}" for layer in range(2) for cell in ("wq", "wo")]
+    layers.append("lm_head")
+    assert weights == {f"{layer}.{part}" for layer in layers for part in (LORA_A, LORA_B)}
+    assert held[f"{layers[0]}.{LORA_A}"].shape == (4, 32) and np.abs(held[f"{layers[0]}.{LORA_B}"].asnumpy()).max() > 0
+    moments = {name for name in held if name.startswith("adam_")}
+    assert moments == {f"{kind}{name}" for kind in ("adam_m.", "adam_v.") for name in weights}
+    words = json.loads((output / "adapter_config.json").read_text())
+    assert (words["r"], words["lora_alpha"], words["target_modules"]) == (4, 8, PET["target_modules"])
+
+
+def test_merged_weights_give_the_logits_of_base_and_adapters(tuned, job, capsys):
+    base, output, _ = tuned
+    merged = output / "merged.ckpt"
+    assert merge(["--base", str(base), "--adapter", str(output / "checkpoint"), "--output", str(merged)]) == 0
+    assert "adapters added to 5, factor 2" in capsys.readouterr().out
+    ids = Tensor(token_rows(width=32, rows=2))
+
+    def logits(lora, *files):
+        network = network_of(job)
+        if lora:
+            add_lora(network, lora)
+        for file in files:
+            ms.load_param_into_net(network, ms.load_checkpoint(str(file)))
+        network.set_train(False)
+        return network(ids).asnumpy()
+
+    spec = lora_from_yaml(with_pet(config_of(job.yaml)))
+    adapter = output / "checkpoint" / "rank_0" / "tiny_rank_0-2_10.ckpt"
+    both, one, bare = logits(spec, base, adapter), logits(None, merged), logits(None, base)
+    np.testing.assert_allclose(one, both, atol=1e-5)
+    assert np.abs(both - bare).max() > 1e-2
+    np.testing.assert_array_equal(logits(spec, base), bare)  # B starts at zero
+
+
+def test_merging_refuses_what_does_not_fit(tuned, tmp_path, capsys):
+    base, output, _ = tuned
+    adapter = str(output / "checkpoint")
+    for arguments, words in (
+        (["--base", str(base), "--adapter", str(base), "--lora_scaling", "1"], "holds no LoRA adapters"),
+        (["--base", str(base), "--adapter", str(tmp_path / "none")], "is no checkpoint"),
+        (["--base", adapter + "/rank_0/tiny_rank_0-2_5.ckpt", "--adapter", adapter], "wq.weight is not in the base"),
+    ):
+        assert merge([*arguments, "--output", str(tmp_path / "x.ckpt")]) == 2
+        assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lora_rnk": 8}, "did you mean 'lora_rank'"),
+        ({"pet_type": "slora"}, "pet_type='slora' is unknown"),
+        ({"lora_rank": 0}, "lora_rank=0"),
+        ({"lora_dropout": 1.0}, "lora_dropout=1.0 is out of range"),
+        ({"target_modules": None}, "target_modules=None is no text"),
+        ({"target_modules": ".*(wq"}, "no regular expression"),
+        ({"freeze_include": ["x"]}, "freeze_include=['x'] is not built"),
+    ],
+)
+def test_a_wrong_pet_config_is_explained(job, changes, words):
+    with pytest.raises(UserError) as error:
+        lora_from_yaml(with_pet(config_of(job.yaml), **changes))
+    assert words in str(error.value)
+
+
+def test_layers_that_cannot_be_adapted_are_named(job):
+    with pytest.raises(UserError, match=r"matches no layer.*model\.layers\.\*\.attention\.wk"):
+        add_lora(network_of(job), LoraSpec(targets=".*wx"))
+    with pytest.raises(UserError, match=r"matches model.layers.0.feed_forward.ffn.w1.*only linear layers"):
+        add_lora(network_of(job), LoraSpec(targets=".*w1|.*wq"))
+
+
+@pytest.mark.parametrize(("options", "words"), [(["run_mode=predict"], "merge the adapters into the base first"),
+                                                (["resume_training=True"], "hold the adapters only")])  # fmt: skip
+def test_what_is_not_built_is_said(job, options, words):
+    with pytest.raises(UserError, match=words):
+        check_run(with_pet(config_of(job.yaml, *options)), "test")
