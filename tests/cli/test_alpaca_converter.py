@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from hashlib import sha256
 from pathlib import Path
 
@@ -140,3 +142,18 @@ def test_latin1_is_refused_with_its_line(tmp_path: Path, capsys: pytest.CaptureF
     data.write_bytes(b'{"instruction": "a", "output": "b"}\n{"instruction": "\xe9", "output": "b"}\n')
     assert convert(data, tmp_path / "out.json") == 2
     assert f"{data}, line 2: not UTF-8" in capsys.readouterr().err
+
+
+def test_killed_it_leaves_no_output_and_a_rerun_works(tmp_path: Path, repo_root: Path) -> None:
+    data, output = tmp_path / "in.json", tmp_path / "out.json"
+    data.write_text(json.dumps(RECORDS * 50_000), encoding="utf-8")
+    command = [sys.executable, "tools/dataset_preprocess/llama/alpaca_converter.py", "--data_path", str(data)]
+    with subprocess.Popen([*command, "--output_path", str(output)], cwd=repo_root, stderr=subprocess.DEVNULL) as run:
+        while run.poll() is None and not (tmp_path / ".out.json.partial").exists():
+            time.sleep(0.01)
+        run.kill()
+    assert run.returncode == -signal.SIGKILL and not output.exists()
+    as_list(data)
+    assert convert(data, output) == 0
+    assert digest(output) == GOLDEN
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.json", "out.json"]
