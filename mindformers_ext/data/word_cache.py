@@ -3,9 +3,10 @@
 
 Why the tokens are the same: byte-pair encoding merges neighbours, best pair first. If no piece of the vocabulary holds
 a blank behind another character, no merge ever joins a word with the blank that follows, so each stretch of blanks and
-the word behind it is encoded as if it stood alone. That holds for LLaMA's and Mixtral's models and is checked for every
-model: byte pairs, no normalisation, blanks kept and one put in front, unknown characters as bytes (consecutive unknown
-tokens would be joined over a blank). Other models are encoded text by text.
+the word behind it is encoded as if it stood alone; the same goes for a line break that no piece holds. That is so for
+LLaMA's and Mixtral's models and is checked for every model: byte pairs, no normalisation, blanks kept and one put in
+front, unknown characters as bytes (consecutive unknown tokens would be joined over a blank). Other models are encoded
+text by text.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 BLANK = "\u2581"  # how pieces write a blank
-SEGMENT = re.compile(r" +[^ ]*")
+SEGMENT = re.compile(r" +[^ \n]*|\n[^ \n]*")  # blanks or one line break, and what follows
 MOST_WORDS, LONGEST = 200_000, 24  # kept words and their characters: some 40 MB
 
 # Field numbers in sentencepiece_model.proto (google/sentencepiece, Apache-2.0).
@@ -36,14 +37,18 @@ class WordEncoder:
         # a last blank: alone, the model would take it for nothing
         self._lone = {" ": np.int32(model.piece_to_id(BLANK)).tobytes()}
         self._known = dict(self._lone)
+        self._break = len(model.encode("\n"))
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
         """Token ids of each text, as the bytes of int32: what SentencePiece's own ``encode`` gives."""
         split = [SEGMENT.findall(" " + text) if text and BLANK not in text else [] for text in texts]
         missing = [word for word in set(chain.from_iterable(split)) if word not in self._known]
         # the model puts the first blank of each segment back
-        ids = self._model.encode([word[1:] for word in missing], num_threads=1, out_type=int)
-        self._known.update(zip(missing, (np.array(found, np.int32).tobytes() for found in ids), strict=True))
+        # (and before a line break, one more line break keeps it away)
+        asked = [word[1:] if word[0] == " " else "\n" + word for word in missing]
+        ids = self._model.encode(asked, num_threads=1, out_type=int)
+        for word, found in zip(missing, ids, strict=True):
+            self._known[word] = np.array(found if word[0] == " " else found[self._break :], np.int32).tobytes()
         look_up = self._known.__getitem__
         result = [b"".join(map(look_up, words)) for words in split]
         for index, text in enumerate(texts):
@@ -79,7 +84,7 @@ def is_separable(model: Any) -> bool:
     if not plain or not model.is_byte(model.piece_to_id("<0x0A>")):
         return False
     pieces = model.id_to_piece(list(range(model.vocab_size())))
-    return BLANK in pieces and not any(BLANK in piece.lstrip(BLANK) for piece in pieces)
+    return BLANK in pieces and not any(BLANK in piece.lstrip(BLANK) or "\n" in piece for piece in pieces)
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:

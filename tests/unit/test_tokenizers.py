@@ -69,7 +69,7 @@ def test_too_little_text_and_wrong_files_are_user_errors(tmp_path: Path) -> None
         SentencePieceTokenizer(tmp_path / "a.model")
 
 
-@given(st.lists(st.text(alphabet="  ab the\n\t.,'é漢\U0001f600▁\xa0\x00<>s/unk019", max_size=30), max_size=4))
+@given(st.lists(st.text(alphabet="  ab the\n\n\t.,'é漢\U0001f600▁\xa0\x00<>s/unk019", max_size=30), max_size=4))
 def test_words_apart_give_the_models_own_tokens(tokenizer: SentencePieceTokenizer, texts: list[str]) -> None:
     assert is_separable(tokenizer._model)
     found = [np.frombuffer(ids, np.int32).tolist() for ids in WordEncoder(tokenizer._model).encode(texts)]
