@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A group of files appears whole, in an order that a killed run cannot mistake for a whole one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.formats.atomic import fresh_group
+
+
+def fill(folder: Path, text: str, names: tuple[str, ...]) -> None:
+    for name in names:
+        (folder / name).write_text(text)
+
+
+NAMES = ("x0", "x1", "x0.db", "x1.db")
+
+
+def test_the_first_file_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[str] = []
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", lambda old, new: (moved.append(Path(new).name), rename(old, new)))
+    with fresh_group(tmp_path / "x") as folder:
+        fill(folder, "new", NAMES)
+    assert moved == ["x1.db", "x0.db", "x1", "x0"]
+    assert sorted(item.name for item in tmp_path.iterdir()) == sorted(NAMES)
+
+
+def test_an_error_leaves_the_old_files(tmp_path: Path) -> None:
+    fill(tmp_path, "old", NAMES)
+    with pytest.raises(RuntimeError), fresh_group(tmp_path / "x", overwrite=True) as folder:
+        fill(folder, "new", NAMES)
+        raise RuntimeError
+    with pytest.raises(UserError, match="exists"), fresh_group(tmp_path / "x") as folder:
+        fill(folder, "new", NAMES)
+    assert {item.read_text() for item in tmp_path.iterdir()} == {"old"}
+
+
+def test_replacing_takes_the_first_file_away_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, "old", NAMES)
+
+    def killed(old: str, new: str) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(os, "rename", killed)
+    with pytest.raises(RuntimeError), fresh_group(tmp_path / "x", overwrite=True) as folder:
+        fill(folder, "new", NAMES)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_run_left_is_cleared_and_two_runs_are_kept_apart(tmp_path: Path) -> None:
+    (tmp_path / ".x.partial").mkdir()
+    fill(tmp_path / ".x.partial", "half", ("x7",))
+    with fresh_group(tmp_path / "x") as folder:
+        assert not list(folder.iterdir())
+        with pytest.raises(UserError, match="being written by another process"), fresh_group(tmp_path / "x"):
+            pass
+        fill(folder, "new", ("x",))
+    assert [item.name for item in tmp_path.iterdir()] == ["x"]
