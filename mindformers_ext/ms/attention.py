@@ -12,16 +12,18 @@ from mindspore.common.initializer import Normal, initializer
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.ops.dtypes import mindspore_dtype
 from mindformers_ext.ms.ops.select import Operators
+from mindformers_ext.ms.parallel import Shards
 
 
 class Linear(nn.Cell):
-    """x W^T without bias. Input (T, in), output (T, out), weight (out, in)."""
+    """x W^T without bias. Input (T, in), output (T, out), weight (out, in). ``row``: its strategy on many devices."""
 
-    def __init__(self, width_in: int, width_out: int, std: float, param_dtype: ms.Type) -> None:
+    def __init__(self, width_in: int, width_out: int, std: float, param_dtype: ms.Type, shards: Shards,
+                 row: str) -> None:  # fmt: skip
         super().__init__()
         weight = initializer(Normal(sigma=std), (width_out, width_in), param_dtype)
         self.weight = Parameter(weight, name="weight")
-        self.product = P.MatMul(transpose_b=True)
+        self.product = shards.shard(P.MatMul(transpose_b=True), row)
 
     def construct(self, x_TD: Tensor) -> Tensor:
         return self.product(x_TD, ops.cast(self.weight, x_TD.dtype))
@@ -45,14 +47,17 @@ class Attention(nn.Cell):
             model.num_attention_heads, model.num_key_value_heads, model.head_dim)  # fmt: skip
         width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
         std, dtype = model.initializer_range, mindspore_dtype(spec.numerics.param_dtype)
-        self.wq = Linear(model.hidden_size, width, std, dtype)
-        self.wk = Linear(model.hidden_size, kv_width, std, dtype)
-        self.wv = Linear(model.hidden_size, kv_width, std, dtype)
-        self.wo = Linear(width, model.hidden_size, std, dtype)
-        self.rotary = operators.build(operators.rotary, operators.dtype(spec.numerics.rotary_dtype))
+        shards = Shards(spec)
+        self.wq = Linear(model.hidden_size, width, std, dtype, shards, "project in")
+        self.wk = Linear(model.hidden_size, kv_width, std, dtype, shards, "project in")
+        self.wv = Linear(model.hidden_size, kv_width, std, dtype, shards, "project in")
+        self.wo = Linear(width, model.hidden_size, std, dtype, shards, "project out")
+        rotary = operators.build(operators.rotary, operators.dtype(spec.numerics.rotary_dtype))
+        self.rotary = shards.local(rotary, "rotary")
         softmax_dtype = operators.dtype(spec.numerics.softmax_dtype)
-        self.attend = operators.build(operators.causal_attention, self.heads, self.kv_heads, self.head_dim,
-                                      spec.seq_length, softmax_dtype)  # fmt: skip
+        attend = operators.build(operators.causal_attention, self.heads // shards.mp, self.kv_heads // shards.mp,
+                                 self.head_dim, spec.seq_length, softmax_dtype)  # fmt: skip
+        self.attend = shards.local(attend, "attend")
 
     def construct(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
         S = cos_SP.shape[1]

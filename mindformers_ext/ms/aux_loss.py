@@ -17,7 +17,8 @@ class AuxiliaryLoss(nn.Cell):
     ``factor * E^2 * mean_g(mean(f) * mean(P))``, averaged over routing groups. "expert" has g = E, "device"
     g = expert_group_size, "comm" g = expert parallel size. Every one equals its factor when the load is balanced.
 
-    Inputs: logits (G, N, E), probabilities (G, N, E) that sum to 1 per token, counts (G, E), all float32.
+    Inputs: logits (G, N, E), probabilities (G, N, E) that sum to 1 per token, counts (G, E), all float32. Output ();
+    ``per_group`` gives (G), whose mean it is.
     """
 
     def __init__(self, moe: MoESpec, expert_parallel: int = 1) -> None:
@@ -32,20 +33,24 @@ class AuxiliaryLoss(nn.Cell):
         self.matmul = P.MatMul()
 
     def construct(self, logits_GNE: Tensor, prob_GNE: Tensor, counts_GE: Tensor) -> Tensor:
-        total = ops.zeros((), logits_GNE.dtype)
+        return self.per_group(logits_GNE, prob_GNE, counts_GE).mean()
+
+    def per_group(self, logits_GNE: Tensor, prob_GNE: Tensor, counts_GE: Tensor) -> Tensor:
+        """The loss of every routing group (G)."""
+        total_G = ops.zeros((logits_GNE.shape[0],), logits_GNE.dtype)
         if self.balances:
             share_GE = counts_GE / counts_GE.sum(-1, keepdims=True)
             mean_GE = prob_GNE.mean(1)
             for i in range(len(self.pools)):
                 pool, weight = self.pools[i], self.weights[i]
                 product = self.matmul(share_GE, pool) * self.matmul(mean_GE, pool)
-                total = total + weight * product.sum(-1).mean()
+                total_G = total_G + weight * product.sum(-1)
         if self.z_factor > 0:
             # Shifted by the maximum: exp never overflows (the unshifted form is inf * 0 = nan above 88).
             top = ops.stop_gradient(logits_GNE.max(-1, keepdims=True))
             logsumexp = ops.log(ops.exp(logits_GNE - top).sum(-1)) + ops.squeeze(top, -1)
-            total = total + self.z_factor * ops.square(logsumexp).mean()
-        return total
+            total_G = total_G + self.z_factor * ops.square(logsumexp).mean(-1)
+        return total_G
 
 
 def _pooling(experts: int, parts: int) -> np.ndarray:

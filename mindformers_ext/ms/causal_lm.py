@@ -10,14 +10,16 @@ import mindspore.ops.operations as P
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
+from mindformers_ext.core.cluster import layer_stage
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.attention import Attention, Linear, rotary_tables
 from mindformers_ext.ms.feed_forward import FeedForward
-from mindformers_ext.ms.loss import NextTokenLoss
+from mindformers_ext.ms.loss import NextTokenLoss, Targets
 from mindformers_ext.ms.moe import MoE
 from mindformers_ext.ms.norm import RmsNorm
 from mindformers_ext.ms.ops.dtypes import mindspore_dtype
 from mindformers_ext.ms.ops.select import Operators, select_operators
+from mindformers_ext.ms.parallel import Shards
 
 
 class TokenEmbedding(nn.Cell):
@@ -28,7 +30,7 @@ class TokenEmbedding(nn.Cell):
         model, dtype = spec.model, mindspore_dtype(spec.numerics.param_dtype)
         table = initializer(Normal(sigma=model.initializer_range), (model.vocab_size, model.hidden_size), dtype)
         self.embedding_weight = Parameter(table, name="embedding_weight")
-        self.gather = P.Gather()
+        self.gather = Shards(spec).shard(P.Gather(), "embedding")
 
     def construct(self, ids_T: Tensor) -> Tensor:
         return self.gather(self.embedding_weight, ids_T, 0)
@@ -43,10 +45,11 @@ class DenseLayer(nn.Cell):
         self.attention = Attention(spec, operators)
         self.ffn_norm = RmsNorm(spec, operators)
         self.feed_forward = FeedForward(spec, operators)
+        self.add = Shards(spec).shard(P.Add(), "residual")
 
     def construct(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), cos_SP, sin_SP)
-        return x_TD + self.feed_forward(self.ffn_norm(x_TD))
+        x_TD = self.add(x_TD, self.attention(self.attention_norm(x_TD), cos_SP, sin_SP))
+        return self.add(x_TD, self.feed_forward(self.ffn_norm(x_TD)))
 
 
 class MoELayer(nn.Cell):
@@ -58,11 +61,12 @@ class MoELayer(nn.Cell):
         self.attention = Attention(spec, operators)
         self.ffn_norm = RmsNorm(spec, operators)
         self.feed_forward = MoE(spec, operators)
+        self.add = Shards(spec).shard(P.Add(), "residual")
 
     def construct(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), cos_SP, sin_SP)
+        x_TD = self.add(x_TD, self.attention(self.attention_norm(x_TD), cos_SP, sin_SP))
         y_TD, aux_loss, load_E, dropped = self.feed_forward(self.ffn_norm(x_TD))
-        return x_TD + y_TD, aux_loss, load_E, dropped
+        return self.add(x_TD, y_TD), aux_loss, load_E, dropped
 
 
 class Decoder(nn.Cell):
@@ -80,9 +84,14 @@ class Decoder(nn.Cell):
         self.aux_scale = 1.0 / model.num_hidden_layers if model.moe and model.moe.aux_loss_reduce == "mean" else 1.0
         self.seq_length = spec.seq_length
         layer = MoELayer if self.has_experts else DenseLayer
-        self.tok_embeddings = TokenEmbedding(spec)
-        self.layers = nn.CellList([layer(spec, operators) for _ in range(model.num_hidden_layers)])
-        self.norm_out = RmsNorm(spec, operators)
+        shards, layers = Shards(spec), model.num_hidden_layers
+        self.tok_embeddings = shards.stage(TokenEmbedding(spec), 0)
+        self.layers = nn.CellList([shards.stage(layer(spec, operators), layer_stage(index, layers, shards.stages))
+                                   for index in range(layers)])  # fmt: skip
+        self.norm_out = shards.stage(RmsNorm(spec, operators), shards.stages - 1)
+        self.add, self.scale = shards.shard(P.Add(), "scalars"), shards.shard(P.Mul(), "scalars")
+        self.stack_loads = shards.shard_list(P.Stack(), "-", layers)
+        self.stack_drops = shards.shard_list(P.Stack(), "", layers)
         self.cos_SP, self.sin_SP = rotary_tables(
             spec.seq_length, model.head_dim, model.rope_theta, operators.dtype(spec.numerics.rotary_dtype)
         )
@@ -97,10 +106,11 @@ class Decoder(nn.Cell):
         if self.has_experts:
             for layer in self.layers:
                 x_TD, layer_aux, load_E, dropped = layer(x_TD, cos_SP, sin_SP)
-                aux_loss = aux_loss + layer_aux
+                aux_loss = self.add(aux_loss, layer_aux)
                 loads = loads + (load_E,)
                 drops = drops + (dropped,)
-            return self.norm_out(x_TD), aux_loss * self.aux_scale, ops.stack(loads), ops.stack(drops)
+            aux_loss = self.scale(aux_loss, self.aux_scale)
+            return self.norm_out(x_TD), aux_loss, self.stack_loads(loads), self.stack_drops(drops)
         for layer in self.layers:
             x_TD = layer(x_TD, cos_SP, sin_SP)
         return self.norm_out(x_TD), aux_loss, ops.zeros((1, 1), ms.float32), ops.zeros((1,), ms.float32)
@@ -127,15 +137,19 @@ class CausalLM(nn.Cell):
         spec = replace(spec, numerics=operators.numerics(spec.numerics))
         model = spec.model
         self.spec = spec
-        self.vocab_size, self.pad_token_id = model.vocab_size, model.pad_token_id
-        self.ignore_token_id = model.ignore_token_id
+        self.vocab_size = model.vocab_size
         self.tied, self.add_aux_loss = model.tie_word_embeddings, spec.return_extra_loss
         self.model = Decoder(spec, operators)
-        self.product = P.MatMul(transpose_b=True)
+        shards = Shards(spec)
+        last = shards.stages - 1
+        self.product = shards.shard(P.MatMul(transpose_b=True), "head")
         if not self.tied:
             dtype = mindspore_dtype(spec.numerics.param_dtype)
-            self.lm_head = Linear(model.hidden_size, model.vocab_size, model.initializer_range, dtype)
-        self.next_token_loss = NextTokenLoss()
+            head = Linear(model.hidden_size, model.vocab_size, model.initializer_range, dtype, shards, "head")
+            self.lm_head = shards.stage(head, last)
+        self.targets = shards.stage(Targets(spec), 0)
+        self.next_token_loss = shards.stage(NextTokenLoss(shards), last)
+        self.add = shards.shard(P.Add(), "scalars")
 
     def _head(self, x_TD: Tensor) -> Tensor:
         if self.tied:
@@ -149,11 +163,8 @@ class CausalLM(nn.Cell):
 
     def losses(self, ids_BT: Tensor, labels_BT: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """See the class; the shift by one token happens here. Tokens equal to the pad id do not count."""
-        tokens = ids_BT[:, :-1]
-        target = ids_BT[:, 1:] if labels_BT is None else labels_BT[:, 1:]
-        counted = ops.logical_and(tokens != self.pad_token_id, target != self.ignore_token_id)
-        x_TD, aux_loss, load, dropped = self.model(tokens)
-        weight_T = ops.cast(ops.reshape(counted, (-1,)), ms.float32)
-        lm_loss = self.next_token_loss(self._head(x_TD), ops.reshape(target, (-1,)), weight_T)
-        loss = lm_loss + aux_loss if self.add_aux_loss else lm_loss
+        tokens_BS, target_T, weight_T = self.targets(ids_BT, labels_BT)
+        x_TD, aux_loss, load, dropped = self.model(tokens_BS)
+        lm_loss = self.next_token_loss(self._head(x_TD), target_T, weight_T)
+        loss = self.add(lm_loss, aux_loss) if self.add_aux_loss else lm_loss
         return loss, lm_loss, aux_loss, load, dropped

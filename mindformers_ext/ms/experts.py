@@ -8,17 +8,21 @@ import mindspore.ops.operations as P
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
+from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.ms.ops.dtypes import mindspore_dtype
 from mindformers_ext.ms.ops.select import Operators
+from mindformers_ext.ms.parallel import Shards
 
 
 class ExpertLinear(nn.Cell):
     """One matrix per expert, no bias. Input (E, C, in), output (E, C, out), weight (E, out, in)."""
 
-    def __init__(self, experts: int, width_in: int, width_out: int, std: float, param_dtype: ms.Type) -> None:
+    def __init__(self, experts: int, width_in: int, width_out: int, std: float, param_dtype: ms.Type, shards: Shards,
+                 row: str) -> None:  # fmt: skip
         super().__init__()
         shape = (experts, width_out, width_in)
         self.weight = Parameter(initializer(Normal(sigma=std), shape, param_dtype), name="weight")
-        self.product = P.BatchMatMul(transpose_b=True)
+        self.product = shards.shard(P.BatchMatMul(transpose_b=True), row)
 
     def construct(self, x_ECD: Tensor) -> Tensor:
         return self.product(x_ECD, ops.cast(self.weight, x_ECD.dtype))
@@ -27,17 +31,38 @@ class ExpertLinear(nn.Cell):
 class CapacityExperts(nn.Cell):
     """w2(silu(w1 x) * w3 x) for every slot (Mixtral of Experts, section 2.1). Input and output (G, E, C, D)."""
 
-    def __init__(
-        self, operators: Operators, experts: int, hidden: int, ffn: int, std: float, param_dtype: ms.Type
-    ) -> None:
+    def __init__(self, spec: NetworkSpec, operators: Operators) -> None:
         super().__init__()
-        self.w1 = ExpertLinear(experts, hidden, ffn, std, param_dtype)
-        self.w2 = ExpertLinear(experts, ffn, hidden, std, param_dtype)
-        self.w3 = ExpertLinear(experts, hidden, ffn, std, param_dtype)
-        self.swiglu = operators.build(operators.swiglu)
+        model, shards = spec.model, Shards(spec)
+        experts, hidden, ffn = model.experts.num_local_experts, model.hidden_size, model.intermediate_size
+        std, param_dtype = model.initializer_range, mindspore_dtype(spec.numerics.param_dtype)
+        self.w1 = ExpertLinear(experts, hidden, ffn, std, param_dtype, shards, "expert in")
+        self.w2 = ExpertLinear(experts, ffn, hidden, std, param_dtype, shards, "expert out")
+        self.w3 = ExpertLinear(experts, hidden, ffn, std, param_dtype, shards, "expert in")
+        self.swiglu = shards.local(operators.build(operators.swiglu), "expert")
         self.transpose = P.Transpose()
+        self.exchanges = shards.active
+        self.box = (shards.outer, shards.ep, spec.parallel.groups // shards.dp)
+        self.to_experts = shards.shard(P.Transpose(), "to experts")
+        self.from_experts = shards.shard(P.Transpose(), "from experts")
+
+    def _exchanged(self, x_GECD: Tensor) -> Tensor:
+        """The same on many devices: G = (outer, ep, mp) groups, each on its device, and experts split over ep.
+
+        The first transposition trades groups for experts over ep (AllToAll), the second trades them back. Rows are
+        ordered (outer, mp, ep, C), so the partial sums over mp of ``w2`` are scattered to the groups they belong to.
+        """
+        outer, ep, mp = self.box
+        _, E, C, D = x_GECD.shape
+        x = self.to_experts(ops.reshape(x_GECD, (outer, ep, mp, E, C, D)), (3, 0, 2, 1, 4, 5))
+        x_ECD = ops.reshape(x, (E, -1, D))
+        y_ECD = self.w2(self.swiglu(self.w1(x_ECD), self.w3(x_ECD)))
+        y = self.from_experts(ops.reshape(y_ECD, (E, outer, mp, ep, C, D)), (1, 3, 2, 0, 4, 5))
+        return ops.reshape(y, x_GECD.shape)
 
     def construct(self, x_GECD: Tensor) -> Tensor:
+        if self.exchanges:
+            return self._exchanged(x_GECD)
         G, E, C, D = x_GECD.shape
         x_ECD = ops.reshape(x_GECD, (E, -1, D)) if G == 1 else self._by_expert(x_GECD)
         y_ECD = self.w2(self.swiglu(self.w1(x_ECD), self.w3(x_ECD)))

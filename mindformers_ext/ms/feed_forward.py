@@ -9,6 +9,7 @@ from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.attention import Linear
 from mindformers_ext.ms.ops.dtypes import mindspore_dtype
 from mindformers_ext.ms.ops.select import Operators
+from mindformers_ext.ms.parallel import Shards
 
 
 class FeedForward(nn.Cell):
@@ -18,10 +19,11 @@ class FeedForward(nn.Cell):
         super().__init__()
         model, dtype = spec.model, mindspore_dtype(spec.numerics.param_dtype)
         hidden, ffn, std = model.hidden_size, model.intermediate_size, model.initializer_range
-        self.w1 = Linear(hidden, ffn, std, dtype)
-        self.w2 = Linear(ffn, hidden, std, dtype)
-        self.w3 = Linear(hidden, ffn, std, dtype)
-        self.swiglu = operators.build(operators.swiglu)
+        shards = Shards(spec)
+        self.w1 = Linear(hidden, ffn, std, dtype, shards, "project in")
+        self.w2 = Linear(ffn, hidden, std, dtype, shards, "project out")
+        self.w3 = Linear(hidden, ffn, std, dtype, shards, "project in")
+        self.swiglu = shards.local(operators.build(operators.swiglu), "feed forward")
 
     def construct(self, x_TD: Tensor) -> Tensor:
         return self.w2(self.swiglu(self.w1(x_TD), self.w3(x_TD)))

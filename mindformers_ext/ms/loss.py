@@ -7,6 +7,71 @@ import mindspore as ms
 import mindspore.ops.operations as P
 from mindspore import Tensor, nn, ops
 
+from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.ms.parallel import Shards
+
+
+class _Shift(nn.Cell):
+    """tokens (B, S), target (B, S) and weight (B*S) of ids and labels (B, S+1); see ``Targets``."""
+
+    def __init__(self, pad_token_id: int, ignore_token_id: int) -> None:
+        super().__init__()
+        self.pad_token_id, self.ignore_token_id = pad_token_id, ignore_token_id
+
+    def construct(self, ids_BT: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tokens_BS, target_BS = ids_BT[:, :-1], labels_BT[:, 1:]
+        counted = ops.logical_and(tokens_BS != self.pad_token_id, target_BS != self.ignore_token_id)
+        return tokens_BS, target_BS, ops.cast(ops.reshape(counted, (-1,)), ms.float32)
+
+
+class _OwnShift(nn.Cell):
+    """As ``_Shift`` where the ids are their own labels."""
+
+    def __init__(self, pad_token_id: int, ignore_token_id: int) -> None:
+        super().__init__()
+        self.shift = _Shift(pad_token_id, ignore_token_id)
+
+    def construct(self, ids_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.shift(ids_BT, ids_BT)
+
+
+class Targets(nn.Cell):
+    """The shift by one token.
+
+    Inputs: ids (B, S+1) int32 and labels (B, S+1) or None. Outputs: tokens (B, S), target (B*S) and weight (B*S)
+    float32: 0 where the token is padding or the target is to be ignored, else 1.
+    """
+
+    def __init__(self, spec: NetworkSpec) -> None:
+        super().__init__()
+        model, shards = spec.model, Shards(spec)
+        numbers = (model.pad_token_id, model.ignore_token_id)
+        self.own = shards.local(_OwnShift(*numbers), "ids", _own_shapes, _own_types)
+        self.labelled = shards.local(_Shift(*numbers), "ids and labels", _labelled_shapes, _labelled_types)
+
+    def construct(self, ids_BT: Tensor, labels_BT: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if labels_BT is None:
+            tokens_BS, target_BS, weight_T = self.own(ids_BT)
+        else:
+            tokens_BS, target_BS, weight_T = self.labelled(ids_BT, labels_BT)
+        return tokens_BS, ops.reshape(target_BS, (-1,)), weight_T
+
+
+def _own_shapes(ids: list) -> tuple:
+    return [ids[0], ids[1] - 1], [ids[0], ids[1] - 1], [ids[0] * (ids[1] - 1)]
+
+
+def _own_types(ids: ms.Type) -> tuple:
+    return ids, ids, ms.TensorType(ms.float32)
+
+
+def _labelled_shapes(ids: list, labels: list) -> tuple:
+    return [ids[0], ids[1] - 1], [ids[0], ids[1] - 1], [ids[0] * (ids[1] - 1)]
+
+
+def _labelled_types(ids: ms.Type, labels: ms.Type) -> tuple:
+    return ids, labels, ms.TensorType(ms.float32)
+
 
 class CrossEntropyRows(nn.Cell):
     """-log softmax(logits)[label] per row. Inputs: logits (T, V) float32, label (T) int32. Output (T, 1)."""
@@ -25,12 +90,8 @@ class CrossEntropyRows(nn.Cell):
         return (ops.softmax(logits_TV, -1) - target_TV) * dout, ops.zeros_like(label_T)
 
 
-class NextTokenLoss(nn.Cell):
-    """Mean cross entropy over counted tokens, in float32.
-
-    Inputs: logits (T, V), label (T) int32, weight (T) float32 of 0 or 1. Output (). A row of weight 0 may carry any
-    label; no counted token at all gives 0.
-    """
+class WeightedRows(nn.Cell):
+    """Loss of each row (T) times its weight. Inputs as ``NextTokenLoss``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,4 +100,32 @@ class NextTokenLoss(nn.Cell):
     def construct(self, logits_TV: Tensor, label_T: Tensor, weight_T: Tensor) -> Tensor:
         label_T = label_T * ops.cast(weight_T > 0, ms.int32)
         losses = self.rows(ops.cast(logits_TV, ms.float32), label_T)
-        return (ops.reshape(losses, (-1,)) * weight_T).sum() / ops.maximum(weight_T.sum(), 1.0)
+        return ops.reshape(losses, (-1,)) * weight_T
+
+
+def _row_shape(logits: list, label: list, weight: list) -> list:
+    return label
+
+
+def _row_type(logits: ms.Type, label: ms.Type, weight: ms.Type) -> ms.Type:
+    return weight
+
+
+class NextTokenLoss(nn.Cell):
+    """Mean cross entropy over counted tokens, in float32.
+
+    Inputs: logits (T, V), label (T) int32, weight (T) float32 of 0 or 1. Output (). A row of weight 0 may carry any
+    label; no counted token at all gives 0.
+    """
+
+    def __init__(self, shards: Shards | None = None) -> None:
+        super().__init__()
+        shards = shards or Shards()
+        self.rows = shards.local(WeightedRows(), "rows", _row_shape, _row_type)
+        self.sum = shards.shard(P.ReduceSum(), "row sum")
+        self.largest = shards.shard(P.Maximum(), "scalars")
+        self.divide = shards.shard(P.RealDiv(), "scalars")
+
+    def construct(self, logits_TV: Tensor, label_T: Tensor, weight_T: Tensor) -> Tensor:
+        losses_T = self.rows(logits_TV, label_T, weight_T)
+        return self.divide(self.sum(losses_T), self.largest(self.sum(weight_T), 1.0))

@@ -13,10 +13,11 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
+from mindformers_ext.core.capacity import expert_capacity
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.experts import CapacityExperts
-from mindformers_ext.ms.ops.dtypes import mindspore_dtype
 from mindformers_ext.ms.ops.select import Operators
+from mindformers_ext.ms.parallel import Shards
 from mindformers_ext.ms.router import TopkRouterV2
 
 
@@ -127,7 +128,11 @@ class RouterGate(nn.Cell):
 
 
 class Router(nn.Cell):
-    """Gate and routing; its parts carry MindFormers' names ``router.dense`` and ``router.router``."""
+    """Gate and routing; its parts carry MindFormers' names ``router.dense`` and ``router.router``.
+
+    Input (T, D). Outputs: dispatch (G, E, C), slot, kept and coeff (G, N, K), assignment (G, E, C), aux_loss (),
+    load (E), dropped ().
+    """
 
     def __init__(self, spec: NetworkSpec, operators: Operators) -> None:
         super().__init__()
@@ -141,9 +146,62 @@ class Router(nn.Cell):
             self.router = operators.build(TopkRouterV2, model.experts, spec.parallel)
         self.groups = spec.parallel.groups
         self.experts = experts
+        shards = Shards(spec)
+        self.dense.product = shards.shard(self.dense.product, "gate")
+        self.is_local = shards.active
+        self.local_slots = shards.region(self.slots, "slots", _SlotShapes(self.router), _slot_types)
+        self.mean = shards.shard(P.ReduceMean(), "group mean")
+        self.total = shards.shard(P.ReduceSum(), "group sum")
+
+    def slots(self, logits_GNE: Tensor, bias_E: Tensor) -> tuple:
+        """Routing as ``dispatch`` and ``combine`` want it; the last three per group: (G), (G, E) and (G)."""
+        dispatch_GEC, combine_GNK, coeff_GNK, assignment_GEC, aux_loss_G, counts_GE, dropped_G = self.router.route(
+            logits_GNE, bias_E
+        )
+        capacity = dispatch_GEC.shape[2]
+        expert_GNK = combine_GNK // (capacity + 1)
+        kept_GNK = ops.cast(combine_GNK > expert_GNK * (capacity + 1), ms.float32)
+        # Without the zero slot: expert * C + position; a dropped assignment reads slot 0 with weight 0.
+        slot_GNK = (combine_GNK - expert_GNK - 1) * ops.cast(kept_GNK, ms.int32)
+        return dispatch_GEC, slot_GNK, kept_GNK, coeff_GNK, assignment_GEC, aux_loss_G, counts_GE, dropped_G
 
     def construct(self, x_TD: Tensor) -> tuple:
-        return self.router(ops.reshape(self.dense(x_TD), (self.groups, -1, self.experts)))
+        logits_GNE = ops.reshape(self.dense(x_TD), (self.groups, -1, self.experts))
+        if self.is_local:
+            routed = self.local_slots(logits_GNE, self.router.bias())
+        else:
+            routed = self.slots(logits_GNE, self.router.bias())
+        return (*routed[:5], self.mean(routed[5], 0), self.total(routed[6], 0), self.mean(routed[7], 0))
+
+
+def _dispatched_shape(x_GND: list, dispatch_GEC: list, slot: list, kept: list) -> list:
+    """(G, E, C, D), for MindSpore's cut graph."""
+    return [*dispatch_GEC, x_GND[2]]
+
+
+def _combined_shape(y_GECD: list, coeff_GNK: list, slot: list, dispatch: list, assignment: list) -> list:
+    """(G, N, D), for MindSpore's cut graph."""
+    return [coeff_GNK[0], coeff_GNK[1], y_GECD[3]]
+
+
+class _SlotShapes:
+    """Whole shapes of what ``Router.slots`` returns, for MindSpore's cut graph."""
+
+    def __init__(self, router: TopkRouterV2) -> None:
+        self.router = router
+
+    def __call__(self, logits: list, bias: list) -> tuple:
+        G, N, E = logits
+        router = self.router
+        C = expert_capacity(router.chosen, N, router.moe.capacity_factor, E, router.multiple)
+        by_slot, by_choice = [G, E, C], [G, N, router.chosen]
+        return by_slot, by_choice, by_choice, by_choice, by_slot, [G], [G, E], [G]
+
+
+def _slot_types(logits: ms.Type, bias: ms.Type) -> tuple:
+    """Types of what ``Router.slots`` returns."""
+    whole, real = ms.TensorType(ms.int32), ms.TensorType(ms.float32)
+    return whole, whole, real, real, whole, real, real, real
 
 
 class MoE(nn.Cell):
@@ -151,22 +209,16 @@ class MoE(nn.Cell):
 
     def __init__(self, spec: NetworkSpec, operators: Operators) -> None:
         super().__init__()
-        model, moe = spec.model, spec.model.experts
-        param_dtype = mindspore_dtype(spec.numerics.param_dtype)
+        model, chosen, shards = spec.model, spec.model.experts.num_experts_per_tok, Shards(spec)
         self.groups = spec.parallel.groups
         self.router = Router(spec, operators)
-        self.ffn = CapacityExperts(operators, moe.num_local_experts, model.hidden_size, model.intermediate_size,
-                                   model.initializer_range, param_dtype)  # fmt: skip
-        self.dispatch = operators.build(DispatchRows, moe.num_experts_per_tok)
-        self.combine = operators.build(CombineRows, moe.num_experts_per_tok, model.hidden_size)
+        self.ffn = CapacityExperts(spec, operators)
+        self.dispatch = shards.local(operators.build(DispatchRows, chosen), "dispatch", _dispatched_shape)
+        self.combine = shards.local(operators.build(CombineRows, chosen, model.hidden_size), "combine",
+                                    _combined_shape)  # fmt: skip
 
     def construct(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        dispatch_GEC, combine_GNK, coeff_GNK, assignment_GEC, aux_loss, load_E, dropped = self.router(x_TD)
-        capacity = dispatch_GEC.shape[2]
-        expert_GNK = combine_GNK // (capacity + 1)
-        kept_GNK = ops.cast(combine_GNK > expert_GNK * (capacity + 1), ms.float32)
-        # Without the zero slot: expert * C + position; a dropped assignment reads slot 0 with weight 0.
-        slot_GNK = (combine_GNK - expert_GNK - 1) * ops.cast(kept_GNK, ms.int32)
+        dispatch_GEC, slot_GNK, kept_GNK, coeff_GNK, assignment_GEC, aux_loss, load_E, dropped = self.router(x_TD)
         x_GND = ops.reshape(x_TD, (self.groups, -1, x_TD.shape[-1]))
         y_GECD = self.ffn(self.dispatch(x_GND, dispatch_GEC, slot_GNK, kept_GNK))
         out_GND = self.combine(y_GECD, coeff_GNK, slot_GNK, dispatch_GEC, assignment_GEC)

@@ -9,6 +9,7 @@ from mindspore.common.initializer import initializer
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.ops.dtypes import mindspore_dtype
 from mindformers_ext.ms.ops.select import Operators
+from mindformers_ext.ms.parallel import Shards
 
 
 class RmsNorm(nn.Cell):
@@ -18,8 +19,9 @@ class RmsNorm(nn.Cell):
         super().__init__()
         width, dtype = spec.model.hidden_size, mindspore_dtype(spec.numerics.param_dtype)
         self.weight = Parameter(initializer("ones", (width,), dtype), name="weight")
-        self.norm = operators.build(operators.rms_norm, width, spec.model.rms_norm_eps,
-                                    operators.dtype(spec.numerics.norm_dtype))  # fmt: skip
+        norm = operators.build(operators.rms_norm, width, spec.model.rms_norm_eps,
+                               operators.dtype(spec.numerics.norm_dtype))  # fmt: skip
+        self.norm = Shards(spec).local(norm, "norm")
 
     def construct(self, x_TD: Tensor) -> Tensor:
         return self.norm(x_TD, self.weight)

@@ -78,8 +78,9 @@ class TopkRouterV2(nn.Cell):
         self.grouped = moe.topk_method != "greedy"
         self.group_by_two = moe.topk_method == "noaux_tc"
         self.biased = moe.balance_via_topk_bias
+        zeros = Tensor(np.zeros(self.experts, np.float32))
+        self.no_bias = zeros
         if self.biased:
-            zeros = Tensor(np.zeros(self.experts, np.float32))
             self.topk_bias = Parameter(zeros, name="topk_bias", requires_grad=False, parallel_optimizer=False)
         self.aux_loss = AuxiliaryLoss(moe, parallel.expert_parallel)
         self.order = ExpertOrder(self.experts)
@@ -101,20 +102,24 @@ class TopkRouterV2(nn.Cell):
         limited = ops.select(ops.broadcast_to(kept, by_group.shape), by_group, ops.full_like(by_group, -3.0e38))
         return ops.reshape(limited, (G, N, E))
 
-    def _choose(self, prob_GNE: Tensor) -> tuple[Tensor, Tensor]:
+    def bias(self) -> Tensor:
+        """The bias of the choice (E): a parameter, or zeros that nothing reads."""
+        return self.topk_bias if self.biased else self.no_bias
+
+    def _choose(self, prob_GNE: Tensor, bias_E: Tensor) -> tuple[Tensor, Tensor]:
         """Gates and experts (G, N, K) of each token; the bias and the group limit choose, they never weigh."""
         if not self.biased and not self.grouped:
             return self.topk(prob_GNE, self.chosen)
         score_GNE = ops.stop_gradient(prob_GNE)
         if self.biased:
-            score_GNE = score_GNE + self.topk_bias
+            score_GNE = score_GNE + bias_E
         if self.grouped:
             score_GNE = self._limit_groups(score_GNE)
         _, index_GNK = self.topk(score_GNE, self.chosen)
         return ops.gather_elements(prob_GNE, -1, index_GNK), index_GNK
 
-    def _gates(self, prob_GNE: Tensor) -> tuple[Tensor, Tensor]:
-        gate_GNK, index_GNK = self._choose(prob_GNE)
+    def _gates(self, prob_GNE: Tensor, bias_E: Tensor) -> tuple[Tensor, Tensor]:
+        gate_GNK, index_GNK = self._choose(prob_GNE, bias_E)
         if self.normalise:
             gate_GNK = gate_GNK / (gate_GNK.sum(-1, keepdims=True) + 1e-9)
         if self.moe.routed_scaling_factor != 1.0:
@@ -157,13 +162,18 @@ class TopkRouterV2(nn.Cell):
 
     def choose(self, logits_GNE: Tensor) -> tuple[Tensor, Tensor]:
         """Gates (G, N, K) float32 and experts (G, N, K) int32 of each token, before any slot is given: inference."""
-        return self._gates(self._probabilities(logits_GNE))
+        return self._gates(self._probabilities(logits_GNE), self.bias())
 
     def construct(self, logits_GNE: Tensor) -> tuple:
+        dispatch, combine, coeff, assignment, aux_loss_G, counts_GE, dropped_G = self.route(logits_GNE, self.bias())
+        return dispatch, combine, coeff, assignment, aux_loss_G.mean(), counts_GE.sum(0), dropped_G.mean()
+
+    def route(self, logits_GNE: Tensor, bias_E: Tensor) -> tuple:
+        """As ``construct`` with the bias given, and the last three per group: (G), (G, E) and (G)."""
         G, N, E = logits_GNE.shape
         _check_load(self.chosen * N, E, self.moe.max_router_load)
         prob_GNE = self._probabilities(logits_GNE)
-        gate_GNK, index_GNK = self._gates(prob_GNE)
+        gate_GNK, index_GNK = self._gates(prob_GNE, bias_E)
         index_GNK = ops.stop_gradient(index_GNK)
         expert_GT = self._drop_order(index_GNK)
         sorted_GT, position_GT, counts_GE, starts_GE = self.order(expert_GT)
@@ -173,10 +183,10 @@ class TopkRouterV2(nn.Cell):
         slot_GT = expert_GT * (capacity + 1) + (position_GT + 1) * ops.cast(kept_GT, ms.int32)
         coeff_GNK = gate_GNK * self._token_order(ops.cast(kept_GT, ms.float32), N)
         counts_GE = ops.cast(counts_GE, ms.float32)
-        aux_loss = self._auxiliary(logits_GNE, prob_GNE, counts_GE)
-        dropped = 1.0 - ops.cast(kept_GT, ms.float32).sum() / (G * self.chosen * N)
-        return (dispatch_GEC, self._token_order(slot_GT, N), coeff_GNK, assignment_GEC, aux_loss,
-                counts_GE.sum(0), dropped)  # fmt: skip
+        aux_loss_G = self._auxiliary(logits_GNE, prob_GNE, counts_GE)
+        dropped_G = 1.0 - ops.cast(kept_GT, ms.float32).sum(-1) / (self.chosen * N)
+        return (dispatch_GEC, self._token_order(slot_GT, N), coeff_GNK, assignment_GEC, aux_loss_G, counts_GE,
+                dropped_G)  # fmt: skip
 
     def _probabilities(self, logits_GNE: Tensor) -> Tensor:
         if self.sigmoid:
@@ -195,7 +205,7 @@ class TopkRouterV2(nn.Cell):
             _, index_GNK = self.topk(ops.stop_gradient(prob_GNE), self.chosen)
             _, _, counts_GE, _ = self.order(self._drop_order(index_GNK))
             counts_GE = ops.cast(counts_GE, ms.float32)
-        return self.aux_loss(logits_GNE, prob_GNE, counts_GE)
+        return self.aux_loss.per_group(logits_GNE, prob_GNE, counts_GE)
 
 
 def _check_load(assignments: int, experts: int, max_router_load: int) -> None:
