@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from mindformers_ext.data.corpus import standard_library_text
+from mindformers_ext.data.tokenizers import train_sentencepiece
+
 
 def bench(repo_root: Path, name: str, *arguments: str) -> str:
     command = [sys.executable, f"tools/bench/{name}.py", *arguments]
@@ -41,3 +44,13 @@ def test_weights_are_measured_against_cp(repo_root: Path, tmp_path: Path) -> Non
     assert "the ranks cut from the merged file equal the first ones, byte by byte" in text
     assert len(re.findall(r"of cp, peak \d+ MB", text)) == 2
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_preprocessing_is_measured_against_sentencepiece_and_mindformers(repo_root: Path, tmp_path: Path) -> None:
+    train_sentencepiece(standard_library_text(200_000), tmp_path / "tokenizer.model", 1000)
+    words = ["--model_file", str(tmp_path / "tokenizer.model"), "--megabytes", "1", "--rounds", "1"]
+    text = bench(repo_root, "preprocess", *words)
+    tokens = dict(re.findall(r"^(ours, 1 worker|ours, 2 workers|sentencepiece) +(\d+) tokens", text, re.M))
+    assert len(tokens) == 3 and len(set(tokens.values())) == 1, "all encode the same text into as many tokens"
+    assert len(re.findall(r"tokens/s \d+\.\d+ for the whole command", text)) == 4

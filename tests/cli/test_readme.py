@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+FINETUNE = "tests/cli/test_finetune.py, with its own records and tokenizer"
+
 # Commands that another test, or the suite itself, runs.
 RUN_ELSEWHERE = {
     "bash scripts/setup_env.sh": "scripts/test.sh, before the suite",
@@ -22,6 +24,14 @@ RUN_ELSEWHERE = {
     "python tools/bench/compile_time.py": "tests/cli/test_bench.py, with fewer layers",
     "python tools/bench/convert.py": "tests/cli/test_bench.py, with a narrow layer",
     "python tools/bench/reshard.py": "tests/cli/test_bench.py, with narrow layers",
+    "python tools/bench/preprocess.py --model_file "
+    "output/quickstart/data/tokenizer.model": "tests/cli/test_bench.py, with little text",
+    "python tools/dataset_preprocess/llama/alpaca_converter.py --data_path alpaca_data.json "
+    "--output_path output/finetune/alpaca.json": FINETUNE,
+    "python tools/dataset_preprocess/llama/llama_preprocess.py --dataset_type qa "
+    "--config configs/tiny/finetune_mixtral.yaml --input_glob output/finetune/alpaca.json "
+    "--model_file tokenizer.model --output_file output/finetune/alpaca.mindrecord": FINETUNE,
+    "python run_mindformer.py --config configs/tiny/finetune_mixtral.yaml": FINETUNE,
     "python tools/transform_ckpt.py --src_ckpt_strategy output/strategy/ --src_ckpt_dir output/checkpoint/ "
     "--dst_ckpt_dir target_checkpoint/ --prefix mixtral_": "tests/cli/test_transform_ckpt.py, with the seed's paths",
 }
