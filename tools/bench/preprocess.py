@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens per second of llama_preprocess.py, against SentencePiece's own encode and a loop with MindFormers' tokenizer.
 
-The text is real and not repeated: the documentation and sources of Python's standard library, and a text file where one
-is given. All of it is one plain text, one document per paragraph. What is measured, each call in a process of its own:
+The text is real and not repeated: a text file where one is given, and the documentation inside Python's standard
+library and the installed packages (``--sources``: their source code instead, with far more different words). All of it
+is one plain text, one document per paragraph. What is measured, each call in a process of its own:
 
 - ours: the whole command from its start to the files on the disk, with one and with two workers;
 - rows: the same from the first batch read to the last row handed to the writer;
@@ -11,7 +12,8 @@ is given. All of it is one plain text, one document per paragraph. What is measu
 
 Calls alternate; medians of wall and processor seconds (all processes of a call) and ratios of tokens per second.
 
-    python tools/bench/preprocess.py --model_file tokenizer.model [--text FILE] [--megabytes 30] [--rounds 3]
+    python tools/bench/preprocess.py --model_file tokenizer.model [--text FILE] [--megabytes 30] [--rounds 3] \\
+        [--sources]
 """
 
 from __future__ import annotations
@@ -23,10 +25,13 @@ import platform
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
-from mindformers_ext.data.corpus import library_files, standard_library_text
+from mindformers_ext.data.corpus import docstrings, library_files, standard_library_text
 
 TIMER = """
 import json, os, sys, time
@@ -97,12 +102,24 @@ def measured(code: str, folder: Path, *arguments: object) -> dict:
     return result
 
 
-def make_text(path: Path, given: Path | None, megabytes: int) -> int:
+def documentation(path: Path) -> Iterator[str]:
+    """Docstrings that can be written as UTF-8."""
+    for text in docstrings(path):
+        yield text.encode("utf-8", errors="ignore").decode("utf-8")
+
+
+def make_text(path: Path, given: Path | None, megabytes: int, sources: bool) -> int:
     """The text to encode; returns its bytes."""
     parts = [given.read_text(encoding="utf-8")] if given else []
     parts += standard_library_text(megabytes * 10**6)
-    sources = (source.read_text(encoding="utf-8", errors="ignore") for source in library_files())
-    text = "\n\n".join([*parts, *sources])[: megabytes * 10**6]
+    size = sum(map(len, parts))
+    for source in [*library_files(), *sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py"))]:
+        if size > megabytes * 10**6:
+            break
+        found = [source.read_text(encoding="utf-8", errors="ignore")] if sources else list(documentation(source))
+        parts += found
+        size += sum(map(len, found))
+    text = "\n\n".join(parts)
     path.write_text(text, encoding="utf-8")
     return path.stat().st_size
 
@@ -113,11 +130,13 @@ def main() -> None:
     parser.add_argument("--model_file", type=Path, required=True)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--megabytes", type=int, default=30, help="of text, at most")
+    parser.add_argument("--sources", action="store_true", help="source code instead of documentation")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
+    warnings.simplefilter("ignore", SyntaxWarning)  # of packages that are parsed for their documentation
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        size = make_text(folder / "text.txt", arguments.text, arguments.megabytes)
+        size = make_text(folder / "text.txt", arguments.text, arguments.megabytes, arguments.sources)
         common = (arguments.model_file.resolve(), folder / "text.txt", folder)
         calls = {"ours, 1 worker": (OURS, 1), "ours, 2 workers": (OURS, 2), "sentencepiece": (PEER, 1),
                  "line by line": (LOOP, LOOP_CHARACTERS)}  # fmt: skip
@@ -146,7 +165,7 @@ def report(samples: dict[str, list[dict]]) -> None:
         for peer in ("sentencepiece", "line by line"):
             cpu = samples[peer][0]["tokens"] / median(peer, "cpu") / samples[name][0]["tokens"] * median(name, "cpu")
             print(f"{name} / {peer}: tokens/s {speed[name] / speed[peer]:.2f} for the whole command, "
-                  f"{rows / speed[peer]:.2f} from the first batch to the last row; per CPU second {1 / cpu:.2f}")  # fmt: skip
+                  f"{rows / speed[peer]:.2f} from first batch to last row; per CPU second {1 / cpu:.2f}")  # fmt: skip
 
 
 if __name__ == "__main__":
