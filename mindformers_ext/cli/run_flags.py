@@ -59,11 +59,18 @@ FLAGS: tuple[Flag, ...] = (
          boolean),
     Flag(("--train_data", "--train_dataset_dir"), (TRAIN_FILE,), "MindRecord file or folder to train on"),
     Flag(("--eval_data", "--eval_dataset_dir"), (EVAL_FILE,), "MindRecord file or folder to evaluate on"),
-    Flag(("--predict_data",), ("input_data",), "one or more prompts, or a text file with one prompt a line", many=True),
+    Flag(("--predict_data",), ("input_data",), "one or more prompts, a text file with one prompt a line, or - "
+         "for standard input", many=True),
     Flag(("--predict_batch_size",), ("predict_batch_size",), "prompts computed together (default all)", int),
     Flag(("--modal_type",), ("modal_type",), "kinds of the prompts; only 'text' here", many=True),
     Flag(("--adapter_id",), ("adapter_id",), "LoRA adapters to predict with", many=True),
+    Flag(("--chat",), (), "True: prompts are messages, put into the tokenizer's chat template; with "
+         "--predict_data - on a terminal a conversation", boolean),
     Flag(("--do_sample",), ("model.model_config.do_sample",), "sample instead of taking the best token", boolean),
+    Flag(("--max_new_tokens",), ("model.model_config.max_new_tokens",), "tokens of an answer at most", int),
+    Flag(("--temperature",), ("model.model_config.temperature",), "sampling: below 1 safer, above 1 wilder", float),
+    Flag(("--top_k",), ("model.model_config.top_k",), "sampling: among so many best tokens, 0 = all", int),
+    Flag(("--top_p",), ("model.model_config.top_p",), "sampling: within this probability mass", float),
     Flag(("--load_checkpoint",), ("load_checkpoint",), "checkpoint file, or folder with rank_0, to start from"),
     Flag(("--resume_training",), ("resume_training",), "True, or a file name: continue a run (steps, data position, "
          "schedule, optimizer, loss scale) from --load_checkpoint, by default <output_dir>/checkpoint",

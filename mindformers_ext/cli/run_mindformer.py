@@ -28,6 +28,9 @@ examples:
   let it write:
     python run_mindformer.py --config configs/tiny/mixtral_pretrain.yaml --run_mode predict \\
         --load_checkpoint output/checkpoint --predict_data "Return a new" "The file"
+  the prompts of a text file, eight at a time, sampled; the weights may be a Hugging Face folder:
+    python run_mindformer.py --config YAML --run_mode predict --load_checkpoint HF_FOLDER \\
+        --predict_data prompts.txt --predict_batch_size 8 --do_sample True --top_p 0.9 --max_new_tokens 100
   change any key of the file:
     ... --model.model_config.num_layers 8 --optimizer.betas "[0.9, 0.95]" --callbacks.1.save_checkpoint_steps 50
 
@@ -68,13 +71,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from mindformers_ext.jobs.run_checks import check_run
+    from mindformers_ext.jobs.run_checks import check_run, generates_here
 
     path = _config_path(arguments.config)
     config = apply_flags(load_yaml(path), arguments)
     checked = check_run(config, str(path))
     for line in checked.notes:
         print(f"note: {line}", file=sys.stderr)
+    chat = bool(arguments.chat)
+    if chat and not generates_here(checked.config):
+        raise UserError("--chat belongs to --run_mode predict of our networks on one device: leave it out")
+    if generates_here(checked.config):
+        from mindformers_ext.cli.predict import predict
+
+        return predict(checked.config, checked.spec, chat)
     _prepare(checked.config)
 
     from mindformers_ext.mf.run import run

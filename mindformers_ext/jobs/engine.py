@@ -6,9 +6,9 @@ A job names an engine by a word and sees numpy arrays only; which framework answ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,8 +27,31 @@ class Network(Protocol):
         """
         ...
 
+    def fill(self, weights: Iterable[tuple[str, np.ndarray]]) -> None:
+        """As ``load``, one tensor at a time: each replaces its parameter, and no second copy of the model is held."""
+        ...
+
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """float32 logits of shape (B, S, V) for int32 token ids of shape (B, S)."""
+        ...
+
+    def session(self, rows: int, length: int, positions: int, use_cache: bool = True) -> Session:
+        """Generation for up to ``rows`` prompts of up to ``length`` tokens, up to ``positions`` with their answers.
+
+        Compiled when this returns, as far as the engine compiles; without ``use_cache`` only ``prompt`` is.
+        """
+        ...
+
+
+class Session(Protocol):
+    """Generation with a cache of keys and values; rows do not see each other."""
+
+    def prompt(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """float32 logits (B, V) behind the last token of each row of ``ids`` (B, S), padded on the right."""
+        ...
+
+    def token(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """float32 logits (B, V) behind one more token per row, which stands at its position from then on."""
         ...
 
 
@@ -37,8 +60,12 @@ class Engine(Protocol):
 
     name: str
 
-    def build(self, spec: NetworkSpec) -> Network:
-        """A causal language model with fresh random weights."""
+    def use(self, device: str, device_id: int = 0, pynative: bool = False) -> None:
+        """Run on this device from now on, in graphs or (for debugging) operator by operator."""
+        ...
+
+    def build(self, spec: NetworkSpec, empty: bool = False) -> Network:
+        """A causal language model with fresh random weights, or with none until they are filled in (``empty``)."""
         ...
 
 
@@ -133,3 +160,18 @@ def open_torch_file(path: Path) -> TensorFile:
     from mindformers_ext.pt.torch_file import TorchFile
 
     return TorchFile(path)
+
+
+class LayerStates(Protocol):
+    """A dense model that tells the states entering each of its layers, with one layer in memory at a time."""
+
+    def states(self, embeddings: np.ndarray, mask: np.ndarray) -> Sequence[Any]:
+        """Per layer a torch tensor (B, S, D), from the bfloat16 bits of embeddings (B, S, D) and a mask (B, S)."""
+        ...
+
+
+def open_layer_states(folder: Path, read: Callable[[str], np.ndarray]) -> LayerStates:
+    """Hugging Face transformers on ``folder``'s config.json; ``read`` gives a tensor by name as bfloat16 bits."""
+    from mindformers_ext.pt.hidden_states import HiddenStates
+
+    return HiddenStates(folder, read)

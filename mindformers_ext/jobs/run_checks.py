@@ -54,12 +54,13 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
     if result.get("use_parallel") and not launched():
         result["use_parallel"] = False
         notes.append("use_parallel becomes False: this process was started alone (scripts/msrun_launcher.sh)")
-    notes += _settle_checkpoint(result, spec)
-    check_tokenizer(result, spec, mode)
+    if mode == "predict" and not result.get("input_data"):
+        raise UserError('run_mode predict has nothing to predict: give --predict_data "a prompt"')
+    if not generates_here(result):  # jobs.predict judges weights and tokenizer itself, of more kinds
+        notes += _settle_checkpoint(result, spec)
+        check_tokenizer(result, spec, mode)
     if mode in DATASET:
         check_dataset(result, DATASET[mode], spec, mode)
-    elif not result.get("input_data"):
-        raise UserError('run_mode predict has nothing to predict: give --predict_data "a prompt"')
     if mode == "predict":
         result.setdefault("save_file", str(Path(result["output_dir"]) / "text_generation_result.txt"))
     return CheckedRun(result, spec, tuple(notes))
@@ -80,6 +81,24 @@ def _check_lora(config: Mapping[str, Any], mode: str) -> None:
 def launched() -> bool:
     """Whether a launcher started this process as one of several (or a simulation plays them)."""
     return any(os.environ.get(name) for name in ("MS_ROLE", "RANK_TABLE_FILE", "RANK_ID", "MS_SIMULATION_LEVEL"))
+
+
+def names_our_network(config: Mapping[str, Any]) -> bool:
+    """Whether the configuration means a network of ours: by its name, or as ``mf.upgrade`` reads LlamaForCausalLM."""
+    model = config.get("model") or {}
+    words = model.get("model_config") or {}
+    names = (words.get("type"), (model.get("arch") or {}).get("type"))
+    experts = (config.get("moe_config") or words.get("moe_config") or {}).get("expert_num", 1) or 1
+    if names == ("LlamaConfig", "LlamaForCausalLM"):
+        return experts > 1 or (config.get("context") or {}).get("device_target", "Ascend") != "Ascend"
+    return names in (("MixtralConfig", "MixtralForCausalLM"), ("PortableLlamaConfig", "PortableLlamaForCausalLM"))
+
+
+def generates_here(config: Mapping[str, Any]) -> bool:
+    """Whether ``jobs.predict`` answers: one device and a network of ours, without adapters. Else MindFormers does."""
+    words = (config.get("model") or {}).get("model_config") or {}
+    return bool(config.get("run_mode") == "predict" and not config.get("use_parallel") and names_our_network(config)
+                and not config.get("adapter_id") and not words.get("pet_config"))  # fmt: skip
 
 
 def device_count(config: Mapping[str, Any]) -> int:

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn
+from mindspore.nn.utils import no_init_parameters
 
-from mindformers_ext.core.errors import Problems
+from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.ms.generate import MindSporeSession
 from mindformers_ext.ms.models import build_causal_lm
 
 STATE = ("topk_bias", "expert_load")  # router state with sensible start values; a weight file need not hold it
@@ -34,23 +36,66 @@ class MindSporeNetwork:
         _check(parameters, weights)
         for name, parameter in parameters.items():
             if name in weights:
-                # through float32: numpy's own types cover neither side's bfloat16
-                parameter.set_data(Tensor(weights[name].astype(np.float32)).astype(parameter.dtype))
+                _set(parameter, weights[name])
+
+    def fill(self, weights: Iterable[tuple[str, np.ndarray]]) -> None:
+        """As ``load``, one tensor at a time: each replaces its parameter and is then forgotten by the caller.
+
+        Raises:
+            UserError: a tensor that no parameter wants, or whose shape differs, where it comes; what is missing, at the
+                end.
+        """
+        parameters = {parameter.name: parameter for parameter in self.cell.get_parameters()}
+        missing = {name for name in parameters if name.split(".")[-1] not in STATE}
+        for name, weight in weights:
+            if name not in parameters or tuple(parameters[name].shape) != weight.shape:
+                raise UserError(f"weight '{name}' {weight.shape} has no place in the network: the checkpoint was made "
+                                "for another model or other sizes")  # fmt: skip
+            _set(parameters[name], weight)
+            missing.discard(name)
+        if missing:
+            raise UserError(f"the checkpoint lacks {', '.join(sorted(missing)[:LISTED])}: give the whole model")
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """float32 logits of shape (B, S, V) for token ids of shape (B, S); compiled once per shape."""
         return self.cell(Tensor(ids.astype(np.int32))).asnumpy().astype(np.float32)
 
+    def session(self, rows: int, length: int, positions: int, use_cache: bool = True) -> MindSporeSession:
+        """Generation for ``rows`` prompts of up to ``length`` tokens, up to ``positions`` with their answers."""
+        session = MindSporeSession(self.cell, rows, length, positions)
+        session.compile(use_cache)
+        return session
+
 
 class MindSporeEngine:
-    """Builds networks that run on MindSpore's current device, in graph mode: the mode that trains."""
+    """Builds networks that run on MindSpore's current device, in graph mode unless told otherwise."""
 
     name = "ms"
 
-    def build(self, spec: NetworkSpec) -> MindSporeNetwork:
-        """A network with fresh random weights."""
-        ms.set_context(mode=ms.GRAPH_MODE)
+    def __init__(self) -> None:
+        self.mode = ms.GRAPH_MODE
+
+    def use(self, device: str, device_id: int = 0, pynative: bool = False) -> None:
+        """Run on this device from now on, in graphs or (for debugging) operator by operator."""
+        self.mode = ms.PYNATIVE_MODE if pynative else ms.GRAPH_MODE
+        ms.set_context(mode=self.mode)
+        ms.set_device(device, device_id)
+        ms.set_recursion_limit(10000)  # layers nest calls while a graph is compiled
+
+    def build(self, spec: NetworkSpec, empty: bool = False) -> MindSporeNetwork:
+        """A network with fresh random weights, or with none until they are filled in (``empty``)."""
+        ms.set_context(mode=self.mode)
+        if empty:
+            with no_init_parameters():
+                return MindSporeNetwork(build_causal_lm(spec))
         return MindSporeNetwork(build_causal_lm(spec))
+
+
+def _set(parameter: Parameter, weight: np.ndarray) -> None:
+    """Replace the parameter's data, cast to its type."""
+    # through float32: numpy's own types cover neither side's bfloat16
+    plain = np.ascontiguousarray(weight, dtype=np.float32)
+    parameter.set_data(Tensor(plain).astype(parameter.dtype))
 
 
 def _check(parameters: Mapping[str, Parameter], weights: Mapping[str, np.ndarray]) -> None:

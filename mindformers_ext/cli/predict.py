@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``run_mindformer.py --run_mode predict`` on the terminal: answers stream as they come, Ctrl-C keeps what is done."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.jobs.predict import Predictor, Prompt, Written, keep, open_predictor, read_prompts
+
+INTERRUPTED = 130
+
+
+def predict(config: Mapping[str, Any], spec: NetworkSpec, chat: bool) -> int:
+    """Answer every prompt of ``config``; 0 when all are answered, 130 after Ctrl-C."""
+    predictor = open_predictor(config, spec, chat)
+    if chat and config["input_data"] == "-" and sys.stdin.isatty():
+        return _talk(predictor)
+    prompts = predictor.prompts(read_prompts(config["input_data"]))
+    predictor.load()
+    _tell(predictor)
+    done: list[Written] = []
+    code = _answer(predictor, prompts, done)
+    path = keep(done, config, predictor.timing)
+    timing = predictor.timing
+    print(
+        f"note: {len(done)} of {len(prompts)} prompts answered: {timing.prompt_tokens} prompt tokens, "
+        f"{timing.new_tokens} new tokens, {timing.tokens_per_second:.1f} tokens/s, first token after "
+        f"{timing.first_token:.2f} s, compiled in {timing.compile:.1f} s. Kept in {path}", file=sys.stderr,
+    )  # fmt: skip
+    return code
+
+
+def _tell(predictor: Predictor) -> None:
+    for note in predictor.notes:
+        print(f"note: {note}", file=sys.stderr)
+    predictor.notes.clear()
+
+
+def _answer(predictor: Predictor, prompts: list[Prompt], done: list[Written]) -> int:
+    """Print the answers as they grow; fills ``done``."""
+    started: set[int] = set()
+
+    def show(prompt: int, text: str) -> None:
+        if prompt not in started:
+            started.add(prompt)
+            sys.stdout.write(prompts[prompt].text if predictor.template is None else "")
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    try:
+        for written in predictor.answers(prompts, show):
+            done.append(written)
+            print(flush=True)
+    except KeyboardInterrupt:
+        print(flush=True)  # the cursor goes to a line of its own
+        print("stopped by Ctrl-C; finished answers are kept", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _talk(predictor: Predictor) -> int:
+    """A conversation: each line is a message, the model sees all before it. Ctrl-D ends it."""
+    print("Write a message and press Enter; Ctrl-D ends.", file=sys.stderr)
+    history: list[dict[str, str]] = []
+    predictor.load()
+    _tell(predictor)
+    while True:
+        try:
+            message = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        if not message.strip():
+            continue
+        done: list[Written] = []
+        started = time.perf_counter()
+        code = _answer(predictor, predictor.prompts([message], history), done)
+        if code == 0:
+            history += [{"role": "user", "content": message}, {"role": "assistant", "content": done[0].answer}]
+            print(f"note: {done[0].new_tokens} tokens in {time.perf_counter() - started:.1f} s", file=sys.stderr)

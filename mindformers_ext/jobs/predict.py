@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``--run_mode predict`` of our networks: prompts in, answers out as they come, and files of them at the end."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.sampling import SamplingSpec, sampling_from_yaml
+from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.data.chat_template import ChatTemplate
+from mindformers_ext.data.packing import check_ids
+from mindformers_ext.data.tokenizers import Tokenizer, open_tokenizer
+from mindformers_ext.formats.atomic import fresh_file
+from mindformers_ext.jobs.generate import Answer, Generation, Timing, bucket
+from mindformers_ext.jobs.generate_model import check_memory, open_network, open_weights
+
+STANDARD_INPUT = "-"
+ANSWERS, TEXTS = "predictions.jsonl", "sample.txt"
+OnText = Callable[[int, str], None]  # prompt, more text of it
+UNFINISHED = "\ufffd"  # what a cut UTF-8 character decodes to
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt as given, and its tokens with BOS (and, for chat, with the template around it)."""
+
+    text: str
+    tokens: tuple[int, ...]
+    unknown: int
+
+
+@dataclass(frozen=True)
+class Written:
+    """One answer: a line of predictions.jsonl."""
+
+    prompt: str
+    answer: str
+    prompt_tokens: int
+    new_tokens: int
+    finish: str
+
+
+@dataclass
+class Predictor:
+    """A checked job. ``notes`` are for the user; nothing has been loaded yet but the tokenizer and headers."""
+
+    config: Mapping[str, Any]
+    spec: NetworkSpec
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    sampling: SamplingSpec
+    notes: list[str] = field(default_factory=list)
+    _generation: Generation | None = None
+
+    @property
+    def timing(self) -> Timing:
+        """What all runs so far took."""
+        return self._generation.timing if self._generation else Timing()
+
+    def load(self) -> None:
+        """Check the weights, build the network and stream them in."""
+        name = self.config.get("load_checkpoint")
+        strategies = self.config.get("src_strategy_path_or_dir")
+        weights = open_weights(Path(name), self.spec.model, Path(strategies) if strategies else None) if name else None
+        self.notes.append(f"weights: {weights.what}" if weights else "no load_checkpoint: the network keeps its random "
+                          "weights")  # fmt: skip
+        network = open_network(self.config, self.spec, weights)
+        cached = self.config["model"]["model_config"].get("use_past", True) is not False
+        if not cached:
+            self.notes.append("use_past is False: the whole text is computed anew for every token; True gives the same "
+                              "answer sooner")  # fmt: skip
+        self._generation = Generation(network, self.sampling, self.spec.seq_length, 1, cached)
+
+    def prompts(self, texts: Sequence[str], history: Sequence[Mapping[str, str]] = ()) -> list[Prompt]:
+        """Tokens of each text; with a chat template each is a user's message behind ``history``.
+
+        Raises:
+            UserError: lists the prompts that are empty or too long.
+        """
+        problems = Problems("prompts")
+        found = []
+        limit = self.spec.seq_length if self.sampling.max_new_tokens else min(self.spec.seq_length,
+                                                                              self.sampling.max_length)  # fmt: skip
+        for number, text in enumerate(texts, 1):
+            prompt = self._encoded(text, history)
+            check_ids(prompt.tokens, self.spec.model.vocab_size, f"prompt {number}")
+            if not text.strip():
+                problems.add(f"prompt {number} is empty", "give some text, or leave it out")
+            if len(prompt.tokens) >= limit:
+                problems.add(f"prompt {number} has {len(prompt.tokens)} tokens, prompt and answer may have {limit}",
+                             "shorten it, or raise model_config.seq_length and max_decode_length")  # fmt: skip
+            if prompt.unknown:
+                self.notes.append(f"prompt {number} holds {prompt.unknown} tokens that the tokenizer does not know")
+            found.append(prompt)
+        problems.raise_if_any()
+        return found
+
+    def _encoded(self, text: str, history: Sequence[Mapping[str, str]]) -> Prompt:
+        ids = self.tokenizer.special_ids
+        whole, bos = text, ids["bos_id"] >= 0
+        if self.template:
+            whole = self.template.render([*history, {"role": "user", "content": text}])
+            bos = bos and not self.template.starts_with_bos(whole)
+        tokens = [int(token) for token in self.tokenizer.encode_batch([whole])[0]]
+        return Prompt(text, (*([ids["bos_id"]] if bos else []), *tokens), tokens.count(ids["unk_id"]))
+
+    def answers(self, prompts: Sequence[Prompt], on_text: OnText | None = None) -> Iterator[Written]:
+        """Answers in the order of ``prompts``; ``on_text`` gets their text as tokens come.
+
+        Raises:
+            UserError: the cache for a batch does not fit this machine's memory.
+        """
+        if self._generation is None:
+            self.load()
+        generation = self._generation
+        assert generation is not None
+        wanted = self.config.get("predict_batch_size")
+        generation.batch_size = min(int(wanted), len(prompts)) if wanted else len(prompts)
+        longest = max(min(self.spec.seq_length, self.sampling.longest(len(p.tokens))) for p in prompts)
+        check_memory(self.spec, generation.batch_size, bucket(longest))
+        stream = TextStream(self.tokenizer, [prompt.tokens for prompt in prompts], on_text) if on_text else None
+        for answer in generation.answers([p.tokens for p in prompts], stream.take if stream else None):
+            if stream:
+                stream.end(answer.prompt)
+            yield self._written(prompts[answer.prompt], answer)
+
+    def _written(self, prompt: Prompt, answer: Answer) -> Written:
+        text = answer_text(self.tokenizer, prompt.tokens, answer.tokens)
+        return Written(prompt.text, text, len(prompt.tokens), len(answer.tokens), answer.finish)
+
+
+class TextStream:
+    """Text of several answers that grow at once, shown one after the other: the first open one live, the rest kept."""
+
+    def __init__(self, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], on_text: OnText) -> None:
+        self._tokenizer, self._prompts, self._on_text = tokenizer, prompts, on_text
+        self._tokens: list[list[int]] = [[] for _ in prompts]
+        self._shown = [0] * len(prompts)
+        self._live = 0
+
+    def take(self, prompt: int, token: int) -> None:
+        """One more token of a prompt's answer."""
+        self._tokens[prompt].append(token)
+        if prompt == self._live:
+            self._show(whole=False)
+
+    def end(self, prompt: int) -> None:
+        """The answer of ``prompt``, the live one, is complete: show the rest of it, and go on with the next."""
+        self._show(whole=True)
+        self._live = prompt + 1
+        if self._live < len(self._prompts):
+            self._show(whole=False)
+
+    def _show(self, whole: bool) -> None:
+        text = answer_text(self._tokenizer, self._prompts[self._live], self._tokens[self._live])
+        if whole or not text.endswith(UNFINISHED):
+            self._on_text(self._live, text[self._shown[self._live] :])
+            self._shown[self._live] = len(text)
+
+
+def answer_text(tokenizer: Tokenizer, prompt: Sequence[int], answer: Sequence[int]) -> str:
+    """The answer's text as it follows the prompt's: a tokenizer may drop a blank at the start of a text."""
+    size = tokenizer.vocab_size  # a network may have more rows than the tokenizer pieces
+    before = tokenizer.decode(token for token in prompt if token < size)
+    return tokenizer.decode([token for token in (*prompt, *answer) if token < size])[len(before) :]
+
+
+def open_predictor(config: Mapping[str, Any], spec: NetworkSpec, chat: bool = False) -> Predictor:
+    """The job of a checked configuration.
+
+    Raises:
+        UserError: wrong generation keys, no tokenizer, or one that does not fit the network or has no template.
+    """
+    words = config["model"]["model_config"]
+    model = spec.model
+    sampling = sampling_from_yaml(words, (model.eos_token_id, *model.more_eos_token_ids), int(config.get("seed") or 0))
+    path = tokenizer_path(config)
+    tokenizer = open_tokenizer(path)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(f"the tokenizer {path} has {tokenizer.vocab_size} pieces, model_config.vocab_size is "
+                        f"{model.vocab_size}: give the model's own tokenizer, or set vocab_size")  # fmt: skip
+    batch = config.get("predict_batch_size")
+    if batch is not None and (not isinstance(batch, int) or isinstance(batch, bool) or batch < 1):
+        raise UserError(f"predict_batch_size={batch!r}: give a whole number above 0")
+    template = ChatTemplate(path if path.is_dir() else path.parent) if chat else None
+    return Predictor(config, spec, tokenizer, template, sampling)
+
+
+def tokenizer_path(config: Mapping[str, Any]) -> Path:
+    """The configured tokenizer, or the one in the Hugging Face folder that the weights come from."""
+    section = (config.get("processor") or {}).get("tokenizer") or {}
+    name = section.get("vocab_file") or section.get("tokenizer_file")
+    folder = Path(config.get("load_checkpoint") or "")
+    if name and Path(name).exists():
+        return Path(name)
+    if any((folder / file).is_file() for file in ("tokenizer.model", "tokenizer.json")):
+        return folder
+    if name:
+        raise UserError(f"processor.tokenizer.vocab_file {name} does not exist: give the model's tokenizer")
+    raise UserError("run_mode predict needs a tokenizer: set processor.tokenizer.vocab_file to the .model file "
+                    "(--processor.tokenizer.vocab_file)")  # fmt: skip
+
+
+def read_prompts(given: Any) -> list[str]:
+    """The prompts of ``--predict_data``: texts, one text file (a prompt a line), or - for standard input."""
+    items = [given] if isinstance(given, str) else [str(item) for item in given]
+    if len(items) == 1 and items[0] == STANDARD_INPUT:
+        return _lines(sys.stdin.read(), "standard input")
+    if len(items) == 1 and len(items[0]) < 4096 and "\n" not in items[0]:
+        path = Path(items[0])
+        if path.is_file():
+            try:
+                return _lines(path.read_text(encoding="utf-8"), str(path))
+            except UnicodeDecodeError as error:
+                raise UserError(f"--predict_data {path} is not UTF-8 text: {error}") from error
+        if path.suffix == ".txt" and " " not in items[0]:
+            raise UserError(f"--predict_data {path} does not exist: give a text file, or the prompt itself")
+    return items
+
+
+def _lines(text: str, where: str) -> list[str]:
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"{where} holds no prompt: write one on each line")
+    return lines
+
+
+def keep(written: Sequence[Written], config: Mapping[str, Any], timing: Timing) -> Path:
+    """Write the answers: predictions.jsonl, sample.txt (texts with their prompts) and MindFormers' result file.
+
+    The last line of predictions.jsonl holds the run's token counts and seconds. Returns its path.
+    """
+    folder = Path(config["output_dir"])
+    path = folder / ANSWERS
+    summary = {"summary": asdict(timing) | {"tokens_per_second": timing.tokens_per_second}}
+    lines = [json.dumps(line, ensure_ascii=False) for line in [*map(asdict, written), summary]]
+    texts = [item.prompt + item.answer for item in written]
+    contents = {path: "\n".join(lines) + "\n", folder / TEXTS: "".join(f"{text}\n" for text in texts)}
+    if config.get("save_file"):
+        contents[Path(config["save_file"])] = str([{"text_generation_text": [text]} for text in texts])
+    for target, content in contents.items():
+        with fresh_file(target, overwrite=True) as beside:
+            beside.write_text(content, encoding="utf-8")
+    return path

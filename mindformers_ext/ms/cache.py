@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over a key and value cache of fixed size, updated in place.
+
+A cache holds M positions for each of B rows and N heads of keys and values; query heads that share one are stacked, so
+nothing is repeated in memory. Rows are filled from position 0 on, each with its own length: there is no padding on the
+left, a position is a place, and what lies behind a row's length is never seen.
+"""
+
+from __future__ import annotations
+
+import mindspore as ms
+import mindspore.ops.operations as P
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.ms.attention import Attention
+from mindformers_ext.ms.ops.dtypes import mindspore_dtype
+from mindformers_ext.ms.ops.select import Operators
+
+
+class LayerCache(nn.Cell):
+    """Keys and values of one layer, (B*N*M, P) each. Holds no computation."""
+
+    def __init__(self, layer: int, rows: int, positions: int, spec: NetworkSpec) -> None:
+        super().__init__(auto_prefix=False)
+        model, dtype = spec.model, mindspore_dtype(spec.numerics.compute_dtype)
+        shape = (rows * model.num_key_value_heads * positions, model.head_dim)
+        self.key = Parameter(ops.zeros(shape, dtype), name=f"cache.{layer}.key", requires_grad=False)
+        self.value = Parameter(ops.zeros(shape, dtype), name=f"cache.{layer}.value", requires_grad=False)
+
+
+class PromptAttention(nn.Cell):
+    """``attention`` on whole prompts; keys and values go into ``cache`` too.
+
+    Inputs: x (B*S, D), cos and sin (1, S, 1, P). Output (B*S, D). Rows shorter than S are padded on the right, where
+    causality hides the padding from every real token.
+    """
+
+    def __init__(self, attention: Attention, cache: LayerCache, shape: tuple[int, int, int], spec: NetworkSpec,
+                 operators: Operators) -> None:  # fmt: skip
+        super().__init__(auto_prefix=False)
+        model = spec.model
+        self.attention, self.cache = attention, cache
+        self.rows, self.length, positions = shape
+        self.heads, self.kv_heads, self.head_dim = (
+            model.num_attention_heads, model.num_key_value_heads, model.head_dim)  # fmt: skip
+        softmax_dtype = operators.dtype(spec.numerics.softmax_dtype)
+        self.attend = operators.build(operators.causal_attention, self.heads, self.kv_heads, self.head_dim, self.length,
+                                      softmax_dtype)  # fmt: skip
+        self.room = positions - self.length
+        self.rest = (self.rows, self.kv_heads, self.room, self.head_dim)
+        self.transpose, self.concat, self.assign = P.Transpose(), P.Concat(axis=2), P.Assign()
+
+    def _laid_out(self, x_BSNP: Tensor) -> Tensor:
+        """(B, S, N, P) -> (B*N*M, P), zeros behind S."""
+        x_BNSP = self.transpose(x_BSNP, (0, 2, 1, 3))
+        if self.room > 0:
+            x_BNSP = self.concat((x_BNSP, ops.zeros(self.rest, x_BNSP.dtype)))
+        return ops.reshape(x_BNSP, (-1, self.head_dim))
+
+    def construct(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
+        B, S, own = self.rows, self.length, self.attention
+        q = own.rotary(ops.reshape(own.wq(x_TD), (B, S, self.heads, self.head_dim)), cos_SP, sin_SP)
+        k = own.rotary(ops.reshape(own.wk(x_TD), (B, S, self.kv_heads, self.head_dim)), cos_SP, sin_SP)
+        v = ops.reshape(own.wv(x_TD), (B, S, self.kv_heads, self.head_dim))
+        self.assign(self.cache.key, self._laid_out(k))
+        self.assign(self.cache.value, self._laid_out(v))
+        mixed = self.attend(ops.reshape(q, (B, S, -1)), ops.reshape(k, (B, S, -1)), ops.reshape(v, (B, S, -1)))
+        return own.wo(ops.reshape(mixed, (B * S, -1)))
+
+
+class TokenAttention(nn.Cell):
+    """``attention`` of one new token per row over the cache.
+
+    Inputs: x (B, D), cos and sin (B, 1, 1, P) at the tokens' positions, place (B*N) int32 (the cache rows to write),
+    mask (B, 1, M), an addend that hides what lies behind each row's position. Output (B, D).
+    """
+
+    def __init__(self, attention: Attention, cache: LayerCache, positions: int, spec: NetworkSpec,
+                 operators: Operators) -> None:  # fmt: skip
+        super().__init__(auto_prefix=False)
+        model = spec.model
+        self.attention, self.cache = attention, cache
+        self.heads, self.kv_heads, self.head_dim = (
+            model.num_attention_heads, model.num_key_value_heads, model.head_dim)  # fmt: skip
+        self.positions, self.scale = positions, model.head_dim**-0.5
+        self.softmax_dtype = operators.dtype(spec.numerics.softmax_dtype)
+        self.update, self.softmax = P.ScatterUpdate(), P.Softmax(axis=-1)
+        self.product, self.product_nt = P.BatchMatMul(), P.BatchMatMul(transpose_b=True)
+
+    def construct(self, x_BD: Tensor, cos_BP: Tensor, sin_BP: Tensor, place_Z: Tensor, mask_BM: Tensor) -> Tensor:
+        own, M = self.attention, self.positions
+        B = x_BD.shape[0]
+        q = own.rotary(ops.reshape(own.wq(x_BD), (B, 1, self.heads, self.head_dim)), cos_BP, sin_BP)
+        k = own.rotary(ops.reshape(own.wk(x_BD), (B, 1, self.kv_heads, self.head_dim)), cos_BP, sin_BP)
+        v = own.wv(x_BD)
+        keys = self.update(self.cache.key, place_Z, ops.reshape(k, (-1, self.head_dim)))
+        values = self.update(self.cache.value, place_Z, ops.reshape(v, (-1, self.head_dim)))
+        keys = ops.reshape(keys, (-1, M, self.head_dim))
+        values = ops.reshape(values, (-1, M, self.head_dim))
+        scores = self.product_nt(ops.reshape(q * self.scale, (keys.shape[0], -1, self.head_dim)), keys)
+        masked = ops.cast(ops.reshape(scores, (B, -1, M)), self.softmax_dtype) + mask_BM
+        weights = ops.reshape(ops.cast(self.softmax(masked), q.dtype), scores.shape)
+        return own.wo(ops.reshape(self.product(weights, values), (B, -1)))
+
+
+def hidden_addend(dtype: ms.Type) -> float:
+    """So low that its exponential is exactly 0 beside any score."""
+    return -6e4 if dtype == ms.float16 else -1e9
+
+
+def positions_tensor(count: int) -> Tensor:
+    """(1, 1, count) int32: 0, 1, 2, ..."""
+    return Tensor(np.arange(count, dtype=np.int32)[None, None])

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two graphs that generate: one for the prompts, one for the next token of every row. Shapes are fixed.
+
+They run on the parameters of a ``CausalLM``, which stays as it is; what they have of their own is the cache.
+"""
+
+from __future__ import annotations
+
+import mindspore as ms
+import mindspore.ops.operations as P
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.ms.attention import rotary_tables
+from mindformers_ext.ms.cache import LayerCache, PromptAttention, TokenAttention, hidden_addend, positions_tensor
+from mindformers_ext.ms.causal_lm import CausalLM, DenseLayer, MoELayer
+from mindformers_ext.ms.dropless import dropless
+from mindformers_ext.ms.ops.select import Operators, select_operators
+
+
+class _FeedForward(nn.Cell):
+    """A layer's second half. Inputs: x (T, D), valid (T) int32 (0 = padding); output (T, D)."""
+
+    def __init__(self, layer: DenseLayer | MoELayer, tokens: int) -> None:
+        super().__init__(auto_prefix=False)
+        self.norm = layer.ffn_norm
+        self.routed = isinstance(layer, MoELayer)
+        self.feed_forward = dropless(layer.feed_forward, tokens) if self.routed else layer.feed_forward
+
+    def construct(self, x_TD: Tensor, valid_T: Tensor) -> Tensor:
+        if self.routed:
+            return x_TD + self.feed_forward(self.norm(x_TD), valid_T)
+        return x_TD + self.feed_forward(self.norm(x_TD))
+
+
+class _Graph(nn.Cell):
+    """What both graphs share. ``shape``: rows B, tokens per row S, positions of the cache M."""
+
+    def __init__(self, network: CausalLM, shape: tuple[int, int, int], operators: Operators) -> None:
+        super().__init__(auto_prefix=False)
+        spec = network.spec
+        rows, length, positions = shape
+        self.rows, self.length, self.positions = shape
+        self.network, self.decoder = network, network.model
+        self.layers = range(len(network.model.layers))
+        self.norms = nn.CellList([layer.attention_norm for layer in self.decoder.layers], auto_prefix=False)
+        self.feed_forwards = nn.CellList([_FeedForward(layer, rows * length) for layer in self.decoder.layers],
+                                         auto_prefix=False)  # fmt: skip
+        model = spec.model
+        self.cos, self.sin = rotary_tables(positions, model.head_dim, model.rope_theta,
+                                           operators.dtype(spec.numerics.rotary_dtype))  # fmt: skip
+        self.gather = P.Gather()
+        self.set_train(False)
+
+    def _embedded(self, ids_T: Tensor) -> Tensor:
+        return ops.cast(self.decoder.tok_embeddings(ids_T), self.decoder.compute_dtype)
+
+    def _logits(self, x_BD: Tensor) -> Tensor:
+        return ops.cast(self.network._head(self.decoder.norm_out(x_BD)), ms.float32)
+
+
+class PromptGraph(_Graph):
+    """Inputs: ids (B, S) padded on the right, and lengths (B), int32. Output: logits (B, V) behind each last token."""
+
+    def __init__(self, network: CausalLM, caches: list[LayerCache], shape: tuple[int, int, int],
+                 operators: Operators) -> None:  # fmt: skip
+        super().__init__(network, shape, operators)
+        layers = zip(self.decoder.layers, caches, strict=True)
+        self.attentions = nn.CellList([PromptAttention(layer.attention, cache, shape, network.spec, operators)
+                                       for layer, cache in layers], auto_prefix=False)  # fmt: skip
+        self.place_S = Tensor(np.arange(self.length, dtype=np.int32)[None])
+        self.first_B = Tensor(np.arange(self.rows, dtype=np.int32) * self.length)
+
+    def construct(self, ids_BS: Tensor, length_B: Tensor) -> Tensor:
+        valid_BS = ops.cast(self.place_S < ops.expand_dims(length_B, 1), ms.int32)
+        valid_T = ops.reshape(valid_BS, (-1,))
+        cos_SP, sin_SP = self.cos[:, : self.length], self.sin[:, : self.length]
+        x_TD = self._embedded(ops.reshape(ids_BS, (-1,)))
+        for i in self.layers:
+            x_TD = x_TD + self.attentions[i](self.norms[i](x_TD), cos_SP, sin_SP)
+            x_TD = self.feed_forwards[i](x_TD, valid_T)
+        return self._logits(self.gather(x_TD, self.first_B + length_B - 1, 0))
+
+
+class TokenGraph(_Graph):
+    """Inputs: tokens (B) and their positions (B), int32. Output: logits (B, V) behind them."""
+
+    def __init__(self, network: CausalLM, caches: list[LayerCache], shape: tuple[int, int, int],
+                 operators: Operators) -> None:  # fmt: skip
+        super().__init__(network, shape, operators)
+        spec, positions = network.spec, self.positions
+        layers = zip(self.decoder.layers, caches, strict=True)
+        self.attentions = nn.CellList([TokenAttention(layer.attention, cache, positions, spec, operators)
+                                       for layer, cache in layers], auto_prefix=False)  # fmt: skip
+        heads = self.rows * spec.model.num_key_value_heads
+        self.row_heads = (self.rows, spec.model.num_key_value_heads)
+        self.first_BN = Tensor(np.arange(heads, dtype=np.int32).reshape(self.rows, -1) * positions)
+        self.mask_dtype = operators.dtype(spec.numerics.softmax_dtype)
+        self.hidden = hidden_addend(self.mask_dtype)
+        self.place_M = positions_tensor(positions)
+        self.valid_B = Tensor(np.ones(self.rows, np.int32))
+
+    def construct(self, token_B: Tensor, position_B: Tensor) -> Tensor:
+        place_Z = ops.reshape(self.first_BN + ops.expand_dims(position_B, 1), (-1,))
+        behind_BM = self.place_M > ops.reshape(position_B, (-1, 1, 1))
+        mask_BM = ops.cast(behind_BM, self.mask_dtype) * self.hidden
+        cos_BP = ops.reshape(self.gather(self.cos, position_B, 1), (self.rows, 1, 1, -1))
+        sin_BP = ops.reshape(self.gather(self.sin, position_B, 1), (self.rows, 1, 1, -1))
+        x_BD = self._embedded(token_B)
+        for i in self.layers:
+            x_BD = x_BD + self.attentions[i](self.norms[i](x_BD), cos_BP, sin_BP, place_Z, mask_BM)
+            x_BD = self.feed_forwards[i](x_BD, self.valid_B)
+        return self._logits(x_BD)
+
+
+class MindSporeSession:
+    """Generation for ``rows`` rows of prompts up to ``length`` tokens in a cache of ``positions`` tokens.
+
+    The graphs compile when first called (seconds) and serve every batch of this shape.
+    """
+
+    def __init__(self, network: CausalLM, rows: int, length: int, positions: int) -> None:
+        operators = select_operators().for_network()
+        spec: NetworkSpec = network.spec
+        network.set_train(False)
+        self.rows, self.length, self.positions = rows, length, positions
+        caches = [LayerCache(layer, rows, positions, spec) for layer in range(spec.model.num_hidden_layers)]
+        self._prompts = PromptGraph(network, caches, (rows, length, positions), operators)
+        self._tokens = TokenGraph(network, caches, (rows, 1, positions), operators)
+
+    def compile(self, use_cache: bool = True) -> None:
+        """Compile the prompt graph, and with ``use_cache`` the token graph; PYNATIVE has nothing to compile."""
+        if ms.get_context("mode") != ms.GRAPH_MODE:
+            return
+        ones_B = np.ones(self.rows, np.int32)
+        self._prompts.compile(_int32(np.zeros((self.rows, self.length))), _int32(ones_B))
+        if use_cache:
+            self._tokens.compile(_int32(ones_B), _int32(ones_B))
+
+    def prompt(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """float32 logits (B, V) behind the last token of each row of ``ids`` (B, S), padded on the right."""
+        return self._prompts(_int32(ids), _int32(lengths)).asnumpy()
+
+    def token(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """float32 logits (B, V) behind one more token per row, which stands at its position from then on."""
+        return self._tokens(_int32(tokens), _int32(positions)).asnumpy()
+
+
+def _int32(array: np.ndarray) -> Tensor:
+    return Tensor(np.ascontiguousarray(array, dtype=np.int32))
