@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python tools/merge.py yaml|moe CONFIG OUT``: merge models, or assemble them to a mixture of experts."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from mindformers_ext.cli.merge_flags import check_flags, common, device_of, switch
+from mindformers_ext.cli.outcome import exit_code
+
+if TYPE_CHECKING:
+    from mindformers_ext.jobs.merge_output import MergeReport, OutputRequest
+
+EPILOG = """examples (mergekit's YAML files and flags work as they are):
+  python tools/merge.py yaml configs/merge/slerp.yaml merged --copy-tokenizer --out-shard-size 1B
+  python tools/merge.py yaml configs/merge/ties.yaml merged --dry-run
+  python tools/merge.py moe configs/merge/moe.yaml frankenmoe --to-mindspore frankenmoe.ckpt
+"""
+LAYOUTS = ("per_expert", "fused")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    result = argparse.ArgumentParser(
+        prog="merge.py",
+        description="Merge Hugging Face models in one pass over their files. Everything is checked before any data is "
+        "read; the output folder appears whole or not at all.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = result.add_subparsers(dest="command", required=True, metavar="yaml|moe")
+    commands.add_parser("yaml", parents=[common()], allow_abbrev=False, help="merge dense models: slerp, ties, ...",
+                        description="Merge models of one architecture, as a YAML describes it.")  # fmt: skip
+    moe = commands.add_parser("moe", parents=[common()], allow_abbrev=False, help="assemble a mixture of experts",
+                              description="Take the feed-forward parts of several models as experts.")  # fmt: skip
+    moe.add_argument("--moe-layout", choices=LAYOUTS, default=LAYOUTS[0], help="how experts are stored: a matrix per "
+                     "expert (every reader), or fused (transformers 5 only)")  # fmt: skip
+    moe.add_argument(
+        "--gate-scale", type=float, default=None, metavar="X", help="factor of the gate's rows (default 1)"
+    )
+    moe.add_argument("--load-in-4bit", action="store_true", help="refused: not available on CPU and NPU")
+    moe.add_argument("--load-in-8bit", action="store_true", help="refused: not available on CPU and NPU")
+    switch(
+        moe, "--i-understand-this-is-not-useful-without-training", False, "allow experts that are all the same model"
+    )
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 on success, 2 on a user's mistake."""
+    arguments = parser().parse_args(argv)
+    before = signal.signal(signal.SIGTERM, _stop)  # so that a killed run removes what it has written
+    try:
+        return exit_code(run, arguments)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was left behind", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Merge, or show the plan, and say what was done."""
+    notes = check_flags(arguments)
+    report = (_yaml if arguments.command == "yaml" else _moe)(arguments)
+    if arguments.dry_run or arguments.verbose:
+        for line in report.lines:
+            print(f"  {line}")
+    if not arguments.quiet:
+        for note in [*notes, *report.notes]:
+            print(f"note: {note}", file=sys.stderr)
+    print(_summary(arguments, report))
+    return 0
+
+
+def _summary(arguments: argparse.Namespace, report: MergeReport) -> str:
+    size = f"{arguments.out}: {report.tensors} tensors, {report.parameters / 1e6:.1f} M parameters, "
+    size += f"{report.nbytes / 1e9:.3f} GB"
+    if report.seconds is None:
+        return f"{size} to write, {report.free / 1e9:.1f} GB free; nothing was written"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    speed = report.nbytes / 1e6 / max(report.seconds, 1e-9)
+    return f"{size} in {report.seconds:.1f} s ({speed:.0f} MB/s), peak memory {peak} MB"
+
+
+def _output(arguments: argparse.Namespace) -> OutputRequest:
+    from mindformers_ext.jobs.merge_output import OutputRequest
+    from mindformers_ext.jobs.merge_sizes import shard_bytes
+
+    return OutputRequest(
+        folder=Path(arguments.out),
+        shard_bytes=shard_bytes(arguments.out_shard_size),
+        overwrite=arguments.overwrite,
+        copy_tokenizer=arguments.copy_tokenizer,
+        model_card=arguments.write_model_card,
+        quiet=arguments.quiet,
+        to_mindspore=Path(arguments.to_mindspore) if arguments.to_mindspore else None,
+    )
+
+
+def _yaml(arguments: argparse.Namespace) -> MergeReport:
+    from mindformers_ext.jobs.merge import MergeRequest, merge, plan_only
+
+    request = MergeRequest(
+        config=Path(arguments.config),
+        output=_output(arguments),
+        allow_crimes=arguments.allow_crimes,
+        truncate_embeddings=arguments.unsafe_truncate_embeddings,
+        strict=arguments.strict,
+        seed=arguments.random_seed,
+        device=device_of(arguments),
+        threads=arguments.num_threads,
+    )
+    return plan_only(request) if arguments.dry_run else merge(request)
+
+
+def _moe(arguments: argparse.Namespace) -> MergeReport:
+    from mindformers_ext.jobs.merge_moe import MoERequest, assemble, plan_only
+
+    request = MoERequest(
+        config=Path(arguments.config),
+        output=_output(arguments),
+        fused=arguments.moe_layout == "fused",
+        gate_scale=arguments.gate_scale,
+        untrained_is_fine=arguments.i_understand_this_is_not_useful_without_training,
+        seed=arguments.random_seed,
+        strict=arguments.strict,
+        allow_crimes=arguments.allow_crimes,
+        truncate_embeddings=arguments.unsafe_truncate_embeddings,
+        device=device_of(arguments),
+    )
+    return plan_only(request) if arguments.dry_run else assemble(request)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models of a merge: found on this machine, opened lazily, described by a table of tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.jobs.merge_fused import split_experts
+from mindformers_ext.jobs.weight_source import CONFIG, Reader, open_hf, read_config
+from mindformers_ext.surgery.merge.architectures import Architecture, architecture_of
+
+HUB = "~/.cache/huggingface"
+
+
+@dataclass(frozen=True)
+class Model:
+    """An open model. ``name`` is what the user calls it."""
+
+    name: str
+    folder: Path
+    config: Mapping[str, Any]
+    architecture: Architecture
+    layers: int
+    reader: Reader
+
+
+def find_model(name: str) -> Path:
+    """The folder of a model: a path, or a name on the hub that was downloaded before. Nothing is downloaded.
+
+    Raises:
+        UserError: it is neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise UserError(f"model '{name}' is a file: give the folder with config.json and the weights")
+    repository, _, revision = name.partition("@")
+    root = os.environ.get("HF_HUB_CACHE") or str(Path(os.environ.get("HF_HOME") or HUB) / "hub")
+    folder = Path(root).expanduser() / ("models--" + repository.replace("/", "--"))
+    reference = folder / "refs" / (revision or "main")
+    snapshot = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+    if repository.count("/") <= 1 and snapshot and (folder / "snapshots" / snapshot).is_dir():
+        return folder / "snapshots" / snapshot
+    advice = f"download it first: huggingface-cli download {repository} --local-dir {repository.split('/')[-1]}"
+    raise UserError(f"model '{name}' is not a folder, and was not downloaded before (nothing is fetched): "
+                    + (advice if repository.count("/") == 1 else "check the path"))  # fmt: skip
+
+
+@contextmanager
+def opened(names: Sequence[str]) -> Iterator[dict[str, Model]]:
+    """Every model by its name; faults of all of them in one ``UserError``. Closed at the end."""
+    problems, models = Problems("the models"), {}
+    try:
+        for name in names:
+            try:
+                models[name] = _open(name)
+            except UserError as error:
+                problems.add(f"'{name}' cannot be used", str(error))
+        problems.raise_if_any()
+        yield models
+    finally:
+        for model in models.values():
+            model.reader.close()
+
+
+def _open(name: str) -> Model:
+    folder = find_model(name)
+    config = read_config(folder)
+    if config.get("quantization_config"):
+        raise UserError(f"'{folder}' holds quantised weights: merge the float16 or bfloat16 original")
+    architecture = architecture_of(config, str(folder / CONFIG))
+    layers = config.get("num_hidden_layers")
+    if type(layers) is not int or layers < 1:
+        raise UserError(f"'{folder / CONFIG}' has num_hidden_layers={layers!r}: a whole number above 0 is expected")
+    reader = open_hf(folder)
+    if architecture.experts:
+        reader = split_experts(reader)
+    return Model(name, folder, config, architecture, layers, reader)

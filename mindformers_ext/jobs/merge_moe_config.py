@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The YAML of a mixture made of dense models, as mergekit-moe's users have it, read strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mindformers_ext.core.errors import Problems
+from mindformers_ext.core.yaml_file import load_yaml
+from mindformers_ext.formats.dtypes import FLOATS, SHORT_NAMES
+
+KEYS = ("base_model", "experts", "gate_mode", "dtype", "experts_per_token", "shared_experts", "architecture")
+EXPERT_KEYS = ("source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale")
+RANDOM, UNIFORM, CHEAP, HIDDEN, LAST, AVERAGE = (
+    "random", "uniform_random", "cheap_embed", "hidden", "hidden_last", "hidden_avg",
+)  # fmt: skip
+GATE_MODES = (HIDDEN, LAST, AVERAGE, CHEAP, RANDOM, UNIFORM)
+WITHOUT_PROMPTS = (RANDOM, UNIFORM)
+OTHER_OUTPUTS = ("deepseek", "qwen", "qwen3")
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert: the model that gives its feed-forward part, and what it is to be chosen for."""
+
+    model: str
+    positive: tuple[str, ...] = ()
+    negative: tuple[str, ...] = ()
+    noise_scale: float | None = None
+    residual_scale: float | None = None
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """A whole assembly."""
+
+    base_model: str
+    experts: tuple[Expert, ...]
+    gate_mode: str
+    dtype: str | None
+    experts_per_token: int
+    text: str
+
+    def models(self) -> list[str]:
+        """Every model named, the base first."""
+        return list(dict.fromkeys([self.base_model, *(expert.model for expert in self.experts)]))
+
+
+def read_moe_config(path: Path, untrained_is_fine: bool) -> MoEConfig:
+    """The assembly that the file describes; everything wrong is listed in one ``UserError``.
+
+    ``untrained_is_fine``: experts may all be the same model.
+    """
+    raw = load_yaml(path)
+    problems = Problems(str(path))
+    problems.unknown_keys("the file", raw, KEYS)
+    base = _text(raw.get("base_model"), "base_model", problems)
+    mode = raw.get("gate_mode", HIDDEN)
+    problems.one_of("gate_mode", mode, GATE_MODES)
+    experts = _experts(raw.get("experts"), problems)
+    chosen = raw.get("experts_per_token", 2)
+    problems.positive("experts_per_token", chosen)
+    if type(chosen) is int and experts and chosen > len(experts):
+        problems.add(
+            f"experts_per_token is {chosen} with {len(experts)} experts", "choose at most as many as there are"
+        )
+    _check_output(raw, problems)
+    dtype = raw.get("dtype")
+    if dtype is not None:
+        dtype = SHORT_NAMES.get(str(dtype).removeprefix("torch."), str(dtype).removeprefix("torch."))
+        problems.one_of("dtype", dtype, tuple(FLOATS))
+    if len(experts) > 1:
+        _check_experts(experts, str(mode), untrained_is_fine, problems)
+    problems.raise_if_any()
+    return MoEConfig(base, experts, str(mode), dtype, int(chosen), path.read_text(encoding="utf-8"))
+
+
+def _experts(raw: Any, problems: Problems) -> tuple[Expert, ...]:
+    if not isinstance(raw, list) or not all(isinstance(item, Mapping) for item in raw):
+        problems.add(f"experts is {raw!r}", "write a list of {source_model, positive_prompts}")
+        return ()
+    if len(raw) < 2:
+        problems.add(f"experts lists {len(raw)} models", "a mixture has at least two experts")
+    return tuple(_expert(item, f"experts[{place}]", problems) for place, item in enumerate(raw))
+
+
+def _expert(raw: Mapping[Any, Any], where: str, problems: Problems) -> Expert:
+    problems.unknown_keys(where, map(str, raw), EXPERT_KEYS)
+    return Expert(
+        _text(raw.get("source_model"), f"{where}.source_model", problems),
+        _prompts(raw.get("positive_prompts"), f"{where}.positive_prompts", problems),
+        _prompts(raw.get("negative_prompts"), f"{where}.negative_prompts", problems),
+        _number(raw.get("noise_scale"), f"{where}.noise_scale", problems, low=0.0),
+        _number(raw.get("residual_scale"), f"{where}.residual_scale", problems),
+    )
+
+
+def _check_output(raw: Mapping[str, Any], problems: Problems) -> None:
+    """Mixtral is what is written; other outputs of mergekit are refused by name."""
+    wanted = str(raw.get("architecture") or "mixtral").lower()
+    if any(wanted.startswith(name) for name in OTHER_OUTPUTS):
+        problems.add(f"architecture '{raw['architecture']}' is not built", "only mixtral is: leave the key out")
+    elif not "mixtral".startswith(wanted):
+        problems.add(f"architecture '{raw['architecture']}' is unknown", "only mixtral is built: leave the key out")
+    if raw.get("shared_experts"):
+        problems.add("shared_experts are given", "a Mixtral has no shared expert: list it among the experts, or "
+                     "leave it out")  # fmt: skip
+
+
+def _check_experts(
+    experts: tuple[Expert, ...], mode: str, untrained_is_fine: bool, problems: Problems
+) -> None:  # fmt: skip
+    if len({expert.model for expert in experts}) == 1 and not untrained_is_fine:
+        problems.add("all experts are the same model", "such a mixture is the dense model until it is trained; pass "
+                     "--i-understand-this-is-not-useful-without-training to make it all the same")  # fmt: skip
+    if mode in WITHOUT_PROMPTS:
+        return
+    for place, expert in enumerate(experts):
+        if not expert.positive:
+            problems.add(f"experts[{place}] has no positive_prompts", f"gate_mode {mode} needs some of every "
+                         "expert; gate_mode random needs none")  # fmt: skip
+    if all(expert.positive for expert in experts) and len({(e.positive, e.negative) for e in experts}) == 1:
+        problems.add("all experts have the same prompts", "the router could not tell them apart: write prompts that "
+                     "fit one expert each")  # fmt: skip
+
+
+def _text(raw: Any, where: str, problems: Problems) -> str:
+    if not isinstance(raw, str) or not raw.strip():
+        problems.add(f"{where} is {raw!r}", "write the folder of a model, or its name on the hub")
+        return ""
+    return raw
+
+
+def _prompts(raw: Any, where: str, problems: Problems) -> tuple[str, ...]:
+    if raw is None:
+        return ()
+    if not isinstance(raw, list) or not all(isinstance(item, str) for item in raw):
+        problems.add(f"{where} is {raw!r}", "write a list of texts")
+        return ()
+    return tuple(raw)
+
+
+def _number(raw: Any, where: str, problems: Problems, low: float | None = None) -> float | None:
+    if raw is None:
+        return None
+    try:
+        value = float(raw) if not isinstance(raw, bool) else float("nan")
+    except (TypeError, ValueError):
+        value = float("nan")
+    if not abs(value) < float("inf") or (low is not None and value < low):
+        problems.add(f"{where} is {raw!r}", "write a number" + (" not below 0" if low is not None else ""))
+        return None
+    return value

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a merge goes: checked before the work, written whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.hf_config import model_spec_from_hf
+from mindformers_ext.formats.atomic import refuse_existing
+from mindformers_ext.formats.ms_file import check_suffix
+from mindformers_ext.formats.safetensors_dir import SafetensorsDirWriter
+from mindformers_ext.formats.tensors import Array, TensorInfo
+from mindformers_ext.jobs.convert import ConvertRequest, convert
+from mindformers_ext.jobs.weight_source import CONFIG
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputRequest:
+    """Where to write and how. ``to_mindspore``: a .ckpt made of the result, beside the folder."""
+
+    folder: Path
+    shard_bytes: int
+    overwrite: bool = False
+    copy_tokenizer: bool = True
+    model_card: bool = True
+    quiet: bool = False
+    to_mindspore: Path | None = None
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was written, or with ``seconds`` None what would be. ``lines`` has one line per tensor."""
+
+    tensors: int
+    parameters: int
+    nbytes: int
+    free: int
+    seconds: float | None
+    lines: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def check_output(request: OutputRequest, sources: Iterable[Path]) -> None:
+    """The output must be free to write and must not hold anything that is read."""
+    out = request.folder
+    if out.exists() and not out.is_dir():
+        raise UserError(f"output '{out}' is a file: give a folder name")
+    refuse_existing(out, request.overwrite)
+    for source in sources:
+        if out.resolve() in (source.resolve(), *source.resolve().parents):
+            raise UserError(f"output '{out}' holds '{source}', which is read: choose another folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / CONFIG).is_file():
+        raise UserError(f"output '{out}' is not a model folder: remove it yourself or choose another")
+    if request.to_mindspore:
+        check_suffix(request.to_mindspore)
+        refuse_existing(request.to_mindspore, request.overwrite)
+
+
+def check_result(request: OutputRequest, config: Mapping[str, Any]) -> None:
+    """What is to become a MindSpore checkpoint must be a model that this package has."""
+    if not request.to_mindspore:
+        return
+    try:
+        model_spec_from_hf(config)
+    except UserError as error:
+        raise UserError(f"--to-mindspore cannot be done with this model: {error}") from error
+
+
+def free_bytes(path: Path) -> int:
+    """What the disk of ``path`` has left."""
+    return shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
+
+
+def check_space(path: Path, nbytes: int) -> None:
+    """Room for everything; the old output stays until the new one is whole."""
+    free = free_bytes(path)
+    if nbytes > free:
+        raise UserError(f"'{path}' needs {nbytes} bytes ({nbytes / 1e9:.2f} GB), the disk has {free} "
+                        f"({free / 1e9:.2f} GB) available: make room there")  # fmt: skip
+
+
+def write_weights(
+    folder: Path, infos: Sequence[TensorInfo], shard_bytes: int, quiet: bool, blocks: Callable[[int], Iterator[Array]]
+) -> None:
+    """Write every tensor from its blocks (by place in ``infos``), with a progress bar of bytes."""
+    from tqdm import tqdm
+
+    total = sum(info.nbytes for info in infos)
+    words: dict[str, Any] = dict(unit="B", unit_scale=True, desc="merging", mininterval=0.5, dynamic_ncols=True)
+    with SafetensorsDirWriter(folder, infos, shard_bytes) as writer, tqdm(total=total, disable=quiet, **words) as bar:
+        for place, info in enumerate(infos):
+            writer.add_parts(info, _counted(blocks(place), bar))
+
+
+def _counted(blocks: Iterator[Array], bar: Any) -> Iterator[Array]:
+    for block in blocks:
+        size = block.nbytes
+        yield block
+        del block  # or it lives on while the next one is made
+        bar.update(size)
+
+
+def chain_mindspore(request: OutputRequest) -> list[str]:
+    """Convert the finished folder where asked; returns notes."""
+    if not request.to_mindspore:
+        return []
+    report = convert(
+        ConvertRequest(input_path=request.folder, output_path=request.to_mindspore, overwrite=request.overwrite)
+    )
+    return [*report.notes, f"{request.to_mindspore}: {report.tensors} tensors for MindSpore"]
+
+
+def refused(out: Path, error: OSError) -> UserError:
+    """An error of the system as a message."""
+    where = f" ('{error.filename}')" if error.filename else ""
+    return UserError(f"the system refused to read a model or to write '{out}': {error.strerror}{where}; check the "
+                     "path, its permissions and the room on the disk")  # fmt: skip

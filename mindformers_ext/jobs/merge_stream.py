@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the tasks of a merge: chunks of rows from the files to a method and from there to the file written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.formats.dtypes import BFLOAT16, BY_NUMPY, cast
+from mindformers_ext.formats.tensors import Array, Index, TensorReader
+from mindformers_ext.jobs.merge_plan import Part, Task
+from mindformers_ext.surgery.merge.settings import Method
+
+CHUNK = 2**19  # elements of one chunk: a handful of float32 copies of it stay in the processor's cache
+COPIED = 2**22  # elements of a block that is only copied
+
+
+@dataclass
+class Findings:
+    """What came up while data was read: tensors with NaN or infinite values, and values that overflowed."""
+
+    strict: bool = False
+    broken: dict[str, None] = field(default_factory=dict)
+    overflown: dict[str, int] = field(default_factory=dict)
+
+    def look(self, array: Array, part: Part) -> None:
+        """Note a NaN or an infinite value; with ``strict`` a ``UserError``."""
+        if finite(array):
+            return
+        where = f"'{part.name}' of '{part.model}'"
+        if self.strict:
+            raise UserError(f"{where} holds NaN or infinite values: mend that model (--strict refuses it)")
+        self.broken[where] = None
+
+    def notes(self) -> list[str]:
+        """What the run should say."""
+        result = []
+        if self.broken:
+            names = list(self.broken)
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            result.append(f"warning: {names[0]}{more} held NaN or infinite values, and so does the merge")
+        if self.overflown:
+            worst = next(iter(self.overflown))
+            result.append(f"warning: {sum(self.overflown.values())} values became infinite in {len(self.overflown)} "
+                          f"tensors, first '{worst}': choose dtype bfloat16 or float32")  # fmt: skip
+        return result
+
+
+def finite(array: Array) -> bool:
+    """Whether a float array holds neither NaN nor infinity, by its bits: much faster than ``isfinite``."""
+    if not array.size:
+        return True
+    kind = np.dtype(f"u{array.dtype.itemsize}")
+    bits = array.reshape(-1).view(kind)
+    infinite = int(np.array(np.inf, array.dtype).view(kind))
+    sign = 1 << (array.dtype.itemsize * 8 - 1)
+    # the positive are the largest of the signed, the negative (highest bit set) the largest of the unsigned
+    signed = bits.view(np.dtype(f"i{array.dtype.itemsize}"))
+    return int(signed.max()) < infinite and int(bits.max()) < infinite + sign
+
+
+def row_blocks(shape: tuple[int, ...], elements: int) -> Iterator[tuple[Index, int]]:
+    """Indices that select consecutive rows of a tensor, about ``elements`` at a time, and where each begins, flattened.
+
+    A vector is one block, because methods treat it as one row.
+    """
+    if len(shape) < 2:
+        yield (), 0
+    elif len(shape) > 2:
+        inner = prod(shape[1:])
+        for item in range(shape[0]):
+            for index, start in row_blocks(shape[1:], elements):
+                yield (item, *index), item * inner + start
+    else:
+        step = max(1, elements // max(1, shape[1]))
+        for at in range(0, shape[0], step):
+            yield (slice(at, min(at + step, shape[0])),), at * shape[1]
+
+
+class Runner:
+    """Makes the data of tasks, a block at a time."""
+
+    def __init__(self, method: Method, readers: Mapping[str, TensorReader], device: str, findings: Findings) -> None:
+        """``readers`` by the name of the model."""
+        self._method, self._readers, self._device, self._findings = method, readers, device, findings
+
+    def blocks(self, task: Task) -> Iterator[Array]:
+        """The task's output in consecutive blocks of its own type."""
+        return self._copy(task) if task.copied else self._merge(task)
+
+    def _copy(self, task: Task) -> Iterator[Array]:
+        part = task.inputs[0]
+        for index, _ in row_blocks(task.info.shape, COPIED):
+            array = self._readers[part.model].read(part.name, index)
+            self._findings.look(array, part)
+            array, _ = cast(array, np.dtype(BY_LONG[task.math]))
+            array, lost = cast(array, task.info.dtype)
+            if lost:
+                self._findings.overflown[task.info.name] = self._findings.overflown.get(task.info.name, 0) + lost
+            yield array
+
+    def _merge(self, task: Task) -> Iterator[Array]:
+        from mindformers_ext.surgery.merge.bridge import array_of, tensor_of
+        from mindformers_ext.surgery.merge.stream import Chunk, Stream, in_rows
+
+        parts = [*([task.base] if task.base else []), *task.inputs]
+        first_walk = True
+
+        def chunks() -> Iterator[Chunk]:
+            nonlocal first_walk
+            look, first_walk = first_walk, False
+            for index, start in row_blocks(task.info.shape, CHUNK):
+                tensors = []
+                for part in parts:
+                    reader = self._readers[part.model]
+                    array = reader.read(part.name, index)
+                    if not index and array.shape != task.info.shape:
+                        array = array[: task.info.shape[0]]
+                    if look:
+                        self._findings.look(array, part)
+                    kind = BY_NUMPY[reader.infos[part.name].dtype].long
+                    tensors.append(in_rows(tensor_of(array, kind, task.math, self._device)))
+                base = tensors.pop(0) if task.base else None
+                yield Chunk(start, base, tuple(tensors))
+
+        rows = prod(task.info.shape[:-1]) if len(task.info.shape) > 1 else 1
+        columns = task.info.shape[-1] if task.info.shape else 1
+        stream = Stream(task.info.name, (rows, columns), len(task.inputs), chunks)
+        target = BY_NUMPY[task.info.dtype].long
+        for tensor in self._method.run(stream, task.settings):
+            array = array_of(tensor, target)
+            yield array.view(BFLOAT16) if target == "bfloat16" else array
+
+
+BY_LONG = {row.long: dtype for dtype, row in BY_NUMPY.items()}
+Blocks = Callable[[Task], Iterator[Array]]
