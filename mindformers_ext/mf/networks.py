@@ -47,7 +47,7 @@ class PortableLlamaForCausalLM(PreTrainedModel):
         self.spec = spec
         self.causal_lm = build_causal_lm(spec)
         lora = config.lora()
-        self.adapted = add_lora(self.causal_lm, lora) if lora else []
+        self.adapted = add_lora(self.causal_lm, lora, spec) if lora else []
         if lora:
             logger.info("LoRA: rank %d, scale %g, beside %d layers: %s ...", lora.rank, lora.scale, len(self.adapted),
                         ", ".join(self.adapted[:4]))  # fmt: skip

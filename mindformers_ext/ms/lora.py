@@ -3,16 +3,28 @@
 
 from __future__ import annotations
 
+import math
 import re
 
+import mindspore as ms
 import mindspore.ops.operations as P
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Normal, Zero, initializer
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.lora import LORA_A, LORA_B, LoraSpec
+from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.attention import Linear
+from mindformers_ext.ms.parallel import Shards
 
+# How the tensors of an adapter lie beside those of its layer (the words of ``ms.parallel``): x and y as the layer has
+# them, the narrow one whole along its rank.
+LAYOUTS: dict[str, dict[str, str]] = {
+    "in": {"x": "dp -", "a": "- -", "narrow": "dp -", "middle": "dp -", "b": "mp -", "y": "dp mp"},
+    "out": {"x": "dp mp", "a": "- mp", "narrow": "dp -", "middle": "tok -", "b": "- -", "y": "tok -"},
+    "head": {"x": "rest -", "a": "- -", "narrow": "rest -", "middle": "rest -", "b": "head -", "y": "rest head"},
+}
+KINDS = {"wo": "out", "w2": "out", "lm_head": "head"}
 INIT_STD = 0.01  # of A, as MindFormers' 'normal'; B starts at zero, so that training starts from the base network
 
 
@@ -23,30 +35,63 @@ class LoraLinear(nn.Cell):
         linear: the layer that is adapted.
         name: its name in the network.
         lora: rank, scale, dropout.
+        shards: the network's strategies.
     """
 
-    def __init__(self, linear: Linear, name: str, lora: LoraSpec) -> None:
+    def __init__(self, linear: Linear, name: str, lora: LoraSpec, shards: Shards) -> None:
         super().__init__(auto_prefix=False)
         self.linear = linear
         width_out, width_in = linear.weight.shape
         kind = linear.weight.dtype
         self.lora_a = Parameter(initializer(Normal(sigma=INIT_STD), (lora.rank, width_in), kind), f"{name}.{LORA_A}")
         self.lora_b = Parameter(initializer(Zero(), (width_out, lora.rank), kind), f"{name}.{LORA_B}")
-        self.product = P.MatMul(transpose_b=True)
-        self.scale = lora.scale
+        self.scale = Tensor(lora.scale, ms.float32)
         self.drops = lora.dropout > 0
-        self.dropout = nn.Dropout(p=lora.dropout)
+        cut = _Cut(shards, LAYOUTS[KINDS.get(name.rpartition(".")[2], "in")])
+        self.dropout = cut.rows(P.Dropout(keep_prob=1.0 - lora.dropout), "x")
+        self.narrow = cut(P.MatMul(transpose_b=True), "x a", "narrow")
+        self.times = cut.rows(P.Mul(), "narrow", scalars=1)
+        self.wide = cut(P.MatMul(transpose_b=True), "middle b", "y")
+        self.add = cut(P.Add(), "y y")
 
     def construct(self, x_TD: Tensor) -> Tensor:
         base = self.linear(x_TD)
-        if self.drops:
-            x_TD = self.dropout(x_TD)
-        narrow = self.product(x_TD, ops.cast(self.lora_a, x_TD.dtype))
-        return base + self.product(narrow, ops.cast(self.lora_b, narrow.dtype)) * self.scale
+        if self.drops and self.training:
+            x_TD, _ = self.dropout(x_TD)
+        narrow = self.narrow(x_TD, ops.cast(self.lora_a, x_TD.dtype))
+        narrow = self.times(narrow, ops.cast(self.scale, narrow.dtype))
+        return self.add(base, self.wide(narrow, ops.cast(self.lora_b, narrow.dtype)))
 
 
-def add_lora(network: nn.Cell, lora: LoraSpec) -> list[str]:
+class _Cut:
+    """Gives operators the layouts of one kind of layer; on one device it leaves them alone."""
+
+    def __init__(self, shards: Shards, layouts: dict[str, str]) -> None:
+        self.shards, self.layouts = shards, layouts
+
+    def __call__(self, primitive: P.Primitive, inputs: str, output: str = "") -> P.Primitive:
+        """``primitive`` with the layouts of these tensors; without ``output`` MindSpore derives its own."""
+        if not self.shards.active:
+            return primitive
+        layouts = tuple(self.shards.layout(self.layouts[name]) for name in inputs.split())
+        if not output:
+            return primitive.shard(layouts)
+        return primitive.shard(layouts, (self.shards.layout(self.layouts[output]),))
+
+    def rows(self, primitive: P.Primitive, name: str, scalars: int = 0) -> P.Primitive:
+        """``primitive`` of one tensor, and scalars, which MindSpore takes as a strategy of counts only."""
+        if not self.shards.active:
+            return primitive
+        sizes = {"outer": self.shards.outer, "ep": self.shards.ep, "mp": self.shards.mp}
+        counts = tuple(math.prod(sizes[axis] for axis in self.shards.words[word])
+                       for word in self.layouts[name].split())  # fmt: skip
+        return primitive.shard((counts,) + ((),) * scalars)
+
+
+def add_lora(network: nn.Cell, lora: LoraSpec, spec: NetworkSpec | None = None) -> list[str]:
     """Adapt every linear layer that ``lora`` wants; freeze all other parameters. Returns the layers' names.
+
+    ``spec``: the network's, for its strategies on many devices; None on one device.
 
     Raises:
         UserError: no layer's name matches, or one that matches is no linear layer (experts, router, embedding).
@@ -64,10 +109,10 @@ def add_lora(network: nn.Cell, lora: LoraSpec) -> list[str]:
                         f"{_kinds(layers)}")  # fmt: skip
     for parameter in network.get_parameters():
         parameter.requires_grad = False
-    cells = dict(network.cells_and_names())
+    cells, shards = dict(network.cells_and_names()), Shards(spec)
     for name in wanted:
         parent, _, child = name.rpartition(".")
-        adapted = LoraLinear(layers[name], name, lora)
+        adapted = LoraLinear(layers[name], name, lora, shards)
         names = [(parameter, parameter.name) for parameter in adapted.get_parameters()]
         setattr(cells[parent], child, adapted)
         for parameter, right in names:  # the parent put its own prefix before them

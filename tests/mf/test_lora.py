@@ -18,7 +18,7 @@ from mindformers_ext.ms.lora import add_lora
 from mindformers_ext.ms.models import build_causal_lm
 from tests.helpers.tiny_run import config_of, rows_of, token_rows
 
-PET = {"pet_type": "lora", "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ".*wq|.*wo|lm_head"}
+PET = {"pet_type": "lora", "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.05, "target_modules": ".*wq|.*wo|lm_head"}
 
 
 def with_pet(config, **changes):

@@ -40,7 +40,7 @@ def test_the_files_of_the_seed_are_there():
     names = {path.name for path in RESEARCH}
     for size in ("8x7b", "8x22b"):
         for name in ("pretrain_mixtral-{}.yaml", "pretrain_mixtral-{}_32k.yaml", "finetune_mixtral-{}.yaml",
-                     "predict_mixtral-{}.yaml"):  # fmt: skip
+                     "finetune_lora_mixtral-{}.yaml", "predict_mixtral-{}.yaml"):  # fmt: skip
             assert name.format(size) in names
 
 
