@@ -89,18 +89,18 @@ class TokenAttention(nn.Cell):
         self.update, self.softmax = P.ScatterUpdate(), P.Softmax(axis=-1)
         self.product, self.product_nt = P.BatchMatMul(), P.BatchMatMul(transpose_b=True)
 
-    def construct(self, x_BD: Tensor, cos_BP: Tensor, sin_BP: Tensor, place_Z: Tensor, mask_BM: Tensor) -> Tensor:
+    def construct(self, x_BD: Tensor, cos_BP: Tensor, sin_BP: Tensor, places: Tensor, mask_BS: Tensor) -> Tensor:
         own, M = self.attention, self.positions
         B = x_BD.shape[0]
         q = own.rotary(ops.reshape(own.wq(x_BD), (B, 1, self.heads, self.head_dim)), cos_BP, sin_BP)
         k = own.rotary(ops.reshape(own.wk(x_BD), (B, 1, self.kv_heads, self.head_dim)), cos_BP, sin_BP)
         v = own.wv(x_BD)
-        keys = self.update(self.cache.key, place_Z, ops.reshape(k, (-1, self.head_dim)))
-        values = self.update(self.cache.value, place_Z, ops.reshape(v, (-1, self.head_dim)))
+        keys = self.update(self.cache.key, places, ops.reshape(k, (-1, self.head_dim)))
+        values = self.update(self.cache.value, places, ops.reshape(v, (-1, self.head_dim)))
         keys = ops.reshape(keys, (-1, M, self.head_dim))
         values = ops.reshape(values, (-1, M, self.head_dim))
         scores = self.product_nt(ops.reshape(q * self.scale, (keys.shape[0], -1, self.head_dim)), keys)
-        masked = ops.cast(ops.reshape(scores, (B, -1, M)), self.softmax_dtype) + mask_BM
+        masked = ops.cast(ops.reshape(scores, (B, -1, M)), self.softmax_dtype) + mask_BS
         weights = ops.reshape(ops.cast(self.softmax(masked), q.dtype), scores.shape)
         return own.wo(ops.reshape(self.product(weights, values), (B, -1)))
 

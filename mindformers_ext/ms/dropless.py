@@ -54,18 +54,18 @@ class ChosenExperts(_Routed):
         self.gather = P.Gather()
         self.product_nt, self.product = P.BatchMatMul(transpose_b=True), P.BatchMatMul()
 
-    def _multiply(self, x_ZD: Tensor, weight: Tensor, index_Z: Tensor) -> Tensor:
+    def _multiply(self, rows: Tensor, weight: Tensor, index: Tensor) -> Tensor:
         """(Z, 1, in) times the weights (out, in) of Z experts."""
-        return self.product_nt(x_ZD, ops.cast(self.gather(weight, index_Z, 0), x_ZD.dtype))
+        return self.product_nt(rows, ops.cast(self.gather(weight, index, 0), rows.dtype))
 
     def construct(self, x_TD: Tensor, valid_T: Tensor) -> Tensor:
         gate_TK, index_TK = self._choose(x_TD)
         T, D = x_TD.shape
-        index_Z = ops.reshape(index_TK, (-1,))
-        x_ZD = ops.reshape(ops.broadcast_to(ops.expand_dims(x_TD, 1), (T, self.chosen, D)), (-1, 1, D))
-        hidden = self.ffn.swiglu(self._multiply(x_ZD, self.ffn.w1.weight, index_Z),
-                                 self._multiply(x_ZD, self.ffn.w3.weight, index_Z))  # fmt: skip
-        y_TKD = ops.reshape(self._multiply(hidden, self.ffn.w2.weight, index_Z), (T, self.chosen, D))
+        index = ops.reshape(index_TK, (-1,))
+        rows = ops.reshape(ops.broadcast_to(ops.expand_dims(x_TD, 1), (T, self.chosen, D)), (-1, 1, D))
+        hidden = self.ffn.swiglu(self._multiply(rows, self.ffn.w1.weight, index),
+                                 self._multiply(rows, self.ffn.w3.weight, index))  # fmt: skip
+        y_TKD = ops.reshape(self._multiply(hidden, self.ffn.w2.weight, index), (T, self.chosen, D))
         return ops.squeeze(self.product(ops.expand_dims(ops.cast(gate_TK, y_TKD.dtype), 1), y_TKD), 1)
 
 
@@ -111,16 +111,16 @@ class SlottedExperts(_Routed):
         gate_TK, index_TK = self._choose(x_TD)
         T, D = x_TD.shape
         valid_TK = ops.broadcast_to(ops.expand_dims(valid_T, 1), (T, self.chosen))
-        expert_Z = self._by_choice(index_TK * valid_TK + self.experts * (1 - valid_TK))
-        sorted_Z, position_Z, count_E, start_E = self.order(expert_Z)
+        expert_T = self._by_choice(index_TK * valid_TK + self.experts * (1 - valid_TK))
+        sorted_T, position_T, count_E, start_E = self.order(expert_T)
         fullest = ops.maximum(count_E[:, : self.experts].max(), 1)  # a gather of no rows at all is an error
         capacity = self.to_scalar(ops.cast(fullest, ms.int64))
         place_C = ops.reshape(ops.arange(0, capacity, 1, dtype=ms.int32), (1, -1))
         rank_EC = ops.minimum(ops.reshape(start_E[:, : self.experts], (-1, 1)) + place_C, self.chosen * T - 1)
         # An empty slot holds a neighbour's row; nothing reads its result.
-        token_EC = self.gather(ops.squeeze(sorted_Z, 0), rank_EC, 0) % T
+        token_EC = self.gather(ops.squeeze(sorted_T, 0), rank_EC, 0) % T
         y_GECD = self.ffn(ops.expand_dims(self.gather(x_TD, token_EC, 0), 0))
-        slot_TK = self.transpose(ops.reshape(expert_Z * capacity + position_Z, (self.chosen, -1)), (1, 0)) * valid_TK
+        slot_TK = self.transpose(ops.reshape(expert_T * capacity + position_T, (self.chosen, -1)), (1, 0)) * valid_TK
         weight_TK = gate_TK * ops.cast(valid_TK, gate_TK.dtype)
         rows = ops.reshape(y_GECD, (1, -1, D))
         out = self.weighted_rows(rows, ops.expand_dims(slot_TK, 0), ops.expand_dims(weight_TK, 0))

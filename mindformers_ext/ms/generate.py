@@ -98,18 +98,18 @@ class TokenGraph(_Graph):
         self.first_BN = Tensor(np.arange(heads, dtype=np.int32).reshape(self.rows, -1) * positions)
         self.mask_dtype = operators.dtype(spec.numerics.softmax_dtype)
         self.hidden = hidden_addend(self.mask_dtype)
-        self.place_M = positions_tensor(positions)
+        self.place_S = positions_tensor(positions)
         self.valid_B = Tensor(np.ones(self.rows, np.int32))
 
     def construct(self, token_B: Tensor, position_B: Tensor) -> Tensor:
-        place_Z = ops.reshape(self.first_BN + ops.expand_dims(position_B, 1), (-1,))
-        behind_BM = self.place_M > ops.reshape(position_B, (-1, 1, 1))
-        mask_BM = ops.cast(behind_BM, self.mask_dtype) * self.hidden
+        places = ops.reshape(self.first_BN + ops.expand_dims(position_B, 1), (-1,))
+        behind_BS = self.place_S > ops.reshape(position_B, (-1, 1, 1))
+        mask_BS = ops.cast(behind_BS, self.mask_dtype) * self.hidden
         cos_BP = ops.reshape(self.gather(self.cos, position_B, 1), (self.rows, 1, 1, -1))
         sin_BP = ops.reshape(self.gather(self.sin, position_B, 1), (self.rows, 1, 1, -1))
         x_BD = self._embedded(token_B)
         for i in self.layers:
-            x_BD = x_BD + self.attentions[i](self.norms[i](x_BD), cos_BP, sin_BP, place_Z, mask_BM)
+            x_BD = x_BD + self.attentions[i](self.norms[i](x_BD), cos_BP, sin_BP, places, mask_BS)
             x_BD = self.feed_forwards[i](x_BD, self.valid_B)
         return self._logits(x_BD)
 
