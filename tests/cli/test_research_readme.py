@@ -22,7 +22,7 @@ SMALL = {"model.model_config.hidden_size": "32", "model.model_config.intermediat
          "model.model_config.num_layers": "2", "model.model_config.num_heads": "4",
          "model.model_config.n_kv_heads": "2", "model.model_config.pad_token_id": "3",
          "model.model_config.vocab_size": "400", "model.model_config.seq_length": "64",
-         "model.model_config.max_decode_length": "12", "model.model_config.compute_dtype": "float32",
+         "model.model_config.max_decode_length": "40", "model.model_config.compute_dtype": "float32",
          "model.model_config.softmax_compute_type": "float32", "model.model_config.rotary_dtype": "float32",
          "model.model_config.param_init_type": "float32"}  # fmt: skip
 RUN_ELSEWHERE = {
