@@ -91,8 +91,8 @@ def _check_classes(
     kinds = {name: models[name].architecture.classes[0] for name in config.models()}
     if len(set(kinds.values())) > 1 and not allow_crimes:
         listed = ", ".join(f"'{name}' is a {kind}" for name, kind in kinds.items())
-        advice = "only models of one kind share their tensors; where names and shapes are equal all the same (LLaMA and "
-        problems.add(f"the models are of different kinds ({listed})", advice + "Mistral) pass --allow-crimes")
+        advice = "only models of one kind share their tensors; where names and shapes are equal all the same (LLaMA and"
+        problems.add(f"the models are of different kinds ({listed})", advice + " Mistral) pass --allow-crimes")
 
 
 def _ranged(config: MergeConfig, models: Mapping[str, Model], problems: Problems) -> list[Slice]:

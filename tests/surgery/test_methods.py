@@ -61,7 +61,8 @@ def test_slerp_and_linear(seed, shape, rows, t):
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 99), shape=SHAPES, rows=st.sampled_from([None, 1, 3]),
-    densities=st.tuples(DENSITIES, DENSITIES), weights=st.tuples(WEIGHTS, WEIGHTS), normalize=st.booleans(), factor=st.floats(0, 2),
+    densities=st.tuples(DENSITIES, DENSITIES), weights=st.tuples(WEIGHTS, WEIGHTS),
+    normalize=st.booleans(), factor=st.floats(0, 2),
 )  # fmt: skip
 def test_task_vector_methods(seed, shape, rows, densities, weights, normalize, factor):
     base, *inputs = arrays(seed, shape, 2)
