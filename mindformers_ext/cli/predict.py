@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from mindformers_ext.core.spec import NetworkSpec
@@ -52,14 +55,30 @@ def _answer(predictor: Predictor, prompts: list[Prompt], done: list[Written]) ->
         sys.stdout.flush()
 
     try:
-        for written in predictor.answers(prompts, show):
-            done.append(written)
-            print(flush=True)
+        with _interruptible():
+            for written in predictor.answers(prompts, show):
+                done.append(written)
+                print(flush=True)
     except KeyboardInterrupt:
         print(flush=True)  # the cursor goes to a line of its own
         print("stopped by Ctrl-C; finished answers are kept", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt. While MindSpore runs a graph it answers Ctrl-C by sending SIGTERM to itself."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _talk(predictor: Predictor) -> int:

@@ -21,6 +21,7 @@ from mindformers_ext.jobs.generate import Answer, Generation, Timing, bucket
 from mindformers_ext.jobs.generate_model import check_memory, open_network, open_weights
 
 STANDARD_INPUT = "-"
+LONGEST_NAME = 256  # bytes of a file's name
 ANSWERS, TEXTS = "predictions.jsonl", "sample.txt"
 OnText = Callable[[int, str], None]  # prompt, more text of it
 UNFINISHED = "\ufffd"  # what a cut UTF-8 character decodes to
@@ -127,8 +128,10 @@ class Predictor:
         stream = TextStream(self.tokenizer, [prompt.tokens for prompt in prompts], on_text) if on_text else None
         for answer in generation.answers([p.tokens for p in prompts], stream.take if stream else None):
             if stream:
-                stream.end(answer.prompt)
+                stream.end()
             yield self._written(prompts[answer.prompt], answer)
+            if stream:
+                stream.go_on()
 
     def _written(self, prompt: Prompt, answer: Answer) -> Written:
         text = answer_text(self.tokenizer, prompt.tokens, answer.tokens)
@@ -150,11 +153,14 @@ class TextStream:
         if prompt == self._live:
             self._show(whole=False)
 
-    def end(self, prompt: int) -> None:
-        """The answer of ``prompt``, the live one, is complete: show the rest of it, and go on with the next."""
+    def end(self) -> None:
+        """The live answer is complete: show the rest of it."""
         self._show(whole=True)
-        self._live = prompt + 1
-        if self._live < len(self._prompts):
+
+    def go_on(self) -> None:
+        """The next answer is the live one."""
+        self._live += 1
+        if self._live < len(self._prompts) and self._tokens[self._live]:
             self._show(whole=False)
 
     def _show(self, whole: bool) -> None:
@@ -212,7 +218,7 @@ def read_prompts(given: Any) -> list[str]:
     items = [given] if isinstance(given, str) else [str(item) for item in given]
     if len(items) == 1 and items[0] == STANDARD_INPUT:
         return _lines(sys.stdin.read(), "standard input")
-    if len(items) == 1 and len(items[0]) < 4096 and "\n" not in items[0]:
+    if len(items) == 1 and len(items[0].encode()) < LONGEST_NAME and "\n" not in items[0]:
         path = Path(items[0])
         if path.is_file():
             try:
