@@ -138,7 +138,12 @@ def test_gradients_of_old_results_and_of_single_layers(tmp_path):
 @pytest.mark.parametrize("method", ["ties", "dare_ties", "linear"])
 def test_the_bytes_depend_on_neither_shards_nor_threads(method, tmp_path):
     base, one, two = family(tmp_path, shard=30_000)
-    config = {"merge_method": method, "base_model": str(base), "models": models(one, two, weight=0.5), "dtype": "bfloat16"}
+    config = {
+        "merge_method": method,
+        "base_model": str(base),
+        "models": models(one, two, weight=0.5),
+        "dtype": "bfloat16",
+    }
     if method == "linear":
         config["models"] = models(base, one, two, weight=0.5)
     elif method != "linear":
@@ -221,7 +226,9 @@ def test_sidecars_of_both_transformers(tmp_path):
     assert merge(tmp_path, {"slices": slices, "merge_method": "passthrough"}) == 0
     got = json.loads((tmp_path / "out/config.json").read_text())
     assert got["rope_theta"] == 500000.0 and got["rope_scaling"]["factor"] == 8.0 and got["rope_parameters"] == rope
-    assert got["layer_types"] == [*kinds, "sliding_attention"] and got["torch_dtype"] == "bfloat16" and "dtype" not in got
+    assert (
+        got["layer_types"] == [*kinds, "sliding_attention"] and got["torch_dtype"] == "bfloat16" and "dtype" not in got
+    )
     assert "model.layers.4.self_attn.q_proj.bias" in tensors_of(tmp_path / "out")
 
 
@@ -313,5 +320,7 @@ def test_help_is_quick_and_loads_no_framework():
             "sys.exit(bool({'torch', 'transformers', 'mindspore', 'numpy'} & set(sys.modules)))")  # fmt: skip
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
     for command in ("yaml", "moe"):
-        done = subprocess.run([sys.executable, "tools/merge.py", command, "--help"], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "tools/merge.py", command, "--help"], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 0 and "--out-shard-size" in done.stdout

@@ -31,5 +31,5 @@ def linear(stream: Stream, settings: Settings) -> Iterator[torch.Tensor]:
 
 
 LINEAR = Method(
-    "linear", linear, (Parameter("weight", per_input=True), Parameter("normalize", True)), base="optional"
+    "linear", linear, (Parameter("weight", per_input=True), Parameter("normalize", True)), base="never"
 )  # fmt: skip
