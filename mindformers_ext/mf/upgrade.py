@@ -88,7 +88,8 @@ def _upgrade_network(result: dict[str, Any], written: Mapping[str, Any], device:
     words["use_flash_attention"] = False  # ours is chosen by device; MindFormers refuses it without use_past
     if words.get("use_past"):
         words["use_past"] = False
-        notes.append("use_past becomes False: generation recomputes the sequence for every token")
+        if written.get("run_mode") == "predict":
+            notes.append("use_past becomes False: MindFormers' generation recomputes the sequence for every token")
     for section in (result.get("moe_config"), words.get("moe_config")):
         if section and section.get("aux_loss_factor") == 0:
             section.pop("aux_loss_factor")  # off for us; MindFormers' own check refuses 0
