@@ -16,6 +16,7 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.mf.config import MixtralConfig, PortableLlamaConfig
 from mindformers_ext.ms.lora import add_lora
 from mindformers_ext.ms.models import build_causal_lm
+from mindformers_ext.ms.ops.select import select_operators
 from mindformers_ext.ms.router import TopkRouterV2
 
 
@@ -60,6 +61,8 @@ class PortableLlamaForCausalLM(PreTrainedModel):
         for _, cell in self.causal_lm.cells_and_names():
             if isinstance(cell, TopkRouterV2):
                 cell.drops_only_in_training = True
+        if spec.parallel.pipeline_stage > 1:  # otherwise every micro batch would be compiled anew
+            select_operators().reuse(self)
         self.load_checkpoint(config)
 
     def report_terms(self) -> None:

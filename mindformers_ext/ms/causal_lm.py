@@ -14,7 +14,7 @@ from mindformers_ext.core.cluster import layer_stage
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.attention import Attention, Linear, rotary_tables
 from mindformers_ext.ms.feed_forward import FeedForward
-from mindformers_ext.ms.loss import NextTokenLoss, Targets
+from mindformers_ext.ms.loss import NextTokenLoss, ShiftedTokens, Targets, token_shape
 from mindformers_ext.ms.moe import MoE
 from mindformers_ext.ms.norm import RmsNorm
 from mindformers_ext.ms.ops.dtypes import mindspore_dtype
@@ -53,7 +53,7 @@ class DenseLayer(nn.Cell):
 
 
 class MoELayer(nn.Cell):
-    """As ``DenseLayer`` with experts. Outputs (T, D), aux_loss (), load (E), dropped ()."""
+    """As ``DenseLayer`` with experts. Outputs (T, D), aux_loss (G), report (G, E + 1); see ``ms.moe``."""
 
     def __init__(self, spec: NetworkSpec, operators: Operators) -> None:
         super().__init__()
@@ -63,17 +63,37 @@ class MoELayer(nn.Cell):
         self.feed_forward = MoE(spec, operators)
         self.add = Shards(spec).shard(P.Add(), "residual")
 
-    def construct(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def construct(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x_TD = self.add(x_TD, self.attention(self.attention_norm(x_TD), cos_SP, sin_SP))
-        y_TD, aux_loss, load_E, dropped = self.feed_forward(self.ffn_norm(x_TD))
-        return self.add(x_TD, y_TD), aux_loss, load_E, dropped
+        y_TD, aux_loss_G, report_GE = self.feed_forward(self.ffn_norm(x_TD))
+        return self.add(x_TD, y_TD), aux_loss_G, report_GE
+
+
+class ReadReport(nn.Cell):
+    """Reports summed over groups, (layers, E + 1), as load (layers, E) and dropped share (layers)."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.groups = float(groups)
+
+    def construct(self, report: Tensor) -> tuple[Tensor, Tensor]:
+        return report[:, :-1], report[:, -1] / self.groups
+
+
+def _report_shapes(report: list) -> tuple:
+    return [report[0], report[1] - 1], [report[0]]
+
+
+def _report_types(report: ms.Type) -> tuple:
+    return report, report
 
 
 class Decoder(nn.Cell):
     """Embedding, layers, final norm.
 
     Input (B, S) int32. Outputs: hidden (B*S, D), aux_loss (), load (layers, E) and dropped (layers),
-    float32; a dense model has no experts and returns load (1, 1) and dropped (1) of zeros.
+    float32; a dense model has no experts and returns load (1, 1) and dropped (1) of zeros. In a pipeline no stage sees
+    all layers, so load and dropped are not reported: aux_loss stands in their place.
     """
 
     def __init__(self, spec: NetworkSpec, operators: Operators) -> None:
@@ -89,9 +109,14 @@ class Decoder(nn.Cell):
         self.layers = nn.CellList([shards.stage(layer(spec, operators), layer_stage(index, layers, shards.stages))
                                    for index in range(layers)])  # fmt: skip
         self.norm_out = shards.stage(RmsNorm(spec, operators), shards.stages - 1)
-        self.add, self.scale = shards.shard(P.Add(), "scalars"), shards.shard(P.Mul(), "scalars")
-        self.stack_loads = shards.shard_list(P.Stack(), "-", layers)
-        self.stack_drops = shards.shard_list(P.Stack(), "", layers)
+        self.add_groups = shards.shard(P.Add(), "groups")
+        self.mean = shards.shard(P.ReduceMean(), "group mean")
+        self.scale = shards.shard(P.Mul(), "scalars")
+        self.stack = shards.shard_list(P.Stack(), "tok -", layers)
+        self.total = shards.shard(P.ReduceSum(), "reports")
+        self.read_report = shards.local(ReadReport(spec.parallel.groups), "report", _report_shapes, _report_types)
+        self.depth = layers
+        self.reports = shards.stages == 1
         self.cos_SP, self.sin_SP = rotary_tables(
             spec.seq_length, model.head_dim, model.rope_theta, operators.dtype(spec.numerics.rotary_dtype)
         )
@@ -100,20 +125,22 @@ class Decoder(nn.Cell):
         _check_length(ids_BS.shape[1], self.seq_length)
         cos_SP, sin_SP = self.cos_SP, self.sin_SP
         x_TD = ops.cast(self.tok_embeddings(ops.reshape(ids_BS, (-1,))), self.compute_dtype)
-        aux_loss = ops.zeros((), ms.float32)
-        loads: tuple = ()
-        drops: tuple = ()
         if self.has_experts:
-            for layer in self.layers:
-                x_TD, layer_aux, load_E, dropped = layer(x_TD, cos_SP, sin_SP)
-                aux_loss = self.add(aux_loss, layer_aux)
-                loads = loads + (load_E,)
-                drops = drops + (dropped,)
-            aux_loss = self.scale(aux_loss, self.aux_scale)
-            return self.norm_out(x_TD), aux_loss, self.stack_loads(loads), self.stack_drops(drops)
+            x_TD, aux_loss_G, report_GE = self.layers[0](x_TD, cos_SP, sin_SP)
+            reports: tuple = (report_GE,)
+            for index in range(1, self.depth):
+                x_TD, layer_aux_G, report_GE = self.layers[index](x_TD, cos_SP, sin_SP)
+                aux_loss_G = self.add_groups(aux_loss_G, layer_aux_G)
+                reports = reports + (report_GE,)
+            aux_loss = self.scale(self.mean(aux_loss_G, 0), self.aux_scale)
+            if self.reports:
+                load, dropped = self.read_report(self.total(self.stack(reports), 1))
+                return self.norm_out(x_TD), aux_loss, load, dropped
+            return self.norm_out(x_TD), aux_loss, aux_loss, aux_loss
         for layer in self.layers:
             x_TD = layer(x_TD, cos_SP, sin_SP)
-        return self.norm_out(x_TD), aux_loss, ops.zeros((1, 1), ms.float32), ops.zeros((1,), ms.float32)
+        zeros = ops.zeros((1, 1), ms.float32)
+        return self.norm_out(x_TD), ops.zeros((), ms.float32), zeros, ops.zeros((1,), ms.float32)
 
 
 def _check_length(length: int, seq_length: int) -> None:
@@ -147,7 +174,9 @@ class CausalLM(nn.Cell):
             dtype = mindspore_dtype(spec.numerics.param_dtype)
             head = Linear(model.hidden_size, model.vocab_size, model.initializer_range, dtype, shards, "head")
             self.lm_head = shards.stage(head, last)
-        self.targets = shards.stage(Targets(spec), 0)
+        # both read the same ids, so that no pipeline stage has to send them to another
+        self.tokens = shards.stage(shards.local(ShiftedTokens(), "tokens", token_shape), 0)
+        self.targets = shards.stage(Targets(spec, shards), last)
         self.next_token_loss = shards.stage(NextTokenLoss(shards), last)
         self.add = shards.shard(P.Add(), "scalars")
 
@@ -163,8 +192,8 @@ class CausalLM(nn.Cell):
 
     def losses(self, ids_BT: Tensor, labels_BT: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """See the class; the shift by one token happens here. Tokens equal to the pad id do not count."""
-        tokens_BS, target_T, weight_T = self.targets(ids_BT, labels_BT)
-        x_TD, aux_loss, load, dropped = self.model(tokens_BS)
+        x_TD, aux_loss, load, dropped = self.model(self.tokens(ids_BT))
+        target_T, weight_T = self.targets(ids_BT, labels_BT)
         lm_loss = self.next_token_loss(self._head(x_TD), target_T, weight_T)
         loss = self.add(lm_loss, aux_loss) if self.add_aux_loss else lm_loss
         return loss, lm_loss, aux_loss, load, dropped

@@ -11,66 +11,75 @@ from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.parallel import Shards
 
 
-class _Shift(nn.Cell):
-    """tokens (B, S), target (B, S) and weight (B*S) of ids and labels (B, S+1); see ``Targets``."""
+class ShiftedTokens(nn.Cell):
+    """All tokens but the last, (B, S) of ids (B, S+1): what the network reads."""
+
+    def construct(self, ids_BT: Tensor) -> Tensor:
+        return ids_BT[:, :-1]
+
+
+class ShiftedTargets(nn.Cell):
+    """What the network is to predict.
+
+    Inputs: ids and labels (B, S+1) int32. Outputs: target (B*S) int32 and weight (B*S) float32: 0 where the token is
+    padding or the target is to be ignored, else 1.
+    """
 
     def __init__(self, pad_token_id: int, ignore_token_id: int) -> None:
         super().__init__()
         self.pad_token_id, self.ignore_token_id = pad_token_id, ignore_token_id
 
-    def construct(self, ids_BT: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def construct(self, ids_BT: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
         tokens_BS, target_BS = ids_BT[:, :-1], labels_BT[:, 1:]
         counted = ops.logical_and(tokens_BS != self.pad_token_id, target_BS != self.ignore_token_id)
-        return tokens_BS, target_BS, ops.cast(ops.reshape(counted, (-1,)), ms.float32)
+        return ops.reshape(target_BS, (-1,)), ops.cast(ops.reshape(counted, (-1,)), ms.float32)
 
 
-class _OwnShift(nn.Cell):
-    """As ``_Shift`` where the ids are their own labels."""
+class OwnTargets(nn.Cell):
+    """``ShiftedTargets`` of ids that are their own labels."""
 
     def __init__(self, pad_token_id: int, ignore_token_id: int) -> None:
         super().__init__()
-        self.shift = _Shift(pad_token_id, ignore_token_id)
+        self.shift = ShiftedTargets(pad_token_id, ignore_token_id)
 
-    def construct(self, ids_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def construct(self, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
         return self.shift(ids_BT, ids_BT)
 
 
 class Targets(nn.Cell):
-    """The shift by one token.
+    """Inputs: ids (B, S+1) int32 and labels (B, S+1) or None. Outputs: see ``ShiftedTargets``."""
 
-    Inputs: ids (B, S+1) int32 and labels (B, S+1) or None. Outputs: tokens (B, S), target (B*S) and weight (B*S)
-    float32: 0 where the token is padding or the target is to be ignored, else 1.
-    """
-
-    def __init__(self, spec: NetworkSpec) -> None:
+    def __init__(self, spec: NetworkSpec, shards: Shards) -> None:
         super().__init__()
-        model, shards = spec.model, Shards(spec)
-        numbers = (model.pad_token_id, model.ignore_token_id)
-        self.own = shards.local(_OwnShift(*numbers), "ids", _own_shapes, _own_types)
-        self.labelled = shards.local(_Shift(*numbers), "ids and labels", _labelled_shapes, _labelled_types)
+        numbers = (spec.model.pad_token_id, spec.model.ignore_token_id)
+        self.own = shards.local(OwnTargets(*numbers), "own targets", _own_shapes, _own_types)
+        self.labelled = shards.local(ShiftedTargets(*numbers), "targets", _target_shapes, _target_types)
 
-    def construct(self, ids_BT: Tensor, labels_BT: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def construct(self, ids_BT: Tensor, labels_BT: Tensor | None) -> tuple[Tensor, Tensor]:
         if labels_BT is None:
-            tokens_BS, target_BS, weight_T = self.own(ids_BT)
-        else:
-            tokens_BS, target_BS, weight_T = self.labelled(ids_BT, labels_BT)
-        return tokens_BS, ops.reshape(target_BS, (-1,)), weight_T
+            return self.own(ids_BT)
+        return self.labelled(ids_BT, labels_BT)
+
+
+def token_shape(ids: list) -> list:
+    """The shape that ``ShiftedTokens`` gives, for MindSpore's cut graph."""
+    return [ids[0], ids[1] - 1]
 
 
 def _own_shapes(ids: list) -> tuple:
-    return [ids[0], ids[1] - 1], [ids[0], ids[1] - 1], [ids[0] * (ids[1] - 1)]
+    return [ids[0] * (ids[1] - 1)], [ids[0] * (ids[1] - 1)]
 
 
 def _own_types(ids: ms.Type) -> tuple:
-    return ids, ids, ms.TensorType(ms.float32)
+    return ids, ms.TensorType(ms.float32)
 
 
-def _labelled_shapes(ids: list, labels: list) -> tuple:
-    return [ids[0], ids[1] - 1], [ids[0], ids[1] - 1], [ids[0] * (ids[1] - 1)]
+def _target_shapes(ids: list, labels: list) -> tuple:
+    return [ids[0] * (ids[1] - 1)], [ids[0] * (ids[1] - 1)]
 
 
-def _labelled_types(ids: ms.Type, labels: ms.Type) -> tuple:
-    return ids, labels, ms.TensorType(ms.float32)
+def _target_types(ids: ms.Type, labels: ms.Type) -> tuple:
+    return labels, ms.TensorType(ms.float32)
 
 
 class CrossEntropyRows(nn.Cell):

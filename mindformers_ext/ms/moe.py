@@ -130,8 +130,8 @@ class RouterGate(nn.Cell):
 class Router(nn.Cell):
     """Gate and routing; its parts carry MindFormers' names ``router.dense`` and ``router.router``.
 
-    Input (T, D). Outputs: dispatch (G, E, C), slot, kept and coeff (G, N, K), assignment (G, E, C), aux_loss (),
-    load (E), dropped ().
+    Input (T, D). Outputs: dispatch (G, E, C), slot, kept and coeff (G, N, K), assignment (G, E, C), and per group the
+    auxiliary loss (G) and a report (G, E + 1): assignments per expert before dropping, and the share dropped.
     """
 
     def __init__(self, spec: NetworkSpec, operators: Operators) -> None:
@@ -150,11 +150,10 @@ class Router(nn.Cell):
         self.dense.product = shards.shard(self.dense.product, "gate")
         self.is_local = shards.active
         self.local_slots = shards.region(self.slots, "slots", _SlotShapes(self.router), _slot_types)
-        self.mean = shards.shard(P.ReduceMean(), "group mean")
-        self.total = shards.shard(P.ReduceSum(), "group sum")
+        self.join = P.Concat(axis=-1)
 
     def slots(self, logits_GNE: Tensor, bias_E: Tensor) -> tuple:
-        """Routing as ``dispatch`` and ``combine`` want it; the last three per group: (G), (G, E) and (G)."""
+        """What ``construct`` returns, from the logits (G, N, E) and the bias of the choice (E)."""
         dispatch_GEC, combine_GNK, coeff_GNK, assignment_GEC, aux_loss_G, counts_GE, dropped_G = self.router.route(
             logits_GNE, bias_E
         )
@@ -163,15 +162,14 @@ class Router(nn.Cell):
         kept_GNK = ops.cast(combine_GNK > expert_GNK * (capacity + 1), ms.float32)
         # Without the zero slot: expert * C + position; a dropped assignment reads slot 0 with weight 0.
         slot_GNK = (combine_GNK - expert_GNK - 1) * ops.cast(kept_GNK, ms.int32)
-        return dispatch_GEC, slot_GNK, kept_GNK, coeff_GNK, assignment_GEC, aux_loss_G, counts_GE, dropped_G
+        report_GE = self.join((counts_GE, ops.expand_dims(dropped_G, 1)))
+        return dispatch_GEC, slot_GNK, kept_GNK, coeff_GNK, assignment_GEC, aux_loss_G, report_GE
 
     def construct(self, x_TD: Tensor) -> tuple:
         logits_GNE = ops.reshape(self.dense(x_TD), (self.groups, -1, self.experts))
         if self.is_local:
-            routed = self.local_slots(logits_GNE, self.router.bias())
-        else:
-            routed = self.slots(logits_GNE, self.router.bias())
-        return (*routed[:5], self.mean(routed[5], 0), self.total(routed[6], 0), self.mean(routed[7], 0))
+            return self.local_slots(logits_GNE, self.router.bias())
+        return self.slots(logits_GNE, self.router.bias())
 
 
 def _dispatched_shape(x_GND: list, dispatch_GEC: list, slot: list, kept: list) -> list:
@@ -195,17 +193,17 @@ class _SlotShapes:
         router = self.router
         C = expert_capacity(router.chosen, N, router.moe.capacity_factor, E, router.multiple)
         by_slot, by_choice = [G, E, C], [G, N, router.chosen]
-        return by_slot, by_choice, by_choice, by_choice, by_slot, [G], [G, E], [G]
+        return by_slot, by_choice, by_choice, by_choice, by_slot, [G], [G, E + 1]
 
 
 def _slot_types(logits: ms.Type, bias: ms.Type) -> tuple:
     """Types of what ``Router.slots`` returns."""
     whole, real = ms.TensorType(ms.int32), ms.TensorType(ms.float32)
-    return whole, whole, real, real, whole, real, real, real
+    return whole, whole, real, real, whole, real, real
 
 
 class MoE(nn.Cell):
-    """Mixture of SwiGLU experts. Input (T, D); outputs (T, D), aux_loss (), load (E), dropped ()."""
+    """Mixture of SwiGLU experts. Input (T, D); outputs (T, D), and aux_loss (G) and report (G, E + 1) of ``Router``."""
 
     def __init__(self, spec: NetworkSpec, operators: Operators) -> None:
         super().__init__()
@@ -217,9 +215,9 @@ class MoE(nn.Cell):
         self.combine = shards.local(operators.build(CombineRows, chosen, model.hidden_size), "combine",
                                     _combined_shape)  # fmt: skip
 
-    def construct(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        dispatch_GEC, slot_GNK, kept_GNK, coeff_GNK, assignment_GEC, aux_loss, load_E, dropped = self.router(x_TD)
+    def construct(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dispatch_GEC, slot_GNK, kept_GNK, coeff_GNK, assignment_GEC, aux_loss_G, report_GE = self.router(x_TD)
         x_GND = ops.reshape(x_TD, (self.groups, -1, x_TD.shape[-1]))
         y_GECD = self.ffn(self.dispatch(x_GND, dispatch_GEC, slot_GNK, kept_GNK))
         out_GND = self.combine(y_GECD, coeff_GNK, slot_GNK, dispatch_GEC, assignment_GEC)
-        return ops.reshape(out_GND, x_TD.shape), aux_loss, load_E, dropped
+        return ops.reshape(out_GND, x_TD.shape), aux_loss_G, report_GE

@@ -28,8 +28,9 @@ AXES = ("outer", "ep", "mp")
 # (also over mp under sequence parallel), "head" and "table" cut the vocabulary where it is cut.
 # Per operator: inputs -> outputs; without outputs MindSpore derives them.
 STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "ids": (("dp -",), ("dp -", "dp -", "dp")),
-    "ids and labels": (("dp -", "dp -"), ("dp -", "dp -", "dp")),
+    "tokens": (("dp -",), ("dp -",)),
+    "own targets": (("dp -",), ("dp", "dp")),
+    "targets": (("dp -", "dp -"), ("dp", "dp")),
     "embedding": (("table -", "rows"), ()),
     "norm": (("tok -", "-"), ("tok -",)),
     "project in": (("dp -", "mp -"), ()),
@@ -39,7 +40,7 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "residual": (("tok -", "tok -"), ()),
     "feed forward": (("dp mp", "dp mp"), ("dp mp",)),
     "gate": (("tok -", "- -"), ()),
-    "slots": (("tok - -", "-"), ("tok - -", "tok - -", "tok - -", "tok - -", "tok - -", "tok", "tok -", "tok")),
+    "slots": (("tok - -", "-"), ("tok - -", "tok - -", "tok - -", "tok - -", "tok - -", "tok", "tok -")),
     "dispatch": (("tok - -", "tok - -", "tok - -", "tok - -"), ("tok - - -",)),
     # G = (outer, ep, mp) groups and E experts: tokens to their experts and back, over ep
     "to experts": (("outer - mp ep - -",), ()),
@@ -49,7 +50,9 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "from experts": (("ep outer mp - - -",), ()),
     "combine": (("tok - - -", "tok - -", "tok - -", "tok - -", "tok - -"), ("tok - -",)),
     "group mean": (("tok",), ()),
-    "group sum": (("tok -",), ()),
+    "groups": (("tok", "tok"), ()),
+    "reports": (("- tok -",), ()),
+    "report": (("- -",), ("- -", "-")),
     "head": (("rest -", "head -"), ()),
     "rows": (("rest -", "rest", "rest"), ("rest",)),
     "row sum": (("rest",), ()),
@@ -88,17 +91,13 @@ class Shards:
     def layout(self, text: str) -> Layout:
         """The layout that a row's text means, one word per dimension."""
         box = Layout(tuple(self.sizes.values()), AXES)
-        dims = [self._dim(self.words[word]) for word in text.split()]
-        return box(*dims) if dims else box()
+        axes = (self.words[word] for word in text.split())
+        return box(*(names if len(names) > 1 else names[0] if names else "None" for names in axes))
 
     def counts(self, text: str) -> tuple[int, ...]:
         """The same as numbers of parts, which every operator takes: then MindSpore lays the first dimension over the
         slowest axes, as ``layout`` does wherever a row does not name ``outer`` or ``ep``."""
         return tuple(math.prod(self.sizes[axis] for axis in self.words[word]) for word in text.split())
-
-    def _dim(self, axes: tuple[str, ...]) -> str | tuple[str, ...]:
-        cutting = tuple(axis for axis in axes if self.sizes[axis] > 1)
-        return cutting if len(cutting) > 1 else cutting[0] if cutting else "None"
 
     def shard(self, primitive: P.Primitive, row: str) -> P.Primitive:
         """``primitive`` with the strategy of ``row``."""

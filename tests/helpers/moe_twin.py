@@ -92,8 +92,8 @@ class Projected(nn.Cell):
         self.layer = layer
 
     def construct(self, x_TD: Tensor, weight_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        y_TD, _, load_E, dropped = self.layer(x_TD)
-        return (y_TD * weight_TD).sum(), y_TD, load_E, dropped
+        y_TD, _, report_GE = self.layer(x_TD)
+        return (y_TD * weight_TD).sum(), y_TD, report_GE[:, :-1].sum(0), report_GE[:, -1].mean()
 
 
 class ProjectedDense(nn.Cell):

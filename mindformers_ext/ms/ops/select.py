@@ -49,6 +49,16 @@ class Operators:
         """
         return self if self.lazy_inline else replace(self, build=functools.cache(_construct))
 
+    def reuse(self, cell: nn.Cell) -> nn.Cell:
+        """``cell``, compiled once for all cells of its class in the network, where the device allows it.
+
+        They must differ in their parameters only. This is what MindSpore's decorator ``lazy_inline`` does, which
+        cannot look at the device.
+        """
+        if self.lazy_inline:
+            cell.cell_init_args = f"lazy_inline_{type(cell).__name__}"
+        return cell
+
     def dtype(self, name: str) -> ms.Type:
         """The type to compute in: bfloat16 becomes float32 where the device cannot multiply it."""
         if name == "bfloat16" and not self.bfloat16:
