@@ -11,7 +11,19 @@ import pytest
 
 from mindformers_ext.cli.launch import main
 from mindformers_ext.jobs.launch import find_script, read_launch, split_command
-from tests.helpers.cluster import SUM_SCRIPT, end, free_port, launch, launch_environment, launcher, start, wait_for
+from tests.helpers.cluster import (
+    MASTER,
+    SUM_SCRIPT,
+    end,
+    free_port,
+    launch,
+    launch_environment,
+    launcher,
+    namespaces_missing,
+    start,
+    two_machines,
+    wait_for,
+)
 from tests.helpers.cluster import workers as running_workers
 
 SHOW_SCRIPT = """
@@ -209,6 +221,19 @@ def test_stopping_the_launcher_stops_every_worker(folder):
         end(process)
     assert not running_workers("sum.py")
     assert not subprocess.run(["pgrep", "-f", f"{folder}.*sum.py"], capture_output=True, check=False).stdout
+
+
+@pytest.mark.slow
+def test_an_unreachable_master_is_reported_within_the_timeout(folder):
+    missing = namespaces_missing()
+    if missing:
+        pytest.skip(missing)
+    started = time.time()
+    with two_machines() as (_, second):  # nobody starts the launcher on the first one
+        text = launch("sum.py 1", 2, 1, MASTER, free_port(), 1, "log", "True", 8, cwd=folder, namespace=second)
+    assert text.startswith("1\n") and time.time() - started < 90, text
+    assert f"The master {MASTER}:" in text and "did not answer" in text and "within 8 s" in text
+    assert "Its log: log/worker_1.log" in text and not running_workers("sum.py")
 
 
 @pytest.mark.slow

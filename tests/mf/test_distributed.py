@@ -32,6 +32,7 @@ pytestmark = pytest.mark.slow
 # two processes have. MindRecord gives rank r the rows r, r + 2, ...; the groups hold the rows of one rank each.
 REFERENCE = """
 import json, sys
+from dataclasses import replace
 import mindspore as ms, numpy as np
 from mindformers_ext.core.yaml_file import load_yaml
 from mindformers_ext.core.yaml_view import network_spec_from_yaml
@@ -43,7 +44,9 @@ what, yaml, start, rates = sys.argv[1:]
 config = load_yaml(yaml)
 config["use_parallel"], config["parallel"] = True, {"parallel_mode": 1}
 config["parallel_config"] = {"data_parallel": 2}
-network = build_causal_lm(network_spec_from_yaml(config, 2))
+spec = network_spec_from_yaml(config, 2)  # two groups, on one device
+spec = replace(spec, parallel=replace(spec.parallel, parallel_mode="stand_alone", device_num=1))
+network = build_causal_lm(spec)
 if what == "start":
     ms.set_seed(3)
     config["parallel_config"] = {"data_parallel": 1}
