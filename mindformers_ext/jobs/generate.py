@@ -85,15 +85,15 @@ class Generation:
     _shape: Shape | None = None
 
     def answers(self, prompts: Sequence[Sequence[int]], on_token: OnToken | None = None,
-                first: int = 0) -> Iterator[Answer]:  # fmt: skip
+                room: int = 0) -> Iterator[Answer]:  # fmt: skip
         """Answers in the order of ``prompts``, a batch at a time; ``on_token`` sees each new token at once.
 
-        ``first`` is the number of the first prompt within the run, from which its chance is drawn.
+        ``room``: new tokens to make the cache for at least, so that a later run with longer answers compiles nothing.
         """
-        shape = self._shape_for(prompts)
+        shape = self._shape_for(prompts, room)
         session = self._open(shape)
         for start in range(0, len(prompts), shape.rows):
-            batch = enumerate(prompts[start : start + shape.rows], first + start)
+            batch = enumerate(prompts[start : start + shape.rows], start)
             rows = [self._row(prompt, tokens) for prompt, tokens in batch]
             self.timing.prompt_tokens += sum(row.length for row in rows)
             self._fill(session, shape, rows, on_token)
@@ -103,10 +103,10 @@ class Generation:
         limit = min(self.seq_length, self.sampling.longest(len(tokens)))
         return _Row(prompt, list(tokens), len(tokens), limit, generator_of(self.sampling, prompt))
 
-    def _shape_for(self, prompts: Sequence[Sequence[int]]) -> Shape:
+    def _shape_for(self, prompts: Sequence[Sequence[int]], room: int) -> Shape:
         longest = max(len(tokens) for tokens in prompts)
         total = max(self._row(0, tokens).limit for tokens in prompts)
-        positions = bucket(max(total, longest + 1))
+        positions = bucket(max(total, longest + max(room, 1)))
         length = min(bucket(longest), positions) if self.use_cache else positions
         return Shape(min(self.batch_size, len(prompts)), length, positions)
 

@@ -54,3 +54,11 @@ def test_preprocessing_is_measured_against_sentencepiece_and_mindformers(repo_ro
     tokens = dict(re.findall(r"^(ours, 1 worker|ours, 2 workers|sentencepiece) +(\d+) tokens", text, re.M))
     assert len(tokens) == 3 and len(set(tokens.values())) == 1, "all encode the same text into as many tokens"
     assert len(re.findall(r"tokens/s \d+\.\d+ for the whole command", text)) == 4
+
+
+@pytest.mark.slow
+def test_generation_is_measured_and_its_answers_are_equal(repo_root: Path) -> None:
+    small = ["--prompt", "20", "--new", "6", "--hidden", "64", "--ffn", "96", "--layers", "2", "--rounds", "1"]
+    text = bench(repo_root, "generate", *small, "--batches", "1", "2")
+    assert len(re.findall(r"(?:prefill|decode) .* ratio wall -?\d+\.\d+  CPU", text)) == 4
+    assert "equal answers 1 of 1" in text and "equal answers 2 of 2" in text

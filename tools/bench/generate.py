@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generation with a Mixtral of 97 million parameters: ours (GRAPH, CPU) against transformers' generate, in one run.
+
+    python tools/bench/generate.py [--prompt 512] [--new 128] [--batches 1 8] [--rounds 3]
+
+Hidden 512, expert width 1024, 7 layers, 8 heads over 2, 8 experts top-2, float32, the same random weights from one
+Hugging Face folder, greedy. Prefill is generate with one new token; decode is what the other new tokens take besides.
+The tokens of both are compared. Memory: the peak of the whole process, that of the framework alone taken off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from peers import THREADS, compare, machine, serve
+
+from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec
+
+VOCABULARY, FULL = 4000, dict(hidden=512, ffn=1024, layers=7)
+
+
+def model_spec(hidden: int, ffn: int, layers: int) -> ModelSpec:
+    """The model at these sizes."""
+    moe = MoESpec(num_local_experts=8, num_experts_per_tok=2, capacity_factor=0.0)
+    return ModelSpec(vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
+                     num_attention_heads=8, num_key_value_heads=2, head_dim=hidden // 8, initializer_range=0.05,
+                     max_position_embeddings=4096, eos_token_id=-1, pad_token_id=-1, moe=moe)  # fmt: skip
+
+
+def prompts(batch: int, length: int) -> np.ndarray:
+    """(B, S) random tokens, the same for both engines."""
+    return np.random.default_rng(batch).integers(5, VOCABULARY, (batch, length))
+
+
+def peak_memory() -> int:
+    """Bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def serve_transformers(options: argparse.Namespace) -> None:
+    """transformers' Mixtral, sdpa attention, its own cache."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(THREADS)
+    before = peak_memory()
+    net = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+
+    def generate(batch: int, new: int) -> list[list[int]]:
+        ids = torch.from_numpy(prompts(batch, options.prompt))
+        with torch.no_grad():
+            out = net.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
+        return out[:, options.prompt :].tolist()
+
+    serve_both(options, generate, before, {})
+
+
+def serve_mindspore(options: argparse.Namespace) -> None:
+    """Our network and generation loop."""
+    from mindformers_ext.core.sampling import SamplingSpec
+    from mindformers_ext.jobs.generate import Generation
+    from mindformers_ext.jobs.generate_model import open_network, open_weights
+
+    model = model_spec(options.hidden, options.ffn, options.layers)
+    spec, config = NetworkSpec(model=model, seq_length=4096), {"context": {"device_target": "CPU"}}
+    import mindspore  # noqa: F401  so that its own memory is known
+
+    before, started = peak_memory(), time.perf_counter()
+    network = open_network(config, spec, open_weights(Path(options.folder), model))
+    loaded = time.perf_counter() - started
+    greedy = {new: SamplingSpec(do_sample=False, max_new_tokens=new) for new in (1, options.new)}
+    jobs = {batch: Generation(network, greedy[1], 4096, batch) for batch in options.batches}
+
+    def generate(batch: int, new: int) -> list[list[int]]:
+        jobs[batch].sampling = greedy[new]
+        found = jobs[batch].answers(prompts(batch, options.prompt).tolist(), room=options.new)
+        return [list(answer.tokens) for answer in found]
+
+    compiled = lambda: {str(batch): job.timing.compile for batch, job in jobs.items()}  # noqa: E731
+    serve_both(options, generate, before, {"load": loaded}, compiled)
+
+
+def serve_both(options: argparse.Namespace, generate, before: int, facts: dict, compiled=dict) -> None:
+    """Answer once (the tokens are facts), then be measured."""
+    first = {}
+    tokens = {}
+    for batch in options.batches:
+        started = time.perf_counter()
+        generate(batch, 1)
+        first[str(batch)] = time.perf_counter() - started
+        tokens[str(batch)] = generate(batch, options.new)
+    facts = {**facts, "tokens": tokens, "first": first, "compile": compiled(), "memory": peak_memory() - before}
+    serve(facts, {f"{kind} {batch}": (lambda b=batch, n=new: generate(b, n))
+                  for batch in options.batches for kind, new in (("prefill", 1), ("all", options.new))})  # fmt: skip
+
+
+def report(options: argparse.Namespace, result: dict) -> None:
+    """Tokens per second of both, and ratios (above 1: ours is faster)."""
+    for batch in options.batches:
+        prefill, everything = result[f"prefill {batch}"], result[f"all {batch}"]
+        for name, tokens, times in (
+            ("prefill", batch * options.prompt, prefill),
+            ("decode", batch * (options.new - 1),
+             {key: {kind: everything[key][kind] - prefill[key][kind] for kind in ("wall", "cpu")} for key in prefill}),
+        ):  # fmt: skip
+            mine, theirs = times["mindspore"], times["transformers"]
+            print(f"batch {batch} {name:<8} ours {tokens / mine['wall']:9.1f} tokens/s   transformers "
+                  f"{tokens / theirs['wall']:9.1f} tokens/s   ratio wall {theirs['wall'] / mine['wall']:.2f}  "
+                  f"CPU {theirs['cpu'] / mine['cpu']:.2f}")  # fmt: skip
+    ours, theirs = result["facts"]["mindspore"], result["facts"]["transformers"]
+    for batch in map(str, options.batches):
+        same = sum(a == b for a, b in zip(ours["tokens"][batch], theirs["tokens"][batch], strict=True))
+        print(f"batch {batch}: first token of a fresh process after {ours['first'][batch]:.1f} s, of it "
+              f"{ours['compile'][batch]:.1f} s compilation (transformers {theirs['first'][batch]:.1f} s); equal "
+              f"answers {same} of {batch}")  # fmt: skip
+    model = model_spec(options.hidden, options.ffn, options.layers)
+    weights = sum(file.stat().st_size for file in Path(options.folder).glob("*.safetensors"))
+    rows, positions = max(options.batches), options.prompt + options.new
+    cache = 2 * rows * positions * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * 4
+    print(f"weights {weights / 1e6:.0f} MB + cache {cache / 1e6:.0f} MB; peak besides the framework: ours "
+          f"{ours['memory'] / 1e6:.0f} MB ({ours['memory'] / (weights + cache):.2f}x), transformers "
+          f"{theirs['memory'] / 1e6:.0f} MB; weights loaded in {ours['load']:.1f} s")  # fmt: skip
+
+
+WORKERS = {"mindspore": serve_mindspore, "transformers": serve_transformers}
+
+
+def main() -> None:
+    """Parent: compare both; child (--worker): be measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of every prompt")
+    parser.add_argument("--new", type=int, default=128, help="new tokens")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="prompts computed together")
+    parser.add_argument("--rounds", type=int, default=3, help="measured runs per engine")
+    for name, value in FULL.items():
+        parser.add_argument(f"--{name}", type=int, default=value, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        WORKERS[options.worker](options)
+        return
+    from mindformers_ext.jobs.tiny_model import TinyModelRequest, make_tiny_model
+
+    print(machine(), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        options.folder = str(Path(folder) / "model")
+        model = model_spec(options.hidden, options.ffn, options.layers)
+        made = make_tiny_model(TinyModelRequest(output_dir=Path(options.folder), spec=model))
+        print(f"{json.dumps({'parameters': made.parameters})}, prompts of {options.prompt}, {options.new} new tokens")
+        words = [word for name in ("prompt", "new", "hidden", "ffn", "layers", "folder")
+                 for word in (f"--{name}", str(getattr(options, name)))]  # fmt: skip
+        words += ["--batches", *map(str, options.batches)]
+        commands = {key: [__file__, "--worker", key, *words] for key in WORKERS}
+        names = [f"{kind} {batch}" for batch in options.batches for kind in ("prefill", "all")]
+        report(options, compare(commands, names, options.rounds))
+
+
+if __name__ == "__main__":
+    main()
