@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grouped-query self-attention with rotary embedding, on torch's scaled_dot_product_attention."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.pt.ops.dtypes import torch_dtype
+
+
+class Linear(nn.Module):
+    """x W^T without bias. Input (T, in), output (T, out), weight (out, in)."""
+
+    def __init__(self, width_in: int, width_out: int, std: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width_out, width_in, dtype=dtype))
+        self.std = std
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fresh normal weights."""
+        nn.init.normal_(self.weight, std=self.std)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return F.linear(x_TD, self.weight.to(x_TD.dtype))
+
+
+def rotary_tables(positions: int, head_dim: int, theta: float, dtype: torch.dtype,
+                  device: torch.device | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """cos and sin (S, P), both halves equal (Su et al. 2021, equation 34, in rotate-half layout)."""
+    frequency = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    angle = np.arange(positions, dtype=np.float32)[:, None] * frequency[None]
+    angle = np.concatenate([angle, angle], -1)
+    return (torch.tensor(np.cos(angle), dtype=dtype, device=device),
+            torch.tensor(np.sin(angle), dtype=dtype, device=device))  # fmt: skip
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate-half rotary embedding of x (..., P) in the tables' type; the result has x's."""
+    low, high = x.to(cos.dtype).chunk(2, -1)
+    return (x.to(cos.dtype) * cos + torch.cat((-high, low), -1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention. Input (B*S, D) and the rotary tables (S, P); output (B*S, D).
+
+    The softmax runs in float32 inside torch's kernel, whatever ``softmax_compute_type`` says.
+    """
+
+    def __init__(self, spec: NetworkSpec) -> None:
+        super().__init__()
+        model = spec.model
+        self.heads, self.kv_heads, self.head_dim = (
+            model.num_attention_heads, model.num_key_value_heads, model.head_dim)  # fmt: skip
+        width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        std, dtype = model.initializer_range, torch_dtype(spec.numerics.param_dtype)
+        self.wq = Linear(model.hidden_size, width, std, dtype)
+        self.wk = Linear(model.hidden_size, kv_width, std, dtype)
+        self.wv = Linear(model.hidden_size, kv_width, std, dtype)
+        self.wo = Linear(width, model.hidden_size, std, dtype)
+
+    def project(self, x_TD: Tensor, length: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, H, S, P), k and v (B, N, S, P), q and k turned by tables that broadcast to (B, H, S, P)."""
+        def heads(x: Tensor, count: int) -> Tensor:
+            return x.view(-1, length, count, self.head_dim).transpose(1, 2)
+
+        q = rotate(heads(self.wq(x_TD), self.heads), cos, sin)
+        k = rotate(heads(self.wk(x_TD), self.kv_heads), cos, sin)
+        return q, k, heads(self.wv(x_TD), self.kv_heads)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """softmax(q k^T / sqrt(P)) v, causal without ``mask``, through the output projection: (B*S, D)."""
+        grouped = self.heads != self.kv_heads
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        return self.wo(mixed.transpose(1, 2).reshape(-1, self.heads * self.head_dim))
+
+    def forward(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
+        return self.mix(*self.project(x_TD, cos_SP.shape[0], cos_SP, sin_SP))

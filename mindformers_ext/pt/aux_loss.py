@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load-balancing losses of one MoE layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mindformers_ext.core.spec import MoESpec
+
+
+class AuxiliaryLoss(nn.Module):
+    """Sum of the expert, device, communication and z losses (DeepSeek-V2 section 2.2.3; ST-MoE section 3.2).
+
+    Over parts of E/g neighbouring experts, with f the share of assignments and P the mean probability per expert:
+    ``factor * E^2 * mean_g(mean(f) * mean(P))``. "expert" has g = E, "device" g = expert_group_size, "comm" g = expert
+    parallel size. Every one equals its factor when the load is balanced.
+
+    Inputs: logits (G, N, E), probabilities (G, N, E) that sum to 1 per token, counts (G, E), all float32. Output (G).
+    """
+
+    def __init__(self, moe: MoESpec, expert_parallel: int = 1) -> None:
+        super().__init__()
+        parts = {"expert": moe.num_local_experts, "device": moe.expert_group_size or 1, "comm": expert_parallel}
+        self.active = tuple((parts[kind], factor) for kind, factor in moe.aux_losses if factor > 0)
+        self.experts = moe.num_local_experts
+        self.z_factor = moe.z_loss_factor
+
+    @property
+    def balances(self) -> bool:
+        """Whether any loss but the z loss is on."""
+        return bool(self.active)
+
+    def forward(self, logits_GNE: Tensor, prob_GNE: Tensor, counts_GE: Tensor) -> Tensor:
+        G, _, E = logits_GNE.shape
+        total_G = logits_GNE.new_zeros(G)
+        if self.active:
+            share_GE = counts_GE / counts_GE.sum(-1, keepdim=True)
+            mean_GE = prob_GNE.mean(1)
+            for parts, factor in self.active:
+                pools = (G, parts, E // parts)
+                product = share_GE.reshape(pools).mean(-1) * mean_GE.reshape(pools).mean(-1)
+                total_G = total_G + factor * E**2 / parts * product.sum(-1)
+        if self.z_factor > 0:
+            total_G = total_G + self.z_factor * torch.logsumexp(logits_GNE, -1).square().mean(-1)
+        return total_G

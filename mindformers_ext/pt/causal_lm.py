@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder-only language model that LLaMA and Mixtral share. Module names are MindFormers'."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.pt.attention import Attention, Linear, rotary_tables
+from mindformers_ext.pt.feed_forward import FeedForward
+from mindformers_ext.pt.loss import next_token_loss, targets
+from mindformers_ext.pt.moe import MoE
+from mindformers_ext.pt.norm import RmsNorm
+from mindformers_ext.pt.ops.dtypes import torch_dtype
+
+
+class Terms(NamedTuple):
+    """What a training step reports, as ``ms.step``: losses (), expert_load (L, E), dropped (L); all float32."""
+
+    loss: Tensor
+    lm_loss: Tensor
+    aux_loss: Tensor
+    expert_load: Tensor
+    dropped: Tensor
+
+
+class TokenEmbedding(nn.Module):
+    """Rows of the embedding table. Input (T), output (T, D). Parameter ``embedding_weight`` (V, D)."""
+
+    def __init__(self, spec: NetworkSpec) -> None:
+        super().__init__()
+        model, dtype = spec.model, torch_dtype(spec.numerics.param_dtype)
+        self.embedding_weight = nn.Parameter(torch.empty(model.vocab_size, model.hidden_size, dtype=dtype))
+        self.std = model.initializer_range
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fresh normal weights."""
+        nn.init.normal_(self.embedding_weight, std=self.std)
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        return nn.functional.embedding(ids_T, self.embedding_weight)
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each behind a norm and added to the residual.
+
+    Input (T, D); outputs (T, D), and of a layer with experts aux_loss (G) and report (G, E + 1), see ``pt.moe``.
+    """
+
+    def __init__(self, spec: NetworkSpec) -> None:
+        super().__init__()
+        self.attention_norm = RmsNorm(spec)
+        self.attention = Attention(spec)
+        self.ffn_norm = RmsNorm(spec)
+        self.feed_forward = MoE(spec) if spec.model.moe else FeedForward(spec)
+
+    def forward(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), cos_SP, sin_SP)
+        if isinstance(self.feed_forward, FeedForward):
+            return x_TD + self.feed_forward(self.ffn_norm(x_TD)), None, None
+        y_TD, aux_loss_G, report_GE = self.feed_forward(self.ffn_norm(x_TD))
+        return x_TD + y_TD, aux_loss_G, report_GE
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm.
+
+    Input (B, S) int. Outputs: hidden (B*S, D), aux_loss (), load (layers, E) and dropped (layers); a dense model
+    returns load (1, 1) and dropped (1) of zeros. ``recompute``: layers that compute their activations again.
+    """
+
+    def __init__(self, spec: NetworkSpec) -> None:
+        super().__init__()
+        model = spec.model
+        self.compute_dtype = torch_dtype(spec.numerics.compute_dtype)
+        self.aux_scale = 1.0 / model.num_hidden_layers if model.moe and model.moe.aux_loss_reduce == "mean" else 1.0
+        self.tok_embeddings = TokenEmbedding(spec)
+        self.layers = nn.ModuleList([Layer(spec) for _ in range(model.num_hidden_layers)])
+        self.norm_out = RmsNorm(spec)
+        self.rotary = (model.head_dim, model.rope_theta, torch_dtype(spec.numerics.rotary_dtype))
+        self.recompute = False
+        self._tables: tuple[Tensor, Tensor] | None = None
+
+    def tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin (length, P), kept for the longest text so far."""
+        if self._tables is None or self._tables[0].shape[0] < length or self._tables[0].device != device:
+            self._tables = rotary_tables(length, *self.rotary, device=device)
+        return self._tables[0][:length], self._tables[1][:length]
+
+    def forward(self, ids_BS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        cos_SP, sin_SP = self.tables(ids_BS.shape[1], ids_BS.device)
+        x_TD = self.tok_embeddings(ids_BS.reshape(-1)).to(self.compute_dtype)
+        losses, reports = [], []
+        for layer in self.layers:
+            if self.recompute and self.training:
+                x_TD, aux_loss_G, report_GE = checkpoint(layer, x_TD, cos_SP, sin_SP, use_reentrant=False)
+            else:
+                x_TD, aux_loss_G, report_GE = layer(x_TD, cos_SP, sin_SP)
+            if aux_loss_G is not None and report_GE is not None:
+                losses.append(aux_loss_G)
+                reports.append(report_GE.detach())
+        x_TD = self.norm_out(x_TD)
+        if not losses:
+            zero = torch.zeros((), device=x_TD.device)
+            return x_TD, zero, zero.view(1, 1), zero.view(1)
+        report = torch.stack(reports)  # (L, G, E + 1)
+        aux_loss = torch.stack(losses).sum(0).mean() * self.aux_scale
+        return x_TD, aux_loss, report[:, :, :-1].sum(1), report[:, :, -1].mean(1)
+
+
+class CausalLM(nn.Module):
+    """Decoder and head.
+
+    ``forward(ids (B, S)) -> logits (B, S, V)`` float32; ``forward(ids (B, S+1), labels, losses=True)`` ->
+    ``Terms`` with loss = lm_loss + aux_loss, or lm_loss alone when ``return_extra_loss`` is off.
+    """
+
+    def __init__(self, spec: NetworkSpec) -> None:
+        super().__init__()
+        model = spec.model
+        self.spec = spec
+        self.tied, self.add_aux_loss = model.tie_word_embeddings, spec.return_extra_loss
+        self.model = Decoder(spec)
+        if not self.tied:
+            dtype = torch_dtype(spec.numerics.param_dtype)
+            self.lm_head = Linear(model.hidden_size, model.vocab_size, model.initializer_range, dtype)
+
+    def head(self, x_TD: Tensor) -> Tensor:
+        """Logits (T, V) in the type of x."""
+        if self.tied:
+            return nn.functional.linear(x_TD, self.model.tok_embeddings.embedding_weight.to(x_TD.dtype))
+        return self.lm_head(x_TD)
+
+    def forward(self, ids_BS: Tensor, labels_BT: Tensor | None = None, losses: bool = False,
+                tokens: Tensor | None = None) -> Tensor | Terms:  # fmt: skip
+        """See the class. ``tokens``: counted tokens to divide the loss by, where other ranks hold a share of them."""
+        if losses:
+            return self._losses(ids_BS, labels_BT, tokens)
+        x_TD, _, _, _ = self.model(ids_BS)
+        return self.head(x_TD).float().view(*ids_BS.shape, -1)
+
+    def _losses(self, ids_BT: Tensor, labels_BT: Tensor | None, tokens: Tensor | None) -> Terms:
+        """The shift by one token happens here. Tokens equal to the pad id do not count."""
+        model = self.spec.model
+        x_TD, aux_loss, load, dropped = self.model(ids_BT[:, :-1])
+        target_T, counted_T = targets(ids_BT, labels_BT, model.pad_token_id, model.ignore_token_id)
+        total, count = next_token_loss(self.head(x_TD), target_T, counted_T)
+        lm_loss = total / (count if tokens is None else tokens).clamp(min=1)
+        loss = lm_loss + aux_loss if self.add_aux_loss else lm_loss
+        return Terms(loss, lm_loss, aux_loss, load, dropped)

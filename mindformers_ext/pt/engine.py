@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyTorch behind the interface that jobs see (``jobs.engine``): specs and numpy arrays in, numpy arrays out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.pt import names
+from mindformers_ext.pt.causal_lm import CausalLM
+from mindformers_ext.pt.models import build_causal_lm
+
+
+class PyTorchNetwork:
+    """A causal language model on PyTorch."""
+
+    def __init__(self, module: CausalLM, device: torch.device) -> None:
+        self.module = module.eval()
+        self.device = device
+
+    def load(self, weights: Mapping[str, np.ndarray]) -> None:
+        """Fill the parameters from ``weights`` (MindFormers' names); see ``pt.names.load``."""
+        names.load(self.module, weights)
+
+    def fill(self, weights: Iterable[tuple[str, np.ndarray]]) -> None:
+        """As ``load``, one tensor at a time; see ``pt.names.fill``."""
+        names.fill(self.module, weights)
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """float32 logits of shape (B, S, V) for token ids of shape (B, S)."""
+        with torch.inference_mode():
+            found = self.module(torch.from_numpy(ids.astype(np.int64)).to(self.device))
+        return found.cpu().numpy()
+
+
+class PyTorchEngine:
+    """Builds networks that run on a GPU or on the CPU."""
+
+    name = "pt"
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+
+    def use(self, device: str, device_id: int = 0, pynative: bool = False) -> None:
+        """Run on this device from now on; PyTorch computes operator by operator anyway.
+
+        Raises:
+            UserError: torch sees no such device.
+        """
+        if device == "CPU":
+            self.device = torch.device("cpu")
+            return
+        if device != "GPU":
+            raise UserError(f"device_target {device} is MindSpore's: the PyTorch engine runs on GPU and CPU")
+        if not torch.cuda.is_available():
+            raise UserError(f"device_target is GPU, but torch {torch.__version__} sees no CUDA device: run with "
+                            "--device_target CPU, or install a CUDA build of torch")  # fmt: skip
+        if device_id >= torch.cuda.device_count():
+            raise UserError(f"device_id {device_id}: this machine has {torch.cuda.device_count()} GPUs, from 0")
+        self.device = torch.device("cuda", device_id)
+        torch.cuda.set_device(self.device)
+
+    def build(self, spec: NetworkSpec, empty: bool = False) -> PyTorchNetwork:
+        """A network with fresh random weights, or with none until they are filled in (``empty``)."""
+        if not empty:
+            with self.device:
+                return PyTorchNetwork(build_causal_lm(spec), self.device)
+        with torch.device("meta"):
+            module = build_causal_lm(spec)
+        module.to_empty(device=self.device)
+        for name, buffer in module.named_buffers():
+            if name.endswith(names.STATE):
+                buffer.zero_()
+        return PyTorchNetwork(module, self.device)

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SwiGLU experts on rows sorted by expert: two grouped products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.pt.ops.dtypes import torch_dtype
+from mindformers_ext.pt.ops.grouped import Backend, grouped_product
+from mindformers_ext.pt.ops.select import select_backend
+from mindformers_ext.pt.ops.swiglu import swiglu
+
+
+class Experts(nn.Module):
+    """w2(silu(w1 x) * w3 x) of every row's expert (Mixtral of Experts, section 2.1).
+
+    Weights lie as in Hugging Face's fused spelling: ``gate_up`` (E, 2F, D) holds w1 above w3, ``down`` (E, D, F).
+    Input and output (R, D), rows sorted by expert, ``offs_E`` (E) int32 their inclusive ends; rows behind
+    are undefined.
+    """
+
+    def __init__(self, spec: NetworkSpec, local_experts: int | None = None) -> None:
+        super().__init__()
+        model, dtype = spec.model, torch_dtype(spec.numerics.param_dtype)
+        experts = local_experts or model.experts.num_local_experts
+        hidden, ffn = model.hidden_size, model.intermediate_size
+        self.gate_up = nn.Parameter(torch.empty(experts, 2 * ffn, hidden, dtype=dtype))
+        self.down = nn.Parameter(torch.empty(experts, hidden, ffn, dtype=dtype))
+        self.std, self.hidden, self.ffn = model.initializer_range, hidden, ffn
+        self.backend: Backend | None = None  # None: by the table
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fresh normal weights."""
+        nn.init.normal_(self.gate_up, std=self.std)
+        nn.init.normal_(self.down, std=self.std)
+
+    def forward(self, x: Tensor, offs_E: Tensor) -> Tensor:
+        backend = self.backend or select_backend(x.device, x.dtype, self.hidden, self.ffn)
+        both = grouped_product(x, self.gate_up.to(x.dtype), offs_E, backend)
+        return grouped_product(swiglu(both), self.down.to(x.dtype), offs_E, backend)
