@@ -182,6 +182,16 @@ class NumericsSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KernelSpec:
+    """Which fused kernels to take where the device has them (Ascend); what is computed is the same without."""
+
+    flash_attention: bool = False
+    rms_norm: bool = True
+    rope: bool = False
+    swiglu: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParallelSpec:
     """How the job is cut over ``device_num`` devices (MindFormers' ``parallel_config`` and ``parallel``)."""
 
@@ -221,4 +231,5 @@ class NetworkSpec:
     batch_size: int = 1
     numerics: NumericsSpec = field(default_factory=NumericsSpec)
     parallel: ParallelSpec = field(default_factory=ParallelSpec)
+    kernels: KernelSpec = field(default_factory=KernelSpec)
     return_extra_loss: bool = True

@@ -28,7 +28,7 @@ class Key:
 
     section: str
     name: str
-    part: str  # model, moe, numerics, parallel or network
+    part: str  # model, moe, numerics, kernels, parallel or network
     field: str
     kind: str  # int, float, bool, str, dtype, mode, ids
     default: Any
@@ -70,6 +70,12 @@ KEYS: tuple[Key, ...] = (
         layernorm_compute_type   norm_dtype               dtype  float32
         softmax_compute_type     softmax_dtype            dtype  float32
         rotary_dtype             rotary_dtype             dtype  float32
+    """),
+    *_keys(MODEL, "kernels", """
+        use_flash_attention      flash_attention          bool   False
+        fused_rms_norm           rms_norm                 bool   True
+        use_fused_rope           rope                     bool   False
+        use_fused_swiglu         swiglu                   bool   False
     """),
     *_keys(MODEL, "network", """
         seq_length               seq_length               int    2048
@@ -139,7 +145,7 @@ PASSED: dict[str, frozenset[str]] = {
         """type auto_register auto_map checkpoint_name_or_path name_or_path pretrained_model_dir mindformers_version
         model_type model_name architectures tokenizer_class is_encoder_decoder is_sample_acceleration _commit_hash
         _name_or_path dataset_config disable_lazy_inline track_max_attention_logit stage_num start_stage
-        use_flash_attention fused_rms_norm use_rope_slice is_dynamic use_past block_size num_blocks offset
+        use_rope_slice is_dynamic use_past block_size num_blocks offset
         max_decode_length max_new_tokens max_length min_length min_new_tokens repetition_penalty
         encoder_repetition_penalty temperature top_k top_p do_sample num_beams renormalize_logits
         use_past_shard use_kvcache_op is_flexible_shape use_prompt_flash_attention use_paged_attention

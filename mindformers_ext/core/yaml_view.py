@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mindformers_ext.core.errors import Problems, nearest
-from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, NumericsSpec, ParallelSpec
+from mindformers_ext.core.spec import KernelSpec, ModelSpec, MoESpec, NetworkSpec, NumericsSpec, ParallelSpec
 from mindformers_ext.core.yaml_keys import (
     KEYS,
     MODEL,
@@ -54,7 +54,8 @@ def network_spec_from_yaml(config: Mapping[str, Any], device_num: int = 1) -> Ne
     problems = Problems("the configuration")
     sections = _sections(config, problems)
     _check_keys(sections, problems)
-    parts: dict[str, dict[str, Any]] = {"model": {}, "moe": {}, "numerics": {}, "parallel": {}, "network": {}}
+    parts: dict[str, dict[str, Any]] = {name: {} for name in ("model", "moe", "numerics", "kernels", "parallel",
+                                                              "network")}  # fmt: skip
     for key in KEYS:
         value = sections[key.section].get(key.name, key.default)
         parts[key.part][key.field] = read_value(_path(key), value, key.kind, key.default, problems)
@@ -76,7 +77,8 @@ def network_spec_from_yaml(config: Mapping[str, Any], device_num: int = 1) -> Ne
     numerics.collect(problems)
     problems.raise_if_any()
     parallel = ParallelSpec(**parts["parallel"], device_num=device_num)
-    return NetworkSpec(model=model, numerics=numerics, parallel=parallel, **parts["network"])
+    kernels = KernelSpec(**parts["kernels"])
+    return NetworkSpec(model=model, numerics=numerics, parallel=parallel, kernels=kernels, **parts["network"])
 
 
 def yaml_from_network_spec(spec: NetworkSpec) -> dict[str, Any]:
@@ -91,8 +93,8 @@ def yaml_from_network_spec(spec: NetworkSpec) -> dict[str, Any]:
     if spec.model.moe and spec.model.moe.router_dtype == "float16":
         problems.add("router_dtype='float16'", "MindFormers reads router_dense_type float16 as float32; use float32")
     problems.raise_if_any()
-    parts = {"model": spec.model, "moe": spec.model.moe, "numerics": spec.numerics, "parallel": spec.parallel,
-             "network": spec}  # fmt: skip
+    parts = {"model": spec.model, "moe": spec.model.moe, "numerics": spec.numerics, "kernels": spec.kernels,
+             "parallel": spec.parallel, "network": spec}  # fmt: skip
     result: dict[str, Any] = {"use_parallel": spec.parallel.parallel_mode != "stand_alone"}
     sections: dict[str, dict[str, Any]] = {TOP: result, **{name: {} for name in OUR_SECTIONS if name}}
     for key in KEYS:

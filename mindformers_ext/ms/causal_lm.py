@@ -160,7 +160,7 @@ class CausalLM(nn.Cell):
 
     def __init__(self, spec: NetworkSpec, operators: Operators | None = None) -> None:
         super().__init__()
-        operators = (operators or select_operators()).for_network()
+        operators = (operators or select_operators()).for_network(spec)
         spec = replace(spec, numerics=operators.numerics(spec.numerics))
         model = spec.model
         self.spec = spec

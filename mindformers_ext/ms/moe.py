@@ -141,9 +141,9 @@ class Router(nn.Cell):
         experts = model.experts.num_local_experts
         self.dense = RouterGate(model.hidden_size, experts, model.initializer_range, router_dtype)
         if model.experts.balance_via_topk_bias:  # then every layer has its own bias
-            self.router = TopkRouterV2(model.experts, spec.parallel)
+            self.router = TopkRouterV2(model.experts, spec.parallel, False, operators.slots)
         else:
-            self.router = operators.build(TopkRouterV2, model.experts, spec.parallel)
+            self.router = operators.build(TopkRouterV2, model.experts, spec.parallel, False, operators.slots)
         self.groups = spec.parallel.groups
         self.experts = experts
         shards = Shards(spec)

@@ -8,6 +8,8 @@ inside its expert comes from one sort of unique int32 keys ``expert * kN + order
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mindspore as ms
 import mindspore.ops.operations as P
 import numpy as np
@@ -60,9 +62,12 @@ class TopkRouterV2(nn.Cell):
       aux_loss () float32, load (E) float32: assignments per expert before dropping, dropped () float32: their share.
 
     ``reference_capacity`` reproduces MindFormers' dropless capacity, which is one multiple larger than needed.
+    ``slots``: constructor of a fused kernel that fills the slots of a fixed capacity (``ms.ops.ascend``); without one,
+    and wherever the capacity follows the load, assignments are sorted.
     """
 
-    def __init__(self, moe: MoESpec, parallel: ParallelSpec | None = None, reference_capacity: bool = False) -> None:
+    def __init__(self, moe: MoESpec, parallel: ParallelSpec | None = None, reference_capacity: bool = False,
+                 slots: Callable[..., nn.Cell] | None = None) -> None:  # fmt: skip
         super().__init__()
         parallel = parallel or ParallelSpec()
         self.moe = moe
@@ -84,6 +89,8 @@ class TopkRouterV2(nn.Cell):
             self.topk_bias = Parameter(zeros, name="topk_bias", requires_grad=False, parallel_optimizer=False)
         self.aux_loss = AuxiliaryLoss(moe, parallel.expert_parallel)
         self.order = ExpertOrder(self.experts)
+        self.has_kernel = slots is not None
+        self.kernel = slots(self.experts, self.chosen, self.sequence_order) if slots else self.order
         self.softmax = P.Softmax(axis=-1)
         self.topk = P.TopK(sorted=True)
         self.transpose = P.Transpose()
@@ -128,13 +135,17 @@ class TopkRouterV2(nn.Cell):
 
     def _capacity(self, tokens: int, counts_GE: Tensor) -> int:
         """Slots per expert: fixed by the factor, or the largest load rounded up when dropless."""
-        if not self.dropless and (self.training or not self.drops_only_in_training):
+        if self._is_fixed():
             moe = self.moe
             return expert_capacity(self.chosen, tokens, moe.capacity_factor, self.experts, self.multiple)
         largest = self.to_scalar(ops.cast(counts_GE.max(), ms.int64))
         if self.spare:
             return (largest // self.multiple + 1) * self.multiple
         return (largest + self.multiple - 1) // self.multiple * self.multiple
+
+    def _is_fixed(self) -> bool:
+        """Whether the capacity follows from the number of tokens alone."""
+        return not self.dropless and (self.training or not self.drops_only_in_training)
 
     def _drop_order(self, x_GNK: Tensor) -> Tensor:
         """(G, N, K) -> (G, kN): all first choices first (kdrop), or token after token (sdrop)."""
@@ -175,18 +186,34 @@ class TopkRouterV2(nn.Cell):
         prob_GNE = self._probabilities(logits_GNE)
         gate_GNK, index_GNK = self._gates(prob_GNE, bias_E)
         index_GNK = ops.stop_gradient(index_GNK)
+        if self.has_kernel and self._is_fixed():
+            dispatch_GEC, combine_GNK, kept_GNK, assignment_GEC, counts_GE = self._place_by_kernel(index_GNK)
+        else:
+            dispatch_GEC, combine_GNK, kept_GNK, assignment_GEC, counts_GE = self._place(index_GNK)
+        counts_GE = ops.cast(counts_GE, ms.float32)
+        aux_loss_G = self._auxiliary(logits_GNE, prob_GNE, counts_GE)
+        dropped_G = 1.0 - ops.reshape(kept_GNK, (G, -1)).sum(-1) / (self.chosen * N)
+        return dispatch_GEC, combine_GNK, gate_GNK * kept_GNK, assignment_GEC, aux_loss_G, counts_GE, dropped_G
+
+    def _place(self, index_GNK: Tensor) -> tuple:
+        """dispatch, combine, kept (G, N, K) float32 of 0 or 1, assignment, counts (G, E) int32, by sorting."""
+        N = index_GNK.shape[1]
         expert_GT = self._drop_order(index_GNK)
         sorted_GT, position_GT, counts_GE, starts_GE = self.order(expert_GT)
         capacity = self._capacity(N, counts_GE)
         dispatch_GEC, assignment_GEC = self._slots(sorted_GT, counts_GE, starts_GE, capacity, N)
         kept_GT = position_GT < capacity
         slot_GT = expert_GT * (capacity + 1) + (position_GT + 1) * ops.cast(kept_GT, ms.int32)
-        coeff_GNK = gate_GNK * self._token_order(ops.cast(kept_GT, ms.float32), N)
-        counts_GE = ops.cast(counts_GE, ms.float32)
-        aux_loss_G = self._auxiliary(logits_GNE, prob_GNE, counts_GE)
-        dropped_G = 1.0 - ops.cast(kept_GT, ms.float32).sum(-1) / (self.chosen * N)
-        return (dispatch_GEC, self._token_order(slot_GT, N), coeff_GNK, assignment_GEC, aux_loss_G, counts_GE,
-                dropped_G)  # fmt: skip
+        kept_GNK = self._token_order(ops.cast(kept_GT, ms.float32), N)
+        return dispatch_GEC, self._token_order(slot_GT, N), kept_GNK, assignment_GEC, counts_GE
+
+    def _place_by_kernel(self, index_GNK: Tensor) -> tuple:
+        """As ``_place``, of a fixed capacity."""
+        counts_GE = self.kernel.counts(index_GNK)
+        capacity = self._capacity(index_GNK.shape[1], counts_GE)
+        dispatch_GEC, combine_GNK, assignment_GEC = self.kernel(index_GNK, capacity)
+        kept_GNK = ops.cast(combine_GNK % (capacity + 1) > 0, ms.float32)
+        return dispatch_GEC, combine_GNK, kept_GNK, assignment_GEC, counts_GE
 
     def _probabilities(self, logits_GNE: Tensor) -> Tensor:
         if self.sigmoid:
@@ -203,9 +230,15 @@ class TopkRouterV2(nn.Cell):
             prob_GNE = prob_GNE / (prob_GNE.sum(-1, keepdims=True) + 1e-9)
         if self.biased and self.aux_loss.balances:
             _, index_GNK = self.topk(ops.stop_gradient(prob_GNE), self.chosen)
-            _, _, counts_GE, _ = self.order(self._drop_order(index_GNK))
-            counts_GE = ops.cast(counts_GE, ms.float32)
+            counts_GE = ops.cast(self._counts(index_GNK), ms.float32)
         return self.aux_loss.per_group(logits_GNE, prob_GNE, counts_GE)
+
+    def _counts(self, index_GNK: Tensor) -> Tensor:
+        """Assignments per expert (G, E) int32."""
+        if self.has_kernel:
+            return self.kernel.counts(index_GNK)
+        _, _, counts_GE, _ = self.order(self._drop_order(index_GNK))
+        return counts_GE
 
 
 def _check_load(assignments: int, experts: int, max_router_load: int) -> None:

@@ -5,7 +5,15 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from mindformers_ext.core.spec import DTYPE_NAMES, ModelSpec, MoESpec, NetworkSpec, NumericsSpec, ParallelSpec
+from mindformers_ext.core.spec import (
+    DTYPE_NAMES,
+    KernelSpec,
+    ModelSpec,
+    MoESpec,
+    NetworkSpec,
+    NumericsSpec,
+    ParallelSpec,
+)
 
 # The sections of the r1.3 to r1.7 files that a network is read from, with the dead keys and the anchor they carry.
 PRETRAIN_YAML = """
@@ -227,5 +235,11 @@ def network_specs(draw: st.DrawFn) -> NetworkSpec:
             rotary_dtype=draw(_dtypes),
         ),
         parallel=draw(parallel_specs()),
+        kernels=KernelSpec(
+            flash_attention=draw(st.booleans()),
+            rms_norm=draw(st.booleans()),
+            rope=draw(st.booleans()),
+            swiglu=draw(st.booleans()),
+        ),
         return_extra_loss=draw(st.booleans()),
     )

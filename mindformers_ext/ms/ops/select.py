@@ -11,8 +11,8 @@ from dataclasses import asdict, astuple, dataclass, replace
 import mindspore as ms
 from mindspore import nn
 
-from mindformers_ext.core.spec import NumericsSpec
-from mindformers_ext.ms.ops import portable, portable_attention
+from mindformers_ext.core.spec import NetworkSpec, NumericsSpec
+from mindformers_ext.ms.ops import ascend, portable, portable_attention
 from mindformers_ext.ms.ops.dtypes import mindspore_dtype
 
 _log = logging.getLogger("mindformers_ext")
@@ -40,14 +40,23 @@ class Operators:
     swiglu: Callable[..., nn.Cell] = portable.SwiGluOp
     rotary: Callable[..., nn.Cell] = portable.RotaryOp
     causal_attention: Callable[..., nn.Cell] = portable_attention.CausalAttentionOp
+    slots: Callable[..., nn.Cell] | None = None  # a kernel that fills experts' slots; None: the router sorts
+    fused: Callable[[NetworkSpec], tuple[dict[str, type[nn.Cell]], list[str]]] | None = None
 
-    def for_network(self) -> Operators:
-        """These operators for one network: equal parameterless cells become one object.
+    def for_network(self, spec: NetworkSpec | None = None) -> Operators:
+        """These operators for one network: the fused ones its spec asks for, and equal parameterless cells one object.
 
         MindSpore parses every cell object anew; sharing takes two fifths off the compilation of a deep network.
-        Where layers share a compiled graph already it would gain nothing.
+        Where layers share a compiled graph already it would gain nothing. Without ``spec`` all operators are portable.
         """
-        return self if self.lazy_inline else replace(self, build=functools.cache(_construct))
+        chosen = self
+        if spec is not None and self.fused is not None:
+            cells, notes = self.fused(spec)
+            chosen = replace(self, **cells)  # type: ignore[arg-type]
+            _log.info("fused kernels: %s", ", ".join(cell.__name__ for cell in cells.values()) or "none")
+            for note in notes:
+                _log.warning("%s", note)
+        return chosen if chosen.lazy_inline else replace(chosen, build=functools.cache(_construct))
 
     def reuse(self, cell: nn.Cell) -> nn.Cell:
         """``cell``, compiled once for all cells of its class in the network, where the device allows it.
@@ -83,8 +92,8 @@ class Operators:
 _CHOICES = {
     "CPU": Operators("portable", "MindSpore has no fused kernels on CPU", bfloat16=False, lazy_inline=False),
     "GPU": Operators("portable", "MindSpore has no fused kernels on GPU", bfloat16=False, lazy_inline=False),
-    "Ascend": Operators("portable", "fused kernels are not wired yet", bfloat16=True, lazy_inline=True,
-                        square_sum=portable.ReducedSquareSumOp),  # fmt: skip
+    "Ascend": Operators("portable and fused", "the configuration chooses the kernels", bfloat16=True, lazy_inline=True,
+                        square_sum=portable.ReducedSquareSumOp, fused=ascend.fused_cells),  # fmt: skip
 }
 
 
