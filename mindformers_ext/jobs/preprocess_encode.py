@@ -115,7 +115,8 @@ def encode_all(
     if workers == 1:
         yield from map(Encoder(setup, tokenizer).encode, batches)
         return
-    context = multiprocessing.get_context("spawn")
+    # forked: no thread runs yet, and a process that starts from nothing would first import everything again
+    context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(workers, context, _start_worker, (setup, os.getpid()))
     waiting: deque[Future[Tokens]] = deque()
     try:

@@ -81,12 +81,16 @@ def test_killed_at_any_moment(folder: Path, repo_root: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_is_reported(folder: Path, repo_root: Path) -> None:
-    output = folder / "dead" / "x.mindrecord"
-    message = "could not be written|ended before its work was done"
+@pytest.mark.parametrize(
+    ("victim", "message"),
+    [("spawn_main", "could not be written"), ("llama_preprocess.py", "ended before its work was done")],
+    ids=["writer", "encoders"],
+)
+def test_a_process_that_dies_is_reported(folder: Path, repo_root: Path, victim: str, message: str) -> None:
+    output = folder / f"dead {victim}" / "x.mindrecord"
     process = start(folder, repo_root, folder / "text.txt", output, "--seq_length", "64")
     time.sleep(2.0)
-    children = [pid for pid in family(process.pid)[1:] if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    children = [pid for pid in family(process.pid)[1:] if victim in Path(f"/proc/{pid}/cmdline").read_text()]
     for pid in children:
         os.kill(pid, signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
