@@ -192,6 +192,9 @@ def _experts(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: lis
             problems.add(line, "set parallel_config.use_seq_parallel: True")
         else:
             warnings.append(f"{line}: every model-parallel rank routes the same tokens")
+    if spec.model.moe.use_gmm and max(ep, mp) > 1:
+        problems.add(f"use_gmm=True with expert_parallel={ep}, model_parallel={mp}: grouped experts stand whole on "
+                     "every device", "set both to 1, or use_gmm: False with a capacity_factor")  # fmt: skip
     if ep > 1 and not parallel.enable_alltoall:
         warnings.append(f"enable_alltoall=False with expert_parallel={ep}: tokens move by gather and slice, slower")
 

@@ -24,6 +24,7 @@ class MoESpec:
 
     ``capacity_factor`` <= 0 means dropless. ``aux_losses`` pairs a kind with its factor; a factor of 0 is off.
     ``expert_group_size`` is MindFormers' word for the NUMBER of expert groups of the "device" loss.
+    ``use_gmm`` multiplies sorted tokens by a grouped matrix product instead of giving them slots, and drops none.
     ``norm_single_choice`` extends ``norm_topk_prob`` to one chosen expert, whose gate is then 1, as in Hugging Face's
     Mixtral; MindFormers leaves it its probability, through which the router learns.
     """
@@ -47,6 +48,7 @@ class MoESpec:
     topk_bias_update_rate: float = 0.0
     router_dtype: str = "float32"
     use_fused_ops_topkrouter: bool = False
+    use_gmm: bool = False
     comp_comm_parallel_degree: int = 1
     max_router_load: int = 131072
 
@@ -69,6 +71,9 @@ class MoESpec:
                 f"capacity_factor={self.capacity_factor} is out of range",
                 f"use a value up to expert_num ({experts}), typically 1.1 to 4.0; <= 0 means dropless",
             )
+        if self.use_gmm and self.capacity_factor > 0:
+            problems.add(f"use_gmm=True drops no token, but capacity_factor={self.capacity_factor} limits each expert",
+                         "set capacity_factor: -1 (dropless), or use_gmm: False")  # fmt: skip
         for kind, factor in self.aux_losses:
             problems.one_of("aux_loss_types", kind, AUX_LOSS_TYPES)
             if not 0.0 <= factor < 1.0:

@@ -102,6 +102,7 @@ KEYS: tuple[Key, ...] = (
         topk_bias_update_rate    topk_bias_update_rate    float  0.0
         router_dense_type        router_dtype             dtype  float32
         use_fused_ops_topkrouter use_fused_ops_topkrouter bool   False
+        use_gmm                  use_gmm                  bool   False
         max_router_load          max_router_load          int    131072
     """),
     *_keys("parallel_config", "parallel", """
@@ -213,6 +214,13 @@ NOTED: dict[str, dict[str, tuple[object, ...]]] = {
         "moe_shared_expert_overlap": (False,),
     },
     "parallel_config": {"context_parallel_algo": ("colossalai_cp", None), "ulysses_degree_in_cp": (1, None)},
+    "recompute_config": {  # what is kept then takes memory, the results are the same
+        "select_recompute": (False, None, []),
+        "select_comm_recompute": (False, None, []),
+        "select_recompute_exclude": (False, None, []),
+        "select_comm_recompute_exclude": (False, None, []),
+        "parallel_optimizer_comm_recompute": (False, None),
+    },
 }
 
 UNBUILT: dict[str, dict[str, tuple[object, ...]]] = {
@@ -241,7 +249,6 @@ UNBUILT: dict[str, dict[str, tuple[object, ...]]] = {
         "tp_z": (1, None),
     },
     "moe_config": {
-        "use_gmm": (False, None),
         "shared_expert_num": (0, None),
         "use_shared_expert_gating": (False, None),
         "expert_model_parallel": (None,),

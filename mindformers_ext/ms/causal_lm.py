@@ -14,6 +14,7 @@ from mindformers_ext.core.cluster import layer_stage
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.attention import Attention, Linear, rotary_tables
 from mindformers_ext.ms.feed_forward import FeedForward
+from mindformers_ext.ms.grouped import GroupedMoE
 from mindformers_ext.ms.loss import NextTokenLoss, ShiftedTokens, Targets, token_shape
 from mindformers_ext.ms.moe import MoE
 from mindformers_ext.ms.norm import RmsNorm
@@ -60,7 +61,7 @@ class MoELayer(nn.Cell):
         self.attention_norm = RmsNorm(spec, operators)
         self.attention = Attention(spec, operators)
         self.ffn_norm = RmsNorm(spec, operators)
-        self.feed_forward = MoE(spec, operators)
+        self.feed_forward = (GroupedMoE if spec.model.experts.use_gmm else MoE)(spec, operators)
         self.add = Shards(spec).shard(P.Add(), "residual")
 
     def construct(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,6 +49,9 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "expert out": (("ep outer mp", "ep - mp"), ("ep outer+mp -",)),
     "from experts": (("ep outer mp - - -",), ()),
     "combine": (("tok - - -", "tok - -", "tok - -", "tok - -", "tok - -"), ("tok - -",)),
+    # experts without slots stand whole on every device, each of which multiplies its own sorted rows
+    "sorted rows": (("tok - -", "-"), ("tok - -", "tok - -", "tok - -", "tok - -", "tok - -", "tok -", "tok", "tok -")),
+    "grouped experts": (("tok - - -", "tok -", "- - -", "- - -", "- - -"), ("tok - - -",)),
     "group mean": (("tok",), ()),
     "groups": (("tok", "tok"), ()),
     "reports": (("- tok -",), ()),

@@ -215,6 +215,21 @@ class TopkRouterV2(nn.Cell):
         kept_GNK = ops.cast(combine_GNK % (capacity + 1) > 0, ms.float32)
         return dispatch_GEC, combine_GNK, kept_GNK, assignment_GEC, counts_GE
 
+    def sorted_rows(self, logits_GNE: Tensor, bias_E: Tensor) -> tuple:
+        """For experts without slots: gates (G, N, K), assignments token * K + choice sorted by expert (G, kN) int32,
+        the place of each assignment among them (G, N, K) int32, the end of each expert's part (G, E) int32, and
+        aux_loss (G), counts (G, E) float32."""
+        G, N, E = logits_GNE.shape
+        _check_load(self.chosen * N, E, self.moe.max_router_load)
+        prob_GNE = self._probabilities(logits_GNE)
+        gate_GNK, index_GNK = self._gates(prob_GNE, bias_E)
+        expert_GT = ops.reshape(ops.stop_gradient(index_GNK), (G, -1))
+        sorted_GT, position_GT, counts_GE, starts_GE = self.order(expert_GT)
+        place_GNK = ops.reshape(position_GT + self.gather(starts_GE, expert_GT, 1), (G, N, -1))
+        load_GE = ops.cast(counts_GE, ms.float32)
+        aux_loss_G = self._auxiliary(logits_GNE, prob_GNE, load_GE)
+        return gate_GNK, sorted_GT, place_GNK, starts_GE + counts_GE, aux_loss_G, load_GE
+
     def _probabilities(self, logits_GNE: Tensor) -> Tensor:
         if self.sigmoid:
             return ops.sigmoid(logits_GNE)

@@ -13,6 +13,7 @@ from mindspore import Tensor, nn
 
 from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, ParallelSpec
 from mindformers_ext.ms.feed_forward import FeedForward
+from mindformers_ext.ms.grouped import GroupedMoE
 from mindformers_ext.ms.moe import MoE
 from mindformers_ext.ms.ops.select import select_operators
 from tests.helpers.routing import Routing, route
@@ -120,7 +121,7 @@ Run = Callable[[np.ndarray, np.ndarray], Result]
 
 def layer_runner(moe: MoESpec, weights: dict[str, np.ndarray], groups: int = 1) -> Run:
     """Our layer in the current mode, as a function of x and weight; one graph per shape."""
-    layer = MoE(spec_of(moe, groups), select_operators())
+    layer = (GroupedMoE if moe.use_gmm else MoE)(spec_of(moe, groups), select_operators())
     step = _step(layer, Projected(layer), weights)
 
     def run(x: np.ndarray, weight: np.ndarray) -> Result:

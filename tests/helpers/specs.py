@@ -141,11 +141,12 @@ def moe_specs(draw: st.DrawFn) -> MoESpec:
     kept = draw(st.integers(1, groups))
     method = draw(st.sampled_from(["greedy", "group_limited_greedy", "noaux_tc"]))
     limit = experts if method == "greedy" else kept * (experts // groups)
+    factor = draw(st.sampled_from([-1.0, 0.0, 0.5, 1.1, 2.0]))
     kinds = draw(st.lists(st.sampled_from(["expert", "device", "comm"]), unique=True))
     return MoESpec(
         num_local_experts=experts,
         num_experts_per_tok=draw(st.integers(1, limit)),
-        capacity_factor=draw(st.sampled_from([-1.0, 0.0, 0.5, 1.1, 2.0])),
+        capacity_factor=factor,
         enable_sdrop=draw(st.booleans()),
         use_gating_sigmoid=draw(st.booleans()),
         norm_topk_prob=draw(st.booleans()),
@@ -162,6 +163,7 @@ def moe_specs(draw: st.DrawFn) -> MoESpec:
         topk_bias_update_rate=draw(_factors),
         router_dtype=draw(st.sampled_from(["float32", "bfloat16"])),
         use_fused_ops_topkrouter=draw(st.booleans()),
+        use_gmm=factor <= 0 and draw(st.booleans()),
         comp_comm_parallel_degree=draw(st.integers(1, 3)),
         max_router_load=draw(st.sampled_from([131072, 262144])),
     )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -104,3 +105,13 @@ def test_a_choice_of_one_learns_through_its_probability(mode: str) -> None:
     assert_close(layer_runner(MoESpec(**words), weights)(X, WEIGHT), twin(MoESpec(**words), weights))
     single = layer_runner(MoESpec(**words, norm_single_choice=True), weights)(X, WEIGHT)
     assert np.abs(single.gradients[GATE]).max() < 1e-6 < np.abs(single.gradients[W1]).max()
+
+
+@pytest.mark.parametrize("words", [{}, {"use_gating_sigmoid": True, "routed_scaling_factor": 2.5}], ids=str)
+def test_grouped_experts_are_dropless_experts(mode: str, words: dict) -> None:
+    """``use_gmm``: sorted rows instead of slots, the same outputs and gradients."""
+    weights = random_weights(5)
+    moe = MoESpec(num_local_experts=5, num_experts_per_tok=2, capacity_factor=-1.0, **words)
+    found = layer_runner(replace(moe, use_gmm=True), weights)(X, WEIGHT)
+    assert_close(found, layer_runner(moe, weights)(X, WEIGHT), atol=1e-5)
+    assert found.dropped == 0

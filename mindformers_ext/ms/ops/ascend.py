@@ -19,7 +19,7 @@ import mindspore as ms
 import mindspore.ops.operations as P
 import numpy as np
 from mindspore import Tensor, nn, ops
-from mindspore.ops.auto_generate import FlashAttentionScore, RotaryPositionEmbedding, Swiglu, TopKRouter
+from mindspore.ops.auto_generate import FlashAttentionScore, GroupedMatmul, RotaryPositionEmbedding, Swiglu, TopKRouter
 
 from mindformers_ext.core.spec import NetworkSpec
 
@@ -140,6 +140,23 @@ class TopKRouterSlots(nn.Cell):
         return dispatch_GEC, combine_GNK, (token_GEC * self.chosen + choice_GEC) * filled_GEC
 
 
+class GroupedProductKernel(nn.Cell):
+    """As ``GroupedProductOp``, by GroupedMatmul (rows split by group, one result).
+
+    The kernel reads its matrices as (E, in, out) and MindSpore 2.9 cannot tell it that they are transposed; they are
+    copied the other way round before each product, so that checkpoints are those of experts with slots.
+    """
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.product = GroupedMatmul(split_item=3, group_type=0)
+        self.transpose = P.Transpose()
+
+    def construct(self, x_TD: Tensor, weight: Tensor, end_E: Tensor) -> Tensor:
+        turned = self.transpose(weight, (0, 2, 1))
+        return self.product([x_TD], [turned], None, None, None, None, None, end_E)[0]
+
+
 def attention_unfit(spec: NetworkSpec) -> str:
     """Why FlashAttentionScore cannot take this network's tensors; '' when it can."""
     head_dim = spec.model.head_dim
@@ -186,6 +203,8 @@ FUSED = (
     FusedKernel("slots", "use_fused_ops_topkrouter",
                 lambda spec: spec.model.moe is not None and spec.model.moe.use_fused_ops_topkrouter, TopKRouterSlots,
                 router_unfit),
+    FusedKernel("grouped_product", "use_gmm", lambda spec: spec.model.moe is not None and spec.model.moe.use_gmm,
+                GroupedProductKernel),
 )  # fmt: skip
 
 

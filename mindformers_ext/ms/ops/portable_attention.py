@@ -44,7 +44,8 @@ class AttentionBlock(nn.Cell):
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         scores = self.product_nt(q, k)
-        masked = ops.cast(ops.reshape(scores, self.square), self.softmax_dtype) + self.mask
+        square = ops.cast(ops.reshape(scores, self.square), self.softmax_dtype)
+        masked = square + ops.broadcast_to(self.mask, square.shape)  # see portable: shapes that differ are slow
         weights = ops.reshape(ops.cast(self.softmax(masked), q.dtype), scores.shape)
         return self.product(weights, v), weights
 
@@ -53,7 +54,8 @@ class AttentionBlock(nn.Cell):
         dmixed = dout[0]
         along = ops.cast(ops.reshape(mixed * dmixed, (-1, mixed.shape[2])), ms.float32)
         along = ops.reshape(self.row_sum(along, self.ones_P), (mixed.shape[0], mixed.shape[1], 1))
-        dscores = weights * (self.product_nt(dmixed, v) - ops.cast(along, weights.dtype))
+        along = ops.broadcast_to(ops.cast(along, weights.dtype), weights.shape)
+        dscores = weights * (self.product_nt(dmixed, v) - along)
         return self.product(dscores, k), self.product_tn(dscores, q), self.product_tn(weights, dmixed)
 
 

@@ -40,6 +40,7 @@ class Operators:
     swiglu: Callable[..., nn.Cell] = portable.SwiGluOp
     rotary: Callable[..., nn.Cell] = portable.RotaryOp
     causal_attention: Callable[..., nn.Cell] = portable_attention.CausalAttentionOp
+    grouped_product: Callable[..., nn.Cell] = portable.GroupedProductOp
     slots: Callable[..., nn.Cell] | None = None  # a kernel that fills experts' slots; None: the router sorts
     fused: Callable[[NetworkSpec], tuple[dict[str, type[nn.Cell]], list[str]]] | None = None
 
