@@ -106,11 +106,13 @@ def _output(arguments: argparse.Namespace) -> OutputRequest:
         model_card=arguments.write_model_card,
         quiet=arguments.quiet,
         to_mindspore=Path(arguments.to_mindspore) if arguments.to_mindspore else None,
+        report=Path(arguments.report) if arguments.report else None,
+        threads=arguments.num_threads,
     )
 
 
 def _yaml(arguments: argparse.Namespace) -> MergeReport:
-    from mindformers_ext.jobs.merge import MergeRequest, merge, plan_only
+    from mindformers_ext.jobs.merge import MergeRequest, merge
 
     request = MergeRequest(
         config=Path(arguments.config),
@@ -120,13 +122,12 @@ def _yaml(arguments: argparse.Namespace) -> MergeReport:
         strict=arguments.strict,
         seed=arguments.random_seed,
         device=device_of(arguments),
-        threads=arguments.num_threads,
     )
-    return plan_only(request) if arguments.dry_run else merge(request)
+    return merge(request, write=not arguments.dry_run)
 
 
 def _moe(arguments: argparse.Namespace) -> MergeReport:
-    from mindformers_ext.jobs.merge_moe import MoERequest, assemble, plan_only
+    from mindformers_ext.jobs.merge_moe import MoERequest, assemble
 
     request = MoERequest(
         config=Path(arguments.config),
@@ -140,7 +141,7 @@ def _moe(arguments: argparse.Namespace) -> MergeReport:
         truncate_embeddings=arguments.unsafe_truncate_embeddings,
         device=device_of(arguments),
     )
-    return plan_only(request) if arguments.dry_run else assemble(request)
+    return assemble(request, write=not arguments.dry_run)
 
 
 if __name__ == "__main__":

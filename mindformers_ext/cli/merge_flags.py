@@ -43,6 +43,8 @@ def common() -> argparse.ArgumentParser:
     switch(result, "--dry-run", False, "check everything and print the plan, write nothing")
     switch(result, "--write-model-card", True, "write README.md and a copy of the configuration")
     result.add_argument("--to-mindspore", metavar="OUT.ckpt", help="also convert the result to a MindSpore checkpoint")
+    result.add_argument("--report", metavar="FOLDER", help="also compare the models: cosines per tensor and layer, as "
+                        "a table and a picture; with --dry-run nothing else is written")  # fmt: skip
     result.add_argument("--random-seed", type=int, default=0, metavar="N",
                         help="seed of random masks and gates (default 0)")  # fmt: skip
     result.add_argument("--device", default=None, help="where the arithmetic runs: cpu (default) or cuda")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any
 
@@ -130,6 +131,7 @@ class SafetensorsFileWriter:
         """Write the header. ``metadata`` goes into it as it is."""
         header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
         offset = 0
+        self._turn = Lock()
         self._waiting: dict[str, tuple[TensorInfo, int]] = {}
         for info in sorted(targets, key=lambda info: -info.dtype.itemsize):
             end = offset + info.nbytes
@@ -156,19 +158,22 @@ class SafetensorsFileWriter:
     def add_parts(self, info: TensorInfo, parts: Iterable[Array]) -> None:
         """Write one tensor that comes in consecutive ``parts`` (C order, any shapes); the same bytes as ``add``.
 
+        Several threads may write tensors at once.
+
         Raises:
             ValueError: ``info`` or the parts are not what was announced.
         """
         announced, offset = self._waiting.pop(info.name)
         if info != announced:
             raise ValueError(f"'{info.name}' came as {info}, announced as {announced}")
-        self._file.seek(self._start + offset)
         done = 0
         for part in parts:
             data = byte_view(np.ascontiguousarray(part)).data
             if part.dtype != info.dtype or done + len(data) > info.nbytes:
                 raise ValueError(f"'{info.name}': a part of {part.dtype}{part.shape} does not fit {info}")
-            self._file.write(data)
+            with self._turn:
+                self._file.seek(self._start + offset + done)
+                self._file.write(data)
             done += len(data)
             del part, data  # or it lives on while the next one is made
         if done != info.nbytes:

@@ -11,7 +11,9 @@ from typing import Any
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.yaml_file import load_yaml
 from mindformers_ext.formats.dtypes import FLOATS, SHORT_NAMES
+from mindformers_ext.jobs.merge_templates import TEMPLATES
 from mindformers_ext.jobs.merge_values import Setting, parse_settings
+from mindformers_ext.jobs.merge_vocab_config import VocabularyWish, parse_vocabulary
 
 TOP = ("merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype",
        "tokenizer_source", "tokenizer", "chat_template", "compat")  # fmt: skip
@@ -52,7 +54,7 @@ class MergeConfig:
     parameters: tuple[Scope, ...]  # of the module, then of the top level
     dtype: str | None
     out_dtype: str | None
-    tokenizer: str | None
+    tokenizer: VocabularyWish | None
     chat_template: str | None
     compat: Mapping[str, str]
     text: str
@@ -84,7 +86,7 @@ def read_merge_config(path: Path) -> MergeConfig:
         parameters=(module, parse_settings(raw.get("parameters"), "parameters", problems)),
         dtype=_dtype(raw.get("dtype"), "dtype", problems),
         out_dtype=_dtype(raw.get("out_dtype"), "out_dtype", problems),
-        tokenizer=_tokenizer(raw, problems),
+        tokenizer=parse_vocabulary(raw, problems),
         chat_template=_chat_template(raw.get("chat_template"), problems),
         compat=_compat(raw.get("compat"), problems),
         text=path.read_text(encoding="utf-8"),
@@ -198,28 +200,7 @@ def _dtype(raw: Any, where: str, problems: Problems) -> str | None:
     return name
 
 
-def _tokenizer(raw: Mapping[str, Any], problems: Problems) -> str | None:
-    source, table = raw.get("tokenizer_source"), raw.get("tokenizer")
-    if source is not None and table is not None:
-        problems.add("both tokenizer_source and tokenizer are given", "keep one of them")
-    if table is not None:
-        if not isinstance(table, Mapping):
-            problems.add(f"tokenizer is {table!r}", "write a mapping with source, or use tokenizer_source")
-            return None
-        problems.unknown_keys("tokenizer", map(str, table), ("source", "tokens", "pad_to_multiple_of"))
-        for key in ("tokens", "pad_to_multiple_of"):
-            if table.get(key):
-                problems.add(f"tokenizer.{key} is given", "rows of single tokens are not rebuilt here: remove it")
-        source = table.get("source", "union")
-    if source is not None and not isinstance(source, str):
-        problems.add(f"the tokenizer's source is {source!r}", "write base, union, or one of the models")
-        return None
-    return source
-
-
 def _chat_template(raw: Any, problems: Problems) -> str | None:
-    from mindformers_ext.jobs.merge_sidecars import TEMPLATES
-
     if raw is None or raw == "auto" or raw in TEMPLATES or (isinstance(raw, str) and ("{{" in raw or "{%" in raw)):
         return raw
     problems.add(f"chat_template is {raw!r}", f"choose auto or {', '.join(TEMPLATES)}, or write a Jinja template")

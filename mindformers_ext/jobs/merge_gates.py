@@ -23,15 +23,16 @@ ALIKE = 5.0  # condition number of a layer's rows from which on prompts are call
 
 
 def gate_rows(config: MoEConfig, base: Model, seed: int) -> tuple[np.ndarray, list[str]]:
-    """float32 (layers, experts, hidden) and what the run should say."""
+    """float32 (layers, experts with the shared ones last, hidden) and what the run should say."""
     from mindformers_ext.surgery.merge.random_gates import condition, random_rows
 
     if config.gate_mode in WITHOUT_PROMPTS:
-        shape = (base.layers, len(config.experts), int(base.config["hidden_size"]))
+        shape = (base.layers, len(config.experts) + len(config.shared), int(base.config["hidden_size"]))
         return random_rows(shape, seed, config.gate_mode == UNIFORM), []
     prompts = Prompts(base)
     rows = _cheap(config, base, prompts) if config.gate_mode == CHEAP else _hidden(config, base, prompts)
-    alike = [layer for layer in range(base.layers) if condition(rows[layer]) > ALIKE]
+    chosen = rows[:, : len(config.experts)]  # a shared expert is always there, it need not differ
+    alike = [layer for layer in range(base.layers) if condition(chosen[layer]) > ALIKE]
     notes = [f"the prompts of the experts are hard to tell apart in {len(alike)} of {base.layers} layers (first "
              f"{alike[0]}): write prompts that differ more"] if alike else []  # fmt: skip
     return rows, notes
@@ -97,7 +98,7 @@ def _cheap(config: MoEConfig, base: Model, prompts: Prompts) -> np.ndarray:
         return cheap_embedding(_embeddings(base, ids).astype(np.float32), mask)
 
     rows = [cheap_row(direction(e.positive), direction(e.negative) if e.negative else None).numpy()
-            for e in config.experts]  # fmt: skip
+            for e in (*config.experts, *config.shared)]  # fmt: skip
     return np.repeat(np.concatenate(rows)[None], base.layers, axis=0)
 
 
@@ -118,4 +119,4 @@ def _hidden(config: MoEConfig, base: Model, prompts: Prompts) -> np.ndarray:
     def rows(expert: Expert) -> np.ndarray:
         return hidden_rows(pooled(expert.positive), pooled(expert.negative) if expert.negative else None)
 
-    return np.stack([rows(expert) for expert in config.experts], axis=1)
+    return np.stack([rows(expert) for expert in (*config.experts, *config.shared)], axis=1)

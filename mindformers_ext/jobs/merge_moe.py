@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Assembles a Mixtral from dense models: attention and norms of the base, the feed-forward part of each expert."""
+"""Assembles a Mixtral or a Qwen2-MoE: attention and norms of the base, the feed-forward part of each expert."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,28 +12,20 @@ from typing import Any
 import numpy as np
 
 from mindformers_ext.core.errors import Problems, UserError
-from mindformers_ext.formats.atomic import fresh_folder
 from mindformers_ext.formats.dtypes import BY_NUMPY, cast
 from mindformers_ext.formats.tensors import Array, TensorInfo
 from mindformers_ext.jobs.merge_gates import gate_rows
 from mindformers_ext.jobs.merge_models import Model, find_model, opened
 from mindformers_ext.jobs.merge_moe_config import MoEConfig, read_moe_config
-from mindformers_ext.jobs.merge_moe_plan import CopyFrom, Gate, Target, mixtral_config, plan_targets
-from mindformers_ext.jobs.merge_output import (
-    MergeReport,
-    OutputRequest,
-    chain_mindspore,
-    check_output,
-    check_result,
-    check_space,
-    free_bytes,
-    refused,
-    write_weights,
-)
-from mindformers_ext.jobs.merge_plan import Part, parameters_of
-from mindformers_ext.jobs.merge_sidecars import copy_tokenizer, model_card, write_json
-from mindformers_ext.jobs.merge_stream import COPIED, Findings, row_blocks
+from mindformers_ext.jobs.merge_moe_outputs import mixture_config
+from mindformers_ext.jobs.merge_moe_plan import CopyFrom, GateRows, Target, Zeros, plan_targets
+from mindformers_ext.jobs.merge_output import MergeReport, OutputRequest, check_output, check_result
+from mindformers_ext.jobs.merge_plan import Part, Task
+from mindformers_ext.jobs.merge_run import Prepared, carry_out
+from mindformers_ext.jobs.merge_sidecars import Card, copy_tokenizer, write_card, write_json
+from mindformers_ext.jobs.merge_stream import COPIED, Findings, Runner, row_blocks
 from mindformers_ext.jobs.weight_source import CONFIG
+from mindformers_ext.surgery.merge.settings import Settings
 
 CONFIG_COPY = "mergekit_moe_config.yml"
 
@@ -55,54 +46,17 @@ class MoERequest:
     device: str = "cpu"
 
 
-@dataclass(frozen=True)
-class _Job:
-    """An assembly that is open and checked."""
-
-    config: MoEConfig
-    models: Mapping[str, Model]
-    targets: list[Target]
-    result: Mapping[str, Any]
-    notes: list[str]
-
-
-def assemble(request: MoERequest) -> MergeReport:
-    """Run the assembly.
+def assemble(request: MoERequest, write: bool = True) -> MergeReport:
+    """Run the assembly, or with ``write`` false only check everything and plan it (a full disk is no error then).
 
     Raises:
         UserError: anything wrong with the configuration, the models or the output path; nothing is left half-written.
     """
-    out = request.output
-    try:
-        with _opened(request) as job:
-            infos = [target.info for target in job.targets]
-            check_space(out.folder, sum(info.nbytes for info in infos))
-            started = time.monotonic()
-            rows, notes = gate_rows(job.config, job.models[job.config.base_model], request.seed)
-            if request.gate_scale is not None:
-                rows = rows * np.float32(request.gate_scale)
-            findings = Findings(request.strict)
-            blocks = _maker(job, rows, request.seed, findings)
-            with fresh_folder(out.folder, out.overwrite) as partial:
-                write_weights(partial, infos, out.shard_bytes, out.quiet, blocks)
-                notes += _write_beside(partial, out, job)
-            notes += [*findings.notes(), *chain_mindspore(out)]
-            return _report(job, out, time.monotonic() - started, notes)
-    except OSError as error:
-        raise refused(out.folder, error) from error
-
-
-def plan_only(request: MoERequest) -> MergeReport:
-    """All checks of ``assemble`` and the plan, without writing; errors as there (but a full disk is no error)."""
-    try:
-        with _opened(request) as job:
-            return _report(job, request.output, None, [])
-    except OSError as error:
-        raise refused(request.output.folder, error) from error
+    return carry_out(request.output, _opened(request), request.strict, write)
 
 
 @contextmanager
-def _opened(request: MoERequest) -> Iterator[_Job]:
+def _opened(request: MoERequest) -> Iterator[Prepared]:
     config = read_moe_config(request.config, request.untrained_is_fine)
     if request.device != "cpu":
         raise UserError(f"device '{request.device}': assembling only copies, it runs on the processor")
@@ -115,10 +69,48 @@ def _opened(request: MoERequest) -> Iterator[_Job]:
         targets, notes = plan_targets(config, models, request.fused, problems)
         problems.raise_if_any()
         base = models[config.base_model]
-        result = mixtral_config(base.config, len(config.experts), config.experts_per_token,
+        result = mixture_config(config.output, base.config, len(config.experts), config.experts_per_token,
                                 dtype=_common_type(targets), tied=_tied(targets))  # fmt: skip
         check_result(request.output, result)
-        yield _Job(config, models, targets, result, notes)
+        yield _prepared(request, _Job(config, models, targets), result, notes)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """An assembly that is open and checked."""
+
+    config: MoEConfig
+    models: Mapping[str, Model]
+    targets: list[Target]
+
+
+def _prepared(request: MoERequest, job: _Job, result: Mapping[str, Any], notes: list[str]) -> Prepared:
+    def start(findings: Findings, said: list[str]) -> Callable[[int], Iterator[Array]]:
+        rows, more = gate_rows(job.config, job.models[job.config.base_model], request.seed)
+        said += more
+        if request.gate_scale is not None:
+            rows = rows * np.float32(request.gate_scale)
+        return _maker(job, rows, request.seed, findings)
+
+    lines = tuple(f"{t.info.name} {BY_NUMPY[t.info.dtype].long} {list(t.info.shape)} = {_origin(job, t)}"
+                  for t in job.targets)  # fmt: skip
+    return Prepared([target.info for target in job.targets], lines, notes, start,
+                    lambda folder: _write_beside(folder, request.output, job, result),
+                    lambda: _comparison(job))  # fmt: skip
+
+
+def _comparison(job: _Job) -> tuple[Runner, Sequence[Task]]:
+    """The feed-forward matrices of the base and of every model that gives an expert."""
+    from mindformers_ext.surgery.merge.passthrough import PASSTHROUGH
+
+    base = job.models[job.config.base_model]
+    others = [name for name in job.models if name != base.name]
+    rows = [row.name for row in base.architecture.layer_rows() if ".mlp." in row.name and row.name.endswith(".weight")]
+    names = [row.replace("{i}", str(layer)) for layer in range(base.layers) for row in rows]
+    tasks = [Task(base.reader.infos[name], Part(base.name, name), tuple(Part(other, name) for other in others),
+                  Settings(), "float32") for name in names if others]  # fmt: skip
+    readers = {name: model.reader for name, model in job.models.items()}
+    return Runner(PASSTHROUGH, readers, "cpu", Findings()), tasks
 
 
 def _common_type(targets: list[Target]) -> str:
@@ -135,8 +127,10 @@ def _maker(job: _Job, rows: np.ndarray, seed: int, findings: Findings) -> Callab
     def blocks(place: int) -> Iterator[Array]:
         target = job.targets[place]
         for source in target.sources:
-            if isinstance(source, Gate):
-                yield cast(rows[source.layer], target.info.dtype)[0]
+            if isinstance(source, GateRows):
+                yield cast(rows[source.layer, source.first : source.end], target.info.dtype)[0]
+            elif isinstance(source, Zeros):
+                yield np.zeros(source.length, target.info.dtype)
             else:
                 yield from _copied(job, source, target.info, seed, findings)
 
@@ -162,32 +156,21 @@ def _copied(job: _Job, source: CopyFrom, info: TensorInfo, seed: int, findings: 
         yield array
 
 
-def _write_beside(folder: Path, out: OutputRequest, job: _Job) -> list[str]:
-    notes = []
+def _write_beside(folder: Path, out: OutputRequest, job: _Job, result: Mapping[str, Any]) -> list[str]:
     base = job.models[job.config.base_model]
-    write_json(folder / CONFIG, job.result)
-    if out.copy_tokenizer and not copy_tokenizer(base.folder, folder):
-        notes.append(f"'{base.name}' has no tokenizer files to copy")
+    write_json(folder / CONFIG, result)
+    notes = copy_tokenizer(base.name, base.folder, folder) if out.copy_tokenizer else []
     if out.model_card:
         method = f"mixture of experts, gate mode {job.config.gate_mode}"
-        card = model_card(out.folder.name, method, list(job.models), base.name, job.config.text)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        (folder / CONFIG_COPY).write_text(job.config.text, encoding="utf-8")
+        write_card(folder, out.folder.name, Card(method, tuple(job.models), base.name, job.config.text, CONFIG_COPY))
     return notes
-
-
-def _report(job: _Job, out: OutputRequest, seconds: float | None, notes: list[str]) -> MergeReport:
-    infos = [target.info for target in job.targets]
-    lines = tuple(f"{t.info.name} {BY_NUMPY[t.info.dtype].long} {list(t.info.shape)} = {_origin(job, t)}"
-                  for t in job.targets)  # fmt: skip
-    nbytes = sum(info.nbytes for info in infos)
-    return MergeReport(len(infos), parameters_of(infos), nbytes, free_bytes(out.folder), seconds, lines,
-                       (*job.notes, *notes))  # fmt: skip
 
 
 def _origin(job: _Job, target: Target) -> str:
     first, count = target.sources[0], len(target.sources)
-    if isinstance(first, Gate):
+    if isinstance(first, GateRows):
         return f"gate, {job.config.gate_mode}"
+    if isinstance(first, Zeros):
+        return "zeros"
     more = f" and {count - 1} more" if count > 1 else ""
     return f"copy of {first.model}:{first.name}{more}"

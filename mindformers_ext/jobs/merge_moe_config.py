@@ -11,6 +11,7 @@ from typing import Any
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.yaml_file import load_yaml
 from mindformers_ext.formats.dtypes import FLOATS, SHORT_NAMES
+from mindformers_ext.jobs.merge_moe_outputs import MIXTRAL, QWEN2_MOE, Output
 
 KEYS = ("base_model", "experts", "gate_mode", "dtype", "experts_per_token", "shared_experts", "architecture")
 EXPERT_KEYS = ("source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale")
@@ -19,7 +20,8 @@ RANDOM, UNIFORM, CHEAP, HIDDEN, LAST, AVERAGE = (
 )  # fmt: skip
 GATE_MODES = (HIDDEN, LAST, AVERAGE, CHEAP, RANDOM, UNIFORM)
 WITHOUT_PROMPTS = (RANDOM, UNIFORM)
-OTHER_OUTPUTS = ("deepseek", "qwen", "qwen3")
+MIXTRAL_WORDS, QWEN_WORDS = ("mixtral",), ("qwen moe", "qwen2 moe", "qwen2_moe")
+NOT_BUILT = ("deepseek", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,12 @@ class MoEConfig:
     dtype: str | None
     experts_per_token: int
     text: str
+    output: Output = MIXTRAL
+    shared: tuple[Expert, ...] = ()
 
     def models(self) -> list[str]:
         """Every model named, the base first."""
-        return list(dict.fromkeys([self.base_model, *(expert.model for expert in self.experts)]))
+        return list(dict.fromkeys([self.base_model, *(expert.model for expert in (*self.experts, *self.shared))]))
 
 
 def read_moe_config(path: Path, untrained_is_fine: bool) -> MoEConfig:
@@ -60,31 +64,33 @@ def read_moe_config(path: Path, untrained_is_fine: bool) -> MoEConfig:
     base = _text(raw.get("base_model"), "base_model", problems)
     mode = raw.get("gate_mode", HIDDEN)
     problems.one_of("gate_mode", mode, GATE_MODES)
-    experts = _experts(raw.get("experts"), problems)
+    experts = _experts(raw.get("experts"), "experts", problems)
+    if isinstance(raw.get("experts"), list) and len(experts) < 2:
+        problems.add(f"experts lists {len(experts)} models", "a mixture has at least two experts")
     chosen = raw.get("experts_per_token", 2)
     problems.positive("experts_per_token", chosen)
     if type(chosen) is int and experts and chosen > len(experts):
         problems.add(
             f"experts_per_token is {chosen} with {len(experts)} experts", "choose at most as many as there are"
         )
-    _check_output(raw, problems)
+    shared = _experts(raw.get("shared_experts") or [], "shared_experts", problems)
+    output = _output(raw, len(shared), problems)
     dtype = raw.get("dtype")
     if dtype is not None:
         dtype = SHORT_NAMES.get(str(dtype).removeprefix("torch."), str(dtype).removeprefix("torch."))
         problems.one_of("dtype", dtype, tuple(FLOATS))
     if len(experts) > 1:
-        _check_experts(experts, str(mode), untrained_is_fine, problems)
+        _check_experts(experts, shared, str(mode), untrained_is_fine, problems)
     problems.raise_if_any()
-    return MoEConfig(base, experts, str(mode), dtype, int(chosen), path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    return MoEConfig(base, experts, str(mode), dtype, int(chosen), text, output, shared)
 
 
-def _experts(raw: Any, problems: Problems) -> tuple[Expert, ...]:
+def _experts(raw: Any, where: str, problems: Problems) -> tuple[Expert, ...]:
     if not isinstance(raw, list) or not all(isinstance(item, Mapping) for item in raw):
-        problems.add(f"experts is {raw!r}", "write a list of {source_model, positive_prompts}")
+        problems.add(f"{where} is {raw!r}", "write a list of {source_model, positive_prompts}")
         return ()
-    if len(raw) < 2:
-        problems.add(f"experts lists {len(raw)} models", "a mixture has at least two experts")
-    return tuple(_expert(item, f"experts[{place}]", problems) for place, item in enumerate(raw))
+    return tuple(_expert(item, f"{where}[{place}]", problems) for place, item in enumerate(raw))
 
 
 def _expert(raw: Mapping[Any, Any], where: str, problems: Problems) -> Expert:
@@ -98,29 +104,38 @@ def _expert(raw: Mapping[Any, Any], where: str, problems: Problems) -> Expert:
     )
 
 
-def _check_output(raw: Mapping[str, Any], problems: Problems) -> None:
-    """Mixtral is what is written; other outputs of mergekit are refused by name."""
-    wanted = str(raw.get("architecture") or "mixtral").lower()
-    if any(wanted.startswith(name) for name in OTHER_OUTPUTS):
-        problems.add(f"architecture '{raw['architecture']}' is not built", "only mixtral is: leave the key out")
-    elif not "mixtral".startswith(wanted):
-        problems.add(f"architecture '{raw['architecture']}' is unknown", "only mixtral is built: leave the key out")
-    if raw.get("shared_experts"):
-        problems.add("shared_experts are given", "a Mixtral has no shared expert: list it among the experts, or "
-                     "leave it out")  # fmt: skip
+def _output(raw: Mapping[str, Any], shared: int, problems: Problems) -> Output:
+    """What is written: a Mixtral, with one shared expert a Qwen2-MoE; other outputs of mergekit are refused by name."""
+    wanted, advice = str(raw.get("architecture") or "").lower(), "choose mixtral or qwen2_moe, or leave the key out"
+    if wanted.startswith(NOT_BUILT):
+        problems.add(f"architecture '{raw['architecture']}' is not built", advice)
+    elif not any(word.startswith(wanted) for word in (*MIXTRAL_WORDS, *QWEN_WORDS)):
+        problems.add(f"architecture '{raw['architecture']}' is unknown", advice)
+    qwen = bool(wanted) and any(word.startswith(wanted) for word in QWEN_WORDS)
+    mixtral = bool(wanted) and not qwen
+    if shared > QWEN2_MOE.shared:
+        problems.add(f"shared_experts lists {shared} models", "a Qwen2-MoE has one shared expert, a Mixtral none")
+    if mixtral and shared:
+        problems.add("shared_experts are given with architecture mixtral", "a Mixtral has no shared expert: leave the "
+                     "architecture out to write a Qwen2-MoE, or list it among the experts")  # fmt: skip
+    if qwen and not shared:
+        problems.add(f"architecture '{raw['architecture']}' without shared_experts", "a Qwen2-MoE needs one")
+    return QWEN2_MOE if qwen or shared else MIXTRAL
 
 
 def _check_experts(
-    experts: tuple[Expert, ...], mode: str, untrained_is_fine: bool, problems: Problems
-) -> None:  # fmt: skip
+    experts: tuple[Expert, ...], shared: tuple[Expert, ...], mode: str, untrained_is_fine: bool, problems: Problems
+) -> None:
     if len({expert.model for expert in experts}) == 1 and not untrained_is_fine:
         problems.add("all experts are the same model", "such a mixture is the dense model until it is trained; pass "
                      "--i-understand-this-is-not-useful-without-training to make it all the same")  # fmt: skip
     if mode in WITHOUT_PROMPTS:
         return
-    for place, expert in enumerate(experts):
+    named = [(f"{where}[{place}]", expert) for where, group in (("experts", experts), ("shared_experts", shared))
+             for place, expert in enumerate(group)]  # fmt: skip
+    for where, expert in named:
         if not expert.positive:
-            problems.add(f"experts[{place}] has no positive_prompts", f"gate_mode {mode} needs some of every "
+            problems.add(f"{where} has no positive_prompts", f"gate_mode {mode} needs some of every "
                          "expert; gate_mode random needs none")  # fmt: skip
     if all(expert.positive for expert in experts) and len({(e.positive, e.negative) for e in experts}) == 1:
         problems.add("all experts have the same prompts", "the router could not tell them apart: write prompts that "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plan of a mixture: every tensor of the Mixtral written, and where it comes from; its config.json."""
+"""The plan of a mixture: every tensor written, and where it comes from."""
 
 from __future__ import annotations
 
@@ -11,21 +11,12 @@ from typing import Any
 import numpy as np
 
 from mindformers_ext.core.errors import Problems
-from mindformers_ext.core.hf_config import ARCHITECTURES, DEFAULTS
 from mindformers_ext.formats.dtypes import FLOATS, SHORT_NAMES, is_float
 from mindformers_ext.formats.tensors import TensorInfo
 from mindformers_ext.jobs.merge_models import Model
 from mindformers_ext.jobs.merge_moe_config import Expert, MoEConfig
-from mindformers_ext.jobs.merge_sidecars import with_both_ropes
+from mindformers_ext.jobs.merge_moe_outputs import BIASES, DOWN, GATE, UP, WHY_NOT, Output
 from mindformers_ext.surgery.merge.architectures import known_names
-
-FITTING = ("llama", "mistral")  # models whose attention and feed-forward are those of a Mixtral
-W1, W2, W3 = "gate_proj", "down_proj", "up_proj"
-WHY_NOT = {
-    "phi3": "its attention and feed-forward are stored and sized differently, so its experts fit no other model",
-    "qwen2": "its attention has biases, and a Mixtral has none",
-    "mixtral": "it is a mixture already",
-}
 
 
 @dataclass(frozen=True)
@@ -40,10 +31,22 @@ class CopyFrom:
 
 
 @dataclass(frozen=True)
-class Gate:
-    """The router's rows of a layer."""
+class GateRows:
+    """Rows ``first`` to ``end`` of a layer's router; shared experts come after the others."""
 
     layer: int
+    first: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """A vector of zeros."""
+
+    length: int
+
+
+Origin = CopyFrom | GateRows | Zeros
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Target:
     """A tensor to write: its sources one after the other, along the first axis (or two of a fused tensor)."""
 
     info: TensorInfo
-    sources: tuple[CopyFrom | Gate, ...]
+    sources: tuple[Origin, ...]
 
 
 def plan_targets(
@@ -60,7 +63,11 @@ def plan_targets(
     """Every tensor in file order and notes; what does not fit goes to ``problems``."""
     base = models[config.base_model]
     for model in models.values():
-        _check_kind(model, base, problems)
+        _check_kind(config.output, model, base, problems)
+    kinds = {model.architecture.model_type for model in models.values()}
+    if config.output.one_kind and len(kinds) > 1 and not problems.lines:
+        listed = ", ".join(sorted(kinds))
+        problems.add(f"the models are {listed}", f"a {config.output.name} is made of models of one kind")
     if problems.lines:
         return [], []
     wanted = config.dtype or SHORT_NAMES.get(str(base.config.get("torch_dtype")), str(base.config.get("torch_dtype")))
@@ -77,18 +84,22 @@ def plan_targets(
     return targets, notes
 
 
-def _check_kind(model: Model, base: Model, problems: Problems) -> None:
+def _check_kind(output: Output, model: Model, base: Model, problems: Problems) -> None:
     kind = model.architecture.model_type
-    if kind not in FITTING:
+    if kind not in output.fits:
         problems.add(
-            f"'{model.name}' is a {model.architecture.classes[0]}: {WHY_NOT.get(kind, 'it fits no Mixtral')}",
+            f"'{model.name}' is a {model.architecture.classes[0]}: {WHY_NOT.get(kind, f'it fits no {output.name}')}",
             "take LLaMA or Mistral models of one size as base and experts (two fine-tuned Llama-3-8B, for example)",
         )
     for key in ("attention_bias", "mlp_bias"):
         if model.config.get(key):
             problems.add(
-                f"'{model.name}' has {key}", "a Mixtral has no biases, they would be lost: take models without"
-            )
+                f"'{model.name}' has {key}", f"a {output.name} has none of these biases, they would be lost: take "
+                "models without",
+            )  # fmt: skip
+    heads, width = model.config.get("num_attention_heads"), model.config.get("head_dim")
+    if output.biased and width and heads and width * heads != model.config.get("hidden_size"):
+        problems.add(f"'{model.name}' has head_dim {width}", f"a {output.name} has hidden_size / num_attention_heads")
     activations = ("silu", "swish", None)
     if model.config.get("hidden_act") not in activations:
         problems.add(
@@ -118,11 +129,22 @@ class _Builder:
         for layer in range(self.base.layers):
             for row in rows:
                 self._from_base(row.name.replace("{i}", str(layer)), row.optional)
+            if self.config.output.biased:
+                self._biases(f"model.layers.{layer}.")
             self._moe(layer, fused)
         for row in table.post:
             tied = bool(self.base.config.get("tie_word_embeddings", False))
             self._from_base(row.name, row.optional and (tied or row.name != "lm_head.weight"))
         return self.targets
+
+    def _biases(self, layer: str) -> None:
+        """Those of the base, zeros where it has none."""
+        for name in (layer + bias for bias in BIASES):
+            weight = self.base.reader.infos.get(name.removesuffix("bias") + "weight")
+            if name in self.base.reader.infos or weight is None:
+                self._from_base(name, optional=False)
+            else:
+                self._append(name, weight.shape[:1], Zeros(weight.shape[0]))
 
     def _from_base(self, name: str, optional: bool) -> None:
         info = self.base.reader.infos.get(name)
@@ -133,28 +155,32 @@ class _Builder:
         elif info is not None:
             self.problems.add(f"'{name}' of '{self.base.name}' is {info.dtype}", "only floats are assembled")
 
-    def _append(self, name: str, shape: tuple[int, ...], *sources: CopyFrom | Gate) -> None:
+    def _append(self, name: str, shape: tuple[int, ...], *sources: Origin) -> None:
         self.targets.append(Target(TensorInfo(name, shape, self.dtype), sources))
 
     def _moe(self, layer: int, fused: bool) -> None:
-        old = f"model.layers.{layer}.mlp."
+        old, output = f"model.layers.{layer}.mlp.", self.config.output
+        new = old if fused else f"model.layers.{layer}.{output.moe}"
         count, hidden = len(self.config.experts), int(self.base.config["hidden_size"])
         width = int(self.base.config["intermediate_size"])
-        shapes = {W1: (width, hidden), W2: (hidden, width), W3: (width, hidden)}
+        shapes = {GATE: (width, hidden), DOWN: (hidden, width), UP: (width, hidden)}
+        everyone = (*self.config.experts, *self.config.shared)
         found = {(place, kind): self._expert(expert, place, f"{old}{kind}.weight", shapes[kind])
-                 for place, expert in enumerate(self.config.experts) for kind in (W1, W2, W3)}  # fmt: skip
+                 for place, expert in enumerate(everyone) for kind in shapes}  # fmt: skip
+        self._append(new + "gate.weight", (count, hidden), GateRows(layer, 0, count))
         if fused:
-            self._append(old + "gate.weight", (count, hidden), Gate(layer))
-            both = tuple(found[place, kind] for place in range(count) for kind in (W1, W3))
-            self._append(old + "experts.gate_up_proj", (count, 2 * width, hidden), *both)
-            downs = tuple(found[place, W2] for place in range(count))
-            self._append(old + "experts.down_proj", (count, hidden, width), *downs)
-            return
-        new = f"model.layers.{layer}.block_sparse_moe."
-        self._append(new + "gate.weight", (count, hidden), Gate(layer))
-        for place in range(count):
-            for short, kind in (("w1", W1), ("w2", W2), ("w3", W3)):
-                self._append(f"{new}experts.{place}.{short}.weight", shapes[kind], found[place, kind])
+            both = tuple(found[place, kind] for place in range(count) for kind in (GATE, UP))
+            self._append(new + "experts.gate_up_proj", (count, 2 * width, hidden), *both)
+            downs = tuple(found[place, DOWN] for place in range(count))
+            self._append(new + "experts.down_proj", (count, hidden, width), *downs)
+        else:
+            for place in range(count):
+                for kind, word in output.words.items():
+                    self._append(f"{new}experts.{place}.{word}.weight", shapes[kind], found[place, kind])
+        if self.config.shared:
+            for kind, word in output.words.items():
+                self._append(f"{new}shared_expert.{word}.weight", shapes[kind], found[count, kind])
+            self._append(new + "shared_expert_gate.weight", (1, hidden), GateRows(layer, count, count + 1))
 
     def _expert(self, expert: Expert, place: int, name: str, shape: tuple[int, ...]) -> CopyFrom:
         info = self.models[expert.model].reader.infos.get(name)
@@ -165,26 +191,6 @@ class _Builder:
                               "experts need the sizes of the base")  # fmt: skip
         elif not is_float(info.dtype):
             self.problems.add(f"'{name}' of '{expert.model}' is {info.dtype}", "only floats are assembled")
-        scale = expert.residual_scale if name.endswith(f"{W2}.weight") else None
+        scale = expert.residual_scale if name.endswith(f"{DOWN}.weight") else None
         stream = zlib.crc32(f"{place} {name}".encode())
         return CopyFrom(expert.model, name, expert.noise_scale or 0.0, 1.0 if scale is None else scale, stream)
-
-
-def mixtral_config(base: Mapping[str, Any], experts: int, chosen: int, *, dtype: str, tied: bool) -> dict[str, Any]:
-    """config.json of the mixture. Everything that Mixtral's defaults would change is written out."""
-    kind = str(base.get("model_type"))
-    full = with_both_ropes({**DEFAULTS[kind], **base})
-    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "initializer_range",
-            "rope_theta", "rope_scaling", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id"
-    )  # fmt: skip
-    result: dict[str, Any] = {"architectures": [ARCHITECTURES["mixtral"]], "model_type": "mixtral"}
-    result |= {key: full.get(key) for key in keys}
-    heads = result["num_attention_heads"]
-    result["num_key_value_heads"] = result["num_key_value_heads"] or heads
-    result["head_dim"] = result["head_dim"] or result["hidden_size"] // heads
-    return result | {
-        "hidden_act": "silu", "attention_dropout": 0.0, "sliding_window": None, "tie_word_embeddings": tied,
-        "num_local_experts": experts, "num_experts_per_tok": chosen, "output_router_logits": False,
-        "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0, "torch_dtype": dtype, "use_cache": True,
-    }  # fmt: skip

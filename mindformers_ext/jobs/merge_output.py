@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from mindformers_ext.core.errors import UserError
@@ -16,12 +17,17 @@ from mindformers_ext.formats.ms_file import check_suffix
 from mindformers_ext.formats.safetensors_dir import SafetensorsDirWriter
 from mindformers_ext.formats.tensors import Array, TensorInfo
 from mindformers_ext.jobs.convert import ConvertRequest, convert
+from mindformers_ext.jobs.merge_threads import in_threads, thread_count, until
 from mindformers_ext.jobs.weight_source import CONFIG
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputRequest:
-    """Where to write and how. ``to_mindspore``: a .ckpt made of the result, beside the folder."""
+    """Where to write and how.
+
+    ``to_mindspore``: a .ckpt made of the result, beside the folder. ``report``: a folder for a comparison of the
+    inputs. ``threads`` None: as many as there are processors.
+    """
 
     folder: Path
     shard_bytes: int
@@ -30,6 +36,8 @@ class OutputRequest:
     model_card: bool = True
     quiet: bool = False
     to_mindspore: Path | None = None
+    report: Path | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,10 @@ def check_output(request: OutputRequest, sources: Iterable[Path]) -> None:
     if request.to_mindspore:
         check_suffix(request.to_mindspore)
         refuse_existing(request.to_mindspore, request.overwrite)
+    if request.report:
+        if request.report.resolve() == out.resolve():
+            raise UserError(f"--report '{request.report}' is the output folder: choose another")
+        refuse_existing(request.report, request.overwrite)
 
 
 def check_result(request: OutputRequest, config: Mapping[str, Any]) -> None:
@@ -85,16 +97,23 @@ def check_space(path: Path, nbytes: int) -> None:
 
 
 def write_weights(
-    folder: Path, infos: Sequence[TensorInfo], shard_bytes: int, quiet: bool, blocks: Callable[[int], Iterator[Array]]
+    folder: Path, infos: Sequence[TensorInfo], out: OutputRequest, blocks: Callable[[int], Iterator[Array]]
 ) -> None:
-    """Write every tensor from its blocks (by place in ``infos``), with a progress bar of bytes."""
+    """Write every tensor from its blocks (by place in ``infos``), with a progress bar of bytes; the largest first."""
     from tqdm import tqdm
 
     total = sum(info.nbytes for info in infos)
     words: dict[str, Any] = dict(unit="B", unit_scale=True, desc="merging", mininterval=0.5, dynamic_ncols=True)
-    with SafetensorsDirWriter(folder, infos, shard_bytes) as writer, tqdm(total=total, disable=quiet, **words) as bar:
-        for place, info in enumerate(infos):
-            writer.add_parts(info, _counted(blocks(place), bar))
+    with (
+        SafetensorsDirWriter(folder, infos, out.shard_bytes) as writer,
+        tqdm(total=total, disable=out.quiet, **words) as bar,
+    ):
+
+        def write(place: int, stop: Event) -> None:
+            writer.add_parts(infos[place], _counted(until(stop, blocks(place)), bar))
+
+        order = sorted(range(len(infos)), key=lambda place: -infos[place].nbytes)
+        in_threads(write, order, thread_count(out.threads))
 
 
 def _counted(blocks: Iterator[Array], bar: Any) -> Iterator[Array]:
@@ -102,7 +121,8 @@ def _counted(blocks: Iterator[Array], bar: Any) -> Iterator[Array]:
         size = block.nbytes
         yield block
         del block  # or it lives on while the next one is made
-        bar.update(size)
+        with bar.get_lock():
+            bar.update(size)
 
 
 def chain_mindspore(request: OutputRequest) -> list[str]:
@@ -113,10 +133,3 @@ def chain_mindspore(request: OutputRequest) -> list[str]:
         ConvertRequest(input_path=request.folder, output_path=request.to_mindspore, overwrite=request.overwrite)
     )
     return [*report.notes, f"{request.to_mindspore}: {report.tensors} tensors for MindSpore"]
-
-
-def refused(out: Path, error: OSError) -> UserError:
-    """An error of the system as a message."""
-    where = f" ('{error.filename}')" if error.filename else ""
-    return UserError(f"the system refused to read a model or to write '{out}': {error.strerror}{where}; check the "
-                     "path, its permissions and the room on the disk")  # fmt: skip

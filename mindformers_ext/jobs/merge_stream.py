@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from mindformers_ext.formats.dtypes import BFLOAT16, BY_NUMPY, cast
 from mindformers_ext.formats.tensors import Array, Index, TensorReader
 from mindformers_ext.jobs.merge_plan import Part, Task
 from mindformers_ext.surgery.merge.settings import Method
+
+if TYPE_CHECKING:
+    from mindformers_ext.surgery.merge.stream import Chunk, Stream
 
 CHUNK = 2**19  # elements of one chunk: a handful of float32 copies of it stay in the processor's cache
 COPIED = 2**22  # elements of a block that is only copied
@@ -104,7 +108,16 @@ class Runner:
             yield array
 
     def _merge(self, task: Task) -> Iterator[Array]:
-        from mindformers_ext.surgery.merge.bridge import array_of, tensor_of
+        from mindformers_ext.surgery.merge.bridge import array_of
+
+        target = BY_NUMPY[task.info.dtype].long
+        for tensor in self._method.run(self.stream(task), task.settings):
+            array = array_of(tensor, target)
+            yield array.view(BFLOAT16) if target == "bfloat16" else array
+
+    def stream(self, task: Task) -> Stream:
+        """The task's inputs in chunks, on the device."""
+        from mindformers_ext.surgery.merge.bridge import tensor_of
         from mindformers_ext.surgery.merge.stream import Chunk, Stream, in_rows
 
         parts = [*([task.base] if task.base else []), *task.inputs]
@@ -129,12 +142,7 @@ class Runner:
 
         rows = prod(task.info.shape[:-1]) if len(task.info.shape) > 1 else 1
         columns = task.info.shape[-1] if task.info.shape else 1
-        stream = Stream(task.info.name, (rows, columns), len(task.inputs), chunks)
-        target = BY_NUMPY[task.info.dtype].long
-        for tensor in self._method.run(stream, task.settings):
-            array = array_of(tensor, target)
-            yield array.view(BFLOAT16) if target == "bfloat16" else array
+        return Stream(task.info.name, (rows, columns), len(task.inputs), chunks)
 
 
 BY_LONG = {row.long: dtype for dtype, row in BY_NUMPY.items()}
-Blocks = Callable[[Task], Iterator[Array]]

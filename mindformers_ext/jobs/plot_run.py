@@ -32,13 +32,14 @@ MOST_LABELS = 96  # cells of a heatmap that still get their number written in
 def plot_run(run_folder: Path) -> list[Path]:
     """Write loss.png and, for a model with experts, expert_load.png into ``run_folder``; returns the files."""
     metrics = read_metrics(run_folder)
-    pictures = [_saved(_loss_figure(metrics), run_folder / "loss.png")]
+    pictures = [save_figure(_loss_figure(metrics), run_folder / "loss.png")]
     if metrics.has_experts:
-        pictures.append(_saved(_load_figure(metrics), run_folder / "expert_load.png"))
+        pictures.append(save_figure(_load_figure(metrics), run_folder / "expert_load.png"))
     return pictures
 
 
-def _pyplot() -> Any:
+def open_pyplot() -> Any:
+    """matplotlib.pyplot with our settings, drawing to files alone."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -49,10 +50,11 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _saved(figure: Any, path: Path) -> Path:
+def save_figure(figure: Any, path: Path) -> Path:
+    """Write the PNG ``path`` whole, and forget the figure."""
     beside = path.with_name(f".{path.name}.part")
     figure.savefig(beside, format="png")
-    _pyplot().close(figure)
+    open_pyplot().close(figure)
     beside.replace(path)
     return path
 
@@ -68,7 +70,7 @@ def _noisy_line(axes: Any, metrics: RunMetrics, values: np.ndarray, colour: str,
 
 
 def _loss_figure(metrics: RunMetrics) -> Any:
-    pyplot = _pyplot()
+    pyplot = open_pyplot()
     has_rate = bool(np.isfinite(metrics.learning_rate).any())
     heights = [3.2, 1.2, 0.8] if has_rate else [3.2, 1.2]
     figure, panels = pyplot.subplots(
@@ -97,7 +99,7 @@ def _loss_figure(metrics: RunMetrics) -> Any:
 
 
 def _load_figure(metrics: RunMetrics) -> Any:
-    pyplot = _pyplot()
+    pyplot = open_pyplot()
     layers, experts = metrics.expert_load.shape[1:]
     count = metrics.edge(EDGE)
     shares = metrics.load_share(0, count), metrics.load_share(len(metrics.step) - count, len(metrics.step))

@@ -20,6 +20,7 @@ from tests.helpers.merge_models import family, make_model, tensors_of
 pytest.importorskip("torch", reason="gates are computed with torch")
 EXPERT = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
 GATE = "model.layers.{}.block_sparse_moe.gate.weight"
+SHARED = {"source_model": "ft1", "positive_prompts": ["w60 w61"]}
 DENSE = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
@@ -196,6 +197,38 @@ def test_the_converter_takes_it_and_gives_it_back(tmp_path):
     assert set(there) == set(back) and all(np.array_equal(there[name], back[name]) for name in there)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_shared_expert_makes_a_qwen2_moe(kind, tmp_path, monkeypatch):
+    """transformers loads every key; with equal experts of half the output each it is the dense model again."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    family(tmp_path, count=2, kind=kind, dtype="float32")
+    monkeypatch.chdir(tmp_path)
+    settings = config(experts=["ft1", "ft2"], shared_experts=[SHARED])
+    assert assemble(settings, "out") == 0
+    got, base = tensors_of(Path("out")), tensors_of(Path("base"))
+    layer = "model.layers.2."
+    bias = base.get(layer + "self_attn.k_proj.bias", np.zeros(16, np.float32))
+    assert np.array_equal(got[layer + "self_attn.k_proj.bias"], bias)
+    shared, second = (tensors_of(Path(name)) for name in ("ft1", "ft2"))
+    assert np.array_equal(got[layer + "mlp.shared_expert.up_proj.weight"], shared[layer + "mlp.up_proj.weight"])
+    assert np.array_equal(got[layer + "mlp.experts.1.down_proj.weight"], second[layer + "mlp.down_proj.weight"])
+    assert [got[layer + f"mlp.{name}.weight"].shape[0] for name in ("gate", "shared_expert_gate")] == [2, 1]
+    same = config("random", experts=["base", "base"], shared_experts=[{"source_model": "base"}])
+    for item in (*same["experts"], *same["shared_experts"]):
+        item["residual_scale"] = 2 / 3  # experts 2/3, shared sigmoid(0) * 2/3
+    flags = ["--i-understand-this-is-not-useful-without-training", "--gate-scale", 0]
+    assert assemble(same, "same", *flags) == 0
+    ids = torch.arange(40).reshape(2, 20) * 3 % 80
+    logits = {}
+    for name in ("base", "same", "out"):
+        model, report = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        assert not report["missing_keys"] and not report["unexpected_keys"], report
+        logits[name] = model.eval()(ids).logits.detach()
+    np.testing.assert_allclose(logits["same"], logits["base"], atol=1e-5)
+
+
 def test_dry_run_counts_parameters_of_a_mixture(tmp_path, capsys):
     """Base without feed-forward, plus experts, plus gates: not experts times the dense model."""
     Path("moe.yml").write_text(yaml.safe_dump(config()))
@@ -234,9 +267,13 @@ MISTAKES = {
     "one model": (_models("ft1", "ft1"), "all experts are the same model", "--i-understand"),
     "width": (_models("ft1", "narrow"), "mlp.gate_proj.weight' of 'narrow' is [40, 32]", "sizes of the base"),
     "layers": (_models("ft1", "short"), "'short' has 3 layers, the base 4", ""),
-    "shared": (_set(shared_experts=[{"source_model": "ft1"}]), "shared_experts are given", "no shared expert"),
-    "deepseek": (_set(architecture="DeepSeek MoE"), "architecture 'DeepSeek MoE' is not built", "only mixtral"),
-    "unknown architecture": (_set(architecture="gpt"), "architecture 'gpt' is unknown", "only mixtral"),
+    "shared": (_set(shared_experts=[SHARED], architecture="mixtral"), "shared_experts are given", "no shared expert"),
+    "shared without prompts": (_set(shared_experts=[{"source_model": "ft1"}]), "shared_experts[0] has no", "random"),
+    "two shared": (_set(shared_experts=[SHARED, SHARED]), "shared_experts lists 2 models", "one shared expert"),
+    "none shared": (_set(architecture="Qwen MoE"), "architecture 'Qwen MoE' without shared_experts", "needs one"),
+    "kinds": (_set(shared_experts=[SHARED | {"source_model": "qwen"}]), "the models are llama, qwen2", "one kind"),
+    "deepseek": (_set(architecture="DeepSeek MoE"), "architecture 'DeepSeek MoE' is not built", "choose mixtral"),
+    "unknown architecture": (_set(architecture="gpt"), "architecture 'gpt' is unknown", "choose mixtral"),
     "llama and phi": (_models("ft1", "phi"), "'phi' is a Phi3ForCausalLM", "two fine-tuned Llama-3-8B"),
     "qwen": (_models("ft1", "qwen"), "'qwen' is a Qwen2ForCausalLM: its attention has biases", ""),
     "biases": (_models("ft1", "biased"), "'biased' has attention_bias", "they would be lost"),

@@ -10,6 +10,7 @@ interpreter; without it these tests are skipped:
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -21,7 +22,7 @@ import yaml
 from mindformers_ext.cli.merge import main
 from mindformers_ext.formats.safetensors_dir import SafetensorsDir
 from mindformers_ext.jobs.merge_fused import split_experts
-from tests.helpers.merge_models import family, make_model, tensors_of
+from tests.helpers.merge_models import family, make_model, tensors_of, tokenizer_json
 
 PEER = os.environ.get("MERGEKIT_PYTHON")
 pytestmark = [
@@ -34,8 +35,9 @@ import sys
 from click.testing import CliRunner
 from mergekit.scripts import moe, run_yaml
 for name in sys.argv[1:]:
-    command = moe.main if name.startswith("moe") else run_yaml.main
-    result = CliRunner().invoke(command, [name + ".yml", "peer_" + name, "--quiet"])
+    mixture = name.startswith("moe")
+    words = [name + ".yml", "peer_" + name, "--quiet"] + ([] if mixture else ["--no-write-model-card"])  # asks the hub
+    result = CliRunner().invoke(moe.main if mixture else run_yaml.main, words)
     print(name, result.exit_code, repr(result.exception), result.output[-500:] if result.exit_code else "")
 """
 
@@ -62,11 +64,11 @@ def weighted(method, dtype, **more):
     return {"models": parts, "merge_method": method, "dtype": dtype} | more
 
 
-def moe(mode):
+def moe(mode, **more):
     experts = [{"source_model": name, "positive_prompts": [f"w{20 * n + 3} w{20 * n + 4}", f"w{20 * n + 5}"]}
                for n, name in enumerate(("ft1", "ft2"))]  # fmt: skip
     experts[1]["negative_prompts"] = ["w70 w71", "w72 w73 w74"]
-    return {"base_model": "base", "gate_mode": mode, "dtype": "bfloat16", "experts": experts}
+    return {"base_model": "base", "gate_mode": mode, "dtype": "bfloat16", "experts": experts} | more
 
 
 STACK = [{"sources": [{"model": "ft1", "layer_range": [0, 4]}]}, {"sources": [{"model": "ft2", "layer_range": [2, 4]}]}]
@@ -94,7 +96,15 @@ FILES = {
     "nuslerp_base": (weighted("nuslerp", SINGLE, base_model="base"), "float"),
     **{f"nuslerp_{row}": (weighted("nuslerp", SINGLE, parameters={"nuslerp_flatten": False, "nuslerp_row_wise": row}),
                           "float") for row in (False, True)},
+    "union": (weighted("linear", SINGLE, tokenizer_source="union", base_model="base", models=[
+        {"model": name, "parameters": {"weight": 1}} for name in ("base", "ft1", "words")]), "float"),
+    "union_mean": (weighted("linear", SINGLE, tokenizer_source="union", models=[
+        {"model": name, "parameters": {"weight": 1}} for name in ("words", "ft1", "other")]), "float"),
+    "words_of_one": (weighted("linear", SINGLE, tokenizer_source="words", base_model="base", models=[
+        {"model": name, "parameters": {"weight": 1}} for name in ("base", "words")]), "float"),
     "moe_cheap": (moe("cheap_embed"), "bits"), "moe_hidden": (moe("hidden"), "bits"),
+    "moe_shared": (moe("cheap_embed", shared_experts=[
+        {"source_model": "ft1", "positive_prompts": ["w60 w61"]}]), "bits"),
 }  # fmt: skip
 
 
@@ -102,7 +112,14 @@ FILES = {
 def place(tmp_path_factory):
     """Every file merged by both, in one folder; the models are float32, so that magnitudes are distinct."""
     folder = tmp_path_factory.mktemp("peer")
-    family(folder, dtype="float32")
+    base, *_ = family(folder, dtype="float32")
+    for number, name in enumerate(("words", "other")):  # another order of tokens, and tokens that no other model has
+        make_model(folder / name, near=base, seed=5 + number, dtype="float32")
+        table = tokenizer_json(80)
+        words = table["model"]["vocab"]
+        words |= {"w5": 6, "w6": 5, "w70": 79, "w79": 70}
+        words |= {f"{name}{i}": words.pop(f"w{i}") for i in range(40, 44 + number)}
+        (folder / name / "tokenizer.json").write_text(json.dumps(table))
     before = os.getcwd()
     os.chdir(folder)
     try:
@@ -124,11 +141,22 @@ def read(folder):
     return result
 
 
+def by_token(folder, tensors):
+    """Rows by their tokens: mergekit numbers the tokens that it adds by chance."""
+    table = json.loads((folder / "tokenizer.json").read_text())
+    words = {**table["model"]["vocab"], **{item["content"]: item["id"] for item in table["added_tokens"]}}
+    order = [words[word] for word in sorted(words)]
+    rows = {name: tensors[name][order] for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    return tensors | rows | {"words": np.array([len(words)], np.float32)}
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_the_peer_writes_the_same(name, place):
     folder, log = place
     assert (folder / f"peer_{name}").is_dir(), log
     ours, theirs = read(folder / f"ours_{name}"), read(folder / f"peer_{name}")
+    if name.startswith("union"):
+        ours, theirs = by_token(folder / f"ours_{name}", ours), by_token(folder / f"peer_{name}", theirs)
     assert set(ours) == set(theirs)
     apart = total = 0
     for tensor, array in ours.items():
@@ -176,7 +204,5 @@ def test_old_and_new_rope_settings_of_the_peer(tmp_path):
     again["slices"][0]["sources"][0]["model"] = str(tmp_path / "peer_c")
     (tmp_path / "again.yml").write_text(yaml.safe_dump(again))
     assert main(["yaml", str(tmp_path / "again.yml"), str(tmp_path / "again"), "--quiet"]) == 0
-    import json
-
     written = json.loads((tmp_path / "again/config.json").read_text())
     assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 500000.0

@@ -35,6 +35,6 @@ def device_fault(device: str) -> str | None:
     return "merging runs on cpu or cuda"
 
 
-def use_threads(count: int) -> None:
-    """How many threads torch's arithmetic uses."""
-    torch.set_num_threads(count)
+def one_thread_each() -> None:
+    """An operation of torch stays in the thread that asks for it: whole tensors are shared out, not operations."""
+    torch.set_num_threads(1)

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``--report``: a folder with the cosines between the models of a merge, as a table, a picture and numbers."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from threading import Event
+
+import numpy as np
+
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.formats.atomic import fresh_folder
+from mindformers_ext.jobs.merge_output import OutputRequest
+from mindformers_ext.jobs.merge_plan import Task
+from mindformers_ext.jobs.merge_stream import Runner
+from mindformers_ext.jobs.merge_threads import in_threads, thread_count
+from mindformers_ext.jobs.plot_run import open_pyplot, save_figure
+
+PAGE, PICTURE, NUMBERS = "report.md", "cosines.png", "cosines.csv"
+WEIGHTS, CHANGES = "weights", "task vectors"
+STRANGERS = 0.2  # mean cosine of matrices below which models have little to do with each other
+LAYER = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp|block_sparse_moe)?\.?(.+?)(?:\.weight)?$")
+WRITTEN = 160  # cells of a heatmap that still get their number written in
+
+
+@dataclass(frozen=True)
+class Line:
+    """One cosine: ``what`` of two models, in one tensor. ``layer`` None: the tensor belongs to no layer."""
+
+    what: str
+    kind: str
+    layer: int | None
+    first: str
+    second: str
+    cosine: float
+    matrix: bool
+
+
+def write_likeness(out: OutputRequest, runner: Runner, tasks: Sequence[Task]) -> list[str]:
+    """Compare the inputs of every task and write the folder ``out.report``; returns notes.
+
+    Raises:
+        UserError: no tensor has two models to compare.
+    """
+    folder = out.report or out.folder
+    lines = _measured(runner, tasks, out)
+    if not lines:
+        raise UserError("--report: no tensor of this merge has two models to compare: leave the option out")
+    with fresh_folder(folder, out.overwrite) as partial:
+        with (partial / NUMBERS).open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("what", "tensor", "layer", "first", "second", "cosine"))
+            writer.writerows((x.what, x.kind, "" if x.layer is None else x.layer, x.first, x.second,
+                              f"{x.cosine:.6f}") for x in lines)  # fmt: skip
+        _picture(lines, partial / PICTURE)
+        (partial / PAGE).write_text(_page(lines), encoding="utf-8")
+    mean = _mean([line for line in lines if line.what == WEIGHTS and line.matrix])
+    notes = [f"{folder / PAGE}: mean cosine of the models' matrices {mean:.3f}"]
+    if mean < STRANGERS:
+        notes.append(f"warning: the models have little in common (mean cosine {mean:.3f}): they do not come from one "
+                     "base, and what a merge of them writes is likely to be nonsense")  # fmt: skip
+    return notes
+
+
+def _measured(runner: Runner, tasks: Sequence[Task], out: OutputRequest) -> list[Line]:
+    from tqdm import tqdm
+
+    from mindformers_ext.surgery.merge.bridge import one_thread_each
+
+    one_thread_each()
+    found: dict[int, list[Line]] = {}
+    with tqdm(total=len(tasks), desc="comparing", unit="tensor", disable=out.quiet, dynamic_ncols=True) as bar:
+
+        def compare(place: int, stop: Event) -> None:
+            found[place] = [] if stop.is_set() else _lines(runner, tasks[place])
+            with bar.get_lock():
+                bar.update(1)
+
+        in_threads(compare, range(len(tasks)), thread_count(out.threads))
+    return [line for place in sorted(found) for line in found[place]]
+
+
+def _lines(runner: Runner, task: Task) -> list[Line]:
+    """The cosines of one tensor; none where it has one model."""
+    from mindformers_ext.surgery.merge.likeness import likeness
+
+    names = [part.model for part in task.inputs]
+    if len(names) + (task.base is not None) < 2:
+        return []
+    found = likeness(runner.stream(task))
+    match = LAYER.match(task.info.name)
+    layer, kind = (int(match[1]), match[2]) if match else (None, task.info.name.removesuffix(".weight"))
+    both = [task.base.model, *names] if task.base else names
+    result = []
+    for what, cosines, who in ((WEIGHTS, found.weights, both), (CHANGES, found.changes, names)):
+        if cosines is not None:
+            result += [Line(what, kind, layer, who[i], who[j], float(cosines[i, j]), len(task.info.shape) > 1)
+                       for i, j in combinations(range(len(who)), 2)]  # fmt: skip
+    return result
+
+
+def _mean(lines: Sequence[Line]) -> float:
+    values = [line.cosine for line in lines if np.isfinite(line.cosine)]
+    return float(np.mean(values)) if values else float("nan")
+
+
+def _page(lines: Sequence[Line]) -> str:
+    parts = ["# How alike the models are\n", f"![cosines]({PICTURE})\n",
+             "Cosines between the models' tensors, means over layers. Weights of one family lie near 1. Task vectors "
+             "(a model minus its base) near 0 changed different things, below 0 they pull against each other. "
+             f"Every number: `{NUMBERS}`.\n"]  # fmt: skip
+    for what in (WEIGHTS, CHANGES):
+        chosen = [line for line in lines if line.what == what]
+        pairs = list(dict.fromkeys((line.first, line.second) for line in chosen))
+        if not pairs:
+            continue
+        parts += [f"## {what.capitalize()}\n", "| tensor | " + " | ".join(f"{a} / {b}" for a, b in pairs) + " |",
+                  "|---|" + "---|" * len(pairs)]  # fmt: skip
+        for kind in dict.fromkeys(line.kind for line in chosen):
+            cells = [_mean([x for x in chosen if (x.kind, x.first, x.second) == (kind, *pair)]) for pair in pairs]
+            parts.append(f"| {kind} | " + " | ".join(f"{cell:.4f}" for cell in cells) + " |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _picture(lines: Sequence[Line], path: Path) -> None:
+    """A heatmap over tensors and layers for each of weights and task vectors: the mean over pairs of models."""
+    pyplot = open_pyplot()
+    shown = [what for what in (WEIGHTS, CHANGES) if any(x.what == what and x.layer is not None for x in lines)]
+    if not shown:
+        shown = [WEIGHTS]
+    kinds = list(dict.fromkeys(line.kind for line in lines if line.layer is not None))
+    layers = max((line.layer for line in lines if line.layer is not None), default=0) + 1
+    size = (max(6.0, 2.6 + 0.42 * layers), len(shown) * max(2.2, 1.0 + 0.34 * len(kinds)))
+    figure, panels = pyplot.subplots(len(shown), 1, figsize=size, squeeze=False)
+    for axes, what in zip(panels[:, 0], shown, strict=True):
+        values = np.full((max(1, len(kinds)), layers), np.nan)
+        for row, kind in enumerate(kinds):
+            for layer in range(layers):
+                values[row, layer] = _mean([x for x in lines if (x.what, x.kind, x.layer) == (what, kind, layer)])
+        image = axes.imshow(values, aspect="auto", cmap="cividis", interpolation="nearest")
+        figure.colorbar(image, ax=axes, label="cosine", pad=0.015)
+        axes.set_title(f"{what.capitalize()}: mean cosine between models")
+        axes.set_yticks(range(len(kinds)), kinds)
+        axes.set_xlabel("layer of the merge")
+        axes.set_xticks(range(0, layers, max(1, layers // 16)))
+        axes.grid(False)
+        if values.size <= WRITTEN:
+            _write_numbers(axes, values)
+    save_figure(figure, path)
+
+
+def _write_numbers(axes: object, values: np.ndarray) -> None:
+    middle = (np.nanmin(values) + np.nanmax(values)) / 2 if np.isfinite(values).any() else 0.0
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7,  # type: ignore[attr-defined]
+                      color="black" if value > middle else "white")  # fmt: skip

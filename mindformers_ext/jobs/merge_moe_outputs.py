@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models that an assembly can write, as a table: names of their tensors, what may go in, their config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mindformers_ext.core.hf_config import ARCHITECTURES, DEFAULTS
+from mindformers_ext.jobs.merge_sidecars import with_both_ropes
+
+GATE, DOWN, UP = "gate_proj", "down_proj", "up_proj"
+BIASES = tuple(f"self_attn.{name}_proj.bias" for name in "qkv")
+COPIED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+          "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "initializer_range",
+          "rope_theta", "rope_scaling", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Output:
+    """One kind of mixture. ``moe`` stands between the layer's name and its parts, ``words`` names an expert's matrices.
+
+    ``fits``: the kinds of model that can go in, which with ``one_kind`` must all be the same. ``biased``: q, k and v
+    have biases. ``shared``: how many shared experts it has.
+    """
+
+    kind: str
+    name: str
+    moe: str
+    words: Mapping[str, str]
+    fits: tuple[str, ...]
+    config: Mapping[str, Any]
+    one_kind: bool = False
+    biased: bool = False
+    shared: int = 0
+
+
+MIXTRAL = Output(
+    "mixtral", ARCHITECTURES["mixtral"], "block_sparse_moe.", {GATE: "w1", DOWN: "w2", UP: "w3"}, ("llama", "mistral"),
+    {"router_jitter_noise": 0.0},
+)  # fmt: skip
+QWEN2_MOE = Output(
+    "qwen2_moe", "Qwen2MoeForCausalLM", "mlp.", {GATE: GATE, DOWN: DOWN, UP: UP}, ("llama", "mistral", "qwen2"),
+    {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False,
+     "qkv_bias": True},
+    one_kind=True, biased=True, shared=1,
+)  # fmt: skip
+OUTPUTS = (MIXTRAL, QWEN2_MOE)
+WHY_NOT = {
+    "phi3": "its attention and feed-forward are stored and sized differently, so its experts fit no other model",
+    "qwen2": "its attention has biases, and a Mixtral has none; with one shared_experts entry a Qwen2-MoE is written",
+    "mixtral": "it is a mixture already",
+}
+
+
+def mixture_config(
+    output: Output, base: Mapping[str, Any], experts: int, chosen: int, *, dtype: str, tied: bool
+) -> dict[str, Any]:
+    """config.json of the mixture. Everything that the output's defaults would change is written out."""
+    kind = str(base.get("model_type"))
+    full = with_both_ropes({**DEFAULTS.get(kind, DEFAULTS["llama"]), **base})
+    result: dict[str, Any] = {"architectures": [output.name], "model_type": output.kind}
+    result |= {key: full.get(key) for key in COPIED}
+    heads = result["num_attention_heads"]
+    result["num_key_value_heads"] = result["num_key_value_heads"] or heads
+    result["head_dim"] = result["head_dim"] or result["hidden_size"] // heads
+    result |= {
+        "hidden_act": "silu", "attention_dropout": 0.0, "sliding_window": None, "tie_word_embeddings": tied,
+        "num_experts_per_tok": chosen, "output_router_logits": False, "router_aux_loss_coef": 0.001,
+        "torch_dtype": dtype, "use_cache": True,
+    }  # fmt: skip
+    if output.shared:
+        width = result["intermediate_size"]
+        result |= {"num_experts": experts, "moe_intermediate_size": width, "shared_expert_intermediate_size": width,
+                   "max_window_layers": result["num_hidden_layers"]}  # fmt: skip
+    else:
+        result["num_local_experts"] = experts
+    return result | dict(output.config)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The course of every merge once its plan stands: room on the disk, weights in one pass, files beside, whole or not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.formats.atomic import fresh_folder
+from mindformers_ext.formats.tensors import Array, TensorInfo
+from mindformers_ext.jobs.merge_likeness import write_likeness
+from mindformers_ext.jobs.merge_output import (
+    MergeReport,
+    OutputRequest,
+    chain_mindspore,
+    check_space,
+    free_bytes,
+    write_weights,
+)
+from mindformers_ext.jobs.merge_plan import Task, parameters_of
+from mindformers_ext.jobs.merge_stream import Findings, Runner
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A merge that is open and checked. ``start`` gives the blocks of each tensor, by its place in ``infos``.
+
+    ``beside`` writes what lies beside the weights and returns notes; ``comparison`` opens the tensors to compare.
+    """
+
+    infos: Sequence[TensorInfo]
+    lines: tuple[str, ...]
+    notes: Sequence[str]
+    start: Callable[[Findings, list[str]], Callable[[int], Iterator[Array]]]
+    beside: Callable[[Path], list[str]]
+    comparison: Callable[[], tuple[Runner, Sequence[Task]]]
+
+
+def carry_out(out: OutputRequest, opening: AbstractContextManager[Prepared], strict: bool, write: bool) -> MergeReport:
+    """Run the merge that ``opening`` prepares, or with ``write`` false only say what it would do.
+
+    Raises:
+        UserError: anything wrong with the configuration, the models or the output path; nothing is left half-written.
+    """
+    try:
+        with opening as job:
+            notes = write_likeness(out, *job.comparison()) if out.report else []
+            seconds = None
+            if write:
+                check_space(out.folder, sum(info.nbytes for info in job.infos))
+                started = time.monotonic()
+                notes += _written(out, job, strict)
+                seconds = time.monotonic() - started
+            return _report(out, job, seconds, notes)
+    except OSError as error:
+        raise _refused(out.folder, error) from error
+
+
+def _written(out: OutputRequest, job: Prepared, strict: bool) -> list[str]:
+    notes: list[str] = []
+    findings = Findings(strict)
+    blocks = job.start(findings, notes)
+    with fresh_folder(out.folder, out.overwrite) as partial:
+        write_weights(partial, job.infos, out, blocks)
+        notes += job.beside(partial)
+    return [*notes, *findings.notes(), *chain_mindspore(out)]
+
+
+def _report(out: OutputRequest, job: Prepared, seconds: float | None, notes: Sequence[str]) -> MergeReport:
+    infos = list(job.infos)
+    return MergeReport(len(infos), parameters_of(infos), sum(info.nbytes for info in infos), free_bytes(out.folder),
+                       seconds, job.lines, (*job.notes, *notes))  # fmt: skip
+
+
+def _refused(out: Path, error: OSError) -> UserError:
+    """An error of the system as a message."""
+    where = f" ('{error.filename}')" if error.filename else ""
+    return UserError(f"the system refused to read a model or to write '{out}': {error.strerror}{where}; check the "
+                     "path, its permissions and the room on the disk")  # fmt: skip
