@@ -26,9 +26,11 @@ examples:
   another split, given on the command line:
     python tools/dryrun.py --config job.yaml --worker_num 16 --parallel_config.data_parallel 4 \\
         --parallel_config.model_parallel 2 --parallel_config.use_seq_parallel True
+  which splits fit devices of 64 GB, the cheapest first (nothing is compiled)?
+    python tools/dryrun.py --config job.yaml --worker_num 16 --suggest --memory 64GB
 Every option of run_mindformer.py (--epochs, --section.key, ...) works here as well.
 """
-OWN = ("config", "worker_num", "ranks", "out", "jobs", "compare", "keep_graphs", "options")
+OWN = ("config", "worker_num", "ranks", "out", "memory", "suggest", "jobs", "compare", "keep_graphs", "options")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,11 +44,16 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     result.add_argument("--config", required=True, metavar="YAML", help="configuration file of the job")
-    result.add_argument("--worker_num", required=True, type=int, metavar="N", help="devices of the whole job")
+    result.add_argument("--worker_num", type=int, metavar="N", help="devices of the whole job (needed but with "
+                        "--suggest, where it defaults to those of the file's split)")  # fmt: skip
     result.add_argument("--ranks", default="stages", metavar="WHICH", help="all, stages (the first rank of each "
                         "pipeline stage) or numbers such as 0,8 (default stages)")  # fmt: skip
     result.add_argument("--out", type=Path, metavar="DIR", help="folder for report.html, report.json, strategy/ and "
                         "one log per rank (default output/dryrun/<name of the file>)")  # fmt: skip
+    result.add_argument("--memory", metavar="SIZE", help="of one device, for example 64GB (10^9 bytes) or 64GiB: a job "
+                        "that needs more is refused")  # fmt: skip
+    switch(result, "--suggest", "list the splits that fit --memory (default context.max_device_memory), the cheapest "
+           "first, and compile nothing")  # fmt: skip
     result.add_argument("--jobs", type=int, metavar="N", help="ranks compiled at a time (default: one per core)")
     switch(result, "--compare", "also compile MindFormers' own network for the same file")
     switch(result, "--keep_graphs", "keep MindSpore's graphs as text (large)")
@@ -72,16 +79,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from mindformers_ext.jobs.dryrun import plan_dry_run
     from mindformers_ext.jobs.dryrun_facts import RankFacts
+    from mindformers_ext.jobs.dryrun_memory import suggestions
     from mindformers_ext.jobs.dryrun_page import write_page
     from mindformers_ext.jobs.dryrun_ranks import RankJob, compile_ranks
     from mindformers_ext.jobs.dryrun_report import DryRunReport, report_text, write_json
     from mindformers_ext.jobs.dryrun_stubs import ensure_stubs
 
     path = Path(arguments.config)
+    config = apply_flags(load_yaml(path), arguments)
+    if arguments.suggest:
+        print("\n".join(suggestions(config, str(path), arguments.worker_num, arguments.memory)))
+        return 0
+    if arguments.worker_num is None:
+        raise UserError("--worker_num is missing: give the number of devices of the whole job")
     out = (arguments.out or Path("output") / "dryrun" / path.stem).resolve()
     if arguments.jobs is not None and arguments.jobs < 1:
         raise UserError(f"--jobs {arguments.jobs}: give 1 or more")
-    plan = plan_dry_run(apply_flags(load_yaml(path), arguments), str(path), arguments.worker_num, arguments.ranks, out)
+    plan = plan_dry_run(config, str(path), arguments.worker_num, arguments.ranks, out, arguments.memory)
     stubs = ensure_stubs()
 
     def told(facts: RankFacts) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.memory import StageMemory, stage_memory
 from mindformers_ext.core.rules import check_network, settled
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.core.yaml_view import network_spec_from_yaml, yaml_notes
+from mindformers_ext.jobs.dryrun_memory import check_memory, step_settings
 from mindformers_ext.jobs.run_sections import check_sections
 
 TRAINING = ("train", "finetune")
@@ -34,6 +36,7 @@ class DryRunPlan:
     world: int
     ranks: tuple[int, ...]
     notes: tuple[str, ...]
+    memory: tuple[StageMemory, ...] = ()
 
     @property
     def per_stage(self) -> int:
@@ -54,7 +57,9 @@ class DryRunPlan:
         return rank // self.per_stage
 
 
-def plan_dry_run(config: Mapping[str, Any], where: str, world: int, ranks: str, out: Path) -> DryRunPlan:
+def plan_dry_run(
+    config: Mapping[str, Any], where: str, world: int, ranks: str, out: Path, memory: str | None = None
+) -> DryRunPlan:
     """Check ``config`` (from the file ``where``) for ``world`` devices and settle what is compiled.
 
     Args:
@@ -63,6 +68,7 @@ def plan_dry_run(config: Mapping[str, Any], where: str, world: int, ranks: str, 
         world: devices of the whole job.
         ranks: "all", "stages" (the first rank of each pipeline stage), or numbers such as "0,8".
         out: the job's output folder.
+        memory: of one device, such as "64GB"; a job that needs more is refused.
 
     Raises:
         UserError: lists every broken rule with the nearest valid choice.
@@ -79,10 +85,13 @@ def plan_dry_run(config: Mapping[str, Any], where: str, world: int, ranks: str, 
         check_sections(words, mode)
         spec = network_spec_from_yaml(words, world)
         notes += [*yaml_notes(words), *check_network(spec, mode)]
+        spec = settled(spec)[0]
+        settings = step_settings(words, spec)
+        asked = asked_ranks(ranks, world, spec.parallel.pipeline_stage)
+        notes += check_memory(spec, settings, memory, (words.get("context") or {}).get("max_device_memory"))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    spec = settled(spec)[0]
-    return DryRunPlan(words, spec, world, asked_ranks(ranks, world, spec.parallel.pipeline_stage), tuple(notes))
+    return DryRunPlan(words, spec, world, asked, tuple(notes), stage_memory(spec, settings))
 
 
 def _adapt(words: dict[str, Any], world: int) -> list[str]:
@@ -96,6 +105,8 @@ def _adapt(words: dict[str, Any], world: int) -> list[str]:
         notes.append(f"context.device_target {context['device_target']} becomes Ascend")
     if context.get("mode", 0) not in (0, "GRAPH_MODE"):
         raise UserError("context.mode is 1 (pynative): only graph mode is compiled, set --mode 0")
+    # the YAML's save_graphs would win over the variable that asks for the two graphs read here
+    context = {key: value for key, value in context.items() if key not in ("save_graphs", "save_graphs_path")}
     words["context"] = {**context, "device_target": "Ascend", "device_id": 0}
     for key, off in (("load_checkpoint", ""), ("resume_training", False), ("auto_trans_ckpt", False),
                      ("do_eval", False), ("profile", False)):  # fmt: skip

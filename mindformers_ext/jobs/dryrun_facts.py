@@ -158,7 +158,7 @@ def purpose(item: Collective) -> str:
     """What a collective is for: experts, pipeline, gradients, weights, norm, layout, ..."""
     if item.kind in ("Send", "Receive"):
         return "pipeline"
-    if item.kind.lower().startswith("alltoall") and "feed_forward" in item.scope:
+    if item.kind.lower().startswith("alltoall"):
         return "experts"
     if item.parameter:
         return "weights" if item.kind == "AllGather" else "gradients"

@@ -65,6 +65,7 @@ def _compile_rank(job: RankJob, rank: int, running: dict[int, subprocess.Popen[b
     folder = job.folder / f"rank_{rank}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULT).unlink(missing_ok=True)
+    shutil.rmtree(folder / GRAPHS, ignore_errors=True)
     plan = job.plan
     request = {"config": plan.config, "rows": plan.rows, "folder": str(folder), "native": job.native, "rank": rank,
                "stage": plan.stage(rank), "keep_graphs": job.keep_graphs}  # fmt: skip

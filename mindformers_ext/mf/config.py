@@ -9,6 +9,7 @@ from typing import Any
 from mindformers.models.llama.llama_config import LlamaConfig
 
 from mindformers_ext.core.lora import LoraSpec, lora_from_yaml
+from mindformers_ext.core.recompute import RecomputeSpec, recompute_from_yaml
 from mindformers_ext.core.rules import settled
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.core.yaml_view import network_spec_from_yaml
@@ -44,6 +45,11 @@ class PortableLlamaConfig(LlamaConfig):
     def lora(self) -> LoraSpec | None:
         """The adapters that ``pet_config`` asks for."""
         return lora_from_yaml(self.network_yaml or {})
+
+    def recompute_spec(self) -> RecomputeSpec:
+        """The layers that ``recompute_config`` computes again."""
+        spec = self.network_spec()
+        return recompute_from_yaml(self.network_yaml or {}, spec.model.num_hidden_layers, spec.parallel.pipeline_stage)
 
     def _sections(self) -> dict[str, Any]:
         parallel = {

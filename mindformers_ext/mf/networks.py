@@ -17,6 +17,7 @@ from mindformers_ext.mf.config import MixtralConfig, PortableLlamaConfig
 from mindformers_ext.ms.lora import add_lora
 from mindformers_ext.ms.models import build_causal_lm
 from mindformers_ext.ms.ops.select import select_operators
+from mindformers_ext.ms.recompute import recompute_layers
 from mindformers_ext.ms.router import TopkRouterV2
 
 
@@ -53,6 +54,7 @@ class PortableLlamaForCausalLM(PreTrainedModel):
             logger.info("LoRA: rank %d, scale %g, beside %d layers: %s ...", lora.rank, lora.scale, len(self.adapted),
                         ", ".join(self.adapted[:4]))  # fmt: skip
         self.predicts = get_predict_run_mode()
+        self._mark_recompute(config)
         self.returns_terms = False
         self.seq_length = spec.seq_length
         self.pad_token_id = spec.model.pad_token_id
@@ -64,6 +66,13 @@ class PortableLlamaForCausalLM(PreTrainedModel):
         if spec.parallel.pipeline_stage > 1:  # otherwise every micro batch would be compiled anew
             select_operators().reuse(self)
         self.load_checkpoint(config)
+
+    def _mark_recompute(self, config: PortableLlamaConfig) -> None:
+        """Mark the layers that compute their activations again; other devices than Ascend have memory to spare."""
+        recompute = config.recompute_spec()
+        if recompute.layers and select_operators().lazy_inline and not self.predicts:
+            recompute_layers(self.causal_lm, recompute)
+            logger.info("Recompute: %d of %d layers", len(recompute.layers), self.spec.model.num_hidden_layers)
 
     def report_terms(self) -> None:
         """From now on training returns (loss, lm_loss, aux_loss, expert_load, dropped) instead of the loss."""

@@ -13,7 +13,7 @@ from mindformers_ext.mf.config import WRITTEN
 
 # Sections that describe the network; kept as written for ``mf.config``.
 DESCRIBING = ("model", "moe_config", "parallel_config", "parallel", "runner_config", "use_parallel", "run_mode",
-              "micro_batch_interleave_num")  # fmt: skip
+              "micro_batch_interleave_num", "recompute_config")  # fmt: skip
 CALLBACK_NOTES = {"MFLossMonitor": "MoELossMonitor", "CheckpointMonitor": "WholeCheckpointMonitor",
                   "TopkBiasBalanceCallback": "MoETopkBiasBalanceCallback"}  # fmt: skip
 

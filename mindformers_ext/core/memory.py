@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes one device of each pipeline stage needs for a training step.
+
+Weights, accumulated gradients and optimizer states follow from the slices (``core.placement``) and are what a compiled
+graph holds. Activations are an estimate: what every operator keeps for its gradient, counted from the shapes, without
+what a memory planner adds or shares.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from mindformers_ext.core.capacity import expert_capacity
+from mindformers_ext.core.cluster import layer_stage
+from mindformers_ext.core.placement import ADAM_STATES, OPTIMIZER_THRESHOLD, WIDTH, head_cuts, placed_parameters
+from mindformers_ext.core.recompute import RecomputeSpec
+from mindformers_ext.core.spec import NetworkSpec
+
+STATISTICS = 16  # floats that fused attention keeps per row: maximum and sum, eight lanes each
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What else decides about memory and traffic of a step.
+
+    ``accumulation_steps`` above 1 or a pipeline means that gradients are accumulated in memory of their own, which
+    ``accumulation_is_cut`` cuts as the optimizer's states (``gradient_accumulation_shard``).
+    """
+
+    recompute: RecomputeSpec = field(default_factory=RecomputeSpec)
+    threshold: int = OPTIMIZER_THRESHOLD
+    accumulation_is_cut: bool = False
+    accumulation_steps: int = 1
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on one device of a stage. ``activations`` and ``gathered`` are estimated, the others exact.
+
+    ``gathered``: weights of which a device keeps a part and gathers the whole for a step, in the computing type.
+    """
+
+    stage: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    gathered: int
+
+    @property
+    def exact(self) -> int:
+        """Bytes that stay for the whole run."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.exact + self.activations + self.gathered
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """Numbers of one micro batch that a device handles in a layer.
+
+    ``tokens``: rows of norms and routing; ``whole_tokens``: rows of attention, which sees whole sequences;
+    ``slots``: expert rows before the exchange; ``expert_rows``: rows that its experts multiply.
+    """
+
+    tokens: int
+    whole_tokens: int
+    slots: int
+    expert_rows: int
+
+
+def layer_sizes(spec: NetworkSpec) -> LayerSizes:
+    """The sizes for ``spec``, as ``core.rules.settled`` leaves it; a dropless network is counted as balanced."""
+    parallel, moe = spec.parallel, spec.model.moe
+    whole = spec.batch_size * spec.seq_length
+    cut = parallel.model_parallel if parallel.use_seq_parallel else 1
+    tokens = whole // cut
+    if moe is None:
+        return LayerSizes(tokens, whole, 0, 0)
+    if moe.capacity_factor > 0:
+        capacity = expert_capacity(moe.num_experts_per_tok, tokens, moe.capacity_factor, moe.num_local_experts,
+                                   parallel.router_model_parallel * moe.comp_comm_parallel_degree)  # fmt: skip
+        slots = moe.num_local_experts * capacity
+    else:
+        slots = moe.num_experts_per_tok * tokens
+    return LayerSizes(tokens, whole, slots, slots * cut)
+
+
+def stage_memory(spec: NetworkSpec, settings: StepSettings) -> tuple[StageMemory, ...]:
+    """Memory of one device of every stage, by stage."""
+    accumulates = spec.parallel.pipeline_stage > 1 or settings.accumulation_steps > 1
+    placed = placed_parameters(spec, settings.threshold)
+    compute = WIDTH[spec.numerics.compute_dtype]
+    result = []
+    for stage in range(spec.parallel.pipeline_stage):
+        here = [item for item in placed if item.stage == stage]
+        weights = sum(item.nbytes for item in here)
+        if accumulates and not settings.accumulation_is_cut:
+            gradients = sum(item.gathered_nbytes for item in here)
+        else:
+            gradients = weights
+        gathered = sum(math.prod(item.gathered) * compute for item in here if item.local != item.gathered)
+        result.append(StageMemory(stage, weights, gradients, ADAM_STATES * weights,
+                                  stage_activations(spec, settings, stage), gathered))  # fmt: skip
+    return tuple(result)
+
+
+def stage_activations(spec: NetworkSpec, settings: StepSettings, stage: int) -> int:
+    """Estimated bytes of activations at the peak of a step: all micro batches that a stage keeps open, the layer whose
+    gradient is being computed, and the logits on the last stage."""
+    parallel, layers = spec.parallel, spec.model.num_hidden_layers
+    kept, once = 0, 0
+    for layer in range(layers):
+        if layer_stage(layer, layers, parallel.pipeline_stage) == stage:
+            if layer in settings.recompute.layers:
+                kept += _layer_input(spec, settings.recompute)
+                once = layer_activations(spec)
+            else:
+                kept += layer_activations(spec)
+    open_batches = min(parallel.pipeline_stage - stage, max(parallel.micro_batch_num, 1))
+    return open_batches * kept + once + (_logits(spec) if stage == parallel.pipeline_stage - 1 else 0)
+
+
+def layer_activations(spec: NetworkSpec) -> int:
+    """Bytes that one layer keeps of one micro batch for its gradient."""
+    model, parallel, sizes = spec.model, spec.parallel, layer_sizes(spec)
+    mp, number = parallel.model_parallel, WIDTH[spec.numerics.compute_dtype]
+    hidden, ffn = model.hidden_size, model.intermediate_size // mp
+    queries = model.num_attention_heads * model.head_dim // mp
+    keys = model.num_key_value_heads * model.head_dim // mp
+    heads = model.num_attention_heads // mp
+    numbers = 4 * sizes.tokens * hidden  # two residual inputs, two normed
+    numbers += sizes.whole_tokens * (3 * queries + 3 * keys)  # q, k, v, turned q and k, heads' output
+    if spec.kernels.flash_attention:
+        extra = 4 * STATISTICS * heads * sizes.whole_tokens
+    else:  # the softmax weights of half the square
+        extra = WIDTH[spec.numerics.softmax_dtype] * heads * sizes.whole_tokens * spec.seq_length // 2
+    if model.moe is None:
+        return number * (numbers + 3 * sizes.whole_tokens * ffn) + extra
+    numbers += sizes.expert_rows * (hidden + 3 * ffn) + 2 * sizes.slots * hidden
+    extra += 4 * 3 * sizes.tokens * model.moe.num_local_experts  # logits, probabilities, one-hot
+    return number * numbers + extra
+
+
+def _layer_input(spec: NetworkSpec, recompute: RecomputeSpec) -> int:
+    sizes = layer_sizes(spec)
+    rows = sizes.tokens
+    if recompute.cut_inputs and not spec.parallel.use_seq_parallel:
+        rows = sizes.whole_tokens // spec.parallel.model_parallel
+    return rows * spec.model.hidden_size * WIDTH[spec.numerics.compute_dtype]
+
+
+def _logits(spec: NetworkSpec) -> int:
+    """Logits in the computing type, in float32, and their gradient in float32."""
+    sizes, cuts = layer_sizes(spec), head_cuts(spec)
+    rows = sizes.whole_tokens if cuts > 1 else sizes.tokens
+    return rows * spec.model.vocab_size // cuts * (WIDTH[spec.numerics.compute_dtype] + 4 + 4)

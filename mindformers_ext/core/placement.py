@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which slice of every parameter one device holds: the arithmetic that a compiled graph has to agree with.
+
+A stage's devices form a box of data_parallel x model_parallel, data_parallel = outer x expert_parallel. ``ms.parallel``
+cuts the network by the same words; here they are numbers, for memory estimates and for tests of the compiled graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mindformers_ext.core.cluster import layer_stage
+from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.core.yaml_keys import SHARDED_MODES
+
+WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of a number
+OPTIMIZER_THRESHOLD = 64  # KB: MindSpore's default below which the optimizer's cut leaves a slice whole
+ADAM_STATES = 2
+
+
+@dataclass(frozen=True)
+class PlacedParameter:
+    """One parameter of a pipeline stage. ``gathered`` is the slice that computes, ``local`` the one that is kept.
+
+    They differ where ``enable_parallel_optimizer`` cuts a slice that several devices would hold alike.
+    """
+
+    name: str
+    stage: int
+    whole: tuple[int, ...]
+    gathered: tuple[int, ...]
+    local: tuple[int, ...]
+    numbers: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept on one device."""
+        return math.prod(self.local) * WIDTH[self.numbers]
+
+    @property
+    def gathered_nbytes(self) -> int:
+        """Bytes of the slice that computes."""
+        return math.prod(self.gathered) * WIDTH[self.numbers]
+
+
+def placed_parameters(spec: NetworkSpec, threshold: int = OPTIMIZER_THRESHOLD) -> tuple[PlacedParameter, ...]:
+    """Every trained parameter of the network with its stage and its slice on one device of that stage.
+
+    Args:
+        spec: as ``core.rules.settled`` leaves it.
+        threshold: KB; smaller slices are not cut by the optimizer (``parallel_optimizer_threshold``).
+    """
+    parallel = spec.parallel
+    sharded = parallel.parallel_mode in SHARDED_MODES and parallel.device_num > 1
+    mp = parallel.model_parallel if sharded else 1
+    dp = parallel.data_parallel if sharded else 1
+    ep = parallel.expert_parallel if sharded and spec.model.moe else 1
+    parts = {"-": 1, "mp": mp, "ep": ep, "head": head_cuts(spec) if sharded else 1}
+    placed = []
+    for name, stage, whole, words in _parameters(spec):
+        numbers = "float32" if name.endswith("router.dense.weight") else spec.numerics.param_dtype
+        cuts = [parts[word] for word in words.split()]
+        gathered = tuple(size // cut for size, cut in zip(whole, cuts, strict=True))
+        copies = dp * mp // math.prod(cuts)
+        local, kilobytes = gathered, math.prod(gathered) * WIDTH[numbers] / 1024
+        if sharded and parallel.enable_parallel_optimizer and kilobytes >= threshold and gathered[0] % copies == 0:
+            local = (gathered[0] // copies, *gathered[1:])
+        placed.append(PlacedParameter(name, stage, whole, gathered, local, numbers))
+    return tuple(placed)
+
+
+def head_cuts(spec: NetworkSpec) -> int:
+    """Parts into which model parallel cuts the vocabulary: 1 where it cannot or may not."""
+    mp = spec.parallel.model_parallel
+    return 1 if spec.parallel.vocab_emb_dp or spec.model.vocab_size % mp else mp
+
+
+def _parameters(spec: NetworkSpec) -> Iterator[tuple[str, int, tuple[int, ...], str]]:
+    """(name, stage, whole shape, what cuts each dimension) of every trained parameter, in the network's order."""
+    model, stages = spec.model, spec.parallel.pipeline_stage
+    hidden, ffn, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
+    queries = model.num_attention_heads * model.head_dim
+    keys = model.num_key_value_heads * model.head_dim
+    yield "model.tok_embeddings.embedding_weight", 0, (model.vocab_size, hidden), "head -"
+    for index in range(layers):
+        stage, start = layer_stage(index, layers, stages), f"model.layers.{index}."
+        rows: list[tuple[str, tuple[int, ...], str]] = [
+            ("attention_norm.weight", (hidden,), "-"),
+            ("attention.wq.weight", (queries, hidden), "mp -"),
+            ("attention.wk.weight", (keys, hidden), "mp -"),
+            ("attention.wv.weight", (keys, hidden), "mp -"),
+            ("attention.wo.weight", (hidden, queries), "- mp"),
+            ("ffn_norm.weight", (hidden,), "-"),
+        ]
+        if model.moe:
+            experts = model.moe.num_local_experts
+            rows += [
+                ("feed_forward.router.dense.weight", (experts, hidden), "- -"),
+                ("feed_forward.ffn.w1.weight", (experts, ffn, hidden), "ep mp -"),
+                ("feed_forward.ffn.w2.weight", (experts, hidden, ffn), "ep - mp"),
+                ("feed_forward.ffn.w3.weight", (experts, ffn, hidden), "ep mp -"),
+            ]
+        else:
+            rows += [
+                ("feed_forward.w1.weight", (ffn, hidden), "mp -"),
+                ("feed_forward.w2.weight", (hidden, ffn), "- mp"),
+                ("feed_forward.w3.weight", (ffn, hidden), "mp -"),
+            ]
+        for name, whole, words in rows:
+            yield start + name, stage, whole, words
+    yield "model.norm_out.weight", stages - 1, (hidden,), "-"
+    if not model.tie_word_embeddings:
+        yield "lm_head.weight", stages - 1, (model.vocab_size, hidden), "head -"

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a split costs per step: arithmetic, bytes sent, and the time in which a pipeline's stages wait.
+
+The model: seconds = (operations / ``OPERATIONS`` + bytes sent / ``LINK``) / (1 - bubble), for the busiest stage, with
+bubble = (stages - 1) / (micro batches + stages - 1) of a one-forward-one-backward schedule (Narayanan et al. 2021,
+arXiv:2104.04473, section 2.2) and ring algorithms (``core.traffic``). It puts splits in order; it is no prediction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from mindformers_ext.core.cluster import layer_stage
+from mindformers_ext.core.memory import StepSettings, layer_sizes
+from mindformers_ext.core.placement import WIDTH, placed_parameters
+from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.core.traffic import sent_bytes
+
+OPERATIONS = 140e12  # matrix operations a second that one device reaches in training, an assumption
+LINK = 25e9  # bytes a second that one device sends to the others, an assumption
+ASSUMPTIONS = (f"seconds = (operations / {OPERATIONS / 1e12:.0f} TFLOP/s + bytes sent / {LINK / 1e9:.0f} GB/s) / "
+               "(1 - bubble), bubble = (stages - 1) / (micro batches + stages - 1)")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SplitCost:
+    """Of one device of the busiest stage in one step. ``sent``: bytes by purpose."""
+
+    operations: float
+    sent: dict[str, int]
+    bubble: float
+
+    @property
+    def sent_total(self) -> int:
+        """All bytes that it sends."""
+        return sum(self.sent.values())
+
+    @property
+    def seconds(self) -> float:
+        """By the model of this file."""
+        return (self.operations / OPERATIONS + self.sent_total / LINK) / (1 - self.bubble)
+
+
+def split_cost(spec: NetworkSpec, settings: StepSettings) -> SplitCost:
+    """The cost of the split of ``spec``, as ``core.rules.settled`` leaves it."""
+    parallel = spec.parallel
+    stages = parallel.pipeline_stage
+    micro = parallel.micro_batch_num if stages > 1 else settings.accumulation_steps
+    bubble = (stages - 1) / (micro + stages - 1)
+    costs = [_stage_cost(spec, settings, stage, micro) for stage in range(stages)]
+    operations, sent = max(costs, key=lambda cost: cost[0] / OPERATIONS + sum(cost[1].values()) / LINK)
+    return SplitCost(operations, dict(sent), bubble)
+
+
+def _stage_cost(spec: NetworkSpec, settings: StepSettings, stage: int, micro: int) -> tuple[float, Counter[str]]:
+    layers, stages = spec.model.num_hidden_layers, spec.parallel.pipeline_stage
+    here = [layer for layer in range(layers) if layer_stage(layer, layers, stages) == stage]
+    passes = sum(4 if layer in settings.recompute.layers else 3 for layer in here)
+    operations = float(micro * passes * layer_operations(spec))
+    if stage == stages - 1:
+        operations += micro * 3 * head_operations(spec)
+    sent: Counter[str] = Counter()
+    for layer in here:
+        again = layer in settings.recompute.layers and settings.recompute.exchanges
+        for purpose, size in layer_sent(spec).items():
+            sent[purpose] += micro * size * (3 if again else 2)  # forward, backward as much again, once more forward
+    if stages > 1:
+        numbers = layer_sizes(spec).tokens * spec.model.hidden_size * WIDTH[spec.numerics.compute_dtype]
+        sent["pipeline"] += micro * numbers * (1 if stage in (0, stages - 1) else 2)
+    sent["gradients"] += gradient_sent(spec, settings, stage)
+    return operations, sent
+
+
+def layer_operations(spec: NetworkSpec) -> int:
+    """Two per multiplication and addition of one layer's products, forward, one micro batch, one device."""
+    model, sizes, mp = spec.model, layer_sizes(spec), spec.parallel.model_parallel
+    hidden, ffn = model.hidden_size, model.intermediate_size
+    queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    total = 2 * sizes.whole_tokens * hidden * (2 * queries + 2 * keys) // mp
+    total += 2 * sizes.whole_tokens * spec.seq_length * queries // mp  # half of the square, twice
+    if model.moe is None:
+        return total + 2 * 3 * sizes.whole_tokens * hidden * ffn // mp
+    total += 2 * sizes.tokens * hidden * model.moe.num_local_experts
+    return total + 2 * 3 * sizes.expert_rows * hidden * ffn // mp
+
+
+def head_operations(spec: NetworkSpec) -> int:
+    """The same for the output layer."""
+    parallel, model, sizes = spec.parallel, spec.model, layer_sizes(spec)
+    rows = sizes.tokens if parallel.use_seq_parallel else sizes.whole_tokens
+    return 2 * rows * model.hidden_size * model.vocab_size
+
+
+def layer_sent(spec: NetworkSpec) -> dict[str, int]:
+    """Bytes that one device sends in one layer's forward pass of one micro batch, by purpose."""
+    parallel, sizes, hidden = spec.parallel, layer_sizes(spec), spec.model.hidden_size
+    mp, ep, number = parallel.model_parallel, parallel.expert_parallel, WIDTH[spec.numerics.compute_dtype]
+    sent = {}
+    if spec.model.moe and ep > 1:
+        sent["experts"] = 2 * sent_bytes("AlltoAll", expert_exchange(spec), ep)
+    if mp > 1:
+        attention, rows = sizes.whole_tokens * hidden * number, sizes.expert_rows * hidden * number
+        if not spec.model.moe:
+            rows = attention
+        if parallel.use_seq_parallel:  # a gather before and a scattering sum behind each half of the layer
+            sent["model parallel"] = sum(sent_bytes("AllGather", size, mp) + sent_bytes("ReduceScatter", size, mp)
+                                         for size in (attention, rows))  # fmt: skip
+        else:
+            sent["model parallel"] = sum(sent_bytes("AllReduce", size, mp) for size in (attention, rows))
+    return sent
+
+
+def expert_exchange(spec: NetworkSpec) -> int:
+    """Bytes of one exchange of expert rows on one device: a routing group's slots in the computing type."""
+    return layer_sizes(spec).slots * spec.model.hidden_size * WIDTH[spec.numerics.compute_dtype]
+
+
+def gradient_sent(spec: NetworkSpec, settings: StepSettings, stage: int) -> int:
+    """Bytes for summing gradients (and gathering the weights that the optimizer's cut keeps in parts), once a step."""
+    devices = spec.parallel.data_parallel * spec.parallel.model_parallel
+    total = 0
+    for item in placed_parameters(spec, settings.threshold):
+        if item.stage == stage:
+            copies = devices // max(math.prod(item.whole) // math.prod(item.gathered), 1)
+            total += sent_bytes("AllReduce", item.gathered_nbytes, copies)
+    return total

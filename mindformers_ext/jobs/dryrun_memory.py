@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a job fits its devices' memory, and the splits that would: before anything is compiled."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.memory import StepSettings, stage_memory
+from mindformers_ext.core.placement import OPTIMIZER_THRESHOLD
+from mindformers_ext.core.recompute import recompute_from_yaml
+from mindformers_ext.core.rules import settled
+from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.core.split_cost import ASSUMPTIONS
+from mindformers_ext.core.split_search import MACHINE, Split, fitting_splits, step_rows
+from mindformers_ext.core.yaml_values import read_value
+from mindformers_ext.core.yaml_view import network_spec_from_yaml
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_AMOUNT = re.compile(r"(\d+(?:\.\d+)?) ?([KMG]i?B)", re.IGNORECASE)
+SHOWN = 10  # splits in the list
+NEEDED = ("weights, gradients and optimizer states follow from the slices; activations and gathered weights are "
+          "estimated by arithmetic")  # fmt: skip
+
+
+def read_amount(text: str, name: str = "--memory") -> int:
+    """``64GB`` (10^9) or ``64GiB`` (2^30) as bytes.
+
+    Raises:
+        UserError: anything else.
+    """
+    match = _AMOUNT.fullmatch(str(text).strip())
+    if match is None or float(match[1]) == 0:
+        raise UserError(f"{name} {text!r}: write a number and a unit, for example 64GB")
+    return round(float(match[1]) * UNITS[match[2].upper()])
+
+
+def step_settings(config: Mapping[str, Any], spec: NetworkSpec) -> StepSettings:
+    """Recompute, the optimizer's cut and accumulation as ``config`` asks for them.
+
+    Raises:
+        UserError: values of the wrong kind.
+    """
+    problems = Problems("the configuration")
+    cut = ((config.get("parallel") or {}).get("parallel_optimizer_config")) or {}
+    where = "parallel.parallel_optimizer_config"
+    threshold = read_value(f"{where}.parallel_optimizer_threshold",
+                           cut.get("parallel_optimizer_threshold", OPTIMIZER_THRESHOLD), "int", OPTIMIZER_THRESHOLD,
+                           problems)  # fmt: skip
+    shard = read_value(f"{where}.gradient_accumulation_shard", cut.get("gradient_accumulation_shard", False), "bool",
+                       False, problems)  # fmt: skip
+    steps = read_value("runner_config.gradient_accumulation_steps",
+                       (config.get("runner_config") or {}).get("gradient_accumulation_steps") or 1, "int", 1,
+                       problems)  # fmt: skip
+    problems.positive("runner_config.gradient_accumulation_steps", steps)
+    problems.raise_if_any()
+    recompute = recompute_from_yaml(config, spec.model.num_hidden_layers, spec.parallel.pipeline_stage)
+    return StepSettings(recompute, int(threshold), bool(shard), int(steps))
+
+
+def check_memory(spec: NetworkSpec, settings: StepSettings, memory: str | None, configured: object) -> list[str]:
+    """Refuse a job that needs more than ``memory``; notes where it needs more than ``configured``.
+
+    Args:
+        spec: settled.
+        settings: of the step.
+        memory: what the user says a device has.
+        configured: ``context.max_device_memory`` of the YAML.
+
+    Raises:
+        UserError: the fullest stage with its parts, and the cheapest split that fits.
+    """
+    fullest = max(stage_memory(spec, settings), key=lambda stage: stage.total)
+    need = (f"stage {fullest.stage} needs {_gb(fullest.total)} on each device: weights {_gb(fullest.weights)}, "
+            f"gradients {_gb(fullest.gradients)}, optimizer {_gb(fullest.optimizer)}, activations about "
+            f"{_gb(fullest.activations)}, gathered weights about {_gb(fullest.gathered)}")  # fmt: skip
+    if memory is not None:
+        limit = read_amount(memory)
+        if fullest.total > limit:
+            raise UserError(f"{need}; --memory is {memory}: {_way_out(spec, settings, limit)}")
+        return []
+    if configured is not None:
+        limit = read_amount(str(configured), "context.max_device_memory")
+        if fullest.total > limit:
+            return [f"{need}; context.max_device_memory is {configured} (--suggest lists splits that fit)"]
+    return []
+
+
+def _way_out(spec: NetworkSpec, settings: StepSettings, limit: int) -> str:
+    fitting = fitting_splits(spec, settings, limit)
+    if fitting:
+        return "the cheapest split that fits is " + split_words(fitting[0])
+    everything = fitting_splits(spec, settings)
+    least = min((split.memory.total for split in everything), default=0)
+    more = "" if settings.recompute.layers else ", or set recompute_config.recompute: True"
+    return f"no split of {spec.parallel.device_num} devices fits (the least is {_gb(least)}): use more devices{more}"
+
+
+def split_words(split: Split) -> str:
+    """The sizes of a split in the YAML's words."""
+    return ", ".join(f"{name}={value}" for name, value in split.words.items())
+
+
+def suggestions(config: Mapping[str, Any], where: str, world: int | None, memory: str | None) -> list[str]:
+    """Lines for ``--suggest``: splits of the job in ``config`` that fit, cheapest first.
+
+    Args:
+        config: the YAML's content with options applied; its own split may be wrong.
+        where: the file, for messages.
+        world: devices of the whole job; None: as many as the file's split has.
+        memory: of one device; None: ``context.max_device_memory``.
+
+    Raises:
+        UserError: nothing says how much memory there is, the file is wrong elsewhere, or nothing fits.
+    """
+    limit_text = memory or (config.get("context") or {}).get("max_device_memory")
+    if limit_text is None:
+        raise UserError("--suggest needs the memory of one device: add --memory 64GB")
+    limit = read_amount(str(limit_text), "--memory" if memory else "context.max_device_memory")
+    try:
+        spec = network_spec_from_yaml({**config, "use_parallel": True}, world or 1)
+        parallel = spec.parallel
+        devices = world or parallel.data_parallel * parallel.model_parallel * parallel.pipeline_stage
+        spec = network_spec_from_yaml({**config, "use_parallel": True}, devices)
+        rows = step_rows(spec, settings := step_settings(config, settled(spec)[0]))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    splits = fitting_splits(spec, settings, limit, rows)
+    if not splits:
+        raise UserError(f"{where}: {_way_out(spec, settings, limit)}; a step of {rows} rows is kept, {limit_text} each")
+    return suggestion_lines(splits, f"{where}: {devices} devices of {limit_text}, {rows} rows of {spec.seq_length} "
+                                    "tokens per step")  # fmt: skip
+
+
+def suggestion_lines(splits: Sequence[Split], head: str) -> list[str]:
+    """The table and what its columns mean."""
+    columns = ("dp", "mp", "ep", "pp", "micro", "accumulate", "memory GB", "sent GB", "bubble", "model s")
+    rows = [columns]
+    for split in splits[:SHOWN]:
+        words, cost = split.words, split.cost
+        rows.append((*(f"{words[name]}" for name in ("data_parallel", "model_parallel", "expert_parallel",
+                                                     "pipeline_stage", "micro_batch_num",
+                                                     "gradient_accumulation_steps")),
+                     f"{split.memory.total / 1e9:.1f}", f"{cost.sent_total / 1e9:.1f}", f"{100 * cost.bubble:.0f}%",
+                     f"{cost.seconds:.1f}"))  # fmt: skip
+    widths = [max(len(row[place]) for row in rows) for place in range(len(columns))]
+    table = ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    best = splits[0]
+    parts = ", ".join(f"{purpose} {size / 1e9:.1f} GB" for purpose, size in sorted(best.cost.sent.items()))
+    return [
+        head,
+        f"{len(splits)} splits fit" + (f", the cheapest {SHOWN}:" if len(splits) > SHOWN else ":"),
+        *table,
+        f"the first one: {split_words(best)}",
+        f"  sends per step: {parts}",
+        f"memory: the fullest stage; {NEEDED}.",
+        f"order: {ASSUMPTIONS}. It puts splits in order and predicts no time.",
+        f"model_parallel stays within a machine of {MACHINE} devices; above 1 it comes with use_seq_parallel.",
+    ]
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB"
