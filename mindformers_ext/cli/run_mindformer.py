@@ -89,7 +89,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from mindformers_ext.mf.run import run
 
-    run(checked.config, checked.notes)
+    run(checked.config, checked.notes, checked.merge)
     return 0
 
 

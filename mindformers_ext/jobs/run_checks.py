@@ -18,6 +18,8 @@ from mindformers_ext.core.yaml_view import network_spec_from_yaml, yaml_notes
 from mindformers_ext.jobs.checkpoints import check_shapes, checkpoint_file, choose_resume, fault, remove_leftovers
 from mindformers_ext.jobs.run_data import check_dataset
 from mindformers_ext.jobs.run_sections import check_sections
+from mindformers_ext.jobs.run_slices import settle_slices
+from mindformers_ext.jobs.transform_ckpt import TransformRequest
 
 TRAINING = ("train", "finetune")
 RUN_MODES = (*TRAINING, "eval", "predict")
@@ -26,11 +28,15 @@ DATASET = {"train": "train_dataset", "finetune": "train_dataset", "eval": "eval_
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """A configuration that can run, and what the user should read in the log."""
+    """A configuration that can run, and what the user should read in the log.
+
+    ``merge``: slices that one process must put together before any loads ``load_checkpoint``.
+    """
 
     config: dict[str, Any]
     spec: NetworkSpec
     notes: tuple[str, ...]
+    merge: TransformRequest | None = None
 
 
 def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
@@ -56,14 +62,16 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
         notes.append("use_parallel becomes False: this process was started alone (scripts/msrun_launcher.sh)")
     if mode == "predict" and not result.get("input_data"):
         raise UserError('run_mode predict has nothing to predict: give --predict_data "a prompt"')
+    merge = None
     if not generates_here(result):  # jobs.predict judges weights and tokenizer itself, of more kinds
-        notes += _settle_checkpoint(result, spec)
+        found, merge = _settle_checkpoint(result, spec)
+        notes += found
         check_tokenizer(result, spec, mode)
     if mode in DATASET:
         check_dataset(result, DATASET[mode], spec, mode)
     if mode == "predict":
         result.setdefault("save_file", str(Path(result["output_dir"]) / "text_generation_result.txt"))
-    return CheckedRun(result, spec, tuple(notes))
+    return CheckedRun(result, spec, tuple(notes), merge)
 
 
 def _check_lora(config: Mapping[str, Any], mode: str) -> None:
@@ -173,8 +181,8 @@ def check_tokenizer(config: Mapping[str, Any], spec: NetworkSpec, mode: str) -> 
             )
 
 
-def _settle_checkpoint(config: dict[str, Any], spec: NetworkSpec) -> list[str]:
-    """Check ``load_checkpoint`` and choose where to resume; returns notes. Changes ``config``."""
+def _settle_checkpoint(config: dict[str, Any], spec: NetworkSpec) -> tuple[list[str], TransformRequest | None]:
+    """Check ``load_checkpoint`` and choose where to resume; returns notes, and what to merge. Changes ``config``."""
     notes: list[str] = []
     if config.get("resume_training") and config["run_mode"] in TRAINING:
         notes += _settle_resume(config)
@@ -182,12 +190,19 @@ def _settle_checkpoint(config: dict[str, Any], spec: NetworkSpec) -> list[str]:
     if not name:
         if config["run_mode"] in ("eval", "predict"):
             notes.append("no load_checkpoint: the network keeps its random weights")
-        return notes
+        return notes, None
     path = Path(name)
     if not path.exists():
         raise UserError(f"load_checkpoint {path} does not exist: give a .ckpt or .safetensors file, or a folder with "
                         "rank_0 in it")  # fmt: skip
-    return notes + _check_checkpoint(config, spec, path)
+    if path.is_dir() and (path / "config.json").is_file():
+        raise UserError(f"load_checkpoint {path} is a Hugging Face folder: convert it first (python convert_weight.py "
+                        "--help) and give the result")  # fmt: skip
+    settled, merge = settle_slices(config, spec, _suffix(config))
+    notes += settled
+    if merge is None:
+        notes += _check_checkpoint(config, spec, Path(config["load_checkpoint"]))
+    return notes, merge
 
 
 def _settle_resume(config: dict[str, Any]) -> list[str]:
@@ -220,9 +235,6 @@ def _settle_resume(config: dict[str, Any]) -> list[str]:
 
 def _check_checkpoint(config: dict[str, Any], spec: NetworkSpec, path: Path) -> list[str]:
     """Shapes of a whole checkpoint; a sliced one can only be judged with its strategy."""
-    if path.is_dir() and (path / "config.json").is_file():
-        raise UserError(f"load_checkpoint {path} is a Hugging Face folder: convert it first (python convert_weight.py "
-                        "--help) and give the result")  # fmt: skip
     suffix = _suffix(config)
     resume = config.get("resume_training")
     file = path / "rank_0" / resume if path.is_dir() and isinstance(resume, str) else checkpoint_file(path, suffix)

@@ -19,22 +19,28 @@ import mindformers_ext.mf.register  # noqa: F401  puts our classes into MindForm
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.lora import ADAPTER_CONFIG, lora_from_yaml
 from mindformers_ext.core.yaml_text import yaml_text
+from mindformers_ext.core.yaml_view import network_spec_from_yaml
+from mindformers_ext.jobs.run_slices import merge_slices, merged_file
+from mindformers_ext.jobs.transform_ckpt import TransformRequest
 from mindformers_ext.mf.barrier import use_cpu_barrier
 from mindformers_ext.mf.upgrade import upgrade
 
 TRAINING = ("train", "finetune")
 
 
-def run(config: Mapping[str, Any], extra_notes: tuple[str, ...] = ()) -> Any:
+def run(config: Mapping[str, Any], extra_notes: tuple[str, ...] = (), merge: TransformRequest | None = None) -> Any:
     """Train (returns None), evaluate (the metrics by name) or predict (MindFormers' list) as ``run_mode`` says.
 
     Args:
         config: the YAML's content with the command line's options applied.
         extra_notes: lines for the log besides those about the upgrade.
+        merge: slices that the first rank puts together before all ranks load them.
 
     The configuration that MindFormers really gets is kept as ``<output_dir>/run_config/<run_mode>.yaml``.
     """
     full = prepare(config, extra_notes)
+    if merge is not None:
+        _merge_once(merge, config)
     trainer = Trainer(full)
     mode = full.run_mode
     if mode in TRAINING:
@@ -64,6 +70,21 @@ def prepare(config: Mapping[str, Any], extra_notes: tuple[str, ...] = (), native
     for note in (*extra_notes, *notes):
         logger.info("mindformers_ext: %s", note)
     return full
+
+
+def _merge_once(request: TransformRequest, config: Mapping[str, Any]) -> None:
+    """Merge on rank 0 while the others wait; a failure there ends the job."""
+    from mindformers.tools.utils import get_real_rank
+    from mindspore.communication import comm_func
+
+    if get_real_rank() == 0:
+        spec = network_spec_from_yaml(config)
+        logger.info("Merged weights: %s", merge_slices(request, spec))
+    if config.get("use_parallel"):
+        comm_func.barrier()
+    if not merged_file(request).is_file():
+        raise UserError(f"rank 0 has merged the weights to {merged_file(request)}, which this machine does not see: "
+                        "output_dir must be a folder that all machines share")  # fmt: skip
 
 
 def _keep_lora(config: Mapping[str, Any], folder: Path) -> None:

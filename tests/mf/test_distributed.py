@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes, data parallel through launcher and Trainer, equal one process with the whole batch."""
+"""Two processes, data parallel through launcher and Trainer, equal one process with the whole batch.
+
+They start from a whole file, from the slices of a cluster (``auto_trans_ckpt``), and from what they saved themselves.
+"""
 
 import json
 import os
@@ -12,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from mindformers_ext.formats.strategy import read_strategy
 from tests.helpers.cluster import (
     MASTER,
     end,
@@ -24,6 +28,7 @@ from tests.helpers.cluster import (
     wait_for,
     workers,
 )
+from tests.helpers.sliced import cut, write_ranks, write_strategy
 from tests.helpers.tiny_run import BATCH, ROOT, ROWS, SEQ, STEPS, command, environment, make_job, rows_of
 
 pytestmark = pytest.mark.slow
@@ -79,6 +84,8 @@ def pair(tmp_path_factory):
     job.command = (f"run_mindformer.py --config {job.yaml} --use_parallel True --parallel.parallel_mode 0 --batch_size "
                    f"{BATCH // 2} {FIXED} --callbacks.1.save_checkpoint_steps 2")  # fmt: skip
     job.fresh = f"{job.command} --load_checkpoint {job.start}"
+    job.from_slices = (f"{job.command} --load_checkpoint slices --auto_trans_ckpt True --src_strategy_path_or_dir "
+                       "strategy")  # fmt: skip
     text = launch(f"{job.fresh} --output_dir whole", 2, free_port(), "log", "True", 120, cwd=folder)
     assert text.startswith("0\n"), text[-3000:]
     job.rows = rows_of(folder / "whole")
@@ -91,6 +98,18 @@ def reference(job, what, rates):
                             env=environment(), capture_output=True, text=True, check=False)  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout
+
+
+def slice_weights(job):
+    """The start weights as a cluster saves them: experts and queries cut over two ranks, and its strategy file."""
+    import mindspore as ms
+
+    arrays = {name: value.asnumpy() for name, value in ms.load_checkpoint(str(job.start)).items()}
+    cuts = {name: array.ndim == 3 or "attention.wq" in name for name, array in arrays.items()}
+    rows = {name: {"matrix": [2], "tensor_map": [0 if cuts[name] else -1] + [-1] * (array.ndim - 1)}
+            for name, array in arrays.items()}  # fmt: skip
+    strategy = write_strategy(job.folder / "strategy" / "ckpt_strategy_rank_0.ckpt", rows)
+    write_ranks(job.folder / "slices", cut(read_strategy(strategy), arrays))
 
 
 def test_two_processes_equal_one_with_the_whole_batch(pair):
@@ -126,8 +145,9 @@ def test_ranks_hold_the_same_weights(pair):
 
 def test_a_killed_rank_ends_the_job_and_it_resumes_exactly(pair):
     output = pair.folder / "killed"
-    process = start(f"{pair.fresh} --output_dir killed", 2, free_port(), "log_killed", "True", 120, cwd=pair.folder,
-                    log=pair.folder / "out")  # fmt: skip
+    slice_weights(pair)
+    process = start(f"{pair.from_slices} --output_dir killed", 2, free_port(), "log_killed", "True", 120,
+                    cwd=pair.folder, log=pair.folder / "out")  # fmt: skip
     try:
         wait_for(lambda: list((output / "checkpoint" / "rank_1").glob("*-1_6.ckpt")), 120, "step 6")
         started = time.time()
@@ -136,6 +156,7 @@ def test_a_killed_rank_ends_the_job_and_it_resumes_exactly(pair):
     finally:
         end(process)
     text = (pair.folder / "out").read_text()
+    assert (output / "transformed_checkpoint" / "slices" / "rank_0" / "checkpoint_0.ckpt").is_file()
     assert "Worker 1 was ended by signal SIGKILL" in text and "log_killed/worker_1.log" in text
     assert len(rows_of(output)) < STEPS
     text = launch(f"{pair.command} --output_dir killed --resume_training True", 2, free_port(), "log_resumed", "True",
@@ -154,7 +175,8 @@ def test_two_machines_give_the_same(pair):
         pytest.skip(reason)
     port = free_port()
     with two_machines() as names:
-        nodes = [start(f"{pair.fresh} --output_dir nodes", 2, 1, MASTER, port, rank, f"log_node{rank}", "True", 120,
+        whole = f"{pair.fresh} --auto_trans_ckpt True --output_dir nodes"  # nothing to transform, which is said
+        nodes = [start(whole, 2, 1, MASTER, port, rank, f"log_node{rank}", "True", 120,
                        cwd=pair.folder, log=pair.folder / f"out{rank}", namespace=name)
                  for rank, name in enumerate(names)]  # fmt: skip
         try:
@@ -163,7 +185,7 @@ def test_two_machines_give_the_same(pair):
             for node in nodes:
                 end(node)
     assert codes == [0, 0], (pair.folder / "out0").read_text()[-3000:]
-    assert (pair.folder / "log_node1" / "worker_1.log").exists()
+    assert "holds whole weights" in (pair.folder / "log_node1" / "worker_1.log").read_text()
     assert not (pair.folder / "log_node1" / "scheduler.log").exists()
     for row, expected in zip(rows_of(pair.folder / "nodes"), pair.rows, strict=True):
         assert row["loss"] == expected["loss"] and row["expert_load"] == expected["expert_load"]
