@@ -37,10 +37,14 @@ class WeightedRows(nn.Cell):
     def construct(self, rows_GTD: Tensor, index_GNK: Tensor, weight_GNK: Tensor) -> Tensor:
         index = self.split(index_GNK)
         weight = self.split(ops.expand_dims(ops.cast(weight_GNK, rows_GTD.dtype), -1))
-        total = self.gather(rows_GTD, index[0], 1) * weight[0]
+        total = self._weighted(rows_GTD, index[0], weight[0])
         for j in self.choices:
-            total = total + self.gather(rows_GTD, index[j], 1) * weight[j]
+            total = total + self._weighted(rows_GTD, index[j], weight[j])
         return ops.squeeze(total, 2)
+
+    def _weighted(self, rows_GTD: Tensor, index_GNK: Tensor, weight_GNK: Tensor) -> Tensor:
+        chosen = self.gather(rows_GTD, index_GNK, 1)
+        return chosen * ops.broadcast_to(weight_GNK, chosen.shape)
 
 
 class DispatchRows(nn.Cell):
@@ -103,7 +107,7 @@ class CombineRows(nn.Cell):
         filled_GEC = ops.cast(dispatch_GEC > 0, coeff_GNK.dtype)
         weight_GEC = self.gather(ops.reshape(coeff_GNK, (G, -1)), assignment_GEC, 1) * filled_GEC
         dy_GECD = self.gather(dout, ops.maximum(dispatch_GEC - 1, 0), 1)
-        dy_GECD = dy_GECD * ops.expand_dims(ops.cast(weight_GEC, dout.dtype), -1)
+        dy_GECD = dy_GECD * ops.broadcast_to(ops.expand_dims(ops.cast(weight_GEC, dout.dtype), -1), dy_GECD.shape)
         rows = ops.reshape(y_GECD, (G, -1, D))
         index, dout_GND = self.split(slot_GNK), ops.expand_dims(dout, 2)
         parts: tuple = (self._along(rows, index[0], dout_GND),)
