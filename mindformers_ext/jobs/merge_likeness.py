@@ -25,6 +25,7 @@ PAGE, PICTURE, NUMBERS = "report.md", "cosines.png", "cosines.csv"
 WEIGHTS, CHANGES = "weights", "task vectors"
 STRANGERS = 0.2  # mean cosine of matrices below which models have little to do with each other
 LAYER = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp|block_sparse_moe)?\.?(.+?)(?:\.weight)?$")
+SPAN = 0.05
 WRITTEN = 160  # cells of a heatmap that still get their number written in
 
 
@@ -129,8 +130,12 @@ def _page(lines: Sequence[Line]) -> str:
 
 
 def _picture(lines: Sequence[Line], path: Path) -> None:
-    """A heatmap over tensors and layers for each of weights and task vectors: the mean over pairs of models."""
+    """A heatmap over matrices and layers for each of weights and task vectors: the mean over pairs of models.
+
+    Vectors stay out: those of norms are alike in any two models, and would take all of the colours.
+    """
     pyplot = open_pyplot()
+    lines = [line for line in lines if line.matrix]
     shown = [what for what in (WEIGHTS, CHANGES) if any(x.what == what and x.layer is not None for x in lines)]
     if not shown:
         shown = [WEIGHTS]
@@ -143,7 +148,7 @@ def _picture(lines: Sequence[Line], path: Path) -> None:
         for row, kind in enumerate(kinds):
             for layer in range(layers):
                 values[row, layer] = _mean([x for x in lines if (x.what, x.kind, x.layer) == (what, kind, layer)])
-        image = axes.imshow(values, aspect="auto", cmap="cividis", interpolation="nearest")
+        image = axes.imshow(values, aspect="auto", cmap="cividis", interpolation="nearest", **_range(values))
         figure.colorbar(image, ax=axes, label="cosine", pad=0.015)
         axes.set_title(f"{what.capitalize()}: mean cosine between models")
         axes.set_yticks(range(len(kinds)), kinds)
@@ -153,6 +158,15 @@ def _picture(lines: Sequence[Line], path: Path) -> None:
         if values.size <= WRITTEN:
             _write_numbers(axes, values)
     save_figure(figure, path)
+
+
+def _range(values: np.ndarray) -> dict[str, float]:
+    """From the smallest to the largest cosine, at least ``SPAN`` wide: noise must not look like a finding."""
+    if not np.isfinite(values).any():
+        return {"vmin": 0.0, "vmax": 1.0}
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    wider = max(0.0, SPAN - (high - low)) / 2
+    return {"vmin": low - wider, "vmax": high + wider}
 
 
 def _write_numbers(axes: object, values: np.ndarray) -> None:

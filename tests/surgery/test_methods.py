@@ -197,7 +197,7 @@ def test_dare_ties_with_its_own_masks_is_the_formula():
 
     base, *inputs = arrays(4, (20, 30), 2)
     weights, density = (0.4, -0.3), 0.5
-    masks = [keep_mask(3, "w", n, 0, base.shape, density).numpy() for n in range(2)]
+    masks = [keep_mask(3, "w", n, 0, base.shape, density) for n in range(2)]
     deltas = [((x - base) * mask).astype(np.float64) for x, mask in zip(inputs, masks, strict=True)]
     want = oracle.combine(base.astype(np.float64), deltas, weights, elect=True, normalize=False)
     each = [{"weight": w, "density": density} for w in weights]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from mindformers_ext.surgery.merge.bits import kept
 from mindformers_ext.surgery.merge.select import FirstEqual
 from mindformers_ext.surgery.merge.settings import Method, Parameter, Settings
 from mindformers_ext.surgery.merge.stream import Stream
@@ -34,8 +35,8 @@ def outliers(stream: Stream, settings: Settings) -> Callable[[], Sparsify]:
         def sparsify(number: int, start: int, delta: torch.Tensor) -> torch.Tensor:
             if bands[number][1] == 0:
                 return torch.zeros_like(delta)
-            kept = delta * low[number].mask(delta) if number in low else delta
-            return kept * ~high[number].mask(delta) if number in high else kept
+            band = kept(delta, low[number].mask(delta)) if number in low else delta
+            return kept(band, high[number].mask(delta).bitwise_not_()) if number in high else band
 
         return sparsify
 

@@ -9,24 +9,39 @@ tensor's name and the model's number alone. Source: Yu et al. 2023, "Language mo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import prod
 
+import numpy as np
 import torch
 
-from mindformers_ext.surgery.merge.random_masks import keep_mask
+from mindformers_ext.surgery.merge.bits import kept
+from mindformers_ext.surgery.merge.random_masks import bit_mask, keep_mask
 from mindformers_ext.surgery.merge.settings import Method, Settings
 from mindformers_ext.surgery.merge.stream import Stream
 from mindformers_ext.surgery.merge.task_vectors import DENSITY, Sparsify, merge_task_vectors, task_parameters
 
+REMEMBERED = 2**28  # elements of all models of a tensor up to which masks are kept from one walk to the next
+
 
 def bernoulli(stream: Stream, settings: Settings) -> Callable[[], Sparsify]:
-    """Keeps each element with probability density."""
+    """Keeps each element with probability density. Drawn masks are remembered, a bit per element, for a second walk."""
     densities = settings.each("density")
+    drawn: dict[tuple[int, int], np.ndarray] | None = {} if stream.numel * len(densities) <= REMEMBERED else None
+
+    def mask_of(number: int, start: int, shape: tuple[int, ...]) -> np.ndarray:
+        if drawn is None:
+            return keep_mask(settings.seed, stream.name, number, start, shape, densities[number])
+        found = drawn.get((number, start))
+        if found is not None:
+            return np.unpackbits(found, count=prod(shape)).view(np.bool_).reshape(shape)
+        mask = keep_mask(settings.seed, stream.name, number, start, shape, densities[number])
+        drawn[number, start] = np.packbits(mask.reshape(-1))
+        return mask
 
     def sparsify(number: int, start: int, delta: torch.Tensor) -> torch.Tensor:
         if densities[number] >= 1:
             return delta
-        mask = keep_mask(settings.seed, stream.name, number, start, tuple(delta.shape), densities[number])
-        return delta * mask.to(delta.device)
+        return kept(delta, bit_mask(mask_of(number, start, tuple(delta.shape))).to(delta.device))
 
     return lambda: sparsify
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from mindformers_ext.surgery.merge.bits import kept
 from mindformers_ext.surgery.merge.random_masks import uniform
 from mindformers_ext.surgery.merge.settings import Method, Parameter, Settings
 from mindformers_ext.surgery.merge.stream import Stream
@@ -33,7 +34,7 @@ def ranked(stream: Stream, settings: Settings) -> Callable[[], Sparsify]:
         ranks = delta.abs().argsort(dim=-1, stable=True).argsort(dim=-1)
         chance = density - epsilon + 2 * epsilon * ranks.to(torch.float32) / max(width - 1, 1)
         drawn = uniform(settings.seed, stream.name, number, start, tuple(delta.shape)).to(delta.device)
-        return delta * (drawn < chance)
+        return kept(delta, (drawn < chance).to(torch.int16).neg_())
 
     return lambda: sparsify
 

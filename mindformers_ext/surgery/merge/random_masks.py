@@ -27,14 +27,18 @@ def words(seed: int, name: str, model: int, start: int, count: int) -> np.ndarra
 
 def keep_mask(
     seed: int, name: str, model: int, start: int, shape: tuple[int, ...], density: float
-) -> torch.Tensor:  # fmt: skip
+) -> np.ndarray:  # fmt: skip
     """True with probability ``density`` for each element of a chunk that begins at element ``start``."""
+    if density <= 0.0 or density >= 1.0:
+        return np.full(shape, density > 0.0)
     drawn = words(seed, name, model, start, int(np.prod(shape)))
-    if density >= 1.0:
-        return torch.ones(shape, dtype=torch.bool)
-    return torch.from_numpy(drawn < np.uint32(round(density * 2**32 - 0.5)) if density > 0 else drawn < 0).reshape(
-        shape
-    )
+    return (drawn < np.uint32(round(density * 2**32 - 0.5))).reshape(shape)
+
+
+def bit_mask(mask: np.ndarray) -> torch.Tensor:
+    """A bool mask as 16-bit integers, all ones where it is true (see ``bits``)."""
+    wide = mask.view(np.int8).astype(np.int16)
+    return torch.from_numpy(np.negative(wide, out=wide))
 
 
 def uniform(seed: int, name: str, model: int, start: int, shape: tuple[int, ...]) -> torch.Tensor:

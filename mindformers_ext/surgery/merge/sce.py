@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
+from mindformers_ext.surgery.merge.bits import kept
 from mindformers_ext.surgery.merge.select import FirstEqual, largest_of_each
 from mindformers_ext.surgery.merge.settings import Method, Parameter, Settings
 from mindformers_ext.surgery.merge.stream import Stream, need_base
@@ -27,8 +28,8 @@ def sce(stream: Stream, settings: Settings) -> Iterator[torch.Tensor]:
         plus = torch.stack(deltas).sum(0) >= 0
         agree = [torch.where(plus, delta > 0, delta < 0) for delta in deltas]
         total = sum((mask * weight for mask, weight in zip(agree, weights, strict=True)), torch.zeros(()))
-        kept = (delta * mask * weight for delta, mask, weight in zip(deltas, agree, weights, strict=True))
-        summed = sum(kept, torch.zeros((), dtype=deltas[0].dtype, device=deltas[0].device))
+        terms = (delta * mask * weight for delta, mask, weight in zip(deltas, agree, weights, strict=True))
+        summed = sum(terms, torch.zeros((), dtype=deltas[0].dtype, device=deltas[0].device))
         yield (start_base + summed / total.clamp_min(LEAST).to(summed.dtype)).to(start_base.dtype)
 
 
@@ -51,7 +52,7 @@ def _selected(stream: Stream, settings: Settings) -> Iterator[tuple[torch.Tensor
         deltas = task_vectors(chunk)
         if picker:
             mask = picker.mask(_variance(deltas))
-            deltas = [delta * mask for delta in deltas]
+            deltas = [kept(delta, mask) for delta in deltas]
         yield need_base(chunk), deltas
 
 

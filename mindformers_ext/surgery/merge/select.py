@@ -14,16 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-_VIEWS = {torch.float16: (torch.int16, 15), torch.bfloat16: (torch.int16, 15),
-          torch.float32: (torch.int32, 31), torch.float64: (torch.int64, 63)}  # fmt: skip
+from mindformers_ext.surgery.merge.bits import INTEGERS, above, different, magnitude_bits
+
 # bits counted in one walk, (top, bottom), by the bits of a magnitude; the sign is not among them
 _LEVELS = {15: ((15, 0),), 31: ((31, 15), (15, 0)), 63: ((63, 47), (47, 31), (31, 15), (15, 0))}
-
-
-def magnitude_bits(tensor: torch.Tensor) -> torch.Tensor:
-    """|tensor| as integers of its own width that order as the magnitudes do."""
-    kind, width = _VIEWS[tensor.dtype]
-    return tensor.contiguous().view(kind) & ((1 << width) - 1)
 
 
 @dataclass(frozen=True)
@@ -41,7 +35,7 @@ def largest_of_each(
 
     Every count lies between 1 and the number of elements; ``dtype`` is that of the chunks.
     """
-    width = _VIEWS[dtype][1]
+    width = INTEGERS[dtype][1]
     prefix, left = [0] * len(counts), list(counts)
     for top, bottom in _LEVELS[width]:
         histograms = [np.zeros(1 << (top - bottom), np.int64) for _ in counts]
@@ -74,16 +68,15 @@ class FirstEqual:
         self._bits, self._left = threshold.bits, threshold.equal
 
     def mask(self, chunk: torch.Tensor) -> torch.Tensor:
-        """True where a value of the next ``chunk`` belongs to the largest."""
+        """All ones where a value of the next ``chunk`` belongs to the largest (a mask of ``bits``)."""
         bits = magnitude_bits(chunk)
+        larger = above(bits, self._bits)
         if self._left <= 0:
-            return bits > self._bits
-        equal = bits == self._bits
-        count = int(torch.count_nonzero(equal))
-        if count <= self._left:
-            self._left -= count
-            return bits >= self._bits
-        order = equal.reshape(-1).cumsum(0, dtype=torch.int64).reshape(equal.shape)
-        first = equal & (order <= self._left)
-        self._left = 0
-        return (bits > self._bits) | first
+            return larger
+        equal = different(bits, self._bits).bitwise_not_()
+        count = -int(equal.sum())
+        if count > self._left:
+            order = equal.reshape(-1).cumsum(0, dtype=torch.int64).reshape(equal.shape)
+            equal &= (order >= -self._left).to(equal.dtype).neg_()
+        self._left -= min(count, self._left)
+        return larger | equal

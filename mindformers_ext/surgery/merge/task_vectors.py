@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from mindformers_ext.surgery.merge.bits import kept, nonzero, one_for_zero, same_sign
 from mindformers_ext.surgery.merge.settings import Parameter, Settings
 from mindformers_ext.surgery.merge.stream import Chunk, Stream, need_base
 
@@ -60,9 +61,9 @@ def merge_task_vectors(
         for delta, scale in zip(deltas, factors, strict=True):
             if scale != 1.0:
                 delta.mul_(scale)
-        kept = [torch.tensor(weight, dtype=base.dtype, device=base.device) for weight in weights]
-        terms = [delta.mul_(weight) for delta, weight in zip(deltas, kept, strict=True)]
-        delta = _elected(terms, kept, settings.on("normalize")) if elect else _plain(terms, kept, settings)
+        scales = [torch.tensor(weight, dtype=base.dtype, device=base.device) for weight in weights]
+        terms = [delta.mul_(weight) for delta, weight in zip(deltas, scales, strict=True)]
+        delta = _elected(terms, scales, settings.on("normalize")) if elect else _plain(terms, scales, settings)
         if factor != 1.0:
             delta = delta * factor
         yield base + delta
@@ -77,13 +78,13 @@ def _plain(terms: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], setti
 
 
 def _elected(terms: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], normalize: bool) -> torch.Tensor:
-    plus = added(terms) >= 0
-    agree = [torch.where(plus, term > 0, term < 0) for term in terms]
-    delta = added([term * mask for term, mask in zip(terms, agree, strict=True)])
+    total = added(terms)  # of sign -0.0 only where every term is a zero, which changes nothing
+    chosen = [kept(term, same_sign(term, total)) for term in terms]
+    delta = added(chosen)
     if not normalize:
         return delta
-    total = added([mask * weight for mask, weight in zip(agree, weights, strict=True)])
-    return delta / torch.where(total == 0, torch.ones((), dtype=total.dtype, device=total.device), total)
+    shares = [kept(weight.expand_as(term), nonzero(term)) for term, weight in zip(chosen, weights, strict=True)]
+    return delta / one_for_zero(added(shares))
 
 
 def added(terms: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -120,5 +121,5 @@ def _factors(stream: Stream, settings: Settings, fresh: Callable[[], Sparsify] |
 
 def _length(tensor: torch.Tensor) -> float:
     """The sum of magnitudes: float32 within a row, float64 between rows."""
-    wide = tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
-    return float(torch.linalg.vector_norm(wide, ord=1, dim=-1).to(torch.float64).sum())
+    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return float(tensor.abs().sum(dim=-1, dtype=wide).to(torch.float64).sum())

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from mindformers_ext.surgery.merge.bits import kept
 from mindformers_ext.surgery.merge.select import FirstEqual, Threshold, largest_of_each
 from mindformers_ext.surgery.merge.settings import Method, Settings
 from mindformers_ext.surgery.merge.stream import Stream
@@ -34,7 +35,7 @@ def magnitude(stream: Stream, settings: Settings) -> Callable[[], Sparsify]:
 
         def sparsify(number: int, start: int, delta: torch.Tensor) -> torch.Tensor:
             if number in pickers:
-                return delta * pickers[number].mask(delta)
+                return kept(delta, pickers[number].mask(delta))
             return delta if densities[number] > 0 else torch.zeros_like(delta)
 
         return sparsify
