@@ -94,31 +94,70 @@ def test_the_commands_run_in_their_order(repo_root: Path, tree: Path) -> None:
     assert "I love Beijing, because" in (tree / "output" / "sample.txt").read_text()
 
 
+def on_cpus(tree: Path, name: str) -> str:
+    """The YAML of ``name``, data parallel instead of the split that needs NPUs; its path as the commands give it."""
+    path = tree / "research" / "mixtral" / "mixtral_8x7b" / f"{name}_mixtral-8x7b.yaml"
+    changes = {"parallel.parallel_mode": "0", "context.device_target": "CPU", "runner_config.epochs": "1"}
+    path.write_text(dump_yaml(apply_overrides(load_yaml(path), list(changes.items()))), encoding="utf-8")
+    return str(path.relative_to(tree))
+
+
+def start_two_nodes(tree: Path, names: tuple[str, str], words: str, log: str) -> list[subprocess.Popen]:
+    """The two commands of a job on two machines: as the seed has them, with 2 workers instead of 16 and 1 instead of 8.
+
+    The machines here share their disk, so each has a log folder of its own.
+    """
+    return [start(words, 2, 1, MASTER, 8118, rank, f"output/{log}{rank}", "False", 300, cwd=tree,
+                  log=tree / f"{log}{rank}.out", namespace=name) for rank, name in enumerate(names)]  # fmt: skip
+
+
+def wait_for_jobs(tree: Path, launchers: list[subprocess.Popen], logs: list[str]) -> None:
+    """Launchers return at once and their jobs end well."""
+    try:
+        assert [launcher.wait(60) for launcher in launchers] == [0] * len(launchers)  # in the background
+        for log in logs:
+            ended = tree / "output" / log / "launcher.log"
+            wait_for(lambda log=ended: "the job ended" in log.read_text(), 200, f"the end of {log}")
+            assert "the job ended with exit code 0" in ended.read_text(), ended.read_text()[-3000:]
+    finally:
+        for launcher in launchers:
+            end(launcher)
+
+
+def steps_of(tree: Path, output: str, rank: int) -> list[dict]:
+    text = (tree / output / "metrics" / f"rank_{rank}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
 @pytest.mark.slow
-def test_the_seed_s_two_node_command_runs_on_two_machines(repo_root: Path, tree: Path) -> None:
-    """As written, with two workers instead of 16, data parallel instead of the split that needs NPUs."""
+def test_the_seed_s_commands_run_on_two_machines(repo_root: Path, tree: Path) -> None:
+    """Pretraining, then finetuning from its ranks' checkpoints, and prediction by the six-argument form."""
     reason = namespaces_missing()
     if reason:
         pytest.skip(reason)
     from tests.helpers.tiny_run import token_rows, write_rows
 
-    write_rows(tree / "data" / "rows.mindrecord", token_rows(width=65, rows=8))
-    path = tree / "research" / "mixtral" / "mixtral_8x7b" / "pretrain_mixtral-8x7b.yaml"
-    changes = {"parallel.parallel_mode": "0", "context.device_target": "CPU", "runner_config.epochs": "1"}
-    path.write_text(dump_yaml(apply_overrides(load_yaml(path), list(changes.items()))), encoding="utf-8")
-    words = ("run_mindformer.py \\\n --config research/mixtral/mixtral_8x7b/pretrain_mixtral-8x7b.yaml \\\n "
-             "--run_mode train \\\n --use_parallel True \\\n --train_data data/rows.mindrecord")  # fmt: skip
+    rows = token_rows(width=65, rows=8)
+    write_rows(tree / "data" / "rows.mindrecord", rows)
+    write_rows(tree / "data" / "answers.mindrecord", rows, labels=rows)
     with two_machines() as names:
-        nodes = [start(words, 2, 1, MASTER, 8118, rank, f"output/msrun_log{rank}", "False", 300, cwd=tree,
-                       log=tree / f"out{rank}", namespace=name) for rank, name in enumerate(names)]  # fmt: skip
-        try:
-            assert [node.wait(60) for node in nodes] == [0, 0]  # in the background
-            for rank in range(2):
-                ended = tree / "output" / f"msrun_log{rank}" / "launcher.log"
-                wait_for(lambda log=ended: "the job ended" in log.read_text(), 200, f"the end of node {rank}")
-                assert "the job ended with exit code 0" in ended.read_text(), ended.read_text()[-3000:]
-        finally:
-            for node in nodes:
-                end(node)
-    rows = [json.loads(line) for line in (tree / "output" / "metrics" / "rank_1.jsonl").read_text().splitlines()]
-    assert len(rows) == 4 and rows[0]["expert_load"][0] and not rows[0]["overflow"]
+        words = (f"run_mindformer.py \\\n --config {on_cpus(tree, 'pretrain')} \\\n --run_mode train \\\n "
+                 "--use_parallel True \\\n --train_data data/rows.mindrecord")  # fmt: skip
+        wait_for_jobs(tree, start_two_nodes(tree, names, words, "pretrain"), ["pretrain0", "pretrain1"])
+        (tree / "output" / "checkpoint").rename(tree / "data" / "model_dir")
+        words = (f"run_mindformer.py \\\n--config {on_cpus(tree, 'finetune')} \\\n--load_checkpoint data/model_dir "
+                 "\\\n--run_mode finetune \\\n--use_parallel True \\\n--train_data data/answers.mindrecord "
+                 "\\\n--output_dir tuned")  # fmt: skip
+        tuning = start_two_nodes(tree, names, words, "finetune")
+        words = (f"run_mindformer.py \\\n--config {on_cpus(tree, 'predict')} \\\n--run_mode predict \\\n"
+                 "--use_parallel True \\\n--load_checkpoint data/model_dir \\\n--auto_trans_ckpt True \\\n"
+                 "--predict_data \"I love Beijing, because\" \\\n--output_dir told "
+                 "--processor.tokenizer.vocab_file data/tokenizer.model")  # fmt: skip
+        asking = start(words, 2, 8119, "output/predict", "False", 300, cwd=tree, log=tree / "predict.out")
+        wait_for_jobs(tree, [*tuning, asking], ["finetune0", "finetune1", "predict"])
+    pretrained = steps_of(tree, "output", 1)
+    assert len(pretrained) == 4 and pretrained[0]["expert_load"][0] and not pretrained[0]["overflow"]
+    tuned = [steps_of(tree, "tuned", rank) for rank in range(2)]
+    assert len(tuned[0]) == 4 and [row["loss"] for row in tuned[0]] == [row["loss"] for row in tuned[1]]
+    assert tuned[0][0]["lm_loss"] < pretrained[0]["lm_loss"]  # it went on from the pretrained weights
+    assert (tree / "told" / "sample.txt").read_text(errors="replace").startswith("I love Beijing, because")
