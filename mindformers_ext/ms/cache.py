@@ -33,39 +33,34 @@ class LayerCache(nn.Cell):
 class PromptAttention(nn.Cell):
     """``attention`` on whole prompts; keys and values go into ``cache`` too.
 
-    Inputs: x (B*S, D), cos and sin (1, S, 1, P). Output (B*S, D). Rows shorter than S are padded on the right, where
-    causality hides the padding from every real token.
+    Inputs: x (B*S, D), cos and sin (1, S, 1, P), place (B*N*S) int32, the cache rows to write. Output (B*S, D). Rows
+    shorter than S are padded on the right, where causality hides the padding from every real token.
     """
 
-    def __init__(self, attention: Attention, cache: LayerCache, shape: tuple[int, int, int], spec: NetworkSpec,
+    def __init__(self, attention: Attention, cache: LayerCache, shape: tuple[int, int], spec: NetworkSpec,
                  operators: Operators) -> None:  # fmt: skip
         super().__init__(auto_prefix=False)
         model = spec.model
         self.attention, self.cache = attention, cache
-        self.rows, self.length, positions = shape
+        self.rows, self.length = shape
         self.heads, self.kv_heads, self.head_dim = (
             model.num_attention_heads, model.num_key_value_heads, model.head_dim)  # fmt: skip
         softmax_dtype = operators.dtype(spec.numerics.softmax_dtype)
         self.attend = operators.build(operators.causal_attention, self.heads, self.kv_heads, self.head_dim, self.length,
                                       softmax_dtype)  # fmt: skip
-        self.room = positions - self.length
-        self.rest = (self.rows, self.kv_heads, self.room, self.head_dim)
-        self.transpose, self.concat, self.assign = P.Transpose(), P.Concat(axis=2), P.Assign()
+        self.transpose, self.update = P.Transpose(), P.ScatterUpdate()
 
     def _laid_out(self, x_BSNP: Tensor) -> Tensor:
-        """(B, S, N, P) -> (B*N*M, P), zeros behind S."""
-        x_BNSP = self.transpose(x_BSNP, (0, 2, 1, 3))
-        if self.room > 0:
-            x_BNSP = self.concat((x_BNSP, ops.zeros(self.rest, x_BNSP.dtype)))
-        return ops.reshape(x_BNSP, (-1, self.head_dim))
+        """(B, S, N, P) -> (B*N*S, P)."""
+        return ops.reshape(self.transpose(x_BSNP, (0, 2, 1, 3)), (-1, self.head_dim))
 
-    def construct(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
+    def construct(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor, places: Tensor) -> Tensor:
         B, S, own = self.rows, self.length, self.attention
         q = own.rotary(ops.reshape(own.wq(x_TD), (B, S, self.heads, self.head_dim)), cos_SP, sin_SP)
         k = own.rotary(ops.reshape(own.wk(x_TD), (B, S, self.kv_heads, self.head_dim)), cos_SP, sin_SP)
         v = ops.reshape(own.wv(x_TD), (B, S, self.kv_heads, self.head_dim))
-        self.assign(self.cache.key, self._laid_out(k))
-        self.assign(self.cache.value, self._laid_out(v))
+        self.update(self.cache.key, places, self._laid_out(k))
+        self.update(self.cache.value, places, self._laid_out(v))
         mixed = self.attend(ops.reshape(q, (B, S, -1)), ops.reshape(k, (B, S, -1)), ops.reshape(v, (B, S, -1)))
         return own.wo(ops.reshape(mixed, (B * S, -1)))
 
