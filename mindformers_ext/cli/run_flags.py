@@ -54,6 +54,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("--run_mode",), ("run_mode",), "train, finetune (the same), eval or predict", choices=RUN_MODES),
     Flag(("--mode",), ("context.mode",), "0 graph mode (fast), 1 pynative mode (for debugging)", int),
     Flag(("--device_target",), ("context.device_target",), "where to run", choices=DEVICES),
+    Flag(("--engine",), ("engine",), "ms MindSpore, pt PyTorch (default on GPU, and possible on CPU)",
+         choices=("ms", "pt")),
     Flag(("--device_id",), ("context.device_id",), "number of the device on this machine", int),
     Flag(("--use_parallel",), ("use_parallel",), "run on several devices (start with scripts/msrun_launcher.sh)",
          boolean),

@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="run_mindformer.py",
         usage="run_mindformer.py --config YAML [options] [--section.key VALUE ...]",
-        description="Train, finetune, evaluate or predict with a MindFormers YAML, on Ascend or CPU.",
+        description="Train, finetune, evaluate or predict with a MindFormers YAML, on Ascend, GPU or CPU.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -85,6 +85,11 @@ def _run(arguments: argparse.Namespace) -> int:
         from mindformers_ext.cli.predict import predict
 
         return predict(checked.config, checked.spec, chat)
+    if checked.engine == "pt":
+        from mindformers_ext.jobs.train import run as run_here
+
+        run_here(checked.config, checked.spec, checked.notes)
+        return 0
     _prepare(checked.config)
 
     from mindformers_ext.mf.run import run
@@ -104,6 +109,7 @@ def _config_path(name: str) -> Path:
 def _prepare(config: dict[str, Any]) -> None:
     """What must be set before MindFormers is imported: where its log goes, and where the user's classes are."""
     os.environ.setdefault("LOCAL_DEFAULT_PATH", str(config["output_dir"]))
+    config.pop("engine", None)
     folder = config.pop("register_path", None)
     if folder:
         if not Path(folder).is_dir():

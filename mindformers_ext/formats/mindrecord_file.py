@@ -1,13 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the header of a MindRecord file says, read without MindSpore: which fields its rows have.
+"""MindRecord files, read without MindSpore: which fields their rows have, and rows of whole numbers.
 
-The file begins with the length of a JSON text (8 bytes, little endian) and the text; rows follow in pages.
+The file begins with the length of a JSON text (8 bytes, little endian) and the text; rows follow in pages behind the
+header. Where each row lies stands in the index beside the file (``.db``, SQLite). A row is the length of its data (8
+bytes, little endian) and its fields in the header's order, each, where there are several, behind its length (8 bytes,
+big endian). Whole numbers are packed since version 3.0: their count (4 bytes, big endian), two bits per number that
+tell its width (1, 2, 4 or 8 bytes), and the numbers (little endian).
 """
 
 from __future__ import annotations
 
 import json
+import mmap
+import sqlite3
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import numpy.typing as npt
 
 from mindformers_ext.core.errors import UserError
 
@@ -25,13 +38,113 @@ def record_fields(path: Path) -> dict[str, str]:
         raise UserError(f"{path} {what}")
     if path.suffix == ".db":
         raise UserError(f"{path} is the index of a MindRecord: give {path.stem}")
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        head = file.read(length) if 0 < length <= LONGEST_HEADER else b""
     try:
-        described = json.loads(head)["schema"][0]["schema"]
+        described = _header(path)["schema"][0]["schema"]
         return {str(name): str(words["type"]) for name, words in described.items()}
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not a MindRecord (its header cannot be read): give a file that llama_preprocess.py wrote"
         ) from error
+
+
+def _header(path: Path) -> Any:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        head = file.read(length) if 0 < length <= LONGEST_HEADER else b""
+    return json.loads(head)
+
+
+class MindRecordFile:
+    """Rows of a MindRecord by number, in the order of the file. Reads what MindSpore or our tools wrote.
+
+    Raises:
+        UserError: no such file or index, another kind of file, or fields that are no whole numbers.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open ``path``; its index ``<path>.db`` must lie beside it."""
+        self.path = path
+        kinds = record_fields(path)
+        head = _header(path)
+        schema = head["schema"][0]
+        self.fields: tuple[str, ...] = tuple(schema.get("blob_fields") or ())
+        wrong = [f"{name} is {kinds[name]}" for name in self.fields if kinds[name] not in ("int32", "int64")]
+        if wrong or not self.fields:
+            raise UserError(f"{path}: {', '.join(wrong) or 'no field is an array'}: rows of token ids are int32")
+        self._types = {name: np.dtype(kinds[name]) for name in self.fields}
+        self._packed = str(head.get("version", "")) >= "3.0"
+        self._places = _places(path, int(head["header_size"]), int(head["page_size"]))
+        with path.open("rb") as file:
+            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if len(self._places) and int(self._places.max()) > len(self._data):
+            raise UserError(f"{path} is shorter than its index says: copy the pair again")
+
+    def __len__(self) -> int:
+        """Rows of the file."""
+        return len(self._places)
+
+    def read(self, row: int, fields: Sequence[str]) -> tuple[npt.NDArray[np.int32], ...]:
+        """The ``fields`` of one row, each an int32 array of one dimension."""
+        start, end = self._places[row]
+        blob = self._data[start:end]
+        length = int.from_bytes(blob[:8], "little")
+        if length + 8 != len(blob):
+            raise UserError(f"{self.path}: row {row} is damaged: write or copy the data again")
+        columns = self._columns(blob[8:])
+        return tuple(self._numbers(columns[name], self._types[name], row) for name in fields)
+
+    def _columns(self, blob: bytes) -> dict[str, bytes]:
+        if len(self.fields) == 1:
+            return {self.fields[0]: blob}
+        found, at = {}, 0
+        for name in self.fields:
+            length = int.from_bytes(blob[at : at + 8], "big")
+            found[name] = blob[at + 8 : at + 8 + length]
+            at += 8 + length
+        return found
+
+    def _numbers(self, data: bytes, kind: np.dtype[Any], row: int) -> npt.NDArray[np.int32]:
+        if not self._packed:
+            return np.frombuffer(data, kind.newbyteorder("<")).astype(np.int32)
+        try:
+            return unpacked(data)
+        except (ValueError, IndexError) as error:
+            raise UserError(f"{self.path}: row {row} is damaged: write or copy the data again") from error
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._data.close()
+
+
+def unpacked(data: bytes) -> npt.NDArray[np.int32]:
+    """Packed whole numbers as int32; ``ValueError`` or ``IndexError`` for what was not packed so."""
+    count = int.from_bytes(data[:4], "big")
+    first = 4 + (count + 3) // 4
+    bits = np.frombuffer(data, np.uint8, first - 4, 4)
+    kinds = ((bits[:, None] >> np.array([6, 4, 2, 0], np.uint8)) & 3).reshape(-1)[:count]
+    width = np.left_shift(1, kinds.astype(np.int64))
+    start = first + np.cumsum(width) - width
+    source = np.frombuffer(data, np.uint8)
+    if count and int(start[-1] + width[-1]) != len(data):
+        raise ValueError(f"{len(data)} bytes for {count} numbers")
+    result = np.empty(count, np.int32)
+    for kind, dtype in enumerate(("<i1", "<i2", "<i4", "<i8")):
+        chosen = np.flatnonzero(kinds == kind)
+        if chosen.size:
+            pieces = source[start[chosen, None] + np.arange(1 << kind)]
+            result[chosen] = np.ascontiguousarray(pieces).view(dtype)[:, 0]
+    return result
+
+
+def _places(path: Path, header: int, page: int) -> npt.NDArray[np.int64]:
+    """Start and end (rows, 2) of every row in the file."""
+    index = path.with_name(path.name + ".db")
+    if not index.is_file():
+        raise UserError(f"no MindRecord at {path}: the file and its index {index.name} must both be there")
+    query = "select PAGE_ID_BLOB, PAGE_OFFSET_BLOB, PAGE_OFFSET_BLOB_END from INDEXES order by ROW_ID"
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str(index))}?mode=ro", uri=True)) as found:
+            rows = np.array(found.execute(query).fetchall(), np.int64).reshape(-1, 3)
+    except sqlite3.Error as error:
+        raise UserError(f"the index {index.name} of {path} cannot be read ({error}): write the data again") from error
+    return header + page * rows[:, :1] + rows[:, 1:]

@@ -14,6 +14,7 @@ import numpy as np
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.core.train_spec import TrainSpec
 
 
 class Network(Protocol):
@@ -122,15 +123,93 @@ class TensorFile(Protocol):
         ...
 
 
-ENGINES = ("ms",)
+class Ranks(Protocol):
+    """The processes of a job."""
+
+    rank: int
+    size: int
+
+    def share(self, rows: int) -> slice:
+        """This process's rows among those of a step."""
+        ...
+
+    def close(self) -> None:
+        """Leave the job."""
+        ...
+
+
+class Trainer(Protocol):
+    """A network that learns; see ``pt.trainer``. Weights are filled in before ``open``, moments restored after it."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes of the job."""
+        ...
+
+    def fill(self, weights: Iterable[tuple[str, np.ndarray]]) -> None:
+        """Base weights by MindFormers' names."""
+        ...
+
+    def open(self) -> None:
+        """Make the optimizer; no weight may be filled in afterwards."""
+        ...
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Moments and counters of a checkpoint."""
+        ...
+
+    def step(self, columns: tuple[np.ndarray, ...]) -> Any:
+        """One update; what it measured has the fields of ``ms.step.StepOutput``."""
+        ...
+
+    def state(self, adapters: bool) -> Iterator[tuple[str, np.ndarray]]:
+        """All that a checkpoint holds; with ``adapters`` LoRA's weights alone."""
+        ...
+
+
+ENGINES = ("ms", "pt")
+
+
+def engine_of(config: Mapping[str, Any]) -> str:
+    """The engine a configuration asks for: ``engine`` (``--engine``), else PyTorch on a GPU and MindSpore elsewhere.
+
+    Raises:
+        UserError: no such engine, or one that does not run on the configuration's device.
+    """
+    device = str((config.get("context") or {}).get("device_target", "Ascend"))
+    name = config.get("engine") or ("pt" if device == "GPU" else "ms")
+    if name not in ENGINES:
+        raise UserError(f"engine={name!r} is unknown: choose one of {', '.join(ENGINES)} (--engine)")
+    if name == "pt" and device not in ("GPU", "CPU"):
+        raise UserError(f"--engine pt with device_target {device}: PyTorch runs here on GPU and CPU (--device_target)")
+    if name == "ms" and device == "GPU":
+        raise UserError("--engine ms with device_target GPU: MindSpore has no kernels for today's GPUs; leave --engine "
+                        "out, PyTorch runs there")  # fmt: skip
+    return str(name)
+
+
+def open_trainer(spec: NetworkSpec, train: TrainSpec, device: str, device_id: int = 0) -> Trainer:
+    """A trainer of the PyTorch engine in this process of the job (``torchrun`` starts several)."""
+    from mindformers_ext.pt.engine import PyTorchEngine
+    from mindformers_ext.pt.sharded import open_ranks
+    from mindformers_ext.pt.trainer import TorchTrainer
+
+    engine = PyTorchEngine()
+    ranks = open_ranks(spec.parallel, device)
+    engine.use(device, ranks.device_id(device_id))
+    return TorchTrainer(spec, train, engine.device, ranks)
 
 
 def open_engine(name: str) -> Engine:
-    """The engine called ``name``: "ms" is MindSpore. Importing it takes seconds; do it once."""
+    """The engine called ``name``: "ms" is MindSpore, "pt" PyTorch. Importing it takes seconds; do it once."""
     if name == "ms":
         from mindformers_ext.ms.engine import MindSporeEngine
 
         return MindSporeEngine()
+    if name == "pt":
+        from mindformers_ext.pt.engine import PyTorchEngine
+
+        return PyTorchEngine()
     raise UserError(f"no engine called '{name}': choose one of {', '.join(ENGINES)}")
 
 

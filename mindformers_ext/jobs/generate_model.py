@@ -15,7 +15,7 @@ from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.core.yaml_keys import KEYS
 from mindformers_ext.formats.rank_dirs import rank_folders
 from mindformers_ext.jobs.checkpoints import checkpoint_file
-from mindformers_ext.jobs.engine import Network, open_engine
+from mindformers_ext.jobs.engine import Network, engine_of, open_engine
 from mindformers_ext.jobs.weight_source import CONFIG, Reader, described_layout, open_hf, open_ms, read_config
 from mindformers_ext.weights.convert import plan_relayout, plan_to_mindspore
 from mindformers_ext.weights.layouts import Layout, resolve_layout
@@ -118,10 +118,10 @@ def check_same_model(spec: ModelSpec, config: Mapping[str, Any], where: Path) ->
     problems.raise_if_any()
 
 
-def open_network(config: Mapping[str, Any], spec: NetworkSpec, weights: Weights | None, engine: str = "ms") -> Network:
+def open_network(config: Mapping[str, Any], spec: NetworkSpec, weights: Weights | None) -> Network:
     """The network on the configuration's device, with ``weights`` streamed in, or with random ones."""
     context = config.get("context") or {}
-    opened = open_engine(engine)
+    opened = open_engine(engine_of(config))
     opened.use(str(context.get("device_target", "Ascend")), int(context.get("device_id") or 0),
                int(context.get("mode") or 0) == 1)  # fmt: skip
     # The network's own graph is not run: generation has graphs of its own, of the prompts' lengths.

@@ -16,6 +16,7 @@ from mindformers_ext.core.rules import check_network
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.core.yaml_view import network_spec_from_yaml, yaml_notes
 from mindformers_ext.jobs.checkpoints import check_shapes, checkpoint_file, choose_resume, fault, remove_leftovers
+from mindformers_ext.jobs.engine import engine_of
 from mindformers_ext.jobs.run_data import check_dataset
 from mindformers_ext.jobs.run_sections import check_sections
 from mindformers_ext.jobs.run_slices import settle_slices
@@ -36,6 +37,7 @@ class CheckedRun:
     config: dict[str, Any]
     spec: NetworkSpec
     notes: tuple[str, ...]
+    engine: str = "ms"
     merge: TransformRequest | None = None
 
 
@@ -49,29 +51,36 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
     mode = result.get("run_mode")
     if mode not in RUN_MODES:
         raise UserError(f"{where}: run_mode={mode!r}: choose one of {', '.join(RUN_MODES)} (--run_mode)")
+    engine = engine_of(result)
     try:
         check_sections(result, mode)
-        spec = network_spec_from_yaml(result, device_count(result))
+        spec = network_spec_from_yaml(result, device_count(result, engine))
         notes = [*yaml_notes(result), *check_network(spec, mode)]
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     check_device(str((result.get("context") or {}).get("device_target", "Ascend")))
     _check_lora(result, mode)
-    if result.get("use_parallel") and not launched():
+    if result.get("use_parallel") and not launched(engine):
         result["use_parallel"] = False
-        notes.append("use_parallel becomes False: this process was started alone (scripts/msrun_launcher.sh)")
+        script = "torchrun_launcher.sh" if engine == "pt" else "msrun_launcher.sh"
+        notes.append(f"use_parallel becomes False: this process was started alone (scripts/{script})")
+        if engine == "pt":  # nothing reads the YAML again
+            spec = network_spec_from_yaml(result, 1)
+    if engine == "pt" and not names_our_network(result):
+        raise UserError(f"{where}: the PyTorch engine has Mixtral and LLaMA (LlamaForCausalLM, MixtralForCausalLM), "
+                        f"not {((result.get('model') or {}).get('arch') or {}).get('type')}")  # fmt: skip
     if mode == "predict" and not result.get("input_data"):
         raise UserError('run_mode predict has nothing to predict: give --predict_data "a prompt"')
     merge = None
     if not generates_here(result):  # jobs.predict judges weights and tokenizer itself, of more kinds
-        found, merge = _settle_checkpoint(result, spec)
+        found, merge = (_settle_here(result), None) if engine == "pt" else _settle_checkpoint(result, spec)
         notes += found
         check_tokenizer(result, spec, mode)
     if mode in DATASET:
-        check_dataset(result, DATASET[mode], spec, mode)
+        check_dataset(result, DATASET[mode], spec, mode, engine)
     if mode == "predict":
         result.setdefault("save_file", str(Path(result["output_dir"]) / "text_generation_result.txt"))
-    return CheckedRun(result, spec, tuple(notes), merge)
+    return CheckedRun(result, spec, tuple(notes), engine, merge)
 
 
 def _check_lora(config: Mapping[str, Any], mode: str) -> None:
@@ -86,8 +95,10 @@ def _check_lora(config: Mapping[str, Any], mode: str) -> None:
                         "again from the base weights")  # fmt: skip
 
 
-def launched() -> bool:
+def launched(engine: str = "ms") -> bool:
     """Whether a launcher started this process as one of several (or a simulation plays them)."""
+    if engine == "pt":
+        return "RANK" in os.environ and "WORLD_SIZE" in os.environ
     return any(os.environ.get(name) for name in ("MS_ROLE", "RANK_TABLE_FILE", "RANK_ID", "MS_SIMULATION_LEVEL"))
 
 
@@ -109,11 +120,11 @@ def generates_here(config: Mapping[str, Any]) -> bool:
                 and not config.get("adapter_id") and not words.get("pet_config"))  # fmt: skip
 
 
-def device_count(config: Mapping[str, Any]) -> int:
+def device_count(config: Mapping[str, Any], engine: str = "ms") -> int:
     """Devices of the whole job: what the launcher says, 1 without ``use_parallel``."""
     if not config.get("use_parallel", False):
         return 1
-    for name in ("MS_WORKER_NUM", "RANK_SIZE"):
+    for name in ("WORLD_SIZE",) if engine == "pt" else ("MS_WORKER_NUM", "RANK_SIZE"):
         value = os.environ.get(name, "")
         if value.isdecimal() and int(value) > 0:
             return int(value)
@@ -205,16 +216,25 @@ def _settle_checkpoint(config: dict[str, Any], spec: NetworkSpec) -> tuple[list[
     return notes, merge
 
 
-def _settle_resume(config: dict[str, Any]) -> list[str]:
+def _settle_here(config: dict[str, Any]) -> list[str]:
+    """The same for the PyTorch engine, which judges weights itself, of more kinds. Changes ``config``."""
+    if config.get("resume_training") and config["run_mode"] in TRAINING:
+        return _settle_resume(config, any_kind=True)
+    return [] if config.get("load_checkpoint") else ["no load_checkpoint: the network starts from random weights"]
+
+
+def _settle_resume(config: dict[str, Any], any_kind: bool = False) -> list[str]:
     name, wanted = config.get("load_checkpoint"), config["resume_training"]
     folder = Path(name or Path(config["output_dir"]) / "checkpoint")
     suffix = _suffix(config)
+    if any_kind and not any(folder.glob(f"rank_*/*{suffix}")) and any(folder.glob("rank_*/*.safetensors")):
+        suffix = ".safetensors"
     if not name and not any(folder.glob(f"rank_*/*{suffix}")):
         left = remove_leftovers(folder)
         config["resume_training"] = False
         what = f" ({', '.join(path.name for path in left)} was half written)" if left else ""
         return [f"resume_training: {folder} holds no whole checkpoint yet{what}, the run starts from step 0"]
-    if suffix == ".safetensors" and not config.get("use_parallel"):
+    if suffix == ".safetensors" and not config.get("use_parallel") and not any_kind:
         raise UserError(
             f"cannot resume from {folder}: MindFormers resumes one device from .ckpt only, load_ckpt_format is "
             "safetensors; save with checkpoint_format: ckpt, or start from the weights without --resume_training"

@@ -1,52 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one training step has measured, and its file: one JSON object a step (``jobs.run_metrics`` reads it)."""
+"""From a MindSpore train step's outputs to the record that ``jobs.metrics_file`` keeps."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-FOLDER = "metrics"
+from mindformers_ext.jobs.metrics_file import MetricsFile, StepRecord
 
-
-@dataclass(frozen=True)
-class StepRecord:
-    """Figures of one step. ``expert_load`` (L, E) counts assignments before dropping; ``dropped`` (L) is their share.
-
-    ``loss_scale`` is the scale the next step will use. Times are in seconds.
-    """
-
-    step: int
-    epoch: int
-    loss: float
-    lm_loss: float
-    aux_loss: float
-    drop_rate: float
-    learning_rate: float
-    global_norm: float
-    loss_scale: float
-    overflow: bool
-    seconds: float
-    tokens_per_second: float
-    dropped: list[float]
-    expert_load: list[list[float]]
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether both losses are numbers."""
-        return math.isfinite(self.loss) and math.isfinite(self.lm_loss)
-
-    def line(self) -> str:
-        """The record as one line of JSON; values that are not finite are written as null."""
-        row = {name: _finite(value) for name, value in asdict(self).items()}
-        return json.dumps(row) + "\n"
+__all__ = ["MetricsFile", "StepRecord", "record_of"]
 
 
 def record_of(outputs: Sequence[Any], step: int, epoch: int, seconds: float, tokens: int) -> StepRecord:
@@ -73,47 +37,7 @@ def record_of(outputs: Sequence[Any], step: int, epoch: int, seconds: float, tok
     )
 
 
-class MetricsFile:
-    """Appends records to ``<output_dir>/metrics/rank_<rank>.jsonl``.
-
-    A run from the start sets an older file aside as ``.previous``; a resumed run keeps the rows up to its first step,
-    so that the file always reads as one uninterrupted run.
-    """
-
-    def __init__(self, output_dir: str, rank: int, first_step: int) -> None:
-        """``first_step``: the number of steps already done."""
-        self.path = Path(output_dir) / FOLDER / f"rank_{rank}.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if first_step == 0:
-            if self.path.exists():
-                os.replace(self.path, self.path.with_name(self.path.name + ".previous"))
-        elif self.path.exists():
-            self._keep(first_step)
-
-    def append(self, record: StepRecord) -> None:
-        """Write one row; it is in the file when this returns."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(record.line())
-
-    def _keep(self, steps: int) -> None:
-        rows = []
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n"):
-                break  # the row a killed run was writing
-            if json.loads(line)["step"] <= steps:
-                rows.append(line)
-        beside = self.path.with_name(self.path.name + ".new")
-        beside.write_text("".join(rows), encoding="utf-8")
-        os.replace(beside, self.path)
-
-
 def _array(value: Any) -> np.ndarray:
     if value is None:
         return np.full((1,), np.nan)
     return np.atleast_1d(value.asnumpy() if hasattr(value, "asnumpy") else np.asarray(value))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -12,6 +12,8 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.pt import names
 from mindformers_ext.pt.causal_lm import CausalLM
+from mindformers_ext.pt.generate import PyTorchSession
+from mindformers_ext.pt.init import build_empty
 from mindformers_ext.pt.models import build_causal_lm
 
 
@@ -29,6 +31,12 @@ class PyTorchNetwork:
     def fill(self, weights: Iterable[tuple[str, np.ndarray]]) -> None:
         """As ``load``, one tensor at a time; see ``pt.names.fill``."""
         names.fill(self.module, weights)
+
+    def session(self, rows: int, length: int, positions: int, use_cache: bool = True) -> PyTorchSession:
+        """Generation for ``rows`` prompts of up to ``length`` tokens, up to ``positions`` with their answers."""
+        session = PyTorchSession(self.module, rows, length, positions, self.device)
+        session.compile(use_cache)
+        return session
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """float32 logits of shape (B, S, V) for token ids of shape (B, S)."""
@@ -66,13 +74,7 @@ class PyTorchEngine:
 
     def build(self, spec: NetworkSpec, empty: bool = False) -> PyTorchNetwork:
         """A network with fresh random weights, or with none until they are filled in (``empty``)."""
-        if not empty:
-            with self.device:
-                return PyTorchNetwork(build_causal_lm(spec), self.device)
-        with torch.device("meta"):
-            module = build_causal_lm(spec)
-        module.to_empty(device=self.device)
-        for name, buffer in module.named_buffers():
-            if name.endswith(names.STATE):
-                buffer.zero_()
-        return PyTorchNetwork(module, self.device)
+        if empty:
+            return PyTorchNetwork(build_empty(spec, self.device), self.device)
+        with self.device:
+            return PyTorchNetwork(build_causal_lm(spec), self.device)

@@ -47,23 +47,23 @@ def load(network: nn.Module, weights: Mapping[str, np.ndarray]) -> None:
     _list(problems, "misshaped", [f"'{n}' {weights[n].shape} instead of {tuple(views[n].shape)}" for n in wrong])
     problems.raise_if_any()
     for name, weight in weights.items():
-        _set(views[name], weight)
+        set_view(views[name], weight)
 
 
-def fill(network: nn.Module, weights: Iterable[tuple[str, np.ndarray]]) -> None:
-    """As ``load``, one tensor at a time.
+def fill(network: nn.Module, weights: Iterable[tuple[str, np.ndarray]], optional: tuple[str, ...] = ()) -> None:
+    """As ``load``, one tensor at a time; names that end in ``optional`` need not come.
 
     Raises:
         UserError: a tensor that no parameter wants, or whose shape differs, where it comes; what is missing, at the
             end.
     """
     views = named_views(network)
-    missing = {name for name in views if not _is_state(name)}
+    missing = {name for name in views if not _is_state(name) and not name.endswith(optional)}
     for name, weight in weights:
         if name not in views or tuple(views[name].shape) != weight.shape:
             raise UserError(f"weight '{name}' {weight.shape} has no place in the network: the checkpoint was made "
                             "for another model or other sizes")  # fmt: skip
-        _set(views[name], weight)
+        set_view(views[name], weight)
         missing.discard(name)
     if missing:
         raise UserError(f"the checkpoint lacks {', '.join(sorted(missing)[:LISTED])}: give the whole model")
@@ -73,10 +73,17 @@ def _is_state(name: str) -> bool:
     return name.split(".")[-1] in STATE
 
 
-def _set(view: Tensor, weight: np.ndarray) -> None:
+def set_view(view: Tensor, weight: np.ndarray) -> None:
+    """Copy a numpy array (any float type) into a view of a parameter."""
     # through float32: numpy's own types do not cover bfloat16
     with torch.no_grad():
         view.copy_(torch.from_numpy(np.array(weight, dtype=np.float32, copy=True)))
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """A copy in main memory; bfloat16 as its bits (uint16), since numpy has no such type."""
+    tensor = tensor.detach().cpu().contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy().copy()
 
 
 def _list(problems: Problems, what: str, names: list[str]) -> None:

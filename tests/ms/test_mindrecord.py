@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.formats.mindrecord_file import MindRecordFile
 from mindformers_ext.ms.mindrecord import BATCH_ROWS, read_mindrecord, write_mindrecord
 
 
@@ -63,3 +64,42 @@ def test_no_rows_no_file_and_wrong_types_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no MindRecord at"):
         next(read_mindrecord(path, ("input_ids",)))
     assert not path.exists()
+
+
+@pytest.mark.parametrize("fields", [("input_ids",), ("input_ids", "labels")])
+def test_the_reader_without_mindspore_reads_the_same(tmp_path: Path, fields: tuple[str, ...]) -> None:
+    """Numbers of every width, rows of every length, several pages."""
+    from mindspore.mindrecord import FileWriter
+
+    generator = np.random.default_rng(1)
+    edges = [-128, 127, -129, 128, 32767, -32768, 32768, -32769, 2**31 - 1, -(2**31), 0]
+    rows = [{name: generator.integers(-100, high, length, dtype=np.int32) for name in fields}
+            for length in (1, 3, 4, 9, 130) for high in (100, 40_000, 2_000_000) for _ in range(60)]  # fmt: skip
+    rows[5][fields[0]] = np.array(edges, np.int32)
+    path = tmp_path / "rows.mindrecord"
+    writer = FileWriter(str(path), shard_num=1)
+    writer.set_page_size(1 << 15)
+    writer.add_schema({name: {"type": "int32", "shape": [-1]} for name in fields}, "rows")
+    for start in range(0, len(rows), 50):
+        writer.write_raw_data(rows[start : start + 50])
+    writer.commit()
+    file = MindRecordFile(path)
+    assert len(file) == len(rows) and file.fields == fields and path.stat().st_size > 16777216 + 2 * (1 << 15)
+    for number, row in enumerate(rows):
+        for name, found in zip(fields, file.read(number, fields), strict=True):
+            np.testing.assert_array_equal(found, row[name])
+    file.close()
+
+
+def test_damaged_records_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "train.mindrecord"
+    write_mindrecord(path, rows(3), ("input_ids", "labels"))
+    data = bytearray(path.read_bytes())
+    data[16777216] ^= 0xFF  # the length of the first row
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="row 0 is damaged"):
+        MindRecordFile(path).read(0, ("input_ids",))
+    assert len(MindRecordFile(path).read(1, ("labels",))[0]) == 9
+    path.with_name(path.name + ".db").unlink()
+    with pytest.raises(UserError, match="must both be there"):
+        MindRecordFile(path)

@@ -23,13 +23,14 @@ class Backend:
     """Three products over sorted rows, for ``offs`` (E) int32 inclusive end offsets.
 
     forward(x (R, in), w (E, out, in)) -> (R, out); to_input(dy (R, out), w) -> (R, in); to_weight(dy, x) -> (E, out,
-    in), exactly zero for an expert without rows.
+    in), exactly zero for an expert without rows. ``capturable``: never reads on the host, fit for a CUDA graph.
     """
 
     name: str
     forward: Callable[[Tensor, Tensor, Tensor], Tensor]
     to_input: Callable[[Tensor, Tensor, Tensor], Tensor]
     to_weight: Callable[[Tensor, Tensor, Tensor], Tensor]
+    capturable: bool = True
 
 
 def _spans(offs_E: Tensor) -> list[tuple[int, int, int]]:
@@ -81,7 +82,7 @@ def _gmm_to_weight(dy: Tensor, x: Tensor, offs_E: Tensor) -> Tensor:
     return out
 
 
-LOOP = Backend("loop", _loop_forward, _loop_to_input, _loop_to_weight)
+LOOP = Backend("loop", _loop_forward, _loop_to_input, _loop_to_weight, capturable=False)
 GMM = Backend("gmm", _gmm_forward, _gmm_to_input, _gmm_to_weight)
 BACKENDS = {"loop": LOOP, "gmm": GMM}
 

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training run of a MindFormers YAML as plain values, for an engine that has no MindFormers.
+
+What such an engine cannot do is an error that names the key; nothing is left out silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mindformers_ext.core.errors import Problems
+from mindformers_ext.core.lora import LoraSpec, lora_from_yaml
+from mindformers_ext.core.schedule import Schedule, schedule_from_yaml
+from mindformers_ext.core.spec import ParallelSpec
+
+ENGINE = "the PyTorch engine"
+OPTIMIZERS = {"AdamW": True, "FusedAdamW": True, "FP32StateAdamWeightDecay": False}  # with bias correction?
+CALLBACKS = ("MFLossMonitor", "CheckpointMonitor", "TopkBiasBalanceCallback", "ObsMonitor")
+# Keys that would change the result, with the values that mean off.
+OFF: dict[str, tuple[object, ...]] = {
+    "runner_wrapper.local_norm": (False, None),
+    "runner_wrapper.calculate_per_token_loss": (False, None),
+    "runner_wrapper.use_skip_data_by_global_norm": (False, None),
+    "optimizer.swap": (False, None),
+    "grouped_lr_schedule": (None, [], {}),
+    "swap_config.swap": (False, None),
+    "layer_scale": (False, None),
+    "lr_scale": (False, None),
+    "do_eval": (False, None),
+    "profile": (False, None),
+    "parallel_config.pipeline_stage": (1, None),
+    "parallel_config.model_parallel": (1, None),
+    "parallel_config.context_parallel": (1, None),
+    "runner_config.stop_step": (0, None),
+    "remove_redundancy": (False, None),
+    "only_save_strategy": (False, None),
+    "use_graceful_exit": (False, None),
+}
+ADVICE = {
+    "do_eval": "set it to False and evaluate after training (--run_mode eval)",
+    "parallel_config.pipeline_stage": "set it to 1 and use data_parallel and expert_parallel",
+    "parallel_config.model_parallel": "set it to 1 and use data_parallel and expert_parallel",
+}
+PARALLEL_SIZES = ("pipeline_stage", "model_parallel", "context_parallel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSpec:
+    """AdamW (Loshchilov and Hutter 2019) or, without bias correction, ``FP32StateAdamWeightDecay`` (``mf.optimizer``).
+
+    Weights of one dimension do not decay.
+    """
+
+    bias_correction: bool = True
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossScale:
+    """Factor of the loss before its gradient is taken. ``window`` 0: fixed; else halved by ``factor`` at an overflow
+    and multiplied by it after ``window`` steps without one (MindSpore's ``DynamicLossScaleUpdateCell``)."""
+
+    value: float = 1.0
+    factor: float = 2.0
+    window: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointPlan:
+    """When checkpoints are written (every ``steps`` steps, 0 = at the end only) and how many stay."""
+
+    prefix: str = "CKP"
+    steps: int = 1
+    keep: int = 5
+    suffix: str = ".ckpt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSpec:
+    """How a network is trained: everything but the network and the data."""
+
+    optimizer: OptimizerSpec
+    schedule: Schedule
+    steps: int
+    max_grad_norm: float | None = None
+    micro_batches: int = 1
+    loss_scale: LossScale = LossScale()
+    recompute: bool = False
+    seed: int = 0
+    bias_rate: float = 0.0
+    print_every: int = 1
+    checkpoint: CheckpointPlan | None = None
+    lora: LoraSpec | None = None
+
+
+def train_spec_from_yaml(config: Mapping[str, Any], parallel: ParallelSpec, per_epoch: int,
+                         bias_rate: float) -> tuple[TrainSpec, list[str]]:  # fmt: skip
+    """The run that ``config`` describes, and notes about keys that have no effect here.
+
+    Args:
+        config: the YAML's content.
+        parallel: its sizes, settled.
+        per_epoch: steps of one pass over the data.
+        bias_rate: ``moe_config.topk_bias_update_rate``, where the router has a bias.
+
+    Raises:
+        UserError: lists every key that asks for what is not built, and every value out of range.
+    """
+    problems = Problems("the configuration")
+    notes: list[str] = []
+    _check_off(config, parallel, problems)
+    runner, wrapper = config.get("runner_config") or {}, config.get("runner_wrapper") or {}
+    epochs = int(runner.get("epochs") or 1)
+    steps = epochs * per_epoch
+    optimizer = _optimizer(config.get("optimizer") or {}, problems)
+    schedule = schedule_from_yaml(config, steps, per_epoch, problems)
+    callbacks = {str(item.get("type")): item for item in config.get("callbacks") or []}
+    for name in callbacks:
+        if name not in CALLBACKS:
+            problems.add(f"callback {name} belongs to MindFormers' trainer, {ENGINE} has {', '.join(CALLBACKS)}",
+                         "remove it")  # fmt: skip
+    monitor = callbacks.get("MFLossMonitor") or {}
+    clips = bool(wrapper.get("use_clip_grad", False))
+    recompute = _recompute(config.get("recompute_config"), notes)
+    if "TopkBiasBalanceCallback" in callbacks:
+        bias_rate = float(callbacks["TopkBiasBalanceCallback"].get("topk_bias_update_rate") or bias_rate)
+    elif bias_rate:
+        notes.append("topk_bias_update_rate has no effect without the callback TopkBiasBalanceCallback")
+        bias_rate = 0.0
+    spec = TrainSpec(
+        optimizer=optimizer, schedule=schedule, steps=steps,
+        max_grad_norm=float(wrapper.get("max_grad_norm") or 1.0) if clips else None,
+        micro_batches=int(runner.get("gradient_accumulation_steps") or 1),
+        loss_scale=_loss_scale(wrapper.get("scale_sense"), problems), recompute=recompute,
+        seed=int(config.get("seed") or 0), bias_rate=bias_rate, print_every=int(monitor.get("per_print_times") or 1),
+        checkpoint=_checkpoint(callbacks.get("CheckpointMonitor"), problems, notes), lora=lora_from_yaml(config),
+    )  # fmt: skip
+    problems.raise_if_any()
+    return spec, notes
+
+
+def value_at(config: Mapping[str, Any], path: str) -> Any:
+    """The value of a dotted key, None where a section is missing."""
+    found: Any = config
+    for name in path.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def _check_off(config: Mapping[str, Any], parallel: ParallelSpec, problems: Problems) -> None:
+    for path, off in OFF.items():
+        name = path.rpartition(".")[2]
+        value = getattr(parallel, name) if name in PARALLEL_SIZES else value_at(config, path)
+        if value not in off:
+            problems.add(f"{path}={value!r}: {ENGINE} does not build this", ADVICE.get(path, f"set it to {off[0]}"))
+
+
+def _optimizer(words: Mapping[str, Any], problems: Problems) -> OptimizerSpec:
+    kind = words.get("type")
+    problems.one_of("optimizer.type", kind, tuple(OPTIMIZERS))
+    corrected = OPTIMIZERS.get(str(kind), True)
+    if corrected:
+        betas = tuple(words.get("betas") or (0.9, 0.999))
+    else:
+        betas = (words.get("beta1", 0.9), words.get("beta2", 0.999))
+    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        problems.add(f"optimizer betas {list(betas)} are out of range", "give two numbers from 0 to below 1")
+        betas = (0.9, 0.999)
+    eps = float(words.get("eps", 1e-8 if corrected else 1e-6))
+    if not eps > 0.0:
+        problems.add(f"optimizer.eps={eps} is out of range", "use a value above 0")
+    return OptimizerSpec(bias_correction=corrected, betas=(float(betas[0]), float(betas[1])), eps=eps,
+                         weight_decay=float(words.get("weight_decay") or 0.0))  # fmt: skip
+
+
+def _loss_scale(words: Any, problems: Problems) -> LossScale:
+    if words is None:
+        return LossScale()
+    if isinstance(words, (int, float)):
+        return LossScale(value=float(words))
+    kinds = ("DynamicLossScaleUpdateCell", "FixedLossScaleUpdateCell")
+    problems.one_of("runner_wrapper.scale_sense.type", words.get("type"), kinds)
+    value = float(words.get("loss_scale_value") or 1.0)
+    if words.get("type") != kinds[0]:
+        return LossScale(value=value)
+    return LossScale(value=value, factor=float(words.get("scale_factor") or 2.0),
+                     window=int(words.get("scale_window") or 1000))  # fmt: skip
+
+
+def _recompute(words: Any, notes: list[str]) -> bool:
+    """Whole layers are computed again, or none."""
+    words = words if isinstance(words, Mapping) else {"recompute": words}
+    asked, selected = words.get("recompute"), words.get("select_recompute")
+    if selected:
+        notes.append(f"recompute_config.select_recompute: {ENGINE} recomputes whole layers")
+    elif isinstance(asked, (list, tuple)) or isinstance(asked, int) and not isinstance(asked, bool) and asked:
+        notes.append(f"recompute_config.recompute={asked}: {ENGINE} recomputes every layer")
+    return bool(asked) or bool(selected)
+
+
+def _checkpoint(words: Mapping[str, Any] | None, problems: Problems, notes: list[str]) -> CheckpointPlan | None:
+    if words is None:
+        return None
+    for name in ("save_checkpoint_seconds", "keep_checkpoint_per_n_minutes"):
+        if words.get(name):
+            problems.add(f"CheckpointMonitor.{name}={words[name]}: {ENGINE} counts steps", "use save_checkpoint_steps "
+                         "and keep_checkpoint_max")  # fmt: skip
+    if words.get("async_save"):
+        notes.append(f"async_save: {ENGINE} writes a checkpoint before the next step")
+    form = words.get("checkpoint_format") or "ckpt"
+    problems.one_of("CheckpointMonitor.checkpoint_format", form, ("ckpt", "safetensors"))
+    return CheckpointPlan(prefix=str(words.get("prefix") or "CKP"), steps=int(words.get("save_checkpoint_steps", 1)),
+                          keep=int(words.get("keep_checkpoint_max", 5)), suffix=f".{form}")  # fmt: skip

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of a training or evaluation run, batch by batch, from MindRecord files and without MindSpore."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.data.row_order import RowOrder
+from mindformers_ext.formats.mindrecord_file import MindRecordFile
+from mindformers_ext.jobs.run_data import dataset_files
+
+COLUMNS = (("input_ids",), ("input_ids", "labels"))
+LOADERS = (None, "MindDataset")
+SHUFFLES = (None, True, False, "global")
+
+
+class TokenData:
+    """Batches of token rows in MindSpore's order.
+
+    Args:
+        config: the YAML's content.
+        section: ``train_dataset`` or ``eval_dataset``.
+        rows: rows of one step, of all processes together.
+
+    Raises:
+        UserError: keys that are not built, no data, too few rows, or rows of another length than ``width``.
+    """
+
+    def __init__(self, config: Mapping[str, Any], section: str, rows: int) -> None:
+        words = config.get(section) or {}
+        loader = words.get("data_loader") or {}
+        _check(words, loader, section)
+        self.columns = tuple(words.get("input_columns") or ("input_ids",))
+        self.files = [MindRecordFile(path) for path in dataset_files(loader, section)]
+        self._ends = list(accumulate(len(file) for file in self.files))
+        limit = loader.get("num_samples")
+        self.total = min(self._ends[-1], limit) if isinstance(limit, int) and limit > 0 else self._ends[-1]
+        training = section == "train_dataset"
+        shuffles, seed = loader.get("shuffle", training), int(words.get("seed") or config.get("seed") or 0)
+        self.order = RowOrder(self.total, training if shuffles is None else bool(shuffles), seed)
+        self.rows = rows
+        self.per_epoch = self.total // rows
+        if training and not self.per_epoch:
+            raise UserError(f"{section} holds {self.total} rows, one step takes {rows}: give more data or a smaller "
+                            "batch_size")  # fmt: skip
+
+    def batch(self, step: int, part: slice) -> tuple[np.ndarray, ...]:
+        """Columns (rows, width) int32 of step ``step`` (from 0) of the run; ``part`` chooses among its rows."""
+        epoch, place = divmod(step, self.per_epoch)
+        return self.read(self.order.epoch(epoch)[place * self.rows : (place + 1) * self.rows][part])
+
+    def read(self, rows: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Columns (rows, width) int32 of the rows with these numbers, of all files one after the other."""
+        found = [self._row(int(row)) for row in rows]
+        if len({len(row[0]) for row in found}) > 1:
+            raise UserError(f"{self.files[0].path}: rows of different lengths: write the data again, packed")
+        return tuple(np.stack([row[i] for row in found]) for i in range(len(self.columns)))
+
+    def _row(self, row: int) -> tuple[np.ndarray, ...]:
+        file = next(i for i, end in enumerate(self._ends) if row < end)
+        return self.files[file].read(row - (self._ends[file - 1] if file else 0), self.columns)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for file in self.files:
+            file.close()
+
+
+def _check(words: Mapping[str, Any], loader: Mapping[str, Any], section: str) -> None:
+    problems = Problems(section)
+    if loader.get("type") not in LOADERS:
+        problems.add(f"data_loader.type={loader.get('type')!r}: the PyTorch engine reads MindRecord files",
+                     "set MindDataset and give the files of llama_preprocess.py")  # fmt: skip
+    if tuple(words.get("input_columns") or ("input_ids",)) not in COLUMNS:
+        problems.add(f"input_columns={words['input_columns']!r}", "give ['input_ids'] or ['input_ids', 'labels']")
+    if words.get("repeat") not in (None, 1):
+        problems.add(f"repeat={words['repeat']!r} is not built in the PyTorch engine", "raise runner_config.epochs")
+    if section == "train_dataset" and words.get("drop_remainder", True) is False:
+        problems.add("drop_remainder=False: every step of the PyTorch engine has the same number of rows",
+                     "set it to True")  # fmt: skip
+    if loader.get("shuffle") not in SHUFFLES:
+        problems.add(f"data_loader.shuffle={loader['shuffle']!r} is not built in the PyTorch engine", "set True or "
+                     "False")  # fmt: skip
+    for name in ("eod_reset", "dynamic_batch"):
+        if words.get(name):
+            problems.add(f"{name}={words[name]!r} is not built in the PyTorch engine", "set it to False")
+    problems.raise_if_any()

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of the PyTorch engine: the files of MindFormers' monitor, with the same names and tensors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.log import get_logger
+from mindformers_ext.core.train_spec import CheckpointPlan
+from mindformers_ext.formats.atomic import fresh_file
+from mindformers_ext.formats.ms_ckpt import CkptFile, CkptWriter
+from mindformers_ext.formats.safetensors_file import SafetensorsFile, SafetensorsFileWriter
+from mindformers_ext.formats.tensors import TensorInfo
+from mindformers_ext.jobs.checkpoints import last_whole, note_size, saved_in
+
+TRAINED = ("adam_m.", "adam_v.")  # moments
+COUNTERS = ("scale_sense", "global_step", "current_iterator_step", "last_overflow_iterator_step")
+WEIGHTS = ("model.", "lm_head.")
+State = Iterable[tuple[str, np.ndarray]]
+
+
+class CheckpointFolder:
+    """``<output_dir>/checkpoint/rank_0``: writes whole files or none, and removes old ones once a later step was good.
+
+    Args:
+        output_dir: the run's folder.
+        plan: prefix, kind of file and how many stay.
+        per_epoch: steps of one pass over the data, for the names.
+    """
+
+    def __init__(self, output_dir: Path, plan: CheckpointPlan, per_epoch: int) -> None:
+        self.folder = output_dir / "checkpoint" / "rank_0"
+        self.plan, self.per_epoch = plan, per_epoch
+        self.pending: Path | None = None  # written last, and not yet followed by a step that shows it is good
+        self.run = max((saved.run for saved in saved_in(self.folder, plan.suffix)), default=0)
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether a checkpoint belongs behind ``step`` (from 1) of ``last``."""
+        return step == last or bool(self.plan.steps and step % self.plan.steps == 0)
+
+    def write(self, step: int, state: State, more: Mapping[str, np.ndarray]) -> Path:
+        """Write ``state`` and ``more`` as the checkpoint of ``step``.
+
+        Raises:
+            UserError: a weight is not finite; nothing is written.
+        """
+        started = time.time()
+        epoch, place = (step - 1) // self.per_epoch + 1, (step - 1) % self.per_epoch + 1
+        run = f"_{self.run}" if self.run else ""
+        path = self.folder / f"{self.plan.prefix}_rank_0{run}-{epoch}_{place}{self.plan.suffix}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with fresh_file(path, overwrite=True) as beside:
+            _write(beside, path.suffix, _checked(chain(state, more.items()), step, self))
+        note_size(path)
+        self.pending = path
+        get_logger(__name__).info("Checkpoint of step %d: %s (%.1f s)", step, path, time.time() - started)
+        return path
+
+    def prune(self) -> None:
+        """A step was good: remove the oldest files above the plan's number, never the newest."""
+        if self.pending is None:
+            return
+        self.pending = None
+        files = [saved.path for saved in saved_in(self.folder, self.plan.suffix)]
+        files.sort(key=lambda path: path.stat().st_mtime)
+        for path in files[: max(0, len(files) - self.plan.keep)] if self.plan.keep else ():
+            path.unlink()
+
+    def last_good(self) -> str:
+        """The newest whole file, as a sentence."""
+        found = last_whole(self.folder, self.plan.suffix)
+        return f"The last good checkpoint is {found.path} (step {found.label})." if found else "No checkpoint exists."
+
+
+def _checked(state: State, step: int, folder: CheckpointFolder) -> Iterator[tuple[str, np.ndarray]]:
+    """``state`` in numpy's types; ``UserError`` at a weight that is not finite."""
+    for name, array in state:
+        if array.dtype == np.uint16:  # an engine's bfloat16
+            array = array.view(ml_dtypes.bfloat16)
+        # one sum tells: float64 holds any sum of float32 values, so it is finite exactly when all of them are
+        if name.startswith(WEIGHTS) and not np.isfinite(np.sum(array, dtype=np.float64)):
+            raise UserError(f"step {step}: the weight {name} is not finite, nothing was saved and training stops. "
+                            f"{folder.last_good()} Lower the learning rate or warm up longer.")  # fmt: skip
+        yield name, array
+
+
+def _write(path: Path, suffix: str, tensors: State) -> None:
+    """A .ckpt takes one tensor at a time; a .safetensors file begins with all sizes, so they are held at once."""
+    if suffix == ".ckpt":
+        with CkptWriter(path) as ckpt:
+            for name, array in tensors:
+                ckpt.add(name, array)
+        return
+    held = list(tensors)
+    infos = [TensorInfo(name, array.shape, array.dtype) for name, array in held]
+    with SafetensorsFileWriter(path, infos, {"format": "np"}) as safe:
+        for name, array in held:
+            safe.add(name, array)
+
+
+class Resumed:
+    """An open checkpoint to continue from: ``weights`` one at a time, and ``state`` of moments and counters."""
+
+    def __init__(self, path: Path) -> None:
+        self._reader = SafetensorsFile(path) if path.suffix == ".safetensors" else CkptFile(path)
+        self.path = path
+        if "global_step" not in self._reader.infos:
+            raise UserError(f"{path} holds no training state: start from its weights without --resume_training")
+
+    @property
+    def step(self) -> int:
+        """Steps done, skipped ones included."""
+        infos = self._reader.infos
+        for name in ("step_num", "global_step"):
+            if name in infos:
+                return int(np.asarray(self._reader.read(name)).reshape(-1)[0])
+        return 0
+
+    def weights(self) -> Iterator[tuple[str, Any]]:
+        """Network tensors, one in memory at a time."""
+        yield from ((name, self._reader.read(name)) for name in self._reader.infos if name.startswith(WEIGHTS))
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Moments and counters."""
+        names = [n for n in self._reader.infos if n.startswith(TRAINED) or n in COUNTERS]
+        return {name: np.asarray(self._reader.read(name)) for name in names}
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._reader.close()

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generation with a static cache of keys and values: prompts at once, then one token of every row at a time.
+
+On a GPU the step of a token is captured as a CUDA graph when the experts' back end never asks the host, so that the
+processor launches one graph instead of some hundred kernels. Rows do not see each other, and no token is dropped.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mindformers_ext.core.log import get_logger
+from mindformers_ext.pt.causal_lm import CausalLM
+from mindformers_ext.pt.feed_forward import FeedForward
+from mindformers_ext.pt.ops.select import select_backend
+
+WARM_UP = 3  # steps before a capture: libraries allocate and choose kernels in them
+
+
+class PyTorchSession:
+    """Generation for ``rows`` rows of prompts up to ``length`` tokens in a cache of ``positions`` tokens."""
+
+    def __init__(self, network: CausalLM, rows: int, length: int, positions: int, device: torch.device) -> None:
+        self.network, self.device = network, device
+        self.rows, self.length, self.positions = rows, length, positions
+        model = network.spec.model
+        shape = (model.num_hidden_layers, rows, model.num_key_value_heads, positions, model.head_dim)
+        kind = network.model.compute_dtype
+        self.keys = torch.zeros(shape, dtype=kind, device=device)
+        self.values = torch.zeros(shape, dtype=kind, device=device)
+        self.place = torch.arange(positions, device=device)
+        self.row = torch.arange(rows, device=device)
+        self.token_B = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.position_B = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits: Tensor | None = None
+
+    def compile(self, use_cache: bool = True) -> None:
+        """Capture the step of a token where that is possible."""
+        if self.device.type != "cuda" or not use_cache:
+            return
+        model, kind = self.network.spec.model, self.network.model.compute_dtype
+        if model.moe and not select_backend(self.device, kind, model.hidden_size, model.intermediate_size).capturable:
+            get_logger(__name__).info("no CUDA graph: the experts' back end reads counts on the host")
+            return
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream), torch.no_grad():
+            for _ in range(WARM_UP):
+                self._step()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(self.graph):
+            self.logits = self._step()
+
+    def prompt(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """float32 logits (B, V) behind the last token of each row of ``ids`` (B, S), padded on the right."""
+        ids_BS = torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64)).to(self.device)
+        last_B = torch.from_numpy(np.asarray(lengths, dtype=np.int64)).to(self.device) - 1
+        with torch.no_grad():
+            decoder, (B, S) = self.network.model, ids_BS.shape
+            cos_SP, sin_SP = decoder.tables(self.positions, self.device)
+            x_TD = decoder.tok_embeddings(ids_BS.reshape(-1)).to(decoder.compute_dtype)
+            for index, layer in enumerate(decoder.layers):
+                q, k, v = layer.attention.project(layer.attention_norm(x_TD), S, cos_SP[:S], sin_SP[:S])
+                self.keys[index, :, :, :S], self.values[index, :, :, :S] = k, v
+                x_TD = self._fed(layer, x_TD + layer.attention.mix(q, k, v))
+            return self._scores(x_TD.view(B, S, -1)[self.row, last_B]).cpu().numpy()
+
+    def token(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """float32 logits (B, V) behind one more token per row, which stands at its position from then on."""
+        self.token_B.copy_(torch.from_numpy(np.asarray(tokens, dtype=np.int64)))
+        self.position_B.copy_(torch.from_numpy(np.asarray(positions, dtype=np.int64)))
+        if self.graph is not None and self.logits is not None:
+            self.graph.replay()
+            return self.logits.cpu().numpy()
+        with torch.no_grad():
+            return self._step().cpu().numpy()
+
+    def _step(self) -> Tensor:
+        """Logits (B, V) behind ``token_B`` at ``position_B``."""
+        decoder = self.network.model
+        tables = decoder.tables(self.positions, self.device)
+        cos, sin = (table[self.position_B][:, None, None] for table in tables)
+        mask = (self.place <= self.position_B[:, None])[:, None, None]
+        x_BD = decoder.tok_embeddings(self.token_B).to(decoder.compute_dtype)
+        for index, layer in enumerate(decoder.layers):
+            q, k, v = layer.attention.project(layer.attention_norm(x_BD), 1, cos, sin)
+            keys, values = self.keys[index], self.values[index]
+            keys[self.row, :, self.position_B], values[self.row, :, self.position_B] = k[:, :, 0], v[:, :, 0]
+            x_BD = self._fed(layer, x_BD + layer.attention.mix(q, keys, values, mask))
+        return self._scores(x_BD)
+
+    def _fed(self, layer: torch.nn.Module, x_TD: Tensor) -> Tensor:
+        normed = layer.ffn_norm(x_TD)
+        dense = isinstance(layer.feed_forward, FeedForward)
+        return x_TD + (layer.feed_forward(normed) if dense else layer.feed_forward.dropless(normed))
+
+    def _scores(self, x_BD: Tensor) -> Tensor:
+        return self.network.head(self.network.model.norm_out(x_BD)).float()

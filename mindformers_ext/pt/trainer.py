@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training steps on PyTorch: forward, backward, overflow check, clipping, update, loss scale; what ``ms.step`` does.
+
+Its state goes by the names of a MindSpore checkpoint (``adam_m.``, ``adam_v.``, ``global_step``, ...), so that either
+engine continues what the other began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.lora import LORA_A, LORA_B
+from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.core.train_spec import TrainSpec
+from mindformers_ext.pt import names
+from mindformers_ext.pt.causal_lm import CausalLM, Terms
+from mindformers_ext.pt.init import build_empty, draw_weights
+from mindformers_ext.pt.lora import add_lora
+from mindformers_ext.pt.optim import Adam
+from mindformers_ext.pt.parallel import Ranks
+
+MEANS, SQUARES = "adam_m.", "adam_v."
+COUNTERS = ("scale_sense", "global_step", "current_iterator_step", "last_overflow_iterator_step")
+
+
+class StepFigures(NamedTuple):
+    """What a step has measured; ``loss_scale`` is the one the next step uses, expert_load (L, E), dropped (L)."""
+
+    loss: float
+    overflow: bool
+    loss_scale: float
+    learning_rate: float
+    global_norm: float
+    lm_loss: float
+    aux_loss: float
+    expert_load: np.ndarray
+    dropped: np.ndarray
+
+
+class TorchTrainer:
+    """A network with its optimizer on one device of ``ranks``.
+
+    Args:
+        spec: the network; its data-parallel size is the number of routing groups of all ranks together.
+        train: how it is trained.
+        device: where.
+        ranks: the processes of the job.
+    """
+
+    def __init__(self, spec: NetworkSpec, train: TrainSpec, device: torch.device, ranks: Ranks | None = None) -> None:
+        self.train_spec, self.device, self.ranks = train, device, ranks or Ranks()
+        network = build_empty(self.ranks.local(spec), torch.device("cpu"))
+        model = spec.model
+        left = draw_weights(network, model.num_hidden_layers, model.initializer_range, train.seed)
+        self.adapted = add_lora(network, train.lora, left) if train.lora else []
+        network.model.recompute = train.recompute
+        self._biases = [(n, b) for n, b in network.named_buffers() if n.endswith("topk_bias")]
+        self.network: CausalLM = network.to(device).train()
+        self.updates = 0
+        scale = train.loss_scale
+        self.scale, self._iteration, self._last_overflow = scale.value, 1, 0
+        self._optimizer: Adam | None = None
+
+    def open(self) -> None:
+        """Cut the network over the ranks and make the optimizer; weights must be loaded before."""
+        self.ranks.cut(self.network)
+        self._named = [(n, p) for n, p in self.network.named_parameters() if p.requires_grad]
+        self._optimizer = Adam([self.ranks.own(p.detach()) for _, p in self._named], self.train_spec.optimizer)
+
+    @property
+    def optimizer(self) -> Adam:
+        """The optimizer of an opened trainer."""
+        assert self._optimizer is not None
+        return self._optimizer
+
+    def fill(self, weights: Iterable[tuple[str, np.ndarray]]) -> None:
+        """The base weights by MindFormers' names; adapters keep theirs. Errors as ``pt.names.fill``."""
+        names.fill(self.network, weights, optional=(LORA_A, LORA_B))
+
+    def step(self, columns: tuple[np.ndarray, ...]) -> StepFigures:
+        """One update from this rank's rows: token ids (R, S+1) and, if any, labels; R a multiple of micro batches."""
+        torch.manual_seed(self.train_spec.seed + self.updates * self.ranks.size + self.ranks.rank)  # LoRA's dropout
+        tensors = [torch.from_numpy(column.astype(np.int64)).to(self.device) for column in columns]
+        terms = self._backward(tensors)
+        gradients = [self.ranks.own(p.grad) for _, p in self._named if p.grad is not None]
+        if len(gradients) != len(self._named):
+            missing = [name for name, p in self._named if p.grad is None]
+            raise RuntimeError(f"no gradient of {', '.join(missing)}")
+        gradients = [g if g.dtype == torch.float32 else g.float() for g in gradients]
+        unscale = 1.0 / (self.scale * self.train_spec.micro_batches)
+        norm = self.ranks.norm([name for name, _ in self._named], gradients) * unscale
+        loss, lm_loss, aux_loss, load, dropped = self.ranks.average(terms)
+        finite = bool(np.isfinite(norm) and np.isfinite(loss))
+        rate = self.train_spec.schedule.rate(self.updates)
+        if finite:
+            self._update(gradients, unscale, norm, rate)
+        self.network.zero_grad(set_to_none=True)
+        self._next_scale(not finite)
+        if finite and self.train_spec.bias_rate:
+            self._move_biases(load)
+        return StepFigures(loss, not finite, self.scale, rate, norm, lm_loss, aux_loss, load, dropped)
+
+    def _backward(self, tensors: list[Tensor]) -> list[Terms]:
+        """Terms of every micro batch; gradients are summed over them, times the loss scale."""
+        parts = [tensor.chunk(self.train_spec.micro_batches) for tensor in tensors]
+        found = []
+        for index, micro in enumerate(zip(*parts, strict=True)):
+            self.ranks.last_micro_batch(self.network, index == len(parts[0]) - 1)
+            ids, labels = micro[0], micro[1] if len(micro) > 1 else None
+            tokens = self.ranks.counted(ids, labels, self.network.spec.model)
+            terms = self.network(ids, labels, losses=True, tokens=tokens)
+            (terms.loss * self.scale).backward()
+            found.append(Terms(*(term.detach() for term in terms)))
+        return found
+
+    def _update(self, gradients: list[Tensor], unscale: float, norm: float, rate: float) -> None:
+        limit = self.train_spec.max_grad_norm
+        if limit is not None:  # one pass undoes the loss scale and clips
+            unscale *= min(limit / (norm + 1e-6), 1.0)
+        with torch.no_grad():
+            torch._foreach_mul_(gradients, unscale)
+        self.updates += 1
+        self.optimizer.step(gradients, rate, self.updates)
+
+    def _next_scale(self, overflow: bool) -> None:
+        """MindSpore's ``DynamicLossScaleUpdateCell``, in its order."""
+        words = self.train_spec.loss_scale
+        if words.window:
+            grows = words.window <= self._iteration - self._last_overflow
+            if overflow:
+                self.scale = max(self.scale / words.factor, 1.0)
+            elif grows:
+                self.scale *= words.factor
+            if overflow or grows:
+                self._last_overflow = self._iteration
+        self._iteration += 1
+
+    def _move_biases(self, load: np.ndarray) -> None:
+        """bias += rate * sign(mean load - load) of every layer (Wang et al. 2024, arXiv:2408.15664)."""
+        for (_, bias), counts in zip(self._biases, load, strict=True):
+            share = counts / max(float(counts.sum()), 1.0)
+            moves = self.train_spec.bias_rate * np.sign(1.0 / len(share) - share)
+            bias += torch.from_numpy(moves.astype(np.float32)).to(bias.device)
+
+    def state(self, adapters: bool) -> Iterator[tuple[str, np.ndarray]]:
+        """Weights (with ``adapters`` those of LoRA alone), moments and counters; every rank must ask for all of it."""
+        wanted = {name for name, _ in self._named}
+        for name, tensor in [*self.network.named_parameters(), *self.network.named_buffers()]:
+            if not adapters or name in wanted:
+                yield from self._parts("", name, tensor.detach())
+        yield "scale_sense", np.float32(self.scale).reshape(())
+        yield "global_step", np.array([self.updates], np.int32)
+        for prefix, moments in ((MEANS, self.optimizer.means), (SQUARES, self.optimizer.squares)):
+            for (name, parameter), moment in zip(self._named, moments, strict=True):
+                yield from self._parts(prefix, name, self.ranks.like(moment, parameter))
+        if self.train_spec.loss_scale.window:
+            yield "current_iterator_step", np.array(self._iteration, np.int32)
+            yield "last_overflow_iterator_step", np.array(self._last_overflow, np.int32)
+
+    def _parts(self, prefix: str, name: str, tensor: Tensor) -> Iterator[tuple[str, np.ndarray]]:
+        for part, view in names.split_experts(name, self.ranks.whole(name, tensor)).items():
+            yield prefix + part, names.to_numpy(view)
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Moments and counters of ``state`` (the weights come by ``fill``), after ``open``.
+
+        Raises:
+            UserError: a moment is missing or has another shape.
+        """
+        self.updates = int(np.asarray(state["global_step"]).reshape(-1)[0])
+        self.scale = float(state["scale_sense"]) if "scale_sense" in state else self.scale
+        self._iteration = int(state.get("current_iterator_step", self.updates + 1))
+        self._last_overflow = int(state.get("last_overflow_iterator_step", 0))
+        for prefix, moments in ((MEANS, self.optimizer.means), (SQUARES, self.optimizer.squares)):
+            for (name, parameter), moment in zip(self._named, moments, strict=True):
+                whole = self.ranks.blank(name, parameter)
+                for part, view in names.split_experts(name, whole).items():
+                    found = state.get(prefix + part)
+                    if found is None or tuple(found.shape) != tuple(view.shape):
+                        raise UserError(f"cannot resume: the checkpoint has no {prefix}{part} of {tuple(view.shape)}")
+                    names.set_view(view, found)
+                self.ranks.take(moment, whole, name, parameter)

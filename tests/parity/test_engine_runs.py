@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One YAML, one seed, MindSpore and PyTorch: the same loss curve, checkpoints that either continues, the same text."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.helpers.tiny_run import command, environment, make_job, rows_of
+
+EPOCHS, STEPS = 10, 100
+pytestmark = pytest.mark.slow
+
+
+def run(job: Path, output: Path, *arguments: object) -> subprocess.CompletedProcess:
+    """The command on one thread, so that two runs of PyTorch are equal to the last bit."""
+    found = subprocess.run(command(job, "--output_dir", output, "--epochs", EPOCHS, *arguments), cwd=job.parent,
+                           env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500,
+                           check=False)  # fmt: skip
+    assert found.returncode == 0, found.stderr[-3000:]
+    return found
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("engines")
+    return make_job(folder)
+
+
+@pytest.fixture(scope="module")
+def mindspore(job: Path) -> Path:
+    output = job.parent / "ms"
+    run(job, output, "--callbacks.1.save_checkpoint_steps", 50)
+    return output
+
+
+@pytest.fixture(scope="module")
+def pytorch(job: Path) -> Path:
+    output = job.parent / "pt"
+    run(job, output, "--engine", "pt", "--callbacks.1.save_checkpoint_steps", 50)
+    return output
+
+
+def test_the_same_curve(mindspore: Path, pytorch: Path) -> None:
+    """From the seed alone: the same initial weights, the same rows, the same steps."""
+    theirs, ours = rows_of(mindspore), rows_of(pytorch)
+    assert len(theirs) == len(ours) == STEPS
+    names = ("loss", "lm_loss", "aux_loss", "global_norm", "learning_rate", "loss_scale")
+    worst = {name: max(abs(a[name] - b[name]) / max(abs(a[name]), 1e-12) for a, b in zip(theirs, ours, strict=True))
+             for name in names}  # fmt: skip
+    print(f"\nrelative differences over {STEPS} steps: {worst}", end="")
+    assert worst["loss"] <= 1e-3 and worst["lm_loss"] <= 1e-3 and worst["aux_loss"] <= 1e-3
+    assert worst["learning_rate"] <= 1e-5 and worst["loss_scale"] == 0
+    assert ours[-1]["loss"] < 0.9 * ours[0]["loss"]
+    assert theirs[0]["expert_load"] == ours[0]["expert_load"]
+
+
+def test_pytorch_continues_a_mindspore_run(job: Path, mindspore: Path) -> None:
+    output = job.parent / "continued"
+    shutil.copytree(mindspore / "checkpoint", output / "checkpoint")
+    for path in (output / "checkpoint" / "rank_0").glob("*-10_10.ckpt"):
+        path.unlink()
+    run(job, output, "--engine", "pt", "--resume_training", True)
+    ours, theirs = rows_of(output), rows_of(mindspore)[50:]
+    assert [row["step"] for row in ours] == list(range(51, 101))
+    np.testing.assert_allclose([r["loss"] for r in ours], [r["loss"] for r in theirs], rtol=1e-3)
+
+
+def test_mindspore_reads_a_pytorch_checkpoint_and_both_write_the_same_text(job: Path, pytorch: Path) -> None:
+    texts = {}
+    for engine in ("ms", "pt"):
+        output = job.parent / f"text_{engine}"
+        run(job, output, "--run_mode", "predict", "--load_checkpoint", pytorch / "checkpoint", "--engine", engine,
+            "--predict_data", "def load", "The", "import", "--max_new_tokens", 20)  # fmt: skip
+        texts[engine] = (output / "sample.txt").read_text(encoding="utf-8")
+    assert texts["ms"] == texts["pt"] and len(texts["pt"]) > 30
+
+
+def test_killed_and_resumed_is_as_if_it_had_not_been(job: Path, pytorch: Path) -> None:
+    output = job.parent / "killed"
+    words = command(job, "--output_dir", output, "--epochs", EPOCHS, "--engine", "pt", "--callbacks.1."
+                    "save_checkpoint_steps", 7)  # fmt: skip
+    process = subprocess.Popen(words, cwd=job.parent, env=environment() | {"OMP_NUM_THREADS": "1"},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    metrics = output / "metrics" / "rank_0.jsonl"
+    deadline = time.time() + 300
+    while time.time() < deadline and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 31):
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    found = run(job, output, "--engine", "pt", "--resume_training", True)
+    assert "resuming from" in found.stderr
+    ours, whole = rows_of(output), rows_of(pytorch)
+    assert [row["step"] for row in ours] == list(range(1, STEPS + 1))
+    timeless = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in (*ours, *whole)]
+    assert timeless[:STEPS] == timeless[STEPS:]
+    report = json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])
+    assert report["epoch"] == EPOCHS
