@@ -8,13 +8,15 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from mindformers_ext.core.yaml_file import load_yaml
+from mindformers_ext.core.yaml_view import network_spec_from_yaml
 from mindformers_ext.formats.strategy import read_strategy
 from tests.helpers.cluster import (
     MASTER,
@@ -29,48 +31,10 @@ from tests.helpers.cluster import (
     workers,
 )
 from tests.helpers.sliced import cut, write_ranks, write_strategy
-from tests.helpers.tiny_run import BATCH, ROOT, ROWS, SEQ, STEPS, command, environment, make_job, rows_of
+from tests.helpers.tiny_run import BATCH, ROWS, SEQ, STEPS, command, make_job, rows_of, token_rows
 
 pytestmark = pytest.mark.slow
 
-# Makes the start weights, then trains one network on batches of both ranks' rows with two routing groups, as the
-# two processes have. MindRecord gives rank r the rows r, r + 2, ...; the groups hold the rows of one rank each.
-REFERENCE = """
-import json, sys
-from dataclasses import replace
-import mindspore as ms, numpy as np
-from mindformers_ext.core.yaml_file import load_yaml
-from mindformers_ext.core.yaml_view import network_spec_from_yaml
-from mindformers_ext.ms.models import build_causal_lm
-from mindformers_ext.ms.optim import FusedAdamW
-from mindformers_ext.ms.step import LossNetwork, TrainStepCell
-from tests.helpers.tiny_run import BATCH, ROWS, token_rows
-what, yaml, start, rates = sys.argv[1:]
-config = load_yaml(yaml)
-config["use_parallel"], config["parallel"] = True, {"parallel_mode": 1}
-config["parallel_config"] = {"data_parallel": 2}
-spec = network_spec_from_yaml(config, 2)  # two groups, on one device
-spec = replace(spec, parallel=replace(spec.parallel, parallel_mode="stand_alone", device_num=1))
-network = build_causal_lm(spec)
-if what == "start":
-    ms.set_seed(3)
-    config["parallel_config"] = {"data_parallel": 1}
-    network = build_causal_lm(network_spec_from_yaml(config, 1))
-    ms.save_checkpoint(network, start)
-    raise SystemExit
-assert ms.load_param_into_net(network, ms.load_checkpoint(start))[0] == []
-network.set_train(True)
-rates = json.loads(rates)
-optimizer = FusedAdamW(network.trainable_params(), ms.Tensor(rates, ms.float32), betas=(0.9, 0.95))
-step = TrainStepCell(LossNetwork(network), optimizer, max_grad_norm=0.5)
-rows, found = token_rows(), []
-for number in range(len(rates)):
-    first = number * BATCH % ROWS
-    batch = rows[first : first + BATCH]
-    outputs = step(ms.Tensor(np.concatenate([batch[0::2], batch[1::2]])))
-    found.append([float(outputs[place]) for place in (0, 5, 6, 4)] + outputs[7].asnumpy().sum(0).tolist())
-print(json.dumps(found))
-"""
 FIXED = ("--train_dataset.data_loader.shuffle False --runner_wrapper.scale_sense 1.0 --optimizer.weight_decay 0 "
          "--runner_wrapper.max_grad_norm 0.5")  # fmt: skip
 
@@ -80,7 +44,7 @@ def pair(tmp_path_factory):
     """A job run to its end by two processes from given weights: output folder, metrics, command."""
     folder = tmp_path_factory.mktemp("pair")
     job = SimpleNamespace(folder=folder, yaml=make_job(folder), start=folder / "start.ckpt")
-    reference(job, "start", "[]")
+    write_start(job)
     job.command = (f"run_mindformer.py --config {job.yaml} --use_parallel True --parallel.parallel_mode 0 --batch_size "
                    f"{BATCH // 2} {FIXED} --callbacks.1.save_checkpoint_steps 2")  # fmt: skip
     job.fresh = f"{job.command} --load_checkpoint {job.start}"
@@ -92,12 +56,41 @@ def pair(tmp_path_factory):
     return job
 
 
-def reference(job, what, rates):
-    """Runs ``REFERENCE``; returns the last line it prints."""
-    result = subprocess.run([sys.executable, "-c", REFERENCE, what, job.yaml, job.start, rates], cwd=ROOT,
-                            env=environment(), capture_output=True, text=True, check=False)  # fmt: skip
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout
+def write_start(job):
+    """Random weights for all runs."""
+    import mindspore as ms
+
+    from mindformers_ext.ms.models import build_causal_lm
+
+    ms.set_seed(3)
+    ms.save_checkpoint(build_causal_lm(network_spec_from_yaml(load_yaml(job.yaml))), str(job.start))
+
+
+def trained_alone(job, rates):
+    """One network on one device, on batches of both ranks' rows with two routing groups, as the two processes have.
+
+    MindRecord gives rank r the rows r, r + 2, ...; the groups hold the rows of one rank each. Returns a row per step:
+    losses, norm, and the load of each expert over the layers.
+    """
+    import mindspore as ms
+
+    from mindformers_ext.ms.models import build_causal_lm
+    from mindformers_ext.ms.optim import FusedAdamW
+    from mindformers_ext.ms.step import LossNetwork, TrainStepCell
+
+    ms.set_context(mode=ms.GRAPH_MODE)
+    spec = network_spec_from_yaml(load_yaml(job.yaml))
+    network = build_causal_lm(replace(spec, parallel=replace(spec.parallel, data_parallel=2)))
+    assert ms.load_param_into_net(network, ms.load_checkpoint(str(job.start)))[0] == []
+    network.set_train(True)
+    optimizer = FusedAdamW(network.trainable_params(), ms.Tensor(rates, ms.float32), betas=(0.9, 0.95))
+    step = TrainStepCell(LossNetwork(network), optimizer, max_grad_norm=0.5)
+    rows, found = token_rows(), []
+    for number in range(len(rates)):
+        batch = rows[number * BATCH % ROWS :][:BATCH]
+        outputs = step(ms.Tensor(np.concatenate([batch[0::2], batch[1::2]])))
+        found.append([float(outputs[place]) for place in (0, 5, 6, 4)] + outputs[7].asnumpy().sum(0).tolist())
+    return found
 
 
 def slice_weights(job):
@@ -114,7 +107,7 @@ def slice_weights(job):
 
 def test_two_processes_equal_one_with_the_whole_batch(pair):
     rates = [row["learning_rate"] for row in pair.rows]
-    expected = json.loads(reference(pair, "train", json.dumps(rates)).splitlines()[-1])
+    expected = trained_alone(pair, rates)
     assert len(expected) == len(pair.rows) == STEPS == 20
     for row, (loss, lm_loss, aux_loss, norm, *load) in zip(pair.rows, expected, strict=True):
         assert row["loss"] == pytest.approx(loss, abs=1e-5)
