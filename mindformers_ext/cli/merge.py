@@ -91,7 +91,7 @@ def _summary(arguments: argparse.Namespace, report: MergeReport) -> str:
         return f"{size} to write, {report.free / 1e9:.1f} GB free; nothing was written"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     speed = report.nbytes / 1e6 / max(report.seconds, 1e-9)
-    return f"{size} in {report.seconds:.1f} s ({speed:.0f} MB/s), peak memory {peak} MB"
+    return f"{size} in {report.seconds:.1f} s ({speed:.3g} MB/s), peak memory {peak} MB"
 
 
 def _output(arguments: argparse.Namespace) -> OutputRequest:

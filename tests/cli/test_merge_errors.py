@@ -259,3 +259,28 @@ def test_yaml_that_would_run_code_is_refused(capsys):
     assert "not valid YAML" in refused(text, "out", capsys)
     assert not Path("ran").exists()
     assert "stands twice" in refused("merge_method: ties\nmerge_method: linear\n", "out", capsys)
+
+
+def test_a_missing_shard_of_pytorch_files_and_code_in_one_of_them(place, capsys, tmp_path):
+    """Indexed .bin files: a shard that would run code is refused as a single file is."""
+    import torch
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    model = make_model(tmp_path / "model", near=place / "base", seed=4)
+    tensors = {name: torch.from_numpy(array.astype("float32")) for name, array in tensors_of(model).items()}
+    (model / "model.safetensors").unlink()
+    first, second = dict(list(tensors.items())[:9]), dict(list(tensors.items())[9:])
+    torch.save(first, model / "pytorch_model-00001-of-00002.bin")
+    places = dict.fromkeys(first, "pytorch_model-00001-of-00002.bin")
+    places |= dict.fromkeys(second, "pytorch_model-00002-of-00002.bin")
+    (model / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    config = listed("linear", ("base", str(model)))
+    assert "pytorch_model-00002-of-00002.bin" in refused(config, "out", capsys)
+    torch.save({"a": Evil()}, model / "pytorch_model-00002-of-00002.bin")
+    assert "never run" in refused(config, "out", capsys) and not (tmp_path / "ran").exists()
+    torch.save(second, model / "pytorch_model-00002-of-00002.bin")
+    Path("config.yml").write_text(yaml.safe_dump(config | {"dtype": "float32"}))
+    assert main(["yaml", "config.yml", str(tmp_path / "out"), "--quiet"]) == 0

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same YAML files through mergekit 0.1.5 and through ours, tensor by tensor.
 
-mergekit wants another transformers than this environment, so it lives in one of its own. MERGEKIT_PYTHON names its
-interpreter; without it these tests are skipped:
+mergekit wants another transformers than this environment, so it lives in one of its own, made by the extra ``peer``.
+MERGEKIT_PYTHON names its interpreter; without it these tests are skipped:
 
-    python -m venv peer && peer/bin/pip install torch==2.13.0 && peer/bin/pip install mergekit==0.1.5
+    python -m venv peer && peer/bin/pip install torch==2.13.0 && peer/bin/pip install ".[peer]"
     MERGEKIT_PYTHON=peer/bin/python python -m pytest tests/cli/test_merge_peer.py
 """
 

@@ -24,6 +24,9 @@ RUN_ELSEWHERE = {
     "python tools/bench/compile_time.py": "tests/cli/test_bench.py, with fewer layers",
     "python tools/bench/convert.py": "tests/cli/test_bench.py, with a narrow layer",
     "python tools/bench/reshard.py": "tests/cli/test_bench.py, with narrow layers",
+    "python tools/bench/merge.py": "tests/cli/test_merge_train.py, with narrow models",
+    "python tools/merge.py yaml configs/merge/slerp_llama3.yaml merged --copy-tokenizer --allow-crimes "
+    "--out-shard-size 1B --lazy-unpickle --trust-remote-code": "tests/cli/test_merge.py, on tiny models",
     "python tools/bench/preprocess.py --model_file "
     "output/quickstart/data/tokenizer.model": "tests/cli/test_bench.py, with little text",
     "python tools/dataset_preprocess/llama/alpaca_converter.py --data_path alpaca_data.json "
