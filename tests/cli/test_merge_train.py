@@ -24,7 +24,7 @@ from tests.helpers.tiny_run import ROOT, rows_of, run_job
 
 CONFIG = ROOT / "configs" / "tiny" / "finetune_mixtral.yaml"
 TOPICS = {"colours": ["red", "blue"], "numbers": ["one", "seven"], "animals": ["cat", "bird"], "tools": ["saw", "nail"]}
-SIZES = {"seq_length": 128, "vocab_size": 600, "pad_token_id": 3, "hidden_size": 64, "intermediate_size": 96}
+SIZES = {"seq_length": 320, "vocab_size": 600, "pad_token_id": 3, "hidden_size": 64, "intermediate_size": 96}
 PEER = os.environ.get("MERGEKIT_PYTHON")  # a Python with transformers 5, see test_merge_peer.py
 # The logits of a folder in whatever transformers runs this; a missing or an unexpected key is an error.
 LOGITS = """

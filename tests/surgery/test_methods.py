@@ -209,3 +209,26 @@ def test_an_unknown_method_lists_the_choices():
         method_called("slurp")
     with pytest.raises(UserError, match="not built: the nearest that is, slerp"):
         method_called("nearswap")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_gpu_gives_what_the_processor_gives(method):
+    """Chunk by chunk on the device; masks are drawn on the processor, so they are the same."""
+    spec = METHODS[method]
+    base, *inputs = (torch.from_numpy(array) for array in arrays(0, (30, 50), spec.most or 2))
+    values = {"density": 0.5, "weight": 0.6, "scale": 0.5, "t": 0.3, "select_topk": 0.5, "nuslerp_flatten": False}
+    shared = {p.name: values.get(p.name, p.default) for p in spec.parameters if not p.per_input}
+    own = {p.name: values.get(p.name, p.default) for p in spec.parameters if p.per_input}
+
+    def result(device, row_wise):
+        extra = {"nuslerp_row_wise": row_wise} if "nuslerp_row_wise" in shared else {}
+        there = None if spec.base == "never" else base.to(device)
+        stream = stream_of("w", there, tuple(x.to(device) for x in inputs), 7)
+        parts = list(spec.run(stream, Settings(shared | extra, (own,) * len(inputs))))
+        assert all(part.device.type == device for part in parts)
+        return torch.cat(parts).cpu().numpy()
+
+    for row_wise in (False, True):
+        np.testing.assert_allclose(result("cuda", row_wise), result("cpu", row_wise), atol=1e-5)

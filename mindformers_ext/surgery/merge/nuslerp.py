@@ -52,10 +52,11 @@ def _whole(stream: Stream, t: float) -> tuple[float, float]:
 
 
 def _columns(stream: Stream, t: float) -> tuple[torch.Tensor, torch.Tensor]:
-    sums = [torch.zeros(stream.shape[1], dtype=torch.float64) for _ in range(3)]
+    dot = first = second = torch.zeros(())  # takes the shape and the device of what is added
     for chunk in stream.chunks():
-        sums = [before + now for before, now in zip(sums, _sums(*_pair(chunk), 0), strict=True)]
-    return _many(t, *sums)
+        more = _sums(*_pair(chunk), 0)
+        dot, first, second = dot + more[0], first + more[1], second + more[2]
+    return _many(t, dot, first, second)
 
 
 def _sums(one: torch.Tensor, two: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
