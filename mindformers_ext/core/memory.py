@@ -155,7 +155,7 @@ def _layer_input(spec: NetworkSpec, recompute: RecomputeSpec) -> int:
 
 
 def _logits(spec: NetworkSpec) -> int:
-    """Logits in the computing type, in float32, and their gradient in float32."""
+    """Logits in the computing type, and in float32 with their gradient: there each device sees the whole vocabulary."""
     sizes, cuts = layer_sizes(spec), head_cuts(spec)
-    rows = sizes.whole_tokens if cuts > 1 else sizes.tokens
-    return rows * spec.model.vocab_size // cuts * (WIDTH[spec.numerics.compute_dtype] + 4 + 4)
+    numbers = (sizes.whole_tokens if cuts > 1 else sizes.tokens) * spec.model.vocab_size
+    return numbers // cuts * WIDTH[spec.numerics.compute_dtype] + numbers * (4 + 4)

@@ -137,7 +137,7 @@ def suggestions(config: Mapping[str, Any], where: str, world: int | None, memory
 def suggestion_lines(splits: Sequence[Split], head: str) -> list[str]:
     """The table and what its columns mean."""
     columns = ("dp", "mp", "ep", "pp", "micro", "accumulate", "memory GB", "sent GB", "bubble", "model s")
-    rows = [columns]
+    rows: list[tuple[str, ...]] = [columns]
     for split in splits[:SHOWN]:
         words, cost = split.words, split.cost
         rows.append((*(f"{words[name]}" for name in ("data_parallel", "model_parallel", "expert_parallel",

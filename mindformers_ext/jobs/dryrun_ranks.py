@@ -48,6 +48,8 @@ def compile_ranks(job: RankJob, done: Callable[[RankFacts], None]) -> list[RankF
     """
     running: dict[int, subprocess.Popen[bytes]] = {}
     results = []
+    if not job.native:  # files of another split would be read as this one's
+        shutil.rmtree(Path(job.plan.config["output_dir"]) / "strategy", ignore_errors=True)
     with ThreadPoolExecutor(max_workers=job.at_once) as pool:
         try:
             waiting = [pool.submit(_compile_rank, job, rank, running) for rank in job.plan.ranks]
@@ -67,14 +69,16 @@ def _compile_rank(job: RankJob, rank: int, running: dict[int, subprocess.Popen[b
     (folder / RESULT).unlink(missing_ok=True)
     shutil.rmtree(folder / GRAPHS, ignore_errors=True)
     plan = job.plan
-    request = {"config": plan.config, "rows": plan.rows, "folder": str(folder), "native": job.native, "rank": rank,
-               "stage": plan.stage(rank), "keep_graphs": job.keep_graphs}  # fmt: skip
+    # MindFormers' own network writes its strategy files elsewhere: those of ours are for transform_ckpt.py
+    root = str(job.folder) if job.native else plan.config["output_dir"]
+    request = {"config": {**plan.config, "output_dir": root}, "rows": plan.rows, "folder": str(folder),
+               "native": job.native, "rank": rank, "stage": plan.stage(rank), "keep_graphs": job.keep_graphs}  # fmt: skip
     (folder / REQUEST).write_text(json.dumps(request), encoding="utf-8")
     environment = job.stubs.environment(rank, plan.world, os.environ) | {
         "MS_DEV_SAVE_GRAPHS": "1",
         "MS_DEV_SAVE_GRAPHS_PATH": str(folder / GRAPHS),
         "MS_DEV_DUMP_IR_PASSES": PASSES,
-        "LOCAL_DEFAULT_PATH": plan.config["output_dir"],
+        "LOCAL_DEFAULT_PATH": root,
         "GLOG_v": "3",
         # as many processes as cores compile at once: more threads in each would only wait for each other
         "OMP_NUM_THREADS": "1",

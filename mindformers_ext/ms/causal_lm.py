@@ -70,6 +70,28 @@ class MoELayer(nn.Cell):
         return self.add(x_TD, y_TD), aux_loss_G, report_GE
 
 
+class AddLosses(nn.Cell):
+    """Running sum over layers of the auxiliary loss (G), with each layer's part halved in a pipeline.
+
+    It is a cell of one stage, since MindSpore puts a bare operator between two stages on either: on the earlier one the
+    message goes backwards and the compiler never ends. And what one stage sends another has to come from an operator
+    with one output, which multiplying by 0.5 is (exact, and not optimized away).
+    """
+
+    def __init__(self, shards: Shards) -> None:
+        super().__init__(auto_prefix=False)
+        self.add = shards.shard(P.Add(), "groups")
+        self.halve = shards.shard(P.Mul(), "scaled groups")
+        self.halves = shards.stages > 1
+
+    def construct(self, total_G: Tensor | None, loss_G: Tensor) -> Tensor:
+        if self.halves:
+            loss_G = self.halve(loss_G, 0.5)
+        if total_G is None:
+            return loss_G
+        return self.add(total_G, loss_G)
+
+
 class ReadReport(nn.Cell):
     """Reports summed over groups, (layers, E + 1), as load (layers, E) and dropped share (layers)."""
 
@@ -103,14 +125,16 @@ class Decoder(nn.Cell):
         self.compute_dtype = operators.dtype(spec.numerics.compute_dtype)
         self.has_experts = model.moe is not None
         self.aux_scale = 1.0 / model.num_hidden_layers if model.moe and model.moe.aux_loss_reduce == "mean" else 1.0
+        if Shards(spec).stages > 1:
+            self.aux_scale *= 2.0  # see AddLosses
         self.seq_length = spec.seq_length
         layer = MoELayer if self.has_experts else DenseLayer
         shards, layers = Shards(spec), model.num_hidden_layers
         self.tok_embeddings = shards.stage(TokenEmbedding(spec), 0)
-        self.layers = nn.CellList([shards.stage(layer(spec, operators), layer_stage(index, layers, shards.stages))
-                                   for index in range(layers)])  # fmt: skip
+        stages = [layer_stage(index, layers, shards.stages) for index in range(layers)]
+        self.layers = nn.CellList([shards.stage(layer(spec, operators), stage) for stage in stages])
         self.norm_out = shards.stage(RmsNorm(spec, operators), shards.stages - 1)
-        self.add_groups = shards.shard(P.Add(), "groups")
+        self.add_losses = nn.CellList([shards.stage(AddLosses(shards), stage) for stage in stages])
         self.mean = shards.shard(P.ReduceMean(), "group mean")
         self.scale = shards.shard(P.Mul(), "scalars")
         self.stack = shards.shard_list(P.Stack(), "tok -", layers)
@@ -127,11 +151,12 @@ class Decoder(nn.Cell):
         cos_SP, sin_SP = self.cos_SP, self.sin_SP
         x_TD = ops.cast(self.tok_embeddings(ops.reshape(ids_BS, (-1,))), self.compute_dtype)
         if self.has_experts:
-            x_TD, aux_loss_G, report_GE = self.layers[0](x_TD, cos_SP, sin_SP)
+            x_TD, layer_aux_G, report_GE = self.layers[0](x_TD, cos_SP, sin_SP)
+            aux_loss_G = self.add_losses[0](None, layer_aux_G)
             reports: tuple = (report_GE,)
             for index in range(1, self.depth):
                 x_TD, layer_aux_G, report_GE = self.layers[index](x_TD, cos_SP, sin_SP)
-                aux_loss_G = self.add_groups(aux_loss_G, layer_aux_G)
+                aux_loss_G = self.add_losses[index](aux_loss_G, layer_aux_G)
                 reports = reports + (report_GE,)
             aux_loss = self.scale(self.mean(aux_loss_G, 0), self.aux_scale)
             if self.reports:

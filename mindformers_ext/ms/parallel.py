@@ -54,6 +54,7 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "grouped experts": (("tok - - -", "tok -", "- - -", "- - -", "- - -"), ("tok - - -",)),
     "group mean": (("tok",), ()),
     "groups": (("tok", "tok"), ()),
+    "scaled groups": (("tok", ""), ()),
     "reports": (("- tok -",), ()),
     "report": (("- -",), ("- -", "-")),
     "head": (("rest -", "head -"), ()),

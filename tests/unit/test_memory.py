@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slices, memory and cost of a split: the arithmetic, against figures counted by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from mindformers_ext.core.memory import StepSettings, layer_activations, layer_sizes, stage_activations, stage_memory
+from mindformers_ext.core.placement import placed_parameters
+from mindformers_ext.core.recompute import RecomputeSpec, recompute_from_yaml
+from mindformers_ext.core.spec import KernelSpec, ModelSpec, MoESpec, NetworkSpec, NumericsSpec, ParallelSpec
+from mindformers_ext.core.split_cost import expert_exchange, layer_operations, layer_sent, split_cost
+from mindformers_ext.core.split_search import fitting_splits, step_rows
+
+MODEL = ModelSpec(
+    vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=128, moe=MoESpec(num_local_experts=8, num_experts_per_tok=2, capacity_factor=1.1),
+)  # fmt: skip
+SEED = NetworkSpec(
+    model=MODEL,
+    seq_length=4096,
+    numerics=NumericsSpec(compute_dtype="float16", param_dtype="float32"),
+    kernels=KernelSpec(flash_attention=True),
+    parallel=ParallelSpec(
+        data_parallel=8, expert_parallel=8, pipeline_stage=2, micro_batch_num=16, enable_alltoall=True,
+        vocab_emb_dp=False, enable_parallel_optimizer=True, device_num=16,
+    ),
+)  # fmt: skip
+ALL_LAYERS = StepSettings(recompute=RecomputeSpec(frozenset(range(32))))
+
+
+def cut(**sizes: Any) -> NetworkSpec:
+    return replace(SEED, parallel=replace(SEED.parallel, **sizes))
+
+
+def local(spec: NetworkSpec) -> dict[str, tuple[int, ...]]:
+    return {item.name: item.local for item in placed_parameters(spec)}
+
+
+def test_all_parameters_of_mixtral() -> None:
+    assert sum(math.prod(item.whole) for item in placed_parameters(SEED)) == 46_702_792_704
+
+
+def test_slices_of_the_seed() -> None:
+    shapes = local(SEED)
+    assert shapes["model.layers.0.feed_forward.ffn.w1.weight"] == (1, 14336, 4096)  # one expert, held by nobody else
+    assert shapes["model.layers.0.attention.wq.weight"] == (512, 4096)  # cut by the optimizer over 8 devices
+    assert shapes["model.layers.0.attention_norm.weight"] == (4096,)  # 16 KB, below its threshold
+    assert shapes["lm_head.weight"] == (4000, 4096)
+
+
+def test_slices_of_r17() -> None:
+    spec = cut(data_parallel=2, model_parallel=4, expert_parallel=2, use_seq_parallel=True)
+    found = {item.name: item for item in placed_parameters(spec)}
+    assert found["model.layers.0.feed_forward.ffn.w1.weight"].local == (4, 3584, 4096)
+    assert found["model.layers.0.feed_forward.ffn.w2.weight"].local == (4, 4096, 3584)
+    assert found["model.layers.0.attention.wo.weight"].gathered == (4096, 1024)
+    assert found["model.layers.0.attention.wo.weight"].local == (2048, 1024)
+    assert {item.stage for item in found.values()} == {0, 1}
+
+
+def test_memory_adds_up_to_the_whole() -> None:
+    whole = sum(math.prod(item.whole) for item in placed_parameters(SEED))
+    plain = replace(SEED, parallel=ParallelSpec())
+    (stage,) = stage_memory(plain, StepSettings())
+    assert stage.weights == 4 * whole and stage.optimizer == 8 * whole and stage.gathered == 0
+
+
+def test_memory_of_the_seed_fits_58_gb() -> None:
+    stages = stage_memory(SEED, ALL_LAYERS)
+    assert [round(stage.total / 1e9, 1) for stage in stages] == [53.5, 54.2]
+    assert stages[0].gradients > stages[0].weights  # accumulated gradients are not cut by the optimizer
+    shared = stage_memory(SEED, replace(ALL_LAYERS, accumulation_is_cut=True))
+    assert shared[0].gradients == shared[0].weights
+
+
+def test_recompute_keeps_inputs_only() -> None:
+    without, with_it = stage_activations(SEED, StepSettings(), 0), stage_activations(SEED, ALL_LAYERS, 0)
+    inputs = 2 * 16 * 4096 * 4096 * 2  # two open micro batches, 16 layers, S x D in 16 bits
+    assert with_it == inputs + layer_activations(SEED)
+    assert without == 2 * 16 * layer_activations(SEED)
+
+
+def test_sizes_of_a_layer() -> None:
+    sizes = layer_sizes(SEED)
+    assert sizes.tokens == sizes.whole_tokens == 4096 and sizes.slots == sizes.expert_rows == 8 * 1127
+    cut_over_mp = layer_sizes(cut(data_parallel=2, model_parallel=4, expert_parallel=2, use_seq_parallel=True))
+    assert cut_over_mp.tokens == 1024 and cut_over_mp.slots == 8 * 282 and cut_over_mp.expert_rows == 4 * 8 * 282
+
+
+def test_bytes_of_an_exchange() -> None:
+    assert expert_exchange(SEED) == 8 * 1127 * 4096 * 2
+    assert layer_sent(SEED) == {"experts": 2 * round(8 * 1127 * 4096 * 2 * 7 / 8)}
+
+
+def test_cost() -> None:
+    cost = split_cost(SEED, ALL_LAYERS)
+    assert cost.bubble == pytest.approx(1 / 17)
+    assert cost.sent["experts"] == 16 * 16 * 3 * layer_sent(SEED)["experts"]  # micro batches, layers, passes
+    again = split_cost(SEED, StepSettings(recompute=RecomputeSpec(frozenset(range(32)), exchanges=False)))
+    assert again.sent["experts"] * 3 == cost.sent["experts"] * 2
+    assert split_cost(SEED, StepSettings()).operations < cost.operations
+
+
+def test_operations_do_not_depend_on_the_split() -> None:
+    """Model parallel cuts a layer's products; the slots it rounds up are all that it adds."""
+    one, four = layer_operations(cut(data_parallel=8)), layer_operations(cut(data_parallel=2, model_parallel=4,
+                                                                             use_seq_parallel=True))  # fmt: skip
+    assert 4 * four == pytest.approx(one, rel=0.01)
+
+
+def test_splits_that_fit() -> None:
+    splits = fitting_splits(SEED, ALL_LAYERS, 64 * 10**9)
+    assert splits[0].words["data_parallel"] == splits[0].words["expert_parallel"] == 8
+    for split in splits:
+        parallel = split.spec.parallel
+        assert parallel.data_parallel * parallel.model_parallel * parallel.pipeline_stage == 16
+        assert step_rows(split.spec, split.settings) == 128 and split.memory.total <= 64 * 10**9
+    assert [split.cost.seconds for split in splits] == sorted(split.cost.seconds for split in splits)
+    assert not fitting_splits(SEED, ALL_LAYERS, 8 * 10**9)
+
+
+@pytest.mark.parametrize(
+    "written, layers",
+    [
+        (True, range(4)),
+        (False, ()),
+        ([1, 1], (0, 2)),
+        ([2], (0, 1)),
+        ([0, True], (2, 3)),
+    ],
+)
+def test_recompute_words(written: Any, layers: Any) -> None:
+    spec = recompute_from_yaml({"recompute_config": {"recompute": written, "mp_comm_recompute": False}}, 4, 2)
+    assert spec.layers == frozenset(layers) and not spec.exchanges
