@@ -60,7 +60,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("--use_parallel",), ("use_parallel",), "run on several devices (start with scripts/msrun_launcher.sh)",
          boolean),
     Flag(("--train_data", "--train_dataset_dir"), (TRAIN_FILE,), "MindRecord file or folder to train on"),
-    Flag(("--eval_data", "--eval_dataset_dir"), (EVAL_FILE,), "MindRecord file or folder to evaluate on"),
+    Flag(("--eval_data", "--eval_dataset_dir"), (EVAL_FILE,), "MindRecord file or folder, text or .jsonl file "
+         "to evaluate on"),
     Flag(("--predict_data",), ("input_data",), "one or more prompts, a text file with one prompt a line, or - "
          "for standard input", many=True),
     Flag(("--predict_batch_size",), ("predict_batch_size",), "prompts computed together (default all)", int),
@@ -68,6 +69,9 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("--adapter_id",), ("adapter_id",), "LoRA adapters to predict with", many=True),
     Flag(("--chat",), (), "True: prompts are messages, put into the tokenizer's chat template; with "
          "--predict_data - on a terminal a conversation", boolean),
+    Flag(("--eval_stride",), (), "eval of text: tokens from one window to the next (default the window, seq_length)",
+         int),
+    Flag(("--hf",), (), "eval: a Hugging Face folder; transformers measures the same tokens with it"),
     Flag(("--do_sample",), ("model.model_config.do_sample",), "sample instead of taking the best token", boolean),
     Flag(("--max_new_tokens",), ("model.model_config.max_new_tokens",), "tokens of an answer at most", int),
     Flag(("--temperature",), ("model.model_config.temperature",), "sampling: below 1 safer, above 1 wilder", float),

@@ -25,6 +25,9 @@ examples:
   measure its perplexity:
     python run_mindformer.py --config configs/tiny/mixtral_pretrain.yaml --run_mode eval \\
         --eval_data data/eval.mindrecord --load_checkpoint output/checkpoint
+  on a text, with windows that overlap by half, and transformers' on the same tokens:
+    python run_mindformer.py --config YAML --run_mode eval --eval_data notes.txt --eval_stride 64 \\
+        --load_checkpoint HF_FOLDER --hf HF_FOLDER
   let it write:
     python run_mindformer.py --config configs/tiny/mixtral_pretrain.yaml --run_mode predict \\
         --load_checkpoint output/checkpoint --predict_data "Return a new" "The file"
@@ -71,13 +74,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from mindformers_ext.jobs.run_checks import check_run, generates_here
+    from mindformers_ext.jobs.run_checks import check_run, evaluates_here, generates_here
 
     path = _config_path(arguments.config)
     config = apply_flags(load_yaml(path), arguments)
     checked = check_run(config, str(path))
     for line in checked.notes:
         print(f"note: {line}", file=sys.stderr)
+    if evaluates_here(checked.config):
+        from mindformers_ext.cli.evaluate import evaluate
+
+        return evaluate(checked.config, checked.spec, arguments.eval_stride, arguments.hf)
+    if arguments.hf or arguments.eval_stride is not None:
+        raise UserError("--hf and --eval_stride belong to --run_mode eval of our networks on one device: leave them "
+                        "out")  # fmt: skip
     chat = bool(arguments.chat)
     if chat and not generates_here(checked.config):
         raise UserError("--chat belongs to --run_mode predict of our networks on one device: leave it out")

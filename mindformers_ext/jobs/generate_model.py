@@ -118,14 +118,20 @@ def check_same_model(spec: ModelSpec, config: Mapping[str, Any], where: Path) ->
     problems.raise_if_any()
 
 
-def open_network(config: Mapping[str, Any], spec: NetworkSpec, weights: Weights | None) -> Network:
-    """The network on the configuration's device, with ``weights`` streamed in, or with random ones."""
+def open_network(config: Mapping[str, Any], spec: NetworkSpec, weights: Weights | None, length: int = 1) -> Network:
+    """The network on the configuration's device, with ``weights`` streamed in, or with random ones.
+
+    It drops no token, whatever the capacity in training was. ``length``: tokens per row of the network's own graph;
+    generation does not run it, for it has graphs of its own, of the prompts' lengths.
+    """
     context = config.get("context") or {}
     opened = open_engine(engine_of(config))
     opened.use(str(context.get("device_target", "Ascend")), int(context.get("device_id") or 0),
                int(context.get("mode") or 0) == 1)  # fmt: skip
-    # The network's own graph is not run: generation has graphs of its own, of the prompts' lengths.
-    network = opened.build(replace(spec, seq_length=1), empty=weights is not None)
+    model = spec.model
+    if model.moe:  # weights of either layout become dense ones, see open_weights
+        model = replace(model, moe=replace(model.moe, capacity_factor=0.0, use_gmm=False))
+    network = opened.build(replace(spec, model=model, seq_length=length), empty=weights is not None)
     if weights is not None:
         with closing(weights):
             network.fill(weights.plan.run(weights.reader))

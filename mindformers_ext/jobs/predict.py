@@ -12,7 +12,7 @@ from typing import Any
 
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.sampling import SamplingSpec, sampling_from_yaml
-from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.data.chat_template import ChatTemplate
 from mindformers_ext.data.packing import check_ids
 from mindformers_ext.data.tokenizers import Tokenizer, open_tokenizer
@@ -186,16 +186,22 @@ def open_predictor(config: Mapping[str, Any], spec: NetworkSpec, chat: bool = Fa
     words = config["model"]["model_config"]
     model = spec.model
     sampling = sampling_from_yaml(words, (model.eos_token_id, *model.more_eos_token_ids), int(config.get("seed") or 0))
-    path = tokenizer_path(config)
-    tokenizer = open_tokenizer(path)
-    if tokenizer.vocab_size > model.vocab_size:
-        raise UserError(f"the tokenizer {path} has {tokenizer.vocab_size} pieces, model_config.vocab_size is "
-                        f"{model.vocab_size}: give the model's own tokenizer, or set vocab_size")  # fmt: skip
+    tokenizer, path = open_own_tokenizer(config, model)
     batch = config.get("predict_batch_size")
     if batch is not None and (not isinstance(batch, int) or isinstance(batch, bool) or batch < 1):
         raise UserError(f"predict_batch_size={batch!r}: give a whole number above 0")
     template = ChatTemplate(path if path.is_dir() else path.parent) if chat else None
     return Predictor(config, spec, tokenizer, template, sampling)
+
+
+def open_own_tokenizer(config: Mapping[str, Any], model: ModelSpec) -> tuple[Tokenizer, Path]:
+    """The tokenizer of ``tokenizer_path``, whose pieces must all be rows of the embedding, and where it lies."""
+    path = tokenizer_path(config)
+    tokenizer = open_tokenizer(path)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(f"the tokenizer {path} has {tokenizer.vocab_size} pieces, model_config.vocab_size is "
+                        f"{model.vocab_size}: give the model's own tokenizer, or set vocab_size")  # fmt: skip
+    return tokenizer, path
 
 
 def tokenizer_path(config: Mapping[str, Any]) -> Path:
@@ -209,7 +215,7 @@ def tokenizer_path(config: Mapping[str, Any]) -> Path:
         return folder
     if name:
         raise UserError(f"processor.tokenizer.vocab_file {name} does not exist: give the model's tokenizer")
-    raise UserError("run_mode predict needs a tokenizer: set processor.tokenizer.vocab_file to the .model file "
+    raise UserError("text needs a tokenizer: set processor.tokenizer.vocab_file to the .model file "
                     "(--processor.tokenizer.vocab_file)")  # fmt: skip
 
 

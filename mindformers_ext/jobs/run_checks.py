@@ -72,11 +72,12 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
     if mode == "predict" and not result.get("input_data"):
         raise UserError('run_mode predict has nothing to predict: give --predict_data "a prompt"')
     merge = None
-    if not generates_here(result):  # jobs.predict judges weights and tokenizer itself, of more kinds
+    here = evaluates_here(result)
+    if not generates_here(result) and not here:  # jobs.predict and jobs.evaluate judge weights and data themselves
         found, merge = (_settle_here(result), None) if engine == "pt" else _settle_checkpoint(result, spec)
         notes += found
         check_tokenizer(result, spec, mode)
-    if mode in DATASET:
+    if mode in DATASET and not here:
         check_dataset(result, DATASET[mode], spec, mode, engine)
     if mode == "predict":
         result.setdefault("save_file", str(Path(result["output_dir"]) / "text_generation_result.txt"))
@@ -118,6 +119,15 @@ def generates_here(config: Mapping[str, Any]) -> bool:
     words = (config.get("model") or {}).get("model_config") or {}
     return bool(config.get("run_mode") == "predict" and not config.get("use_parallel") and names_our_network(config)
                 and not config.get("adapter_id") and not words.get("pet_config"))  # fmt: skip
+
+
+def evaluates_here(config: Mapping[str, Any]) -> bool:
+    """Whether ``jobs.evaluate`` measures: one device, a network of ours without adapters, and perplexity alone."""
+    words = (config.get("model") or {}).get("model_config") or {}
+    metrics = config.get("metric") or {}
+    names = {item.get("type") for item in (metrics if isinstance(metrics, list) else [metrics])}
+    return bool(config.get("run_mode") == "eval" and not config.get("use_parallel") and names_our_network(config)
+                and names <= {"PerplexityMetric", None} and not words.get("pet_config"))  # fmt: skip
 
 
 def device_count(config: Mapping[str, Any], engine: str = "ms") -> int:
