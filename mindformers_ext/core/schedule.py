@@ -54,7 +54,7 @@ def schedule_from_yaml(config: Mapping[str, Any], steps: int, per_epoch: int, pr
     words = config.get("lr_schedule")
     if not words:
         rate = (config.get("optimizer") or {}).get("learning_rate")
-        if not _is_number(rate):
+        if not isinstance(rate, (int, float)):
             problems.add(f"no lr_schedule, and optimizer.learning_rate={rate!r}", "give one of them")
             rate = 0.0
         return Schedule(kind="ConstantWarmUpLR", learning_rate=float(rate))

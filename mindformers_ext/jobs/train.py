@@ -67,8 +67,8 @@ def train(config: Mapping[str, Any], spec: NetworkSpec, notes: tuple[str, ...] =
     folder = Path(config["output_dir"])
     runner = config.get("runner_config") or {}
     rows = spec.batch_size * int(runner.get("gradient_accumulation_steps") or 1)
-    groups = spec.parallel.data_parallel
-    data = TokenData(config, "train_dataset", rows * groups)
+    processes = 1 if spec.parallel.parallel_mode == "stand_alone" else spec.parallel.device_num
+    data = TokenData(config, "train_dataset", rows * processes)
     moe = spec.model.moe
     bias_rate = moe.topk_bias_update_rate if moe and moe.balance_via_topk_bias else 0.0
     training, more = train_spec_from_yaml(config, spec.parallel, data.per_epoch, bias_rate)
@@ -84,10 +84,10 @@ def train(config: Mapping[str, Any], spec: NetworkSpec, notes: tuple[str, ...] =
         _keep_config(run)
     _load(run, spec)
     try:
-        _steps(run, rows)
+        _steps(run)
     finally:
         data.close()
-        trainer.ranks.close()
+    trainer.ranks.close()  # after a failure the other ranks may not come any more
 
 
 def _keep_config(run: Run) -> None:
@@ -126,7 +126,7 @@ def _load(run: Run, spec: NetworkSpec) -> None:
     run.trainer.open()
 
 
-def _steps(run: Run, rows: int) -> None:
+def _steps(run: Run) -> None:
     train, trainer, data, rank = run.train, run.trainer, run.data, run.trainer.ranks.rank
     mine = trainer.ranks.share(data.rows)
     metrics = MetricsFile(str(run.folder), rank, run.first)

@@ -9,13 +9,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.log import get_logger
 from mindformers_ext.core.train_spec import CheckpointPlan
 from mindformers_ext.formats.atomic import fresh_file
+from mindformers_ext.formats.dtypes import float_dtype
 from mindformers_ext.formats.ms_ckpt import CkptFile, CkptWriter
 from mindformers_ext.formats.safetensors_file import SafetensorsFile, SafetensorsFileWriter
 from mindformers_ext.formats.tensors import TensorInfo
@@ -84,7 +84,7 @@ def _checked(state: State, step: int, folder: CheckpointFolder) -> Iterator[tupl
     """``state`` in numpy's types; ``UserError`` at a weight that is not finite."""
     for name, array in state:
         if array.dtype == np.uint16:  # an engine's bfloat16
-            array = array.view(ml_dtypes.bfloat16)
+            array = array.view(float_dtype("bf16"))
         # one sum tells: float64 holds any sum of float32 values, so it is finite exactly when all of them are
         if name.startswith(WEIGHTS) and not np.isfinite(np.sum(array, dtype=np.float64)):
             raise UserError(f"step {step}: the weight {name} is not finite, nothing was saved and training stops. "

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.pt.exchange import ExpertExchange
 from mindformers_ext.pt.experts import Experts
 from mindformers_ext.pt.ops.dtypes import torch_dtype
 from mindformers_ext.pt.ops.rows import combine, dispatch, sort_by_expert
@@ -59,6 +60,7 @@ class MoE(nn.Module):
         self.experts = spec.model.experts.num_local_experts
         self.router = Router(spec, groups or spec.parallel.groups)
         self.ffn = Experts(spec)
+        self.exchange: ExpertExchange | None = None  # where the experts are spread over ranks
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         routing = self.router.router(self.router.logits(x_TD))
@@ -70,7 +72,8 @@ class MoE(nn.Module):
     def computed(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, kept_TK: Tensor | None) -> Tensor:
         """The weighted sum (T, D) of the chosen experts."""
         place = sort_by_expert(expert_TK, kept_TK, self.experts)
-        rows = self.ffn(dispatch(x_TD, place), place.offs_E)
+        rows = dispatch(x_TD, place)
+        rows = self.exchange(rows, place.offs_E, self.ffn) if self.exchange else self.ffn(rows, place.offs_E)
         return combine(rows, weight_TK, place)
 
     def dropless(self, x_TD: Tensor) -> Tensor:

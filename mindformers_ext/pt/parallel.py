@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec
-from mindformers_ext.pt.causal_lm import Terms
+from mindformers_ext.pt.causal_lm import CausalLM, Terms
 
 
 class Ranks:
@@ -33,12 +31,17 @@ class Ranks:
         """The network of one rank, which routes its own groups of tokens."""
         return spec
 
-    def cut(self, network: nn.Module) -> None:
-        """Give every rank its slices of a network that all have whole."""
+    def cut(self, network: CausalLM, device: torch.device) -> CausalLM:
+        """A network that all ranks have whole, on the device, every rank with its slices."""
+        return network.to(device)
 
     def own(self, tensor: Tensor) -> Tensor:
         """This rank's slice, sharing storage."""
         return tensor
+
+    def gradient(self, name: str, gradient: Tensor) -> Tensor:
+        """This rank's slice of a parameter's gradient, averaged over ranks."""
+        return gradient
 
     def whole(self, name: str, tensor: Tensor) -> Tensor:
         """A parameter of all ranks together."""
@@ -63,10 +66,8 @@ class Ranks:
         """Tokens that count, as the mean over ranks; None: those at hand."""
         return None
 
-    def norm(self, names: list[str], gradients: list[Tensor]) -> float:
+    def norm(self, gradients: list[Tensor]) -> float:
         """Euclidean norm of all gradients together."""
-        if not gradients:
-            return 0.0
         return float(torch.stack(torch._foreach_norm(gradients)).norm())
 
     def average(self, terms: list[Terms]) -> tuple[float, float, float, np.ndarray, np.ndarray]:
@@ -75,8 +76,3 @@ class Ranks:
         loss, lm_loss, aux_loss = (float(sum(term[i] for term in terms)) / count for i in range(3))
         load, dropped = sum(term[3] for term in terms), sum(term[4] for term in terms)
         return loss, lm_loss, aux_loss, load.cpu().numpy(), dropped.cpu().numpy() / count
-
-
-def with_groups(spec: NetworkSpec, groups: int) -> NetworkSpec:
-    """``spec`` with so many routing groups; the expert-parallel size stays, a loss asks for it."""
-    return replace(spec, parallel=replace(spec.parallel, data_parallel=groups, context_parallel=1))

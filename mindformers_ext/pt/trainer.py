@@ -60,8 +60,7 @@ class TorchTrainer:
         left = draw_weights(network, model.num_hidden_layers, model.initializer_range, train.seed)
         self.adapted = add_lora(network, train.lora, left) if train.lora else []
         network.model.recompute = train.recompute
-        self._biases = [(n, b) for n, b in network.named_buffers() if n.endswith("topk_bias")]
-        self.network: CausalLM = network.to(device).train()
+        self.network: CausalLM = network.train()
         self.updates = 0
         scale = train.loss_scale
         self.scale, self._iteration, self._last_overflow = scale.value, 1, 0
@@ -69,7 +68,8 @@ class TorchTrainer:
 
     def open(self) -> None:
         """Cut the network over the ranks and make the optimizer; weights must be loaded before."""
-        self.ranks.cut(self.network)
+        self.network = self.ranks.cut(self.network, self.device)
+        self._biases = [buffer for name, buffer in self.network.named_buffers() if name.endswith("topk_bias")]
         self._named = [(n, p) for n, p in self.network.named_parameters() if p.requires_grad]
         self._optimizer = Adam([self.ranks.own(p.detach()) for _, p in self._named], self.train_spec.optimizer)
 
@@ -88,13 +88,13 @@ class TorchTrainer:
         torch.manual_seed(self.train_spec.seed + self.updates * self.ranks.size + self.ranks.rank)  # LoRA's dropout
         tensors = [torch.from_numpy(column.astype(np.int64)).to(self.device) for column in columns]
         terms = self._backward(tensors)
-        gradients = [self.ranks.own(p.grad) for _, p in self._named if p.grad is not None]
+        gradients = [self.ranks.gradient(name, p.grad) for name, p in self._named if p.grad is not None]
         if len(gradients) != len(self._named):
             missing = [name for name, p in self._named if p.grad is None]
             raise RuntimeError(f"no gradient of {', '.join(missing)}")
         gradients = [g if g.dtype == torch.float32 else g.float() for g in gradients]
         unscale = 1.0 / (self.scale * self.train_spec.micro_batches)
-        norm = self.ranks.norm([name for name, _ in self._named], gradients) * unscale
+        norm = self.ranks.norm(gradients) * unscale
         loss, lm_loss, aux_loss, load, dropped = self.ranks.average(terms)
         finite = bool(np.isfinite(norm) and np.isfinite(loss))
         rate = self.train_spec.schedule.rate(self.updates)
@@ -143,7 +143,7 @@ class TorchTrainer:
 
     def _move_biases(self, load: np.ndarray) -> None:
         """bias += rate * sign(mean load - load) of every layer (Wang et al. 2024, arXiv:2408.15664)."""
-        for (_, bias), counts in zip(self._biases, load, strict=True):
+        for bias, counts in zip(self._biases, load, strict=True):
             share = counts / max(float(counts.sum()), 1.0)
             moves = self.train_spec.bias_rate * np.sign(1.0 / len(share) - share)
             bias += torch.from_numpy(moves.astype(np.float32)).to(bias.device)
