@@ -87,11 +87,16 @@ def nearest_sizes(parallel: ParallelSpec, model: ModelSpec) -> tuple[int, int, i
     """
     given = (parallel.data_parallel, parallel.model_parallel, parallel.pipeline_stage)
     widths = math.gcd(model.num_attention_heads, model.num_key_value_heads, model.intermediate_size, model.hidden_size)
+    stages = model.num_hidden_layers
+    if model.moe and model.moe.use_gmm:
+        widths = 1  # grouped experts stand whole on every device
+    if model.moe and model.moe.balance_via_topk_bias:
+        stages = 1
     divisors = _divisors(parallel.device_num)
     choices = [
         (parallel.device_num // (mp * pp), mp, pp)
         for mp, pp in product(divisors, divisors)
-        if parallel.device_num % (mp * pp) == 0 and widths % mp == 0 and pp <= model.num_hidden_layers
+        if parallel.device_num % (mp * pp) == 0 and widths % mp == 0 and pp <= stages
     ]
 
     def distance(choice: tuple[int, int, int]) -> tuple[int, float]:
@@ -165,6 +170,9 @@ def _pipeline(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: li
         return
     if run_mode == "eval":
         problems.add(f"pipeline_stage={stages} in eval", "set pipeline_stage: 1")
+    if run_mode in TRAINING and spec.model.moe and spec.model.moe.balance_via_topk_bias:
+        problems.add(f"balance_via_topk_bias=True with pipeline_stage={stages}: no stage sees the load of all layers",
+                     "balance by aux_loss_factor instead, or set pipeline_stage: 1")  # fmt: skip
     if run_mode in TRAINING and micro < stages:
         problems.add(f"micro_batch_num={micro} is below pipeline_stage={stages}", f"use at least {stages}")
     if layers < stages:

@@ -168,10 +168,7 @@ PASSED: dict[str, frozenset[str]] = {
         optimizer_weight_shard_size optimizer_weight_shard_aggregated_save grad_accumulation_step
         sharding_propagation""".split()
     ),
-    "recompute_config": frozenset(
-        """recompute select_recompute parallel_optimizer_comm_recompute select_comm_recompute mp_comm_recompute
-        recompute_slice_activation select_recompute_exclude select_comm_recompute_exclude""".split()
-    ),
+    "recompute_config": frozenset("recompute mp_comm_recompute recompute_slice_activation".split()),
     "swap_config": frozenset("swap layer_swap op_swap default_prefetch".split()),
     "runner_config": frozenset(
         """epochs sink_mode sink_size gradient_accumulation_steps stop_step num_classes per_epoch_size

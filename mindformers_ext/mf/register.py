@@ -16,6 +16,7 @@ from mindspore.train import Callback
 from mindformers_ext.mf.balance import MoETopkBiasBalanceCallback
 from mindformers_ext.mf.checkpoint import WholeCheckpointMonitor
 from mindformers_ext.mf.config import MixtralConfig, PortableLlamaConfig
+from mindformers_ext.mf.load_monitor import MoELoadMonitor
 from mindformers_ext.mf.monitor import MoELossMonitor
 from mindformers_ext.mf.networks import MixtralForCausalLM, PortableLlamaForCausalLM
 from mindformers_ext.mf.optimizer import FP32StateAdamWeightDecay
@@ -43,6 +44,7 @@ REGISTERED: tuple[tuple[str, type], ...] = (
     (Kind.CALLBACK, MoELossMonitor),
     (Kind.CALLBACK, WholeCheckpointMonitor),
     (Kind.CALLBACK, MoETopkBiasBalanceCallback),
+    (Kind.CALLBACK, MoELoadMonitor),
     (Kind.CALLBACK, ObsMonitor),
     (Kind.TRAINER, PortableCausalLanguageModelingTrainer),
 )

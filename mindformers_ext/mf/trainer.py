@@ -19,12 +19,13 @@ from mindspore import nn
 from mindformers_ext.jobs.checkpoints import checkpoint_file
 from mindformers_ext.mf.balance import MoETopkBiasBalanceCallback
 from mindformers_ext.mf.checkpoint import WholeCheckpointMonitor
+from mindformers_ext.mf.load_monitor import MoELoadMonitor
 from mindformers_ext.mf.monitor import MoELossMonitor
 from mindformers_ext.ms.step import STEP_STATE, TrainStepCell, step_state
 
 # MindFormers hands a callback the run's facts (first step, schedule, batch) only when the YAML calls it by these names.
 STAND_INS = {"MFLossMonitor": MoELossMonitor, "CheckpointMonitor": WholeCheckpointMonitor,
-             "TopkBiasBalanceCallback": MoETopkBiasBalanceCallback}  # fmt: skip
+             "TopkBiasBalanceCallback": MoETopkBiasBalanceCallback, "MoEDropRateCallback": MoELoadMonitor}  # fmt: skip
 SHARDED = ("semi_auto_parallel", "auto_parallel")
 
 

@@ -15,7 +15,8 @@ from mindformers_ext.mf.config import WRITTEN
 DESCRIBING = ("model", "moe_config", "parallel_config", "parallel", "runner_config", "use_parallel", "run_mode",
               "micro_batch_interleave_num", "recompute_config")  # fmt: skip
 CALLBACK_NOTES = {"MFLossMonitor": "MoELossMonitor", "CheckpointMonitor": "WholeCheckpointMonitor",
-                  "TopkBiasBalanceCallback": "MoETopkBiasBalanceCallback"}  # fmt: skip
+                  "TopkBiasBalanceCallback": "MoETopkBiasBalanceCallback",
+                  "MoEDropRateCallback": "MoELoadMonitor"}  # fmt: skip
 
 
 def upgrade(config: Mapping[str, Any], device_target: str) -> tuple[dict[str, Any], list[str]]:

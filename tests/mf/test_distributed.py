@@ -46,7 +46,8 @@ def pair(tmp_path_factory):
     job = SimpleNamespace(folder=folder, yaml=make_job(folder), start=folder / "start.ckpt")
     write_start(job)
     job.command = (f"run_mindformer.py --config {job.yaml} --use_parallel True --parallel.parallel_mode 0 --batch_size "
-                   f"{BATCH // 2} {FIXED} --callbacks.1.save_checkpoint_steps 2")  # fmt: skip
+                   f"{BATCH // 2} {FIXED} --callbacks.1.save_checkpoint_steps 2 --callbacks.2.type "
+                   "MoEDropRateCallback")  # fmt: skip
     job.fresh = f"{job.command} --load_checkpoint {job.start}"
     job.from_slices = (f"{job.command} --load_checkpoint slices --auto_trans_ckpt True --src_strategy_path_or_dir "
                        "strategy")  # fmt: skip
@@ -119,11 +120,18 @@ def test_two_processes_equal_one_with_the_whole_batch(pair):
 
 
 def test_every_rank_reports_the_whole_job(pair):
+    from mindformers_ext.mf.load_monitor import load_lines
+
     other = (pair.folder / "whole" / "metrics" / "rank_1.jsonl").read_text().splitlines()
     for row, line in zip(pair.rows, other, strict=True):
         second = json.loads(line)
         assert all(row[name] == second[name] for name in ("loss", "aux_loss", "global_norm", "expert_load", "dropped"))
         assert (np.array(row["expert_load"]).sum(axis=1) == 2 * BATCH * SEQ).all()  # of both ranks
+    shown = [line.partition("layer: ")[2] for line in (pair.folder / "log" / "worker_1.log").read_text().splitlines()
+             if "of an even load" in line]  # fmt: skip
+    expected = [line for row in pair.rows
+                for line in load_lines(np.array(row["expert_load"]), np.array(row["dropped"]))]  # fmt: skip
+    assert [f"layer: {line}" for line in shown] == expected
 
 
 def test_ranks_hold_the_same_weights(pair):

@@ -14,6 +14,7 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.yaml_file import parse_yaml
 from mindformers_ext.core.yaml_view import network_spec_from_yaml
 from mindformers_ext.mf.balance import moved
+from mindformers_ext.mf.load_monitor import load_lines
 from mindformers_ext.mf.metrics import MetricsFile, record_of
 from mindformers_ext.mf.trainer import stand_ins
 from mindformers_ext.mf.upgrade import upgrade
@@ -114,6 +115,12 @@ def test_the_bias_goes_against_the_load():
     bias = moved(np.zeros(4, np.float32), np.array([10.0, 2.0, 4.0, 0.0]), 0.01)
     np.testing.assert_allclose(bias, [-0.01, 0.01, 0.0, 0.01])
     np.testing.assert_array_equal(moved(bias, np.zeros(4), 0.01), bias)
+
+
+def test_the_load_of_experts_is_shown_per_layer():
+    lines = load_lines(np.array([[6.0, 2.0, 0.0, 8.0], [4.0, 4.0, 4.0, 4.0]]), np.array([0.25, 0.0]))
+    assert lines == ["layer: 0, drop_rate: 0.25000, fullest expert: 3 (2.00 of an even load), emptiest: 2 (0.00)",
+                     "layer: 1, drop_rate: 0.00000, fullest expert: 0 (1.00 of an even load), emptiest: 0 (1.00)"]
 
 
 def test_callbacks_are_ours_only_inside():

@@ -27,6 +27,9 @@ SEED = NetworkSpec(
 )  # fmt: skip
 
 
+BALANCED = MoESpec(num_local_experts=8, num_experts_per_tok=2, balance_via_topk_bias=True)
+
+
 def with_sizes(**changes: Any) -> NetworkSpec:
     return replace(SEED, parallel=replace(SEED.parallel, **changes))
 
@@ -65,6 +68,11 @@ def test_broken_sizes_are_named(changes: dict[str, Any], words: list[str]) -> No
     text = refusal(with_sizes(**changes))
     for word in words:
         assert word in text
+
+
+def test_a_bias_needs_the_load_of_all_layers() -> None:
+    text = refusal(replace(SEED, model=replace(MODEL, moe=BALANCED)))
+    assert "balance_via_topk_bias=True with pipeline_stage=2" in text and "aux_loss_factor instead" in text
 
 
 def test_more_stages_than_layers() -> None:
@@ -110,7 +118,7 @@ def test_rules_of_run_modes() -> None:
         (with_sizes(parallel_mode="data_parallel"), "gradients_mean=False has no effect"),
         (with_sizes(parallel_mode="data_parallel"), "data_parallel=8, pipeline_stage=2, expert_parallel=8"),
         (replace(SEED, model=replace(MODEL, moe=None)), "expert_parallel=8 has no effect"),
-        (replace(SEED, model=replace(MODEL, moe=replace(MODEL.moe, balance_via_topk_bias=True))), "never moves"),
+        (replace(with_sizes(pipeline_stage=1, device_num=8), model=replace(MODEL, moe=BALANCED)), "never moves"),
         (replace(SEED, return_extra_loss=False, model=replace(MODEL, moe=replace(MODEL.moe, z_loss_factor=0.1))),
          "return_extra_loss=False"),
     ],
