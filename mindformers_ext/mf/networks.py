@@ -14,6 +14,7 @@ from mindspore import Tensor, ops
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.mf.config import MixtralConfig, PortableLlamaConfig
+from mindformers_ext.mf.generate import CachedGenerator, announce, can_answer, settled_config
 from mindformers_ext.ms.lora import add_lora
 from mindformers_ext.ms.models import build_causal_lm
 from mindformers_ext.ms.ops.select import select_operators
@@ -41,9 +42,8 @@ class PortableLlamaForCausalLM(PreTrainedModel):
     base_model_prefix = ""
 
     def __init__(self, config: PortableLlamaConfig) -> None:
-        if config.use_past:
-            logger.info("use_past becomes False: generation recomputes the sequence for every token")
-            config.use_past = False
+        keeps_cache = bool(config.use_past)
+        config.use_past = False  # MindFormers' own cache needs Ascend's paged attention
         super().__init__(config, auto_prefix=False)
         spec = config.network_spec(get_real_group_size())
         self.spec = spec
@@ -53,6 +53,7 @@ class PortableLlamaForCausalLM(PreTrainedModel):
         if lora:
             logger.info("LoRA: rank %d, scale %g, beside %d layers: %s ...", lora.rank, lora.scale, len(self.adapted),
                         ", ".join(self.adapted[:4]))  # fmt: skip
+        self.generator = self._own_generator(lora is not None) if keeps_cache else None
         self.predicts = get_predict_run_mode()
         self._mark_recompute(config)
         self.returns_terms = False
@@ -73,6 +74,29 @@ class PortableLlamaForCausalLM(PreTrainedModel):
         if recompute.layers and select_operators().lazy_inline and not self.predicts:
             recompute_layers(self.causal_lm, recompute)
             logger.info("Recompute: %d of %d layers", len(recompute.layers), self.spec.model.num_hidden_layers)
+
+    def _own_generator(self, adapted: bool) -> CachedGenerator | None:
+        """For ``use_past``, where the network is one that ``ms.generate`` has graphs for."""
+        grouped = self.spec.model.moe is not None and self.spec.model.moe.use_gmm
+        if adapted or grouped or get_real_group_size() > 1:
+            logger.info("use_past becomes False: generate() computes the whole text for every token")
+            return None
+        announce()
+        return CachedGenerator(self.causal_lm, self.spec.seq_length)
+
+    def generate(self, input_ids: Any, generation_config: Any = None, logits_processor: Any = None,
+                 streamer: Any = None, seed: int | None = None, **kwargs: Any) -> Any:  # fmt: skip
+        """MindFormers' ``generate`` (see there), over a cache where the configuration has ``use_past``."""
+        if self.generator is not None and not logits_processor:
+            rows = np.array(input_ids)
+            rows = rows.reshape(-1, rows.shape[-1])
+            wanted, unknown = settled_config(self.config, generation_config, dict(kwargs))
+            if not unknown and can_answer(wanted, len(rows), streamer):
+                training = self.training
+                found = self.generator.generate(rows, wanted, seed, streamer)
+                self.set_train(training)
+                return found
+        return super().generate(input_ids, generation_config, logits_processor, streamer, seed, **kwargs)
 
     def report_terms(self) -> None:
         """From now on training returns (loss, lm_loss, aux_loss, expert_load, dropped) instead of the loss."""
