@@ -20,7 +20,7 @@ from mindformers_ext.surgery.merge.settings import Method, Settings
 from mindformers_ext.surgery.merge.stream import Stream
 from mindformers_ext.surgery.merge.task_vectors import DENSITY, Sparsify, merge_task_vectors, task_parameters
 
-REMEMBERED = 2**28  # elements of all models of a tensor up to which masks are kept from one walk to the next
+REMEMBERED = 2**27  # elements of all models of a tensor up to which masks are kept from one walk to the next
 
 
 def bernoulli(stream: Stream, settings: Settings) -> Callable[[], Sparsify]:
