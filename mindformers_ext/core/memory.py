@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from mindformers_ext.core.capacity import expert_capacity
 from mindformers_ext.core.cluster import layer_stage
+from mindformers_ext.core.lora import LoraSpec
 from mindformers_ext.core.placement import ADAM_STATES, OPTIMIZER_THRESHOLD, WIDTH, head_cuts, placed_parameters
 from mindformers_ext.core.recompute import RecomputeSpec
 from mindformers_ext.core.spec import NetworkSpec
@@ -24,14 +25,16 @@ STATISTICS = 16  # floats that fused attention keeps per row: maximum and sum, e
 class StepSettings:
     """What else decides about memory and traffic of a step.
 
-    ``accumulation_steps`` above 1 or a pipeline means that gradients are accumulated in memory of their own, which
-    ``accumulation_is_cut`` cuts as the optimizer's states (``gradient_accumulation_shard``).
+    ``lora``: its adapters alone have gradients and optimizer states. ``accumulation_steps`` above 1 or a pipeline means
+    that gradients are accumulated in memory of their own, which ``accumulation_is_cut`` cuts as the optimizer's states
+    (``gradient_accumulation_shard``).
     """
 
     recompute: RecomputeSpec = field(default_factory=RecomputeSpec)
     threshold: int = OPTIMIZER_THRESHOLD
     accumulation_is_cut: bool = False
     accumulation_steps: int = 1
+    lora: LoraSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -93,19 +96,21 @@ def layer_sizes(spec: NetworkSpec) -> LayerSizes:
 def stage_memory(spec: NetworkSpec, settings: StepSettings) -> tuple[StageMemory, ...]:
     """Memory of one device of every stage, by stage."""
     accumulates = spec.parallel.pipeline_stage > 1 or settings.accumulation_steps > 1
-    placed = placed_parameters(spec, settings.threshold)
+    placed = placed_parameters(spec, settings.threshold, settings.lora)
     compute = WIDTH[spec.numerics.compute_dtype]
     result = []
     for stage in range(spec.parallel.pipeline_stage):
         here = [item for item in placed if item.stage == stage]
         weights = sum(item.nbytes for item in here)
+        trained = [item for item in here if item.trained]
+        states = ADAM_STATES * WIDTH["float32"] * sum(math.prod(item.local) for item in trained)
         if accumulates and not settings.accumulation_is_cut:
-            gradients = sum(item.gathered_nbytes for item in here)
+            gradients = sum(item.gathered_nbytes for item in trained)
         else:
-            gradients = weights
+            gradients = sum(item.nbytes for item in trained)
         gathered = sum(math.prod(item.gathered) * compute for item in here if item.local != item.gathered)
-        result.append(StageMemory(stage, weights, gradients, ADAM_STATES * weights,
-                                  stage_activations(spec, settings, stage), gathered))  # fmt: skip
+        result.append(StageMemory(stage, weights, gradients, states, stage_activations(spec, settings, stage),
+                                  gathered))  # fmt: skip
     return tuple(result)
 
 

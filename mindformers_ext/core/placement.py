@@ -8,16 +8,18 @@ cuts the network by the same words; here they are numbers, for memory estimates 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from mindformers_ext.core.cluster import layer_stage
+from mindformers_ext.core.lora import LORA_A, LORA_B, LoraSpec
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.core.yaml_keys import SHARDED_MODES
 
 WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of a number
 OPTIMIZER_THRESHOLD = 64  # KB: MindSpore's default below which the optimizer's cut leaves a slice whole
 ADAM_STATES = 2
+Row = tuple[str, int, tuple[int, ...], str]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class PlacedParameter:
     gathered: tuple[int, ...]
     local: tuple[int, ...]
     numbers: str
+    trained: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -45,12 +48,15 @@ class PlacedParameter:
         return math.prod(self.gathered) * WIDTH[self.numbers]
 
 
-def placed_parameters(spec: NetworkSpec, threshold: int = OPTIMIZER_THRESHOLD) -> tuple[PlacedParameter, ...]:
-    """Every trained parameter of the network with its stage and its slice on one device of that stage.
+def placed_parameters(
+    spec: NetworkSpec, threshold: int = OPTIMIZER_THRESHOLD, lora: LoraSpec | None = None
+) -> tuple[PlacedParameter, ...]:
+    """Every weight of the network with its stage and its slice on one device of that stage.
 
     Args:
         spec: as ``core.rules.settled`` leaves it.
         threshold: KB; smaller slices are not cut by the optimizer (``parallel_optimizer_threshold``).
+        lora: its adapters are added, and they alone are trained.
     """
     parallel = spec.parallel
     sharded = parallel.parallel_mode in SHARDED_MODES and parallel.device_num > 1
@@ -59,15 +65,18 @@ def placed_parameters(spec: NetworkSpec, threshold: int = OPTIMIZER_THRESHOLD) -
     ep = parallel.expert_parallel if sharded and spec.model.moe else 1
     parts = {"-": 1, "mp": mp, "ep": ep, "head": head_cuts(spec) if sharded else 1}
     placed = []
-    for name, stage, whole, words in _parameters(spec):
-        numbers = "float32" if name.endswith("router.dense.weight") else spec.numerics.param_dtype
+    for name, stage, whole, words in _with_adapters(_parameters(spec), lora):
+        is_router = name.endswith("router.dense.weight")  # always float32, never cut
+        numbers = "float32" if is_router else spec.numerics.param_dtype
         cuts = [parts[word] for word in words.split()]
         gathered = tuple(size // cut for size, cut in zip(whole, cuts, strict=True))
         copies = dp * mp // math.prod(cuts)
         local, kilobytes = gathered, math.prod(gathered) * WIDTH[numbers] / 1024
-        if sharded and parallel.enable_parallel_optimizer and kilobytes >= threshold and gathered[0] % copies == 0:
+        may_cut = sharded and parallel.enable_parallel_optimizer and not is_router
+        if may_cut and kilobytes >= threshold and gathered[0] % copies == 0:
             local = (gathered[0] // copies, *gathered[1:])
-        placed.append(PlacedParameter(name, stage, whole, gathered, local, numbers))
+        trained = lora is None or name.endswith((LORA_A, LORA_B))
+        placed.append(PlacedParameter(name, stage, whole, gathered, local, numbers, trained))
     return tuple(placed)
 
 
@@ -77,8 +86,19 @@ def head_cuts(spec: NetworkSpec) -> int:
     return 1 if spec.parallel.vocab_emb_dp or spec.model.vocab_size % mp else mp
 
 
-def _parameters(spec: NetworkSpec) -> Iterator[tuple[str, int, tuple[int, ...], str]]:
-    """(name, stage, whole shape, what cuts each dimension) of every trained parameter, in the network's order."""
+def _with_adapters(rows: Iterable[Row], lora: LoraSpec | None) -> Iterator[Row]:
+    """The rows, and behind each adapted matrix W (out, in) its A (rank, in) and B (out, rank), cut as W is."""
+    for name, stage, whole, words in rows:
+        yield name, stage, whole, words
+        layer = name.removesuffix(".weight")
+        if lora and layer != name and len(whole) == 2 and "router" not in name and lora.wants(layer):
+            rows_word, columns_word = words.split()
+            yield f"{layer}.{LORA_A}", stage, (lora.rank, whole[1]), f"- {columns_word}"
+            yield f"{layer}.{LORA_B}", stage, (whole[0], lora.rank), f"{rows_word} -"
+
+
+def _parameters(spec: NetworkSpec) -> Iterator[Row]:
+    """(name, stage, whole shape, what cuts each dimension) of every weight, in the network's order."""
     model, stages = spec.model, spec.parallel.pipeline_stage
     hidden, ffn, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     queries = model.num_attention_heads * model.head_dim

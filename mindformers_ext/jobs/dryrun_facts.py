@@ -14,11 +14,14 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.traffic import sent_bytes
 from mindformers_ext.formats.graph_text import Collective, GraphFacts, Unplanned, read_graph, unplanned_operators
 
-# MindSpore's own words in a collective's name tell what it is for.
-PURPOSES = (("PARALLEL_GLOBALNORM", "norm"), ("parallel_optimizer", "weights"), ("Mirror", "gradients"),
-            ("redistribution", "layout"), ("forward_op", "partial sums"), ("virtual", "data"))  # fmt: skip
+# MindSpore's own words in a collective's name or scope tell what it is for; the first that matches.
+PURPOSES = (("PARALLEL_GLOBALNORM", "norm"), ("parallel_optimizer", "weights"), ("irror", "gradients"),
+            ("-TokenEmbedding/", "embedding"), ("redistribution", "layout"), ("forward_op", "partial sums"),
+            ("Grad_AllGather/", "layout"), ("Grad_ReduceScatter/", "partial sums"), ("Grad_AllReduce/", "partial sums"),
+            ("virtual", "data"))  # fmt: skip
 KINDS = ("weight", "gradient", "optimizer", "other")
 ACCUMULATOR = "accu_grads"
+WEIGHTS = (".weight", "_weight")
 
 
 @dataclass(frozen=True)
@@ -134,13 +137,11 @@ def parameter_facts(
     return tuple(facts)
 
 
-def _kind(name: str, weights: set[str]) -> str:
-    if name in weights or not any(name.endswith(ending) for ending in (".weight", "_weight", "_a", "_b")):
-        return "weight" if name in weights else "other"
+def _kind(name: str, trained: set[str]) -> str:
     prefix, _, rest = name.partition(".")
-    if rest in weights:
+    if rest in trained:
         return "gradient" if prefix == ACCUMULATOR else "optimizer"
-    return "other"
+    return "weight" if name in trained or name.endswith(WEIGHTS) else "other"  # frozen weights end alike
 
 
 def traffic_facts(collectives: Sequence[Collective]) -> tuple[TrafficFact, ...]:
@@ -160,6 +161,6 @@ def purpose(item: Collective) -> str:
         return "pipeline"
     if item.kind.lower().startswith("alltoall"):
         return "experts"
-    if item.parameter:
-        return "weights" if item.kind == "AllGather" else "gradients"
-    return next((name for word, name in PURPOSES if word in item.instance), "other")
+    words = f"{item.instance} {item.scope}"
+    found = next((name for word, name in PURPOSES if word in words), "other")
+    return "gradients" if found == "weights" and item.kind != "AllGather" else found

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.lora import lora_from_yaml
 from mindformers_ext.core.memory import StepSettings, stage_memory
 from mindformers_ext.core.placement import OPTIMIZER_THRESHOLD
 from mindformers_ext.core.recompute import recompute_from_yaml
@@ -57,7 +58,7 @@ def step_settings(config: Mapping[str, Any], spec: NetworkSpec) -> StepSettings:
     problems.positive("runner_config.gradient_accumulation_steps", steps)
     problems.raise_if_any()
     recompute = recompute_from_yaml(config, spec.model.num_hidden_layers, spec.parallel.pipeline_stage)
-    return StepSettings(recompute, int(threshold), bool(shard), int(steps))
+    return StepSettings(recompute, int(threshold), bool(shard), int(steps), lora_from_yaml(config))
 
 
 def check_memory(spec: NetworkSpec, settings: StepSettings, memory: str | None, configured: object) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from mindformers_ext.core.memory import StageMemory
 from mindformers_ext.formats.atomic import fresh_file
 from mindformers_ext.jobs.dryrun import LIMITS
 from mindformers_ext.jobs.dryrun_facts import RankFacts
@@ -49,8 +50,10 @@ def page(report: DryRunReport) -> str:
         f'<p class="answer{" bad" if failed else ""}">{answer}</p>',
         _list(f"note: {note}" for note in plan.notes),
         *(_failure(facts) for facts in failed),
-        "<h2>Memory of each rank</h2>",
+        "<h2>Memory of each rank, from its compiled graph</h2>",
         _memory(report.ranks),
+        "<p>By arithmetic, one device of each stage; activations and gathered weights are estimates:</p>",
+        _estimate(plan.memory),
         *(_stage(facts) for facts in report.one_per_stage()),
         "<h2>Compilation</h2>",
         _compilation(report.ranks),
@@ -112,6 +115,16 @@ def _memory(ranks: Sequence[RankFacts]) -> str:
                      (f'<div class="bar">{pieces}</div>', False)))  # fmt: skip
     head = ("rank", "stage", *(name for _, name, _ in PARTS), "together", "")
     return f'<p class="key">{key}</p>' + _table(head, rows)
+
+
+def _estimate(memory: Sequence[StageMemory]) -> str:
+    """The parts of each stage's memory that follow from shapes, estimates marked."""
+    head = ("stage", "weights", "gradients", "optimizer states", "activations", "gathered weights", "together")
+    rows = [(_number(stage.stage), *map(_number, (amount(stage.weights), amount(stage.gradients),
+                                                  amount(stage.optimizer), f"about {amount(stage.activations)}",
+                                                  f"about {amount(stage.gathered)}", f"about {amount(stage.total)}")))
+            for stage in memory]  # fmt: skip
+    return _table(head, rows)
 
 
 def _stage(facts: RankFacts) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.core.memory import StageMemory
 from mindformers_ext.core.spec import ParallelSpec
 from mindformers_ext.formats.atomic import fresh_file
 from mindformers_ext.jobs.dryrun import LIMITS, DryRunPlan
@@ -57,6 +58,7 @@ def report_json(report: DryRunReport) -> dict[str, Any]:
         "parallel": sizes(plan.spec.parallel),
         "rows_per_step": plan.rows,
         "notes": list(plan.notes),
+        "memory_by_arithmetic": [asdict(stage) | {"total": stage.total} for stage in plan.memory],
         "limits": list(LIMITS),
         "ranks": [facts.to_json() | {"bytes": {kind: facts.nbytes(kind) for kind in KINDS}} for facts in report.ranks],
         "native_ranks": [facts.to_json() for facts in report.native],
@@ -80,6 +82,7 @@ def report_text(report: DryRunReport) -> str:
         *table(("rank", "stage", "compiles", "seconds", "peak RSS", "weights", "gradients", "optimizer"),
                (_rank_row(facts) for facts in report.ranks)),
     ]  # fmt: skip
+    lines += ["", *memory_lines(plan.memory)]
     for facts in report.ranks:
         if facts.error:
             lines += ["", f"rank {facts.rank} does not compile:", *(f"  {line}" for line in facts.error.splitlines())]
@@ -90,6 +93,15 @@ def report_text(report: DryRunReport) -> str:
     if report.native:
         lines += ["", *comparison_lines(report)]
     return "\n".join([*lines, "", *LIMITS, ""])
+
+
+def memory_lines(memory: Sequence[StageMemory]) -> list[str]:
+    """What a device of each stage needs, by arithmetic; the last two parts are estimates."""
+    rows = [(str(stage.stage), amount(stage.weights), amount(stage.gradients), amount(stage.optimizer),
+             f"~{amount(stage.activations)}", f"~{amount(stage.gathered)}", f"~{amount(stage.total)}")
+            for stage in memory]  # fmt: skip
+    head = ("stage", "weights", "gradients", "optimizer", "activations", "gathered weights", "together")
+    return ["memory of a device by arithmetic (~ is an estimate)", *table(head, rows)]
 
 
 def _rank_row(facts: RankFacts) -> tuple[str, ...]:

@@ -123,7 +123,9 @@ class RouterGate(nn.Cell):
 
     def __init__(self, hidden: int, experts: int, std: float, router_dtype: ms.Type) -> None:
         super().__init__()
-        self.weight = Parameter(initializer(Normal(sigma=std), (experts, hidden), ms.float32), name="weight")
+        # small: kept whole on every device, as MindFormers does; cutting it would cost a gather more per layer
+        self.weight = Parameter(initializer(Normal(sigma=std), (experts, hidden), ms.float32), name="weight",
+                                parallel_optimizer=False)  # fmt: skip
         self.dtype = router_dtype
         self.product = P.MatMul(transpose_b=True)
 

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``tools/dryrun.py``: research/'s files compile for their clusters, and hold and send what the arithmetic says.
+
+One layer per pipeline stage and mostly one rank of a stage: its other ranks compile the same graph for other numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mindformers_ext.cli.transform_ckpt import main as transform
+from mindformers_ext.core.cluster import layer_stage
+from mindformers_ext.core.lora import LORA_A, LORA_B
+from mindformers_ext.core.memory import stage_memory
+from mindformers_ext.core.placement import WIDTH, placed_parameters
+from mindformers_ext.core.split_cost import expert_exchange, layer_sent
+from mindformers_ext.formats.ms_file import open_checkpoint
+from mindformers_ext.jobs.dryrun_facts import RankFacts
+from tests.helpers.dryrun import RESEARCH, DryRun, dry_run
+from tests.helpers.sliced import same, write_file
+from tests.helpers.tiny_run import ROOT, environment
+
+SEED = "mixtral_8x7b/pretrain_mixtral-8x7b.yaml"
+R17 = {"data_parallel": 2, "model_parallel": 4, "expert_parallel": 2, "use_seq_parallel": True}
+# name: file, devices, ranks, stages, and what of parallel_config differs from the file
+JOBS: dict[str, tuple[str, int, str, int, dict[str, Any]]] = {
+    "r17": (SEED, 16, "stages", 2, R17),
+    "32k": ("mixtral_8x7b/pretrain_mixtral-8x7b_32k.yaml", 16, "0", 2, {}),
+    "finetune": ("mixtral_8x7b/finetune_mixtral-8x7b.yaml", 16, "8", 2, {}),
+    "lora": ("mixtral_8x7b/finetune_lora_mixtral-8x7b.yaml", 16, "0", 2, {}),
+    "8x22b": ("mixtral_8x22b/pretrain_mixtral-8x22b.yaml", 64, "24", 8, {}),
+    "8x22b 32k": ("mixtral_8x22b/pretrain_mixtral-8x22b_32k.yaml", 64, "56", 8, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def seed(tmp_path_factory: pytest.TempPathFactory) -> DryRun:
+    """The seed's split on 16 devices, beside MindFormers' own network."""
+    return dry_run(tmp_path_factory.mktemp("seed") / "out", SEED, 16, "0,8", 2, "--compare")
+
+
+@pytest.fixture(scope="module", params=JOBS)
+def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DryRun:
+    """The other files and splits, one after the other."""
+    name, devices, ranks, stages, changes = JOBS[request.param]
+    return dry_run(tmp_path_factory.mktemp("job") / "out", name, devices, ranks, stages, **changes)
+
+
+def held_as_counted(run: DryRun, facts: RankFacts) -> None:
+    """Weights, gradients and optimizer states of a rank are those of core/, name by name."""
+    spec, settings = run.spec(), run.settings()
+    here = [item for item in placed_parameters(spec, settings.threshold, settings.lora) if item.stage == facts.stage]
+    weights = {item.name: (item.whole, item.local) for item in facts.parameters if item.kind == "weight"}
+    for name in [name for name in weights if name.endswith((LORA_A, LORA_B))]:
+        assert name in {item.name for item in here}
+    assert weights == {item.name: (item.whole, item.local) for item in here}
+    memory = stage_memory(spec, settings)[facts.stage]
+    assert [facts.nbytes(kind) for kind in ("weight", "gradient", "optimizer")] == [
+        memory.weights, memory.gradients, memory.optimizer]  # fmt: skip
+
+
+def sent_as_counted(run: DryRun, facts: RankFacts) -> None:
+    """Exchanges between experts, gathered weights and messages between stages, in number and bytes."""
+    spec, settings = run.spec(), run.settings()
+    parallel, layers = spec.parallel, spec.model.num_hidden_layers
+    here = [layer for layer in range(layers) if layer_stage(layer, layers, parallel.pipeline_stage) == facts.stage]
+    passes = parallel.micro_batch_num * sum(3 if layer in settings.recompute.layers else 2 for layer in here)
+    rows = [row for row in facts.traffic if row.purpose == "experts"]
+    exchanges = 2 * passes if parallel.expert_parallel > 1 else 0  # to the experts and back
+    assert sum(row.count for row in rows) == exchanges
+    assert sum(row.payload for row in rows) == exchanges * expert_exchange(spec)
+    assert {row.kind for row in rows} <= {"AlltoAll"}
+
+    cut = [item for item in placed_parameters(spec, settings.threshold, settings.lora)
+           if item.stage == facts.stage and item.local != item.gathered]  # fmt: skip
+    assert not any(".ffn.w" in item.name for item in cut)  # no expert's weight is gathered
+    gathers = [row for row in facts.traffic if row.purpose == "weights"]
+    width = WIDTH[spec.numerics.compute_dtype]
+    as_stored = "embedding_weight"  # gathered in its own type, the others in the one that computes
+    assert sum(row.count for row in gathers) == len(cut)
+    assert sum(row.payload for row in gathers) == sum(
+        math.prod(item.gathered) * (WIDTH[item.numbers] if item.name.endswith(as_stored) else width) for item in cut)
+
+    inside = [row for row in facts.traffic if row.purpose in ("layout", "partial sums") and row.kind != "AllReduce"]
+    if parallel.model_parallel == 1:
+        assert not inside  # nothing is moved because two operators disagree
+    elif facts.stage == 0:
+        assert sum(row.sent for row in inside) == passes * layer_sent(spec)["model parallel"]
+    sends = [row for row in facts.traffic if row.kind == "Send"]
+    middle = 0 < facts.stage < parallel.pipeline_stage - 1
+    assert sum(row.count for row in sends) == 2 * parallel.micro_batch_num * (2 if middle else 1)  # rows and loss
+
+
+@pytest.mark.slow
+@pytest.mark.dryrun
+class TestSeed:
+    """dp8 ep8 pp2."""
+
+    def test_it_compiles(self, seed: DryRun) -> None:
+        assert seed.code == 0, seed.text
+        assert [facts.rank for facts in seed.facts()] == [0, 8]
+
+    def test_every_operator_has_a_strategy(self, seed: DryRun) -> None:
+        assert [facts.unplanned for facts in seed.facts()] == [(), ()]
+
+    @pytest.mark.parametrize("place", [0, 1])
+    def test_it_holds_and_sends_what_is_counted(self, seed: DryRun, place: int) -> None:
+        held_as_counted(seed, seed.facts()[place])
+        sent_as_counted(seed, seed.facts()[place])
+
+    def test_no_more_collectives_than_mindformers(self, seed: DryRun) -> None:
+        """But for the auxiliary loss, which MindFormers' network throws away: ours sends it from stage to stage."""
+        losses = 2 * seed.spec().parallel.micro_batch_num
+        for ours, theirs in zip(seed.facts(), seed.facts("native"), strict=True):
+            assert theirs.compiles
+            counts = [sum(row.count for row in facts.traffic) for facts in (ours, theirs)]
+            print(f"rank {ours.rank}: {_by_kind(ours)} against MindFormers' {_by_kind(theirs)}")
+            assert counts[0] - losses <= counts[1]
+        assert "MindFormers' own network for the same file" in seed.text
+
+    def test_report(self, seed: DryRun) -> None:
+        report, page = seed.report(), (seed.out / "report.html").read_text(encoding="utf-8")
+        assert report["compiles"] and report["devices"] == 16
+        assert len(report["ranks"]) == len(report["native_ranks"]) == 2
+        assert report["ranks"][0]["bytes"]["weight"] == seed.facts()[0].nbytes("weight")
+        for text in (seed.text, page):
+            assert "nothing was computed" in text and "estimated by arithmetic" in text and "pipeline" in text
+
+    def test_a_whole_checkpoint_is_cut_for_16_ranks_and_merged(self, seed: DryRun, tmp_path: Path) -> None:
+        spec, settings = seed.spec(), seed.settings()
+        placed = placed_parameters(spec, settings.threshold)
+        rng = np.random.default_rng(0)
+        whole = {item.name: rng.normal(size=item.whole).astype(np.float32) for item in placed}
+        write_file(tmp_path / "whole" / "rank_0" / "tiny.ckpt", whole)
+        strategy = str(seed.out / "strategy")
+        cut = ["--src_ckpt_dir", str(tmp_path / "whole"), "--dst_ckpt_strategy", strategy, "--dst_ckpt_dir",
+               str(tmp_path / "ranks"), "--prefix", "tiny_"]  # fmt: skip
+        assert transform(cut) == 0
+        for rank in range(16):
+            (path,) = (tmp_path / "ranks" / f"rank_{rank}").glob("*.ckpt")
+            infos = open_checkpoint(path).infos
+            assert {name: tuple(info.shape) for name, info in infos.items()} == {
+                item.name: item.local for item in placed if item.stage == rank // 8}  # fmt: skip
+        merge = ["--src_ckpt_strategy", strategy, "--src_ckpt_dir", str(tmp_path / "ranks"), "--dst_ckpt_dir",
+                 str(tmp_path / "merged")]  # fmt: skip
+        assert transform(merge) == 0
+        (path,) = (tmp_path / "merged").rglob("*.ckpt")
+        merged = open_checkpoint(path)
+        assert set(merged.infos) == set(whole)
+        assert all(same(merged.read(name), array) for name, array in whole.items())
+
+
+def _by_kind(facts: RankFacts) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for row in facts.traffic:
+        counts[row.kind] += row.count
+    return dict(sorted(counts.items()))
+
+
+@pytest.mark.slow
+@pytest.mark.dryrun
+def test_every_file_compiles_as_counted(job: DryRun) -> None:
+    assert job.code == 0, job.text
+    for facts in job.facts():
+        assert facts.unplanned == ()
+        held_as_counted(job, facts)
+        sent_as_counted(job, facts)
+
+
+def test_8x22b_differs_in_sizes_alone() -> None:
+    """So compiling its pretraining files stands for its finetuning files too, whose sections 8x7B's tests compile."""
+    for path in sorted((RESEARCH / "mixtral_8x22b").glob("finetune*.yaml")):
+        small = (RESEARCH / "mixtral_8x7b" / path.name.replace("8x22b", "8x7b")).read_text(encoding="utf-8")
+        mine = path.read_text(encoding="utf-8").replace("8x22b", "8x7b").replace("8x22B", "8x7B")
+        code = [[line.partition("#")[0].strip() for line in text.splitlines()] for text in (small, mine)]
+        keys = {line.partition(":")[0] for one in (0, 1) for line in set(code[one]) - set(code[1 - one])}
+        assert keys <= {"hidden_size", "intermediate_size", "num_layers", "num_heads", "pipeline_stage",
+                        "max_device_memory", "learning_rate", "lr_end", "micro_batch_num"}, path  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--worker_num", "12"], "is not the device count 12: the nearest choice is"),
+        (["--worker_num", "16", "--memory", "8GB"], "no split of 16 devices fits"),
+        (["--worker_num", "16", "--parallel_config.expert_parallel", "16"], "exceeds data_parallel=8"),
+        (["--worker_num", "16", "--ranks", "99"], "the ranks 0 to 15"),
+        ([], "--worker_num is missing"),
+    ],
+)
+def test_mistakes_end_the_command_before_it_compiles(words: list[str], message: str, tmp_path: Path) -> None:
+    done = command(tmp_path, *words)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and message in done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_suggest(tmp_path: Path) -> None:
+    done = command(tmp_path, "--suggest", "--memory", "64GB")
+    assert done.returncode == 0, done.stderr
+    assert "16 devices of 64GB, 128 rows of 4096 tokens per step" in done.stdout
+    assert "data_parallel=8, model_parallel=1, expert_parallel=8, pipeline_stage=2" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "dryrun.py"), "--config", str(RESEARCH / SEED), *words],
+        capture_output=True, text=True, cwd=folder, env=environment(), timeout=120, check=False,
+    )  # fmt: skip

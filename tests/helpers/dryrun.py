@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dry runs of research/'s files at small width, each of which many assertions share."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mindformers_ext.core.memory import StepSettings
+from mindformers_ext.core.rules import settled
+from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.core.yaml_view import network_spec_from_yaml
+from mindformers_ext.jobs.dryrun_facts import RankFacts, rank_facts_from_json
+from mindformers_ext.jobs.dryrun_memory import step_settings
+from tests.helpers.tiny_run import ROOT, environment
+
+RESEARCH = ROOT / "research" / "mixtral"
+# Small widths that every split here divides; the optimizer's cut starts at 1 KB, so that it is seen.
+TINY = {
+    "model.model_config.hidden_size": 64,
+    "model.model_config.intermediate_size": 128,
+    "model.model_config.num_heads": 8,
+    "model.model_config.n_kv_heads": 8,
+    "model.model_config.vocab_size": 512,
+    "model.model_config.seq_length": 64,
+    "parallel.parallel_optimizer_config.parallel_optimizer_threshold": 1,
+}
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a dry run left behind."""
+
+    out: Path
+    devices: int
+    code: int
+    text: str
+
+    def facts(self, folder: str = "ranks") -> list[RankFacts]:
+        """The ranks' results, by rank."""
+        found = [rank_facts_from_json(path) for path in (self.out / folder).glob("rank_*/result.json")]
+        return sorted(found, key=lambda facts: facts.rank)
+
+    def config(self) -> dict[str, Any]:
+        """The configuration that was compiled."""
+        (request, *_) = (self.out / "ranks").glob("rank_*/request.json")
+        return json.loads(request.read_text(encoding="utf-8"))["config"]
+
+    def spec(self) -> NetworkSpec:
+        """The network as the arithmetic of core/ sees it."""
+        return settled(network_spec_from_yaml(self.config(), self.devices))[0]
+
+    def settings(self) -> StepSettings:
+        """What else decides about memory and traffic."""
+        return step_settings(self.config(), self.spec())
+
+    def report(self) -> dict[str, Any]:
+        """``report.json``."""
+        return json.loads((self.out / "report.json").read_text(encoding="utf-8"))
+
+
+def dry_run(out: Path, name: str, devices: int, ranks: str, stages: int, *more: object, **changes: object) -> DryRun:
+    """``tools/dryrun.py`` for research/mixtral/NAME with one layer per stage and as few micro batches as it bears.
+
+    ``changes``: keys of parallel_config.
+    """
+    settings = {**TINY, "model.model_config.num_layers": stages, "parallel_config.micro_batch_num": max(stages, 1)}
+    settings |= {f"parallel_config.{key}": value for key, value in changes.items()}
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    command = [sys.executable, str(ROOT / "tools" / "dryrun.py"), "--config", str(RESEARCH / name), "--worker_num",
+               str(devices), "--ranks", ranks, "--out", str(out), *map(str, more), *words]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=out.parent, env=environment(), timeout=1500,
+                          check=False)  # fmt: skip
+    return DryRun(out, devices, done.returncode, done.stdout + done.stderr)
