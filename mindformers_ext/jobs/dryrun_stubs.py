@@ -23,12 +23,16 @@ from pathlib import Path
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.elf import read_library
 
-FORM = 1  # raise it when what is generated changes: old folders are then left alone and a new one is made
+FORM = 2  # raise it when what is generated changes: old folders are then left alone and a new one is made
 # The libraries without which MindSpore's Ascend plugin does not load. Others of CANN (operator packages) stay absent:
 # with them MindSpore would try to build kernels.
 LIBRARIES = ("ascendcl", "ge_runner", "graph", "hccl", "runtime", "platform", "c_sec", "nnopbase", "ascend_hal",
              "msprofiler")  # fmt: skip
 SYSTEM = ("libc.so.6", "libm.so.6", "libstdc++.so.6", "libgcc_s.so.1", "libpthread.so.0", "libdl.so.2", "librt.so.1")
+# MindSpore's own stand-in for a function that waits for the device returns at once, and the thread that calls it in a
+# loop would take a whole core from the compiler. A preloaded library sleeps in its place.
+BUSY = "SimuFuncIaclrtProcessReport"
+PAUSE = 20000  # microseconds
 CANN_VERSION = "8.5.0"  # what the hccl package tells MindSpore; only compared with a list
 SIMULATION = "MS_SIMULATION_LEVEL"
 _C_NAME = re.compile(r"[A-Za-z_.$][\w.$@]*")
@@ -48,8 +52,11 @@ class Stubs:
         """
         lib = self.mindspore / "lib"
         places = [self.folder / "latest" / "lib64", lib, lib / "plugin" / "ascend"]
+        pause = self.folder / "pause" / "libpause.so"
+        preload = {"LD_PRELOAD": _joined([pause], base.get("LD_PRELOAD", ""))} if pause.is_file() else {}
         return {
             **base,
+            **preload,
             "LD_LIBRARY_PATH": _joined(places, base.get("LD_LIBRARY_PATH", "")),
             "PYTHONPATH": _joined([self.folder / "python"], base.get("PYTHONPATH", "")),
             SIMULATION: "0",
@@ -82,7 +89,7 @@ def ensure_stubs(cache: Path | None = None) -> Stubs:
     machine = read_library(plugin).machine
     folder = (cache or cache_folder()) / f"mindspore-{version}-{machine}-{FORM}"
     if not folder.is_dir():
-        _make(folder, wanted_functions(mindspore / "lib"))
+        _make(folder, wanted_functions(mindspore / "lib"), busy_functions(mindspore / "lib"))
     return Stubs(folder, mindspore)
 
 
@@ -108,6 +115,21 @@ def wanted_functions(lib: Path) -> list[str]:
     return sorted(name for name in names if not any(hasattr(library, name) for library in system))
 
 
+def busy_functions(lib: Path) -> list[str]:
+    """Names of the functions below ``lib`` that should wait and do not; none where this MindSpore has no such."""
+    libraries = (read_library(path) for path in (lib / "plugin" / "ascend").glob("libmindspore*.so"))
+    return sorted({name for library in libraries for name in library.defined if BUSY in name})
+
+
+def pause_source(functions: Iterable[str]) -> str:
+    """C text that defines each function to sleep a moment and return 0."""
+    lines = ["extern int usleep(unsigned);\n"]
+    for place, name in enumerate(functions):
+        lines.append(f'long pause_{place}(void) __asm__("{name}");\n'
+                     f"long pause_{place}(void) {{ usleep({PAUSE}); return 0; }}\n")  # fmt: skip
+    return "".join(lines)
+
+
 def c_source(functions: Iterable[str]) -> str:
     """C text that defines each function to return 0, under its exact (C++) name, on every architecture."""
     lines = []
@@ -118,7 +140,7 @@ def c_source(functions: Iterable[str]) -> str:
     return "".join(lines)
 
 
-def _make(folder: Path, functions: list[str]) -> None:
+def _make(folder: Path, functions: list[str], busy: list[str]) -> None:
     """Fill ``folder`` beside and rename it; of two processes that make it at once, the second one's work is dropped."""
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     if compiler is None or shutil.which(compiler) is None:
@@ -135,6 +157,11 @@ def _make(folder: Path, functions: list[str]) -> None:
         _compile([compiler, "-shared", "-fPIC", "-O1", "-nostdlib", "-o", str(first), str(beside / "stubs.c")])
         for name in LIBRARIES[1:]:
             (libraries / f"lib{name}.so").symlink_to(first.name)
+        if busy:
+            (beside / "pause").mkdir()
+            (beside / "pause.c").write_text(pause_source(busy), encoding="ascii")
+            _compile([compiler, "-shared", "-fPIC", "-O1", "-nostdlib", "-o", str(beside / "pause" / "libpause.so"),
+                      str(beside / "pause.c")])  # fmt: skip
         package = beside / "python" / "hccl"
         package.mkdir(parents=True)
         (package / "__init__.py").touch()
