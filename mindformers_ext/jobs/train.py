@@ -152,6 +152,8 @@ def _steps(run: Run) -> None:
             if files.due(number, train.steps):
                 _save(run, files, record)
         started += time.perf_counter() - now  # what is between steps is no part of them
+    if files:
+        files.prune()
 
 
 def _record(figures: Any, step: int, per_epoch: int, seconds: float, ids: np.ndarray) -> StepRecord:

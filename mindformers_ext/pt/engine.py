@@ -15,6 +15,7 @@ from mindformers_ext.pt.causal_lm import CausalLM
 from mindformers_ext.pt.generate import PyTorchSession
 from mindformers_ext.pt.init import build_empty
 from mindformers_ext.pt.models import build_causal_lm
+from mindformers_ext.pt.ops.memory import keep_freed_memory
 
 
 class PyTorchNetwork:
@@ -60,6 +61,7 @@ class PyTorchEngine:
             UserError: torch sees no such device.
         """
         if device == "CPU":
+            keep_freed_memory()
             self.device = torch.device("cpu")
             return
         if device != "GPU":
