@@ -3,7 +3,8 @@
 
 MindSpore ends a job whose worker died by itself: msrun kills the other workers of its machine at once, the scheduler
 gives the job up after 30 s without a sign of life, and with it the workers of the other machines. What is added here:
-nothing stays behind when that fails or the user stops it, and the log to read is named.
+a job of one machine does not wait for that, nothing stays behind when it fails or the user stops it, and the log to
+read is named.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from types import FrameType
 from mindformers_ext.jobs.launch import SCHEDULER_LOG, Launch
 
 GRACE = 120.0  # seconds from a worker's death to the end of the job, at most
+GRACE_ALONE = 5.0  # the same where all workers are on this machine: msrun has ended them, only its scheduler waits
 STOP_TIME = 15.0  # seconds that msrun gets to stop its workers
 SHOWN = 12  # lines of a log in a message
 _DIED = re.compile(r"Worker process (\d+) exit with exception\. Error code: (-?\d+)")
@@ -61,7 +63,7 @@ def supervise(launch: Launch, command: Sequence[str], environment: Mapping[str, 
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        _wait(process, watched)
+        _wait(process, watched, GRACE if launch.nodes > 1 else GRACE_ALONE)
     finally:
         _end(process, watched)
         for number, handler in before.items():
@@ -70,9 +72,10 @@ def supervise(launch: Launch, command: Sequence[str], environment: Mapping[str, 
     if watched.stopped:
         show("stopped: all workers of this machine were ended\n")
         return 130
-    if process.returncode:
+    failed = bool(process.returncode or watched.died)
+    if failed:
         show(reason(launch, watched.died, watched.ranks, process.returncode))
-    return 1 if process.returncode else 0
+    return int(failed)
 
 
 def _read(process: subprocess.Popen, watched: _Watched, show: Show, log: Path | None) -> None:
@@ -87,14 +90,15 @@ def _read(process: subprocess.Popen, watched: _Watched, show: Show, log: Path | 
                 watched.died, watched.died_at = (int(match[1]), int(match[2])), time.monotonic()
 
 
-def _wait(process: subprocess.Popen, watched: _Watched) -> None:
+def _wait(process: subprocess.Popen, watched: _Watched, grace: float) -> None:
+    """Until the job ends, the user stops it, or ``grace`` seconds have passed since a worker died."""
     while process.poll() is None and not watched.stopped:
         for pid in _children(process.pid):
             if pid not in watched.ranks:
                 rank = _rank(pid)
                 if rank is not None:
                     watched.ranks[pid] = rank
-        if watched.died and time.monotonic() - watched.died_at > GRACE:
+        if watched.died and time.monotonic() - watched.died_at > grace:
             return
         time.sleep(0.3)
 
