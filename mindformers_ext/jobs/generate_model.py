@@ -129,8 +129,9 @@ def open_network(config: Mapping[str, Any], spec: NetworkSpec, weights: Weights 
     opened.use(str(context.get("device_target", "Ascend")), int(context.get("device_id") or 0),
                int(context.get("mode") or 0) == 1)  # fmt: skip
     model = spec.model
-    if model.moe:  # weights of either layout become dense ones, see open_weights
-        model = replace(model, moe=replace(model.moe, capacity_factor=0.0, use_gmm=False))
+    if model.moe:  # weights of either layout become dense ones (open_weights), which grouped experts take too
+        grouped = model.moe.use_gmm and context.get("device_target", "Ascend") == "Ascend"
+        model = replace(model, moe=replace(model.moe, capacity_factor=0.0, use_gmm=grouped))
     network = opened.build(replace(spec, model=model, seq_length=length), empty=weights is not None)
     if weights is not None:
         with closing(weights):

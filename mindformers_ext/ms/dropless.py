@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixture-of-experts layers for inference: no token is ever dropped, whatever the load, and padding has no slot.
 
-Three forms of one function, on the parameters of a trained ``MoE``, chosen by the number of tokens of a graph:
+Four forms of one function, on the parameters of a trained ``MoE``, chosen by the number of tokens of a graph:
 
 - ``SlottedExperts`` for prompts: sorted tokens in slots, as many per expert as the fullest one needs in this step;
 - ``EveryExpert`` for a few tokens: every expert computes all of them. A batched product reads each weight once however
   few its rows are, so this costs what reading the weights costs, and nothing is sorted;
-- ``ChosenExperts`` for a single token: copies the weights of its experts only.
+- ``ChosenExperts`` for a single token: copies the weights of its experts only;
+- ``SortedRows`` where the network has grouped experts (``use_gmm``, for Ascend's GroupedMatmul): theirs, always.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops.auto_generate import TensorToScalar
 
+from mindformers_ext.ms.grouped import GroupedMoE
 from mindformers_ext.ms.moe import MoE, WeightedRows
 from mindformers_ext.ms.router import ExpertOrder
 
@@ -26,6 +28,8 @@ COPY_COST = 3  # reading, writing and reading again a weight that is copied
 
 def dropless(moe: MoE, tokens: int) -> nn.Cell:
     """The cheapest of the forms for graphs of ``tokens`` rows; see ``SlottedExperts`` for inputs and output."""
+    if isinstance(moe, GroupedMoE):
+        return SortedRows(moe)
     experts, chosen = moe.router.experts, moe.router.router.chosen
     if COPY_COST * tokens * chosen <= experts:
         return ChosenExperts(moe)
@@ -88,11 +92,23 @@ class EveryExpert(_Routed):
         return ops.squeeze(self.product(weight_TE, y_TED), 1)
 
 
+class SortedRows(nn.Cell):
+    """As ``SlottedExperts``."""
+
+    def __init__(self, moe: GroupedMoE) -> None:
+        super().__init__(auto_prefix=False)
+        self.moe = moe
+
+    def construct(self, x_TD: Tensor, valid_T: Tensor) -> Tensor:
+        y_TD, _, _ = self.moe(x_TD)
+        return y_TD
+
+
 class SlottedExperts(_Routed):
     """Sum over a token's experts of gate times expert, with as many slots per expert as the fullest one needs.
 
     Inputs: x (T, D), valid (T) int32 of 1 or 0; a row of 0 is padding: it takes no slot and its result is 0 (the
-    other two forms, where rows cannot disturb each other, let it through). Output (T, D).
+    other forms, where rows cannot disturb each other, let it through). Output (T, D).
     """
 
     def __init__(self, moe: MoE) -> None:

@@ -128,8 +128,8 @@ class MindSporeSession:
     """
 
     def __init__(self, network: CausalLM, rows: int, length: int, positions: int) -> None:
-        operators = select_operators().for_network()
         spec: NetworkSpec = network.spec
+        operators = select_operators().for_network(spec)
         network.set_train(False)
         self.rows, self.length, self.positions = rows, length, positions
         self._vocab_size = spec.model.vocab_size

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts for inference equal a ten-line loop in any load, and padding changes nothing, in all three forms."""
+"""Experts for inference equal a ten-line loop in any load, and padding changes nothing, in all four forms."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import mindspore as ms
 import numpy as np
@@ -9,12 +11,13 @@ import pytest
 from mindspore import Tensor, nn
 
 from mindformers_ext.core.spec import MoESpec
-from mindformers_ext.ms.dropless import ChosenExperts, EveryExpert, SlottedExperts, dropless
+from mindformers_ext.ms.dropless import ChosenExperts, EveryExpert, SlottedExperts, SortedRows, dropless
+from mindformers_ext.ms.grouped import GroupedMoE
 from mindformers_ext.ms.moe import MoE
 from mindformers_ext.ms.ops.select import select_operators
 from tests.helpers.moe_twin import GATE, HIDDEN, W1, W2, W3, random_rows, random_weights, spec_of
 
-FORMS = [ChosenExperts, EveryExpert, SlottedExperts]
+FORMS = [ChosenExperts, EveryExpert, SlottedExperts, SortedRows]
 # A capacity factor that would drop nearly everything: inference does not look at it.
 MIXTRAL = MoESpec(num_local_experts=5, num_experts_per_tok=2, capacity_factor=0.2)
 
@@ -35,7 +38,7 @@ def loop(x: np.ndarray, weights: dict[str, np.ndarray], chosen: int, normal: boo
 
 
 def layer(moe: MoESpec, weights: dict[str, np.ndarray]) -> MoE:
-    cell = MoE(spec_of(moe), select_operators())
+    cell = (GroupedMoE if moe.use_gmm else MoE)(spec_of(moe), select_operators())
     for parameter in cell.get_parameters():
         parameter.set_data(Tensor(weights[parameter.name]))
     cell.set_train(False)
@@ -44,6 +47,8 @@ def layer(moe: MoESpec, weights: dict[str, np.ndarray]) -> MoE:
 
 def run(form: type[nn.Cell], moe: MoESpec, weights: dict, x: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
     valid = np.ones(len(x)) if valid is None else valid
+    if form is SortedRows:
+        moe = replace(moe, use_gmm=True, capacity_factor=0.0)
     return form(layer(moe, weights))(Tensor(x), Tensor(valid.astype(np.int32))).asnumpy()
 
 
@@ -91,5 +96,7 @@ def test_the_cheapest_form_is_chosen() -> None:
     cell = layer(MoESpec(num_local_experts=8, num_experts_per_tok=2), random_weights(8))
     assert [type(dropless(cell, tokens)) for tokens in (1, 2, 32, 33, 4096)] == [
         ChosenExperts, EveryExpert, EveryExpert, SlottedExperts, SlottedExperts]  # fmt: skip
+    grouped = MoESpec(num_local_experts=4, num_experts_per_tok=2, use_gmm=True, capacity_factor=0.0)
+    assert {type(dropless(layer(grouped, random_weights(4)), tokens)) for tokens in (1, 40)} == {SortedRows}
     few = layer(MoESpec(num_local_experts=4, num_experts_per_tok=2), random_weights(4))
     assert type(dropless(few, 1)) is EveryExpert and few.ffn.w1.weight.shape == (4, 7, HIDDEN)

@@ -20,10 +20,10 @@ THREADS = 2
 PAUSE = 0.05  # seconds before each call: the threads of the engine that ran before spin for a while, then sleep
 
 
-def serve(facts: dict, measurements: dict[str, Callable[[], None]]) -> None:
-    """Be a worker: every measurement runs three times unmeasured first (compilation, allocation)."""
+def serve(facts: dict, measurements: dict[str, Callable[[], None]], warm: int = 3) -> None:
+    """Be a worker: every measurement runs ``warm`` times unmeasured first (compilation, allocation)."""
     for run in measurements.values():
-        for _ in range(3):
+        for _ in range(warm):
             run()
     print(json.dumps(facts), flush=True)
     for line in sys.stdin:
