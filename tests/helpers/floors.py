@@ -38,7 +38,7 @@ FLOORS = {
     "data": _floor("core formats", "numpy", late_third="sentencepiece fastchat tokenizers pyarrow jinja2"),
     "surgery": _floor("core weights", "numpy torch"),
     "ms": _floor("core", "numpy mindspore"),
-    "pt": _floor("core", "numpy torch", late_third="transformers"),
+    "pt": _floor("core", "numpy torch triton", late_third="transformers"),
     "jobs": _floor("core formats weights data surgery", "numpy tqdm", late_third="matplotlib"),
     "mf": _floor("core data ms jobs", "numpy mindspore mindformers", late_third="tensorboardX"),
     "cli": _floor("jobs weights core", "rich", late_ours="mf"),

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mindformers_ext.pt.ops.fused import fused
+
 
 class Sorted(NamedTuple):
     """Where everything lies: row_TK (T, K) row of each assignment, token (T*K) token of each row, kept_TK (T, K)
@@ -41,6 +43,10 @@ def sort_by_expert(expert_TK: Tensor, kept_TK: Tensor | None, experts: int) -> S
 
 def _summed(rows: Tensor, place: Sorted, weight_TK: Tensor | None) -> Tensor:
     """Per token the sum over its kept assignments of (weight *) row, one choice after the other: (T, D)."""
+    if fused(rows):
+        from mindformers_ext.pt.ops.triton_kernels import combine_forward
+
+        return combine_forward(rows.contiguous(), place.row_TK, place.kept_TK, weight_TK)
     total: Tensor | None = None
     for k in range(place.row_TK.shape[1]):
         part = rows.index_select(0, place.row_TK[:, k])
@@ -73,6 +79,12 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight_TK, *saved = ctx.saved_tensors
         place, dout = Sorted(*saved), gradients[0]
+        if fused(rows):
+            from mindformers_ext.pt.ops.triton_kernels import combine_backward
+
+            drows, dweight = combine_backward(rows, dout.contiguous(), place.order, place.token, weight_TK,
+                                              place.kept_TK)  # fmt: skip
+            return (drows, dweight.to(weight_TK.dtype), *(None,) * 5)
         kept = torch.where(place.kept_TK, weight_TK, weight_TK.new_zeros(()))
         weight = kept.reshape(-1).index_select(0, place.order)
         drows = dout.index_select(0, place.token) * weight[:, None].to(dout.dtype)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mindformers_ext.pt.ops.fused import fused
+
 
 class _SwiGlu(torch.autograd.Function):
     """Keeps its input alone; everything else is computed again for the gradient."""
@@ -16,6 +18,10 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, both: Tensor) -> Tensor:
         ctx.save_for_backward(both)
+        if fused(both):
+            from mindformers_ext.pt.ops.triton_kernels import swiglu_forward
+
+            return swiglu_forward(both.contiguous())
         gate, up = both.chunk(2, -1)
         return F.silu(gate).mul_(up)
 
@@ -23,6 +29,10 @@ class _SwiGlu(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (both,) = ctx.saved_tensors
         dout = gradients[0]
+        if fused(both):
+            from mindformers_ext.pt.ops.triton_kernels import swiglu_backward
+
+            return swiglu_backward(both.contiguous(), dout.contiguous())
         gate, up = both.chunk(2, -1)
         result = torch.empty_like(both)
         dgate, dup = result.chunk(2, -1)
