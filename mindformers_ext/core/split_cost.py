@@ -104,9 +104,10 @@ def layer_sent(spec: NetworkSpec) -> dict[str, int]:
         attention, rows = sizes.whole_tokens * hidden * number, sizes.expert_rows * hidden * number
         if not spec.model.moe:
             rows = attention
-        if parallel.use_seq_parallel:  # a gather before and a scattering sum behind each half of the layer
-            sent["model parallel"] = sum(sent_bytes("AllGather", size, mp) + sent_bytes("ReduceScatter", size, mp)
-                                         for size in (attention, rows))  # fmt: skip
+        if parallel.use_seq_parallel:
+            # a gather before attention and a scattering sum behind; experts' rows are gathered and summed everywhere
+            ring = (("AllGather", attention), ("ReduceScatter", attention), ("AllGather", rows), ("AllReduce", rows))
+            sent["model parallel"] = sum(sent_bytes(kind, size, mp) for kind, size in ring)
         else:
             sent["model parallel"] = sum(sent_bytes("AllReduce", size, mp) for size in (attention, rows))
     return sent

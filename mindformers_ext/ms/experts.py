@@ -50,7 +50,7 @@ class CapacityExperts(nn.Cell):
         """The same on many devices: G = (outer, ep, mp) groups, each on its device, and experts split over ep.
 
         The first transposition trades groups for experts over ep (AllToAll), the second trades them back. Rows are
-        ordered (outer, mp, ep, C), so the partial sums over mp of ``w2`` are scattered to the groups they belong to.
+        ordered (outer, mp, ep, C), so that each device of mp takes its groups' rows of the sums over mp of ``w2``.
         """
         outer, ep, mp = self.box
         _, E, C, D = x_GECD.shape

@@ -137,4 +137,6 @@ class NextTokenLoss(nn.Cell):
 
     def construct(self, logits_TV: Tensor, label_T: Tensor, weight_T: Tensor) -> Tensor:
         losses_T = self.rows(logits_TV, label_T, weight_T)
-        return self.divide(self.sum(losses_T), self.largest(self.sum(weight_T), 1.0))
+        # weights have no gradient; without saying so it would be summed over the devices
+        counted = self.sum(ops.stop_gradient(weight_T))
+        return self.divide(self.sum(losses_T), self.largest(counted, 1.0))

@@ -28,7 +28,7 @@ SMALL = {"model.model_config.hidden_size": "32", "model.model_config.intermediat
 RUN_ELSEWHERE = {
     "python tools/transform_ckpt.py": "tests/cli/test_transform_ckpt.py",
     "--strategy_dir output/strategy": "tests/cli/test_convert_layouts.py and test_transform_ckpt.py",
-    "python tools/dryrun.py": "tests/dryrun",
+    "python tools/dryrun.py": "tests/cli/test_dryrun.py",
     "python tools/merge_lora.py": "tests/mf/test_lora.py",
 }
 

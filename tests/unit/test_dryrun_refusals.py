@@ -22,6 +22,13 @@ R17 = {PC + "data_parallel": 2, PC + "model_parallel": 4, PC + "expert_parallel"
 # (name, what is changed, devices, what the message says of the rule, what it says of the way out)
 WRONG: list[tuple[str, dict[str, Any], int, str, str]] = [
     (
+        "no exchange",
+        {"parallel.enable_alltoall": False},
+        16,
+        "enable_alltoall=False with expert_parallel=8",
+        "set parallel.enable_alltoall: True",
+    ),
+    (
         "too few devices",
         {},
         8,

@@ -107,11 +107,17 @@ def test_rules_of_run_modes() -> None:
     assert "use_seq_parallel: True" in refusal(predict, "finetune")
 
 
+def test_experts_on_several_devices_need_their_exchange() -> None:
+    spec = with_sizes(enable_alltoall=False)
+    assert "set parallel.enable_alltoall: True" in refusal(spec)
+    assert any("enable_alltoall=False" in line for line in check_network(replace(spec, parallel=replace(
+        spec.parallel, pipeline_stage=1, data_parallel=8, device_num=8), batch_size=8), "predict"))  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("spec", "word"),
     [
         (with_sizes(vocab_emb_dp=True), "vocab_emb_dp becomes False"),
-        (with_sizes(enable_alltoall=False), "enable_alltoall=False"),
         (with_sizes(pipeline_stage=1, device_num=8), "micro_batch_num=16 has no effect"),
         (with_sizes(data_parallel=3, expert_parallel=1, enable_parallel_optimizer=True, device_num=6),
          "vocab_size=32000"),
@@ -178,7 +184,8 @@ def test_accepted_means_exactly_the_rules(
 ) -> None:
     devices = devices or dp * mp * pp
     sizes = ParallelSpec(data_parallel=dp, model_parallel=mp, pipeline_stage=pp, expert_parallel=ep,
-                         micro_batch_num=micro, use_seq_parallel=cut, device_num=devices)  # fmt: skip
+                         micro_batch_num=micro, use_seq_parallel=cut, enable_alltoall=True,
+                         device_num=devices)  # fmt: skip
     fits = (
         dp * mp * pp == devices
         and mp <= 8  # key-value heads
