@@ -205,8 +205,8 @@ def _experts(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: lis
                      "every device", "set both to 1, or use_gmm: False with a capacity_factor")  # fmt: skip
     if ep > 1 and not parallel.enable_alltoall:
         if run_mode in TRAINING:
-            problems.add(f"enable_alltoall=False with expert_parallel={ep}: MindSpore does not compile this network's "
-                         "exchange of tokens from gathers and slices", "set parallel.enable_alltoall: True")  # fmt: skip
+            problems.add(f"enable_alltoall=False with expert_parallel={ep}: MindSpore does not compile this network "
+                         "with gathers and slices in its place", "set parallel.enable_alltoall: True")  # fmt: skip
         else:
             warnings.append(f"enable_alltoall=False with expert_parallel={ep}: tokens move by gather and slice, slower")
 
