@@ -6,7 +6,9 @@ A job names an engine by a word and sees numpy arrays only; which framework answ
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +17,7 @@ import numpy as np
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.core.train_spec import TrainSpec
+from mindformers_ext.formats.mindrecord_file import MindRecordFile
 
 
 class Network(Protocol):
@@ -213,8 +216,33 @@ def open_engine(name: str) -> Engine:
     raise UserError(f"no engine called '{name}': choose one of {', '.join(ENGINES)}")
 
 
-def open_records() -> RecordStore:
-    """MindRecord files, read and written by MindSpore."""
+class _PlainRecords:
+    """A ``RecordStore`` without MindSpore."""
+
+    def write(self, path: Path, rows: Iterable[Mapping[str, np.ndarray]], fields: tuple[str, ...]) -> int:
+        """Not possible."""
+        raise UserError(f"{path} cannot be written: MindRecord files are written by MindSpore, which is not installed "
+                        "(pip install mindspore==2.9.0)")  # fmt: skip
+
+    def read(self, path: Path, fields: tuple[str, ...]) -> Iterator[dict[str, np.ndarray]]:
+        """The rows of a file, in file order.
+
+        Raises:
+            UserError: no MindRecord, or one without these fields.
+        """
+        with closing(MindRecordFile(path)) as file:
+            missing = [name for name in fields if name not in file.fields]
+            if missing:
+                raise UserError(f"data set {path} has no column {', '.join(missing)}, it has {', '.join(file.fields)}: "
+                                "correct input_columns, or write the data again")  # fmt: skip
+            for row in range(len(file)):
+                yield dict(zip(fields, file.read(row, fields), strict=True))
+
+
+def open_records(plain: bool = False) -> RecordStore:
+    """MindRecord files, read and written by MindSpore; ``plain`` or where that is not installed, read alone."""
+    if plain or importlib.util.find_spec("mindspore") is None:
+        return _PlainRecords()
     from mindformers_ext.ms.mindrecord import MindRecordStore
 
     return MindRecordStore()

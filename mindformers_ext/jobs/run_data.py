@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,6 @@ import numpy as np
 
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.formats.mindrecord_file import MindRecordFile
 from mindformers_ext.jobs.engine import open_records
 
 SAMPLE_ROWS = 2000  # rows per file whose ids are read
@@ -96,27 +95,12 @@ def _check_count(config: Mapping[str, Any], rows: int, section: str, mode: str) 
                         "gradient_accumulation_steps): give more data or a smaller batch_size")  # fmt: skip
 
 
-def _read(path: Path, columns: tuple[str, ...], engine: str) -> Iterator[dict[str, np.ndarray]]:
-    """Rows of a file as the engine will read it."""
-    if engine == "ms":
-        yield from open_records().read(path, columns)
-        return
-    file = MindRecordFile(path)
-    missing = [name for name in columns if name not in file.fields]
-    if missing:
-        raise UserError(f"data set {path} has no column {', '.join(missing)}, it has {', '.join(file.fields)}: correct "
-                        "input_columns, or write the data again")  # fmt: skip
-    with closing(file):
-        for row in range(len(file)):
-            yield dict(zip(columns, file.read(row, columns), strict=True))
-
-
 def _check_rows(path: Path, columns: tuple[str, ...], spec: NetworkSpec, mode: str, engine: str) -> None:
     seq, vocab = spec.seq_length, spec.model.vocab_size
     allowed = (seq, seq + 1) if mode == "eval" else (seq + 1,)
     problems = Problems(f"data set {path}")
     try:
-        sample = list(islice(_read(path, columns, engine), SAMPLE_ROWS))
+        sample = list(islice(open_records(plain=engine == "pt").read(path, columns), SAMPLE_ROWS))
     except RuntimeError as error:
         line = " ".join(str(error).split())[:300]
         raise UserError(f"data set {path} cannot be read with the columns {', '.join(columns)}: {line}") from error

@@ -53,7 +53,8 @@ class Run:
 def run(config: Mapping[str, Any], spec: NetworkSpec, notes: tuple[str, ...] = ()) -> None:
     """``run_mode`` train, finetune or eval of a checked configuration, by the PyTorch engine."""
     if config["run_mode"] == "eval":
-        raise UserError("run_mode eval is not built in the PyTorch engine: evaluate with --engine ms")
+        raise UserError("run_mode eval of the PyTorch engine measures perplexity on one device, without pet_config: "
+                        "leave out --use_parallel, and merge adapters first (tools/merge_lora.py)")  # fmt: skip
     train(config, spec, notes)
 
 
