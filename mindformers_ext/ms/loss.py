@@ -124,19 +124,24 @@ class NextTokenLoss(nn.Cell):
     """Mean cross entropy over counted tokens, in float32.
 
     Inputs: logits (T, V), label (T) int32, weight (T) float32 of 0 or 1. Output (). A row of weight 0 may carry any
-    label; no counted token at all gives 0.
+    label; no counted token at all gives 0. On many devices losses and counts are summed in one exchange.
     """
 
     def __init__(self, shards: Shards | None = None) -> None:
         super().__init__()
         shards = shards or Shards()
         self.rows = shards.local(WeightedRows(), "rows", _row_shape, _row_type)
-        self.sum = shards.shard(P.ReduceSum(), "row sum")
-        self.largest = shards.shard(P.Maximum(), "scalars")
-        self.divide = shards.shard(P.RealDiv(), "scalars")
+        self.sum = P.ReduceSum()
+        self.together = shards.active
+        self.stack = shards.shard_list(P.Stack(), "rest", 2)
+        self.sums = shards.shard(P.ReduceSum(), "row sums")
+        self.split = shards.shard(P.Split(axis=0, output_num=2), "total")
+        self.largest = shards.shard(P.Maximum(), "total and scalar")
+        self.divide = shards.shard(P.RealDiv(), "totals")
 
     def construct(self, logits_TV: Tensor, label_T: Tensor, weight_T: Tensor) -> Tensor:
         losses_T = self.rows(logits_TV, label_T, weight_T)
-        # weights have no gradient; without saying so it would be summed over the devices
-        counted = self.sum(ops.stop_gradient(weight_T))
-        return self.divide(self.sum(losses_T), self.largest(counted, 1.0))
+        if self.together:
+            total, counted = self.split(self.sums(self.stack((losses_T, weight_T)), 1))
+            return ops.reshape(self.divide(total, self.largest(counted, 1.0)), ())
+        return self.divide(self.sum(losses_T), self.largest(self.sum(weight_T), 1.0))
