@@ -35,6 +35,8 @@ RUN_ELSEWHERE = {
     "--config configs/tiny/finetune_mixtral.yaml --input_glob output/finetune/alpaca.json "
     "--model_file tokenizer.model --output_file output/finetune/alpaca.mindrecord": FINETUNE,
     "python run_mindformer.py --config configs/tiny/finetune_mixtral.yaml": FINETUNE,
+    "python tools/dryrun.py --config research/mixtral/mixtral_8x7b/pretrain_mixtral-8x7b.yaml "
+    "--worker_num 16": "tests/cli/test_dryrun.py, with narrow layers",
     "python tools/transform_ckpt.py --src_ckpt_strategy output/strategy/ --src_ckpt_dir output/checkpoint/ "
     "--dst_ckpt_dir target_checkpoint/ --prefix mixtral_": "tests/cli/test_transform_ckpt.py, with the seed's paths",
 }
