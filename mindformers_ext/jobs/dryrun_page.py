@@ -11,7 +11,15 @@ from mindformers_ext.core.memory import StageMemory
 from mindformers_ext.formats.atomic import fresh_file
 from mindformers_ext.jobs.dryrun import LIMITS
 from mindformers_ext.jobs.dryrun_facts import RankFacts
-from mindformers_ext.jobs.dryrun_report import DryRunReport, amount, group_text, shape_text, sizes
+from mindformers_ext.jobs.dryrun_report import (
+    LOSS_NOTE,
+    DryRunReport,
+    amount,
+    compared,
+    group_text,
+    shape_text,
+    sizes,
+)
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8885 }
@@ -173,11 +181,9 @@ def _comparison(report: DryRunReport) -> list[str]:
             parts.append(f"<p>Rank {theirs.rank}: MindFormers' network does not compile.</p>"
                          f"<pre>{escape(theirs.error)}</pre>")  # fmt: skip
             continue
-        rows = []
-        for kind in sorted({row.kind for row in (*ours.traffic, *theirs.traffic)}):
-            mine, other = ([row for row in facts.traffic if row.kind == kind] for facts in (ours, theirs))
-            rows.append((_text(kind), *(_number(sum(row.count for row in part)) for part in (mine, other)),
-                         *(_number(amount(sum(row.sent for row in part))) for part in (mine, other))))  # fmt: skip
+        rows = [(_text(kind), _number(mine), _number(other), _number(amount(sent)), _number(amount(other_sent)))
+                for kind, mine, other, sent, other_sent in compared(ours, theirs)]  # fmt: skip
         parts.append(f"<p>Rank {theirs.rank}</p>" + _table(("kind", "count, ours", "count, theirs", "sent, ours",
                                                             "sent, theirs"), rows))  # fmt: skip
-    return ["<h2>MindFormers' own network for the same file</h2>", *parts] if parts else []
+    head = f"<h2>MindFormers' own network for the same file</h2><p>{escape(LOSS_NOTE)}</p>"
+    return [head, *parts] if parts else []

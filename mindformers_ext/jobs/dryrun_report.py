@@ -18,6 +18,8 @@ from mindformers_ext.jobs.dryrun_facts import KINDS, RankFacts
 SIZES = ("data_parallel", "model_parallel", "pipeline_stage", "expert_parallel", "micro_batch_num",
          "micro_batch_interleave_num", "use_seq_parallel", "vocab_emb_dp", "enable_alltoall",
          "enable_parallel_optimizer")  # fmt: skip
+LOSS_NOTE = ("Between pipeline stages ours also sends the auxiliary loss and its gradient, a few bytes in one message "
+             "per micro batch and direction; MindFormers' network computes that loss and throws it away.")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -136,19 +138,27 @@ def balance_lines(stages: Sequence[RankFacts]) -> list[str]:
     return ["pipeline balance", *table(("stage", "weights", "TFLOP of products per step", "of the busiest"), rows)]
 
 
+def compared(ours: RankFacts, theirs: RankFacts) -> list[tuple[str, int, int, int, int]]:
+    """By kind and together: number of collectives of a step in our network and in theirs, and bytes sent by each."""
+    rows: list[tuple[str, int, int, int, int]] = []
+    for kind in sorted({row.kind for row in (*ours.traffic, *theirs.traffic)}):
+        mine, other = ([row for row in facts.traffic if row.kind == kind] for facts in (ours, theirs))
+        rows.append((kind, sum(row.count for row in mine), sum(row.count for row in other),
+                     sum(row.sent for row in mine), sum(row.sent for row in other)))  # fmt: skip
+    counts = [sum(numbers) for numbers in list(zip(*rows, strict=True))[1:]] or [0] * 4
+    return [*rows, ("together", counts[0], counts[1], counts[2], counts[3])]
+
+
 def comparison_lines(report: DryRunReport) -> list[str]:
     """Collectives of our network beside MindFormers' own for the same YAML."""
-    lines = ["MindFormers' own network for the same file"]
+    lines = ["MindFormers' own network for the same file", LOSS_NOTE]
     for ours in report.ranks:
         for theirs in (facts for facts in report.native if facts.rank == ours.rank):
             if theirs.error:
                 lines.append(f"rank {theirs.rank}: it does not compile: {theirs.error.splitlines()[0]}")
                 continue
-            rows = []
-            for kind in sorted({row.kind for row in (*ours.traffic, *theirs.traffic)}):
-                mine, other = ([row for row in facts.traffic if row.kind == kind] for facts in (ours, theirs))
-                rows.append((kind, *(f"{sum(row.count for row in part)}" for part in (mine, other)),
-                             *(amount(sum(row.sent for row in part)) for part in (mine, other))))  # fmt: skip
+            rows = [(kind, f"{mine}", f"{other}", amount(sent), amount(other_sent))
+                    for kind, mine, other, sent, other_sent in compared(ours, theirs)]  # fmt: skip
             lines += [f"rank {ours.rank}", *table(("kind", "ours", "theirs", "sent, ours", "sent, theirs"), rows)]
     return lines
 

@@ -4,23 +4,28 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import shutil
 import subprocess
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.traffic import sent_bytes
 from mindformers_ext.formats.elf import read_library
 from mindformers_ext.formats.graph_text import Collective, GraphTensor, read_graph, unplanned_operators
-from mindformers_ext.jobs.dryrun import asked_ranks
+from mindformers_ext.jobs.dryrun import asked_ranks, plan_dry_run
 from mindformers_ext.jobs.dryrun_facts import RankFacts, parameter_facts, purpose, rank_facts_from_json, traffic_facts
 from mindformers_ext.jobs.dryrun_memory import read_amount
+from mindformers_ext.jobs.dryrun_page import page
 from mindformers_ext.jobs.dryrun_ranks import error_text
-from mindformers_ext.jobs.dryrun_report import amount, group_text
+from mindformers_ext.jobs.dryrun_report import DryRunReport, amount, group_text, report_text
 from mindformers_ext.jobs.dryrun_stubs import Stubs, c_source, pause_source
+from tests.helpers.specs import PRETRAIN_YAML
 
 # The form of MindSpore 2.9's graphs, shortened: the entry calls the layer twice.
 GRAPH = """\
@@ -130,8 +135,6 @@ def test_bytes_by_ring() -> None:
 
 
 def test_facts_to_json_and_back(graph: Path, tmp_path: Path) -> None:
-    import json
-
     facts = RankFacts(rank=3, stage=0, batch=((4, 65),), traffic=traffic_facts(read_graph(graph).collectives))
     (tmp_path / "result.json").write_text(json.dumps(facts.to_json()), encoding="utf-8")
     assert rank_facts_from_json(tmp_path / "result.json") == facts
@@ -181,3 +184,29 @@ def test_the_environment_of_a_compiling_process(tmp_path: Path) -> None:
 def test_a_symbol_that_c_cannot_write() -> None:
     with pytest.raises(UserError, match="cannot be written in C"):
         c_source(['bad"name'])
+
+
+def test_report_and_page(tmp_path: Path, graph: Path) -> None:
+    """Both tell what is held and sent, which rank fails, and what a dry run cannot show; the page is well formed."""
+    traffic = traffic_facts(read_graph(graph).collectives)
+    plan = plan_dry_run(yaml.safe_load(PRETRAIN_YAML), "job<1>.yaml", 16, "stages", tmp_path)
+    good = RankFacts(rank=0, stage=0, traffic=traffic, matmul_flops=10**12)
+    bad = RankFacts(rank=8, stage=1, error="ValueError: <X> is wrong")
+    report = DryRunReport("job<1>.yaml", plan, (good, bad), native=(good,))
+    html, text = page(report), report_text(report)
+    tags: list[str] = []
+
+    class Checker(HTMLParser):
+        def handle_starttag(self, tag: str, attributes: object) -> None:
+            if tag != "meta":
+                tags.append(tag)
+
+        def handle_endtag(self, tag: str) -> None:
+            assert tags.pop() == tag
+
+    Checker().feed(html)
+    assert not tags and "job&lt;1&gt;.yaml" in html and "&lt;X&gt; is wrong" in html
+    for words in (html, text):
+        assert "23.36 GB" in words  # optimizer states of stage 1, by arithmetic
+        assert "nothing was computed" in words and "AlltoAll" in words and "throws it away" in words
+    assert "rank 8 does not compile" in text and "1 of the 2 compiled ranks do not compile" in html
