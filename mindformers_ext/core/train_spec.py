@@ -124,6 +124,8 @@ def train_spec_from_yaml(config: Mapping[str, Any], parallel: ParallelSpec, per_
             problems.add(f"callback {name} belongs to MindFormers' trainer, {ENGINE} has {', '.join(CALLBACKS)}",
                          "remove it")  # fmt: skip
     monitor = callbacks.get("MFLossMonitor") or {}
+    if monitor.get("tensorboard", "MFLossMonitor" in callbacks):
+        notes.append(f"{ENGINE} writes no TensorBoard events; python tools/plot_run.py draws its metrics")
     clips = bool(wrapper.get("use_clip_grad", False))
     recompute = _recompute(config.get("recompute_config"), notes)
     if "TopkBiasBalanceCallback" in callbacks:

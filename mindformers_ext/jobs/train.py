@@ -73,6 +73,8 @@ def train(config: Mapping[str, Any], spec: NetworkSpec, notes: tuple[str, ...] =
     moe = spec.model.moe
     bias_rate = moe.topk_bias_update_rate if moe and moe.balance_via_topk_bias else 0.0
     training, more = train_spec_from_yaml(config, spec.parallel, data.per_epoch, bias_rate)
+    if spec.numerics.softmax_dtype != "float32":
+        more.append(f"softmax_compute_type {spec.numerics.softmax_dtype}: PyTorch's attention sums in float32")
     context = config.get("context") or {}
     trainer = open_trainer(spec, training, str(context.get("device_target", "Ascend")),
                            int(context.get("device_id") or 0))  # fmt: skip

@@ -85,7 +85,8 @@ def test_an_older_yaml() -> None:
     assert (spec.loss_scale.value, spec.loss_scale.window) == (65535, 1000)
     assert spec.max_grad_norm == 1.0 and spec.recompute and spec.steps == 1000
     assert spec.checkpoint is not None and spec.checkpoint.prefix == "mixtral-8x7b" and spec.checkpoint.keep == 5
-    assert notes == []
+    assert len(notes) == 1 and "writes no TensorBoard events" in notes[0]
+    assert spec_of(callbacks=[{"type": "MFLossMonitor", "tensorboard": False}])[1] == []
 
 
 @pytest.mark.parametrize(
