@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``tools/dryrun.py``: research/'s files compile for their clusters, and hold and send what the arithmetic says.
 
-One layer per pipeline stage and mostly one rank of a stage: its other ranks compile the same graph for other numbers.
+One or two layers per pipeline stage and one rank of a stage: its other ranks compile the same graph for other numbers.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ JOBS: dict[str, tuple[str, int, str, int, dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def seed(tmp_path_factory: pytest.TempPathFactory) -> DryRun:
     """The seed's split on 16 devices, beside MindFormers' own network."""
-    return dry_run(tmp_path_factory.mktemp("seed") / "out", SEED, 16, "0,8", 2, "--compare")
+    return dry_run(tmp_path_factory.mktemp("seed") / "out", SEED, 16, "0,8", 2, "--compare", layers=2)
 
 
 @pytest.fixture(scope="module", params=JOBS)
@@ -89,6 +89,8 @@ def sent_as_counted(run: DryRun, facts: RankFacts) -> None:
     assert sum(row.payload for row in gathers) == sum(
         math.prod(item.gathered) * (WIDTH[item.numbers] if item.name.endswith(as_stored) else width) for item in cut)
 
+    assert all(len(row.ranks) > 1 for row in facts.traffic)
+    assert [row.count for row in facts.traffic if row.purpose == "other"] == [1]  # whether any rank overflowed
     inside = [row for row in facts.traffic if row.purpose in ("layout", "partial sums")]
     if parallel.model_parallel == 1:  # nothing is moved because two operators disagree; the loss is summed
         assert {row.kind for row in inside} <= {"AllReduce"} and all(row.payload <= 8 * row.count for row in inside)

@@ -63,12 +63,13 @@ class DryRun:
         return json.loads((self.out / "report.json").read_text(encoding="utf-8"))
 
 
-def dry_run(out: Path, name: str, devices: int, ranks: str, stages: int, *more: object, **changes: object) -> DryRun:
-    """``tools/dryrun.py`` for research/mixtral/NAME with one layer per stage and as few micro batches as it bears.
+def dry_run(out: Path, name: str, devices: int, ranks: str, stages: int, *more: object, layers: int = 1,
+            **changes: object) -> DryRun:  # fmt: skip
+    """``tools/dryrun.py`` for research/mixtral/NAME with as few micro batches as it bears.
 
-    ``changes``: keys of parallel_config.
+    ``layers``: of each of the ``stages``. ``changes``: keys of parallel_config.
     """
-    settings = {**TINY, "model.model_config.num_layers": stages, "parallel_config.micro_batch_num": max(stages, 1)}
+    settings = {**TINY, "model.model_config.num_layers": layers * stages, "parallel_config.micro_batch_num": stages}
     settings |= {f"parallel_config.{key}": value for key, value in changes.items()}
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     command = [sys.executable, str(ROOT / "tools" / "dryrun.py"), "--config", str(RESEARCH / name), "--worker_num",
