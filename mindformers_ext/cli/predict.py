@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.jobs.predict import Predictor, Prompt, Written, keep, open_predictor, read_prompts
 
@@ -95,9 +96,28 @@ def _talk(predictor: Predictor) -> int:
             return 0
         if not message.strip():
             continue
+        prompts = _fitting(predictor, message, history)
+        if not prompts:
+            continue
         done: list[Written] = []
         started = time.perf_counter()
-        code = _answer(predictor, predictor.prompts([message], history), done)
+        code = _answer(predictor, prompts, done)
         if code == 0:
             history += [{"role": "user", "content": message}, {"role": "assistant", "content": done[0].answer}]
             print(f"note: {done[0].new_tokens} tokens in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+
+
+def _fitting(predictor: Predictor, message: str, history: list[dict[str, str]]) -> list[Prompt]:
+    """The conversation with ``message``, as much of its end as fits; takes the rest out of ``history``.
+
+    None when the message alone is too long, which the user is told.
+    """
+    while True:
+        try:
+            return predictor.prompts([message], history)
+        except UserError as error:
+            if not history:
+                print(f"error: {error}", file=sys.stderr)
+                return []
+            del history[:2]
+            print("note: the oldest messages are left out, all of them would be too long", file=sys.stderr)

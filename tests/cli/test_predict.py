@@ -7,8 +7,11 @@ import ast
 import io
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
+import termios
 import time
 
 import numpy as np
@@ -214,3 +217,32 @@ def test_ctrl_c_keeps_what_is_finished(job, tmp_path):
     assert process.wait(60) == 130 and "Traceback" not in errors and rest.endswith("\n")
     assert "stopped by Ctrl-C" in errors and len(answers(tmp_path)[0]) >= 3
     assert np.unique(texts(tmp_path)).size == 1
+
+
+@pytest.mark.slow
+def test_a_conversation_on_a_terminal(job, tmp_path):
+    """Messages, the last too long for what was said before, and Ctrl-D; the terminal's modes are as before."""
+    folder = tmp_path / "instruct"
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes((job.parent / "tokenizer.model").read_bytes())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "bos_token": "<s>"}))
+    ours, theirs = pty.openpty()
+    before = termios.tcgetattr(theirs)
+    words = ["--run_mode", "predict", "--load_checkpoint", job.parent / "hf", "--predict_data", "-", "--chat", "True",
+             "--max_new_tokens", 3, "--model.model_config.seq_length", 72, "--output_dir", tmp_path,
+             "--processor.tokenizer.vocab_file", folder / "tokenizer.model"]  # fmt: skip
+    process = subprocess.Popen(command(job, *words), cwd=ROOT, env=environment(), stdin=theirs, stdout=theirs,
+                               stderr=theirs)  # fmt: skip
+    shown = b""
+    for turn, keys in enumerate((b"hi\n", b"you\n", b"and a long message\n", b"\x04"), 1):
+        while shown.count(b"\n> ") + shown.startswith(b"> ") < turn and select.select([ours], [], [], 100)[0]:
+            shown += os.read(ours, 1000)
+        os.write(ours, keys)
+    assert process.wait(60) == 0
+    while select.select([ours], [], [], 0)[0]:
+        shown += os.read(ours, 1000)
+    assert termios.tcgetattr(theirs) == before
+    os.close(ours), os.close(theirs)
+    text = shown.decode(errors="replace")
+    assert text.count(" tokens in ") == 3 and "Traceback" not in text
+    assert "the oldest messages are left out" in text
