@@ -35,6 +35,8 @@ RUN_ELSEWHERE = {
     "--config configs/tiny/finetune_mixtral.yaml --input_glob output/finetune/alpaca.json "
     "--model_file tokenizer.model --output_file output/finetune/alpaca.mindrecord": FINETUNE,
     "python run_mindformer.py --config configs/tiny/finetune_mixtral.yaml": FINETUNE,
+    "python tools/bench/generate.py": "tests/cli/test_bench.py, with a small model",
+    "python tools/bench/gpu.py": "tests/cli/test_engine_pt.py, with toy shapes",
     'bash scripts/torchrun_launcher.sh "run_mindformer.py --config YAML --device_target GPU --use_parallel '
     'True" 8': "tests/cli/test_engine_pt.py, two processes on a CPU",
     "python tools/dryrun.py --config research/mixtral/mixtral_8x7b/pretrain_mixtral-8x7b.yaml "
