@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, field
 
 from mindformers_ext.core.capacity import expert_capacity
-from mindformers_ext.core.cluster import layer_stage
+from mindformers_ext.core.cluster import open_parts
 from mindformers_ext.core.lora import LoraSpec
 from mindformers_ext.core.placement import ADAM_STATES, OPTIMIZER_THRESHOLD, WIDTH, head_cuts, placed_parameters
 from mindformers_ext.core.recompute import RecomputeSpec
@@ -117,17 +117,19 @@ def stage_memory(spec: NetworkSpec, settings: StepSettings) -> tuple[StageMemory
 def stage_activations(spec: NetworkSpec, settings: StepSettings, stage: int) -> int:
     """Estimated bytes of activations at the peak of a step: all micro batches that a stage keeps open, the layer whose
     gradient is being computed, and the logits on the last stage."""
-    parallel, layers = spec.parallel, spec.model.num_hidden_layers
+    parallel = spec.parallel
     kept, once = 0, 0
-    for layer in range(layers):
-        if layer_stage(layer, layers, parallel.pipeline_stage) == stage:
+    for layer in range(spec.model.num_hidden_layers):
+        if spec.layer_stage(layer) == stage:
             if layer in settings.recompute.layers:
                 kept += _layer_input(spec, settings.recompute)
                 once = layer_activations(spec)
             else:
                 kept += layer_activations(spec)
-    open_batches = min(parallel.pipeline_stage - stage, max(parallel.micro_batch_num, 1))
-    return open_batches * kept + once + (_logits(spec) if stage == parallel.pipeline_stage - 1 else 0)
+    parts = parallel.pp_interleave_num
+    open_now = open_parts(stage, parallel.pipeline_stage, parts, max(parallel.micro_batch_num, 1))
+    logits = _logits(spec) if stage == parallel.pipeline_stage - 1 else 0
+    return parallel.micro_batch_interleave_num * (open_now * kept // parts + logits) + once
 
 
 def layer_activations(spec: NetworkSpec) -> int:

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from mindformers_ext.core.cluster import layer_stage
 from mindformers_ext.core.lora import LORA_A, LORA_B, LoraSpec
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.core.yaml_keys import SHARDED_MODES
@@ -105,7 +104,7 @@ def _parameters(spec: NetworkSpec) -> Iterator[Row]:
     keys = model.num_key_value_heads * model.head_dim
     yield "model.tok_embeddings.embedding_weight", 0, (model.vocab_size, hidden), "head -"
     for index in range(layers):
-        stage, start = layer_stage(index, layers, stages), f"model.layers.{index}."
+        stage, start = spec.layer_stage(index), f"model.layers.{index}."
         rows: list[tuple[str, tuple[int, ...], str]] = [
             ("attention_norm.weight", (hidden,), "-"),
             ("attention.wq.weight", (queries, hidden), "mp -"),

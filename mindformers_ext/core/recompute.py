@@ -27,7 +27,7 @@ class RecomputeSpec:
     cut_inputs: bool = False
 
 
-def recompute_from_yaml(config: Mapping[str, Any], layers: int, stages: int) -> RecomputeSpec:
+def recompute_from_yaml(config: Mapping[str, Any], layers: int, stages: int, parts: int = 1) -> RecomputeSpec:
     """Read ``recompute_config``; without it nothing is computed again.
 
     ``recompute`` is True, False, or a list with one entry per pipeline stage: so many of its layers from its first,
@@ -37,6 +37,7 @@ def recompute_from_yaml(config: Mapping[str, Any], layers: int, stages: int) -> 
         config: the YAML's content.
         layers: layers of the network.
         stages: pipeline stages.
+        parts: of every stage (``pp_interleave_num``).
 
     Raises:
         UserError: a value of the wrong kind, or a list longer than the pipeline.
@@ -53,7 +54,7 @@ def recompute_from_yaml(config: Mapping[str, Any], layers: int, stages: int) -> 
     problems.raise_if_any()
     chosen, seen = set(), [0] * stages
     for layer in range(layers):
-        stage = layer_stage(layer, layers, stages)
+        stage = layer_stage(layer, layers, stages, parts)
         if seen[stage] < counts[stage]:
             chosen.add(layer)
         seen[stage] += 1

@@ -15,7 +15,8 @@ from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec, ParallelSpec
 from mindformers_ext.core.yaml_keys import SHARDED_MODES
 
-SIZES = ("data_parallel", "model_parallel", "pipeline_stage", "expert_parallel", "context_parallel", "micro_batch_num")
+SIZES = ("data_parallel", "model_parallel", "pipeline_stage", "expert_parallel", "context_parallel", "micro_batch_num",
+         "pp_interleave_num")  # fmt: skip
 TRAINING = ("train", "finetune")
 RUN_MODES = (*TRAINING, "eval", "predict", "predict_with_train_model")
 
@@ -55,15 +56,18 @@ def settled(spec: NetworkSpec) -> tuple[NetworkSpec, list[str]]:
     parallel, warnings = spec.parallel, []
     if parallel.parallel_mode not in SHARDED_MODES:
         lost = [f"{name}={getattr(parallel, name)}" for name in SIZES if getattr(parallel, name) != 1]
-        if parallel.use_seq_parallel:
-            lost.append("use_seq_parallel=True")
+        lost += [f"{name}=True" for name in ("use_seq_parallel", "pipeline_interleave") if getattr(parallel, name)]
         if lost:
             warnings.append(f"in {parallel.parallel_mode} mode every size is 1, so {', '.join(lost)} has no effect")
         ones = dict.fromkeys(SIZES, 1)
-        parallel = replace(parallel, **ones, use_seq_parallel=False, full_batch=False)  # type: ignore[arg-type]
+        parallel = replace(parallel, **ones, use_seq_parallel=False, full_batch=False,  # type: ignore[arg-type]
+                           pipeline_interleave=False)  # fmt: skip
     elif parallel.pipeline_stage > 1 and parallel.vocab_emb_dp:
         warnings.append(f"vocab_emb_dp becomes False because pipeline_stage={parallel.pipeline_stage}")
         parallel = replace(parallel, vocab_emb_dp=False)
+    elif parallel.pipeline_stage == 1 and parallel.pp_interleave_num > 1:
+        warnings.append(f"pp_interleave_num={parallel.pp_interleave_num} has no effect at pipeline_stage=1")
+        parallel = replace(parallel, pp_interleave_num=1)
     return replace(spec, parallel=parallel), warnings
 
 
@@ -87,7 +91,7 @@ def nearest_sizes(parallel: ParallelSpec, model: ModelSpec) -> tuple[int, int, i
     """
     given = (parallel.data_parallel, parallel.model_parallel, parallel.pipeline_stage)
     widths = math.gcd(model.num_attention_heads, model.num_key_value_heads, model.intermediate_size, model.hidden_size)
-    stages = model.num_hidden_layers
+    stages = max(model.num_hidden_layers // parallel.pp_interleave_num, 1)
     if model.moe and model.moe.use_gmm:
         widths = 1  # grouped experts stand whole on every device
     if model.moe and model.moe.balance_via_topk_bias:
@@ -164,6 +168,7 @@ def _widths(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: list
 
 def _pipeline(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: list[str]) -> None:
     stages, micro, layers = spec.parallel.pipeline_stage, spec.parallel.micro_batch_num, spec.model.num_hidden_layers
+    parts = spec.parallel.pp_interleave_num
     if stages == 1:
         if micro > 1 and run_mode in TRAINING:
             warnings.append(f"micro_batch_num={micro} has no effect at pipeline_stage=1")
@@ -177,6 +182,14 @@ def _pipeline(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: li
         problems.add(f"micro_batch_num={micro} is below pipeline_stage={stages}", f"use at least {stages}")
     if layers < stages:
         problems.add(f"pipeline_stage={stages} exceeds num_layers={layers}", f"use at most {layers} stages")
+    elif layers < stages * parts:
+        problems.add(f"pipeline_stage*pp_interleave_num = {stages}*{parts} = {stages * parts} exceeds "
+                     f"num_layers={layers}", f"use a pp_interleave_num up to {layers // stages}")  # fmt: skip
+    if parts > 1 and not spec.parallel.pipeline_interleave:
+        problems.add(f"pp_interleave_num={parts} without MindSpore's schedule for it",
+                     "set parallel.pipeline_config.pipeline_interleave: True, or pp_interleave_num: 1")  # fmt: skip
+    if parts == 1 and spec.parallel.pipeline_interleave:
+        warnings.append("pipeline_interleave=True with pp_interleave_num=1: no stage has several parts to interleave")
 
 
 def _experts(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: list[str]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from mindformers_ext.core.cluster import layer_stage
 from mindformers_ext.core.errors import Problems
 
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
@@ -207,6 +208,8 @@ class ParallelSpec:
     context_parallel: int = 1
     micro_batch_num: int = 1
     micro_batch_interleave_num: int = 1
+    pp_interleave_num: int = 1
+    pipeline_interleave: bool = False
     use_seq_parallel: bool = False
     vocab_emb_dp: bool = True
     enable_alltoall: bool = False
@@ -238,3 +241,8 @@ class NetworkSpec:
     parallel: ParallelSpec = field(default_factory=ParallelSpec)
     kernels: KernelSpec = field(default_factory=KernelSpec)
     return_extra_loss: bool = True
+
+    def layer_stage(self, layer: int) -> int:
+        """The pipeline stage of a layer."""
+        parallel = self.parallel
+        return layer_stage(layer, self.model.num_hidden_layers, parallel.pipeline_stage, parallel.pp_interleave_num)

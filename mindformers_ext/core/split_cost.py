@@ -2,8 +2,9 @@
 """What a split costs per step: arithmetic, bytes sent, and the time in which a pipeline's stages wait.
 
 The model: seconds = (operations / ``OPERATIONS`` + bytes sent / ``LINK``) / (1 - bubble), for the busiest stage, with
-bubble = (stages - 1) / (micro batches + stages - 1) of a one-forward-one-backward schedule (Narayanan et al. 2021,
-arXiv:2104.04473, section 2.2) and ring algorithms (``core.traffic``). It puts splits in order; it is no prediction.
+bubble = (stages - 1) / (micro batches * parts + stages - 1) of a one-forward-one-backward schedule in which every stage
+has that many parts of the network (``pp_interleave_num``; Narayanan et al. 2021, arXiv:2104.04473, section 2.2) and
+ring algorithms (``core.traffic``). It puts splits in order; it is no prediction.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from mindformers_ext.core.cluster import layer_stage
+from mindformers_ext.core.cluster import stage_messages
 from mindformers_ext.core.memory import StepSettings, layer_sizes
 from mindformers_ext.core.placement import WIDTH, placed_parameters
 from mindformers_ext.core.spec import NetworkSpec
@@ -21,7 +22,7 @@ from mindformers_ext.core.traffic import sent_bytes
 OPERATIONS = 140e12  # matrix operations a second that one device reaches in training, an assumption
 LINK = 25e9  # bytes a second that one device sends to the others, an assumption
 ASSUMPTIONS = (f"seconds = (operations / {OPERATIONS / 1e12:.0f} TFLOP/s + bytes sent / {LINK / 1e9:.0f} GB/s) / "
-               "(1 - bubble), bubble = (stages - 1) / (micro batches + stages - 1)")  # fmt: skip
+               "(1 - bubble), bubble = (stages - 1) / (micro batches * pp_interleave_num + stages - 1)")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,16 @@ def split_cost(spec: NetworkSpec, settings: StepSettings) -> SplitCost:
     parallel = spec.parallel
     stages = parallel.pipeline_stage
     micro = parallel.micro_batch_num if stages > 1 else settings.accumulation_steps
-    bubble = (stages - 1) / (micro + stages - 1)
-    costs = [_stage_cost(spec, settings, stage, micro) for stage in range(stages)]
+    bubble = (stages - 1) / (micro * parallel.pp_interleave_num + stages - 1)
+    batches = micro * parallel.micro_batch_interleave_num
+    costs = [_stage_cost(spec, settings, stage, batches) for stage in range(stages)]
     operations, sent = max(costs, key=lambda cost: cost[0] / OPERATIONS + sum(cost[1].values()) / LINK)
     return SplitCost(operations, dict(sent), bubble)
 
 
 def _stage_cost(spec: NetworkSpec, settings: StepSettings, stage: int, micro: int) -> tuple[float, Counter[str]]:
-    layers, stages = spec.model.num_hidden_layers, spec.parallel.pipeline_stage
-    here = [layer for layer in range(layers) if layer_stage(layer, layers, stages) == stage]
+    stages, parts = spec.parallel.pipeline_stage, spec.parallel.pp_interleave_num
+    here = [layer for layer in range(spec.model.num_hidden_layers) if spec.layer_stage(layer) == stage]
     passes = sum(4 if layer in settings.recompute.layers else 3 for layer in here)
     operations = float(micro * passes * layer_operations(spec))
     if stage == stages - 1:
@@ -68,7 +70,7 @@ def _stage_cost(spec: NetworkSpec, settings: StepSettings, stage: int, micro: in
             sent[purpose] += micro * size * (3 if again else 2)  # forward, backward as much again, once more forward
     if stages > 1:
         numbers = layer_sizes(spec).tokens * spec.model.hidden_size * WIDTH[spec.numerics.compute_dtype]
-        sent["pipeline"] += micro * numbers * (1 if stage in (0, stages - 1) else 2)
+        sent["pipeline"] += micro * numbers * stage_messages(stage, stages, parts)
     sent["gradients"] += gradient_sent(spec, settings, stage)
     return operations, sent
 

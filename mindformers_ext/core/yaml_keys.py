@@ -20,6 +20,7 @@ from typing import Any
 
 MODEL = "model.model_config"
 TOP = ""
+PIPELINE = "parallel.pipeline_config"
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ KEYS: tuple[Key, ...] = (
         seq_length               seq_length               int    2048
         return_extra_loss        return_extra_loss        bool   True
     """),
+    *_keys(MODEL, "parallel", "pp_interleave_num pp_interleave_num int 1"),
     *_keys(MODEL, "moe", """
         aux_loss_reduce          aux_loss_reduce          str    sum
         norm_single_choice       norm_single_choice       bool   False
@@ -122,6 +124,7 @@ KEYS: tuple[Key, ...] = (
         enable_parallel_optimizer enable_parallel_optimizer bool False
         gradients_mean           gradients_mean           bool   False
     """),
+    *_keys(PIPELINE, "parallel", "pipeline_interleave pipeline_interleave bool False"),
     *_keys(TOP, "parallel", "micro_batch_interleave_num micro_batch_interleave_num int 1"),
 )  # fmt: skip
 
@@ -132,6 +135,7 @@ COMPOSED: dict[str, frozenset[str]] = {
     "moe_config": frozenset({"routing_policy", "aux_loss_factor", "aux_loss_types", "aux_loss_factors",
                              "comp_comm_parallel", "comp_comm_parallel_degree"}),
     "runner_config": frozenset({"batch_size", "mini_batch_size"}),
+    "parallel": frozenset({"pipeline_config"}),
     TOP: frozenset({"use_parallel", "run_mode", "model", "moe_config", "parallel_config", "parallel",
                     "recompute_config", "swap_config", "runner_config"}),
 }  # fmt: skip
@@ -163,7 +167,7 @@ PASSED: dict[str, frozenset[str]] = {
     "parallel": frozenset(
         """search_mode strategy_ckpt_save_file strategy_ckpt_load_file strategy_ckpt_config parallel_optimizer_config
         device_num global_rank gradient_fp32_sync loss_repeated_mean auto_parallel_search_mode parameter_broadcast
-        all_reduce_fusion_config pipeline_stages pipeline_segments pipeline_result_broadcast pipeline_config comm_fusion
+        all_reduce_fusion_config pipeline_stages pipeline_segments pipeline_result_broadcast comm_fusion
         dataset_strategy group_ckpt_save_file force_fp32_communication communi_parallel_mode
         optimizer_weight_shard_size optimizer_weight_shard_aggregated_save grad_accumulation_step
         sharding_propagation""".split()
@@ -198,7 +202,6 @@ NOTED: dict[str, dict[str, tuple[object, ...]]] = {
         "rmsnorm_compute_2d": (False,),
         "parallel_optimizer": (False,),
         "fine_grain_interleave": (1, None),
-        "pp_interleave_num": (1, None),
     },
     "moe_config": {
         "moe_intermediate_size": (1407, None),  # DeepSeek's; LLaMA's experts take model_config.intermediate_size
@@ -253,6 +256,7 @@ UNBUILT: dict[str, dict[str, tuple[object, ...]]] = {
     },
     "parallel_config": {"seq_split_num": (1, None)},
     "parallel": {"auto_pipeline": (False, None)},
+    PIPELINE: {"pipeline_scheduler": ("1f1b", None)},
     "runner_config": {},
     TOP: {"use_legacy": (True, None), "calculate_per_token_loss": (False, None)},
 }
@@ -299,8 +303,8 @@ OTHER_WORDS: dict[str, str] = {
     "softmax_compute_dtype": "model.model_config.softmax_compute_type",
 }
 
-OUR_SECTIONS = (TOP, "model", MODEL, "moe_config", "parallel_config", "parallel", "recompute_config", "swap_config",
-                "runner_config")  # fmt: skip
+OUR_SECTIONS = (TOP, "model", MODEL, "moe_config", "parallel_config", "parallel", PIPELINE, "recompute_config",
+                "swap_config", "runner_config")  # fmt: skip
 
 
 def known_keys(section: str) -> tuple[str, ...]:

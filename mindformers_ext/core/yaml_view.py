@@ -28,6 +28,7 @@ from mindformers_ext.core.yaml_keys import (
     NOTED,
     OTHER_WORDS,
     OUR_SECTIONS,
+    PIPELINE,
     TOP,
     UNBUILT,
     Key,
@@ -106,6 +107,8 @@ def yaml_from_network_spec(spec: NetworkSpec) -> dict[str, Any]:
     sections["runner_config"]["batch_size"] = spec.batch_size
     if spec.model.moe:
         sections["moe_config"] |= _plain_routing(spec.model.moe)
+    if spec.parallel.pipeline_interleave:
+        sections["parallel"]["pipeline_config"] = sections[PIPELINE]
     result["model"] = {"model_config": sections[MODEL], "arch": {"type": "LlamaForCausalLM"}}
     for name in ("moe_config", "parallel_config", "parallel", "runner_config"):
         if sections[name]:

@@ -57,7 +57,8 @@ def step_settings(config: Mapping[str, Any], spec: NetworkSpec) -> StepSettings:
                        problems)  # fmt: skip
     problems.positive("runner_config.gradient_accumulation_steps", steps)
     problems.raise_if_any()
-    recompute = recompute_from_yaml(config, spec.model.num_hidden_layers, spec.parallel.pipeline_stage)
+    recompute = recompute_from_yaml(config, spec.model.num_hidden_layers, spec.parallel.pipeline_stage,
+                                    spec.parallel.pp_interleave_num)  # fmt: skip
     return StepSettings(recompute, int(threshold), bool(shard), int(steps), lora_from_yaml(config))
 
 

@@ -15,7 +15,7 @@ from mindformers_ext.formats.atomic import fresh_file
 from mindformers_ext.jobs.dryrun import LIMITS, DryRunPlan
 from mindformers_ext.jobs.dryrun_facts import KINDS, RankFacts
 
-SIZES = ("data_parallel", "model_parallel", "pipeline_stage", "expert_parallel", "micro_batch_num",
+SIZES = ("data_parallel", "model_parallel", "pipeline_stage", "pp_interleave_num", "expert_parallel", "micro_batch_num",
          "micro_batch_interleave_num", "use_seq_parallel", "vocab_emb_dp", "enable_alltoall",
          "enable_parallel_optimizer")  # fmt: skip
 LOSS_NOTE = ("Between pipeline stages ours also sends the auxiliary loss and its gradient, a few bytes in one message "

@@ -60,6 +60,9 @@ def _upgrade_parallel(result: dict[str, Any], device: str, notes: list[str]) -> 
     if cut and device != "Ascend" and str(mode) in ("0", "data_parallel"):
         parallel["enable_parallel_optimizer"] = False
         notes.append(f"enable_parallel_optimizer becomes False: data parallel on {device} keeps whole optimizer states")
+    if parallel.get("pipeline_config"):  # MindSpore wants both keys
+        parallel["pipeline_config"] = {"pipeline_interleave": False, "pipeline_scheduler": "1f1b",
+                                       **parallel["pipeline_config"]}  # fmt: skip
 
 
 def _limit_workers(dataset: dict[str, Any], section: str, notes: list[str]) -> None:

@@ -131,7 +131,7 @@ class Decoder(nn.Cell):
         layer = MoELayer if self.has_experts else DenseLayer
         shards, layers = Shards(spec), model.num_hidden_layers
         self.tok_embeddings = shards.stage(TokenEmbedding(spec), 0)
-        stages = [layer_stage(index, layers, shards.stages) for index in range(layers)]
+        stages = [layer_stage(index, layers, shards.stages, shards.interleave) for index in range(layers)]
         self.layers = nn.CellList([shards.stage(layer(spec, operators), stage) for stage in stages])
         self.norm_out = shards.stage(RmsNorm(spec, operators), shards.stages - 1)
         self.add_losses = nn.CellList([shards.stage(AddLosses(shards), stage) for stage in stages])

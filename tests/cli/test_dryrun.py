@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from mindformers_ext.cli.transform_ckpt import main as transform
-from mindformers_ext.core.cluster import layer_stage
+from mindformers_ext.core.cluster import stage_messages
 from mindformers_ext.core.lora import LORA_A, LORA_B
 from mindformers_ext.core.memory import stage_memory
 from mindformers_ext.core.placement import WIDTH, placed_parameters
@@ -30,12 +30,19 @@ from tests.helpers.tiny_run import ROOT, environment
 
 SEED = "mixtral_8x7b/pretrain_mixtral-8x7b.yaml"
 R17 = {"data_parallel": 2, "model_parallel": 4, "expert_parallel": 2, "use_seq_parallel": True}
+# two parts of the network on each stage, and two half batches in turn
+INTERLEAVED = {
+    "layers": 2, "model.model_config.pp_interleave_num": 2, "parallel.pipeline_config.pipeline_interleave": True,
+    "micro_batch_interleave_num": 2, "data_parallel": 4, "model_parallel": 2, "expert_parallel": 4,
+    "use_seq_parallel": True,
+}  # fmt: skip
 # name: file, devices, ranks, stages, and what of parallel_config differs from the file
 JOBS: dict[str, tuple[str, int, str, int, dict[str, Any]]] = {
     "r17": (SEED, 16, "stages", 2, R17),
     "32k": ("mixtral_8x7b/pretrain_mixtral-8x7b_32k.yaml", 16, "0", 2, {}),
     "finetune": ("mixtral_8x7b/finetune_mixtral-8x7b.yaml", 16, "8", 2, {}),
     "lora": ("mixtral_8x7b/finetune_lora_mixtral-8x7b.yaml", 16, "0", 2, {}),
+    "interleave": (SEED, 16, "0", 2, INTERLEAVED),
     "8x22b": ("mixtral_8x22b/pretrain_mixtral-8x22b.yaml", 64, "24", 8, {}),
     "8x22b 32k": ("mixtral_8x22b/pretrain_mixtral-8x22b_32k.yaml", 64, "56", 8, {}),
 }
@@ -71,8 +78,9 @@ def sent_as_counted(run: DryRun, facts: RankFacts) -> None:
     """Exchanges between experts, gathered weights and messages between stages, in number and bytes."""
     spec, settings = run.spec(), run.settings()
     parallel, layers = spec.parallel, spec.model.num_hidden_layers
-    here = [layer for layer in range(layers) if layer_stage(layer, layers, parallel.pipeline_stage) == facts.stage]
-    passes = parallel.micro_batch_num * sum(3 if layer in settings.recompute.layers else 2 for layer in here)
+    here = [layer for layer in range(layers) if spec.layer_stage(layer) == facts.stage]
+    batches = parallel.micro_batch_num * parallel.micro_batch_interleave_num
+    passes = batches * sum(3 if layer in settings.recompute.layers else 2 for layer in here)
     rows = [row for row in facts.traffic if row.purpose == "experts"]
     exchanges = 2 * passes if parallel.expert_parallel > 1 else 0  # to the experts and back
     assert sum(row.count for row in rows) == exchanges
@@ -97,8 +105,8 @@ def sent_as_counted(run: DryRun, facts: RankFacts) -> None:
     elif facts.stage == 0:
         assert sum(row.sent for row in inside) == passes * layer_sent(spec)["model parallel"]
     sends = [row for row in facts.traffic if row.kind == "Send"]
-    middle = 0 < facts.stage < parallel.pipeline_stage - 1
-    assert sum(row.count for row in sends) == 2 * parallel.micro_batch_num * (2 if middle else 1)  # rows and loss
+    messages = stage_messages(facts.stage, parallel.pipeline_stage, parallel.pp_interleave_num)
+    assert sum(row.count for row in sends) == 2 * batches * messages  # rows and loss
 
 
 @pytest.mark.slow

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mindformers_ext.core.memory import StepSettings
 from mindformers_ext.core.rules import settled
 from mindformers_ext.core.spec import NetworkSpec
@@ -29,6 +31,7 @@ TINY = {
     "model.model_config.seq_length": 64,
     "parallel.parallel_optimizer_config.parallel_optimizer_threshold": 1,
 }
+TOP = ("micro_batch_interleave_num",)  # has no option on the command line
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,17 @@ def dry_run(out: Path, name: str, devices: int, ranks: str, stages: int, *more: 
             **changes: object) -> DryRun:  # fmt: skip
     """``tools/dryrun.py`` for research/mixtral/NAME with as few micro batches as it bears.
 
-    ``layers``: of each of the ``stages``. ``changes``: keys of parallel_config.
+    ``layers``: of each of the ``stages``. ``changes``: keys of parallel_config, of ``TOP``, or with dots.
     """
     settings = {**TINY, "model.model_config.num_layers": layers * stages, "parallel_config.micro_batch_num": stages}
-    settings |= {f"parallel_config.{key}": value for key, value in changes.items()}
+    file = RESEARCH / name
+    if any(key in TOP for key in changes):
+        words = yaml.safe_load(file.read_text(encoding="utf-8")) | {key: changes.pop(key) for key in TOP}
+        file = out.parent / file.name
+        file.write_text(yaml.safe_dump(words), encoding="utf-8")
+    settings |= {key if "." in key else f"parallel_config.{key}": value for key, value in changes.items()}
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, str(ROOT / "tools" / "dryrun.py"), "--config", str(RESEARCH / name), "--worker_num",
+    command = [sys.executable, str(ROOT / "tools" / "dryrun.py"), "--config", str(file), "--worker_num",
                str(devices), "--ranks", ranks, "--out", str(out), *map(str, more), *words]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=out.parent, env=environment(), timeout=1500,
                           check=False)  # fmt: skip

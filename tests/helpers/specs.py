@@ -211,6 +211,8 @@ def parallel_specs(draw: st.DrawFn) -> ParallelSpec:
         context_parallel=draw(st.sampled_from([1, 1, 1, 2])),
         micro_batch_num=draw(sizes),
         micro_batch_interleave_num=draw(st.integers(1, 2)),
+        pp_interleave_num=draw(st.integers(1, 2)),
+        pipeline_interleave=draw(st.booleans()),
         use_seq_parallel=draw(st.booleans()),
         vocab_emb_dp=draw(st.booleans()),
         enable_alltoall=draw(st.booleans()),

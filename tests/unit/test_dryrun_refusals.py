@@ -16,6 +16,7 @@ from mindformers_ext.jobs.dryrun_memory import read_amount, suggestions
 from tests.helpers.specs import PRETRAIN_YAML
 
 SEED = yaml.safe_load(PRETRAIN_YAML)
+IL = "parallel.pipeline_config.pipeline_interleave"
 PC, MC, ME = "parallel_config.", "model.model_config.", "moe_config."
 R17 = {PC + "data_parallel": 2, PC + "model_parallel": 4, PC + "expert_parallel": 2, PC + "use_seq_parallel": True}
 
@@ -126,6 +127,24 @@ WRONG: list[tuple[str, dict[str, Any], int, str, str]] = [
         "use at least 2",
     ),
     ("micro batches 0", {PC + "micro_batch_num": 0}, 16, "micro_batch_num=0", "above 0"),
+    (
+        "parts without their schedule",
+        {MC + "pp_interleave_num": 2},
+        16,
+        "pp_interleave_num=2 without MindSpore's schedule",
+        "set parallel.pipeline_config.pipeline_interleave: True",
+    ),
+    (
+        "more parts than layers",
+        {MC + "pp_interleave_num": 3, MC + "num_layers": 5, IL: True},
+        16,
+        "pipeline_stage*pp_interleave_num = 2*3 = 6 exceeds num_layers=5",
+        "a pp_interleave_num up to 2",
+    ),
+    ("parts 0", {MC + "pp_interleave_num": 0, IL: True}, 16, "pp_interleave_num=0", "above 0"),
+    ("schedule", {IL.replace("interleave", "scheduler"): "gpipe"}, 16, "pipeline_scheduler='gpipe'", "'1f1b'"),
+    ("schedule's key", {IL + "d": True}, 16, "unknown key 'parallel.pipeline_config.pipeline_interleaved'",
+     "pipeline_interleave"),
     ("interleave 0", {"micro_batch_interleave_num": 0}, 16, "micro_batch_interleave_num=0", "above 0"),
     (
         "more stages than layers",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mindformers_ext.core.cluster import layer_stage, open_parts
 from mindformers_ext.core.memory import StepSettings, layer_activations, layer_sizes, stage_activations, stage_memory
 from mindformers_ext.core.placement import placed_parameters
 from mindformers_ext.core.recompute import RecomputeSpec, recompute_from_yaml
@@ -106,6 +107,40 @@ def test_cost() -> None:
     assert split_cost(SEED, StepSettings()).operations < cost.operations
 
 
+def interleaved(parts: int, **sizes: Any) -> NetworkSpec:
+    return cut(pp_interleave_num=parts, pipeline_interleave=parts > 1, **sizes)
+
+
+def test_interleaved_parts_take_turns() -> None:
+    places = [interleaved(2).layer_stage(layer) for layer in range(32)]
+    assert places == [0] * 8 + [1] * 8 + [0] * 8 + [1] * 8
+    assert [layer_stage(layer, 5, 2, 2) for layer in range(5)] == [0, 0, 1, 0, 1]  # the odd layer is the first part's
+    assert [layer_stage(layer, 5, 2) for layer in range(5)] == [0, 0, 0, 1, 1]
+    found = {item.name: item.stage for item in placed_parameters(interleaved(2))}
+    assert found["model.layers.8.attention.wq.weight"] == found["lm_head.weight"] == 1
+    assert found["model.layers.16.attention.wq.weight"] == found["model.tok_embeddings.embedding_weight"] == 0
+
+
+def test_interleaving_trades_messages_and_memory_for_waiting() -> None:
+    plain, halves = split_cost(SEED, ALL_LAYERS), split_cost(interleaved(2), ALL_LAYERS)
+    assert halves.bubble == pytest.approx(1 / 33) and halves.operations == plain.operations
+    assert halves.sent["pipeline"] == 3 * plain.sent["pipeline"]  # forward, forward and back for each micro batch
+    assert halves.sent["experts"] == plain.sent["experts"]
+    # stage 0 keeps 2 micro batches of 16 layers, or 5 of 8 layers (2 + 2 ahead of the one at work)
+    once = layer_activations(SEED)
+    kept = [stage_activations(spec, ALL_LAYERS, 0) - once for spec in (SEED, interleaved(2))]
+    assert kept[1] / kept[0] == pytest.approx(5 / 4)
+    few = [open_parts(stage, 4, 2, 4) for stage in range(4)]
+    assert few == [8, 8, 7, 5]  # never more than the 8 passes of a step
+
+
+def test_half_batches_in_turn_double_the_work() -> None:
+    plain, twice = split_cost(SEED, ALL_LAYERS), split_cost(cut(micro_batch_interleave_num=2), ALL_LAYERS)
+    assert twice.operations == 2 * plain.operations and twice.sent["experts"] == 2 * plain.sent["experts"]
+    assert twice.bubble == plain.bubble
+    assert step_rows(cut(micro_batch_interleave_num=2), ALL_LAYERS) == 2 * step_rows(SEED, ALL_LAYERS)
+
+
 def test_operations_do_not_depend_on_the_split() -> None:
     """Model parallel cuts a layer's products; the slots it rounds up are all that it adds."""
     one, four = layer_operations(cut(data_parallel=8)), layer_operations(cut(data_parallel=2, model_parallel=4,
@@ -122,6 +157,9 @@ def test_splits_that_fit() -> None:
         assert step_rows(split.spec, split.settings) == 128 and split.memory.total <= 64 * 10**9
     assert [split.cost.seconds for split in splits] == sorted(split.cost.seconds for split in splits)
     assert not fitting_splits(SEED, ALL_LAYERS, 8 * 10**9)
+    parts = {(split.spec.parallel.pipeline_stage, split.spec.parallel.pp_interleave_num)
+             for split in fitting_splits(interleaved(4), ALL_LAYERS, 64 * 10**9)}  # fmt: skip
+    assert {(2, 4), (8, 4)} <= parts <= {(1, 1), (2, 4), (4, 4), (8, 4), (16, 1)}
 
 
 @pytest.mark.parametrize(

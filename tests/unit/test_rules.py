@@ -121,6 +121,8 @@ def test_experts_on_several_devices_need_their_exchange() -> None:
         (with_sizes(pipeline_stage=1, device_num=8), "micro_batch_num=16 has no effect"),
         (with_sizes(data_parallel=3, expert_parallel=1, enable_parallel_optimizer=True, device_num=6),
          "vocab_size=32000"),
+        (with_sizes(pipeline_stage=1, device_num=8, pp_interleave_num=2), "pp_interleave_num=2 has no effect"),
+        (with_sizes(pipeline_interleave=True), "no stage has several parts"),
         (with_sizes(parallel_mode="data_parallel"), "gradients_mean=False has no effect"),
         (with_sizes(parallel_mode="data_parallel"), "data_parallel=8, pipeline_stage=2, expert_parallel=8"),
         (replace(SEED, model=replace(MODEL, moe=None)), "expert_parallel=8 has no effect"),
@@ -163,7 +165,8 @@ def test_what_is_accepted_keeps_every_product(spec: NetworkSpec, run_mode: str) 
     assert sizes.context_parallel == 1
     widths = (model.num_attention_heads, model.num_key_value_heads, model.intermediate_size, model.hidden_size)
     assert all(width % mp == 0 for width in widths)
-    assert model.num_hidden_layers >= pp
+    assert model.num_hidden_layers >= pp * sizes.pp_interleave_num
+    assert sizes.pp_interleave_num == 1 or sizes.pipeline_interleave
     if model.moe:
         assert ep <= dp and dp % ep == 0 and model.moe.num_local_experts % ep == 0
         assert router_tokens(kept, run_mode) * model.moe.num_experts_per_tok <= model.moe.max_router_load
