@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SwiGLU experts on rows sorted by expert: two grouped products."""
+"""SwiGLU experts: two grouped products of rows sorted by expert, or kernels that fetch their tokens themselves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.pt.ops.dtypes import torch_dtype
+from mindformers_ext.pt.ops.gathered import gathered_experts
 from mindformers_ext.pt.ops.grouped import Backend, grouped_product
+from mindformers_ext.pt.ops.rows import Sorted, combine, dispatch
 from mindformers_ext.pt.ops.select import select_backend
 from mindformers_ext.pt.ops.swiglu import swiglu
 
@@ -37,7 +39,15 @@ class Experts(nn.Module):
         nn.init.normal_(self.gate_up, std=self.std)
         nn.init.normal_(self.down, std=self.std)
 
-    def forward(self, x: Tensor, offs_E: Tensor) -> Tensor:
-        backend = self.backend or select_backend(x.device, x.dtype, self.hidden, self.ffn)
+    def forward(self, x: Tensor, offs_E: Tensor, backend: Backend | None = None) -> Tensor:
+        backend = backend or self.backend or select_backend(x.device, x.dtype, self.hidden, self.ffn)
         both = grouped_product(x, self.gate_up.to(x.dtype), offs_E, backend)
         return grouped_product(swiglu(both), self.down.to(x.dtype), offs_E, backend)
+
+    def of_tokens(self, x_TD: Tensor, weight_TK: Tensor, place: Sorted) -> Tensor:
+        """The weighted sum (T, D) of each token's experts, all of which are here."""
+        backend = self.backend or select_backend(x_TD.device, x_TD.dtype, self.hidden, self.ffn, x_TD.shape[0])
+        if not backend.gathers:
+            return combine(self(dispatch(x_TD, place), place.offs_E, backend), weight_TK, place)
+        kind = x_TD.dtype
+        return gathered_experts(x_TD, self.gate_up.to(kind), self.down.to(kind), weight_TK, place)

@@ -42,7 +42,8 @@ class PyTorchSession:
         if self.device.type != "cuda" or not use_cache:
             return
         model, kind = self.network.spec.model, self.network.model.compute_dtype
-        if model.moe and not select_backend(self.device, kind, model.hidden_size, model.intermediate_size).capturable:
+        sizes = model.hidden_size, model.intermediate_size
+        if model.moe and not select_backend(self.device, kind, *sizes, self.rows).capturable:
             get_logger(__name__).info("no CUDA graph: the experts' back end reads counts on the host")
             return
         stream = torch.cuda.Stream(self.device)

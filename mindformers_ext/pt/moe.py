@@ -72,9 +72,9 @@ class MoE(nn.Module):
     def computed(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, kept_TK: Tensor | None) -> Tensor:
         """The weighted sum (T, D) of the chosen experts."""
         place = sort_by_expert(expert_TK, kept_TK, self.experts)
-        rows = dispatch(x_TD, place)
-        rows = self.exchange(rows, place.offs_E, self.ffn) if self.exchange else self.ffn(rows, place.offs_E)
-        return combine(rows, weight_TK, place)
+        if self.exchange is None:
+            return self.ffn.of_tokens(x_TD, weight_TK, place)
+        return combine(self.exchange(dispatch(x_TD, place), place.offs_E, self.ffn), weight_TK, place)
 
     def dropless(self, x_TD: Tensor) -> Tensor:
         """The same without losses, reports and dropping: inference."""

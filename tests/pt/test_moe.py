@@ -4,6 +4,7 @@ tokens, no tokens at all, gradients that are views, runs that must be equal to t
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import pytest
@@ -13,12 +14,14 @@ from torch import Tensor
 
 from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, NumericsSpec, ParallelSpec
 from mindformers_ext.pt.moe import MoE
+from mindformers_ext.pt.ops import select
 from mindformers_ext.pt.ops.grouped import BACKENDS, Backend, fits_gmm, grouped_product
 from mindformers_ext.pt.ops.rows import combine, dispatch, sort_by_expert
 from mindformers_ext.pt.ops.select import FORCE, select_backend
 from mindformers_ext.pt.ops.swiglu import swiglu
 
 NAMES = sorted(BACKENDS)
+PRODUCTS = [name for name in NAMES if not BACKENDS[name].gathers]
 
 
 def spec_of(experts: int = 8, chosen: int = 2, factor: float = -1.0, hidden: int = 16, ffn: int = 24, groups: int = 1,
@@ -88,7 +91,7 @@ def poisoned(inner: Backend) -> Backend:
     return Backend("poisoned", spoil(inner.forward), spoil(inner.to_input), to_weight)
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", PRODUCTS)
 def test_rows_behind_the_last_offset_may_hold_anything(backend: str) -> None:
     layer, x = layer_of(spec_of(factor=0.5), backend), torch.randn(16, 16, requires_grad=True)
     dout = torch.randn(16, 16)
@@ -123,7 +126,7 @@ def test_no_tokens_at_all(backend: str) -> None:
     assert out.shape == (0, 16) and torch.all(layer.ffn.gate_up.grad == 0) and torch.all(layer.ffn.down.grad == 0)
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", PRODUCTS)
 def test_strided_gradients(backend: str) -> None:
     x, w = torch.randn(12, 16, requires_grad=True), torch.randn(4, 8, 16, requires_grad=True)
     offs, dy = torch.tensor([3, 3, 9, 12], dtype=torch.int32), torch.randn(8, 12)
@@ -177,14 +180,51 @@ def test_half_precision_is_as_good_as_the_loop() -> None:
     assert max(errors.values()) < 1e-2 and max(errors.values()) < 1.5 * errors["loop"]
 
 
+def test_tokens_that_lost_all_their_experts_may_hold_anything() -> None:
+    """``triton`` reads tokens in place: those of dropped assignments are not touched, forward and backward."""
+    layer, x = layer_of(spec_of(), "triton"), torch.randn(6, 16)
+    expert, kept = torch.tensor([[0, 1]]).repeat(6, 1), torch.ones(6, 2, dtype=torch.bool)
+    kept[4] = False
+    dout, runs = torch.randn(6, 16), []
+    for value in (0.0, float("nan")):
+        x[4] = value
+        rows, weight = x.clone().requires_grad_(), torch.full((6, 2), 0.5, requires_grad=True)
+        out = layer.computed(rows, expert, weight, kept)
+        runs.append([out, *torch.autograd.grad(out, (rows, weight, layer.ffn.gate_up, layer.ffn.down), dout)])
+    assert torch.all(runs[0][0][4] == 0) and torch.all(runs[0][1][4] == 0)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
 def test_the_choice_of_the_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert select_backend(cpu, torch.float32, 64, 128).name == "gmm"
     assert not fits_gmm(torch.float32, 30) and select_backend(cpu, torch.float32, 30, 7).name == "loop"
     assert select_backend(cpu, torch.float64, 64, 128).name == "loop"
     assert select_backend(torch.device("cuda"), torch.float32, 64, 128).name == "loop"
+    monkeypatch.setenv(FORCE, "triton")
+    with pytest.raises(ValueError, match="MFEXT_MOE_BACKEND=triton runs on a GPU .* here is cpu: choose loop or gmm"):
+        select_backend(cpu, torch.float32, 64, 128, 1)
     monkeypatch.setenv(FORCE, "loop")
     assert select_backend(cpu, torch.float32, 64, 128).name == "loop"
     monkeypatch.setenv(FORCE, "fastest")
     with pytest.raises(ValueError, match="MFEXT_MOE_BACKEND=fastest is unknown: choose one of"):
         select_backend(cpu, torch.float32, 64, 128)
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_few_tokens_on_a_gpu_take_the_kernels(here: bool, monkeypatch: pytest.MonkeyPatch,
+                                              caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+    """The table alone: nothing runs on a GPU here."""
+    monkeypatch.setattr(select, "kernels_wanted", lambda: here)
+    monkeypatch.setattr(select, "_told", set())
+    monkeypatch.setattr(logging.getLogger(select.__name__), "propagate", True)
+    cuda, few = torch.device("cuda"), {32: "triton" if here else "gmm", 33: "gmm"}
+    with caplog.at_level(logging.INFO):
+        for tokens, name in few.items():
+            assert select_backend(cuda, torch.bfloat16, 64, 128, tokens).name == name
+    assert ("back end triton (not measured here" in caplog.text) == here and "back end gmm" in caplog.text
+    assert select_backend(cuda, torch.float32, 30, 7, 1).capturable == here
+    if here:
+        monkeypatch.setenv(FORCE, "triton")
+        assert select_backend(cuda, torch.bfloat16, 64, 128, 4096).name == "triton"
+        assert select_backend(cuda, torch.bfloat16, 64, 128).name == "gmm"  # rows of other ranks come sorted

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, NumericsSpec
 from mindformers_ext.pt.moe import MoE
+from mindformers_ext.pt.ops.fused import fused, kernels_wanted
 from mindformers_ext.pt.ops.grouped import BACKENDS, fits_gmm
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -122,7 +123,7 @@ def peers(layer: Layer, chosen: int, tokens: int, training: bool) -> dict[str, t
     aligned = fits_gmm(layer.gate_up.dtype, *layer.sizes)
     found: dict[str, tuple[Run, bool]] = {}
     for name, backend in BACKENDS.items():
-        if name != "gmm" or aligned:
+        if (name != "gmm" or aligned) and (not backend.gathers or fused(layer.down)):
             found[f"ours {name}"] = (ours(layer, name, chosen), backend.capturable)
     if aligned:
         found["sort + grouped_mm"] = (sort_and_grouped_mm(layer), True)
@@ -134,6 +135,7 @@ def peers(layer: Layer, chosen: int, tokens: int, training: bool) -> dict[str, t
 
 
 def missing() -> str:
-    """Other peers and whether they are here."""
-    return ", ".join(f"{name} {'installed, not wired' if importlib.util.find_spec(name) else 'not installed'}"
-                     for name in OTHERS)  # fmt: skip
+    """Other peers and whether they are here, and whether our own kernels are."""
+    own = "ours triton runs" if torch.cuda.is_available() and kernels_wanted() else "ours triton left out: no GPU, or no Triton on it"
+    return ", ".join([own, *(f"{name} {'installed, not wired' if importlib.util.find_spec(name) else 'not installed'}"
+                             for name in OTHERS)])  # fmt: skip

@@ -16,11 +16,12 @@ SWITCH = "MFEXT_TRITON"
 
 def fused(tensor: Tensor) -> bool:
     """Whether the Triton kernels take this tensor."""
-    return tensor.is_cuda and _wanted()
+    return tensor.is_cuda and kernels_wanted()
 
 
 @functools.cache
-def _wanted() -> bool:
+def kernels_wanted() -> bool:
+    """Whether they may run on this machine's GPU."""
     if os.environ.get(SWITCH, "1") == "0":
         why, wanted = f"{SWITCH} is 0", False
     elif importlib.util.find_spec("triton") is None:

@@ -8,7 +8,7 @@ stands there is undefined (torch's kernels leave old memory, NaN included), so w
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class Backend:
 
     forward(x (R, in), w (E, out, in)) -> (R, out); to_input(dy (R, out), w) -> (R, in); to_weight(dy, x) -> (E, out,
     in), exactly zero for an expert without rows. ``capturable``: never reads on the host, fit for a CUDA graph.
+    ``gathers``: tokens at hand go through ``gathered`` instead, unsorted, and the products serve its gradients.
     """
 
     name: str
@@ -31,9 +32,10 @@ class Backend:
     to_input: Callable[[Tensor, Tensor, Tensor], Tensor]
     to_weight: Callable[[Tensor, Tensor, Tensor], Tensor]
     capturable: bool = True
+    gathers: bool = False
 
 
-def _spans(offs_E: Tensor) -> list[tuple[int, int, int]]:
+def spans(offs_E: Tensor) -> list[tuple[int, int, int]]:
     """(expert, start, end) of experts that have rows; reads the offsets on the host, once."""
     ends = offs_E.tolist()
     starts = [0, *ends[:-1]]
@@ -42,24 +44,24 @@ def _spans(offs_E: Tensor) -> list[tuple[int, int, int]]:
 
 def _loop_forward(x: Tensor, w: Tensor, offs_E: Tensor) -> Tensor:
     out = x.new_empty((x.shape[0], w.shape[1]))
-    for e, low, high in _spans(offs_E):
+    for e, low, high in spans(offs_E):
         torch.mm(x[low:high], w[e].t(), out=out[low:high])
     return out
 
 
 def _loop_to_input(dy: Tensor, w: Tensor, offs_E: Tensor) -> Tensor:
     out = dy.new_empty((dy.shape[0], w.shape[2]))
-    for e, low, high in _spans(offs_E):
+    for e, low, high in spans(offs_E):
         torch.mm(dy[low:high], w[e], out=out[low:high])
     return out
 
 
 def _loop_to_weight(dy: Tensor, x: Tensor, offs_E: Tensor) -> Tensor:
     out = x.new_empty((offs_E.shape[0], dy.shape[1], x.shape[1]))
-    spans = {e: (low, high) for e, low, high in _spans(offs_E)}
+    filled = {e: (low, high) for e, low, high in spans(offs_E)}
     for e in range(offs_E.shape[0]):
-        if e in spans:
-            low, high = spans[e]
+        if e in filled:
+            low, high = filled[e]
             torch.mm(dy[low:high].t(), x[low:high], out=out[e])
         else:
             out[e].zero_()
@@ -84,7 +86,8 @@ def _gmm_to_weight(dy: Tensor, x: Tensor, offs_E: Tensor) -> Tensor:
 
 LOOP = Backend("loop", _loop_forward, _loop_to_input, _loop_to_weight, capturable=False)
 GMM = Backend("gmm", _gmm_forward, _gmm_to_input, _gmm_to_weight)
-BACKENDS = {"loop": LOOP, "gmm": GMM}
+TRITON = replace(GMM, name="triton", gathers=True)
+BACKENDS = {"loop": LOOP, "gmm": GMM, "triton": TRITON}
 
 
 class _GroupedProduct(torch.autograd.Function):
