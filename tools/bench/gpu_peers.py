@@ -136,6 +136,7 @@ def peers(layer: Layer, chosen: int, tokens: int, training: bool) -> dict[str, t
 
 def missing() -> str:
     """Other peers and whether they are here, and whether our own kernels are."""
-    own = "ours triton runs" if torch.cuda.is_available() and kernels_wanted() else "ours triton left out: no GPU, or no Triton on it"
+    runs = torch.cuda.is_available() and kernels_wanted()
+    own = "ours triton runs" if runs else "ours triton left out: no GPU, or no Triton for it"
     return ", ".join([own, *(f"{name} {'installed, not wired' if importlib.util.find_spec(name) else 'not installed'}"
                              for name in OTHERS)])  # fmt: skip
