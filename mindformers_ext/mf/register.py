@@ -20,6 +20,7 @@ from mindformers_ext.mf.load_monitor import MoELoadMonitor
 from mindformers_ext.mf.monitor import MoELossMonitor
 from mindformers_ext.mf.networks import MixtralForCausalLM, PortableLlamaForCausalLM
 from mindformers_ext.mf.optimizer import FP32StateAdamWeightDecay
+from mindformers_ext.mf.pipeline_step import PortablePipelineStepCell
 from mindformers_ext.mf.step import PortableTrainOneStepCell
 from mindformers_ext.mf.trainer import PortableCausalLanguageModelingTrainer
 from mindformers_ext.ms.optim import FusedAdamW
@@ -39,6 +40,7 @@ REGISTERED: tuple[tuple[str, type], ...] = (
     (Kind.MODELS, MixtralForCausalLM),
     (Kind.MODELS, PortableLlamaForCausalLM),
     (Kind.WRAPPER, PortableTrainOneStepCell),
+    (Kind.WRAPPER, PortablePipelineStepCell),
     (Kind.OPTIMIZER, FP32StateAdamWeightDecay),
     (Kind.OPTIMIZER, FusedAdamW),
     (Kind.CALLBACK, MoELossMonitor),

@@ -21,6 +21,9 @@ from mindformers_ext.mf.balance import MoETopkBiasBalanceCallback
 from mindformers_ext.mf.checkpoint import WholeCheckpointMonitor
 from mindformers_ext.mf.load_monitor import MoELoadMonitor
 from mindformers_ext.mf.monitor import MoELossMonitor
+from mindformers_ext.mf.networks import PortableLlamaForCausalLM
+from mindformers_ext.mf.pipeline_step import PortablePipelineStepCell, norm_tells_overflow
+from mindformers_ext.mf.step import real_model
 from mindformers_ext.ms.step import STEP_STATE, TrainStepCell, step_state
 
 # MindFormers hands a callback the run's facts (first step, schedule, batch) only when the YAML calls it by these names.
@@ -70,6 +73,11 @@ class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
 
     def create_model_wrapper(self, network: nn.Cell, optimizer: nn.Optimizer) -> nn.Cell:
         """The train step; a resumed run gets its loss scale and the counters of a dynamic one back."""
+        words = self.config.runner_wrapper
+        is_ours = isinstance(real_model(network), PortableLlamaForCausalLM)
+        if is_ours and words.type == "MFPipelineWithLossScaleCell" and norm_tells_overflow(words, self.config):
+            words.type = PortablePipelineStepCell.__name__
+            logger.info("MFPipelineWithLossScaleCell becomes %s: the clipping norm tells overflow", words.type)
         wrapper = super().create_model_wrapper(network, optimizer)
         if isinstance(wrapper, TrainStepCell) and self.config.resume_training and self.config.checkpoint.load_path:
             restore_step_state(wrapper, self._resume_file())

@@ -164,12 +164,13 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
         return part
 
     def not_finite(self, global_norm: Tensor, loss: Tensor) -> Tensor:
-        """True on every rank when any rank's gradient norm or loss is infinite or NaN."""
+        """True on every rank when any rank's gradient norm or loss is infinite or NaN.
+
+        No rank has to ask the others: in data parallel both are averages over the ranks, and semi-auto parallel sums
+        the norm (by ``grad_scale``, see ``ops.portable``) and the loss over all devices.
+        """
         finite = ops.logical_and(self.all_finite(global_norm), self.all_finite(ops.cast(loss, ms.float32)))
-        overflow = ops.logical_not(finite.reshape(()))
-        if self.is_distributed and not self.averages:  # averaged values are broken on every rank or on none
-            overflow = self.allreduce(ops.cast(overflow, ms.float32)) > 0
-        return overflow
+        return ops.logical_not(finite.reshape(()))
 
     def current_learning_rate(self) -> Tensor:
         """The learning rate this step uses (of the last group when groups have their own)."""

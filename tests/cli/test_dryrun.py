@@ -98,7 +98,7 @@ def sent_as_counted(run: DryRun, facts: RankFacts) -> None:
         math.prod(item.gathered) * (WIDTH[item.numbers] if item.name.endswith(as_stored) else width) for item in cut)
 
     assert all(len(row.ranks) > 1 for row in facts.traffic)
-    assert [row.count for row in facts.traffic if row.purpose == "other"] == [1]  # whether any rank overflowed
+    assert not [row for row in facts.traffic if row.purpose == "other"]  # the norm tells whether any rank overflowed
     inside = [row for row in facts.traffic if row.purpose in ("layout", "partial sums")]
     if parallel.model_parallel == 1:  # nothing is moved because two operators disagree; the loss is summed
         assert {row.kind for row in inside} <= {"AllReduce"} and all(row.payload <= 8 * row.count for row in inside)
@@ -127,13 +127,12 @@ class TestSeed:
         sent_as_counted(seed, seed.facts()[place])
 
     def test_no_more_collectives_than_mindformers(self, seed: DryRun) -> None:
-        """But for the auxiliary loss, which MindFormers' network throws away: ours sends it from stage to stage."""
-        losses = 2 * seed.spec().parallel.micro_batch_num
+        """Though ours sends the auxiliary loss from stage to stage, which MindFormers' network throws away."""
         for ours, theirs in zip(seed.facts(), seed.facts("native"), strict=True):
             assert theirs.compiles
             counts = [sum(row.count for row in facts.traffic) for facts in (ours, theirs)]
             print(f"rank {ours.rank}: {_by_kind(ours)} against MindFormers' {_by_kind(theirs)}")
-            assert counts[0] - losses <= counts[1]
+            assert counts[0] <= counts[1]
         assert "MindFormers' own network for the same file" in seed.text
 
     def test_report(self, seed: DryRun) -> None:

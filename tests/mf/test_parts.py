@@ -16,6 +16,7 @@ from mindformers_ext.core.yaml_view import network_spec_from_yaml
 from mindformers_ext.mf.balance import moved
 from mindformers_ext.mf.load_monitor import load_lines
 from mindformers_ext.mf.metrics import MetricsFile, record_of
+from mindformers_ext.mf.pipeline_step import norm_tells_overflow
 from mindformers_ext.mf.trainer import stand_ins
 from mindformers_ext.mf.upgrade import upgrade
 from mindformers_ext.ms.models import build_causal_lm
@@ -149,3 +150,12 @@ def test_a_resumed_metrics_file_reads_as_one_run(tmp_path):
     assert '"tokens_per_second": 400.0' in lines[-1] and '"drop_rate": 0.5' in lines[-1]
     MetricsFile(str(tmp_path), 0, 0)
     assert not second.path.exists() and second.path.with_name("rank_0.jsonl.previous").exists()
+
+
+def test_the_norm_tells_overflow_where_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert norm_tells_overflow({"use_clip_grad": True, "local_norm": False}, {"calculate_per_token_loss": False})
+    assert not norm_tells_overflow({"use_clip_grad": False}, {})
+    assert not norm_tells_overflow({"local_norm": True}, {})
+    assert not norm_tells_overflow({}, {"use_skip_data_by_global_norm": True})
+    monkeypatch.setenv("MS_ASCEND_CHECK_OVERFLOW_MODE", "SATURATION_MODE")  # no infinity is left behind
+    assert not norm_tells_overflow({}, {})
