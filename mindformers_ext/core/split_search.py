@@ -70,7 +70,6 @@ def fitting_splits(
 def _candidates(spec: NetworkSpec, settings: StepSettings, rows: int) -> Iterator[tuple[NetworkSpec, StepSettings]]:
     """Settled specs that pass every rule, with the settings that keep the rows of a step."""
     devices, layers = spec.parallel.device_num, spec.model.num_hidden_layers
-    parts = spec.parallel.pp_interleave_num
     experts = spec.model.moe.num_local_experts if spec.model.moe else 1
     layers_again = frozenset(range(layers)) if settings.recompute.layers else frozenset()
     again = replace(settings.recompute, layers=layers_again)
@@ -84,7 +83,6 @@ def _candidates(spec: NetworkSpec, settings: StepSettings, rows: int) -> Iterato
                 parallel = replace(
                     spec.parallel, data_parallel=dp, model_parallel=mp, pipeline_stage=pp, expert_parallel=ep,
                     micro_batch_num=batches if pp > 1 else 1, use_seq_parallel=mp > 1, context_parallel=1,
-                    pp_interleave_num=parts if pp > 1 and pp * parts <= layers else 1,
                     vocab_emb_dp=spec.parallel.vocab_emb_dp and mp == 1, enable_alltoall=ep > 1,
                     parallel_mode="semi_auto_parallel",
                 )  # fmt: skip

@@ -150,7 +150,7 @@ PASSED: dict[str, frozenset[str]] = {
         """type auto_register auto_map checkpoint_name_or_path name_or_path pretrained_model_dir mindformers_version
         model_type model_name architectures tokenizer_class is_encoder_decoder is_sample_acceleration _commit_hash
         _name_or_path dataset_config disable_lazy_inline track_max_attention_logit stage_num start_stage
-        use_rope_slice is_dynamic use_past block_size num_blocks offset
+        use_rope_slice is_dynamic use_past block_size num_blocks
         max_decode_length max_new_tokens max_length min_length min_new_tokens repetition_penalty
         encoder_repetition_penalty temperature top_k top_p do_sample num_beams renormalize_logits
         use_past_shard use_kvcache_op is_flexible_shape use_prompt_flash_attention use_paged_attention
@@ -202,6 +202,7 @@ NOTED: dict[str, dict[str, tuple[object, ...]]] = {
         "rmsnorm_compute_2d": (False,),
         "parallel_optimizer": (False,),
         "fine_grain_interleave": (1, None),
+        "offset": (0, None),  # layers moved between pipeline stages; ``core.cluster`` spreads them evenly
     },
     "moe_config": {
         "moe_intermediate_size": (1407, None),  # DeepSeek's; LLaMA's experts take model_config.intermediate_size

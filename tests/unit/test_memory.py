@@ -159,7 +159,7 @@ def test_splits_that_fit() -> None:
     assert not fitting_splits(SEED, ALL_LAYERS, 8 * 10**9)
     parts = {(split.spec.parallel.pipeline_stage, split.spec.parallel.pp_interleave_num)
              for split in fitting_splits(interleaved(4), ALL_LAYERS, 64 * 10**9)}  # fmt: skip
-    assert {(2, 4), (8, 4)} <= parts <= {(1, 1), (2, 4), (4, 4), (8, 4), (16, 1)}
+    assert {(2, 4), (8, 4)} <= parts <= {(1, 1), (2, 4), (4, 4), (8, 4)}  # 16 stages have no 4 layers each
 
 
 @pytest.mark.parametrize(
