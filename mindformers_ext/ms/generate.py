@@ -55,6 +55,7 @@ class _Graph(nn.Cell):
                                            operators.dtype(spec.numerics.rotary_dtype))  # fmt: skip
         self.gather = P.Gather()
         self.set_train(False)
+        self.phase = "increment"  # compiled once, then called without looking at every cell again
 
     def _embedded(self, ids_T: Tensor) -> Tensor:
         return ops.cast(self.decoder.tok_embeddings(ids_T), self.decoder.compute_dtype)
