@@ -65,11 +65,40 @@ class PromptAttention(nn.Cell):
         return own.wo(ops.reshape(mixed, (B * S, -1)))
 
 
+class TokenTables(nn.Cell):
+    """What rotates queries and keys of one token per row, from cos and sin (B, 1, 1, P) at the tokens' positions.
+
+    On CPU two matrices (B, P, P), for queries (scaled by 1/sqrt(P)) and for keys: made once for all layers, they leave
+    each layer two small products where the embedding has sixteen kernels, which cost more than what they compute.
+    Elsewhere cos and sin themselves.
+    """
+
+    def __init__(self, head_dim: int, dtype: ms.Type) -> None:
+        super().__init__(auto_prefix=False)
+        self.are_matrices, self.scale = are_matrices(), head_dim**-0.5
+        half, identity = head_dim // 2, np.eye(head_dim)
+        self.shape = (-1, 1, head_dim)
+        self.identity = Tensor(identity[None], dtype)
+        self.quarter_turn = Tensor(np.concatenate([identity[half:], -identity[:half]])[None], dtype)
+
+    def construct(self, cos_BP: Tensor, sin_BP: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.are_matrices:
+            return cos_BP, sin_BP
+        cos, sin = ops.reshape(cos_BP, self.shape), ops.reshape(sin_BP, self.shape)
+        turn = cos * self.identity + sin * self.quarter_turn
+        return turn * self.scale, turn
+
+
+def are_matrices() -> bool:
+    """See ``TokenTables``: elsewhere few kernels are no gain, and matrix units may round."""
+    return ms.get_context("device_target") == "CPU"
+
+
 class TokenAttention(nn.Cell):
     """``attention`` of one new token per row over the cache.
 
-    Inputs: x (B, D), cos and sin (B, 1, 1, P) at the tokens' positions, place (B*N) int32 (the cache rows to write),
-    mask (B, 1, M), an addend that hides what lies behind each row's position. Output (B, D).
+    Inputs: x (B, D), the two of ``TokenTables``, place (B*N) int32 (the cache rows to write), mask (B, 1, M), an addend
+    that hides what lies behind each row's position. Output (B, D).
     """
 
     def __init__(self, attention: Attention, cache: LayerCache, positions: int, spec: NetworkSpec,
@@ -79,22 +108,34 @@ class TokenAttention(nn.Cell):
         self.attention, self.cache = attention, cache
         self.heads, self.kv_heads, self.head_dim = (
             model.num_attention_heads, model.num_key_value_heads, model.head_dim)  # fmt: skip
-        self.positions, self.scale = positions, model.head_dim**-0.5
+        self.positions, self.scale, self.by_matrix = positions, model.head_dim**-0.5, are_matrices()
         self.softmax_dtype = operators.dtype(spec.numerics.softmax_dtype)
         self.update, self.softmax = P.ScatterUpdate(), P.Softmax(axis=-1)
         self.product, self.product_nt = P.BatchMatMul(), P.BatchMatMul(transpose_b=True)
 
-    def construct(self, x_BD: Tensor, cos_BP: Tensor, sin_BP: Tensor, places: Tensor, mask_BS: Tensor) -> Tensor:
+    def _rotated(self, x_BD: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Queries, scaled, and keys, per head."""
+        own, first, second = self.attention, tables[0], tables[1]
+        B = x_BD.shape[0]
+        q, k = own.wq(x_BD), own.wk(x_BD)
+        if self.by_matrix:
+            q = self.product(ops.cast(ops.reshape(q, (B, self.heads, self.head_dim)), first.dtype), first)
+            k = self.product(ops.cast(ops.reshape(k, (B, self.kv_heads, self.head_dim)), second.dtype), second)
+            return ops.cast(q, x_BD.dtype), ops.cast(k, x_BD.dtype)
+        q = own.rotary(ops.reshape(q, (B, 1, self.heads, self.head_dim)), first, second)
+        k = own.rotary(ops.reshape(k, (B, 1, self.kv_heads, self.head_dim)), first, second)
+        return q * self.scale, k
+
+    def construct(self, x_BD: Tensor, tables: tuple[Tensor, Tensor], places: Tensor, mask_BS: Tensor) -> Tensor:
         own, M = self.attention, self.positions
         B = x_BD.shape[0]
-        q = own.rotary(ops.reshape(own.wq(x_BD), (B, 1, self.heads, self.head_dim)), cos_BP, sin_BP)
-        k = own.rotary(ops.reshape(own.wk(x_BD), (B, 1, self.kv_heads, self.head_dim)), cos_BP, sin_BP)
+        q, k = self._rotated(x_BD, tables)
         v = own.wv(x_BD)
         keys = self.update(self.cache.key, places, ops.reshape(k, (-1, self.head_dim)))
         values = self.update(self.cache.value, places, ops.reshape(v, (-1, self.head_dim)))
         keys = ops.reshape(keys, (-1, M, self.head_dim))
         values = ops.reshape(values, (-1, M, self.head_dim))
-        scores = self.product_nt(ops.reshape(q * self.scale, (keys.shape[0], -1, self.head_dim)), keys)
+        scores = self.product_nt(ops.reshape(q, (keys.shape[0], -1, self.head_dim)), keys)
         masked = ops.cast(ops.reshape(scores, (B, -1, M)), self.softmax_dtype) + mask_BS
         weights = ops.reshape(ops.cast(self.softmax(masked), q.dtype), scores.shape)
         return own.wo(ops.reshape(self.product(weights, values), (B, -1)))

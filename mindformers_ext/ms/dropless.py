@@ -6,12 +6,11 @@ Four forms of one function, on the parameters of a trained ``MoE``, chosen by th
 - ``SlicedExperts`` for prompts: tokens sorted by expert, each expert multiplies its own and no other;
 - ``EveryExpert`` for a few tokens: every expert computes all of them. A batched product reads each weight once however
   few its columns are, so this costs what reading the weights costs, and nothing is sorted;
-- ``ChosenExperts`` for a single token: reads the weights of its experts only;
+- ``ChosenExperts`` for a single token: copies the weights of its experts only;
 - ``SortedRows`` where the network has grouped experts (``use_gmm``, for Ascend's GroupedMatmul): theirs, always.
 
-A single expert's weights are a view of the stacked ones, never a copy. Weights stand on the left of every product and
-tokens are columns: on CPU that is up to three times as fast as rows on the left while an expert has less than a
-hundred tokens, and never slower.
+In the first two, weights stand on the left of every product and tokens are columns: on CPU that is up to three times as
+fast as rows on the left while an expert has less than a hundred tokens, and never slower.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from __future__ import annotations
 import mindspore as ms
 import mindspore.ops.operations as P
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+from mindspore.common.initializer import initializer
 from mindspore.ops.auto_generate import TensorToScalar, select_ext_view_op
 
 from mindformers_ext.ms.grouped import GroupedMoE
@@ -27,7 +27,7 @@ from mindformers_ext.ms.moe import MoE, WeightedRows
 from mindformers_ext.ms.router import ExpertOrder
 
 EVERY_EXPERT_UP_TO = 32  # tokens; above it the products computed in vain outweigh the sorting
-SINGLE_COST = 3  # of reading one expert's weights in products of their own, beside its share of a batched product
+COPY_COST = 3  # reading, writing and reading again a weight that is copied
 
 
 def dropless(moe: MoE, tokens: int) -> nn.Cell:
@@ -35,21 +35,9 @@ def dropless(moe: MoE, tokens: int) -> nn.Cell:
     if isinstance(moe, GroupedMoE):
         return SortedRows(moe)
     experts, chosen = moe.router.experts, moe.router.router.chosen
-    if tokens == 1 and SINGLE_COST * chosen <= experts:
+    if tokens == 1 and COPY_COST * chosen <= experts:
         return ChosenExperts(moe)
     return EveryExpert(moe) if tokens <= EVERY_EXPERT_UP_TO else SlicedExperts(moe)
-
-
-def shared(weight):
-    from mindspore import Parameter, ParameterTuple
-    from mindspore.common.initializer import initializer
-    whole = weight.asnumpy()
-    parts = []
-    for e in range(len(whole)):
-        part = Parameter(initializer("zeros", whole.shape[1:], weight.dtype), name=f"{weight.name}.{e}", requires_grad=False)
-        part.set_data(Tensor.from_numpy(whole[e]))
-        parts.append(part)
-    return ParameterTuple(parts)
 
 
 class _Routed(nn.Cell):
@@ -61,24 +49,11 @@ class _Routed(nn.Cell):
         self.experts, self.chosen = moe.router.experts, moe.router.router.chosen
         self.product, self.product_nt = P.MatMul(), P.MatMul(transpose_b=True)
         self.to_scalar, self.transpose = TensorToScalar(), P.Transpose()
-        self.w1 = shared(moe.ffn.w1.weight)
-        self.w2 = shared(moe.ffn.w2.weight)
-        self.w3 = shared(moe.ffn.w3.weight)
 
     def _choose(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and experts (T, K) of each token."""
         gate_GTK, index_GTK = self.router.choose(ops.expand_dims(self.gate(x_TD), 0))
         return ops.squeeze(gate_GTK, 0), ops.cast(ops.squeeze(index_GTK, 0), ms.int32)
-
-    def _expert(self, x_TD: Tensor, expert: int) -> Tensor:
-        """(T, D) through one expert, (D, T)."""
-        w1, w3, w2 = self.w1, self.w3, self.w2
-        gate_FT = self.product_nt(self._of(w1, expert, x_TD.dtype), x_TD)
-        up_FT = self.product_nt(self._of(w3, expert, x_TD.dtype), x_TD)
-        return self.product(self._of(w2, expert, x_TD.dtype), self.ffn.swiglu(gate_FT, up_FT))
-
-    def _of(self, weight: Tensor, expert: int, dtype: ms.Type) -> Tensor:
-        return ops.cast(weight[expert], dtype)
 
 
 class ChosenExperts(_Routed):
@@ -86,7 +61,7 @@ class ChosenExperts(_Routed):
 
     def __init__(self, moe: MoE) -> None:
         super().__init__(moe)
-        self.gather, self.batched_nt = P.Gather(), P.BatchMatMul(transpose_b=True)
+        self.gather, self.batched_nt, self.product = P.Gather(), P.BatchMatMul(transpose_b=True), P.MatMul()
 
     def _multiply(self, x_KTD: Tensor, weight: Tensor, index_K: Tensor) -> Tensor:
         """(K, 1, in) times the weights (out, in) of K experts."""
@@ -146,8 +121,28 @@ class SlicedExperts(_Routed):
         super().__init__(moe)
         self.order = ExpertOrder(self.experts + 1)  # padding goes to one behind the last, which computes nothing
         self.weighted_rows = WeightedRows(self.chosen)
-        self.gather, self.slice, self.concat = P.Gather(), P.Slice(), P.Concat(axis=0)
+        self.gather, self.slice, self.concat = P.Gather(), P.Slice(), P.Concat(axis=1)
         self.split = P.Split(axis=0, output_num=self.experts + 1)
+        self.product, self.product_nt = P.MatMul(), P.MatMul(transpose_b=True)
+        self.has_parts = ms.get_context("device_target") == "CPU" and ms.get_context("mode") == ms.GRAPH_MODE
+        if self.has_parts:
+            self.w1, self.w2, self.w3 = (shared_parts(w.weight) for w in (moe.ffn.w1, moe.ffn.w2, moe.ffn.w3))
+
+    def _matrices(self, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        """w1, w3 (F, D) and w2 (D, F)."""
+        if self.has_parts:
+            return self.w1[expert], self.w3[expert], self.w2[expert]
+        ffn = self.ffn
+        return (select_ext_view_op(ffn.w1.weight, 0, expert), select_ext_view_op(ffn.w3.weight, 0, expert),
+                select_ext_view_op(ffn.w2.weight, 0, expert))  # fmt: skip
+
+    def _expert(self, x_TD: Tensor, expert: int) -> Tensor:
+        """(T, D) through one expert, (D, T)."""
+        w1, w3, w2 = self._matrices(expert)
+        kind = x_TD.dtype
+        gate_FT = self.product_nt(ops.cast(w1, kind), x_TD)
+        up_FT = self.product_nt(ops.cast(w3, kind), x_TD)
+        return self.product(ops.cast(w2, kind), self.ffn.swiglu(gate_FT, up_FT))
 
     def _by_choice(self, x_TK: Tensor) -> Tensor:
         """(T, K) -> (K*T): all first choices, then all second."""
@@ -162,16 +157,30 @@ class SlicedExperts(_Routed):
         start_E = ops.squeeze(start_GE, 0)
         x_sorted = self.gather(x_TD, ops.squeeze(sorted_GT, 0) % T, 0)
         starts = self.split(ops.cast(start_E, ms.int64))
-        first, y = 0, ()
+        first = 0
+        y: tuple = ()
         for expert in range(self.experts):
             behind = self.to_scalar(ops.reshape(starts[expert + 1], ()))
-            own = self.slice(x_sorted, (first, 0), (behind - first, D))
-            y = y + (self.transpose(self._expert(own, expert), (1, 0)),)
+            y = y + (self._expert(self.slice(x_sorted, (first, 0), (behind - first, D)), expert),)
             first = behind
-        padding = self.slice(x_sorted, (first, 0), (self.chosen * T - first, D))  # stands in for a result nobody reads
+        # Padding reads the column behind the last. One transposition of all: that of an idle expert's empty result
+        # would leave MindSpore's kernel without effect in every later call.
+        rows = self.transpose(self.concat((*y, ops.zeros((D, 1), x_TD.dtype))), (1, 0))
         place_T = ops.squeeze(position_GT, 0) + self.gather(start_E, expert_T, 0)
+        place_T = ops.minimum(place_T, ops.squeeze(start_GE[:, self.experts :], 0))
         place_TK = self.transpose(ops.reshape(place_T, (self.chosen, -1)), (1, 0))
-        weight_TK = gate_TK * ops.cast(valid_TK, gate_TK.dtype)
-        rows = ops.expand_dims(self.concat(y + (padding,)), 0)
-        out = self.weighted_rows(rows, ops.expand_dims(place_TK, 0), ops.expand_dims(weight_TK, 0))
+        out = self.weighted_rows(ops.expand_dims(rows, 0), ops.expand_dims(place_TK, 0), ops.expand_dims(gate_TK, 0))
         return ops.reshape(out, (T, D))
+
+
+def shared_parts(weight: Parameter) -> ParameterTuple:
+    """One parameter for each matrix of ``weight`` (E, out, in), in the same memory: on CPU a view of a part would be
+    copied before every product. Values that ``weight`` gets later by other memory are not seen."""
+    whole = weight.asnumpy()
+    parts = []
+    for number in range(len(whole)):
+        empty = initializer("zeros", whole.shape[1:], weight.dtype)  # takes no memory until it is used
+        part = Parameter(empty, name=f"{weight.name}.{number}", requires_grad=False)
+        part.set_data(Tensor.from_numpy(whole[number]))
+        parts.append(part)
+    return ParameterTuple(parts)

@@ -14,7 +14,14 @@ from mindspore import Tensor, nn, ops
 
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.attention import rotary_tables
-from mindformers_ext.ms.cache import LayerCache, PromptAttention, TokenAttention, hidden_addend, positions_tensor
+from mindformers_ext.ms.cache import (
+    LayerCache,
+    PromptAttention,
+    TokenAttention,
+    TokenTables,
+    hidden_addend,
+    positions_tensor,
+)
 from mindformers_ext.ms.causal_lm import CausalLM, DenseLayer, MoELayer
 from mindformers_ext.ms.dropless import dropless
 from mindformers_ext.ms.ops.select import Operators, select_operators
@@ -108,6 +115,7 @@ class TokenGraph(_Graph):
         self.hidden = hidden_addend(self.mask_dtype)
         self.place_S = positions_tensor(positions)
         self.valid_B = Tensor(np.ones(self.rows, np.int32))
+        self.tables = TokenTables(spec.model.head_dim, operators.dtype(spec.numerics.rotary_dtype))
 
     def construct(self, token_B: Tensor, position_B: Tensor) -> Tensor:
         places = ops.reshape(self.first_BN + ops.expand_dims(position_B, 1), (-1,))
@@ -115,9 +123,10 @@ class TokenGraph(_Graph):
         mask_BS = ops.cast(behind_BS, self.mask_dtype) * self.hidden
         cos_BP = ops.reshape(self.gather(self.cos, position_B, 1), (self.rows, 1, 1, -1))
         sin_BP = ops.reshape(self.gather(self.sin, position_B, 1), (self.rows, 1, 1, -1))
+        tables = self.tables(cos_BP, sin_BP)
         x_BD = self._embedded(token_B)
         for i in self.layers:
-            x_BD = x_BD + self.attentions[i](self.norms[i](x_BD), cos_BP, sin_BP, places, mask_BS)
+            x_BD = x_BD + self.attentions[i](self.norms[i](x_BD), tables, places, mask_BS)
             x_BD = self.feed_forwards[i](x_BD, self.valid_B)
         return self._logits(x_BD)
 

@@ -11,7 +11,14 @@ import pytest
 from mindspore import Tensor, nn
 
 from mindformers_ext.core.spec import MoESpec
-from mindformers_ext.ms.dropless import ChosenExperts, EveryExpert, SlicedExperts, SortedRows, dropless
+from mindformers_ext.ms.dropless import (
+    ChosenExperts,
+    EveryExpert,
+    SlicedExperts,
+    SortedRows,
+    dropless,
+    shared_parts,
+)
 from mindformers_ext.ms.grouped import GroupedMoE
 from mindformers_ext.ms.moe import MoE
 from mindformers_ext.ms.ops.select import select_operators
@@ -92,6 +99,25 @@ def test_padding_neither_routes_nor_takes_room(mode: str, form: type[nn.Cell]) -
     if form is SlicedExperts:
         np.testing.assert_array_equal(found[~valid], 0.0)
         assert not run(form, MIXTRAL, weights, filled, np.zeros(len(x))).any()  # nothing but padding
+
+
+def test_an_expert_that_was_idle_works_in_the_next_call(mode: str) -> None:
+    """MindSpore's CPU kernel for transpositions ends for good with its first empty operand: none may meet one."""
+    weights = random_weights(5, 6)
+    weights[GATE][2:] = np.array([-9.0, -10.0, -11.0])[:, None]
+    cell = SlicedExperts(layer(MIXTRAL, weights))
+    for x in (loads()["three idle"][0], random_rows(1), random_rows(2)):
+        for valid in (np.arange(len(x)) < 2, np.arange(len(x)) >= 0, np.arange(len(x)) % 2 > 0):
+            found = cell(Tensor(x), Tensor(valid.astype(np.int32))).asnumpy()
+            np.testing.assert_allclose(found[valid], loop(x[valid], weights, 2), rtol=0, atol=1e-5)
+
+
+def test_parts_share_the_memory_of_the_whole() -> None:
+    ms.set_context(mode=ms.GRAPH_MODE)
+    weight = layer(MIXTRAL, random_weights(5)).ffn.w1.weight
+    parts, whole = shared_parts(weight), weight.asnumpy()
+    whole[3] = 7.0
+    assert (parts[3].asnumpy() == 7.0).all() and not (parts[2].asnumpy() == 7.0).any()
 
 
 def test_the_cheapest_form_is_chosen() -> None:
