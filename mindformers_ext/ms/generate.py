@@ -26,7 +26,7 @@ from mindformers_ext.ms.causal_lm import CausalLM, DenseLayer, MoELayer
 from mindformers_ext.ms.dropless import dropless
 from mindformers_ext.ms.ops.select import Operators, select_operators
 
-PROMPT_TOKENS = 512  # read at once; more gain a tenth of the time and take 0.2 MB each (hidden 512, 7 layers)
+PROMPT_TOKENS = 1024  # read at once; twice as many gain 5 % and take 0.2 MB each (hidden 512, 7 layers)
 
 
 class _FeedForward(nn.Cell):
