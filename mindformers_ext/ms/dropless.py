@@ -47,8 +47,6 @@ class _Routed(nn.Cell):
         super().__init__(auto_prefix=False)
         self.gate, self.router, self.ffn = moe.router.dense, moe.router.router, moe.ffn
         self.experts, self.chosen = moe.router.experts, moe.router.router.chosen
-        self.product, self.product_nt = P.MatMul(), P.MatMul(transpose_b=True)
-        self.to_scalar, self.transpose = TensorToScalar(), P.Transpose()
 
     def _choose(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and experts (T, K) of each token."""
@@ -83,7 +81,7 @@ class EveryExpert(_Routed):
     def __init__(self, moe: MoE) -> None:
         super().__init__(moe)
         self.expert_E = Tensor(np.arange(self.experts, dtype=np.int32)[None, None])
-        self.batched = P.BatchMatMul()
+        self.batched, self.transpose = P.BatchMatMul(), P.Transpose()
 
     def construct(self, x_TD: Tensor, valid_T: Tensor) -> Tensor:
         gate_TK, index_TK = self._choose(x_TD)
@@ -124,6 +122,7 @@ class SlicedExperts(_Routed):
         self.gather, self.slice, self.concat = P.Gather(), P.Slice(), P.Concat(axis=1)
         self.split = P.Split(axis=0, output_num=self.experts + 1)
         self.product, self.product_nt = P.MatMul(), P.MatMul(transpose_b=True)
+        self.to_scalar, self.transpose = TensorToScalar(), P.Transpose()
         self.has_parts = ms.get_context("device_target") == "CPU" and ms.get_context("mode") == ms.GRAPH_MODE
         if self.has_parts:
             self.w1, self.w2, self.w3 = (shared_parts(w.weight) for w in (moe.ffn.w1, moe.ffn.w2, moe.ffn.w3))
@@ -176,6 +175,7 @@ class SlicedExperts(_Routed):
 def shared_parts(weight: Parameter) -> ParameterTuple:
     """One parameter for each matrix of ``weight`` (E, out, in), in the same memory: on CPU a view of a part would be
     copied before every product. Values that ``weight`` gets later by other memory are not seen."""
+    weight.init_data()  # does nothing where the weights were loaded
     whole = weight.asnumpy()
     parts = []
     for number in range(len(whole)):
