@@ -16,22 +16,16 @@ from mindspore.common.initializer import Normal, initializer
 from mindformers_ext.core.capacity import expert_capacity
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.experts import CapacityExperts
-from mindformers_ext.ms.ops.portable import OuterOp
+from mindformers_ext.ms.ops.portable import outer_product
 from mindformers_ext.ms.ops.select import Operators
 from mindformers_ext.ms.parallel import Shards
 from mindformers_ext.ms.router import TopkRouterV2
 
 
-class ScaledRows(nn.Cell):
-    """Rows (..., D) times one factor each (...)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.outer = OuterOp()
-
-    def construct(self, rows: Tensor, factor: Tensor) -> Tensor:
-        ones_D = ops.ones((rows.shape[-1],), rows.dtype)
-        return rows * ops.reshape(self.outer(ops.reshape(factor, (-1, 1)), ones_D), rows.shape)
+def scaled_rows(rows: Tensor, factor: Tensor, outer: P.Primitive) -> Tensor:
+    """Rows (..., D) times one factor each (...), spread by ``outer_product``."""
+    ones_D = ops.ones((1, rows.shape[-1]), rows.dtype)
+    return rows * ops.reshape(outer(ops.reshape(factor, (-1, 1)), ones_D), rows.shape)
 
 
 class WeightedRows(nn.Cell):
@@ -46,7 +40,7 @@ class WeightedRows(nn.Cell):
         self.choices = range(1, chosen)
         self.split = P.Split(axis=2, output_num=chosen)
         self.gather = P.Gather(batch_dims=1)
-        self.scaled_rows = ScaledRows()
+        self.outer = outer_product()
 
     def construct(self, rows_GTD: Tensor, index_GNK: Tensor, weight_GNK: Tensor) -> Tensor:
         index = self.split(index_GNK)
@@ -57,7 +51,7 @@ class WeightedRows(nn.Cell):
         return ops.squeeze(total, 2)
 
     def _weighted(self, rows_GTD: Tensor, index_GNK: Tensor, weight_GNK: Tensor) -> Tensor:
-        return self.scaled_rows(self.gather(rows_GTD, index_GNK, 1), weight_GNK)
+        return scaled_rows(self.gather(rows_GTD, index_GNK, 1), weight_GNK, self.outer)
 
 
 class DispatchRows(nn.Cell):
@@ -95,7 +89,7 @@ class CombineRows(nn.Cell):
         self.choices = range(1, chosen)
         self.split = P.Split(axis=2, output_num=chosen)
         self.gather = P.Gather(batch_dims=1)
-        self.weighted_rows, self.scaled_rows = WeightedRows(chosen), ScaledRows()
+        self.weighted_rows, self.outer = WeightedRows(chosen), outer_product()
         self.ones_D = Tensor(np.ones((width, 1), np.float32))
         self.row_sum = P.MatMul()
         self.concat = P.Concat(axis=-1)
@@ -120,7 +114,7 @@ class CombineRows(nn.Cell):
         filled_GEC = ops.cast(dispatch_GEC > 0, coeff_GNK.dtype)
         weight_GEC = self.gather(ops.reshape(coeff_GNK, (G, -1)), assignment_GEC, 1) * filled_GEC
         dy_GECD = self.gather(dout, ops.maximum(dispatch_GEC - 1, 0), 1)
-        dy_GECD = self.scaled_rows(dy_GECD, ops.cast(weight_GEC, dout.dtype))
+        dy_GECD = scaled_rows(dy_GECD, ops.cast(weight_GEC, dout.dtype), self.outer)
         rows = ops.reshape(y_GECD, (G, -1, D))
         index, dout_GND = self.split(slot_GNK), ops.expand_dims(dout, 2)
         parts: tuple = (self._along(rows, index[0], dout_GND),)
