@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec, ParallelSpec
@@ -59,9 +60,8 @@ def settled(spec: NetworkSpec) -> tuple[NetworkSpec, list[str]]:
         lost += [f"{name}=True" for name in ("use_seq_parallel", "pipeline_interleave") if getattr(parallel, name)]
         if lost:
             warnings.append(f"in {parallel.parallel_mode} mode every size is 1, so {', '.join(lost)} has no effect")
-        ones = dict.fromkeys(SIZES, 1)
-        parallel = replace(parallel, **ones, use_seq_parallel=False, full_batch=False,  # type: ignore[arg-type]
-                           pipeline_interleave=False)  # fmt: skip
+        ones: dict[str, Any] = dict.fromkeys(SIZES, 1)
+        parallel = replace(parallel, **ones, use_seq_parallel=False, full_batch=False, pipeline_interleave=False)
     elif parallel.pipeline_stage > 1 and parallel.vocab_emb_dp:
         warnings.append(f"vocab_emb_dp becomes False because pipeline_stage={parallel.pipeline_stage}")
         parallel = replace(parallel, vocab_emb_dp=False)

@@ -134,7 +134,8 @@ class TokenGraph(_Graph):
 class MindSporeSession:
     """Generation for ``rows`` rows of prompts up to ``length`` tokens in a cache of ``positions`` tokens.
 
-    The graphs compile when first called (seconds) and serve every batch of this shape.
+    The graphs compile when first called (seconds) and serve every batch of this shape. The weights have to be loaded
+    before: what ``network`` gets later is not seen (``dropless.shared_parts``).
     """
 
     def __init__(self, network: CausalLM, rows: int, length: int, positions: int) -> None:
