@@ -133,10 +133,11 @@ def show(case: Case, what: str, taken: dict[str, list[float]], limit: float, flo
         middle = statistics.median(values)
         low, high = values[len(values) // 10], values[-1 - len(values) // 10]
         spread = f"(p10 {low * 1e6:.1f}, p90 {high * 1e6:.1f})"
-        error, most = errors.get(name, float("nan")), peak.get(name, 0.0)
+        error = f"{errors[name]:.1e}" if name in errors else "not taken"
+        most = f"{peak[name]:.2f} GB" if name in peak else "not taken"
         print(f"{case.title:<26} {what:<9} {name:<18} {middle * 1e6:10.1f} us {spread:<28} "
               f"{flops / middle / 1e12:8.2f} TFLOP/s {case.bytes / middle / 1e9:8.1f} GB/s  roof {limit / middle:6.1%} "
-              f"error {error:.1e}  peak {most:.2f} GB", flush=True)  # fmt: skip
+              f"error {error}  peak {most}", flush=True)  # fmt: skip
 
 
 def forward_and_backward(case: Case, clock: Clock, dense: float, read: float) -> None:
