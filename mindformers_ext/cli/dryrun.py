@@ -28,6 +28,9 @@ examples:
         --parallel_config.model_parallel 2 --parallel_config.use_seq_parallel True
   which splits fit devices of 64 GB, the cheapest first (nothing is compiled)?
     python tools/dryrun.py --config job.yaml --worker_num 16 --suggest --memory 64GB
+  do the graphs compile that 8 devices answer prompts with, and is their memory enough?
+    python tools/dryrun.py --config research/mixtral/mixtral_8x7b/predict_mixtral-8x7b.yaml --worker_num 8 \\
+        --memory 64GB
 Every option of run_mindformer.py (--epochs, --section.key, ...) works here as well.
 """
 OWN = ("config", "worker_num", "ranks", "out", "memory", "suggest", "jobs", "compare", "keep_graphs", "options")
@@ -37,7 +40,8 @@ def parser() -> argparse.ArgumentParser:
     """The command's options: its own, and those of ``run_mindformer.py``."""
     result = argparse.ArgumentParser(
         prog="dryrun.py",
-        description="Compile the training step of a cluster's job with MindSpore's Ascend compiler, rank by rank, and "
+        description="Compile a cluster's job, its training step or the graphs of its prediction, with MindSpore's "
+        "Ascend compiler, rank by rank, and "
         "report whether it compiles, what each rank holds and what it sends. Needs a C compiler, no NPU and no CANN.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -87,6 +91,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
     path = Path(arguments.config)
     config = apply_flags(load_yaml(path), arguments)
+    if config.get("run_mode") == "predict":
+        _check_words_of_training(arguments)
     if arguments.suggest:
         print("\n".join(suggestions(config, str(path), arguments.worker_num, arguments.memory)))
         return 0
@@ -114,5 +120,15 @@ def _run(arguments: argparse.Namespace) -> int:
     write_json(report, out / "report.json")
     write_page(report, out / "report.html")
     print(report_text(report))
-    print(f"{out}: report.html, report.json, strategy/, ranks/rank_*/log.txt")
+    strategy = "" if plan.shape else "strategy/, "
+    print(f"{out}: report.html, report.json, {strategy}ranks/rank_*/log.txt")
     return 0 if report.compiles else FAILED
+
+
+def _check_words_of_training(arguments: argparse.Namespace) -> None:
+    """Options without a meaning for a prediction."""
+    if arguments.suggest:
+        raise UserError("--suggest lists the splits of a training step; a prediction is cut over all devices by "
+                        "model_parallel, and --memory says how many are enough")  # fmt: skip
+    if arguments.compare:
+        raise UserError("--compare compiles MindFormers' training step; leave it out for a prediction")

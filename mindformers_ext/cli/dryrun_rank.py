@@ -19,13 +19,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     (name,) = sys.argv[1:] if argv is None else argv
     request = json.loads(Path(name).read_text(encoding="utf-8"))
     folder = Path(request["folder"])
-    from mindformers_ext.mf.dryrun import compile_step
+    from mindformers_ext.jobs.dryrun_facts import prediction_facts, rank_facts
+    from mindformers_ext.jobs.dryrun_ranks import GRAPHS, keep_result
+    from mindformers_ext.jobs.generate import Shape
+    from mindformers_ext.mf.dryrun import compile_prediction, compile_step
 
     imported = time.time()
+    if request["shape"]:
+        found = compile_prediction(request["config"], Shape(**request["shape"]), request["world"])
+        facts = prediction_facts(folder / GRAPHS, found.shapes, request["world"], found.graphs)
+        keep_result(folder, request, facts, start_seconds=imported - started, build_seconds=found.build_seconds,
+                    compile_seconds=found.compile_seconds)  # fmt: skip
+        return 0
     step = compile_step(request["config"], request["rows"], folder, request["native"])
-
-    from mindformers_ext.jobs.dryrun_facts import rank_facts
-    from mindformers_ext.jobs.dryrun_ranks import GRAPHS, keep_result
 
     facts = rank_facts(folder / GRAPHS, step.shapes, step.trained)
     keep_result(folder, request, facts, batch=step.batch, start_seconds=imported - started,

@@ -28,6 +28,10 @@ def predict(config: Mapping[str, Any], spec: NetworkSpec, chat: bool) -> int:
     _tell(predictor)
     done: list[Written] = []
     code = _answer(predictor, prompts, done)
+    if predictor.rank:
+        print(f"note: process {predictor.rank} of those that answer together: the first one has the answers",
+              file=sys.stderr)  # fmt: skip
+        return code
     path = keep(done, config, predictor.timing)
     timing = predictor.timing
     print(
@@ -49,6 +53,8 @@ def _answer(predictor: Predictor, prompts: list[Prompt], done: list[Written]) ->
     started: set[int] = set()
 
     def show(prompt: int, text: str) -> None:
+        if predictor.rank:
+            return
         if prompt not in started:
             started.add(prompt)
             sys.stdout.write(prompts[prompt].text if predictor.template is None else "")
@@ -59,7 +65,8 @@ def _answer(predictor: Predictor, prompts: list[Prompt], done: list[Written]) ->
         with _interruptible():
             for written in predictor.answers(prompts, show):
                 done.append(written)
-                print(flush=True)
+                if not predictor.rank:
+                    print(flush=True)
     except KeyboardInterrupt:
         print(flush=True)  # the cursor goes to a line of its own
         print("stopped by Ctrl-C; finished answers are kept", file=sys.stderr)

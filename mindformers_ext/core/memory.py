@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes one device of each pipeline stage needs for a training step.
+"""Bytes one device of each pipeline stage needs for a training step, or for prediction.
 
 Weights, accumulated gradients and optimizer states follow from the slices (``core.placement``) and are what a compiled
 graph holds. Activations are an estimate: what every operator keeps for its gradient, counted from the shapes, without
@@ -9,14 +9,15 @@ what a memory planner adds or shares.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from mindformers_ext.core.capacity import expert_capacity
+from mindformers_ext.core.capacity import expert_capacity, rows_at_once
 from mindformers_ext.core.cluster import open_parts
 from mindformers_ext.core.lora import LoraSpec
 from mindformers_ext.core.placement import ADAM_STATES, OPTIMIZER_THRESHOLD, WIDTH, head_cuts, placed_parameters
 from mindformers_ext.core.recompute import RecomputeSpec
 from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.core.tensor_parallel import part_of, parted_parameters
 
 STATISTICS = 16  # floats that fused attention keeps per row: maximum and sum, eight lanes each
 
@@ -42,6 +43,7 @@ class StageMemory:
     """Bytes on one device of a stage. ``activations`` and ``gathered`` are estimated, the others exact.
 
     ``gathered``: weights of which a device keeps a part and gathers the whole for a step, in the computing type.
+    ``cache``: keys and values of a prediction.
     """
 
     stage: int
@@ -50,11 +52,12 @@ class StageMemory:
     optimizer: int
     activations: int
     gathered: int
+    cache: int = 0
 
     @property
     def exact(self) -> int:
         """Bytes that stay for the whole run."""
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.cache
 
     @property
     def total(self) -> int:
@@ -112,6 +115,25 @@ def stage_memory(spec: NetworkSpec, settings: StepSettings) -> tuple[StageMemory
         result.append(StageMemory(stage, weights, gradients, states, stage_activations(spec, settings, stage),
                                   gathered))  # fmt: skip
     return tuple(result)
+
+
+def prediction_memory(spec: NetworkSpec, count: int, rows: int, length: int, positions: int) -> StageMemory:
+    """Memory of one of ``count`` devices that answer together (``core.tensor_parallel``).
+
+    Args:
+        spec: the whole network, dropless.
+        count: devices.
+        rows: texts in the cache.
+        length: tokens of the longest prompt.
+        positions: tokens of the cache per text.
+    """
+    part, compute = part_of(spec, count), WIDTH[spec.numerics.compute_dtype]
+    model, group = part.model, rows_at_once(rows, length)
+    cache = 2 * rows * positions * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * compute
+    weights = sum(item.nbytes for item in parted_parameters(spec, count))
+    # one layer at a time; the logits of a group's last tokens, gathered and in float32
+    activations = layer_activations(replace(part, batch_size=group, seq_length=length))
+    return StageMemory(0, weights, 0, 0, activations + group * model.vocab_size * (2 * compute + 4), 0, cache)
 
 
 def stage_activations(spec: NetworkSpec, settings: StepSettings, stage: int) -> int:

@@ -211,9 +211,9 @@ def _experts(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: lis
         line = f"model_parallel={mp} with experts but without sequence parallel"
         if run_mode in TRAINING:
             problems.add(line, "set parallel_config.use_seq_parallel: True")
-        else:
+        elif run_mode == "eval":
             warnings.append(f"{line}: every model-parallel rank routes the same tokens")
-    if spec.model.moe.use_gmm and max(ep, mp) > 1:
+    if spec.model.moe.use_gmm and max(ep, mp) > 1 and run_mode != "predict":  # there each process has its own part
         problems.add(f"use_gmm=True with expert_parallel={ep}, model_parallel={mp}: grouped experts stand whole on "
                      "every device", "set both to 1, or use_gmm: False with a capacity_factor")  # fmt: skip
     if ep > 1 and not parallel.enable_alltoall:

@@ -82,12 +82,14 @@ class Collective:
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """What one rank's whole training step holds. ``matmul_flops``: two per multiplication and addition of products."""
+    """What one rank's whole graph holds. ``matmul_flops``: two per multiplication and addition of products; ``entry``:
+    the graph's name, which holds that of the cell it was compiled from."""
 
     parameters: dict[str, GraphTensor]
     collectives: tuple[Collective, ...]
     operators: Counter[str]
     matmul_flops: int
+    entry: str = ""
 
 
 def read_graph(path: Path) -> GraphFacts:
@@ -132,7 +134,7 @@ def read_graph(path: Path) -> GraphFacts:
             total[kind] += count * times.get(graph, 0)
     flops = sum(count * times.get(graph, 0) for graph, count in products.items())
     collectives = tuple(replace(item, times=times.get(item.graph, 0)) for item in found)
-    return GraphFacts(parameters, collectives, total, flops)
+    return GraphFacts(parameters, collectives, total, flops, entry)
 
 
 @dataclass(frozen=True)

@@ -200,6 +200,15 @@ def check_shapes(path: Path, model: ModelSpec, whole: bool = True) -> None:
     problems.raise_if_any()
 
 
+def holds_whole(file: Path, model: ModelSpec) -> bool:
+    """Whether a rank's file holds the whole network, as data-parallel ranks save it."""
+    try:
+        check_shapes(file, model)
+    except UserError:
+        return False
+    return True
+
+
 def _check_layout(path: Path, meta: CheckpointMeta | None) -> None:
     """The network reads the dense layout; another one may have the same shapes, so the description is asked."""
     if meta and (meta.layout != DENSE or meta.qkv_concat):

@@ -8,15 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.core.capacity import rows_at_once
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.memory import StageMemory, stage_memory
+from mindformers_ext.core.memory import StageMemory, prediction_memory, stage_memory
 from mindformers_ext.core.rules import check_network, settled
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.core.yaml_view import network_spec_from_yaml, yaml_notes
-from mindformers_ext.jobs.dryrun_memory import check_memory, step_settings
+from mindformers_ext.jobs.dryrun_memory import check_memory, check_prediction_memory, step_settings
+from mindformers_ext.jobs.dryrun_predict import check_prediction, prediction_shape
+from mindformers_ext.jobs.generate import Shape
+from mindformers_ext.jobs.generate_model import dropless_spec
 from mindformers_ext.jobs.run_sections import check_sections
 
 TRAINING = ("train", "finetune")
+PREDICT = "predict"
 # What a level-0 simulation cannot tell; every report says it.
 LIMITS = (
     "This is a compilation, nothing was computed. It does not show the speed of kernels or links, real memory peaks, "
@@ -29,7 +34,10 @@ LIMITS = (
 
 @dataclass(frozen=True)
 class DryRunPlan:
-    """A job that can be compiled: its checked configuration, the spec that is really built, and the ranks asked for."""
+    """A job that can be compiled: its checked configuration, the spec that is really built, and the ranks asked for.
+
+    ``shape``: of a prediction's graphs.
+    """
 
     config: dict[str, Any]
     spec: NetworkSpec
@@ -37,6 +45,24 @@ class DryRunPlan:
     ranks: tuple[int, ...]
     notes: tuple[str, ...]
     memory: tuple[StageMemory, ...] = ()
+    shape: Shape | None = None
+
+    @property
+    def one_run(self) -> str:
+        """What runs a compiled graph once, in words: collectives are counted for it."""
+        if self.shape is None:
+            return "one step"
+        group = rows_at_once(self.shape.rows, self.shape.length)
+        return (f"one pass of each graph (prompt: {group} x {self.shape.length} tokens; token: one for each of "
+                f"{self.shape.rows} texts)")  # fmt: skip
+
+    @property
+    def work(self) -> str:
+        """What the job does at a time, in words."""
+        if self.shape is None:
+            return f"{self.rows} rows of {self.spec.seq_length} tokens per step"
+        return (f"{self.shape.rows} texts at a time, prompts of up to {self.shape.length} tokens, "
+                f"{self.shape.positions} with their answers")  # fmt: skip
 
     @property
     def per_stage(self) -> int:
@@ -46,6 +72,8 @@ class DryRunPlan:
     @property
     def rows(self) -> int:
         """Rows of one step, as every rank reads them."""
+        if self.shape is not None:
+            return self.shape.rows
         parallel, runner = self.spec.parallel, self.config.get("runner_config") or {}
         copies = parallel.data_parallel if parallel.full_batch else 1
         steps = int(runner.get("gradient_accumulation_steps") or 1)
@@ -77,21 +105,31 @@ def plan_dry_run(
         raise UserError(f"--worker_num {world}: give the number of devices of the whole job, 1 or more")
     words = {**config, "output_dir": str(out)}
     mode = words.get("run_mode")
-    if mode not in TRAINING:
-        raise UserError(f"{where}: run_mode={mode!r}: a dry run compiles the training step, choose train or finetune "
-                        "(--run_mode train)")  # fmt: skip
+    if mode not in (*TRAINING, PREDICT):
+        raise UserError(f"{where}: run_mode={mode!r}: a dry run compiles the training step or the graphs of a "
+                        "prediction, choose train, finetune or predict (--run_mode train)")  # fmt: skip
     notes = _adapt(words, world)
     try:
         check_sections(words, mode)
         spec = network_spec_from_yaml(words, world)
+        if mode == PREDICT:
+            check_prediction(words, spec)
         notes += [*yaml_notes(words), *check_network(spec, mode)]
         spec = settled(spec)[0]
-        settings = step_settings(words, spec)
         asked = asked_ranks(ranks, world, spec.parallel.pipeline_stage)
-        notes += check_memory(spec, settings, memory, (words.get("context") or {}).get("max_device_memory"))
+        shape = prediction_shape(words, spec) if mode == PREDICT else None
+        limits = memory, (words.get("context") or {}).get("max_device_memory")
+        if shape is None:
+            settings = step_settings(words, spec)
+            notes += check_memory(spec, settings, *limits)
+            stages = stage_memory(spec, settings)
+        else:
+            spec = dropless_spec(words, spec, spec.seq_length)
+            notes += check_prediction_memory(spec, world, shape, *limits)
+            stages = (prediction_memory(spec, world, shape.rows, shape.length, shape.positions),)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    return DryRunPlan(words, spec, world, asked, tuple(notes), stage_memory(spec, settings))
+    return DryRunPlan(words, spec, world, asked, tuple(notes), stages, shape)
 
 
 def _adapt(words: dict[str, Any], world: int) -> list[str]:

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,15 @@ PURPOSES = (("PARALLEL_GLOBALNORM", "norm"), ("parallel_optimizer", "weights"), 
             ("-TokenEmbedding/", "embedding"), ("redistribution", "layout"), ("forward_op", "partial sums"),
             ("Grad_AllGather/", "layout"), ("Grad_ReduceScatter/", "partial sums"), ("Grad_AllReduce/", "partial sums"),
             ("virtual", "data"))  # fmt: skip
-KINDS = ("weight", "gradient", "optimizer", "other")
+KINDS = ("weight", "gradient", "optimizer", "cache", "other")
+GRAPHS_OF = {"prompt": "PromptGraph", "token": "TokenGraph"}  # of a prediction: what one does, and its cell
 ACCUMULATOR = "accu_grads"
 WEIGHTS = (".weight", "_weight")
 
 
 @dataclass(frozen=True)
 class ParameterFact:
-    """One parameter on one rank. ``kind``: weight, gradient, optimizer or other (step counters, loss scale)."""
+    """One parameter on one rank. ``kind``: weight, gradient, optimizer, cache or other (step counters, loss scale)."""
 
     name: str
     kind: str
@@ -115,6 +116,40 @@ def rank_facts(graphs: Path, whole: Mapping[str, Sequence[int]], trained: Sequen
         "matmul_flops": graph.matmul_flops,
         "unplanned": tuple(unplanned_operators(cut[-1])) if cut else (),
     }
+
+
+def prediction_facts(
+    graphs: Path, whole: Mapping[str, Sequence[int]], world: int, wanted: Sequence[str]
+) -> dict[str, Any]:
+    """The same fields from the graphs that generate.
+
+    Args:
+        graphs: as in ``rank_facts``.
+        whole: the uncut shape of every weight.
+        world: processes that hold the network together.
+        wanted: of ``GRAPHS_OF``, what was compiled.
+    """
+    found = [read_graph(path) for path in sorted(graphs.rglob("*_validate_*.ir"))]
+    parameters: dict[str, ParameterFact] = {}
+    traffic: list[TrafficFact] = []
+    operators: Counter[str] = Counter()
+    flops = 0
+    for phase in wanted:
+        graph = next((graph for graph in found if GRAPHS_OF[phase] in graph.entry), None)
+        if graph is None:
+            raise UserError(f"MindSpore wrote no graph of {GRAPHS_OF[phase]} below {graphs}")
+        for name, tensor in graph.parameters.items():
+            if name in whole or name.startswith("cache."):
+                kind = "weight" if name in whole else "cache"
+                shape = tuple(whole.get(name, (tensor.shape[0] * world, *tensor.shape[1:])))
+                parameters[name] = ParameterFact(name, kind, tensor.kind, shape, tensor.shape, tensor.nbytes)
+        everyone = [replace(item, ranks=item.ranks or tuple(range(world))) for item in graph.collectives]
+        traffic += [replace(row, purpose=f"{phase}: {'sums' if row.kind == 'AllReduce' else 'logits'}")
+                    for row in traffic_facts(everyone)]  # fmt: skip
+        operators.update(graph.operators)
+        flops += graph.matmul_flops
+    return {"parameters": tuple(parameters.values()), "traffic": tuple(traffic),
+            "operators": dict(operators.most_common()), "matmul_flops": flops}  # fmt: skip
 
 
 def _graph_file(graphs: Path, pattern: str) -> Path:

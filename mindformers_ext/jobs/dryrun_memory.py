@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.lora import lora_from_yaml
-from mindformers_ext.core.memory import StepSettings, stage_memory
+from mindformers_ext.core.memory import StepSettings, prediction_memory, stage_memory
 from mindformers_ext.core.placement import OPTIMIZER_THRESHOLD
 from mindformers_ext.core.recompute import recompute_from_yaml
 from mindformers_ext.core.rules import settled
@@ -18,6 +19,7 @@ from mindformers_ext.core.split_cost import ASSUMPTIONS
 from mindformers_ext.core.split_search import MACHINE, Split, fitting_splits, step_rows
 from mindformers_ext.core.yaml_values import read_value
 from mindformers_ext.core.yaml_view import network_spec_from_yaml
+from mindformers_ext.jobs.generate import Shape
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?) ?([KMG]i?B)", re.IGNORECASE)
@@ -78,15 +80,44 @@ def check_memory(spec: NetworkSpec, settings: StepSettings, memory: str | None, 
     need = (f"stage {fullest.stage} needs {_gb(fullest.total)} on each device: weights {_gb(fullest.weights)}, "
             f"gradients {_gb(fullest.gradients)}, optimizer {_gb(fullest.optimizer)}, activations about "
             f"{_gb(fullest.activations)}, gathered weights about {_gb(fullest.gathered)}")  # fmt: skip
+    return _judged(need, fullest.total, memory, configured, lambda limit: _way_out(spec, settings, limit),
+                   " (--suggest lists splits that fit)")  # fmt: skip
+
+
+def check_prediction_memory(
+    spec: NetworkSpec, count: int, shape: Shape, memory: str | None, configured: object
+) -> list[str]:
+    """The same for ``count`` devices that answer together; ``spec`` is dropless.
+
+    Raises:
+        UserError: what is needed, and the least number of devices that is enough.
+    """
+    sizes = (shape.rows, shape.length, shape.positions)
+    here = prediction_memory(spec, count, *sizes)
+    need = (f"each device needs {_gb(here.total)}: weights {_gb(here.weights)}, keys and values {_gb(here.cache)}, "
+            f"activations about {_gb(here.activations)}")  # fmt: skip
+
+    def way_out(limit: int) -> str:
+        model = spec.model
+        most = math.gcd(model.num_attention_heads, model.num_key_value_heads, model.intermediate_size)
+        for more in range(count + 1, most + 1):
+            if most % more == 0 and prediction_memory(spec, more, *sizes).total <= limit:
+                return f"{more} devices with model_parallel {more} are enough"
+        return f"no number of devices up to {most} is enough: answer fewer or shorter prompts at a time"
+
+    return _judged(need, here.total, memory, configured, way_out, "")
+
+
+def _judged(need: str, total: int, memory: str | None, configured: object, way_out: Callable[[int], str],
+            more: str) -> list[str]:  # fmt: skip
+    """Refuse what needs more than ``memory``; a note where it needs more than ``configured``."""
     if memory is not None:
         limit = read_amount(memory)
-        if fullest.total > limit:
-            raise UserError(f"{need}; --memory is {memory}: {_way_out(spec, settings, limit)}")
+        if total > limit:
+            raise UserError(f"{need}; --memory is {memory}: {way_out(limit)}")
         return []
-    if configured is not None:
-        limit = read_amount(str(configured), "context.max_device_memory")
-        if fullest.total > limit:
-            return [f"{need}; context.max_device_memory is {configured} (--suggest lists splits that fit)"]
+    if configured is not None and total > read_amount(str(configured), "context.max_device_memory"):
+        return [f"{need}; context.max_device_memory is {configured}{more}"]
     return []
 
 

@@ -17,7 +17,9 @@ from mindformers_ext.jobs.dryrun_report import (
     amount,
     compared,
     group_text,
+    memory_table,
     shape_text,
+    shown_kinds,
     sizes,
 )
 
@@ -35,7 +37,7 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space:
 .key i { display: inline-block; width: .8rem; height: .8rem; margin: 0 .3rem 0 1rem }
 pre { overflow-x: auto; background: #8881; padding: .6rem } ul { padding-left: 1.2rem }
 """
-PARTS = (("weight", "weights", "a"), ("gradient", "gradients", "b"), ("optimizer", "optimizer states", "c"))
+COLOURS = {"weight": "a", "gradient": "b", "optimizer": "c", "cache": "d"}
 Cell = tuple[str, bool]  # HTML and whether it is a number
 
 
@@ -53,16 +55,16 @@ def page(report: DryRunReport) -> str:
               f"{len(failed)} of the {len(report.ranks)} compiled ranks do not compile.")  # fmt: skip
     body = [
         f"<h1>Dry run of {escape(report.config)}</h1>",
-        f"<p>{plan.world} devices, {plan.rows} rows of {plan.spec.seq_length} tokens per step: "
+        f"<p>{plan.world} devices, {escape(plan.work)}: "
         + escape(", ".join(f"{name} {value}" for name, value in sizes(plan.spec.parallel).items())) + "</p>",
         f'<p class="answer{" bad" if failed else ""}">{answer}</p>',
         _list(f"note: {note}" for note in plan.notes),
         *(_failure(facts) for facts in failed),
         "<h2>Memory of each rank, from its compiled graph</h2>",
         _memory(report.ranks),
-        "<p>By arithmetic, one device of each stage; activations and gathered weights are estimates:</p>",
+        "<p>By arithmetic, one device of each stage:</p>",
         _estimate(plan.memory),
-        *(_stage(facts) for facts in report.one_per_stage()),
+        *(_stage(facts, plan.one_run) for facts in report.one_per_stage()),
         "<h2>Compilation</h2>",
         _compilation(report.ranks),
         *_comparison(report),
@@ -109,33 +111,30 @@ def _memory(ranks: Sequence[RankFacts]) -> str:
     good = [facts for facts in ranks if facts.compiles]
     if not good:
         return "<p>No rank compiled.</p>"
-    scale = max(sum(facts.nbytes(kind) for kind, _, _ in PARTS) for facts in good) or 1
-    key = "".join(f'<i style="background:var(--{colour})"></i>{name}' for _, name, colour in PARTS)
+    kinds = shown_kinds(good)
+    scale = max(sum(facts.nbytes(kind) for kind in kinds) for facts in good) or 1
+    key = "".join(f'<i style="background:var(--{COLOURS[kind]})"></i>{name}' for kind, name in kinds.items())
     rows = []
     for facts in good:
         pieces = "".join(
-            f'<i style="background:var(--{colour});width:{100 * facts.nbytes(kind) / scale:.2f}%"></i>'
-            for kind, _, colour in PARTS
+            f'<i style="background:var(--{COLOURS[kind]});width:{100 * facts.nbytes(kind) / scale:.2f}%"></i>'
+            for kind in kinds
         )
-        parts = [_number(amount(facts.nbytes(kind))) for kind, _, _ in PARTS]
-        total = _number(amount(sum(facts.nbytes(kind) for kind, _, _ in PARTS)))
+        parts = [_number(amount(facts.nbytes(kind))) for kind in kinds]
+        total = _number(amount(sum(facts.nbytes(kind) for kind in kinds)))
         rows.append((_number(facts.rank), _number(facts.stage), *parts, total,
                      (f'<div class="bar">{pieces}</div>', False)))  # fmt: skip
-    head = ("rank", "stage", *(name for _, name, _ in PARTS), "together", "")
+    head = ("rank", "stage", *kinds.values(), "together", "")
     return f'<p class="key">{key}</p>' + _table(head, rows)
 
 
 def _estimate(memory: Sequence[StageMemory]) -> str:
     """The parts of each stage's memory that follow from shapes, estimates marked."""
-    head = ("stage", "weights", "gradients", "optimizer states", "activations", "gathered weights", "together")
-    rows = [(_number(stage.stage), *map(_number, (amount(stage.weights), amount(stage.gradients),
-                                                  amount(stage.optimizer), f"about {amount(stage.activations)}",
-                                                  f"about {amount(stage.gathered)}", f"about {amount(stage.total)}")))
-            for stage in memory]  # fmt: skip
-    return _table(head, rows)
+    head, rows = memory_table(memory, "about ")
+    return _table(head, [tuple(map(_number, row)) for row in rows])
 
 
-def _stage(facts: RankFacts) -> str:
+def _stage(facts: RankFacts, one_run: str) -> str:
     """Traffic and largest tensors of one stage's first rank."""
     most = max((row.sent for row in facts.traffic), default=0) or 1
     traffic = [
@@ -153,7 +152,7 @@ def _stage(facts: RankFacts) -> str:
                    f"{escape(kinds)}</p>")  # fmt: skip
     return (
         f"<h2>Stage {facts.stage} (rank {facts.rank})</h2><p>{facts.matmul_flops / 1e12:.3f} TFLOP of matrix products "
-        "per step and rank. Collectives of one step:</p>"
+        f"and these collectives in {escape(one_run)}, by this rank:</p>"
         + _table(("kind", "for", "ranks", "count", "payload", "sent by this rank", ""), traffic)
         + planned
         + "<p>Largest tensors:</p>"

@@ -11,7 +11,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,8 @@ def _compile_rank(job: RankJob, rank: int, running: dict[int, subprocess.Popen[b
     # MindFormers' own network writes its strategy files elsewhere: those of ours are for transform_ckpt.py
     root = str(job.folder) if job.native else plan.config["output_dir"]
     request = {"config": {**plan.config, "output_dir": root}, "rows": plan.rows, "folder": str(folder),
-               "native": job.native, "rank": rank, "stage": plan.stage(rank),
+               "native": job.native, "rank": rank, "stage": plan.stage(rank), "world": plan.world,
+               "shape": asdict(plan.shape) if plan.shape else None,
                "keep_graphs": job.keep_graphs}  # fmt: skip
     (folder / REQUEST).write_text(json.dumps(request), encoding="utf-8")
     environment = job.stubs.environment(rank, plan.world, os.environ) | {

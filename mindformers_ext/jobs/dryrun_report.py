@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,12 @@ from mindformers_ext.jobs.dryrun_facts import KINDS, RankFacts
 SIZES = ("data_parallel", "model_parallel", "pipeline_stage", "pp_interleave_num", "expert_parallel", "micro_batch_num",
          "micro_batch_interleave_num", "use_seq_parallel", "vocab_emb_dp", "enable_alltoall",
          "enable_parallel_optimizer")  # fmt: skip
+HELD = (("weight", "weights"), ("gradient", "gradients"), ("optimizer", "optimizer states"),
+        ("cache", "keys and values"))  # fmt: skip
+# Fields of StageMemory, their names for people, and whether they are estimates.
+MEMORY = (("weights", "weights", False), ("gradients", "gradients", False), ("optimizer", "optimizer states", False),
+          ("cache", "keys and values", False), ("activations", "activations", True),
+          ("gathered", "gathered weights", True), ("total", "together", True))  # fmt: skip
 LOSS_NOTE = ("Between pipeline stages ours also sends the auxiliary loss and its gradient, a few bytes in one message "
              "per micro batch and direction; MindFormers' network computes that loss and throws it away.")  # fmt: skip
 
@@ -76,20 +82,22 @@ def write_json(report: DryRunReport, path: Path) -> None:
 def report_text(report: DryRunReport) -> str:
     """The report for a terminal."""
     plan, parallel = report.plan, report.plan.spec.parallel
+    kinds = shown_kinds(report.ranks)
     lines = [
-        f"{report.config}: {plan.world} devices, " + ", ".join(f"{k} {v}" for k, v in sizes(parallel).items()),
+        f"{report.config}: {plan.world} devices, {plan.work}",
+        ", ".join(f"{k} {v}" for k, v in sizes(parallel).items()),
         *(f"note: {note}" for note in plan.notes),
         "",
         "compilation",
-        *table(("rank", "stage", "compiles", "seconds", "peak RSS", "weights", "gradients", "optimizer"),
-               (_rank_row(facts) for facts in report.ranks)),
+        *table(("rank", "stage", "compiles", "seconds", "peak RSS", *kinds.values()),
+               (_rank_row(facts, kinds) for facts in report.ranks)),
     ]  # fmt: skip
     lines += ["", *memory_lines(plan.memory)]
     for facts in report.ranks:
         if facts.error:
             lines += ["", f"rank {facts.rank} does not compile:", *(f"  {line}" for line in facts.error.splitlines())]
     for facts in report.one_per_stage():
-        lines += ["", *stage_lines(facts)]
+        lines += ["", *stage_lines(facts, plan.one_run)]
     if len(report.one_per_stage()) > 1:
         lines += ["", *balance_lines(report.one_per_stage())]
     if report.native:
@@ -99,24 +107,35 @@ def report_text(report: DryRunReport) -> str:
 
 def memory_lines(memory: Sequence[StageMemory]) -> list[str]:
     """What a device of each stage needs, by arithmetic; the last two parts are estimates."""
-    rows = [(str(stage.stage), amount(stage.weights), amount(stage.gradients), amount(stage.optimizer),
-             f"~{amount(stage.activations)}", f"~{amount(stage.gathered)}", f"~{amount(stage.total)}")
-            for stage in memory]  # fmt: skip
-    head = ("stage", "weights", "gradients", "optimizer", "activations", "gathered weights", "together")
+    head, rows = memory_table(memory, "~")
     return ["memory of a device by arithmetic (~ is an estimate)", *table(head, rows)]
 
 
-def _rank_row(facts: RankFacts) -> tuple[str, ...]:
+def memory_table(memory: Sequence[StageMemory], mark: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and rows; what no stage has is left out, ``mark`` stands before what is estimated."""
+    shown = [(name, title, estimated) for name, title, estimated in MEMORY
+             if any(getattr(stage, name) for stage in memory)]  # fmt: skip
+    rows = [(str(stage.stage), *((mark if estimated else "") + amount(getattr(stage, name))
+                                 for name, _, estimated in shown)) for stage in memory]  # fmt: skip
+    return ("stage", *(title for _, title, _ in shown)), rows
+
+
+def shown_kinds(ranks: Sequence[RankFacts]) -> dict[str, str]:
+    """The kinds of parameters that some rank has, and their names for people."""
+    return {kind: title for kind, title in HELD if any(facts.nbytes(kind) for facts in ranks)}
+
+
+def _rank_row(facts: RankFacts, kinds: Mapping[str, str]) -> tuple[str, ...]:
     if not facts.compiles:
-        return (str(facts.rank), str(facts.stage), "NO", *[""] * 5)
+        return (str(facts.rank), str(facts.stage), "NO", *[""] * (2 + len(kinds)))
     seconds = facts.start_seconds + facts.build_seconds + facts.compile_seconds
-    parts = [amount(facts.nbytes(kind)) for kind in ("weight", "gradient", "optimizer")]
+    parts = [amount(facts.nbytes(kind)) for kind in kinds]
     return (str(facts.rank), str(facts.stage), "yes", f"{seconds:.0f}", amount(facts.peak_rss), *parts)
 
 
-def stage_lines(facts: RankFacts) -> list[str]:
-    """Collectives, largest tensors and generated strategies of one rank."""
-    lines = [f"stage {facts.stage} (rank {facts.rank}), collectives of one step"]
+def stage_lines(facts: RankFacts, one_run: str) -> list[str]:
+    """Collectives (of ``one_run``), largest tensors and generated strategies of one rank."""
+    lines = [f"stage {facts.stage} (rank {facts.rank}), collectives of {one_run}"]
     rows = [(row.kind, row.purpose, group_text(row.ranks), f"{row.count}", amount(row.payload), amount(row.sent))
             for row in facts.traffic]  # fmt: skip
     lines += table(("kind", "for", "ranks", "count", "payload", "sent by this rank"), rows)

@@ -21,7 +21,9 @@ from mindformers_ext.formats.mindrecord_file import MindRecordFile
 
 
 class Network(Protocol):
-    """A causal language model of an engine, weights included."""
+    """A causal language model of an engine, weights included. ``rank``: of this process among those that hold it."""
+
+    rank: int
 
     def load(self, weights: Mapping[str, np.ndarray]) -> None:
         """Fill every parameter from ``weights`` (MindFormers' names).
@@ -64,8 +66,11 @@ class Engine(Protocol):
 
     name: str
 
-    def use(self, device: str, device_id: int = 0, pynative: bool = False) -> None:
-        """Run on this device from now on, in graphs or (for debugging) operator by operator."""
+    def use(self, device: str, device_id: int = 0, pynative: bool = False, together: bool = False) -> None:
+        """Run on this device from now on, in graphs or (for debugging) operator by operator.
+
+        ``together``: networks are held by all processes of the job, each of which has a part.
+        """
         ...
 
     def build(self, spec: NetworkSpec, empty: bool = False) -> Network:

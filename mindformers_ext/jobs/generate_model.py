@@ -14,7 +14,7 @@ from mindformers_ext.core.hf_config import model_spec_from_hf
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.core.yaml_keys import KEYS
 from mindformers_ext.formats.rank_dirs import rank_folders
-from mindformers_ext.jobs.checkpoints import checkpoint_file
+from mindformers_ext.jobs.checkpoints import checkpoint_file, holds_whole
 from mindformers_ext.jobs.engine import Network, engine_of, open_engine
 from mindformers_ext.jobs.weight_source import CONFIG, Reader, described_layout, open_hf, open_ms, read_config
 from mindformers_ext.weights.convert import plan_relayout, plan_to_mindspore
@@ -56,7 +56,7 @@ def open_weights(path: Path, spec: ModelSpec, strategy_dir: Path | None = None) 
         check_same_model(spec, read_config(path), path)
         reader = open_hf(path)
         return _planned(reader, lambda: plan_to_mindspore(reader, spec), f"Hugging Face folder {path}")
-    file, strategies, what = _ms_source(path, strategy_dir)
+    file, strategies, what = _ms_source(path, strategy_dir, spec)
     reader, meta = open_ms(file, strategies)
 
     def plan() -> Plan:
@@ -76,19 +76,19 @@ def _planned(reader: Reader, plan: Any, what: str) -> Weights:
         raise UserError(f"load_checkpoint, {what}, does not fit the network of the configuration: {error}") from error
 
 
-def _ms_source(path: Path, strategy_dir: Path | None) -> tuple[Path, Path | None, str]:
+def _ms_source(path: Path, strategy_dir: Path | None, spec: ModelSpec) -> tuple[Path, Path | None, str]:
     """What ``open_ms`` opens, and its name in messages."""
     if not path.exists():
         raise UserError(f"load_checkpoint {path} does not exist: give a Hugging Face folder, a .ckpt or .safetensors "
                         "file, or a folder with rank_0 in it")  # fmt: skip
     ranks = rank_folders(path) if path.is_dir() else {}
-    if len(ranks) > 1:
+    found = [file for suffix in SUFFIXES if (file := checkpoint_file(path, suffix))]
+    if len(ranks) > 1 and not (strategy_dir is None and found and holds_whole(found[0], spec)):
         strategies = strategy_dir or path.parent / "strategy"
         if not strategies.exists():
             raise UserError(f"load_checkpoint {path} holds the slices of {len(ranks)} ranks: give the folder of their "
                             "strategy files (--src_strategy_path_or_dir)")  # fmt: skip
         return path, strategies, f"{len(ranks)} ranks in {path}, cut by {strategies}"
-    found = [file for suffix in SUFFIXES if (file := checkpoint_file(path, suffix))]
     if not found:
         raise UserError(f"load_checkpoint {path} holds no .ckpt or .safetensors file: give a checkpoint file, a "
                         "Hugging Face folder, or a folder with rank_0 in it")  # fmt: skip
@@ -127,27 +127,38 @@ def open_network(config: Mapping[str, Any], spec: NetworkSpec, weights: Weights 
     context = config.get("context") or {}
     opened = open_engine(engine_of(config))
     opened.use(str(context.get("device_target", "Ascend")), int(context.get("device_id") or 0),
-               int(context.get("mode") or 0) == 1)  # fmt: skip
-    model = spec.model
-    if model.moe:  # weights of either layout become dense ones (open_weights), which grouped experts take too
-        grouped = model.moe.use_gmm and context.get("device_target", "Ascend") == "Ascend"
-        model = replace(model, moe=replace(model.moe, capacity_factor=0.0, use_gmm=grouped))
-    network = opened.build(replace(spec, model=model, seq_length=length), empty=weights is not None)
+               int(context.get("mode") or 0) == 1, bool(config.get("use_parallel")))  # fmt: skip
+    network = opened.build(dropless_spec(config, spec, length), empty=weights is not None)
     if weights is not None:
         with closing(weights):
             network.fill(weights.plan.run(weights.reader))
     return network
 
 
+def dropless_spec(config: Mapping[str, Any], spec: NetworkSpec, length: int = 1) -> NetworkSpec:
+    """``spec`` as prediction builds it: no token is dropped; grouped products where they are asked for and exist."""
+    model = spec.model
+    if model.moe:  # weights of either layout become dense ones (open_weights), which grouped experts take too
+        grouped = model.moe.use_gmm and (config.get("context") or {}).get("device_target", "Ascend") == "Ascend"
+        model = replace(model, moe=replace(model.moe, capacity_factor=0.0, use_gmm=grouped))
+    return replace(spec, model=model, seq_length=length)
+
+
+def uses_cache(config: Mapping[str, Any]) -> bool:
+    """Whether keys and values are kept (``use_past``, which prediction takes for granted)."""
+    return config["model"]["model_config"].get("use_past", True) is not False
+
+
 def check_memory(spec: NetworkSpec, rows: int, positions: int, available: int | None = None) -> int:
-    """Bytes of the weights and of a cache for ``rows`` texts of ``positions`` tokens.
+    """Bytes of a cache for ``rows`` texts of ``positions`` tokens, of which every process holds its heads' part.
 
     Raises:
         UserError: more than ``available`` bytes (default: what this machine has free).
     """
     model = spec.model
     width = 2 if spec.numerics.compute_dtype == "float16" else 4
-    cache = 2 * rows * positions * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * width
+    heads = model.num_key_value_heads // spec.parallel.model_parallel
+    cache = 2 * rows * positions * model.num_hidden_layers * heads * model.head_dim * width
     free = _free_memory() if available is None else available
     if free is not None and cache > free:
         raise UserError(

@@ -18,7 +18,7 @@ from mindformers_ext.data.packing import check_ids
 from mindformers_ext.data.tokenizers import Tokenizer, open_tokenizer
 from mindformers_ext.formats.atomic import fresh_file
 from mindformers_ext.jobs.generate import Answer, Generation, Timing, bucket
-from mindformers_ext.jobs.generate_model import check_memory, open_network, open_weights
+from mindformers_ext.jobs.generate_model import check_memory, open_network, open_weights, uses_cache
 
 STANDARD_INPUT = "-"
 LONGEST_NAME = 256  # bytes of a file's name
@@ -64,15 +64,22 @@ class Predictor:
         """What all runs so far took."""
         return self._generation.timing if self._generation else Timing()
 
+    @property
+    def rank(self) -> int:
+        """Of this process among those that answer together; the first one tells and keeps the answers."""
+        return self._generation.network.rank if self._generation else 0
+
     def load(self) -> None:
         """Check the weights, build the network and stream them in."""
         name = self.config.get("load_checkpoint")
         strategies = self.config.get("src_strategy_path_or_dir")
         weights = open_weights(Path(name), self.spec.model, Path(strategies) if strategies else None) if name else None
+        if self.config.get("auto_trans_ckpt"):
+            self.notes.append("auto_trans_ckpt is not needed here: every process reads its own part of any checkpoint")
         self.notes.append(f"weights: {weights.what}" if weights else "no load_checkpoint: the network keeps its random "
                           "weights")  # fmt: skip
         network = open_network(self.config, self.spec, weights)
-        cached = self.config["model"]["model_config"].get("use_past", True) is not False
+        cached = uses_cache(self.config)
         if not cached:
             self.notes.append("use_past is False: the whole text is computed anew for every token; True gives the same "
                               "answer sooner")  # fmt: skip

@@ -14,6 +14,7 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.lora import lora_from_yaml
 from mindformers_ext.core.rules import check_network
 from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.core.tensor_parallel import check_tensor_parallel
 from mindformers_ext.core.yaml_view import network_spec_from_yaml, yaml_notes
 from mindformers_ext.jobs.checkpoints import check_shapes, checkpoint_file, choose_resume, fault, remove_leftovers
 from mindformers_ext.jobs.engine import engine_of
@@ -55,6 +56,8 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
     try:
         check_sections(result, mode)
         spec = network_spec_from_yaml(result, device_count(result, engine))
+        if launched(engine) and predicts_together(result):
+            _check_together(result, spec, engine)
         notes = [*yaml_notes(result), *check_network(spec, mode)]
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
@@ -115,10 +118,30 @@ def names_our_network(config: Mapping[str, Any]) -> bool:
 
 
 def generates_here(config: Mapping[str, Any]) -> bool:
-    """Whether ``jobs.predict`` answers: one device and a network of ours, without adapters. Else MindFormers does."""
+    """Whether ``jobs.predict`` answers: a network of ours, without adapters. Else MindFormers does."""
     words = (config.get("model") or {}).get("model_config") or {}
-    return bool(config.get("run_mode") == "predict" and not config.get("use_parallel") and names_our_network(config)
+    return bool(config.get("run_mode") == "predict" and names_our_network(config)
                 and not config.get("adapter_id") and not words.get("pet_config"))  # fmt: skip
+
+
+def predicts_together(config: Mapping[str, Any]) -> bool:
+    """Whether several processes hold the network that answers."""
+    return generates_here(config) and bool(config.get("use_parallel"))
+
+
+def _check_together(config: Mapping[str, Any], spec: NetworkSpec, engine: str) -> None:
+    """What several processes need to predict together, and what only one can do."""
+    if engine == "pt":
+        raise UserError("prediction by several processes together is not built for the PyTorch engine: start one "
+                        "process, without use_parallel")  # fmt: skip
+    check_tensor_parallel(spec)
+    if not config.get("load_checkpoint"):
+        raise UserError("prediction on several devices needs load_checkpoint: random weights of each would not fit "
+                        "together")  # fmt: skip
+    given = config.get("input_data")
+    if given in ("-", ["-"]):
+        raise UserError("--predict_data - reads the standard input of one process: give the prompts, or a text file "
+                        "with one on each line, to several")  # fmt: skip
 
 
 def evaluates_here(config: Mapping[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.core.yaml_keys import SHARDED_MODES
 from mindformers_ext.formats.rank_dirs import checkpoint_files, rank_folders
-from mindformers_ext.jobs.checkpoints import check_shapes, checkpoint_file
+from mindformers_ext.jobs.checkpoints import check_shapes, checkpoint_file, holds_whole
 from mindformers_ext.jobs.transform_ckpt import LAST, TransformRequest, transform
 
 FOLDER = "transformed_checkpoint"  # below output_dir, as MindFormers
@@ -37,7 +37,7 @@ def settle_slices(config: dict[str, Any], spec: NetworkSpec, suffix: str) -> tup
     asked = bool(config.get("auto_trans_ckpt"))
     config["auto_trans_ckpt"] = False
     file = checkpoint_file(path, suffix)
-    if len(ranks) > 1 and file is not None and not _is_whole(file, spec):
+    if len(ranks) > 1 and file is not None and not holds_whole(file, spec.model):
         return _merge(config, path, len(ranks), asked)
     notes = [f"auto_trans_ckpt: {path} holds whole weights, which every device loads: nothing is transformed"] * asked
     missing = [rank for rank in range(parallel.device_num) if ranks and rank not in ranks]
@@ -62,15 +62,6 @@ def merge_slices(request: TransformRequest, spec: NetworkSpec) -> Path:
 def merged_file(request: TransformRequest) -> Path:
     """Where ``merge_slices`` puts its file."""
     return request.dst_ckpt_dir / "rank_0" / f"{request.prefix}0.{request.output_format}"
-
-
-def _is_whole(file: Path, spec: NetworkSpec) -> bool:
-    """Whether a rank's file holds the whole network, as data-parallel ranks save it."""
-    try:
-        check_shapes(file, spec.model)
-    except UserError:
-        return False
-    return True
 
 
 def _merge(config: dict[str, Any], path: Path, ranks: int, asked: bool) -> tuple[list[str], TransformRequest]:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of a job that is compiled and never run: the same path as ``mf.run`` up to the finished train step.
+"""One rank of a job that is compiled and never run: the same path as ``mf.run`` up to the finished train step, or as
+``jobs.predict`` up to the compiled graphs.
 
 Runs in a process of its own whose environment puts MindSpore's Ascend compiler on stand-ins of CANN
 (``jobs.dryrun_stubs``). There a graph can be compiled but no step computed, so the trainer stops where training starts.
@@ -21,8 +22,14 @@ from mindformers.trainer import Trainer
 from mindspore import Tensor, nn
 from mindspore.common.initializer import Initializer
 
+from mindformers_ext.core.rules import settled
+from mindformers_ext.core.tensor_parallel import parted_parameters
+from mindformers_ext.core.yaml_view import network_spec_from_yaml
+from mindformers_ext.jobs.generate import Shape
+from mindformers_ext.jobs.generate_model import dropless_spec, uses_cache
 from mindformers_ext.mf.run import prepare
 from mindformers_ext.mf.trainer import PortableCausalLanguageModelingTrainer
+from mindformers_ext.ms.engine import MindSporeEngine
 from mindformers_ext.ms.mindrecord import write_mindrecord
 
 TOKEN = 5  # every token of the synthetic rows; no value is ever computed
@@ -83,6 +90,34 @@ def compile_step(config: Mapping[str, Any], rows: int, folder: Path, native: boo
         step.compile(*(Tensor(np.full(shape, TOKEN, np.int32)) for shape in batch))
     logger.info("Dry run: the train step is compiled.")
     return CompiledStep(shapes, trained, batch, built_at - started, time.time() - built_at)
+
+
+@dataclass(frozen=True)
+class CompiledPrediction:
+    """Whole shapes of all weights, what was compiled (``jobs.dryrun_facts.GRAPHS_OF``), and seconds per phase."""
+
+    shapes: dict[str, tuple[int, ...]]
+    graphs: tuple[str, ...]
+    build_seconds: float
+    compile_seconds: float
+
+
+def compile_prediction(config: Mapping[str, Any], shape: Shape, world: int) -> CompiledPrediction:
+    """Compile this rank's graphs of a prediction by ``world`` processes; without ``use_past`` only the one that reads.
+
+    MindFormers has no part in it: ``jobs.predict`` answers without.
+    """
+    started = time.time()
+    spec = dropless_spec(config, settled(network_spec_from_yaml(config, world))[0])
+    engine = MindSporeEngine()
+    engine.use("Ascend", together=world > 1)
+    network = engine.build(spec, empty=True)
+    built = time.time()
+    with weights_left_out():
+        network.session(shape.rows, shape.length, shape.positions, uses_cache(config))
+    shapes = {item.name: item.whole for item in parted_parameters(spec, world)}
+    graphs = ("prompt", "token") if uses_cache(config) else ("prompt",)
+    return CompiledPrediction(shapes, graphs, built - started, time.time() - built)
 
 
 @contextmanager

@@ -7,7 +7,8 @@ Four forms of one function, on the parameters of a trained ``MoE``, chosen by th
 - ``EveryExpert`` for a few tokens: every expert computes all of them. A batched product reads each weight once however
   few its columns are, so this costs what reading the weights costs, and nothing is sorted;
 - ``ChosenExperts`` for a single token: copies the weights of its experts only;
-- ``SortedRows`` where the network has grouped experts (``use_gmm``, for Ascend's GroupedMatmul): theirs, always.
+- ``SortedRows`` for prompts where the network has grouped experts (``use_gmm``, for Ascend's GroupedMatmul), which turn
+  all weights around first: for a few tokens that would cost more than all the products.
 
 In the first two, weights stand on the left of every product and tokens are columns: on CPU that is up to three times as
 fast as rows on the left while an expert has less than a hundred tokens, and never slower.
@@ -32,12 +33,12 @@ COPY_COST = 3  # reading, writing and reading again a weight that is copied
 
 def dropless(moe: MoE, tokens: int) -> nn.Cell:
     """The cheapest of the forms for graphs of ``tokens`` rows; see ``SlicedExperts`` for inputs and output."""
-    if isinstance(moe, GroupedMoE):
-        return SortedRows(moe)
     experts, chosen = moe.router.experts, moe.router.router.chosen
     if tokens == 1 and COPY_COST * chosen <= experts:
         return ChosenExperts(moe)
-    return EveryExpert(moe) if tokens <= EVERY_EXPERT_UP_TO else SlicedExperts(moe)
+    if tokens <= EVERY_EXPERT_UP_TO:
+        return EveryExpert(moe)
+    return SortedRows(moe) if isinstance(moe, GroupedMoE) else SlicedExperts(moe)
 
 
 class _Routed(nn.Cell):

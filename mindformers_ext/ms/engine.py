@@ -8,22 +8,32 @@ from collections.abc import Iterable, Mapping
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn
+from mindspore.communication import get_group_size, get_rank, init
 from mindspore.nn.utils import no_init_parameters
 
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.core.tensor_parallel import own_part, parted_parameters
 from mindformers_ext.ms.generate import MindSporeSession
 from mindformers_ext.ms.models import build_causal_lm
+from mindformers_ext.ms.tensor_parallel import build_part
 
 STATE = ("topk_bias", "expert_load")  # router state with sensible start values; a weight file need not hold it
 LISTED = 10
 
 
 class MindSporeNetwork:
-    """A causal language model on MindSpore."""
+    """A causal language model on MindSpore; with ``parts`` one process's part of it (``core.tensor_parallel``), which
+    generates together with the others: every process makes the same calls and gets the same answers.
 
-    def __init__(self, cell: nn.Cell) -> None:
+    ``parts``: by name the shape of the part of each weight that is filled in.
+    """
+
+    def __init__(self, cell: nn.Cell, parts: Mapping[str, tuple[int, ...]] | None = None, rank: int = 0,
+                 count: int = 1) -> None:  # fmt: skip
         self.cell = cell
+        self.rank = rank
+        self._parts, self._count = parts or {}, count
         cell.set_train(False)
 
     def load(self, weights: Mapping[str, np.ndarray]) -> None:
@@ -47,7 +57,8 @@ class MindSporeNetwork:
         """
         parameters = {parameter.name: parameter for parameter in self.cell.get_parameters()}
         missing = {name for name in parameters if name.split(".")[-1] not in STATE}
-        for name, weight in weights:
+        for name, whole in weights:
+            weight = own_part(whole, self._parts[name], self.rank) if name in self._parts else whole
             if name not in parameters or tuple(parameters[name].shape) != weight.shape:
                 raise UserError(f"weight '{name}' {weight.shape} has no place in the network: the checkpoint was made "
                                 "for another model or other sizes")  # fmt: skip
@@ -62,7 +73,7 @@ class MindSporeNetwork:
 
     def session(self, rows: int, length: int, positions: int, use_cache: bool = True) -> MindSporeSession:
         """Generation for ``rows`` prompts of up to ``length`` tokens, up to ``positions`` with their answers."""
-        session = MindSporeSession(self.cell, rows, length, positions)
+        session = MindSporeSession(self.cell, rows, length, positions, self._count)
         session.compile(use_cache)
         return session
 
@@ -74,17 +85,34 @@ class MindSporeEngine:
 
     def __init__(self) -> None:
         self.mode = ms.GRAPH_MODE
+        self.rank, self.count = 0, 1
 
-    def use(self, device: str, device_id: int = 0, pynative: bool = False) -> None:
-        """Run on this device from now on, in graphs or (for debugging) operator by operator."""
+    def use(self, device: str, device_id: int = 0, pynative: bool = False, together: bool = False) -> None:
+        """Run on this device from now on, in graphs or (for debugging) operator by operator.
+
+        ``together``: with the other processes that the launcher has started, each on its own device of the machine.
+        """
         self.mode = ms.PYNATIVE_MODE if pynative else ms.GRAPH_MODE
         ms.set_context(mode=self.mode)
-        ms.set_device(device, device_id)
+        if together:
+            ms.set_device(device)  # which one, MindSpore settles with the processes beside this one
+            init()
+            self.rank, self.count = get_rank(), get_group_size()
+        else:
+            ms.set_device(device, device_id)
         ms.set_recursion_limit(10000)  # layers nest calls while a graph is compiled
 
     def build(self, spec: NetworkSpec, empty: bool = False) -> MindSporeNetwork:
-        """A network with fresh random weights, or with none until they are filled in (``empty``)."""
+        """A network with fresh random weights, or with none until they are filled in (``empty``).
+
+        Among several processes it is this one's part, which cannot have random weights: they would not fit together.
+        """
         ms.set_context(mode=self.mode)
+        if self.count > 1:
+            with no_init_parameters():
+                cell = build_part(spec, self.count)
+            parts = {item.name: item.local for item in parted_parameters(spec, self.count)}
+            return MindSporeNetwork(cell, parts, self.rank, self.count)
         if empty:
             with no_init_parameters():
                 return MindSporeNetwork(build_causal_lm(spec))

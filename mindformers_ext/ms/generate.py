@@ -12,7 +12,9 @@ import mindspore.ops.operations as P
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from mindformers_ext.core.capacity import rows_at_once
 from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.core.tensor_parallel import head_parts
 from mindformers_ext.ms.attention import rotary_tables
 from mindformers_ext.ms.cache import (
     LayerCache,
@@ -26,11 +28,9 @@ from mindformers_ext.ms.causal_lm import CausalLM, DenseLayer, MoELayer
 from mindformers_ext.ms.dropless import dropless
 from mindformers_ext.ms.ops.select import Operators, select_operators
 
-PROMPT_TOKENS = 1024  # read at once; twice as many gain 5 % and take 0.2 MB each (hidden 512, 7 layers)
-
 
 class _FeedForward(nn.Cell):
-    """A layer's second half. Inputs: x (T, D), valid (T) int32 (0 = padding); output (T, D)."""
+    """A layer's second half. Inputs: x (T, D), valid (T) int32 (0 = padding); output (T, D), without the residual."""
 
     def __init__(self, layer: DenseLayer | MoELayer, tokens: int) -> None:
         super().__init__(auto_prefix=False)
@@ -40,14 +40,17 @@ class _FeedForward(nn.Cell):
 
     def construct(self, x_TD: Tensor, valid_T: Tensor) -> Tensor:
         if self.routed:
-            return x_TD + self.feed_forward(self.norm(x_TD), valid_T)
-        return x_TD + self.feed_forward(self.norm(x_TD))
+            return self.feed_forward(self.norm(x_TD), valid_T)
+        return self.feed_forward(self.norm(x_TD))
 
 
 class _Graph(nn.Cell):
-    """What both graphs share. ``shape``: rows B, tokens per row S, positions of the cache M."""
+    """What both graphs share. ``shape``: rows B, tokens per row S, positions of the cache M.
 
-    def __init__(self, network: CausalLM, shape: tuple[int, int, int], operators: Operators) -> None:
+    ``count``: processes that hold the network together; what a layer adds is then summed over them.
+    """
+
+    def __init__(self, network: CausalLM, shape: tuple[int, int, int], operators: Operators, count: int) -> None:
         super().__init__(auto_prefix=False)
         spec = network.spec
         rows, length, positions = shape
@@ -61,14 +64,29 @@ class _Graph(nn.Cell):
         self.cos, self.sin = rotary_tables(positions, model.head_dim, model.rope_theta,
                                            operators.dtype(spec.numerics.rotary_dtype))  # fmt: skip
         self.gather = P.Gather()
+        self.is_part, self.count = count > 1, count
+        self.head_is_part = head_parts(spec, count) > 1
+        if self.is_part:
+            self.sum, self.gather_all, self.transpose = P.AllReduce(), P.AllGather(), P.Transpose()
         self.set_train(False)
         self.phase = "increment"  # compiled once, then called without looking at every cell again
 
     def _embedded(self, ids_T: Tensor) -> Tensor:
         return ops.cast(self.decoder.tok_embeddings(ids_T), self.decoder.compute_dtype)
 
+    def _added(self, x_TD: Tensor, more_TD: Tensor) -> Tensor:
+        """The residual and what a layer adds to it."""
+        if self.is_part:
+            return x_TD + self.sum(more_TD)
+        return x_TD + more_TD
+
     def _logits(self, x_BD: Tensor) -> Tensor:
-        return ops.cast(self.network._head(self.decoder.norm_out(x_BD)), ms.float32)
+        logits_BV = self.network._head(self.decoder.norm_out(x_BD))
+        if self.head_is_part:  # process after process, each with its part of the vocabulary
+            B = logits_BV.shape[0]
+            logits_BV = ops.reshape(self.gather_all(logits_BV), (self.count, B, -1))
+            logits_BV = ops.reshape(self.transpose(logits_BV, (1, 0, 2)), (B, -1))
+        return ops.cast(logits_BV, ms.float32)
 
 
 class PromptGraph(_Graph):
@@ -79,8 +97,8 @@ class PromptGraph(_Graph):
     """
 
     def __init__(self, network: CausalLM, caches: list[LayerCache], shape: tuple[int, int, int],
-                 operators: Operators) -> None:  # fmt: skip
-        super().__init__(network, shape, operators)
+                 operators: Operators, count: int = 1) -> None:  # fmt: skip
+        super().__init__(network, shape, operators, count)
         layers = zip(self.decoder.layers, caches, strict=True)
         self.attentions = nn.CellList([PromptAttention(layer.attention, cache, shape[:2], network.spec, operators)
                                        for layer, cache in layers], auto_prefix=False)  # fmt: skip
@@ -93,8 +111,8 @@ class PromptGraph(_Graph):
         cos_SP, sin_SP = self.cos[:, : self.length], self.sin[:, : self.length]
         x_TD = self._embedded(ops.reshape(ids_BS, (-1,)))
         for i in self.layers:
-            x_TD = x_TD + self.attentions[i](self.norms[i](x_TD), cos_SP, sin_SP, places)
-            x_TD = self.feed_forwards[i](x_TD, valid_T)
+            x_TD = self._added(x_TD, self.attentions[i](self.norms[i](x_TD), cos_SP, sin_SP, places))
+            x_TD = self._added(x_TD, self.feed_forwards[i](x_TD, valid_T))
         return self._logits(self.gather(x_TD, self.first_B + length_B - 1, 0))
 
 
@@ -102,8 +120,8 @@ class TokenGraph(_Graph):
     """Inputs: tokens (B) and their positions (B), int32. Output: logits (B, V) behind them."""
 
     def __init__(self, network: CausalLM, caches: list[LayerCache], shape: tuple[int, int, int],
-                 operators: Operators) -> None:  # fmt: skip
-        super().__init__(network, shape, operators)
+                 operators: Operators, count: int = 1) -> None:  # fmt: skip
+        super().__init__(network, shape, operators, count)
         spec, positions = network.spec, self.positions
         layers = zip(self.decoder.layers, caches, strict=True)
         self.attentions = nn.CellList([TokenAttention(layer.attention, cache, positions, spec, operators)
@@ -126,8 +144,8 @@ class TokenGraph(_Graph):
         tables = self.tables(cos_BP, sin_BP)
         x_BD = self._embedded(token_B)
         for i in self.layers:
-            x_BD = x_BD + self.attentions[i](self.norms[i](x_BD), tables, places, mask_BS)
-            x_BD = self.feed_forwards[i](x_BD, self.valid_B)
+            x_BD = self._added(x_BD, self.attentions[i](self.norms[i](x_BD), tables, places, mask_BS))
+            x_BD = self._added(x_BD, self.feed_forwards[i](x_BD, self.valid_B))
         return self._logits(x_BD)
 
 
@@ -135,10 +153,11 @@ class MindSporeSession:
     """Generation for ``rows`` rows of prompts up to ``length`` tokens in a cache of ``positions`` tokens.
 
     The graphs compile when first called (seconds) and serve every batch of this shape. The weights have to be loaded
-    before: what ``network`` gets later is not seen (``dropless.shared_parts``).
+    before: what ``network`` gets later is not seen (``dropless.shared_parts``). ``count``: processes of which
+    ``network`` is one's part; all make the same calls.
     """
 
-    def __init__(self, network: CausalLM, rows: int, length: int, positions: int) -> None:
+    def __init__(self, network: CausalLM, rows: int, length: int, positions: int, count: int = 1) -> None:
         spec: NetworkSpec = network.spec
         operators = select_operators().for_network(spec)
         network.set_train(False)
@@ -150,8 +169,8 @@ class MindSporeSession:
         heads = np.arange(self._group * spec.model.num_key_value_heads, dtype=np.int32)
         self._places = (heads[:, None] * positions + np.arange(length, dtype=np.int32)).reshape(-1)
         self._prompt_rows = spec.model.num_key_value_heads * positions
-        self._prompts = PromptGraph(network, caches, (self._group, length, positions), operators)
-        self._tokens = TokenGraph(network, caches, (rows, 1, positions), operators)
+        self._prompts = PromptGraph(network, caches, (self._group, length, positions), operators, count)
+        self._tokens = TokenGraph(network, caches, (rows, 1, positions), operators, count)
 
     def compile(self, use_cache: bool = True) -> None:
         """Compile the prompt graph, and with ``use_cache`` the token graph; PYNATIVE has nothing to compile."""
@@ -177,12 +196,6 @@ class MindSporeSession:
     def token(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """float32 logits (B, V) behind one more token per row, which stands at its position from then on."""
         return self._tokens(_int32(tokens), _int32(positions)).asnumpy()
-
-
-def rows_at_once(rows: int, length: int) -> int:
-    """Prompts of ``length`` tokens to read at once: groups of nearly one size, of up to PROMPT_TOKENS tokens."""
-    groups = -(-rows // max(1, PROMPT_TOKENS // length))
-    return -(-rows // groups)
 
 
 def _int32(array: np.ndarray) -> Tensor:

@@ -23,6 +23,7 @@ class PyTorchNetwork:
 
     def __init__(self, module: CausalLM, device: torch.device) -> None:
         self.module = module.eval()
+        self.rank = 0
         self.device = device
 
     def load(self, weights: Mapping[str, np.ndarray]) -> None:
@@ -54,12 +55,14 @@ class PyTorchEngine:
     def __init__(self) -> None:
         self.device = torch.device("cpu")
 
-    def use(self, device: str, device_id: int = 0, pynative: bool = False) -> None:
+    def use(self, device: str, device_id: int = 0, pynative: bool = False, together: bool = False) -> None:
         """Run on this device from now on; PyTorch computes operator by operator anyway.
 
         Raises:
-            UserError: torch sees no such device.
+            UserError: torch sees no such device, or several processes should hold a network ``together``.
         """
+        if together:
+            raise UserError("the PyTorch engine has no networks that several processes hold together: start one")
         if device == "CPU":
             keep_freed_memory()
             self.device = torch.device("cpu")

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,11 @@ SMALL = {"model.model_config.hidden_size": "32", "model.model_config.intermediat
          "model.model_config.max_decode_length": "40", "model.model_config.compute_dtype": "float32",
          "model.model_config.softmax_compute_type": "float32", "model.model_config.rotary_dtype": "float32",
          "model.model_config.param_init_type": "float32"}  # fmt: skip
+DATA_PARALLEL = {"parallel.parallel_mode": "0"}
 RUN_ELSEWHERE = {
     "python tools/transform_ckpt.py": "tests/cli/test_transform_ckpt.py",
     "--strategy_dir output/strategy": "tests/cli/test_convert_layouts.py and test_transform_ckpt.py",
-    "python tools/dryrun.py": "tests/cli/test_dryrun.py",
+    "python tools/dryrun.py": "tests/cli/test_dryrun.py and test_dryrun_predict.py",
     "python tools/merge_lora.py": "tests/mf/test_lora.py",
 }
 
@@ -94,10 +96,10 @@ def test_the_commands_run_in_their_order(repo_root: Path, tree: Path) -> None:
     assert "I love Beijing, because" in (tree / "output" / "sample.txt").read_text()
 
 
-def on_cpus(tree: Path, name: str) -> str:
-    """The YAML of ``name``, data parallel instead of the split that needs NPUs; its path as the commands give it."""
+def on_cpus(tree: Path, name: str, split: Mapping[str, str] = DATA_PARALLEL) -> str:
+    """The YAML of ``name``, cut for two processes without NPUs; its path as the commands give it."""
     path = tree / "research" / "mixtral" / "mixtral_8x7b" / f"{name}_mixtral-8x7b.yaml"
-    changes = {"parallel.parallel_mode": "0", "context.device_target": "CPU", "runner_config.epochs": "1"}
+    changes = {**split, "context.device_target": "CPU", "runner_config.epochs": "1"}
     path.write_text(dump_yaml(apply_overrides(load_yaml(path), list(changes.items()))), encoding="utf-8")
     return str(path.relative_to(tree))
 
@@ -149,7 +151,8 @@ def test_the_seed_s_commands_run_on_two_machines(repo_root: Path, tree: Path) ->
                  "\\\n--run_mode finetune \\\n--use_parallel True \\\n--train_data data/answers.mindrecord "
                  "\\\n--output_dir tuned")  # fmt: skip
         tuning = start_two_nodes(tree, names, words, "finetune")
-        words = (f"run_mindformer.py \\\n--config {on_cpus(tree, 'predict')} \\\n--run_mode predict \\\n"
+        split = {"parallel_config.model_parallel": "2"}
+        words = (f"run_mindformer.py \\\n--config {on_cpus(tree, 'predict', split)} \\\n--run_mode predict \\\n"
                  "--use_parallel True \\\n--load_checkpoint data/model_dir \\\n--auto_trans_ckpt True \\\n"
                  "--predict_data \"I love Beijing, because\" \\\n--output_dir told "
                  "--processor.tokenizer.vocab_file data/tokenizer.model")  # fmt: skip

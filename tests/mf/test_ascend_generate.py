@@ -47,7 +47,8 @@ def test_prompt_and_token_graphs_compile_with_fused_kernels(tmp_path: Path) -> N
         text = file.read_text()
         for name in names:
             graph[name] = text.count(f"PrimFunc_{name}(") + text.count(f"= {name}(")
-    common = {"GroupedMatmul": 3 * LAYERS, "RmsNorm": 2 * LAYERS + 1, "RotaryPositionEmbedding": 2 * LAYERS,
-              "Swiglu": LAYERS, "ScatterUpdate": 2 * LAYERS}  # fmt: skip
-    assert graphs[0] == Counter(common | {"FlashAttentionScore": LAYERS})
-    assert graphs[1] == Counter(common | {"FlashAttentionScore": 0})
+    common = {"RmsNorm": 2 * LAYERS + 1, "RotaryPositionEmbedding": 2 * LAYERS, "Swiglu": LAYERS,
+              "ScatterUpdate": 2 * LAYERS}  # fmt: skip
+    assert graphs[0] == Counter(common | {"FlashAttentionScore": LAYERS, "GroupedMatmul": 3 * LAYERS})
+    # for three tokens turning all weights around would cost more than the products of every expert
+    assert graphs[1] == Counter(common | {"FlashAttentionScore": 0, "GroupedMatmul": 0})

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from mindformers_ext.core import capacity
 from mindformers_ext.core.sampling import SamplingSpec
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.jobs.generate import Generation
-from mindformers_ext.ms import generate
 from mindformers_ext.ms.engine import MindSporeNetwork
 from mindformers_ext.ms.models import build_causal_lm
 from mindformers_ext.weights.convert import to_mindspore
@@ -110,7 +110,7 @@ def test_a_short_answer_in_both_modes(kind: str, mode: str) -> None:
 def test_logits_with_cache_equal_logits_without(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of random tokens one after the other, rows of different lengths side by side, prompts read two and two."""
     ms.set_context(mode=ms.GRAPH_MODE)
-    monkeypatch.setattr(generate, "PROMPT_TOKENS", 100)
+    monkeypatch.setattr(capacity, "PROMPT_TOKENS", 100)
     twin, rows, steps = twins(kind), 5, 40
     generator = np.random.default_rng(2)
     texts = [p + tuple(generator.integers(3, twin.case.vocab, steps).tolist()) for p in twin.prompts[:rows]]
@@ -120,7 +120,7 @@ def test_logits_with_cache_equal_logits_without(kind: str, monkeypatch: pytest.M
         with torch.no_grad():
             full.append(twin.model(torch.tensor([text])).logits[0].numpy())
     session = twin.network.session(rows, 40, 80)
-    assert generate.rows_at_once(rows, 40) == 2  # and so three groups, of which the last reads a row again
+    assert capacity.rows_at_once(rows, 40) == 2  # and so three groups, of which the last reads a row again
     ids = np.zeros((rows, 40), np.int32)
     for row, prompt in enumerate(twin.prompts[:rows]):
         ids[row, : len(prompt)] = prompt

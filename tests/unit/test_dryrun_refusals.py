@@ -204,7 +204,22 @@ WRONG: list[tuple[str, dict[str, Any], int, str, str]] = [
         "unknown key 'parallel_config.data_paralel'",
         "did you mean 'data_parallel'?",
     ),
-    ("predict", {"run_mode": "predict"}, 16, "run_mode='predict'", "choose train or finetune"),
+    ("eval", {"run_mode": "eval"}, 16, "run_mode='eval'", "choose train, finetune or predict"),
+    (
+        "split of training in predict",
+        {"run_mode": "predict"},
+        16,
+        "cuts the network over all 16 devices by model_parallel, here data_parallel=8, model_parallel=1",
+        "set data_parallel: 1, model_parallel: 16, expert_parallel: 1, pipeline_stage: 1",
+    ),
+    (
+        "predict on more devices than heads",
+        {"run_mode": "predict", PC + "data_parallel": 1, PC + "expert_parallel": 1, PC + "pipeline_stage": 1,
+         PC + "model_parallel": 16},
+        16,
+        "n_kv_heads=8 is not a multiple of model_parallel=16",
+        "the nearest model_parallel that divides every width is 8",
+    ),
     ("pynative", {"context.mode": 1}, 16, "context.mode is 1", "--mode 0"),
     (
         "recompute list",

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A network held by several processes together, for prediction: each has some heads and a part of every expert's width.
+
+Shoeybi et al. 2019 (arXiv:1909.08053), section 3: matrices that widen are cut by rows of the weight, those that narrow
+by columns, so that a layer needs two sums over the processes and nothing else is exchanged. Router, norms and embedding
+are whole everywhere. One process's part is a smaller network of the same kind, whose sums are not complete.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from mindformers_ext.core.errors import Problems
+from mindformers_ext.core.placement import PlacedParameter, placed_parameters
+from mindformers_ext.core.rules import settled
+from mindformers_ext.core.spec import NetworkSpec, ParallelSpec
+
+EMBEDDING = "embedding_weight"
+
+
+def check_tensor_parallel(spec: NetworkSpec) -> None:
+    """Whether ``spec`` is cut the way prediction on several devices is; ``core.rules`` judges the widths.
+
+    Raises:
+        UserError: another split than model_parallel over all devices.
+    """
+    parallel, devices = settled(spec)[0].parallel, spec.parallel.device_num
+    given = {name: getattr(parallel, name) for name in ("data_parallel", "model_parallel", "expert_parallel",
+                                                        "pipeline_stage")}  # fmt: skip
+    wanted = {"data_parallel": 1, "model_parallel": devices, "expert_parallel": 1, "pipeline_stage": 1}
+    if given == wanted:
+        return
+    problems = Problems("these settings do not fit together")
+    mode = "" if spec.parallel.parallel_mode == parallel.parallel_mode == "semi_auto_parallel" else (
+        ", with parallel.parallel_mode: 1")  # fmt: skip
+    problems.add(
+        f"prediction cuts the network over all {devices} devices by model_parallel, here "
+        + ", ".join(f"{name}={value}" for name, value in given.items()),
+        "set " + ", ".join(f"{name}: {value}" for name, value in wanted.items()) + mode,
+    )  # fmt: skip
+    problems.raise_if_any()
+
+
+def part_of(spec: NetworkSpec, count: int) -> NetworkSpec:
+    """The network of one of ``count`` processes; its vocabulary stays whole (``head_parts`` cuts the output layer)."""
+    model = spec.model
+    part = replace(model, num_attention_heads=model.num_attention_heads // count,
+                   num_key_value_heads=model.num_key_value_heads // count,
+                   intermediate_size=model.intermediate_size // count)  # fmt: skip
+    return replace(spec, model=part, parallel=ParallelSpec())
+
+
+def head_parts(spec: NetworkSpec, count: int) -> int:
+    """Parts of the output layer: 1 where it is the embedding too, or where its rows cannot be shared out evenly."""
+    return 1 if spec.model.tie_word_embeddings or spec.model.vocab_size % count else count
+
+
+def parted_parameters(spec: NetworkSpec, count: int) -> tuple[PlacedParameter, ...]:
+    """Every weight of ``spec`` with its part in one of ``count`` processes."""
+    parallel = ParallelSpec(model_parallel=count, device_num=count, vocab_emb_dp=head_parts(spec, count) == 1)
+    placed = placed_parameters(replace(spec, parallel=parallel))
+    return tuple(replace(item, gathered=item.whole, local=item.whole) if item.name.endswith(EMBEDDING) else item
+                 for item in placed)  # fmt: skip
+
+
+def own_part(weight: np.ndarray[Any, Any], local: tuple[int, ...], rank: int) -> np.ndarray[Any, Any]:
+    """The part of shape ``local`` that process ``rank`` holds of a whole weight: a view.
+
+    A weight of another size than the network's is returned as it is, for whoever takes it to refuse.
+    """
+    if len(local) != weight.ndim or any(size % own for size, own in zip(weight.shape, local, strict=True)):
+        return weight
+    places = (slice(own * rank, own * (rank + 1)) if own < size else slice(None)
+              for size, own in zip(weight.shape, local, strict=True))  # fmt: skip
+    return weight[tuple(places)]

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process's part of a network that several hold together (``core.tensor_parallel``)."""
+
+from __future__ import annotations
+
+from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.core.tensor_parallel import head_parts, part_of
+from mindformers_ext.ms.attention import Linear
+from mindformers_ext.ms.causal_lm import CausalLM
+from mindformers_ext.ms.models import build_causal_lm
+from mindformers_ext.ms.parallel import Shards
+
+
+def build_part(spec: NetworkSpec, count: int) -> CausalLM:
+    """The part of ``spec`` in one of ``count`` processes: its own forward pass gives incomplete sums, ``ms.generate``
+    completes them."""
+    network = build_causal_lm(part_of(spec, count))
+    if head_parts(spec, count) > 1:
+        model, whole = network.spec.model, network.lm_head.weight
+        network.lm_head = Linear(model.hidden_size, model.vocab_size // count, model.initializer_range, whole.dtype,
+                                 Shards(), "head")  # fmt: skip
+    return network
