@@ -51,7 +51,12 @@ class TrafficFact:
 
 @dataclass(frozen=True, kw_only=True)
 class RankFacts:
-    """A rank's result. Seconds: start (imports), build, compile; ``peak_rss`` in bytes; '' as error means success."""
+    """A rank's result; '' as error means success.
+
+    Seconds: start, build, compile. Ranks share the imports (start): they count for the one that starts first and are
+    0 for the others, so the sum over ranks is what was spent. ``peak_rss`` in bytes, of the rank's own process: it
+    begins with the modules that were imported for all (0.4 GB, counted for each rank), not with the peak of importing.
+    """
 
     rank: int
     stage: int

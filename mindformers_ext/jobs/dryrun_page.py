@@ -167,7 +167,8 @@ def _compilation(ranks: Sequence[RankFacts]) -> str:
          _number(f"{facts.compile_seconds:.1f}"), _number(amount(facts.peak_rss)))
         for facts in ranks
     ]  # fmt: skip
-    head = ("rank", "stage", "compiles", "imports, s", "network, s", "compiler, s", "peak memory of this machine")
+    head = ("rank", "stage", "compiles", "imports, s (shared)", "network, s", "compiler, s",
+            "peak memory of this machine")  # fmt: skip
     return _table(head, rows)
 
 

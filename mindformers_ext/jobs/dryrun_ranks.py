@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the asked ranks, each in a process of its own, as many at a time as the machine bears."""
+"""Has the asked ranks compiled, each in a process of its own, and hears how each ended."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mindformers_ext.jobs.dryrun import DryRunPlan
 from mindformers_ext.jobs.dryrun_facts import RankFacts, rank_facts_from_json
+from mindformers_ext.jobs.dryrun_forks import LOG, Ended, Request
 from mindformers_ext.jobs.dryrun_stubs import Stubs
 
-RESULT, REQUEST, LOG, GRAPHS = "result.json", "request.json", "log.txt", "graphs"
+RESULT, REQUEST, GRAPHS, ORDER = "result.json", "request.json", "graphs", "order.json"
 # Graphs that MindSpore writes: after the cutting, and the last of the front end. Writing all would double the time.
 PASSES = "step_parallel_end,validate"
 _LAST_ERROR = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt)): ?(.*)", re.DOTALL)
@@ -28,7 +28,7 @@ ERROR_LINES = 6
 
 @dataclass(frozen=True, kw_only=True)
 class RankJob:
-    """How ranks are compiled. ``command`` starts a process that reads a request and writes a result."""
+    """How ranks are compiled. ``command`` starts a process that gets an order's file and serves it."""
 
     plan: DryRunPlan
     stubs: Stubs
@@ -39,6 +39,10 @@ class RankJob:
     at_once: int = 1
     timeout: float = 3600.0
 
+    def rank_folder(self, rank: int) -> Path:
+        """Where a rank's request, log and result lie."""
+        return self.folder / f"rank_{rank}"
+
 
 def compile_ranks(job: RankJob, done: Callable[[RankFacts], None]) -> list[RankFacts]:
     """Compile every rank of the plan; ``done`` hears of each as it ends. Result in the order of ranks.
@@ -46,62 +50,80 @@ def compile_ranks(job: RankJob, done: Callable[[RankFacts], None]) -> list[RankF
     A rank that fails is a result as well (``error``), never an exception. When this process is interrupted, the
     processes it started end with it.
     """
-    running: dict[int, subprocess.Popen[bytes]] = {}
-    results = []
+    results: dict[int, RankFacts] = {}
+
+    def tell(facts: RankFacts) -> None:
+        results[facts.rank] = facts
+        done(facts)
+
+    # MindFormers' own network writes its strategy files elsewhere: those of ours are for transform_ckpt.py
+    root = str(job.folder) if job.native else job.plan.config["output_dir"]
     if not job.native:  # files of another split would be read as this one's
-        shutil.rmtree(Path(job.plan.config["output_dir"]) / "strategy", ignore_errors=True)
-    with ThreadPoolExecutor(max_workers=job.at_once) as pool:
+        shutil.rmtree(Path(root) / "strategy", ignore_errors=True)
+    requests = [str(_request(job, rank, root)) for rank in job.plan.ranks]
+    order, log = job.folder / ORDER, job.folder / LOG
+    words = {"requests": requests, "at_once": job.at_once, "timeout": job.timeout}
+    order.write_text(json.dumps(words), encoding="utf-8")
+    with log.open("wb") as errors:
+        server = subprocess.Popen([*job.command, str(order)], env=_environment(job), stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.PIPE, stderr=errors, cwd=job.folder, start_new_session=True,
+                                  text=True)  # fmt: skip
+    with server:
         try:
-            waiting = [pool.submit(_compile_rank, job, rank, running) for rank in job.plan.ranks]
-            for future in as_completed(waiting):
-                results.append(future.result())
-                done(results[-1])
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in running.values():
-                _end(process)
-    return sorted(results, key=lambda facts: facts.rank)
+            for line in server.stdout or ():
+                tell(_facts(job, Ended(**json.loads(line))))
+        finally:  # what is left of it and of its forks, before its number can be another's
+            os.killpg(server.pid, signal.SIGKILL)
+    for rank in [rank for rank in job.plan.ranks if rank not in results]:  # the server itself died
+        tell(_result(job, rank) or _failed(job, rank, _explained(log, server.returncode)))
+    return [results[rank] for rank in job.plan.ranks]
 
 
-def _compile_rank(job: RankJob, rank: int, running: dict[int, subprocess.Popen[bytes]]) -> RankFacts:
-    folder = job.folder / f"rank_{rank}"
+def _request(job: RankJob, rank: int, root: str) -> Path:
+    """Clear the rank's folder and write its request."""
+    plan, folder = job.plan, job.rank_folder(rank)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULT).unlink(missing_ok=True)
+    (folder / LOG).write_bytes(b"")
     shutil.rmtree(folder / GRAPHS, ignore_errors=True)
-    plan = job.plan
-    # MindFormers' own network writes its strategy files elsewhere: those of ours are for transform_ckpt.py
-    root = str(job.folder) if job.native else plan.config["output_dir"]
     request = {"config": {**plan.config, "output_dir": root}, "rows": plan.rows, "folder": str(folder),
-               "native": job.native, "rank": rank, "stage": plan.stage(rank), "world": plan.world,
-               "shape": asdict(plan.shape) if plan.shape else None,
-               "keep_graphs": job.keep_graphs}  # fmt: skip
-    (folder / REQUEST).write_text(json.dumps(request), encoding="utf-8")
-    environment = job.stubs.environment(rank, plan.world, os.environ) | {
+               "native": job.native, "rank": rank, "stage": plan.stage(rank), "keep_graphs": job.keep_graphs,
+               "world": plan.world, "shape": asdict(plan.shape) if plan.shape else None,
+               "environment": {"RANK_ID": str(rank), "MS_DEV_SAVE_GRAPHS_PATH": str(folder / GRAPHS),
+                               "LOCAL_DEFAULT_PATH": root}}  # fmt: skip
+    path = folder / REQUEST
+    path.write_text(json.dumps(request), encoding="utf-8")
+    return path
+
+
+def _environment(job: RankJob) -> dict[str, str]:
+    """What all ranks have in common; each request names the rest."""
+    return job.stubs.environment(job.plan.ranks[0], job.plan.world, os.environ) | {
         "MS_DEV_SAVE_GRAPHS": "1",
-        "MS_DEV_SAVE_GRAPHS_PATH": str(folder / GRAPHS),
         "MS_DEV_DUMP_IR_PASSES": PASSES,
-        "LOCAL_DEFAULT_PATH": root,
+        # MindFormers opens log files when it is imported: away from those of the ranks, which each opens for itself
+        "LOCAL_DEFAULT_PATH": str(job.folder / "imports"),
         "GLOG_v": "3",
         # as many processes as cores compile at once: more threads in each would only wait for each other
         "OMP_NUM_THREADS": "1",
     }
-    with (folder / LOG).open("wb") as log:
-        process = subprocess.Popen([*job.command, str(folder / REQUEST)], env=environment, stdout=log,
-                                   stderr=subprocess.STDOUT, cwd=folder, start_new_session=True)  # fmt: skip
-        running[rank] = process
-        try:
-            code = process.wait(job.timeout)
-        except subprocess.TimeoutExpired:
-            _end(process)
-            return _failed(plan, rank, f"did not end within {job.timeout:.0f} s; see {folder / LOG}")
-        finally:
-            del running[rank]
-    if code == 0 and (folder / RESULT).is_file():
-        return rank_facts_from_json(folder / RESULT)
-    return _failed(plan, rank, f"{error_text(folder / LOG, code)}\n(the whole log: {folder / LOG})")
 
 
-def keep_result(folder: Path, request: Mapping[str, Any], facts: Mapping[str, Any], **measured: Any) -> None:
+def _facts(job: RankJob, ended: Ended) -> RankFacts:
+    """A rank's result, or why there is none."""
+    log = job.rank_folder(ended.rank) / LOG
+    if ended.late:
+        return _failed(job, ended.rank, f"did not end within {job.timeout:.0f} s; see {log}")
+    found = None if ended.code else _result(job, ended.rank)
+    return found or _failed(job, ended.rank, _explained(log, ended.code))
+
+
+def _result(job: RankJob, rank: int) -> RankFacts | None:
+    path = job.rank_folder(rank) / RESULT
+    return rank_facts_from_json(path) if path.is_file() else None
+
+
+def keep_result(folder: Path, request: Request, facts: Mapping[str, Any], **measured: Any) -> None:
     """Write the result of the rank that this process has compiled, and drop the graphs unless they are asked for."""
     status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
@@ -113,8 +135,12 @@ def keep_result(folder: Path, request: Mapping[str, Any], facts: Mapping[str, An
     os.replace(beside, folder / RESULT)
 
 
-def _failed(plan: DryRunPlan, rank: int, error: str) -> RankFacts:
-    return RankFacts(rank=rank, stage=plan.stage(rank), error=error)
+def _failed(job: RankJob, rank: int, error: str) -> RankFacts:
+    return RankFacts(rank=rank, stage=job.plan.stage(rank), error=error)
+
+
+def _explained(log: Path, code: int) -> str:
+    return f"{error_text(log, code)}\n(the whole log: {log})"
 
 
 def error_text(log: Path, code: int) -> str:
@@ -130,10 +156,3 @@ def error_text(log: Path, code: int) -> str:
             break
         text.append(line.rstrip())
     return "\n".join(filter(None, text))
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and what it started: it leads its own session."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()

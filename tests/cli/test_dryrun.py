@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``tools/dryrun.py``: research/'s files compile for their clusters, and hold and send what the arithmetic says.
 
-One or two layers per pipeline stage and one rank of a stage: its other ranks compile the same graph for other numbers.
+One or two layers per pipeline stage, and every rank of the cluster: each compiles its own graph, with its own groups,
+slices and neighbours. Only the interleaved pipeline and 8x22B at 32k compile one rank alone, which saves minutes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from mindformers_ext.core.memory import stage_memory
 from mindformers_ext.core.placement import WIDTH, placed_parameters
 from mindformers_ext.core.split_cost import expert_exchange, layer_sent
 from mindformers_ext.formats.ms_file import open_checkpoint
+from mindformers_ext.jobs.dryrun import asked_ranks
 from mindformers_ext.jobs.dryrun_facts import RankFacts
 from tests.helpers.dryrun import RESEARCH, DryRun, dry_run
 from tests.helpers.sliced import same, write_file
@@ -38,12 +40,13 @@ INTERLEAVED = {
 }  # fmt: skip
 # name: file, devices, ranks, stages, and what of parallel_config differs from the file
 JOBS: dict[str, tuple[str, int, str, int, dict[str, Any]]] = {
-    "r17": (SEED, 16, "stages", 2, R17),
-    "32k": ("mixtral_8x7b/pretrain_mixtral-8x7b_32k.yaml", 16, "0", 2, {}),
-    "finetune": ("mixtral_8x7b/finetune_mixtral-8x7b.yaml", 16, "8", 2, {}),
-    "lora": ("mixtral_8x7b/finetune_lora_mixtral-8x7b.yaml", 16, "0", 2, {}),
+    "seed": (SEED, 16, "all", 2, {}),
+    "r17": (SEED, 16, "all", 2, R17),
+    "32k": ("mixtral_8x7b/pretrain_mixtral-8x7b_32k.yaml", 16, "all", 2, {}),
+    "finetune": ("mixtral_8x7b/finetune_mixtral-8x7b.yaml", 16, "all", 2, {}),
+    "lora": ("mixtral_8x7b/finetune_lora_mixtral-8x7b.yaml", 16, "all", 2, {}),
     "interleave": (SEED, 16, "0", 2, INTERLEAVED),
-    "8x22b": ("mixtral_8x22b/pretrain_mixtral-8x22b.yaml", 64, "24", 8, {}),
+    "8x22b": ("mixtral_8x22b/pretrain_mixtral-8x22b.yaml", 64, "all", 8, {}),
     "8x22b 32k": ("mixtral_8x22b/pretrain_mixtral-8x22b_32k.yaml", 64, "56", 8, {}),
 }
 
@@ -58,7 +61,9 @@ def seed(tmp_path_factory: pytest.TempPathFactory) -> DryRun:
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DryRun:
     """The other files and splits, one after the other."""
     name, devices, ranks, stages, changes = JOBS[request.param]
-    return dry_run(tmp_path_factory.mktemp("job") / "out", name, devices, ranks, stages, **changes)
+    run = dry_run(tmp_path_factory.mktemp("job") / "out", name, devices, ranks, stages, **changes)
+    assert [facts.rank for facts in run.facts()] == list(asked_ranks(ranks, devices, stages)), run.text
+    return run
 
 
 def held_as_counted(run: DryRun, facts: RankFacts) -> None:
@@ -182,6 +187,17 @@ def test_every_file_compiles_as_counted(job: DryRun) -> None:
         assert facts.unplanned == ()
         held_as_counted(job, facts)
         sent_as_counted(job, facts)
+
+
+@pytest.mark.slow
+@pytest.mark.dryrun
+def test_a_rank_that_fails_leaves_the_others(tmp_path: Path) -> None:
+    (tmp_path / "out" / "ranks" / "rank_8" / ".result.json").mkdir(parents=True)  # in the way of its result
+    run = dry_run(tmp_path / "out", SEED, 16, "0,8", 2)
+    assert run.code == 1 and [facts.rank for facts in run.facts()] == [0]
+    assert "rank 0: compiles" in run.text and "rank 8: FAILS" in run.text
+    assert "rank 8 does not compile:\n  IsADirectoryError" in run.text and "rank_8/log.txt" in run.text
+    held_as_counted(run, run.facts()[0])
 
 
 def test_8x22b_differs_in_sizes_alone() -> None:
