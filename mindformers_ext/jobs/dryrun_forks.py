@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -46,6 +47,7 @@ def serve(order: Path, load: Callable[[], Work]) -> None:
     os.register_at_fork(after_in_child=report.close)  # its end tells that this process is gone
     started = time.monotonic()
     work = load()
+    gc.freeze()  # MindSpore collects garbage many times while it compiles, and would look at all imported objects
     loaded = time.monotonic() - started
     requests = [{**request, "start_seconds": 0.0 if place else loaded} for place, request in enumerate(requests)]
     for ended in forked(requests, work, words["at_once"], words["timeout"]):
