@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import argparse
 import resource
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from mindformers_ext.cli.merge_flags import check_flags, common, device_of, switch
 from mindformers_ext.cli.outcome import exit_code
@@ -55,19 +54,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 on success, 2 on a user's mistake."""
-    arguments = parser().parse_args(argv)
-    before = signal.signal(signal.SIGTERM, _stop)  # so that a killed run removes what it has written
-    try:
-        return exit_code(run, arguments)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was left behind", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _stop(number: int, frame: object) -> NoReturn:
-    raise SystemExit(128 + number)
+    return exit_code(run, parser().parse_args(argv))
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def read_and_run(_: argparse.Namespace) -> int:
         return _run(read_arguments(parser(), argv))
 
-    return exit_code(read_and_run, argparse.Namespace())
+    return exit_code(read_and_run, argparse.Namespace(), unwinds=False)
 
 
 def _run(arguments: argparse.Namespace) -> int:

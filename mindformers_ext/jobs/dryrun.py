@@ -54,14 +54,14 @@ class DryRunPlan:
             return "one step"
         group = rows_at_once(self.shape.rows, self.shape.length)
         return (f"one pass of each graph (prompt: {group} x {self.shape.length} tokens; token: one for each of "
-                f"{self.shape.rows} texts)")  # fmt: skip
+                f"{_texts(self.shape.rows)})")  # fmt: skip
 
     @property
     def work(self) -> str:
         """What the job does at a time, in words."""
         if self.shape is None:
             return f"{self.rows} rows of {self.spec.seq_length} tokens per step"
-        return (f"{self.shape.rows} texts at a time, prompts of up to {self.shape.length} tokens, "
+        return (f"{_texts(self.shape.rows)} at a time, prompts of up to {self.shape.length} tokens, "
                 f"{self.shape.positions} with their answers")  # fmt: skip
 
     @property
@@ -83,6 +83,10 @@ class DryRunPlan:
     def stage(self, rank: int) -> int:
         """The pipeline stage of ``rank``."""
         return rank // self.per_stage
+
+
+def _texts(count: int) -> str:
+    return "1 text" if count == 1 else f"{count} texts"
 
 
 def plan_dry_run(

@@ -35,7 +35,7 @@ td, th { padding: .22rem .8rem .22rem 0; border-bottom: 1px solid var(--line); t
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 .bar { display: flex; height: 1.1rem; min-width: 18rem } .bar i { display: block; height: 100% }
 .key i { display: inline-block; width: .8rem; height: .8rem; margin: 0 .3rem 0 1rem }
-pre { overflow-x: auto; background: #8881; padding: .6rem } ul { padding-left: 1.2rem }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #8881; padding: .6rem } ul { padding-left: 1.2rem }
 """
 COLOURS = {"weight": "a", "gradient": "b", "optimizer": "c", "cache": "d"}
 Cell = tuple[str, bool]  # HTML and whether it is a number
@@ -52,7 +52,7 @@ def page(report: DryRunReport) -> str:
     plan = report.plan
     failed = [facts for facts in report.ranks if not facts.compiles]
     answer = (f"{len(report.ranks)} of {plan.world} ranks were compiled, all of them successfully." if not failed else
-              f"{len(failed)} of the {len(report.ranks)} compiled ranks do not compile.")  # fmt: skip
+              f"{len(failed)} of the {len(report.ranks)} ranks asked for did not compile.")  # fmt: skip
     body = [
         f"<h1>Dry run of {escape(report.config)}</h1>",
         f"<p>{plan.world} devices, {escape(plan.work)}: "
@@ -161,12 +161,12 @@ def _stage(facts: RankFacts, one_run: str) -> str:
 
 
 def _compilation(ranks: Sequence[RankFacts]) -> str:
-    rows = [
-        (_number(facts.rank), _number(facts.stage), _text("yes" if facts.compiles else "NO"),
-         _number(f"{facts.start_seconds:.1f}"), _number(f"{facts.build_seconds:.1f}"),
-         _number(f"{facts.compile_seconds:.1f}"), _number(amount(facts.peak_rss)))
-        for facts in ranks
-    ]  # fmt: skip
+    rows = []
+    for facts in ranks:
+        seconds = (facts.start_seconds, facts.build_seconds, facts.compile_seconds)
+        measured = [*(f"{number:.1f}" for number in seconds), amount(facts.peak_rss)] if facts.compiles else [""] * 4
+        rows.append((_number(facts.rank), _number(facts.stage), _text("yes" if facts.compiles else "NO"),
+                     *map(_number, measured)))  # fmt: skip
     head = ("rank", "stage", "compiles", "imports, s (shared)", "network, s", "compiler, s",
             "peak memory of this machine")  # fmt: skip
     return _table(head, rows)
@@ -180,6 +180,7 @@ def _comparison(report: DryRunReport) -> list[str]:
         if theirs.error:
             parts.append(f"<p>Rank {theirs.rank}: MindFormers' network does not compile.</p>"
                          f"<pre>{escape(theirs.error)}</pre>")  # fmt: skip
+        if ours.error or theirs.error:
             continue
         rows = [(_text(kind), _number(mine), _number(other), _number(amount(sent)), _number(amount(other_sent)))
                 for kind, mine, other, sent, other_sent in compared(ours, theirs)]  # fmt: skip

@@ -175,6 +175,7 @@ def comparison_lines(report: DryRunReport) -> list[str]:
         for theirs in (facts for facts in report.native if facts.rank == ours.rank):
             if theirs.error:
                 lines.append(f"rank {theirs.rank}: it does not compile: {theirs.error.splitlines()[0]}")
+            if ours.error or theirs.error:
                 continue
             rows = [(kind, f"{mine}", f"{other}", amount(sent), amount(other_sent))
                     for kind, mine, other, sent, other_sent in compared(ours, theirs)]  # fmt: skip

@@ -69,7 +69,7 @@ def test_the_report_speaks_of_a_prediction(job: tuple[str, DryRun]) -> None:
     page = (run.out / "report.html").read_text(encoding="utf-8")
     for text in (run.text, page):
         assert "keys and values" in text and "optimizer states" not in text.partition("nothing was computed")[0]
-        assert "texts at a time, prompts of up to" in text
+        assert ("5 texts" if name == "batch" else "1 text") + " at a time, prompts of up to" in text
     assert not (run.out / "strategy").exists() and "strategy/" not in run.text
     if name == "kernels":
         operators = run.facts()[0].operators

@@ -209,4 +209,4 @@ def test_report_and_page(tmp_path: Path, graph: Path) -> None:
     for words in (html, text):
         assert "23.36 GB" in words  # optimizer states of stage 1, by arithmetic
         assert "nothing was computed" in words and "AlltoAll" in words and "throws it away" in words
-    assert "rank 8 does not compile" in text and "1 of the 2 compiled ranks do not compile" in html
+    assert "rank 8 does not compile" in text and "1 of the 2 ranks asked for did not compile" in html
