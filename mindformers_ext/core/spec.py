@@ -230,6 +230,23 @@ class ParallelSpec:
         return 1 if self.use_seq_parallel else self.model_parallel
 
 
+@dataclass(frozen=True)
+class DeviceSpec:
+    """The device that a process runs on (the YAML's ``context``).
+
+    ``together``: with the other processes of the job, each on a device of its own, instead of on ``number``.
+    ``max_memory`` ("59GB") and ``jit_level`` (O0, O1, O2) are Ascend's; None leaves them to MindSpore. ``pynative``
+    runs operator by operator, for debugging.
+    """
+
+    target: str
+    number: int = 0
+    pynative: bool = False
+    together: bool = False
+    max_memory: str | None = None
+    jit_level: str | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class NetworkSpec:
     """All that a network is built from."""

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.core.spec import DeviceSpec, NetworkSpec
 from mindformers_ext.core.train_spec import TrainSpec
 from mindformers_ext.formats.mindrecord_file import MindRecordFile
 
@@ -66,11 +66,8 @@ class Engine(Protocol):
 
     name: str
 
-    def use(self, device: str, device_id: int = 0, pynative: bool = False, together: bool = False) -> None:
-        """Run on this device from now on, in graphs or (for debugging) operator by operator.
-
-        ``together``: networks are held by all processes of the job, each of which has a part.
-        """
+    def use(self, device: DeviceSpec) -> None:
+        """Run there from now on; networks are held by all processes of the job where they are ``together``."""
         ...
 
     def build(self, spec: NetworkSpec, empty: bool = False) -> Network:
@@ -204,7 +201,7 @@ def open_trainer(spec: NetworkSpec, train: TrainSpec, device: str, device_id: in
 
     engine = PyTorchEngine()
     ranks = open_ranks(spec.parallel, device)
-    engine.use(device, ranks.device_id(device_id))
+    engine.use(DeviceSpec(device, ranks.device_id(device_id)))
     return TorchTrainer(spec, train, engine.device, ranks)
 
 

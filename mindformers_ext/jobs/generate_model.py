@@ -11,7 +11,7 @@ from typing import Any
 
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.hf_config import model_spec_from_hf
-from mindformers_ext.core.spec import ModelSpec, NetworkSpec
+from mindformers_ext.core.spec import DeviceSpec, ModelSpec, NetworkSpec
 from mindformers_ext.core.yaml_keys import KEYS
 from mindformers_ext.formats.rank_dirs import rank_folders
 from mindformers_ext.jobs.checkpoints import checkpoint_file, holds_whole
@@ -124,15 +124,23 @@ def open_network(config: Mapping[str, Any], spec: NetworkSpec, weights: Weights 
     It drops no token, whatever the capacity in training was. ``length``: tokens per row of the network's own graph;
     generation does not run it, for it has graphs of its own, of the prompts' lengths.
     """
-    context = config.get("context") or {}
     opened = open_engine(engine_of(config))
-    opened.use(str(context.get("device_target", "Ascend")), int(context.get("device_id") or 0),
-               int(context.get("mode") or 0) == 1, bool(config.get("use_parallel")))  # fmt: skip
+    opened.use(device_of(config))
     network = opened.build(dropless_spec(config, spec, length), empty=weights is not None)
     if weights is not None:
         with closing(weights):
             network.fill(weights.plan.run(weights.reader))
     return network
+
+
+def device_of(config: Mapping[str, Any]) -> DeviceSpec:
+    """The device of a checked configuration."""
+    context = config.get("context") or {}
+    target = str(context.get("device_target", "Ascend"))
+    own = context if target == "Ascend" else {}
+    return DeviceSpec(target, int(context.get("device_id") or 0), context.get("mode") in (1, "1", "PYNATIVE_MODE"),
+                      bool(config.get("use_parallel")), own.get("max_device_memory"),
+                      (own.get("jit_config") or {}).get("jit_level"))  # fmt: skip
 
 
 def dropless_spec(config: Mapping[str, Any], spec: NetworkSpec, length: int = 1) -> NetworkSpec:

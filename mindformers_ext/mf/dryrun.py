@@ -26,7 +26,7 @@ from mindformers_ext.core.rules import settled
 from mindformers_ext.core.tensor_parallel import parted_parameters
 from mindformers_ext.core.yaml_view import network_spec_from_yaml
 from mindformers_ext.jobs.generate import Shape
-from mindformers_ext.jobs.generate_model import dropless_spec, uses_cache
+from mindformers_ext.jobs.generate_model import device_of, dropless_spec, uses_cache
 from mindformers_ext.mf.run import prepare
 from mindformers_ext.mf.trainer import PortableCausalLanguageModelingTrainer
 from mindformers_ext.ms.engine import MindSporeEngine
@@ -110,7 +110,7 @@ def compile_prediction(config: Mapping[str, Any], shape: Shape, world: int) -> C
     started = time.time()
     spec = dropless_spec(config, settled(network_spec_from_yaml(config, world))[0])
     engine = MindSporeEngine()
-    engine.use("Ascend", together=world > 1)
+    engine.use(device_of(config))
     network = engine.build(spec, empty=True)
     built = time.time()
     with weights_left_out():

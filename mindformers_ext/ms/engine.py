@@ -12,7 +12,7 @@ from mindspore.communication import get_group_size, get_rank, init
 from mindspore.nn.utils import no_init_parameters
 
 from mindformers_ext.core.errors import Problems, UserError
-from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.core.spec import DeviceSpec, NetworkSpec
 from mindformers_ext.core.tensor_parallel import own_part, parted_parameters
 from mindformers_ext.ms.generate import MindSporeSession
 from mindformers_ext.ms.models import build_causal_lm
@@ -87,19 +87,19 @@ class MindSporeEngine:
         self.mode = ms.GRAPH_MODE
         self.rank, self.count = 0, 1
 
-    def use(self, device: str, device_id: int = 0, pynative: bool = False, together: bool = False) -> None:
-        """Run on this device from now on, in graphs or (for debugging) operator by operator.
-
-        ``together``: with the other processes that the launcher has started, each on its own device of the machine.
-        """
-        self.mode = ms.PYNATIVE_MODE if pynative else ms.GRAPH_MODE
+    def use(self, device: DeviceSpec) -> None:
+        """Run there from now on."""
+        self.mode = ms.PYNATIVE_MODE if device.pynative else ms.GRAPH_MODE
         ms.set_context(mode=self.mode)
-        if together:
-            ms.set_device(device)  # which one, MindSpore settles with the processes beside this one
+        # together: which one, MindSpore settles with the processes beside this one
+        ms.set_device(device.target, *(() if device.together else (device.number,)))
+        if device.max_memory:
+            ms.runtime.set_memory(max_size=device.max_memory)
+        if device.jit_level:
+            ms.set_context(jit_config={"jit_level": device.jit_level})
+        if device.together:
             init()
             self.rank, self.count = get_rank(), get_group_size()
-        else:
-            ms.set_device(device, device_id)
         ms.set_recursion_limit(10000)  # layers nest calls while a graph is compiled
 
     def build(self, spec: NetworkSpec, empty: bool = False) -> MindSporeNetwork:

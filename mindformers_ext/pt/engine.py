@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.core.spec import DeviceSpec, NetworkSpec
 from mindformers_ext.pt import names
 from mindformers_ext.pt.causal_lm import CausalLM
 from mindformers_ext.pt.generate import PyTorchSession
@@ -55,26 +55,26 @@ class PyTorchEngine:
     def __init__(self) -> None:
         self.device = torch.device("cpu")
 
-    def use(self, device: str, device_id: int = 0, pynative: bool = False, together: bool = False) -> None:
+    def use(self, device: DeviceSpec) -> None:
         """Run on this device from now on; PyTorch computes operator by operator anyway.
 
         Raises:
             UserError: torch sees no such device, or several processes should hold a network ``together``.
         """
-        if together:
+        if device.together:
             raise UserError("the PyTorch engine has no networks that several processes hold together: start one")
-        if device == "CPU":
+        if device.target == "CPU":
             keep_freed_memory()
             self.device = torch.device("cpu")
             return
-        if device != "GPU":
-            raise UserError(f"device_target {device} is MindSpore's: the PyTorch engine runs on GPU and CPU")
+        if device.target != "GPU":
+            raise UserError(f"device_target {device.target} is MindSpore's: the PyTorch engine runs on GPU and CPU")
         if not torch.cuda.is_available():
             raise UserError(f"device_target is GPU, but torch {torch.__version__} sees no CUDA device: run with "
                             "--device_target CPU, or install a CUDA build of torch")  # fmt: skip
-        if device_id >= torch.cuda.device_count():
-            raise UserError(f"device_id {device_id}: this machine has {torch.cuda.device_count()} GPUs, from 0")
-        self.device = torch.device("cuda", device_id)
+        if device.number >= torch.cuda.device_count():
+            raise UserError(f"device_id {device.number}: this machine has {torch.cuda.device_count()} GPUs, from 0")
+        self.device = torch.device("cuda", device.number)
         torch.cuda.set_device(self.device)
 
     def build(self, spec: NetworkSpec, empty: bool = False) -> PyTorchNetwork:

@@ -15,7 +15,7 @@ from mindformers_ext.jobs.dryrun_stubs import ensure_stubs
 
 LAYERS = 2
 SCRIPT = f"""
-from mindformers_ext.core.spec import KernelSpec, ModelSpec, MoESpec, NetworkSpec, NumericsSpec
+from mindformers_ext.core.spec import DeviceSpec, KernelSpec, ModelSpec, MoESpec, NetworkSpec, NumericsSpec
 from mindformers_ext.ms.engine import MindSporeEngine
 
 half = NumericsSpec(compute_dtype="float16", param_dtype="float16", softmax_dtype="float16", rotary_dtype="float16")
@@ -24,7 +24,7 @@ model = ModelSpec(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidd
                   moe=MoESpec(num_local_experts=8, num_experts_per_tok=2, capacity_factor=0.0, use_gmm=True))
 kernels = KernelSpec(flash_attention=True, rms_norm=True, rope=True, swiglu=True)
 engine = MindSporeEngine()
-engine.use("Ascend")
+engine.use(DeviceSpec("Ascend", max_memory="59GB", jit_level="O0"))
 engine.build(NetworkSpec(model=model, seq_length=1, numerics=half, kernels=kernels)).session(3, 16, 32)
 print("compiled")
 """

@@ -20,11 +20,12 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.memory import prediction_memory
 from mindformers_ext.core.overrides import apply_overrides
 from mindformers_ext.core.placement import placed_parameters
-from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec
+from mindformers_ext.core.spec import DeviceSpec, ModelSpec, MoESpec, NetworkSpec
 from mindformers_ext.core.tensor_parallel import head_parts, own_part, part_of, parted_parameters
 from mindformers_ext.core.yaml_view import network_spec_from_yaml
 from mindformers_ext.jobs.dryrun import plan_dry_run
 from mindformers_ext.jobs.generate import Shape
+from mindformers_ext.jobs.generate_model import device_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PREDICT = ROOT / "research" / "mixtral" / "mixtral_8x7b" / "predict_mixtral-8x7b.yaml"
@@ -124,3 +125,10 @@ def test_the_shapes_of_the_graphs() -> None:
     assert plan_dry_run(many, "predict.yaml", 8, "all", Path("out")).shape == Shape(6, 3584, 4096)
     uncached = words(model__model_config__use_past=False)
     assert plan_dry_run(uncached, "predict.yaml", 8, "all", Path("out")).shape == Shape(1, 256, 256)
+
+
+def test_the_device_of_a_configuration() -> None:
+    """Of Ascend all that the file says; a CPU has no memory pool to limit and one way to compile."""
+    assert device_of(words()) == DeviceSpec("Ascend", 0, False, True, "59GB", "O0")
+    alone = words(use_parallel=False, context__device_target="CPU", context__mode=1, context__device_id=3)
+    assert device_of(alone) == DeviceSpec("CPU", 3, pynative=True)
