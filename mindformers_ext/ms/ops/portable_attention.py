@@ -41,6 +41,7 @@ class AttentionBlock(nn.Cell):
         self.product_tn = P.BatchMatMul(transpose_a=True)
         self.ones_P = Tensor(np.ones((head_dim, 1), np.float32))
         self.row_sum = P.MatMul()
+        self.join = P.Concat(axis=2)
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         scores = self.product_nt(q, k)
@@ -54,8 +55,10 @@ class AttentionBlock(nn.Cell):
         dmixed = dout[0]
         along = ops.cast(ops.reshape(mixed * dmixed, (-1, mixed.shape[2])), ms.float32)
         along = ops.reshape(self.row_sum(along, self.ones_P), (mixed.shape[0], mixed.shape[1], 1))
-        along = ops.broadcast_to(ops.cast(along, weights.dtype), weights.shape)
-        dscores = weights * (self.product_nt(dmixed, v) - along)
+        # one more column, against ones: the product subtracts the row sums, which need not be spread over the scores
+        columns = self.join((dmixed, ops.neg(ops.cast(along, weights.dtype))))
+        against = self.join((v, ops.ones((v.shape[0], v.shape[1], 1), v.dtype)))
+        dscores = weights * self.product_nt(columns, against)
         return self.product(dscores, k), self.product_tn(dscores, q), self.product_tn(weights, dmixed)
 
 
