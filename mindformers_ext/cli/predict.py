@@ -6,8 +6,8 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -16,6 +16,7 @@ from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.jobs.predict import Predictor, Prompt, Written, keep, open_predictor, read_prompts
 
 INTERRUPTED = 130
+SAVED_EVERY = 10.0  # seconds
 
 
 def predict(config: Mapping[str, Any], spec: NetworkSpec, chat: bool) -> int:
@@ -27,7 +28,8 @@ def predict(config: Mapping[str, Any], spec: NetworkSpec, chat: bool) -> int:
     predictor.load()
     _tell(predictor)
     done: list[Written] = []
-    code = _answer(predictor, prompts, done)
+    together = bool(config.get("use_parallel"))
+    code = _answer(predictor, prompts, done, (lambda: keep(done, config, predictor.timing)) if together else None)
     if predictor.rank:
         print(f"note: process {predictor.rank} of those that answer together: the first one has the answers",
               file=sys.stderr)  # fmt: skip
@@ -48,9 +50,15 @@ def _tell(predictor: Predictor) -> None:
     predictor.notes.clear()
 
 
-def _answer(predictor: Predictor, prompts: list[Prompt], done: list[Written]) -> int:
-    """Print the answers as they grow; fills ``done``."""
+def _answer(predictor: Predictor, prompts: list[Prompt], done: list[Written],
+            save: Callable[[], object] | None = None) -> int:  # fmt: skip
+    """Print the answers as they grow; fills ``done``.
+
+    ``save`` belongs to processes that answer together: the launcher kills them, so the first one keeps what is done
+    every few seconds and signals are left as they are.
+    """
     started: set[int] = set()
+    saved = time.monotonic()
 
     def show(prompt: int, text: str) -> None:
         if predictor.rank:
@@ -62,11 +70,15 @@ def _answer(predictor: Predictor, prompts: list[Prompt], done: list[Written]) ->
         sys.stdout.flush()
 
     try:
-        with _interruptible():
+        with nullcontext() if save else _interruptible():
             for written in predictor.answers(prompts, show):
                 done.append(written)
-                if not predictor.rank:
-                    print(flush=True)
+                if predictor.rank:
+                    continue
+                print(flush=True)
+                if save and time.monotonic() - saved > SAVED_EVERY:
+                    save()
+                    saved = time.monotonic()
     except KeyboardInterrupt:
         print(flush=True)  # the cursor goes to a line of its own
         print("stopped by Ctrl-C; finished answers are kept", file=sys.stderr)

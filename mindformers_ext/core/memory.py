@@ -131,9 +131,10 @@ def prediction_memory(spec: NetworkSpec, count: int, rows: int, length: int, pos
     model, group = part.model, rows_at_once(rows, length)
     cache = 2 * rows * positions * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * compute
     weights = sum(item.nbytes for item in parted_parameters(spec, count))
-    # one layer at a time; the logits of a group's last tokens, gathered and in float32
+    # one layer at a time; the logits of a group's last tokens or of one token per text, gathered and in float32
     activations = layer_activations(replace(part, batch_size=group, seq_length=length))
-    return StageMemory(0, weights, 0, 0, activations + group * model.vocab_size * (2 * compute + 4), 0, cache)
+    logits = max(group, rows) * model.vocab_size * (2 * compute + 4)
+    return StageMemory(0, weights, 0, 0, activations + logits, 0, cache)
 
 
 def stage_activations(spec: NetworkSpec, settings: StepSettings, stage: int) -> int:

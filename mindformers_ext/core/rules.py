@@ -19,11 +19,12 @@ from mindformers_ext.core.yaml_keys import SHARDED_MODES
 SIZES = ("data_parallel", "model_parallel", "pipeline_stage", "expert_parallel", "context_parallel", "micro_batch_num",
          "pp_interleave_num")  # fmt: skip
 TRAINING = ("train", "finetune")
-RUN_MODES = (*TRAINING, "eval", "predict", "predict_with_train_model")
+TOGETHER = "predict_together"  # each process has its part of the network (core.tensor_parallel): nothing is cut
+RUN_MODES = (*TRAINING, "eval", "predict", "predict_with_train_model", TOGETHER)
 
 
 def check_network(spec: NetworkSpec, run_mode: str = "train") -> list[str]:
-    """Check ``spec`` for ``run_mode`` (train, finetune, eval, predict) and return the warnings, one line each.
+    """Check ``spec`` for ``run_mode`` (of ``RUN_MODES``) and return the warnings, one line each.
 
     The sizes are judged as ``settled`` leaves them.
 
@@ -159,7 +160,7 @@ def _widths(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: list
     if model.vocab_size % mp:
         warnings.append(f"vocab_size={model.vocab_size} is not a multiple of model_parallel={mp}: the output layer "
                         "and the loss are not cut")  # fmt: skip
-    if parallel.enable_parallel_optimizer and parallel.parallel_mode in SHARDED_MODES:
+    if parallel.enable_parallel_optimizer and parallel.parallel_mode in SHARDED_MODES and run_mode != TOGETHER:
         for name, width in (("vocab_size", model.vocab_size), ("hidden_size", model.hidden_size)):
             if width % parallel.device_num:
                 warnings.append(f"{name}={width} is not a multiple of the {parallel.device_num} devices: "
@@ -211,9 +212,9 @@ def _experts(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: lis
         line = f"model_parallel={mp} with experts but without sequence parallel"
         if run_mode in TRAINING:
             problems.add(line, "set parallel_config.use_seq_parallel: True")
-        elif run_mode == "eval":
+        elif run_mode != TOGETHER:
             warnings.append(f"{line}: every model-parallel rank routes the same tokens")
-    if spec.model.moe.use_gmm and max(ep, mp) > 1 and run_mode != "predict":  # there each process has its own part
+    if spec.model.moe.use_gmm and max(ep, mp) > 1 and run_mode != TOGETHER:
         problems.add(f"use_gmm=True with expert_parallel={ep}, model_parallel={mp}: grouped experts stand whole on "
                      "every device", "set both to 1, or use_gmm: False with a capacity_factor")  # fmt: skip
     if ep > 1 and not parallel.enable_alltoall:

@@ -21,8 +21,10 @@ from mindformers_ext.core.spec import NetworkSpec, ParallelSpec
 EMBEDDING = "embedding_weight"
 
 
-def check_tensor_parallel(spec: NetworkSpec) -> None:
+def check_tensor_parallel(spec: NetworkSpec) -> list[str]:
     """Whether ``spec`` is cut the way prediction on several devices is; ``core.rules`` judges the widths.
+
+    Returns what has no effect there, one line each.
 
     Raises:
         UserError: another split than model_parallel over all devices.
@@ -32,7 +34,8 @@ def check_tensor_parallel(spec: NetworkSpec) -> None:
                                                         "pipeline_stage")}  # fmt: skip
     wanted = {"data_parallel": 1, "model_parallel": devices, "expert_parallel": 1, "pipeline_stage": 1}
     if given == wanted:
-        return
+        idle = [name for name in ("use_seq_parallel", "enable_parallel_optimizer") if getattr(parallel, name)]
+        return [f"{name}=True has no effect on prediction" for name in idle]
     problems = Problems("these settings do not fit together")
     mode = "" if spec.parallel.parallel_mode == parallel.parallel_mode == "semi_auto_parallel" else (
         ", with parallel.parallel_mode: 1")  # fmt: skip
@@ -42,6 +45,7 @@ def check_tensor_parallel(spec: NetworkSpec) -> None:
         "set " + ", ".join(f"{name}: {value}" for name, value in wanted.items()) + mode,
     )  # fmt: skip
     problems.raise_if_any()
+    return []
 
 
 def part_of(spec: NetworkSpec, count: int) -> NetworkSpec:
@@ -66,13 +70,8 @@ def parted_parameters(spec: NetworkSpec, count: int) -> tuple[PlacedParameter, .
                  for item in placed)  # fmt: skip
 
 
-def own_part(weight: np.ndarray[Any, Any], local: tuple[int, ...], rank: int) -> np.ndarray[Any, Any]:
-    """The part of shape ``local`` that process ``rank`` holds of a whole weight: a view.
-
-    A weight of another size than the network's is returned as it is, for whoever takes it to refuse.
-    """
-    if len(local) != weight.ndim or any(size % own for size, own in zip(weight.shape, local, strict=True)):
-        return weight
+def own_part(weight: np.ndarray[Any, Any], placed: PlacedParameter, rank: int) -> np.ndarray[Any, Any]:
+    """The part that process ``rank`` holds of a whole weight (of shape ``placed.whole``): a view."""
     places = (slice(own * rank, own * (rank + 1)) if own < size else slice(None)
-              for size, own in zip(weight.shape, local, strict=True))  # fmt: skip
+              for size, own in zip(placed.whole, placed.local, strict=True))  # fmt: skip
     return weight[tuple(places)]

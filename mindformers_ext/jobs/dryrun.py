@@ -11,7 +11,7 @@ from typing import Any
 from mindformers_ext.core.capacity import rows_at_once
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.memory import StageMemory, prediction_memory, stage_memory
-from mindformers_ext.core.rules import check_network, settled
+from mindformers_ext.core.rules import TOGETHER, check_network, settled
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.core.yaml_view import network_spec_from_yaml, yaml_notes
 from mindformers_ext.jobs.dryrun_memory import check_memory, check_prediction_memory, step_settings
@@ -117,8 +117,8 @@ def plan_dry_run(
         check_sections(words, mode)
         spec = network_spec_from_yaml(words, world)
         if mode == PREDICT:
-            check_prediction(words, spec)
-        notes += [*yaml_notes(words), *check_network(spec, mode)]
+            notes += check_prediction(words, spec)
+        notes += [*yaml_notes(words), *check_network(spec, TOGETHER if mode == PREDICT and world > 1 else mode)]
         spec = settled(spec)[0]
         asked = asked_ranks(ranks, world, spec.parallel.pipeline_stage)
         shape = prediction_shape(words, spec) if mode == PREDICT else None

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,27 +16,13 @@ from mindformers_ext.core.rules import settled
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.core.split_cost import ASSUMPTIONS
 from mindformers_ext.core.split_search import MACHINE, Split, fitting_splits, step_rows
-from mindformers_ext.core.yaml_values import read_value
+from mindformers_ext.core.yaml_values import read_amount, read_value
 from mindformers_ext.core.yaml_view import network_spec_from_yaml
 from mindformers_ext.jobs.generate import Shape
 
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_AMOUNT = re.compile(r"(\d+(?:\.\d+)?) ?([KMG]i?B)", re.IGNORECASE)
 SHOWN = 10  # splits in the list
 NEEDED = ("weights, gradients and optimizer states follow from the slices; activations and gathered weights are "
           "estimated by arithmetic")  # fmt: skip
-
-
-def read_amount(text: str, name: str = "--memory") -> int:
-    """``64GB`` (10^9) or ``64GiB`` (2^30) as bytes.
-
-    Raises:
-        UserError: anything else.
-    """
-    match = _AMOUNT.fullmatch(str(text).strip())
-    if match is None or float(match[1]) == 0:
-        raise UserError(f"{name} {text!r}: write a number and a unit, for example 64GB")
-    return round(float(match[1]) * UNITS[match[2].upper()])
 
 
 def step_settings(config: Mapping[str, Any], spec: NetworkSpec) -> StepSettings:

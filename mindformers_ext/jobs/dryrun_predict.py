@@ -11,12 +11,12 @@ from mindformers_ext.core.sampling import sampling_from_yaml
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.core.tensor_parallel import check_tensor_parallel
 from mindformers_ext.jobs.generate import Shape, bucket
-from mindformers_ext.jobs.generate_model import uses_cache
+from mindformers_ext.jobs.generate_model import asked_batch, device_of, uses_cache
 from mindformers_ext.jobs.run_checks import generates_here
 
 
-def check_prediction(config: Mapping[str, Any], spec: NetworkSpec) -> None:
-    """Whether ``config`` is a prediction of ours, cut as it has to be.
+def check_prediction(config: Mapping[str, Any], spec: NetworkSpec) -> list[str]:
+    """Whether ``config`` is a prediction of ours, cut as it has to be; returns notes.
 
     Raises:
         UserError: MindFormers would answer, or another split than model_parallel over all devices.
@@ -24,7 +24,8 @@ def check_prediction(config: Mapping[str, Any], spec: NetworkSpec) -> None:
     if not generates_here(config):
         raise UserError("a dry run compiles predictions of our networks alone: LlamaForCausalLM with experts, "
                         "MixtralForCausalLM, PortableLlamaForCausalLM; without pet_config and adapter_id")  # fmt: skip
-    check_tensor_parallel(spec)
+    device_of(config)
+    return check_tensor_parallel(spec)
 
 
 def prediction_shape(config: Mapping[str, Any], spec: NetworkSpec) -> Shape:
@@ -37,5 +38,5 @@ def prediction_shape(config: Mapping[str, Any], spec: NetworkSpec) -> Shape:
     new = min(sampling.max_new_tokens or 1, spec.seq_length - 1)
     longest = min(spec.seq_length, sampling.longest(spec.seq_length - new))
     positions = bucket(longest)
-    rows = int(config.get("predict_batch_size") or spec.batch_size)
-    return Shape(rows, min(bucket(longest - new), positions) if uses_cache(config) else positions, positions)
+    rows = asked_batch(config) or spec.batch_size
+    return Shape(rows, min(bucket(max(1, longest - new)), positions) if uses_cache(config) else positions, positions)

@@ -41,6 +41,10 @@ class Network(Protocol):
         """float32 logits of shape (B, S, V) for int32 token ids of shape (B, S)."""
         ...
 
+    def agree(self, digest: bytes) -> bool:
+        """Whether all processes that hold the network have the same ``digest``; each has to ask."""
+        ...
+
     def session(self, rows: int, length: int, positions: int, use_cache: bool = True) -> Session:
         """Generation for up to ``rows`` prompts of up to ``length`` tokens, up to ``positions`` with their answers.
 

@@ -13,6 +13,7 @@ from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.hf_config import model_spec_from_hf
 from mindformers_ext.core.spec import DeviceSpec, ModelSpec, NetworkSpec
 from mindformers_ext.core.yaml_keys import KEYS
+from mindformers_ext.core.yaml_values import read_amount
 from mindformers_ext.formats.rank_dirs import rank_folders
 from mindformers_ext.jobs.checkpoints import checkpoint_file, holds_whole
 from mindformers_ext.jobs.engine import Network, engine_of, open_engine
@@ -25,6 +26,7 @@ COMPARED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers
             "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "tie_word_embeddings")  # fmt: skip
 COMPARED_MOE = ("num_local_experts", "num_experts_per_tok")
 SUFFIXES = (".ckpt", ".safetensors")
+JIT_LEVELS = ("O0", "O1", "O2")
 MEMORY = Path("/proc/meminfo")
 
 
@@ -134,13 +136,22 @@ def open_network(config: Mapping[str, Any], spec: NetworkSpec, weights: Weights 
 
 
 def device_of(config: Mapping[str, Any]) -> DeviceSpec:
-    """The device of a checked configuration."""
+    """The device of a checked configuration.
+
+    Raises:
+        UserError: ``max_device_memory`` or ``jit_config`` of Ascend is not understood.
+    """
     context = config.get("context") or {}
     target = str(context.get("device_target", "Ascend"))
     own = context if target == "Ascend" else {}
+    memory, jit = own.get("max_device_memory"), own.get("jit_config") or {}
+    level = jit.get("jit_level") if isinstance(jit, Mapping) else jit
+    if level not in (None, "", *JIT_LEVELS):
+        raise UserError(f"context.jit_config is {jit!r}: write jit_level: one of {', '.join(JIT_LEVELS)}")
+    if memory:  # MindSpore takes no other unit
+        memory = f"{read_amount(str(memory), 'context.max_device_memory') / 1e9:.3f}".rstrip("0").rstrip(".") + "GB"
     return DeviceSpec(target, int(context.get("device_id") or 0), context.get("mode") in (1, "1", "PYNATIVE_MODE"),
-                      bool(config.get("use_parallel")), own.get("max_device_memory"),
-                      (own.get("jit_config") or {}).get("jit_level"))  # fmt: skip
+                      bool(config.get("use_parallel")), memory or None, level or None)  # fmt: skip
 
 
 def dropless_spec(config: Mapping[str, Any], spec: NetworkSpec, length: int = 1) -> NetworkSpec:
@@ -157,16 +168,27 @@ def uses_cache(config: Mapping[str, Any]) -> bool:
     return config["model"]["model_config"].get("use_past", True) is not False
 
 
+def asked_batch(config: Mapping[str, Any]) -> int | None:
+    """``predict_batch_size``, None where it is left out.
+
+    Raises:
+        UserError: no whole number above 0.
+    """
+    batch = config.get("predict_batch_size")
+    if batch is not None and (not isinstance(batch, int) or isinstance(batch, bool) or batch < 1):
+        raise UserError(f"predict_batch_size={batch!r}: give a whole number above 0")
+    return batch
+
+
 def check_memory(spec: NetworkSpec, rows: int, positions: int, available: int | None = None) -> int:
-    """Bytes of a cache for ``rows`` texts of ``positions`` tokens, of which every process holds its heads' part.
+    """Bytes of a cache for ``rows`` texts of ``positions`` tokens, in one process or in several of this machine.
 
     Raises:
         UserError: more than ``available`` bytes (default: what this machine has free).
     """
     model = spec.model
     width = 2 if spec.numerics.compute_dtype == "float16" else 4
-    heads = model.num_key_value_heads // spec.parallel.model_parallel
-    cache = 2 * rows * positions * model.num_hidden_layers * heads * model.head_dim * width
+    cache = 2 * rows * positions * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * width
     free = _free_memory() if available is None else available
     if free is not None and cache > free:
         raise UserError(

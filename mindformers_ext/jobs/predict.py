@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from mindformers_ext.data.packing import check_ids
 from mindformers_ext.data.tokenizers import Tokenizer, open_tokenizer
 from mindformers_ext.formats.atomic import fresh_file
 from mindformers_ext.jobs.generate import Answer, Generation, Timing, bucket
-from mindformers_ext.jobs.generate_model import check_memory, open_network, open_weights, uses_cache
+from mindformers_ext.jobs.generate_model import asked_batch, check_memory, open_network, open_weights, uses_cache
 
 STANDARD_INPUT = "-"
 LONGEST_NAME = 256  # bytes of a file's name
@@ -132,6 +133,10 @@ class Predictor:
         generation.batch_size = min(int(wanted), len(prompts)) if wanted else len(prompts)
         longest = max(min(self.spec.seq_length, self.sampling.longest(len(p.tokens))) for p in prompts)
         check_memory(self.spec, generation.batch_size, bucket(longest))
+        asked = repr(([p.tokens for p in prompts], self.sampling, generation.batch_size, self.spec.seq_length))
+        if not generation.network.agree(hashlib.sha256(asked.encode()).digest()):
+            raise UserError("the processes that answer together have different prompts, tokenizers or settings: give "
+                            "every machine the same files and options")  # fmt: skip
         stream = TextStream(self.tokenizer, [prompt.tokens for prompt in prompts], on_text) if on_text else None
         for answer in generation.answers([p.tokens for p in prompts], stream.take if stream else None):
             if stream:
@@ -194,9 +199,7 @@ def open_predictor(config: Mapping[str, Any], spec: NetworkSpec, chat: bool = Fa
     model = spec.model
     sampling = sampling_from_yaml(words, (model.eos_token_id, *model.more_eos_token_ids), int(config.get("seed") or 0))
     tokenizer, path = open_own_tokenizer(config, model)
-    batch = config.get("predict_batch_size")
-    if batch is not None and (not isinstance(batch, int) or isinstance(batch, bool) or batch < 1):
-        raise UserError(f"predict_batch_size={batch!r}: give a whole number above 0")
+    asked_batch(config)
     template = ChatTemplate(path if path.is_dir() else path.parent) if chat else None
     return Predictor(config, spec, tokenizer, template, sampling)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections import deque
@@ -139,6 +140,7 @@ _worker: dict[str, Encoder] = {}
 
 
 def _start_worker(setup: Setup, parent: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as a fork it has its parent's handler, which unwinds
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _worker["encoder"] = Encoder(setup, open_tokenizer(setup.model_file))

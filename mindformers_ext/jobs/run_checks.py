@@ -12,7 +12,7 @@ from typing import Any
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.lora import lora_from_yaml
-from mindformers_ext.core.rules import check_network
+from mindformers_ext.core.rules import TOGETHER, check_network
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.core.tensor_parallel import check_tensor_parallel
 from mindformers_ext.core.yaml_view import network_spec_from_yaml, yaml_notes
@@ -56,9 +56,9 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
     try:
         check_sections(result, mode)
         spec = network_spec_from_yaml(result, device_count(result, engine))
-        if launched(engine) and predicts_together(result):
-            _check_together(result, spec, engine)
-        notes = [*yaml_notes(result), *check_network(spec, mode)]
+        together = launched(engine) and predicts_together(result)
+        notes = _check_together(result, spec, engine) if together else []
+        notes += [*yaml_notes(result), *check_network(spec, TOGETHER if together else mode)]
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     check_device(str((result.get("context") or {}).get("device_target", "Ascend")))
@@ -129,12 +129,12 @@ def predicts_together(config: Mapping[str, Any]) -> bool:
     return generates_here(config) and bool(config.get("use_parallel"))
 
 
-def _check_together(config: Mapping[str, Any], spec: NetworkSpec, engine: str) -> None:
-    """What several processes need to predict together, and what only one can do."""
+def _check_together(config: Mapping[str, Any], spec: NetworkSpec, engine: str) -> list[str]:
+    """What several processes need to predict together, and what only one can do; returns notes."""
     if engine == "pt":
         raise UserError("prediction by several processes together is not built for the PyTorch engine: start one "
                         "process, without use_parallel")  # fmt: skip
-    check_tensor_parallel(spec)
+    notes = check_tensor_parallel(spec)
     if not config.get("load_checkpoint"):
         raise UserError("prediction on several devices needs load_checkpoint: random weights of each would not fit "
                         "together")  # fmt: skip
@@ -142,6 +142,7 @@ def _check_together(config: Mapping[str, Any], spec: NetworkSpec, engine: str) -
     if given in ("-", ["-"]):
         raise UserError("--predict_data - reads the standard input of one process: give the prompts, or a text file "
                         "with one on each line, to several")  # fmt: skip
+    return notes
 
 
 def evaluates_here(config: Mapping[str, Any]) -> bool:

@@ -6,12 +6,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import mindspore as ms
+import mindspore.ops.operations as P
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 from mindspore.communication import get_group_size, get_rank, init
 from mindspore.nn.utils import no_init_parameters
 
 from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.placement import PlacedParameter
 from mindformers_ext.core.spec import DeviceSpec, NetworkSpec
 from mindformers_ext.core.tensor_parallel import own_part, parted_parameters
 from mindformers_ext.ms.generate import MindSporeSession
@@ -26,10 +28,10 @@ class MindSporeNetwork:
     """A causal language model on MindSpore; with ``parts`` one process's part of it (``core.tensor_parallel``), which
     generates together with the others: every process makes the same calls and gets the same answers.
 
-    ``parts``: by name the shape of the part of each weight that is filled in.
+    ``parts``: by name each weight's whole shape and that of the part.
     """
 
-    def __init__(self, cell: nn.Cell, parts: Mapping[str, tuple[int, ...]] | None = None, rank: int = 0,
+    def __init__(self, cell: nn.Cell, parts: Mapping[str, PlacedParameter] | None = None, rank: int = 0,
                  count: int = 1) -> None:  # fmt: skip
         self.cell = cell
         self.rank = rank
@@ -57,12 +59,12 @@ class MindSporeNetwork:
         """
         parameters = {parameter.name: parameter for parameter in self.cell.get_parameters()}
         missing = {name for name in parameters if name.split(".")[-1] not in STATE}
-        for name, whole in weights:
-            weight = own_part(whole, self._parts[name], self.rank) if name in self._parts else whole
-            if name not in parameters or tuple(parameters[name].shape) != weight.shape:
+        for name, weight in weights:
+            placed = self._parts.get(name)
+            if name not in parameters or (placed.whole if placed else tuple(parameters[name].shape)) != weight.shape:
                 raise UserError(f"weight '{name}' {weight.shape} has no place in the network: the checkpoint was made "
                                 "for another model or other sizes")  # fmt: skip
-            _set(parameters[name], weight)
+            _set(parameters[name], own_part(weight, placed, self.rank) if placed else weight)
             missing.discard(name)
         if missing:
             raise UserError(f"the checkpoint lacks {', '.join(sorted(missing)[:LISTED])}: give the whole model")
@@ -70,6 +72,14 @@ class MindSporeNetwork:
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """float32 logits of shape (B, S, V) for token ids of shape (B, S); compiled once per shape."""
         return self.cell(Tensor(ids.astype(np.int32))).asnumpy().astype(np.float32)
+
+    def agree(self, digest: bytes) -> bool:
+        """Whether all processes that hold the network have the same ``digest`` (an even number of bytes)."""
+        if self._count == 1:
+            return True
+        own = np.frombuffer(digest, np.uint16).astype(np.float32)  # which a CPU can exchange, and every device exactly
+        everyone = P.AllGather()(Tensor(own[None])).asnumpy()
+        return bool((everyone == own).all())
 
     def session(self, rows: int, length: int, positions: int, use_cache: bool = True) -> MindSporeSession:
         """Generation for ``rows`` prompts of up to ``length`` tokens, up to ``positions`` with their answers."""
@@ -109,9 +119,12 @@ class MindSporeEngine:
         """
         ms.set_context(mode=self.mode)
         if self.count > 1:
+            if spec.parallel.model_parallel != self.count:
+                raise UserError(f"the job has {self.count} processes, the network is cut for "
+                                f"{spec.parallel.model_parallel}: set parallel_config.model_parallel")  # fmt: skip
             with no_init_parameters():
                 cell = build_part(spec, self.count)
-            parts = {item.name: item.local for item in parted_parameters(spec, self.count)}
+            parts = {item.name: item for item in parted_parameters(spec, self.count)}
             return MindSporeNetwork(cell, parts, self.rank, self.count)
         if empty:
             with no_init_parameters():

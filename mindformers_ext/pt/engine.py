@@ -34,6 +34,10 @@ class PyTorchNetwork:
         """As ``load``, one tensor at a time; see ``pt.names.fill``."""
         names.fill(self.module, weights)
 
+    def agree(self, digest: bytes) -> bool:
+        """True: one process holds the network."""
+        return True
+
     def session(self, rows: int, length: int, positions: int, use_cache: bool = True) -> PyTorchSession:
         """Generation for ``rows`` prompts of up to ``length`` tokens, up to ``positions`` with their answers."""
         session = PyTorchSession(self.module, rows, length, positions, self.device)

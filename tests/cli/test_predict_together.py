@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import pytest
 from safetensors.numpy import load_file
 
+from mindformers_ext.cli import predict as command
 from mindformers_ext.cli.run_mindformer import main
 from mindformers_ext.core.yaml_view import network_spec_from_yaml
 from mindformers_ext.formats.strategy import read_strategy
+from mindformers_ext.jobs.predict import open_predictor
 from mindformers_ext.jobs.tiny_model import TinyModelRequest, make_tiny_model
 from mindformers_ext.weights.convert import to_mindspore
 from tests.helpers.cluster import free_port, launch
@@ -62,9 +64,9 @@ def lines(folder):
 
 def both(job, *words):
     """The same command in one process and in two; returns the output folders and the launcher's output."""
-    command = ["--config", job.yaml, "--run_mode", "predict", "--predict_data", job.folder / "prompts.txt", *words]
-    assert main([*map(str, command), "--output_dir", str(job.folder / "one")]) == 0
-    text = launch(f"run_mindformer.py {' '.join(map(str, command))} {SPLIT} --output_dir two", 2, free_port(), "log",
+    line = ["--config", job.yaml, "--run_mode", "predict", "--predict_data", job.folder / "prompts.txt", *words]
+    assert main([*map(str, line), "--output_dir", str(job.folder / "one")]) == 0
+    text = launch(f"run_mindformer.py {' '.join(map(str, line))} {SPLIT} --output_dir two", 2, free_port(), "log",
                   "True", 120, cwd=job.folder)  # fmt: skip
     assert text.startswith("0\n"), text[-3000:]
     return job.folder / "one", job.folder / "two"
@@ -89,6 +91,39 @@ def test_sampled_from_slices_without_a_cache(llama):
     one, two = both(llama, *words)
     assert lines(two) == lines(one)
     assert "auto_trans_ckpt is not needed" in (llama.folder / "log" / "worker_0.log").read_text()
+
+
+# Two processes with equal and with different prompts, as ``jobs.predict`` asks before it answers.
+AGREE_SCRIPT = """
+import sys
+from mindspore import nn
+from mindformers_ext.core.spec import DeviceSpec
+from mindformers_ext.ms.engine import MindSporeEngine, MindSporeNetwork
+engine = MindSporeEngine()
+engine.use(DeviceSpec("CPU", together=True))
+network = MindSporeNetwork(nn.Cell(), {}, engine.rank, engine.count)
+found = [network.agree(bytes(range(32))), network.agree(bytes([255] * 31 + [engine.rank]))]
+print("rank", engine.rank, "found", *found, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_processes_with_different_prompts_notice_it(tmp_path):
+    (tmp_path / "agree.py").write_text(AGREE_SCRIPT)
+    text = launch("agree.py", 2, free_port(), "log", "True", 120, cwd=tmp_path)
+    assert text.startswith("0\n"), text[-3000:]
+    for rank in range(2):
+        assert f"rank {rank} found True False" in (tmp_path / "log" / f"worker_{rank}.log").read_text()
+
+
+def test_answers_are_kept_while_others_are_awaited(mixtral, monkeypatch):
+    """The launcher kills its processes at Ctrl-C: what the first one has by then has to be on the disk."""
+    monkeypatch.setattr(command, "SAVED_EVERY", -1.0)
+    config = config_of(mixtral.yaml, f"load_checkpoint={mixtral.folder / 'hf'}", "predict_batch_size=1")
+    predictor = open_predictor(config, network_spec_from_yaml(config))
+    saves, done = [], []
+    assert command._answer(predictor, predictor.prompts(PROMPTS), done, lambda: saves.append(len(done))) == 0
+    assert saves == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ import yaml
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.traffic import sent_bytes
+from mindformers_ext.core.yaml_values import read_amount
 from mindformers_ext.formats.elf import read_library
 from mindformers_ext.formats.graph_text import Collective, GraphTensor, read_graph, unplanned_operators
 from mindformers_ext.jobs.dryrun import asked_ranks, plan_dry_run
 from mindformers_ext.jobs.dryrun_facts import RankFacts, parameter_facts, purpose, rank_facts_from_json, traffic_facts
-from mindformers_ext.jobs.dryrun_memory import read_amount
 from mindformers_ext.jobs.dryrun_page import page
 from mindformers_ext.jobs.dryrun_ranks import error_text
 from mindformers_ext.jobs.dryrun_report import DryRunReport, amount, group_text, report_text

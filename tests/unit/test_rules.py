@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.rules import RUN_MODES, check_network, nearest_sizes, router_tokens, settled
+from mindformers_ext.core.rules import RUN_MODES, TOGETHER, check_network, nearest_sizes, router_tokens, settled
 from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, ParallelSpec
 from tests.helpers.specs import network_specs
 
@@ -103,8 +103,9 @@ def test_rules_of_run_modes() -> None:
     assert "model_config.batch_size=1 is not a multiple of data_parallel=8" in refusal(SEED, "predict")
     assert "run_mode='trian'" in refusal(SEED, "trian")
     predict = with_sizes(data_parallel=1, expert_parallel=1, model_parallel=8, pipeline_stage=1, device_num=8)
-    assert check_network(predict, "predict") == []
-    assert any("without sequence parallel" in line for line in check_network(replace(predict, batch_size=8), "eval"))
+    assert check_network(predict, TOGETHER) == []
+    for mode in ("predict", "eval"):
+        assert any("without sequence parallel" in line for line in check_network(predict, mode))
     assert "use_seq_parallel: True" in refusal(predict, "finetune")
 
 

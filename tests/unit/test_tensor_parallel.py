@@ -25,7 +25,7 @@ from mindformers_ext.core.tensor_parallel import head_parts, own_part, part_of, 
 from mindformers_ext.core.yaml_view import network_spec_from_yaml
 from mindformers_ext.jobs.dryrun import plan_dry_run
 from mindformers_ext.jobs.generate import Shape
-from mindformers_ext.jobs.generate_model import device_of
+from mindformers_ext.jobs.generate_model import check_memory, device_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PREDICT = ROOT / "research" / "mixtral" / "mixtral_8x7b" / "predict_mixtral-8x7b.yaml"
@@ -57,7 +57,7 @@ def test_parts_make_the_whole_and_are_the_shapes_of_a_smaller_network(spec: Netw
     part = {item.name: item.whole for item in placed_parameters(part_of(spec, count))}
     for item in parted_parameters(spec, count):
         whole = np.arange(math.prod(item.whole)).reshape(item.whole)
-        own = [own_part(whole, item.local, rank) for rank in range(count)]
+        own = [own_part(whole, item, rank) for rank in range(count)]
         assert {piece.shape for piece in own} == {item.local}
         cut = [axis for axis, (all_, here) in enumerate(zip(item.whole, item.local, strict=True)) if all_ != here]
         if cut:
@@ -69,11 +69,6 @@ def test_parts_make_the_whole_and_are_the_shapes_of_a_smaller_network(spec: Netw
             assert item.local == part[item.name]
         else:
             assert item.local[0] * head_parts(spec, count) == spec.model.vocab_size
-
-
-def test_a_weight_of_another_model_is_left_for_the_network_to_refuse() -> None:
-    wrong = np.zeros((6, 5))
-    assert own_part(wrong, (4, 5), 0) is wrong and own_part(wrong, (6,), 0) is wrong
 
 
 def test_memory_of_a_device_follows_from_the_shapes() -> None:
@@ -98,6 +93,9 @@ def test_memory_of_a_device_follows_from_the_shapes() -> None:
         ({"model__model_config__type": "Other", "moe_config__expert_num": 1}, 8,
          ["predictions of our networks alone"]),
         ({"model__model_config__max_decode_length": -4}, 8, ["max_length (max_decode_length)=-4"]),
+        ({"predict_batch_size": 0}, 8, ["predict_batch_size=0: give a whole number above 0"]),
+        ({"context__max_device_memory": "much"}, 8, ["context.max_device_memory 'much': write a number and a unit"]),
+        ({"context__jit_config": "{jit_level: O7}"}, 8, ["write jit_level: one of O0, O1, O2"]),
     ],
 )  # fmt: skip
 def test_refused(changes: dict[str, Any], devices: int, messages: list[str]) -> None:
@@ -123,6 +121,7 @@ def test_the_shapes_of_the_graphs() -> None:
     assert plan_dry_run(words(), "predict.yaml", 8, "all", Path("out")).shape == Shape(1, 256, 256)
     many = words(predict_batch_size=6, model__model_config__max_new_tokens=1000)
     assert plan_dry_run(many, "predict.yaml", 8, "all", Path("out")).shape == Shape(6, 3584, 4096)
+    assert plan_dry_run(words(model__model_config__max_length=1), "p", 8, "0", Path("out")).shape == Shape(1, 4, 4)
     uncached = words(model__model_config__use_past=False)
     assert plan_dry_run(uncached, "predict.yaml", 8, "all", Path("out")).shape == Shape(1, 256, 256)
 
@@ -130,5 +129,23 @@ def test_the_shapes_of_the_graphs() -> None:
 def test_the_device_of_a_configuration() -> None:
     """Of Ascend all that the file says; a CPU has no memory pool to limit and one way to compile."""
     assert device_of(words()) == DeviceSpec("Ascend", 0, False, True, "59GB", "O0")
+    assert device_of(words(context__max_device_memory="32.5 GiB")).max_memory == "34.897GB"
     alone = words(use_parallel=False, context__device_target="CPU", context__mode=1, context__device_id=3)
     assert device_of(alone) == DeviceSpec("CPU", 3, pynative=True)
+
+
+def test_what_has_no_effect_is_said() -> None:
+    idle = words(parallel_config__use_seq_parallel=True, parallel__enable_parallel_optimizer=True)
+    notes = plan_dry_run(idle, "predict.yaml", 8, "0", Path("out")).notes
+    assert [note.partition(" has no effect on prediction")[0] for note in notes if "on prediction" in note] == [
+        "use_seq_parallel=True", "enable_parallel_optimizer=True"]
+    assert not any("leave its parameters whole" in note for note in notes)
+
+
+def test_the_cache_of_one_process_is_not_divided_by_a_split_that_it_has_not() -> None:
+    """The file's model_parallel 8 without use_parallel, and several processes that share a machine."""
+    whole = 2 * 32 * 4096 * 8 * 128 * 2
+    for spec in (SPEC, network_spec_from_yaml(words(use_parallel=False), 1)):
+        assert check_memory(spec, 1, 4096, available=whole) == whole
+        with pytest.raises(UserError, match="0.5 GB are free"):
+            check_memory(spec, 1, 4096, available=whole - 1)
