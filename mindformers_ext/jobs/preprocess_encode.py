@@ -10,10 +10,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from queue import Queue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -117,41 +119,82 @@ def encode_all(
         yield from map(Encoder(setup, tokenizer).encode, batches)
         return
     # forked: no thread runs yet, and a process that starts from nothing would first import everything again
-    context = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (setup, os.getpid()))
+    team = [_start(setup) for _ in range(workers)]
+    free: Queue[Connection] = Queue()
+    for member in team:
+        free.put(member.pipe)
+    threads = ThreadPoolExecutor(workers)
     waiting: deque[Future[Tokens]] = deque()
     try:
         for batch in batches:
-            waiting.append(pool.submit(_work, batch))
+            waiting.append(threads.submit(_encoded, free, batch))
             if len(waiting) >= WINDOW * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    except BrokenProcessPool as error:
+    finally:
+        for member in team:
+            member.process.kill()  # whoever waits for it hears the end of its pipe
+        threads.shutdown(wait=True, cancel_futures=True)
+        for member in team:
+            member.process.join()
+            member.pipe.close()
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A process that encodes. Its pipe is its own, so that the end of the process is the end of the pipe: with one pipe
+    for all, half a result of a killed process would be waited for without end."""
+
+    process: BaseProcess
+    pipe: Connection
+
+
+def _start(setup: Setup) -> _Member:
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(setup, theirs, os.getpid()), daemon=True)
+    process.start()
+    theirs.close()
+    return _Member(process, ours)
+
+
+def _encoded(free: Queue[Connection], batch: TextBatch | QaBatch) -> Tokens:
+    """The batch as one of the free processes encodes it."""
+    pipe = free.get()
+    try:
+        pipe.send(batch)
+        found = pipe.recv()
+    except (EOFError, OSError) as error:
         raise UserError(
             "a tokenising process ended before its work was done, probably for want of memory: use fewer --workers"
         ) from error
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        free.put(pipe)
+    if isinstance(found, UserError):
+        raise found
+    return found
 
 
-# What a worker process holds between its batches.
-_worker: dict[str, Encoder] = {}
-
-
-def _start_worker(setup: Setup, parent: int) -> None:
+def _work(setup: Setup, pipe: Connection, parent: int) -> None:
+    """In the process: encode what comes through the pipe until it is closed."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as a fork it has its parent's handler, which unwinds
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    _worker["encoder"] = Encoder(setup, open_tokenizer(setup.model_file))
+    encoder = Encoder(setup, open_tokenizer(setup.model_file))
+    while True:
+        try:
+            batch = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(encoder.encode(batch))
+        except UserError as error:
+            pipe.send(error)
 
 
 def _end_with(parent: int) -> None:
-    """A worker whose parent was killed would wait for batches for ever."""
+    """A process whose parent was killed would wait for batches for ever."""
     while os.getppid() == parent:
         time.sleep(0.2)
     os._exit(1)
-
-
-def _work(batch: TextBatch | QaBatch) -> Tokens:
-    return _worker["encoder"].encode(batch)
