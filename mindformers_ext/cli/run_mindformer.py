@@ -90,7 +90,7 @@ def _run(arguments: argparse.Namespace) -> int:
                         "out")  # fmt: skip
     chat = bool(arguments.chat)
     if chat and not generates_here(checked.config):
-        raise UserError("--chat belongs to --run_mode predict of our networks on one device: leave it out")
+        raise UserError("--chat belongs to --run_mode predict of our networks: leave it out")
     if generates_here(checked.config):
         from mindformers_ext.cli.predict import predict
 
