@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mindformers_ext.core.errors import Problems
+from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.placement import PlacedParameter, placed_parameters
 from mindformers_ext.core.rules import settled
 from mindformers_ext.core.spec import NetworkSpec, ParallelSpec
@@ -36,16 +36,10 @@ def check_tensor_parallel(spec: NetworkSpec) -> list[str]:
     if given == wanted:
         idle = [name for name in ("use_seq_parallel", "enable_parallel_optimizer") if getattr(parallel, name)]
         return [f"{name}=True has no effect on prediction" for name in idle]
-    problems = Problems("these settings do not fit together")
-    mode = "" if spec.parallel.parallel_mode == parallel.parallel_mode == "semi_auto_parallel" else (
-        ", with parallel.parallel_mode: 1")  # fmt: skip
-    problems.add(
-        f"prediction cuts the network over all {devices} devices by model_parallel, here "
-        + ", ".join(f"{name}={value}" for name, value in given.items()),
-        "set " + ", ".join(f"{name}: {value}" for name, value in wanted.items()) + mode,
-    )  # fmt: skip
-    problems.raise_if_any()
-    return []
+    mode = "" if parallel.parallel_mode == "semi_auto_parallel" else ", with parallel.parallel_mode: 1"
+    raise UserError(f"prediction cuts the network over all {devices} devices by model_parallel, here "
+                    + ", ".join(f"{name}={value}" for name, value in given.items())
+                    + ": set " + ", ".join(f"{name}: {value}" for name, value in wanted.items()) + mode)  # fmt: skip
 
 
 def part_of(spec: NetworkSpec, count: int) -> NetworkSpec:
