@@ -140,7 +140,7 @@ def prediction_memory(spec: NetworkSpec, count: int, rows: int, length: int, pos
 def stage_activations(spec: NetworkSpec, settings: StepSettings, stage: int) -> int:
     """Estimated bytes of activations at the peak of a step: all micro batches that a stage keeps open, the layer whose
     gradient is being computed, and the logits on the last stage."""
-    parallel = spec.parallel
+    parallel, parts = spec.parallel, part_activations(spec)
     kept, once = 0, 0
     for layer in range(spec.model.num_hidden_layers):
         if spec.layer_stage(layer) == stage:
@@ -148,32 +148,46 @@ def stage_activations(spec: NetworkSpec, settings: StepSettings, stage: int) -> 
                 kept += _layer_input(spec, settings.recompute)
                 once = layer_activations(spec)
             else:
-                kept += layer_activations(spec)
-    parts = parallel.pp_interleave_num
-    open_now = open_parts(stage, parallel.pipeline_stage, parts, max(parallel.micro_batch_num, 1))
+                again = [parts[part] for part in settings.recompute.parts_of(layer)]
+                kept += layer_activations(spec) - sum(again)
+                once = max([once, *again])
+    pieces = parallel.pp_interleave_num
+    open_now = open_parts(stage, parallel.pipeline_stage, pieces, max(parallel.micro_batch_num, 1))
     logits = _logits(spec) if stage == parallel.pipeline_stage - 1 else 0
-    return parallel.micro_batch_interleave_num * (open_now * kept // parts + logits) + once
+    return parallel.micro_batch_interleave_num * (open_now * kept // pieces + logits) + once
 
 
 def layer_activations(spec: NetworkSpec) -> int:
     """Bytes that one layer keeps of one micro batch for its gradient."""
+    residual = 2 * layer_sizes(spec).tokens * spec.model.hidden_size * WIDTH[spec.numerics.compute_dtype]
+    return residual + sum(size for part, size in part_activations(spec).items() if part != "swiglu")
+
+
+def part_activations(spec: NetworkSpec) -> dict[str, int]:
+    """The same of each part of a layer (``core.recompute.PARTS``), without what it is given."""
     model, parallel, sizes = spec.model, spec.parallel, layer_sizes(spec)
     mp, number = parallel.model_parallel, WIDTH[spec.numerics.compute_dtype]
     hidden, ffn = model.hidden_size, model.intermediate_size // mp
     queries = model.num_attention_heads * model.head_dim // mp
     keys = model.num_key_value_heads * model.head_dim // mp
     heads = model.num_attention_heads // mp
-    numbers = 4 * sizes.tokens * hidden  # two residual inputs, two normed
-    numbers += sizes.whole_tokens * (3 * queries + 3 * keys)  # q, k, v, turned q and k, heads' output
     if spec.kernels.flash_attention:
-        extra = 4 * STATISTICS * heads * sizes.whole_tokens
+        softmax = 4 * STATISTICS * heads * sizes.whole_tokens
     else:  # the softmax weights of half the square
-        extra = WIDTH[spec.numerics.softmax_dtype] * heads * sizes.whole_tokens * spec.seq_length // 2
-    if model.moe is None:
-        return number * (numbers + 3 * sizes.whole_tokens * ffn) + extra
-    numbers += sizes.expert_rows * (hidden + 3 * ffn) + 2 * sizes.slots * hidden
-    extra += 4 * 3 * sizes.tokens * model.moe.num_local_experts  # logits, probabilities, one-hot
-    return number * numbers + extra
+        softmax = WIDTH[spec.numerics.softmax_dtype] * heads * sizes.whole_tokens * spec.seq_length // 2
+    rows, feed_forward = sizes.whole_tokens, 3 * sizes.whole_tokens * ffn * number
+    if model.moe is not None:
+        rows = sizes.expert_rows
+        feed_forward = number * (rows * (hidden + 3 * ffn) + 2 * sizes.slots * hidden)
+        feed_forward += 4 * 3 * sizes.tokens * model.moe.num_local_experts  # logits, probabilities, one-hot
+    normed = number * sizes.tokens * hidden
+    return {
+        "attention_norm": normed,
+        "attention": number * sizes.whole_tokens * (3 * queries + 3 * keys) + softmax,  # q, k, v, both turned, output
+        "ffn_norm": normed,
+        "feed_forward": feed_forward,
+        "swiglu": number * rows * ffn,
+    }
 
 
 def _layer_input(spec: NetworkSpec, recompute: RecomputeSpec) -> int:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``recompute_config``: which layers forget their activations after the forward pass and compute them again."""
+"""``recompute_config``: which layers, or parts of them, forget their activations after the forward pass and compute
+them again (Chen et al. 2016, section 4)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from mindformers_ext.core.cluster import layer_stage
@@ -12,6 +14,18 @@ from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.yaml_values import read_value
 
 WHERE = "recompute_config"
+WHOLE = ("attention", "feed_forward")  # the parts with products and messages; together with the norms a layer
+# Parts of a layer, and what MindFormers' configurations call them in ``select_recompute``. ``swiglu`` is the gated
+# product inside feed_forward; silu is computed again in any case.
+PARTS: dict[str, tuple[str, ...]] = {
+    "attention_norm": ("attention_norm", "attention_norm.norm"),
+    "attention": ("attention",),
+    "ffn_norm": ("ffn_norm", "ffn_norm.norm"),
+    "feed_forward": ("feed_forward",),
+    "swiglu": ("feed_forward.mul", "feed_forward.w1.activation.silu"),
+}
+BROKEN = frozenset(("attention_norm", "attention", "swiglu"))  # MindSpore 2.9 does not compile a layer with all three
+SELECTED = "swiglu"  # what ``select_recompute: True`` means, as in MindFormers
 
 
 @dataclass(frozen=True)
@@ -20,18 +34,35 @@ class RecomputeSpec:
 
     ``exchanges``: also repeat what they exchange with other devices (``mp_comm_recompute``); otherwise those results
     are kept. ``cut_inputs``: keep each layer's input cut over model_parallel (``recompute_slice_activation``).
+    ``selected``: names of ``PARTS``, each with the layers whose part is computed again (``select_recompute``).
     """
 
     layers: frozenset[int] = frozenset()
     exchanges: bool = True
     cut_inputs: bool = False
+    selected: tuple[tuple[str, frozenset[int]], ...] = ()
+
+    def parts_of(self, layer: int) -> frozenset[str]:
+        """The parts of ``layer`` that are computed again by themselves: none of a layer that is so as a whole."""
+        if layer in self.layers:
+            return frozenset()
+        found = frozenset(part for part, layers in self.selected if layer in layers)
+        return found - {"swiglu"} if "feed_forward" in found else found
+
+    def for_every_layer(self, layers: int) -> RecomputeSpec:
+        """The same for all of a network's layers, where some are named now."""
+        every = frozenset(range(layers))
+        selected = tuple((part, every) for part, some in self.selected if some)
+        return replace(self, layers=every if self.layers else frozenset(), selected=selected)
 
 
 def recompute_from_yaml(config: Mapping[str, Any], layers: int, stages: int, parts: int = 1) -> RecomputeSpec:
     """Read ``recompute_config``; without it nothing is computed again.
 
     ``recompute`` is True, False, or a list with one entry per pipeline stage: so many of its layers from its first,
-    or True or False. Stages behind the list's end compute nothing again.
+    or True or False. Stages behind the list's end compute nothing again. ``select_recompute`` is the same for
+    ``SELECTED``, or a list of names, or one such value for each name; a layer that is computed again as a whole counts,
+    and has no parts.
 
     Args:
         config: the YAML's content.
@@ -40,7 +71,7 @@ def recompute_from_yaml(config: Mapping[str, Any], layers: int, stages: int, par
         parts: of every stage (``pp_interleave_num``).
 
     Raises:
-        UserError: a value of the wrong kind, or a list longer than the pipeline.
+        UserError: a value of the wrong kind, a list longer than the pipeline, or a name that is no part.
     """
     words = config.get(WHERE) or {}
     problems = Problems(WHERE)
@@ -50,27 +81,69 @@ def recompute_from_yaml(config: Mapping[str, Any], layers: int, stages: int, par
     exchanges = read_value(f"{WHERE}.mp_comm_recompute", words.get("mp_comm_recompute", True), "bool", True, problems)
     cut = read_value(f"{WHERE}.recompute_slice_activation", words.get("recompute_slice_activation", False), "bool",
                      False, problems)  # fmt: skip
-    counts = _counts(words.get("recompute", False), layers, stages, problems)
+    counts = _counts(f"{WHERE}.recompute", words.get("recompute", False), layers, stages, problems)
+    selected = _selected(words.get("select_recompute"), layers, stages, problems)
+    moe = config.get("moe_config")
+    if "swiglu" in selected and isinstance(moe, Mapping) and moe.get("use_gmm"):
+        problems.add(f"{WHERE}.select_recompute names the gated product, which use_gmm makes a part of its experts",
+                     "select feed_forward, or leave use_gmm off")  # fmt: skip
+
+    def chosen(counts: list[int]) -> frozenset[int]:
+        return _first_layers(counts, layers, stages, parts)
+
+    spec = RecomputeSpec(chosen(counts), bool(exchanges), bool(cut),
+                         tuple((part, chosen(selected[part])) for part in PARTS if part in selected))  # fmt: skip
+    if any(spec.parts_of(layer) >= BROKEN for layer in range(layers)):
+        problems.add(f"{WHERE}.select_recompute names attention, its norm and the gated product of one layer, which "
+                     "MindSpore does not compile", "leave attention_norm out")  # fmt: skip
     problems.raise_if_any()
-    chosen, seen = set(), [0] * stages
+    return spec
+
+
+def _first_layers(counts: list[int], layers: int, stages: int, parts: int) -> frozenset[int]:
+    """So many layers of each stage from its first."""
+    found, seen = set(), [0] * stages
     for layer in range(layers):
         stage = layer_stage(layer, layers, stages, parts)
         if seen[stage] < counts[stage]:
-            chosen.add(layer)
+            found.add(layer)
         seen[stage] += 1
-    return RecomputeSpec(frozenset(chosen), bool(exchanges), bool(cut))
+    return frozenset(found)
 
 
-def _counts(value: object, layers: int, stages: int, problems: Problems) -> list[int]:
+def _selected(value: object, layers: int, stages: int, problems: Problems) -> dict[str, list[int]]:
+    """Layers per stage for each part that ``select_recompute`` names. MindFormers' names are regular expressions; here
+    a dot is a dot, with or without backslash, and ``.*`` stands for anything."""
+    key = f"{WHERE}.select_recompute"
+    if isinstance(value, Mapping):
+        asked = dict(value)
+    elif isinstance(value, (list, tuple)) and value and all(isinstance(item, str) for item in value):
+        asked = dict.fromkeys(value, True)
+    else:
+        asked = {PARTS[SELECTED][0]: value} if value not in (None, False, [], ()) else {}
+    found: dict[str, list[int]] = {}
+    for name, amount in asked.items():
+        pattern = str(name).replace("\\.", ".").replace(".*", "*")
+        parts = [part for part, names in PARTS.items() if any(fnmatchcase(known, pattern) for known in names)]
+        if not parts:
+            known = ", ".join(name for names in PARTS.values() for name in names)
+            problems.add(f"{key}: {str(name)!r} is no part of a layer here", f"choose among {known}")
+        counts = _counts(f"{key} of {str(name)!r}" if len(asked) > 1 else key, amount, layers, stages, problems)
+        for part in parts:
+            found[part] = list(map(max, counts, found.get(part, counts)))
+    return found
+
+
+def _counts(key: str, value: object, layers: int, stages: int, problems: Problems) -> list[int]:
     """Layers to compute again per stage."""
     advice = "write True, False, or one number of layers per pipeline stage, for example [3, 2]"
     if value is None or isinstance(value, bool):
         return [layers if value else 0] * stages
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, int) and item >= 0 for item in value):
-        problems.add(f"{WHERE}.recompute={value!r} is not understood", advice)
+        problems.add(f"{key}={value!r} is not understood", advice)
         return [0] * stages
     if len(value) > stages:
-        problems.add(f"{WHERE}.recompute={list(value)} has {len(value)} entries, pipeline_stage={stages}", advice)
+        problems.add(f"{key}={list(value)} has {len(value)} entries, pipeline_stage={stages}", advice)
         return [0] * stages
     counts = [layers if item is True else int(item) for item in value]
     return counts + [0] * (stages - len(counts))

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from mindformers_ext.core.cluster import stage_messages
 from mindformers_ext.core.memory import StepSettings, layer_sizes
 from mindformers_ext.core.placement import WIDTH, placed_parameters
+from mindformers_ext.core.recompute import WHOLE
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.core.traffic import sent_bytes
 
@@ -59,15 +61,17 @@ def split_cost(spec: NetworkSpec, settings: StepSettings) -> SplitCost:
 def _stage_cost(spec: NetworkSpec, settings: StepSettings, stage: int, micro: int) -> tuple[float, Counter[str]]:
     stages, parts = spec.parallel.pipeline_stage, spec.parallel.pp_interleave_num
     here = [layer for layer in range(spec.model.num_hidden_layers) if spec.layer_stage(layer) == stage]
-    passes = sum(4 if layer in settings.recompute.layers else 3 for layer in here)
-    operations = float(micro * passes * layer_operations(spec))
+    operations = 0.0
     if stage == stages - 1:
         operations += micro * 3 * head_operations(spec)
     sent: Counter[str] = Counter()
     for layer in here:
-        again = layer in settings.recompute.layers and settings.recompute.exchanges
+        again = WHOLE if layer in settings.recompute.layers else settings.recompute.parts_of(layer)
+        operations += micro * (3 * layer_operations(spec) + layer_operations(spec, again))  # backward takes two
         for purpose, size in layer_sent(spec).items():
-            sent[purpose] += micro * size * (3 if again else 2)  # forward, backward as much again, once more forward
+            sent[purpose] += micro * 2 * size
+        for purpose, size in layer_sent(spec, again if settings.recompute.exchanges else ()).items():
+            sent[purpose] += micro * size
     if stages > 1:
         numbers = layer_sizes(spec).tokens * spec.model.hidden_size * WIDTH[spec.numerics.compute_dtype]
         sent["pipeline"] += micro * numbers * stage_messages(stage, stages, parts)
@@ -75,17 +79,22 @@ def _stage_cost(spec: NetworkSpec, settings: StepSettings, stage: int, micro: in
     return operations, sent
 
 
-def layer_operations(spec: NetworkSpec) -> int:
-    """Two per multiplication and addition of one layer's products, forward, one micro batch, one device."""
+def layer_operations(spec: NetworkSpec, parts: Collection[str] = WHOLE) -> int:
+    """Two per multiplication and addition of one layer's products, forward, one micro batch, one device; of ``parts``
+    alone."""
     model, sizes, mp = spec.model, layer_sizes(spec), spec.parallel.model_parallel
     hidden, ffn = model.hidden_size, model.intermediate_size
     queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    total = 2 * sizes.whole_tokens * hidden * (2 * queries + 2 * keys) // mp
-    total += 2 * sizes.whole_tokens * spec.seq_length * queries // mp  # half of the square, twice
-    if model.moe is None:
-        return total + 2 * 3 * sizes.whole_tokens * hidden * ffn // mp
-    total += 2 * sizes.tokens * hidden * model.moe.num_local_experts
-    return total + 2 * 3 * sizes.expert_rows * hidden * ffn // mp
+    total = 0
+    if "attention" in parts:
+        total += 2 * sizes.whole_tokens * hidden * (2 * queries + 2 * keys) // mp
+        total += 2 * sizes.whole_tokens * spec.seq_length * queries // mp  # half of the square, twice
+    if "feed_forward" in parts and model.moe is None:
+        total += 2 * 3 * sizes.whole_tokens * hidden * ffn // mp
+    elif "feed_forward" in parts and model.moe is not None:
+        total += 2 * sizes.tokens * hidden * model.moe.num_local_experts
+        total += 2 * 3 * sizes.expert_rows * hidden * ffn // mp
+    return total
 
 
 def head_operations(spec: NetworkSpec) -> int:
@@ -95,23 +104,27 @@ def head_operations(spec: NetworkSpec) -> int:
     return 2 * rows * model.hidden_size * model.vocab_size
 
 
-def layer_sent(spec: NetworkSpec) -> dict[str, int]:
-    """Bytes that one device sends in one layer's forward pass of one micro batch, by purpose."""
+def layer_sent(spec: NetworkSpec, parts: Collection[str] = WHOLE) -> dict[str, int]:
+    """Bytes that one device sends in one layer's forward pass of one micro batch, by purpose; for ``parts`` alone."""
     parallel, sizes, hidden = spec.parallel, layer_sizes(spec), spec.model.hidden_size
     mp, ep, number = parallel.model_parallel, parallel.expert_parallel, WIDTH[spec.numerics.compute_dtype]
     sent = {}
-    if spec.model.moe and ep > 1:
+    if spec.model.moe and ep > 1 and "feed_forward" in parts:
         sent["experts"] = 2 * sent_bytes("AlltoAll", expert_exchange(spec), ep)
     if mp > 1:
         attention, rows = sizes.whole_tokens * hidden * number, sizes.expert_rows * hidden * number
         if not spec.model.moe:
             rows = attention
-        if parallel.use_seq_parallel:
-            # a gather before attention and a scattering sum behind; experts' rows are gathered and summed everywhere
-            ring = (("AllGather", attention), ("ReduceScatter", attention), ("AllGather", rows), ("AllReduce", rows))
-            sent["model parallel"] = sum(sent_bytes(kind, size, mp) for kind, size in ring)
-        else:
-            sent["model parallel"] = sum(sent_bytes("AllReduce", size, mp) for size in (attention, rows))
+        # with use_seq_parallel a gather before attention and a scattering sum behind; experts' rows are gathered and
+        # summed everywhere
+        gathers = parallel.use_seq_parallel
+        rings = {
+            "attention": [("AllGather", attention), ("ReduceScatter", attention)] if gathers else
+                         [("AllReduce", attention)],
+            "feed_forward": [("AllGather", rows)] * gathers + [("AllReduce", rows)],
+        }  # fmt: skip
+        sent["model parallel"] = sum(sent_bytes(kind, size, mp) for part in rings if part in parts
+                                     for kind, size in rings[part])  # fmt: skip
     return sent
 
 

@@ -54,7 +54,7 @@ def fitting_splits(
 
     Args:
         spec: the job as it is cut now; batch per slice, sequence and model are kept.
-        settings: recompute for all layers, or for none when it names none now.
+        settings: what it computes again of some layers is so for all of them.
         limit: bytes of one device; None for any.
         rows: sequences of a step to keep (default: those of ``spec``).
     """
@@ -71,8 +71,7 @@ def _candidates(spec: NetworkSpec, settings: StepSettings, rows: int) -> Iterato
     """Settled specs that pass every rule, with the settings that keep the rows of a step."""
     devices, layers = spec.parallel.device_num, spec.model.num_hidden_layers
     experts = spec.model.moe.num_local_experts if spec.model.moe else 1
-    layers_again = frozenset(range(layers)) if settings.recompute.layers else frozenset()
-    again = replace(settings.recompute, layers=layers_again)
+    again = settings.recompute.for_every_layer(layers)
     for mp in _divisors(devices, MACHINE):
         for pp in _divisors(devices // mp, layers):
             dp = devices // mp // pp

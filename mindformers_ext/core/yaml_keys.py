@@ -172,7 +172,7 @@ PASSED: dict[str, frozenset[str]] = {
         optimizer_weight_shard_size optimizer_weight_shard_aggregated_save grad_accumulation_step
         sharding_propagation""".split()
     ),
-    "recompute_config": frozenset("recompute mp_comm_recompute recompute_slice_activation".split()),
+    "recompute_config": frozenset("recompute select_recompute mp_comm_recompute recompute_slice_activation".split()),
     "swap_config": frozenset("swap layer_swap op_swap default_prefetch".split()),
     "runner_config": frozenset(
         """epochs sink_mode sink_size gradient_accumulation_steps stop_step num_classes per_epoch_size
@@ -215,8 +215,7 @@ NOTED: dict[str, dict[str, tuple[object, ...]]] = {
         "moe_shared_expert_overlap": (False,),
     },
     "parallel_config": {"context_parallel_algo": ("colossalai_cp", None), "ulysses_degree_in_cp": (1, None)},
-    "recompute_config": {  # what is kept then takes memory, the results are the same
-        "select_recompute": (False, None, []),
+    "recompute_config": {  # messages: what is kept then takes memory, the results are the same
         "select_comm_recompute": (False, None, []),
         "select_recompute_exclude": (False, None, []),
         "select_comm_recompute_exclude": (False, None, []),

@@ -71,9 +71,15 @@ class PortableLlamaForCausalLM(PreTrainedModel):
     def _mark_recompute(self, config: PortableLlamaConfig) -> None:
         """Mark the layers that compute their activations again; other devices than Ascend have memory to spare."""
         recompute = config.recompute_spec()
-        if recompute.layers and select_operators().lazy_inline and not self.predicts:
+        if self.predicts or not (recompute.layers or recompute.selected):
+            return
+        if not select_operators().lazy_inline:
+            logger.info("recompute_config has no effect on this device, which keeps all activations")
+        else:
             recompute_layers(self.causal_lm, recompute)
-            logger.info("Recompute: %d of %d layers", len(recompute.layers), self.spec.model.num_hidden_layers)
+            parts = "".join(f", {part} of {len(layers - recompute.layers)}" for part, layers in recompute.selected)
+            logger.info("Recompute: %d of %d layers%s", len(recompute.layers), self.spec.model.num_hidden_layers,
+                        parts)  # fmt: skip
 
     def _own_generator(self, adapted: bool) -> CachedGenerator | None:
         """For ``use_past``, where the network is one that ``ms.generate`` has graphs for."""

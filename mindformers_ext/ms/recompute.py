@@ -1,14 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers that compute their activations again in the backward pass, where the device's compiler builds it."""
+"""Layers, or parts of them, that compute their activations again in the backward pass, where the device's compiler
+builds it."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mindspore import nn
 
 from mindformers_ext.core.recompute import RecomputeSpec
 from mindformers_ext.ms.causal_lm import CausalLM
 
 
+def _swiglu(layer: Any) -> nn.Cell:
+    """Of the experts, or of a dense layer."""
+    return getattr(layer.feed_forward, "ffn", layer.feed_forward).swiglu
+
+
+# The cell of each part, and whether it computes its output again too: that of a norm or of the gated product is what
+# the next product keeps, whereas nobody keeps the output of attention or feed_forward.
+CELLS: dict[str, tuple[Callable[[Any], nn.Cell], bool]] = {
+    "attention_norm": (lambda layer: layer.attention_norm, True),
+    "attention": (lambda layer: layer.attention, False),
+    "ffn_norm": (lambda layer: layer.ffn_norm, True),
+    "feed_forward": (lambda layer: layer.feed_forward, False),
+    "swiglu": (_swiglu, True),
+}
+
+
 def recompute_layers(network: CausalLM, spec: RecomputeSpec) -> None:
-    """Mark the layers of ``network`` that ``spec`` names. Call it once, before the network is compiled.
+    """Mark the layers of ``network`` that ``spec`` names, and the parts of others. Call it once, before the network is
+    compiled.
 
     A layer's input is only cut where model parallel devices hold it alike; elsewhere MindSpore would gather it in
     groups of one device.
@@ -18,3 +41,6 @@ def recompute_layers(network: CausalLM, spec: RecomputeSpec) -> None:
     for index, layer in enumerate(network.model.layers):
         if index in spec.layers:
             layer.recompute(mp_comm_recompute=spec.exchanges, recompute_slice_activation=spec.cut_inputs and alike)
+        for part in spec.parts_of(index):
+            cell, with_output = CELLS[part]
+            cell(layer).recompute(output_recompute=with_output, mp_comm_recompute=spec.exchanges)

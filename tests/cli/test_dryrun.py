@@ -8,6 +8,7 @@ slices and neighbours.
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -26,6 +27,7 @@ from mindformers_ext.core.split_cost import expert_exchange, layer_sent
 from mindformers_ext.formats.ms_file import open_checkpoint
 from mindformers_ext.jobs.dryrun import asked_ranks
 from mindformers_ext.jobs.dryrun_facts import RankFacts
+from mindformers_ext.jobs.dryrun_ranks import GRAPHS
 from tests.helpers.dryrun import RESEARCH, DryRun, dry_run
 from tests.helpers.sliced import same, write_file
 from tests.helpers.tiny_run import ROOT, environment
@@ -87,7 +89,10 @@ def sent_as_counted(run: DryRun, facts: RankFacts) -> None:
     parallel, layers = spec.parallel, spec.model.num_hidden_layers
     here = [layer for layer in range(layers) if spec.layer_stage(layer) == facts.stage]
     batches = parallel.micro_batch_num * parallel.micro_batch_interleave_num
-    passes = batches * sum(3 if layer in settings.recompute.layers else 2 for layer in here)
+    again = settings.recompute
+    passes = batches * sum(
+        3 if layer in again.layers or "feed_forward" in again.parts_of(layer) else 2 for layer in here
+    )
     rows = [row for row in facts.traffic if row.purpose == "experts"]
     exchanges = 2 * passes if parallel.expert_parallel > 1 else 0  # to the experts and back
     assert sum(row.count for row in rows) == exchanges
@@ -189,6 +194,29 @@ def test_every_file_compiles_as_counted(job: DryRun) -> None:
         assert facts.unplanned == ()
         held_as_counted(job, facts)
         sent_as_counted(job, facts)
+
+
+@pytest.mark.slow
+@pytest.mark.dryrun
+def test_parts_of_layers_are_computed_again(tmp_path: Path) -> None:
+    """``select_recompute``: the first stage's layer repeats attention and experts, the second's norms and product."""
+    parts = {"attention": [1, 0], "feed_forward": [1, 0], r".*\.norm": [0, 1], r"feed_forward\.mul": [0, 1]}
+    again = {"recompute": False, "select_recompute": parts}
+    run = dry_run(tmp_path / "out", SEED, 16, "0,8", 2, "--keep_graphs", recompute_config=again)
+    assert run.code == 0, run.text
+    for facts in run.facts():
+        held_as_counted(run, facts)
+        sent_as_counted(run, facts)  # the experts' exchanges too, where feed_forward is computed again
+    counts = [_operators(run, rank, "Softmax", "SiLU", "RmsNorm") for rank in (0, 8)]
+    # once forward: of attention, router and loss; in the experts; two norms of the layer and the last one
+    assert counts == [(2 + 2, 1 + 1, 2), (3, 1 + 1, 3 + 2)]
+
+
+def _operators(run: DryRun, rank: int, *kinds: str) -> tuple[int, ...]:
+    """How often each kind stands in a rank's last graph, where the layer's micro batches share one."""
+    (path,) = (run.out / "ranks" / f"rank_{rank}" / GRAPHS).rglob("*_validate_*.ir")
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return tuple(len(re.findall(rf"= (?:PrimFunc_)?{kind}\(", text)) for kind in kinds)
 
 
 @pytest.mark.slow

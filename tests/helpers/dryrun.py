@@ -31,7 +31,7 @@ TINY = {
     "model.model_config.seq_length": 64,
     "parallel.parallel_optimizer_config.parallel_optimizer_threshold": 1,
 }
-TOP = ("micro_batch_interleave_num",)  # has no option on the command line
+TOP = ("micro_batch_interleave_num", "recompute_config")  # have no option on the command line, or no simple value
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ def dry_run(out: Path, name: str, devices: int, ranks: str, stages: int, *more: 
     settings = {**TINY, "model.model_config.num_layers": layers * stages, "parallel_config.micro_batch_num": stages}
     file = RESEARCH / name
     if any(key in TOP for key in changes):
-        words = yaml.safe_load(file.read_text(encoding="utf-8")) | {key: changes.pop(key) for key in TOP}
+        words = yaml.safe_load(file.read_text(encoding="utf-8"))
+        words |= {key: changes.pop(key) for key in TOP if key in changes}
         file = out.parent / file.name
         file.write_text(yaml.safe_dump(words), encoding="utf-8")
     settings |= {key if "." in key else f"parallel_config.{key}": value for key, value in changes.items()}

@@ -230,6 +230,20 @@ WRONG: list[tuple[str, dict[str, Any], int, str, str]] = [
         "one number of layers per pipeline stage",
     ),
     (
+        "recompute part",
+        {"recompute_config.select_recompute": ["feed_forward.w2.reshape"]},
+        16,
+        "'feed_forward.w2.reshape' is no part of a layer here",
+        "choose among attention_norm, attention_norm.norm, attention, ",
+    ),
+    (
+        "recompute parts together",
+        {"recompute_config.recompute": [1], "recompute_config.select_recompute": [".*norm", "attention", "*mul"]},
+        16,
+        "names attention, its norm and the gated product of one layer",
+        "leave attention_norm out",
+    ),
+    (
         "recompute word",
         {"recompute_config.recompute": "some"},
         16,

@@ -5,12 +5,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mindformers_ext.core.cluster import layer_stage, open_parts
-from mindformers_ext.core.memory import StepSettings, layer_activations, layer_sizes, stage_activations, stage_memory
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.memory import (
+    StepSettings,
+    layer_activations,
+    layer_sizes,
+    part_activations,
+    stage_activations,
+    stage_memory,
+)
 from mindformers_ext.core.placement import placed_parameters
 from mindformers_ext.core.recompute import RecomputeSpec, recompute_from_yaml
 from mindformers_ext.core.spec import KernelSpec, ModelSpec, MoESpec, NetworkSpec, NumericsSpec, ParallelSpec
@@ -175,3 +185,65 @@ def test_splits_that_fit() -> None:
 def test_recompute_words(written: Any, layers: Any) -> None:
     spec = recompute_from_yaml({"recompute_config": {"recompute": written, "mp_comm_recompute": False}}, 4, 2)
     assert spec.layers == frozenset(layers) and not spec.exchanges
+
+
+@pytest.mark.parametrize(
+    "written, selected",
+    [
+        (True, {"swiglu": range(4)}),
+        ([1, 0], {"swiglu": (0,)}),
+        ([], {}),
+        (["attention", r".*\.norm"], {"attention_norm": range(4), "attention": range(4), "ffn_norm": range(4)}),
+        ({r"feed_forward\.mul": [2, 1], "feed_forward.w1.activation.silu": [1, 2]}, {"swiglu": range(4)}),
+        ({"feed_forward": [0, True], "attention": False}, {"attention": (), "feed_forward": (2, 3)}),
+    ],
+)
+def test_selected_words(written: Any, selected: Any) -> None:
+    spec = recompute_from_yaml({"recompute_config": {"select_recompute": written}}, 4, 2)
+    assert spec.selected == tuple((part, frozenset(layers)) for part, layers in selected.items())
+    assert not spec.layers
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_CN.md"])
+def test_the_readme_s_example_reads(name: str, repo_root: Path) -> None:
+    text = (repo_root / "research" / "mixtral" / name).read_text(encoding="utf-8")
+    (example,) = [block for block in text.split("```yaml\n")[1:] if "select_recompute" in block]
+    spec = recompute_from_yaml(yaml.safe_load(example.partition("```")[0]), 32, 2)
+    assert [part for part, layers in spec.selected if len(layers) == 32] == ["attention_norm", "ffn_norm", "swiglu"]
+
+
+def test_a_whole_layer_has_no_parts_and_feed_forward_holds_its_product() -> None:
+    words = {"recompute": [1], "select_recompute": {"feed_forward": True, "feed_forward.mul": True, "attention": [2]}}
+    spec = recompute_from_yaml({"recompute_config": words}, 4, 2)
+    assert [sorted(spec.parts_of(layer)) for layer in range(4)] == [
+        [], ["attention", "feed_forward"], ["feed_forward"], ["feed_forward"]]  # fmt: skip
+
+
+def test_grouped_experts_keep_their_product() -> None:
+    with pytest.raises(UserError, match="use_gmm makes a part of its experts: select feed_forward"):
+        recompute_from_yaml({"recompute_config": {"select_recompute": True}, "moe_config": {"use_gmm": True}}, 4, 2)
+
+
+def test_parts_add_up() -> None:
+    """What is kept falls by what each part keeps; all parts leave what a layer adds to, twice."""
+    parts = part_activations(SEED)
+    normed = 4096 * 4096 * 2
+    assert parts["attention_norm"] == parts["ffn_norm"] == normed and parts["swiglu"] == 8 * 1127 * 14336 * 2
+    whole = parts["attention_norm"] + parts["attention"] + parts["ffn_norm"] + parts["feed_forward"]
+    assert layer_activations(SEED) == whole + 2 * normed
+    every = frozenset(range(32))
+    for part in ("attention", "feed_forward", "swiglu"):
+        settings = StepSettings(recompute=RecomputeSpec(selected=((part, every),)))
+        kept = stage_activations(SEED, settings, 0)
+        assert kept == 2 * 16 * (layer_activations(SEED) - parts[part]) + parts[part]
+
+
+def test_parts_cost_what_they_repeat() -> None:
+    every = frozenset(range(32))
+    none, whole = split_cost(SEED, StepSettings()), split_cost(SEED, ALL_LAYERS)
+    costs = {part: split_cost(SEED, StepSettings(recompute=RecomputeSpec(selected=((part, every),))))
+             for part in ("attention", "feed_forward", "swiglu")}  # fmt: skip
+    more = [costs[part].operations - none.operations for part in ("attention", "feed_forward")]
+    assert sum(more) == pytest.approx(whole.operations - none.operations) and min(more) > 0
+    assert costs["swiglu"].operations == none.operations
+    assert costs["feed_forward"].sent == whole.sent and costs["attention"].sent == none.sent
