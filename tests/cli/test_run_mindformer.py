@@ -74,6 +74,7 @@ def refused(capsys, job, *arguments):
         (["--batch_size", 64], ["40 rows", "one step takes 64"]),
         (["--resume_training", "True", "--load_checkpoint", "."], ["nothing to resume from"]),
         (["--run_mode", "predict"], ["nothing to predict", "--predict_data"]),
+        (["--recompute_config.select_recompute", "[attn]"], ["'attn' is no part of a layer", "attention, ffn_norm"]),
         (["--optimizer.beta1", 0.9], ["unknown key 'beta1'", "optimizer (AdamW)"]),
         (["--train_data", "a", "--train_dataset_dir", "b"], ["are one option"]),
     ],
