@@ -60,4 +60,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             return "dry runs" if nodeid.startswith("tests/cli/test_dryrun") else "others"
 
+        def remove_node(self, node: Any) -> str | None:
+            """A test that ends its process has failed: the other tests of its lane go on without it."""
+            for tests in self.assigned_work[node].values():
+                for name, is_done in tests.items():
+                    if not is_done:
+                        tests[name] = True
+                        super().remove_node(node)
+                        return name
+            return super().remove_node(node)
+
     return TwoLanes(config, log)

@@ -15,7 +15,7 @@ from mindformers_ext.core.capacity import expert_capacity, rows_at_once
 from mindformers_ext.core.cluster import open_parts
 from mindformers_ext.core.lora import LoraSpec
 from mindformers_ext.core.placement import ADAM_STATES, OPTIMIZER_THRESHOLD, WIDTH, head_cuts, placed_parameters
-from mindformers_ext.core.recompute import RecomputeSpec
+from mindformers_ext.core.recompute import WHOLE, RecomputeSpec
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.core.tensor_parallel import part_of, parted_parameters
 
@@ -146,11 +146,14 @@ def stage_activations(spec: NetworkSpec, settings: StepSettings, stage: int) -> 
         if spec.layer_stage(layer) == stage:
             if layer in settings.recompute.layers:
                 kept += _layer_input(spec, settings.recompute)
-                once = layer_activations(spec)
+                once, named = layer_activations(spec), frozenset(WHOLE)
             else:
-                again = [parts[part] for part in settings.recompute.parts_of(layer)]
+                named = settings.recompute.parts_of(layer)
+                again = [parts[part] for part in named]
                 kept += layer_activations(spec) - sum(again)
                 once = max([once, *again])
+            if not settings.recompute.exchanges:
+                kept += sum(_exchanged(spec, part) for part in named)
     pieces = parallel.pp_interleave_num
     open_now = open_parts(stage, parallel.pipeline_stage, pieces, max(parallel.micro_batch_num, 1))
     logits = _logits(spec) if stage == parallel.pipeline_stage - 1 else 0
@@ -188,6 +191,18 @@ def part_activations(spec: NetworkSpec) -> dict[str, int]:
         "feed_forward": feed_forward,
         "swiglu": number * rows * ffn,
     }
+
+
+def _exchanged(spec: NetworkSpec, part: str) -> int:
+    """Bytes of what a part has received from other devices, which stays where messages are not repeated."""
+    parallel, sizes = spec.parallel, layer_sizes(spec)
+    numbers, rows, cut = 0, sizes.whole_tokens, sizes.tokens
+    if part == "feed_forward" and spec.model.moe is not None:
+        numbers += 2 * sizes.slots if parallel.expert_parallel > 1 else 0
+        rows = cut = sizes.expert_rows
+    if part in WHOLE and parallel.model_parallel > 1:  # a gather and a sum, or the sum alone
+        numbers += rows + cut if parallel.use_seq_parallel else rows
+    return numbers * spec.model.hidden_size * WIDTH[spec.numerics.compute_dtype]
 
 
 def _layer_input(spec: NetworkSpec, recompute: RecomputeSpec) -> int:

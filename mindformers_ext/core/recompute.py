@@ -4,6 +4,7 @@ them again (Chen et al. 2016, section 4)."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -11,6 +12,7 @@ from typing import Any
 
 from mindformers_ext.core.cluster import layer_stage
 from mindformers_ext.core.errors import Problems
+from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.core.yaml_values import read_value
 
 WHERE = "recompute_config"
@@ -22,8 +24,10 @@ PARTS: dict[str, tuple[str, ...]] = {
     "attention": ("attention",),
     "ffn_norm": ("ffn_norm", "ffn_norm.norm"),
     "feed_forward": ("feed_forward",),
-    "swiglu": ("feed_forward.mul", "feed_forward.w1.activation.silu"),
+    "swiglu": ("feed_forward.mul", "feed_forward.w1.activation", "feed_forward.w1.activation.silu"),
 }
+# MindFormers' guides name these beside the others; they keep nothing here.
+KEEP_NOTHING = ("feed_forward.reshape", "feed_forward.w1.reshape", "feed_forward.w2.reshape")
 BROKEN = frozenset(("attention_norm", "attention", "swiglu"))  # MindSpore 2.9 does not compile a layer with all three
 SELECTED = "swiglu"  # what ``select_recompute: True`` means, as in MindFormers
 
@@ -42,6 +46,11 @@ class RecomputeSpec:
     cut_inputs: bool = False
     selected: tuple[tuple[str, frozenset[int]], ...] = ()
 
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is computed again."""
+        return bool(self.layers) or any(layers for _, layers in self.selected)
+
     def parts_of(self, layer: int) -> frozenset[str]:
         """The parts of ``layer`` that are computed again by themselves: none of a layer that is so as a whole."""
         if layer in self.layers:
@@ -53,51 +62,69 @@ class RecomputeSpec:
         """The same for all of a network's layers, where some are named now."""
         every = frozenset(range(layers))
         selected = tuple((part, every) for part, some in self.selected if some)
+        if {part for part, _ in selected} >= BROKEN:
+            selected = tuple(item for item in selected if item[0] != "attention_norm")
         return replace(self, layers=every if self.layers else frozenset(), selected=selected)
 
 
-def recompute_from_yaml(config: Mapping[str, Any], layers: int, stages: int, parts: int = 1) -> RecomputeSpec:
-    """Read ``recompute_config``; without it nothing is computed again.
+def recompute_from_yaml(config: Mapping[str, Any], spec: NetworkSpec) -> RecomputeSpec:
+    """Read ``recompute_config`` for the network ``spec``; without it nothing is computed again.
 
     ``recompute`` is True, False, or a list with one entry per pipeline stage: so many of its layers from its first,
     or True or False. Stages behind the list's end compute nothing again. ``select_recompute`` is the same for
     ``SELECTED``, or a list of names, or one such value for each name; a layer that is computed again as a whole counts,
     and has no parts.
 
-    Args:
-        config: the YAML's content.
-        layers: layers of the network.
-        stages: pipeline stages.
-        parts: of every stage (``pp_interleave_num``).
-
     Raises:
-        UserError: a value of the wrong kind, a list longer than the pipeline, or a name that is no part.
+        UserError: a value of the wrong kind, a list longer than the pipeline, a name that is no part, or parts that
+            cannot be computed again alone or together.
     """
     words = config.get(WHERE) or {}
     problems = Problems(WHERE)
     if not isinstance(words, Mapping):
         problems.add(f"{WHERE}={words!r} is no section", "write keys below it, such as recompute: True")
         problems.raise_if_any()
+    layers, stages, moe = spec.model.num_hidden_layers, spec.parallel.pipeline_stage, spec.model.moe
     exchanges = read_value(f"{WHERE}.mp_comm_recompute", words.get("mp_comm_recompute", True), "bool", True, problems)
     cut = read_value(f"{WHERE}.recompute_slice_activation", words.get("recompute_slice_activation", False), "bool",
                      False, problems)  # fmt: skip
     counts = _counts(f"{WHERE}.recompute", words.get("recompute", False), layers, stages, problems)
     selected = _selected(words.get("select_recompute"), layers, stages, problems)
-    moe = config.get("moe_config")
-    if "swiglu" in selected and isinstance(moe, Mapping) and moe.get("use_gmm"):
-        problems.add(f"{WHERE}.select_recompute names the gated product, which use_gmm makes a part of its experts",
-                     "select feed_forward, or leave use_gmm off")  # fmt: skip
 
     def chosen(counts: list[int]) -> frozenset[int]:
-        return _first_layers(counts, layers, stages, parts)
+        return _first_layers(counts, layers, stages, spec.parallel.pp_interleave_num)
 
-    spec = RecomputeSpec(chosen(counts), bool(exchanges), bool(cut),
-                         tuple((part, chosen(selected[part])) for part in PARTS if part in selected))  # fmt: skip
-    if any(spec.parts_of(layer) >= BROKEN for layer in range(layers)):
+    found = RecomputeSpec(chosen(counts), bool(exchanges), bool(cut),
+                          tuple((part, chosen(selected[part])) for part in PARTS if part in selected))  # fmt: skip
+    of_each = [found.parts_of(layer) for layer in range(layers)]
+    if moe is not None and moe.use_gmm and any("swiglu" in parts for parts in of_each):
+        problems.add(f"{WHERE}.select_recompute names the gated product, which use_gmm makes a part of its experts",
+                     "select feed_forward, or leave use_gmm off")  # fmt: skip
+    if any(parts >= BROKEN for parts in of_each):
         problems.add(f"{WHERE}.select_recompute names attention, its norm and the gated product of one layer, which "
                      "MindSpore does not compile", "leave attention_norm out")  # fmt: skip
     problems.raise_if_any()
-    return spec
+    return found
+
+
+def recompute_asked(words: object, problems: Problems) -> tuple[bool, bool]:
+    """Whether the section ``words`` asks for any whole layer, and for any part, for an engine without a pipeline."""
+    if not isinstance(words, Mapping):
+        words = {"recompute": words}
+    whole, parts = words.get("recompute"), words.get("select_recompute")
+    lists = [whole, parts, *(parts.values() if isinstance(parts, Mapping) else ())]
+    stages = max(len(value) if isinstance(value, (list, tuple)) else 1 for value in lists)
+    layers = _counts(f"{WHERE}.recompute", whole, 1, stages, problems)
+    return any(layers), any(map(any, _selected(parts, 1, stages, problems).values()))
+
+
+def names_without_effect(config: Mapping[str, Any]) -> list[str]:
+    """What ``select_recompute`` names although it keeps nothing here."""
+    words = config.get(WHERE)
+    names = words.get("select_recompute") if isinstance(words, Mapping) else None
+    if not isinstance(names, (Mapping, list, tuple)):
+        return []
+    return [name for name in names if isinstance(name, str) and name.replace("\\.", ".") in KEEP_NOTHING]
 
 
 def _first_layers(counts: list[int], layers: int, stages: int, parts: int) -> frozenset[int]:
@@ -112,26 +139,40 @@ def _first_layers(counts: list[int], layers: int, stages: int, parts: int) -> fr
 
 
 def _selected(value: object, layers: int, stages: int, problems: Problems) -> dict[str, list[int]]:
-    """Layers per stage for each part that ``select_recompute`` names. MindFormers' names are regular expressions; here
-    a dot is a dot, with or without backslash, and ``.*`` stands for anything."""
+    """Layers per stage for each part that ``select_recompute`` names."""
     key = f"{WHERE}.select_recompute"
     if isinstance(value, Mapping):
         asked = dict(value)
     elif isinstance(value, (list, tuple)) and value and all(isinstance(item, str) for item in value):
         asked = dict.fromkeys(value, True)
+    elif isinstance(value, str):
+        problems.add(f"{key}={value!r} is no list", f"write True, or a list of names: [{value}]")
+        return {}
     else:
         asked = {PARTS[SELECTED][0]: value} if value not in (None, False, [], ()) else {}
     found: dict[str, list[int]] = {}
     for name, amount in asked.items():
-        pattern = str(name).replace("\\.", ".").replace(".*", "*")
-        parts = [part for part, names in PARTS.items() if any(fnmatchcase(known, pattern) for known in names)]
-        if not parts:
-            known = ", ".join(name for names in PARTS.values() for name in names)
-            problems.add(f"{key}: {str(name)!r} is no part of a layer here", f"choose among {known}")
-        counts = _counts(f"{key} of {str(name)!r}" if len(asked) > 1 else key, amount, layers, stages, problems)
-        for part in parts:
+        counts = _counts(f"{key}: {name}" if isinstance(value, Mapping) else key, amount, layers, stages, problems)
+        for part in _parts_named(str(name), problems):
             found[part] = list(map(max, counts, found.get(part, counts)))
     return found
+
+
+def _parts_named(name: str, problems: Problems) -> list[str]:
+    """MindFormers' names are regular expressions of words between escaped dots. Here every dot parts words, and ``.*``
+    stands for any letters of the first."""
+    words = name.replace(".*", "*").replace("\\.", ".").split(".")
+    known = {alias: part for part, aliases in PARTS.items() for alias in aliases} | dict.fromkeys(KEEP_NOTHING, "")
+    if not re.fullmatch(r"[\w*]*(\.\w+)*", ".".join(words)):
+        problems.add(f"{WHERE}.select_recompute: {name!r} is not understood",
+                     f"'.*' may stand in the first word alone; choose among {', '.join(known)}")  # fmt: skip
+        return []
+    alike = [alias for alias in known if alias.split(".")[1:] == words[1:]
+             and fnmatchcase(alias.split(".")[0], words[0])]  # fmt: skip
+    if not alike:
+        problems.add(f"{WHERE}.select_recompute: {name!r} is no part of a layer here",
+                     f"choose among {', '.join(known)}")  # fmt: skip
+    return sorted({known[alias] for alias in alike} - {""})
 
 
 def _counts(key: str, value: object, layers: int, stages: int, problems: Problems) -> list[int]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.lora import LoraSpec, lora_from_yaml
+from mindformers_ext.core.recompute import recompute_asked
 from mindformers_ext.core.schedule import Schedule, schedule_from_yaml
 from mindformers_ext.core.spec import ParallelSpec
 
@@ -127,7 +128,7 @@ def train_spec_from_yaml(config: Mapping[str, Any], parallel: ParallelSpec, per_
     if monitor.get("tensorboard", "MFLossMonitor" in callbacks):
         notes.append(f"{ENGINE} writes no TensorBoard events; python tools/plot_run.py draws its metrics")
     clips = bool(wrapper.get("use_clip_grad", False))
-    recompute = _recompute(config.get("recompute_config"), notes)
+    recompute = _recompute(config.get("recompute_config"), problems, notes)
     if "TopkBiasBalanceCallback" in callbacks:
         bias_rate = float(callbacks["TopkBiasBalanceCallback"].get("topk_bias_update_rate") or bias_rate)
     elif bias_rate:
@@ -193,15 +194,15 @@ def _loss_scale(words: Any, problems: Problems) -> LossScale:
                      window=int(words.get("scale_window") or 1000))  # fmt: skip
 
 
-def _recompute(words: Any, notes: list[str]) -> bool:
+def _recompute(words: Any, problems: Problems, notes: list[str]) -> bool:
     """Whole layers are computed again, or none."""
-    words = words if isinstance(words, Mapping) else {"recompute": words}
-    asked, selected = words.get("recompute"), words.get("select_recompute")
-    if selected:
+    whole, parts = recompute_asked(words, problems)
+    if parts:
         notes.append(f"recompute_config.select_recompute: {ENGINE} recomputes whole layers")
-    elif isinstance(asked, (list, tuple)) or isinstance(asked, int) and not isinstance(asked, bool) and asked:
+    asked = words.get("recompute") if isinstance(words, Mapping) else words
+    if whole and asked is not True:
         notes.append(f"recompute_config.recompute={asked}: {ENGINE} recomputes every layer")
-    return bool(asked) or bool(selected)
+    return whole or parts
 
 
 def _checkpoint(words: Mapping[str, Any] | None, problems: Problems, notes: list[str]) -> CheckpointPlan | None:

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mindformers_ext.core.errors import Problems, nearest
+from mindformers_ext.core.recompute import names_without_effect
 from mindformers_ext.core.spec import KernelSpec, ModelSpec, MoESpec, NetworkSpec, NumericsSpec, ParallelSpec
 from mindformers_ext.core.yaml_keys import (
     KEYS,
@@ -125,6 +126,7 @@ def yaml_notes(config: Mapping[str, Any]) -> list[str]:
         for name, neutral in keys.items()
         if name in sections[section] and sections[section][name] not in neutral
     ]
+    notes += [f"recompute_config.select_recompute: {name} keeps nothing here" for name in names_without_effect(config)]
     if str(sections["moe_config"].get("router_dense_type", "")).lower() == "float16":
         notes.append("moe_config.router_dense_type float16 is read as float32, as MindFormers does")
     return notes

@@ -44,8 +44,7 @@ def step_settings(config: Mapping[str, Any], spec: NetworkSpec) -> StepSettings:
                        problems)  # fmt: skip
     problems.positive("runner_config.gradient_accumulation_steps", steps)
     problems.raise_if_any()
-    recompute = recompute_from_yaml(config, spec.model.num_hidden_layers, spec.parallel.pipeline_stage,
-                                    spec.parallel.pp_interleave_num)  # fmt: skip
+    recompute = recompute_from_yaml(config, spec)
     return StepSettings(recompute, int(threshold), bool(shard), int(steps), lora_from_yaml(config))
 
 
@@ -109,11 +108,17 @@ def _judged(need: str, total: int, memory: str | None, configured: object, way_o
 def _way_out(spec: NetworkSpec, settings: StepSettings, limit: int) -> str:
     fitting = fitting_splits(spec, settings, limit)
     if fitting:
-        return "the cheapest split that fits is " + split_words(fitting[0])
+        return "the cheapest split that fits is " + split_words(fitting[0]) + _of_every_layer(spec, settings)
     everything = fitting_splits(spec, settings)
     least = min((split.memory.total for split in everything), default=0)
     more = "" if settings.recompute.layers else ", or set recompute_config.recompute: True"
     return f"no split of {spec.parallel.device_num} devices fits (the least is {_gb(least)}): use more devices{more}"
+
+
+def _of_every_layer(spec: NetworkSpec, settings: StepSettings) -> str:
+    """What a split is counted with, where the configuration numbers layers per stage."""
+    every = settings.recompute.for_every_layer(spec.model.num_hidden_layers)
+    return "" if every == settings.recompute else ", with True for the numbers of layers in recompute_config"
 
 
 def split_words(split: Split) -> str:
@@ -149,7 +154,7 @@ def suggestions(config: Mapping[str, Any], where: str, world: int | None, memory
     if not splits:
         raise UserError(f"{where}: {_way_out(spec, settings, limit)}; a step of {rows} rows is kept, {limit_text} each")
     return suggestion_lines(splits, f"{where}: {devices} devices of {limit_text}, {rows} rows of {spec.seq_length} "
-                                    "tokens per step")  # fmt: skip
+                                    "tokens per step" + _of_every_layer(spec, settings))  # fmt: skip
 
 
 def suggestion_lines(splits: Sequence[Split], head: str) -> list[str]:

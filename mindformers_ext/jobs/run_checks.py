@@ -13,7 +13,7 @@ from typing import Any
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.lora import lora_from_yaml
 from mindformers_ext.core.recompute import recompute_from_yaml
-from mindformers_ext.core.rules import TOGETHER, check_network
+from mindformers_ext.core.rules import TOGETHER, check_network, settled
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.core.tensor_parallel import check_tensor_parallel
 from mindformers_ext.core.yaml_view import network_spec_from_yaml, yaml_notes
@@ -60,10 +60,8 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
         together = launched(engine) and predicts_together(result)
         notes = _check_together(result, spec, engine) if together else []
         notes += [*yaml_notes(result), *check_network(spec, TOGETHER if together else mode)]
-        if engine == "ms" and mode in TRAINING:
-            parallel = spec.parallel
-            recompute_from_yaml(result, spec.model.num_hidden_layers, parallel.pipeline_stage,
-                                parallel.pp_interleave_num)  # fmt: skip
+        if engine == "ms" and mode != "predict":
+            recompute_from_yaml(result, settled(spec)[0])
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     check_device(str((result.get("context") or {}).get("device_target", "Ascend")))

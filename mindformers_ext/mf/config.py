@@ -48,10 +48,7 @@ class PortableLlamaConfig(LlamaConfig):
 
     def recompute_spec(self) -> RecomputeSpec:
         """The layers that ``recompute_config`` computes again."""
-        spec = self.network_spec()
-        parallel = spec.parallel
-        return recompute_from_yaml(self.network_yaml or {}, spec.model.num_hidden_layers, parallel.pipeline_stage,
-                                   parallel.pp_interleave_num)  # fmt: skip
+        return recompute_from_yaml(self.network_yaml or {}, self.network_spec())
 
     def _sections(self) -> dict[str, Any]:
         parallel = {

@@ -70,8 +70,10 @@ class PortableLlamaForCausalLM(PreTrainedModel):
 
     def _mark_recompute(self, config: PortableLlamaConfig) -> None:
         """Mark the layers that compute their activations again; other devices than Ascend have memory to spare."""
+        if self.predicts:
+            return
         recompute = config.recompute_spec()
-        if self.predicts or not (recompute.layers or recompute.selected):
+        if not recompute.is_on:
             return
         if not select_operators().lazy_inline:
             logger.info("recompute_config has no effect on this device, which keeps all activations")

@@ -231,14 +231,14 @@ WRONG: list[tuple[str, dict[str, Any], int, str, str]] = [
     ),
     (
         "recompute part",
-        {"recompute_config.select_recompute": ["feed_forward.w2.reshape"]},
+        {"recompute_config.select_recompute": ["feed_forward.w3"]},
         16,
-        "'feed_forward.w2.reshape' is no part of a layer here",
+        "'feed_forward.w3' is no part of a layer here",
         "choose among attention_norm, attention_norm.norm, attention, ",
     ),
     (
         "recompute parts together",
-        {"recompute_config.recompute": [1], "recompute_config.select_recompute": [".*norm", "attention", "*mul"]},
+        {"recompute_config.recompute": [1], "recompute_config.select_recompute": [".*norm", "attention", "feed_forward.mul"]},
         16,
         "names attention, its norm and the gated product of one layer",
         "leave attention_norm out",

@@ -22,7 +22,7 @@ from mindformers_ext.core.memory import (
     stage_memory,
 )
 from mindformers_ext.core.placement import placed_parameters
-from mindformers_ext.core.recompute import RecomputeSpec, recompute_from_yaml
+from mindformers_ext.core.recompute import RecomputeSpec, names_without_effect, recompute_from_yaml
 from mindformers_ext.core.spec import KernelSpec, ModelSpec, MoESpec, NetworkSpec, NumericsSpec, ParallelSpec
 from mindformers_ext.core.split_cost import expert_exchange, layer_operations, layer_sent, split_cost
 from mindformers_ext.core.split_search import fitting_splits, step_rows
@@ -172,6 +172,14 @@ def test_splits_that_fit() -> None:
     assert {(2, 4), (8, 4)} <= parts <= {(1, 1), (2, 4), (4, 4), (8, 4)}  # 16 stages have no 4 layers each
 
 
+def recompute(words: Any, stages: int = 2, gmm: bool = False) -> RecomputeSpec:
+    """Of four layers."""
+    moe = replace(SEED.model.experts, use_gmm=gmm)
+    model = replace(SEED.model, num_hidden_layers=4, moe=moe)
+    spec = replace(SEED, model=model, parallel=replace(SEED.parallel, pipeline_stage=stages))
+    return recompute_from_yaml({"recompute_config": words}, spec)
+
+
 @pytest.mark.parametrize(
     "written, layers",
     [
@@ -183,7 +191,7 @@ def test_splits_that_fit() -> None:
     ],
 )
 def test_recompute_words(written: Any, layers: Any) -> None:
-    spec = recompute_from_yaml({"recompute_config": {"recompute": written, "mp_comm_recompute": False}}, 4, 2)
+    spec = recompute({"recompute": written, "mp_comm_recompute": False})
     assert spec.layers == frozenset(layers) and not spec.exchanges
 
 
@@ -195,42 +203,69 @@ def test_recompute_words(written: Any, layers: Any) -> None:
         ([], {}),
         (["attention", r".*\.norm"], {"attention_norm": range(4), "attention": range(4), "ffn_norm": range(4)}),
         ({r"feed_forward\.mul": [2, 1], "feed_forward.w1.activation.silu": [1, 2]}, {"swiglu": range(4)}),
+        ([r"feed_forward\.w1\.activation", r"feed_forward\.w2\.reshape"], {"swiglu": range(4)}),
         ({"feed_forward": [0, True], "attention": False}, {"attention": (), "feed_forward": (2, 3)}),
     ],
 )
 def test_selected_words(written: Any, selected: Any) -> None:
-    spec = recompute_from_yaml({"recompute_config": {"select_recompute": written}}, 4, 2)
+    spec = recompute({"select_recompute": written})
     assert spec.selected == tuple((part, frozenset(layers)) for part, layers in selected.items())
-    assert not spec.layers
+    assert not spec.layers and spec.is_on == any(map(len, selected.values()))
+
+
+@pytest.mark.parametrize(
+    "written, message",
+    [
+        ("attention", r"is no list: write True, or a list of names: \[attention\]"),
+        ({"attention": 3}, "select_recompute: attention=3 is not understood"),
+        ({"attention": [1, 2, 3]}, r"attention=\[1, 2, 3\] has 3 entries, pipeline_stage=2"),
+        ([r"feed_forward\..*"], "'.*' may stand in the first word alone"),
+        (["attention[_a]norm"], "is not understood"),
+        (["feed_forward.w3"], "is no part of a layer here: choose among attention_norm, "),
+        ([["attention"]], "is not understood"),
+    ],
+)
+def test_selected_words_that_are_refused(written: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        recompute({"select_recompute": written})
 
 
 @pytest.mark.parametrize("name", ["README.md", "README_CN.md"])
 def test_the_readme_s_example_reads(name: str, repo_root: Path) -> None:
     text = (repo_root / "research" / "mixtral" / name).read_text(encoding="utf-8")
     (example,) = [block for block in text.split("```yaml\n")[1:] if "select_recompute" in block]
-    spec = recompute_from_yaml(yaml.safe_load(example.partition("```")[0]), 32, 2)
+    spec = recompute_from_yaml(yaml.safe_load(example.partition("```")[0]), SEED)
     assert [part for part, layers in spec.selected if len(layers) == 32] == ["attention_norm", "ffn_norm", "swiglu"]
 
 
 def test_a_whole_layer_has_no_parts_and_feed_forward_holds_its_product() -> None:
     words = {"recompute": [1], "select_recompute": {"feed_forward": True, "feed_forward.mul": True, "attention": [2]}}
-    spec = recompute_from_yaml({"recompute_config": words}, 4, 2)
-    assert [sorted(spec.parts_of(layer)) for layer in range(4)] == [
+    assert [sorted(recompute(words).parts_of(layer)) for layer in range(4)] == [
         [], ["attention", "feed_forward"], ["feed_forward"], ["feed_forward"]]  # fmt: skip
 
 
 def test_grouped_experts_keep_their_product() -> None:
     with pytest.raises(UserError, match="use_gmm makes a part of its experts: select feed_forward"):
-        recompute_from_yaml({"recompute_config": {"select_recompute": True}, "moe_config": {"use_gmm": True}}, 4, 2)
+        recompute({"select_recompute": True}, gmm=True)
+    for words in ({"select_recompute": [0, 0]}, {"select_recompute": True, "recompute": True},
+                  {"select_recompute": ["feed_forward", "feed_forward.mul"]}):  # fmt: skip
+        recompute(words, gmm=True)
 
 
-def test_parts_add_up() -> None:
-    """What is kept falls by what each part keeps; all parts leave what a layer adds to, twice."""
+def test_every_layer_of_parts_that_compile() -> None:
+    spec = recompute({"select_recompute": {"attention": [1], "attention_norm": [0, 1], "feed_forward.mul": True}})
+    every = frozenset(range(4))
+    assert spec.for_every_layer(4).selected == (("attention", every), ("swiglu", every))
+
+
+def test_what_the_parts_of_a_layer_keep() -> None:
+    """Mixtral-8x7B, 4096 tokens in 16 bits, dp8 ep8: heads 32 and 8 of 128, 8 experts of 1127 slots."""
     parts = part_activations(SEED)
-    normed = 4096 * 4096 * 2
-    assert parts["attention_norm"] == parts["ffn_norm"] == normed and parts["swiglu"] == 8 * 1127 * 14336 * 2
-    whole = parts["attention_norm"] + parts["attention"] + parts["ffn_norm"] + parts["feed_forward"]
-    assert layer_activations(SEED) == whole + 2 * normed
+    assert parts["attention_norm"] == parts["ffn_norm"] == 4096 * 4096 * 2
+    assert parts["swiglu"] == 8 * 1127 * 14336 * 2
+    projected = 4096 * 3 * (32 + 8) * 128 * 2
+    assert projected < parts["attention"] < parts["feed_forward"]
+    assert parts["feed_forward"] == 8 * 1127 * (3 * 14336 + 3 * 4096) * 2 + 3 * 4096 * 8 * 4
     every = frozenset(range(32))
     for part in ("attention", "feed_forward", "swiglu"):
         settings = StepSettings(recompute=RecomputeSpec(selected=((part, every),)))
@@ -238,12 +273,33 @@ def test_parts_add_up() -> None:
         assert kept == 2 * 16 * (layer_activations(SEED) - parts[part]) + parts[part]
 
 
+def test_names_that_keep_nothing_are_noted() -> None:
+    config = {"recompute_config": {"select_recompute": {r"feed_forward\.w2\.reshape": True, "attention": True}}}
+    assert names_without_effect(config) == [r"feed_forward\.w2\.reshape"]
+
+
+def test_exchanges_that_are_not_repeated_are_kept() -> None:
+    every, received = frozenset(range(32)), 2 * expert_exchange(SEED)
+    for words in ({"layers": every}, {"selected": (("feed_forward", every),)}):
+        again, kept = (StepSettings(recompute=RecomputeSpec(exchanges=repeats, **words)) for repeats in (True, False))
+        assert stage_activations(SEED, kept, 0) - stage_activations(SEED, again, 0) == 2 * 16 * received
+
+
 def test_parts_cost_what_they_repeat() -> None:
     every = frozenset(range(32))
     none, whole = split_cost(SEED, StepSettings()), split_cost(SEED, ALL_LAYERS)
     costs = {part: split_cost(SEED, StepSettings(recompute=RecomputeSpec(selected=((part, every),))))
              for part in ("attention", "feed_forward", "swiglu")}  # fmt: skip
-    more = [costs[part].operations - none.operations for part in ("attention", "feed_forward")]
-    assert sum(more) == pytest.approx(whole.operations - none.operations) and min(more) > 0
-    assert costs["swiglu"].operations == none.operations
+    more = {part: cost.operations - none.operations for part, cost in costs.items()}
+    assert more["swiglu"] == 0 and more["attention"] + more["feed_forward"] == whole.operations - none.operations
+    assert more["attention"] == 16 * 16 * 2 * 4096 * (4096 * 2 * (32 + 8) * 128 + 4096 * 4096)  # micro batches, layers
     assert costs["feed_forward"].sent == whole.sent and costs["attention"].sent == none.sent
+
+
+def test_what_the_parts_of_a_layer_send() -> None:
+    """dp2 mp4 ep2 with sequence parallel: attention gathers and scatters its tokens, the experts all else."""
+    spec = cut(data_parallel=2, model_parallel=4, expert_parallel=2, use_seq_parallel=True)
+    attention, experts = layer_sent(spec, ("attention",)), layer_sent(spec, ("feed_forward",))
+    assert attention == {"model parallel": 2 * 4096 * 4096 * 2 * 3 // 4}
+    assert experts["experts"] == layer_sent(spec)["experts"] > 0
+    assert experts["model parallel"] + attention["model parallel"] == layer_sent(spec)["model parallel"]

@@ -111,3 +111,25 @@ def test_sizes_that_are_not_built_are_named(name: str) -> None:
     config = yaml.safe_load(PRETRAIN_YAML)
     with pytest.raises(UserError, match=f"parallel_config.{name}=2: the PyTorch engine does not build this"):
         train_spec_from_yaml(config, ParallelSpec(**{name: 2}), 100, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "is_on", "noted"),
+    [
+        ({"recompute": True}, True, []),
+        ({"recompute": [10, 8], "select_recompute": True}, True, ["select_recompute: ", "recompute=[10, 8]: "]),
+        ({"recompute": [0, 0], "select_recompute": [0, 0]}, False, []),
+        ({"select_recompute": {"attention": [0, 3], "feed_forward": False}}, True, ["select_recompute: "]),
+        ({"select_recompute": {"attention": False}}, False, []),
+    ],
+)
+def test_recompute_is_of_whole_layers(words: dict, is_on: bool, noted: list[str]) -> None:
+    spec, notes = spec_of(recompute_config=words, callbacks=[])
+    assert spec.recompute is is_on
+    assert [note.split("the PyTorch")[0] for note in notes] == [f"recompute_config.{text}" for text in noted]
+
+
+@pytest.mark.parametrize("words", [{"select_recompute": ["attn"]}, {"recompute": "False"}])
+def test_recompute_words_are_checked(words: dict) -> None:
+    with pytest.raises(UserError, match="is no part of a layer here|is not understood"):
+        spec_of(recompute_config=words)
