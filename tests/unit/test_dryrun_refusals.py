@@ -238,7 +238,8 @@ WRONG: list[tuple[str, dict[str, Any], int, str, str]] = [
     ),
     (
         "recompute parts together",
-        {"recompute_config.recompute": [1], "recompute_config.select_recompute": [".*norm", "attention", "feed_forward.mul"]},
+        {"recompute_config.recompute": [1],
+         "recompute_config.select_recompute": [".*norm", "attention", "feed_forward.mul"]},
         16,
         "names attention, its norm and the gated product of one layer",
         "leave attention_norm out",
