@@ -90,7 +90,10 @@ def test_killed_at_any_moment(folder: Path, repo_root: Path) -> None:
 def test_a_process_that_dies_is_reported(folder: Path, repo_root: Path, victim: str, message: str) -> None:
     output = folder / f"dead {victim}" / "x.mindrecord"
     process = start(folder, repo_root, folder / "text.txt", output, "--seq_length", "64")
-    time.sleep(2.0)
+    # once rows are written: a writer that ends before it is ready is started again
+    partial = output.parent / f".{output.name}.partial" / output.name
+    while process.poll() is None and not (partial.is_file() and partial.stat().st_size):
+        time.sleep(0.02)
     children = [pid for pid in family(process.pid)[1:] if victim in Path(f"/proc/{pid}/cmdline").read_text()]
     for pid in children:
         with suppress(ProcessLookupError):  # the first one's end may have ended it
