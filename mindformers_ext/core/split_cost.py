@@ -69,7 +69,7 @@ def _stage_cost(spec: NetworkSpec, settings: StepSettings, stage: int, micro: in
         again = WHOLE if layer in settings.recompute.layers else settings.recompute.parts_of(layer)
         operations += micro * (3 * layer_operations(spec) + layer_operations(spec, again))  # backward takes two
         for purpose, size in layer_sent(spec).items():
-            sent[purpose] += micro * 2 * size
+            sent[purpose] += micro * 2 * size  # forward, and backward as much again
         for purpose, size in layer_sent(spec, again if settings.recompute.exchanges else ()).items():
             sent[purpose] += micro * size
     if stages > 1:
