@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from mindformers_ext.jobs.alpaca_converter import convert_alpaca
+    from mindformers_ext.jobs.preprocess.alpaca import convert_alpaca
 
     counts = convert_alpaca(arguments.data_path, arguments.output_path, arguments.overwrite)
     print(f"{arguments.output_path}: {counts.records} conversations, {counts.with_input} of them with an input")

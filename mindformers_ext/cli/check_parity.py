@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _logits(arguments: argparse.Namespace) -> int:
-    from mindformers_ext.jobs.check_parity import check_parity
+    from mindformers_ext.jobs.checkpoint.parity import check_parity
 
     result = check_parity(arguments.hf, arguments.ckpt, arguments.text)
     within = result.difference <= arguments.tolerance  # False for NaN
@@ -58,7 +58,7 @@ def _logits(arguments: argparse.Namespace) -> int:
 
 
 def _weights(arguments: argparse.Namespace) -> int:
-    from mindformers_ext.jobs.compare_weights import compare_weights
+    from mindformers_ext.jobs.checkpoint.compare import compare_weights
 
     result = compare_weights(arguments.hf, arguments.ckpt, arguments.strategy_dir)
     for name, difference in result.different[:LISTED]:

@@ -13,7 +13,7 @@ from mindformers_ext.cli.outcome import exit_code
 from mindformers_ext.core.errors import UserError
 
 if TYPE_CHECKING:
-    from mindformers_ext.jobs.convert import ConvertRequest
+    from mindformers_ext.jobs.checkpoint.convert import ConvertRequest
     from mindformers_ext.weights.plan import Direction
 
 EPILOG = """examples:
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _request(arguments: argparse.Namespace) -> ConvertRequest:
-    from mindformers_ext.jobs.convert import ConvertRequest, shard_bytes
+    from mindformers_ext.jobs.checkpoint.convert import ConvertRequest, shard_bytes
     from mindformers_ext.weights.layouts import DENSE, GMM, Layout
 
     source, target, direction = _paths(arguments)
@@ -158,7 +158,7 @@ def _one(what: str, given: Mapping[str, Path | None]) -> Path:
 
 def run(request: ConvertRequest, dry_run: bool) -> int:
     """Convert, or show the plan, and say what was done."""
-    from mindformers_ext.jobs.convert import convert, plan_only
+    from mindformers_ext.jobs.checkpoint.convert import convert, plan_only
 
     if dry_run:
         plan = plan_only(request)

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from mindformers_ext.jobs.convert import ConvertRequest, shard_bytes
+    from mindformers_ext.jobs.checkpoint.convert import ConvertRequest, shard_bytes
 
     request = ConvertRequest(
         input_path=arguments.mindspore_ckpt_path,

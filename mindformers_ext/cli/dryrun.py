@@ -13,8 +13,8 @@ from typing import Any
 from mindformers_ext.cli.convert import switch
 from mindformers_ext.cli.outcome import exit_code
 from mindformers_ext.cli.run_flags import FLAGS, OneValue, apply_flags, read_arguments
+from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.yaml_file import load_yaml
 
 FAILED = 1
 EXAMPLES = """\
@@ -81,13 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from mindformers_ext.jobs.dryrun import plan_dry_run
-    from mindformers_ext.jobs.dryrun_facts import RankFacts
-    from mindformers_ext.jobs.dryrun_memory import suggestions
-    from mindformers_ext.jobs.dryrun_page import write_page
-    from mindformers_ext.jobs.dryrun_ranks import RankJob, compile_ranks
-    from mindformers_ext.jobs.dryrun_report import DryRunReport, report_text, write_json
-    from mindformers_ext.jobs.dryrun_stubs import ensure_stubs
+    from mindformers_ext.jobs.dryrun.facts import RankFacts
+    from mindformers_ext.jobs.dryrun.memory import suggestions
+    from mindformers_ext.jobs.dryrun.page import write_page
+    from mindformers_ext.jobs.dryrun.plan import plan_dry_run
+    from mindformers_ext.jobs.dryrun.ranks import RankJob, compile_ranks
+    from mindformers_ext.jobs.dryrun.report import DryRunReport, report_text, write_json
+    from mindformers_ext.jobs.dryrun.stubs import ensure_stubs
 
     path = Path(arguments.config)
     config = apply_flags(load_yaml(path), arguments)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mindformers_ext.jobs.dryrun_forks import Request, Work, serve
+from mindformers_ext.jobs.dryrun.forks import Request, Work, serve
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,9 +29,9 @@ def _loaded() -> Work:
 
 def compile_request(request: Request) -> None:
     """Compile one rank and write its result; an exception ends its process and stands in its log."""
-    from mindformers_ext.jobs.dryrun_facts import prediction_facts, rank_facts
-    from mindformers_ext.jobs.dryrun_ranks import GRAPHS, keep_result
-    from mindformers_ext.jobs.generate import Shape
+    from mindformers_ext.jobs.dryrun.facts import prediction_facts, rank_facts
+    from mindformers_ext.jobs.dryrun.ranks import GRAPHS, keep_result
+    from mindformers_ext.jobs.predict.generate import Shape
     from mindformers_ext.mf.dryrun import compile_prediction, compile_step
 
     folder = Path(request["folder"])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.jobs.evaluate import Perplexity, keep, open_evaluation
+from mindformers_ext.jobs.predict.evaluate import Perplexity, keep, open_evaluation
 
 
 def evaluate(config: Mapping[str, Any], spec: NetworkSpec, stride: int | None, folder: str | None) -> int:

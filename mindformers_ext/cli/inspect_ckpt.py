@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from mindformers_ext.jobs.inspect_ckpt import inspect_ckpt, type_name
+    from mindformers_ext.jobs.checkpoint.inspect import inspect_ckpt, type_name
 
     try:
         wanted = re.compile(arguments.grep or "")

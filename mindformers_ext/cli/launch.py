@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from mindformers_ext.cli.outcome import USER_MISTAKE
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.jobs.launch import (
+from mindformers_ext.jobs.launch.msrun import (
     DEFAULTS,
     Launch,
     WrongCountError,
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _supervise(launch: Launch, command: Sequence[str], environment: dict[str, str]) -> int:
-    from mindformers_ext.jobs.launch_run import supervise
+    from mindformers_ext.jobs.launch.supervise import supervise
 
     return supervise(launch, command, environment, lambda text: print(text, end="", flush=True))
 

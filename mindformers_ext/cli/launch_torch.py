@@ -11,8 +11,8 @@ from pathlib import Path
 
 from mindformers_ext.cli.outcome import USER_MISTAKE
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.jobs.launch import DEFAULTS, usage
-from mindformers_ext.jobs.launch_torch import (
+from mindformers_ext.jobs.launch.msrun import DEFAULTS, usage
+from mindformers_ext.jobs.launch.torchrun import (
     Launch,
     WrongCountError,
     check_torch_master,

@@ -14,7 +14,7 @@ from mindformers_ext.cli.merge_flags import check_flags, common, device_of, swit
 from mindformers_ext.cli.outcome import exit_code
 
 if TYPE_CHECKING:
-    from mindformers_ext.jobs.merge_output import MergeReport, OutputRequest
+    from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest
 
 EPILOG = """examples (mergekit's YAML files and flags work as they are):
   python tools/merge.py yaml configs/merge/slerp.yaml merged --copy-tokenizer --out-shard-size 1B
@@ -82,8 +82,8 @@ def _summary(arguments: argparse.Namespace, report: MergeReport) -> str:
 
 
 def _output(arguments: argparse.Namespace) -> OutputRequest:
-    from mindformers_ext.jobs.merge_output import OutputRequest
-    from mindformers_ext.jobs.merge_sizes import shard_bytes
+    from mindformers_ext.jobs.merge.output import OutputRequest
+    from mindformers_ext.jobs.merge.sizes import shard_bytes
 
     return OutputRequest(
         folder=Path(arguments.out),
@@ -99,7 +99,7 @@ def _output(arguments: argparse.Namespace) -> OutputRequest:
 
 
 def _yaml(arguments: argparse.Namespace) -> MergeReport:
-    from mindformers_ext.jobs.merge import MergeRequest, merge
+    from mindformers_ext.jobs.merge.dense import MergeRequest, merge
 
     request = MergeRequest(
         config=Path(arguments.config),
@@ -114,7 +114,7 @@ def _yaml(arguments: argparse.Namespace) -> MergeReport:
 
 
 def _moe(arguments: argparse.Namespace) -> MergeReport:
-    from mindformers_ext.jobs.merge_moe import MoERequest, assemble
+    from mindformers_ext.jobs.merge.moe import MoERequest, assemble
 
     request = MoERequest(
         config=Path(arguments.config),

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from mindformers_ext.jobs.merge_lora import merge_lora
+    from mindformers_ext.jobs.checkpoint.merge_lora import merge_lora
 
     done = merge_lora(arguments.base, arguments.adapter, arguments.output, arguments.lora_scaling, arguments.overwrite)
     print(f"{arguments.output}: {done.tensors} tensors, adapters added to {len(done.layers)}, factor {done.scale:g}")

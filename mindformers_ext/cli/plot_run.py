@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from mindformers_ext.jobs.plot_run import plot_run
+    from mindformers_ext.jobs.run.plot import plot_run
 
     for picture in plot_run(arguments.run_folder):
         print(f"wrote {picture}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.jobs.predict import Predictor, Prompt, Written, keep, open_predictor, read_prompts
+from mindformers_ext.jobs.predict.predict import Predictor, Prompt, Written, keep, open_predictor, read_prompts
 
 INTERRUPTED = 130
 SAVED_EVERY = 10.0  # seconds

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from mindformers_ext.cli.outcome import exit_code
 
 if TYPE_CHECKING:
-    from mindformers_ext.jobs.preprocess import Summary
+    from mindformers_ext.jobs.preprocess.preprocess import Summary
 
 TYPES = ("wiki", "wikipedia", "qa", "text", "jsonl")
 EPILOG = """examples:
@@ -89,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from mindformers_ext.jobs.preprocess import preprocess
-    from mindformers_ext.jobs.preprocess_request import PreprocessRequest
+    from mindformers_ext.jobs.preprocess.preprocess import preprocess
+    from mindformers_ext.jobs.preprocess.request import PreprocessRequest
 
     options = vars(arguments)
     options.pop("tokenizer")

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from mindformers_ext.jobs.report_run import ReportRequest, report_run
+    from mindformers_ext.jobs.run.report import ReportRequest, report_run
 
     report = report_run(ReportRequest(**vars(arguments)))
     print(

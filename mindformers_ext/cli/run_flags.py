@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of ``run_mindformer.py``: one row each, and how a row changes the configuration.
 
-The rows are the union of MindFormers r1.3 to r1.7. Every other option is a dotted path (``core.overrides``).
+The rows are the union of MindFormers r1.3 to r1.7. Every other option is a dotted path (``core.config.overrides``).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.core.config.overrides import apply_overrides, parse_dotted
 from mindformers_ext.core.errors import Problems, UserError, nearest
-from mindformers_ext.core.overrides import apply_overrides, parse_dotted
 
 RUN_MODES = ("train", "finetune", "eval", "predict")
 DEVICES = ("Ascend", "CPU", "GPU")

@@ -12,8 +12,8 @@ from typing import Any
 
 from mindformers_ext.cli.outcome import exit_code
 from mindformers_ext.cli.run_flags import FLAGS, OneValue, apply_flags, read_arguments
+from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.yaml_file import load_yaml
 
 EXAMPLES = """\
 examples:
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from mindformers_ext.jobs.run_checks import check_run, evaluates_here, generates_here
+    from mindformers_ext.jobs.run.checks import check_run, evaluates_here, generates_here
 
     path = _config_path(arguments.config)
     config = apply_flags(load_yaml(path), arguments)
@@ -96,7 +96,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
         return predict(checked.config, checked.spec, chat)
     if checked.engine == "pt":
-        from mindformers_ext.jobs.train import run as run_here
+        from mindformers_ext.jobs.train.train import run as run_here
 
         run_here(checked.config, checked.spec, checked.notes)
         return 0

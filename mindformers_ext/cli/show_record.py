@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from mindformers_ext.cli.outcome import exit_code
 
 if TYPE_CHECKING:
-    from mindformers_ext.jobs.show_record import ShownRecord
+    from mindformers_ext.jobs.preprocess.show import ShownRecord
 
 EPILOG = """\
 Marked is what the network learns to write: in finetune data the answers and their </s>, in pretraining data everything
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from mindformers_ext.jobs.show_record import ShowRequest, open_file
+    from mindformers_ext.jobs.preprocess.show import ShowRequest, open_file
 
     request = ShowRequest(path=arguments.file, model_file=arguments.model_file, count=arguments.n, skip=arguments.skip,
                           pad_id=arguments.pad_id, ignore_id=arguments.ignore_id)  # fmt: skip

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from mindformers_ext.jobs.tiny_corpus import CorpusRequest, make_corpus
+    from mindformers_ext.jobs.preprocess.tiny_corpus import CorpusRequest, make_corpus
 
     request = CorpusRequest(
         output_dir=arguments.output_dir,
@@ -57,7 +57,7 @@ def _vocab_size(arguments: argparse.Namespace) -> int:
     """From the YAML or from the option, never from both."""
     if not arguments.config:
         return DEFAULT_VOCAB if arguments.vocab_size is None else arguments.vocab_size
-    from mindformers_ext.jobs.tiny_model import spec_from_yaml_file
+    from mindformers_ext.jobs.checkpoint.tiny_model import spec_from_yaml_file
 
     if arguments.vocab_size is not None:
         raise UserError("--config already says vocab_size: give the size in one place")

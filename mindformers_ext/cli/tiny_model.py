@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from mindformers_ext.jobs.tiny_model import TinyModelRequest, make_tiny_model
+    from mindformers_ext.jobs.checkpoint.tiny_model import TinyModelRequest, make_tiny_model
 
     request = TinyModelRequest(
         output_dir=arguments.output_dir,
@@ -68,7 +68,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _spec(arguments: argparse.Namespace) -> ModelSpec:
-    from mindformers_ext.jobs.tiny_model import spec_from_yaml_file
+    from mindformers_ext.jobs.checkpoint.tiny_model import spec_from_yaml_file
 
     given = [name for name in ("model", *SIZES, *EXPERTS) if getattr(arguments, name) is not None]
     if arguments.config:

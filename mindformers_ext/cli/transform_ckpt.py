@@ -76,7 +76,7 @@ def _path(text: str) -> Path | None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from mindformers_ext.jobs.transform_ckpt import TransformRequest, transform
+    from mindformers_ext.jobs.checkpoint.transform import TransformRequest, transform
 
     source, target = _path(arguments.src_ckpt_dir), _path(arguments.dst_ckpt_dir)
     if source is None or target is None:

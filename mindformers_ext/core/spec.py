@@ -2,7 +2,7 @@
 """The words of the house: frozen descriptions of a model, its experts, its numerics and its cluster.
 
 Field names are Hugging Face's where Hugging Face has a name (``num_local_experts``, ``hidden_size``) and the
-field's standard term elsewhere. YAML spellings (``expert_num``, ``num_heads``) live in ``core.yaml_view`` alone.
+field's standard term elsewhere. YAML spellings (``expert_num``, ``num_heads``) live in ``core.config.view`` alone.
 A spec holds plain Python values only, so that it can be hashed, compared, printed and sent to any engine.
 """
 
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mindformers_ext.core.cluster import layer_stage
 from mindformers_ext.core.errors import Problems
+from mindformers_ext.core.stages import layer_stage
 
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
 AUX_LOSS_TYPES = ("expert", "device", "comm")

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from mindformers_ext.core.yaml_keys import MODES
+from mindformers_ext.core.config.keys import MODES
 from mindformers_ext.mf.config import WRITTEN
 
 # Sections that describe the network; kept as written for ``mf.config``.

@@ -15,7 +15,7 @@ from mindformers.tools.logger import logger
 from mindspore import nn
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.jobs.checkpoints import last_whole, note_size
+from mindformers_ext.jobs.checkpoint.saved import last_whole, note_size
 from mindformers_ext.ms.lora import adapter_parameters
 
 WEIGHTS = ("model.", "lm_head.")  # of the network; the step's and the optimizer's own state has other names

@@ -8,13 +8,13 @@ from typing import Any
 
 from mindformers.models.llama.llama_config import LlamaConfig
 
-from mindformers_ext.core.lora import LoraSpec, lora_from_yaml
-from mindformers_ext.core.recompute import RecomputeSpec, recompute_from_yaml
-from mindformers_ext.core.rules import settled
+from mindformers_ext.core.cluster.cluster_rules import settled
+from mindformers_ext.core.config.lora import LoraSpec, lora_from_yaml
+from mindformers_ext.core.config.recompute import RecomputeSpec, recompute_from_yaml
+from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.core.yaml_view import network_spec_from_yaml
 
-# The key of model_config under which ``mf.upgrade`` keeps the network's YAML sections as the user wrote them.
+# The key of model_config under which ``mf.adapt`` keeps the network's YAML sections as the user wrote them.
 WRITTEN = "network_yaml"
 
 

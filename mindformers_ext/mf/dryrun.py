@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One rank of a job that is compiled and never run: the same path as ``mf.run`` up to the finished train step, or as
-``jobs.predict`` up to the compiled graphs.
+``jobs.predict.predict`` up to the compiled graphs.
 
 Runs in a process of its own whose environment puts MindSpore's Ascend compiler on stand-ins of CANN
-(``jobs.dryrun_stubs``). There a graph can be compiled but no step computed, so the trainer stops where training starts.
+(``jobs.dryrun.stubs``). There a graph can be compiled but no step computed, so the trainer stops where training starts.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from mindformers.trainer import Trainer
 from mindspore import Tensor, nn
 from mindspore.common.initializer import Initializer
 
-from mindformers_ext.core.rules import settled
-from mindformers_ext.core.tensor_parallel import parted_parameters
-from mindformers_ext.core.yaml_view import network_spec_from_yaml
-from mindformers_ext.jobs.generate import Shape
-from mindformers_ext.jobs.generate_model import device_of, dropless_spec, uses_cache
+from mindformers_ext.core.cluster.cluster_rules import settled
+from mindformers_ext.core.cluster.tensor_parallel import parted_parameters
+from mindformers_ext.core.config.view import network_spec_from_yaml
+from mindformers_ext.jobs.predict.generate import Shape
+from mindformers_ext.jobs.predict.network import device_of, dropless_spec, uses_cache
 from mindformers_ext.mf.run import prepare
 from mindformers_ext.mf.trainer import PortableCausalLanguageModelingTrainer
 from mindformers_ext.ms.engine import MindSporeEngine
@@ -94,7 +94,7 @@ def compile_step(config: Mapping[str, Any], rows: int, folder: Path, native: boo
 
 @dataclass(frozen=True)
 class CompiledPrediction:
-    """Whole shapes of all weights, what was compiled (``jobs.dryrun_facts.GRAPHS_OF``), and seconds per phase."""
+    """Whole shapes of all weights, what was compiled (``jobs.dryrun.facts.GRAPHS_OF``), and seconds per phase."""
 
     shapes: dict[str, tuple[int, ...]]
     graphs: tuple[str, ...]
@@ -105,7 +105,7 @@ class CompiledPrediction:
 def compile_prediction(config: Mapping[str, Any], shape: Shape, world: int) -> CompiledPrediction:
     """Compile this rank's graphs of a prediction by ``world`` processes; without ``use_past`` only the one that reads.
 
-    MindFormers has no part in it: ``jobs.predict`` answers without.
+    MindFormers has no part in it: ``jobs.predict.predict`` answers without.
     """
     started = time.time()
     spec = dropless_spec(config, settled(network_spec_from_yaml(config, world))[0])

@@ -13,9 +13,9 @@ import numpy as np
 from mindformers.generation import GenerationConfig
 from mindformers.tools.logger import logger
 
+from mindformers_ext.core.config.sampling import SamplingSpec
 from mindformers_ext.core.errors import Problems
-from mindformers_ext.core.sampling import SamplingSpec
-from mindformers_ext.jobs.generate import Generation
+from mindformers_ext.jobs.predict.generate import Generation
 from mindformers_ext.ms.engine import MindSporeNetwork
 
 SEEDS = 2**31  # without ``seed`` one is drawn from numpy's global generator, which MindFormers draws from

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a MindSpore train step's outputs to the record that ``jobs.metrics_file`` keeps."""
+"""From a MindSpore train step's outputs to the record that ``jobs.run.metrics_file`` keeps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mindformers_ext.jobs.metrics_file import MetricsFile, StepRecord
+from mindformers_ext.jobs.run.metrics_file import MetricsFile, StepRecord
 
 __all__ = ["MetricsFile", "StepRecord", "record_of"]
 

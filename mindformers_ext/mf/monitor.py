@@ -16,7 +16,7 @@ from mindformers.tools.utils import get_output_root_path, get_real_rank
 from mindformers.utils.tensorboard import get_tensorboard_writer
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.jobs.checkpoints import last_whole, set_aside
+from mindformers_ext.jobs.checkpoint.saved import last_whole, set_aside
 from mindformers_ext.mf.metrics import MetricsFile, StepRecord, record_of
 
 SCALARS = ("loss", "lm_loss", "aux_loss", "drop_rate", "learning_rate", "global_norm", "loss_scale",

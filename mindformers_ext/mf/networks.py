@@ -17,9 +17,9 @@ from mindformers_ext.mf.config import MixtralConfig, PortableLlamaConfig
 from mindformers_ext.mf.generate import CachedGenerator, announce, can_answer, settled_config
 from mindformers_ext.ms.lora import add_lora
 from mindformers_ext.ms.models import build_causal_lm
+from mindformers_ext.ms.moe.router import TopkRouterV2
 from mindformers_ext.ms.ops.select import select_operators
 from mindformers_ext.ms.recompute import recompute_layers
-from mindformers_ext.ms.router import TopkRouterV2
 
 
 class PortableLlamaForCausalLM(PreTrainedModel):

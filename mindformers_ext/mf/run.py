@@ -16,14 +16,14 @@ from mindformers.trainer import Trainer
 from mindformers.utils.file_utils import set_output_path
 
 import mindformers_ext.mf.register  # noqa: F401  puts our classes into MindFormers' registry
+from mindformers_ext.core.config.lora import ADAPTER_CONFIG, lora_from_yaml
+from mindformers_ext.core.config.text import yaml_text
+from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.lora import ADAPTER_CONFIG, lora_from_yaml
-from mindformers_ext.core.yaml_text import yaml_text
-from mindformers_ext.core.yaml_view import network_spec_from_yaml
-from mindformers_ext.jobs.run_slices import merge_slices, merged_file
-from mindformers_ext.jobs.transform_ckpt import TransformRequest
+from mindformers_ext.jobs.checkpoint.transform import TransformRequest
+from mindformers_ext.jobs.run.slices import merge_slices, merged_file
+from mindformers_ext.mf.adapt import upgrade
 from mindformers_ext.mf.barrier import use_cpu_barrier
-from mindformers_ext.mf.upgrade import upgrade
 
 TRAINING = ("train", "finetune")
 

@@ -16,7 +16,7 @@ from mindformers.tools.utils import get_output_root_path, get_real_rank
 from mindformers.trainer.causal_language_modeling import CausalLanguageModelingTrainer
 from mindspore import nn
 
-from mindformers_ext.jobs.checkpoints import checkpoint_file
+from mindformers_ext.jobs.checkpoint.saved import checkpoint_file
 from mindformers_ext.mf.balance import MoETopkBiasBalanceCallback
 from mindformers_ext.mf.checkpoint import WholeCheckpointMonitor
 from mindformers_ext.mf.load_monitor import MoELoadMonitor

@@ -12,7 +12,7 @@ from mindspore.common.initializer import Normal, initializer
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.ops.dtypes import mindspore_dtype
 from mindformers_ext.ms.ops.select import Operators
-from mindformers_ext.ms.parallel import Shards
+from mindformers_ext.ms.strategies import Shards
 
 
 class Linear(nn.Cell):

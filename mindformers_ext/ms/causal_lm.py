@@ -10,17 +10,17 @@ import mindspore.ops.operations as P
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
-from mindformers_ext.core.cluster import layer_stage
 from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.core.stages import layer_stage
 from mindformers_ext.ms.attention import Attention, Linear, rotary_tables
 from mindformers_ext.ms.feed_forward import FeedForward
-from mindformers_ext.ms.grouped import GroupedMoE
 from mindformers_ext.ms.loss import NextTokenLoss, ShiftedTokens, Targets, token_shape
-from mindformers_ext.ms.moe import MoE
+from mindformers_ext.ms.moe.grouped import GroupedMoE
+from mindformers_ext.ms.moe.layer import MoE
 from mindformers_ext.ms.norm import RmsNorm
 from mindformers_ext.ms.ops.dtypes import mindspore_dtype
 from mindformers_ext.ms.ops.select import Operators, select_operators
-from mindformers_ext.ms.parallel import Shards
+from mindformers_ext.ms.strategies import Shards
 
 
 class TokenEmbedding(nn.Cell):
@@ -54,7 +54,7 @@ class DenseLayer(nn.Cell):
 
 
 class MoELayer(nn.Cell):
-    """As ``DenseLayer`` with experts. Outputs (T, D), aux_loss (G), report (G, E + 1); see ``ms.moe``."""
+    """As ``DenseLayer`` with experts. Outputs (T, D), aux_loss (G), report (G, E + 1); see ``ms.moe.layer``."""
 
     def __init__(self, spec: NetworkSpec, operators: Operators) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MindSpore behind the interface that jobs see (``jobs.engine``): specs and numpy arrays in, numpy arrays out."""
+"""MindSpore behind the interface that jobs see (``jobs.engine.door``): specs and numpy arrays in, numpy arrays out."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mindspore import Parameter, Tensor, nn
 from mindspore.communication import get_group_size, get_rank, init
 from mindspore.nn.utils import no_init_parameters
 
+from mindformers_ext.core.cluster.placement import PlacedParameter
+from mindformers_ext.core.cluster.tensor_parallel import own_part, parted_parameters
 from mindformers_ext.core.errors import Problems, UserError
-from mindformers_ext.core.placement import PlacedParameter
 from mindformers_ext.core.spec import DeviceSpec, NetworkSpec
-from mindformers_ext.core.tensor_parallel import own_part, parted_parameters
 from mindformers_ext.ms.generate import MindSporeSession
 from mindformers_ext.ms.models import build_causal_lm
 from mindformers_ext.ms.tensor_parallel import build_part
@@ -25,8 +25,8 @@ LISTED = 10
 
 
 class MindSporeNetwork:
-    """A causal language model on MindSpore; with ``parts`` one process's part of it (``core.tensor_parallel``), which
-    generates together with the others: every process makes the same calls and gets the same answers.
+    """A causal language model on MindSpore; with ``parts`` one process's part of it (``core.cluster.tensor_parallel``),
+    which generates together with the others: every process makes the same calls and gets the same answers.
 
     ``parts``: by name each weight's whole shape and that of the part.
     """

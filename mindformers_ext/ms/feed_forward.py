@@ -9,7 +9,7 @@ from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.attention import Linear
 from mindformers_ext.ms.ops.dtypes import mindspore_dtype
 from mindformers_ext.ms.ops.select import Operators
-from mindformers_ext.ms.parallel import Shards
+from mindformers_ext.ms.strategies import Shards
 
 
 class FeedForward(nn.Cell):

@@ -13,8 +13,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from mindformers_ext.core.capacity import rows_at_once
+from mindformers_ext.core.cluster.tensor_parallel import head_parts
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.core.tensor_parallel import head_parts
 from mindformers_ext.ms.attention import rotary_tables
 from mindformers_ext.ms.cache import (
     LayerCache,
@@ -25,7 +25,7 @@ from mindformers_ext.ms.cache import (
     positions_tensor,
 )
 from mindformers_ext.ms.causal_lm import CausalLM, DenseLayer, MoELayer
-from mindformers_ext.ms.dropless import dropless
+from mindformers_ext.ms.moe.dropless import dropless
 from mindformers_ext.ms.ops.select import Operators, select_operators
 
 

@@ -11,13 +11,13 @@ import mindspore.ops.operations as P
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Normal, Zero, initializer
 
+from mindformers_ext.core.config.lora import LORA_A, LORA_B, LoraSpec
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.lora import LORA_A, LORA_B, LoraSpec
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.attention import Linear
-from mindformers_ext.ms.parallel import Shards
+from mindformers_ext.ms.strategies import Shards
 
-# How the tensors of an adapter lie beside those of its layer (the words of ``ms.parallel``): x and y as the layer has
+# How the tensors of an adapter lie beside those of its layer (the words of ``ms.strategies``): x and y as the layer has
 # them, the narrow one whole along its rank.
 LAYOUTS: dict[str, dict[str, str]] = {
     "in": {"x": "dp -", "a": "- -", "narrow": "dp -", "middle": "dp -", "b": "mp -", "y": "dp mp"},

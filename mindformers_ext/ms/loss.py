@@ -8,7 +8,7 @@ import mindspore.ops.operations as P
 from mindspore import Tensor, nn, ops
 
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.ms.parallel import Shards
+from mindformers_ext.ms.strategies import Shards
 
 
 class ShiftedTokens(nn.Cell):

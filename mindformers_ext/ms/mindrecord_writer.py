@@ -28,7 +28,7 @@ READY, DONE, FAILED = "ready", "done", "failed"
 
 
 class MindRecordWriter:
-    """See ``jobs.engine.RecordWriter``."""
+    """See ``jobs.engine.door.RecordWriter``."""
 
     def __init__(self, path: Path, fields: tuple[str, ...], shards: int, row_length: int) -> None:
         """Start the process; what it needs is loaded while the caller goes on."""

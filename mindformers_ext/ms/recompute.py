@@ -9,7 +9,7 @@ from typing import Any
 
 from mindspore import nn
 
-from mindformers_ext.core.recompute import RecomputeSpec
+from mindformers_ext.core.config.recompute import RecomputeSpec
 from mindformers_ext.ms.causal_lm import CausalLM
 
 

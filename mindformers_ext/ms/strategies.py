@@ -20,8 +20,8 @@ import mindspore.ops.operations as P
 from mindspore import Tensor, nn
 from mindspore.parallel import Layout
 
+from mindformers_ext.core.config.keys import SHARDED_MODES
 from mindformers_ext.core.spec import NetworkSpec, ParallelSpec
-from mindformers_ext.core.yaml_keys import SHARDED_MODES
 
 AXES = ("outer", "ep", "mp")
 # One word per dimension of a tensor: "-" not cut, or what it is cut by. "dp" is data parallel, "tok" cuts the tokens

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process's part of a network that several hold together (``core.tensor_parallel``)."""
+"""One process's part of a network that several hold together (``core.cluster.tensor_parallel``)."""
 
 from __future__ import annotations
 
+from mindformers_ext.core.cluster.tensor_parallel import head_parts, part_of
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.core.tensor_parallel import head_parts, part_of
 from mindformers_ext.ms.attention import Linear
 from mindformers_ext.ms.causal_lm import CausalLM
 from mindformers_ext.ms.models import build_causal_lm
-from mindformers_ext.ms.parallel import Shards
+from mindformers_ext.ms.strategies import Shards
 
 
 def build_part(spec: NetworkSpec, count: int) -> CausalLM:

@@ -13,7 +13,7 @@ from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.pt.attention import Attention, Linear, rotary_tables
 from mindformers_ext.pt.feed_forward import FeedForward
 from mindformers_ext.pt.loss import next_token_loss, targets
-from mindformers_ext.pt.moe import MoE
+from mindformers_ext.pt.moe.layer import MoE
 from mindformers_ext.pt.norm import RmsNorm
 from mindformers_ext.pt.ops.dtypes import torch_dtype
 
@@ -49,7 +49,7 @@ class TokenEmbedding(nn.Module):
 class Layer(nn.Module):
     """Attention and feed-forward, each behind a norm and added to the residual.
 
-    Input (T, D); outputs (T, D), and of a layer with experts aux_loss (G) and report (G, E + 1), see ``pt.moe``.
+    Input (T, D); outputs (T, D), and of a layer with experts aux_loss (G) and report (G, E + 1), see ``pt.moe.layer``.
     """
 
     def __init__(self, spec: NetworkSpec) -> None:

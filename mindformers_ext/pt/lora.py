@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mindformers_ext.core.config.lora import LoraSpec
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.lora import LoraSpec
 from mindformers_ext.core.philox import normal
 from mindformers_ext.pt.attention import Linear
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mindformers_ext.core.train_spec import OptimizerSpec
+from mindformers_ext.core.config.train import OptimizerSpec
 
 
 class Adam:

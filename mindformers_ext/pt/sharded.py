@@ -21,10 +21,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec, ParallelSpec
 from mindformers_ext.pt.causal_lm import CausalLM, Terms
-from mindformers_ext.pt.exchange import ExpertExchange
 from mindformers_ext.pt.loss import targets
-from mindformers_ext.pt.moe import MoE
-from mindformers_ext.pt.parallel import Ranks
+from mindformers_ext.pt.moe.exchange import ExpertExchange
+from mindformers_ext.pt.moe.layer import MoE
+from mindformers_ext.pt.ranks import Ranks
 
 EXPERT = (".ffn.gate_up", ".ffn.down")
 

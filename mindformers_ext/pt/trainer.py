@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mindformers_ext.core.config.lora import LORA_A, LORA_B
+from mindformers_ext.core.config.train import TrainSpec
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.lora import LORA_A, LORA_B
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.core.train_spec import TrainSpec
 from mindformers_ext.pt import names
 from mindformers_ext.pt.causal_lm import CausalLM, Terms
 from mindformers_ext.pt.init import build_empty, draw_weights
 from mindformers_ext.pt.lora import add_lora
 from mindformers_ext.pt.optim import Adam
-from mindformers_ext.pt.parallel import Ranks
+from mindformers_ext.pt.ranks import Ranks
 
 MEANS, SQUARES = "adam_m.", "adam_v."
 COUNTERS = ("scale_sense", "global_step", "current_iterator_step", "last_overflow_iterator_step")

@@ -13,7 +13,7 @@ from mindformers_ext.weights import llama, mixtral
 from mindformers_ext.weights.layouts import GMM, Layout, check_count
 from mindformers_ext.weights.plan import Plan, make_plan
 from mindformers_ext.weights.rules import Extras, Rule, RuleSet
-from mindformers_ext.weights.state import MS_TRAINING_STATE
+from mindformers_ext.weights.training_state import MS_TRAINING_STATE
 
 
 def rule_set(spec: ModelSpec, style: str = "per_expert", layout: Layout | None = None) -> RuleSet:

@@ -13,7 +13,7 @@ from mindformers_ext.formats.strategy import Box, Strategy
 from mindformers_ext.formats.tensors import TensorInfo
 from mindformers_ext.weights.boxes import sizes, whole_box
 from mindformers_ext.weights.mixtral import MS_STATE
-from mindformers_ext.weights.state import MS_TRAINING_STATE
+from mindformers_ext.weights.training_state import MS_TRAINING_STATE
 
 LISTED = 20
 Unlisted = Literal["error", "copy"]

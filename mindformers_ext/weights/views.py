@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from mindformers_ext.formats.tensors import Array, Index
-from mindformers_ext.weights.turn import turned
+from mindformers_ext.weights.transpose import turned
 
 Shape = tuple[int, ...]
 Range = tuple[int, int, int]

@@ -12,12 +12,12 @@ from typing import Any
 
 import yaml
 
-from mindformers_ext.core.memory import StepSettings
-from mindformers_ext.core.rules import settled
+from mindformers_ext.core.cluster.cluster_rules import settled
+from mindformers_ext.core.cluster.memory import StepSettings
+from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.core.yaml_view import network_spec_from_yaml
-from mindformers_ext.jobs.dryrun_facts import RankFacts, rank_facts_from_json
-from mindformers_ext.jobs.dryrun_memory import step_settings
+from mindformers_ext.jobs.dryrun.facts import RankFacts, rank_facts_from_json
+from mindformers_ext.jobs.dryrun.memory import step_settings
 from tests.helpers.tiny_run import ROOT, environment
 
 RESEARCH = ROOT / "research" / "mixtral"

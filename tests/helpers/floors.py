@@ -44,8 +44,17 @@ FLOORS = {
     "cli": _floor("jobs weights core", "rich", late_ours="mf"),
     "scripts": _floor("cli"),  # root scripts and tools/ (tools/bench/ measures, and may import what it measures)
 }
-ENGINE_DOOR = ("jobs", "engine.py")  # the one file of jobs/ that may open ms or pt, inside a function
+ENGINE_DOOR = ("jobs", "engine", "door.py")  # the one file of jobs/ that may open ms or pt, inside a function
 STOREYS = ("core", "formats", "weights data", "surgery ms pt", "jobs", "mf", "cli", "scripts")
+# The inner order of a folder, lowest first: what stands on one line never sees each other. Loose files stand as `name`.
+INNER = {
+    "core": ("errors log capacity philox stages", "spec", "config", "cluster"),
+    "jobs": ("engine", "checkpoint", "run", "preprocess merge predict launch", "train dryrun"),
+}
+INNER_NUMBER = {
+    house: {name: number for number, names in enumerate(order) for name in names.split()}
+    for house, order in INNER.items()
+}
 NUMBER = {folder: number for number, folders in enumerate(STOREYS) for folder in folders.split()}
 
 
@@ -147,6 +156,27 @@ def _judge(item: Import, floor: str, door: bool) -> str | None:
     return f"imports {parts[0]} (third party allowed: {', '.join(sorted(rule.third | rule.late_third)) or 'none'})"
 
 
+def _room(parts: tuple[str, ...] | list[str]) -> str:
+    """The inner folder or loose file of a dotted or slashed place below the package: ("core", "spec.py") -> "spec"."""
+    return parts[1].removesuffix(".py") if len(parts) > 1 else ""
+
+
+def _judge_inner(item: Import, where: tuple[str, ...]) -> str | None:
+    """Why the import breaks the inner order of its folder, or None."""
+    house, parts = (where[0] if where else ""), item.target.split(".")
+    if house not in INNER or parts[0] != PACKAGE or parts[1:2] != [house]:
+        return None
+    numbers, here, there = INNER_NUMBER[house], _room(where), _room(parts[1:])
+    if here == there or here == "__init__" or there == "":
+        return None
+    for room in (here, there):
+        if room not in numbers:
+            return f"{house}/{room} has no place in the inner order of {house}/"
+    if numbers[there] < numbers[here]:
+        return None
+    return f"imports {house}/{there} (inner order of {house}/: {' < '.join(INNER[house])})"
+
+
 def check_floors(root: Path) -> list[str]:
     """One line per import that the floor table does not allow."""
     problems = []
@@ -157,7 +187,12 @@ def check_floors(root: Path) -> list[str]:
             continue
         door = where.parts[1:] == ENGINE_DOOR
         walker = imports_of(path, root)
-        faults = [(item.line, why) for item in walker.found if (why := _judge(item, floor, door))]
+        inside = where.parts[1:]
+        faults = [
+            (item.line, why)
+            for item in walker.found
+            if (why := _judge(item, floor, door) or _judge_inner(item, inside))
+        ]
         if not door:
             faults += [(line, "imports a module whose name is only known at run time") for line in walker.dynamic]
         problems += dict.fromkeys(f"{where}:{line}: {floor} {why}" for line, why in faults)

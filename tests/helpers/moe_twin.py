@@ -13,8 +13,8 @@ from mindspore import Tensor, nn
 
 from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, ParallelSpec
 from mindformers_ext.ms.feed_forward import FeedForward
-from mindformers_ext.ms.grouped import GroupedMoE
-from mindformers_ext.ms.moe import MoE
+from mindformers_ext.ms.moe.grouped import GroupedMoE
+from mindformers_ext.ms.moe.layer import MoE
 from mindformers_ext.ms.ops.select import select_operators
 from tests.helpers.routing import Routing, route
 

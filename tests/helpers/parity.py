@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from mindspore import Tensor, nn
 
-from mindformers_ext.core.hf_config import hf_config_from_spec, model_spec_from_hf
+from mindformers_ext.core.config.hf import hf_config_from_spec, model_spec_from_hf
 from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec
 from mindformers_ext.ms.engine import MindSporeNetwork
 from mindformers_ext.ms.models import build_causal_lm

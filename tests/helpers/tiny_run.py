@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mindformers_ext.core.overrides import apply_overrides
-from mindformers_ext.core.yaml_file import load_yaml
+from mindformers_ext.core.config.file import load_yaml
+from mindformers_ext.core.config.overrides import apply_overrides
 
 ROOT = Path(__file__).resolve().parents[2]
 SEQ, VOCAB, ROWS, BATCH = 32, 400, 40, 4

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mindformers_ext.jobs.dryrun_stubs import ensure_stubs
+from mindformers_ext.jobs.dryrun.stubs import ensure_stubs
 
 LAYERS = 2
 SCRIPT = f"""

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
+from mindformers_ext.core.config.file import dump_yaml, load_yaml
+from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.spec import MoESpec, ParallelSpec
-from mindformers_ext.core.yaml_file import dump_yaml, load_yaml
-from mindformers_ext.core.yaml_view import network_spec_from_yaml
 from mindformers_ext.ms.attention import rotary_tables
+from mindformers_ext.ms.moe.router import TopkRouterV2
 from mindformers_ext.ms.ops import ascend, portable
 from mindformers_ext.ms.ops.portable_attention import CausalAttentionOp
 from mindformers_ext.ms.ops.select import select_operators
-from mindformers_ext.ms.router import TopkRouterV2
 from tests.helpers.routing import drop_order, hard_logits
 from tests.helpers.tiny_run import ROOT, config_of, environment
 
@@ -269,8 +269,8 @@ def test_grouped_product_multiplies_each_part_by_its_matrix():
 
 
 def test_grouped_experts_want_whole_experts(job):
+    from mindformers_ext.core.cluster.cluster_rules import check_network
     from mindformers_ext.core.errors import UserError
-    from mindformers_ext.core.rules import check_network
 
     spec = network_spec_from_yaml(switched(job.yaml, False, "moe_config.use_gmm=True", "moe_config.capacity_factor=-1"))
     parallel = ParallelSpec(data_parallel=4, expert_parallel=2, enable_alltoall=True, device_num=4)

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mindformers_ext.core.yaml_file import load_yaml
-from mindformers_ext.core.yaml_view import network_spec_from_yaml
+from mindformers_ext.core.config.file import load_yaml
+from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.formats.strategy import read_strategy
 from tests.helpers.cluster import (
     MASTER,

@@ -9,10 +9,10 @@ import pytest
 from mindspore import Tensor
 
 from mindformers_ext.cli.merge_lora import main as merge
+from mindformers_ext.core.config.lora import LORA_A, LORA_B, LoraSpec, lora_from_yaml
+from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.lora import LORA_A, LORA_B, LoraSpec, lora_from_yaml
-from mindformers_ext.core.yaml_view import network_spec_from_yaml
-from mindformers_ext.jobs.run_checks import check_run
+from mindformers_ext.jobs.run.checks import check_run
 from mindformers_ext.mf.run import run
 from mindformers_ext.ms.lora import add_lora
 from mindformers_ext.ms.models import build_causal_lm

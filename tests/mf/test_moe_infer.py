@@ -14,9 +14,9 @@ from mindformers.modules.transformer import moe as theirs
 from mindspore import Tensor, nn, ops
 
 from mindformers_ext.core.spec import MoESpec
-from mindformers_ext.ms.dropless import ChosenExperts, EveryExpert, SlicedExperts, SortedRows
-from mindformers_ext.ms.grouped import GroupedMoE
-from mindformers_ext.ms.moe import MoE
+from mindformers_ext.ms.moe.dropless import ChosenExperts, EveryExpert, SlicedExperts, SortedRows
+from mindformers_ext.ms.moe.grouped import GroupedMoE
+from mindformers_ext.ms.moe.layer import MoE
 from mindformers_ext.ms.ops.select import select_operators
 from tests.helpers.moe_twin import GATE, HIDDEN, W1, W2, W3, random_rows, random_weights, spec_of
 

@@ -10,15 +10,15 @@ from mindformers.tools.register import MindFormerConfig
 from mindspore import Parameter, Tensor
 
 import mindformers_ext.mf.register  # noqa: F401  what a plain MindFormers run imports
+from mindformers_ext.core.config.file import parse_yaml
+from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.yaml_file import parse_yaml
-from mindformers_ext.core.yaml_view import network_spec_from_yaml
+from mindformers_ext.mf.adapt import upgrade
 from mindformers_ext.mf.balance import moved
 from mindformers_ext.mf.load_monitor import load_lines
 from mindformers_ext.mf.metrics import MetricsFile, record_of
 from mindformers_ext.mf.pipeline_step import norm_tells_overflow
 from mindformers_ext.mf.trainer import stand_ins
-from mindformers_ext.mf.upgrade import upgrade
 from mindformers_ext.ms.models import build_causal_lm
 from tests.helpers.tiny_run import YAML
 

@@ -10,12 +10,12 @@ from mindformers.models import build_network
 from mindformers.tools.register import MindFormerConfig
 
 import mindformers_ext.mf.register  # noqa: F401  puts our classes into MindFormers' registry
-from mindformers_ext.core.overrides import apply_overrides
-from mindformers_ext.core.rules import check_network
-from mindformers_ext.core.yaml_file import load_yaml
-from mindformers_ext.core.yaml_view import network_spec_from_yaml, yaml_notes
-from mindformers_ext.jobs.run_sections import check_sections
-from mindformers_ext.mf.upgrade import upgrade
+from mindformers_ext.core.cluster.cluster_rules import check_network
+from mindformers_ext.core.config.file import load_yaml
+from mindformers_ext.core.config.overrides import apply_overrides
+from mindformers_ext.core.config.view import network_spec_from_yaml, yaml_notes
+from mindformers_ext.jobs.run.sections import check_sections
+from mindformers_ext.mf.adapt import upgrade
 
 ROOT = Path(__file__).resolve().parents[2]
 RESEARCH = sorted((ROOT / "research").rglob("*.yaml"))

@@ -11,7 +11,7 @@ import pytest
 from mindspore import Tensor, nn
 
 from mindformers_ext.core.spec import MoESpec
-from mindformers_ext.ms.dropless import (
+from mindformers_ext.ms.moe.dropless import (
     ChosenExperts,
     EveryExpert,
     SlicedExperts,
@@ -19,8 +19,8 @@ from mindformers_ext.ms.dropless import (
     dropless,
     shared_parts,
 )
-from mindformers_ext.ms.grouped import GroupedMoE
-from mindformers_ext.ms.moe import MoE
+from mindformers_ext.ms.moe.grouped import GroupedMoE
+from mindformers_ext.ms.moe.layer import MoE
 from mindformers_ext.ms.ops.select import select_operators
 from tests.helpers.moe_twin import GATE, HIDDEN, W1, W2, W3, random_rows, random_weights, spec_of
 

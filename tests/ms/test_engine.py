@@ -10,7 +10,7 @@ import pytest
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec
-from mindformers_ext.jobs.engine import Network, open_engine
+from mindformers_ext.jobs.engine.door import Network, open_engine
 from mindformers_ext.weights.convert import rule_set
 
 MODEL = ModelSpec(

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from mindformers_ext.core.hf_config import hf_config_from_spec
+from mindformers_ext.core.config.hf import hf_config_from_spec
 from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec
 from mindformers_ext.ms.models import build_causal_lm
 from mindformers_ext.weights.convert import rule_set
@@ -37,7 +37,7 @@ def test_transformers_reads_what_came_back(tmp_path, experts, tied, kind):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from mindformers_ext.jobs.convert import ConvertRequest, convert
+    from mindformers_ext.jobs.checkpoint.convert import ConvertRequest, convert
 
     (tmp_path / "config.json").write_text(json.dumps(hf_config_from_spec(spec_of(experts, tied))))
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path), dtype=getattr(torch, kind))

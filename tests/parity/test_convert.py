@@ -13,7 +13,7 @@ import torch
 from mindformers_ext.cli.convert import main
 from mindformers_ext.formats.ms_file import open_checkpoint
 from mindformers_ext.formats.tensors import MappingReader
-from mindformers_ext.jobs.check_parity import check_parity
+from mindformers_ext.jobs.checkpoint.parity import check_parity
 from mindformers_ext.weights.convert import plan_to_mindspore, rule_set
 from mindformers_ext.weights.layouts import Layout
 from tests.helpers.parity import Case, reference_model

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mindformers_ext.core.hf_config import hf_config_from_spec, model_spec_from_hf
+from mindformers_ext.core.config.hf import hf_config_from_spec, model_spec_from_hf
 
 transformers = pytest.importorskip("transformers")
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mindformers_ext.core.schedule import Schedule
+from mindformers_ext.core.config.schedule import Schedule
+from mindformers_ext.core.config.train import OptimizerSpec, TrainSpec
 from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, ParallelSpec
-from mindformers_ext.core.train_spec import OptimizerSpec, TrainSpec
 from mindformers_ext.pt.sharded import open_ranks
 from mindformers_ext.pt.trainer import TorchTrainer
 

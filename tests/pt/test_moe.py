@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, NumericsSpec, ParallelSpec
-from mindformers_ext.pt.moe import MoE
+from mindformers_ext.pt.moe.layer import MoE
 from mindformers_ext.pt.ops import select
 from mindformers_ext.pt.ops.grouped import BACKENDS, Backend, fits_gmm, grouped_product
 from mindformers_ext.pt.ops.rows import combine, dispatch, sort_by_expert

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mindformers_ext.core.spec import MoESpec, ParallelSpec
-from mindformers_ext.pt.router import Routing, TopkRouterV2
+from mindformers_ext.pt.moe.router import Routing, TopkRouterV2
 from tests.helpers.routing import HARD, capacity_of, chosen_experts, hard_logits, route
 
 SIZES = [(4, 2), (7, 3), (16, 1), (5, 5)]

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from mindformers_ext.core.config.lora import LoraSpec
+from mindformers_ext.core.config.schedule import Schedule
+from mindformers_ext.core.config.train import LossScale, OptimizerSpec, TrainSpec
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.lora import LoraSpec
-from mindformers_ext.core.schedule import Schedule
 from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, NumericsSpec
-from mindformers_ext.core.train_spec import LossScale, OptimizerSpec, TrainSpec
 from mindformers_ext.pt.trainer import TorchTrainer
 
 MOE = MoESpec(num_local_experts=4, num_experts_per_tok=2, capacity_factor=0.0, aux_losses=(("expert", 0.05),))

@@ -27,7 +27,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from mindformers_ext.core.hf_config import hf_config_from_spec
+from mindformers_ext.core.config.hf import hf_config_from_spec
 from mindformers_ext.core.spec import ModelSpec, MoESpec
 from mindformers_ext.formats.safetensors_dir import SafetensorsDirWriter
 from mindformers_ext.formats.tensors import TensorInfo

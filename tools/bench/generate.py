@@ -64,9 +64,9 @@ def serve_transformers(options: argparse.Namespace) -> None:
 
 def serve_mindspore(options: argparse.Namespace) -> None:
     """Our network and generation loop."""
-    from mindformers_ext.core.sampling import SamplingSpec
-    from mindformers_ext.jobs.generate import Generation
-    from mindformers_ext.jobs.generate_model import open_network, open_weights
+    from mindformers_ext.core.config.sampling import SamplingSpec
+    from mindformers_ext.jobs.predict.generate import Generation
+    from mindformers_ext.jobs.predict.network import open_network, open_weights
 
     model = model_spec(options.hidden, options.ffn, options.layers)
     spec, config = NetworkSpec(model=model, seq_length=4096), {"context": {"device_target": "CPU"}}
@@ -149,7 +149,7 @@ def main() -> None:
     if options.worker:
         WORKERS[options.worker](options)
         return
-    from mindformers_ext.jobs.tiny_model import TinyModelRequest, make_tiny_model
+    from mindformers_ext.jobs.checkpoint.tiny_model import TinyModelRequest, make_tiny_model
 
     print(machine(), flush=True)
     with tempfile.TemporaryDirectory() as folder:

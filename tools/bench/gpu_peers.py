@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, NumericsSpec
-from mindformers_ext.pt.moe import MoE
+from mindformers_ext.pt.moe.layer import MoE
 from mindformers_ext.pt.ops.fused import fused, kernels_wanted
 from mindformers_ext.pt.ops.grouped import BACKENDS, fits_gmm
 
@@ -40,7 +40,7 @@ class Layer:
 
 
 def ours(layer: Layer, backend: str, chosen: int) -> Run:
-    """``pt.moe`` with one back end."""
+    """``pt.moe.layer`` with one back end."""
     hidden, ffn = layer.sizes
     moe = MoESpec(num_local_experts=layer.experts, num_experts_per_tok=chosen, capacity_factor=-1.0)
     model = ModelSpec(vocab_size=8, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=1,

@@ -4,7 +4,7 @@
 The checkpoints are made in a temporary folder, deleted at the end: 20 layers of width 1280, a base and two models that
 are the base plus noise. Every merge is a fresh process with two threads, ours and mergekit's in turn on the same
 files; processor seconds (user and system) and peak memory are the kernel's own figures for that process. ``cp`` copies
-the bytes of our output. mergekit lives in an environment of its own (see tests/cli/test_merge_peer.py):
+the bytes of our output. mergekit lives in an environment of its own (see tests/cli/merge/test_merge_peer.py):
 
     MERGEKIT_PYTHON=peer/bin/python python tools/bench/merge.py [--folder DIR] [--rounds 1] [--only ties slerp]
 """
@@ -33,7 +33,7 @@ def make_models(folder: Path, width: int) -> None:
     import ml_dtypes
     import numpy as np
 
-    from mindformers_ext.core.hf_config import hf_config_from_spec
+    from mindformers_ext.core.config.hf import hf_config_from_spec
     from mindformers_ext.core.spec import ModelSpec
     from mindformers_ext.formats.safetensors_dir import SafetensorsDirWriter
     from mindformers_ext.formats.tensors import TensorInfo

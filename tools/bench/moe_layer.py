@@ -67,7 +67,7 @@ def serve_mindspore(tokens: int, factor: float, dtype: str) -> None:
     from bench_cells import ForwardBackward
 
     from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec
-    from mindformers_ext.ms.moe import MoE
+    from mindformers_ext.ms.moe.layer import MoE
     from mindformers_ext.ms.ops.select import select_operators
 
     ms.set_context(mode=ms.GRAPH_MODE)
@@ -92,7 +92,7 @@ def serve_pytorch(tokens: int, factor: float, dtype: str) -> None:
     import torch
 
     from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec
-    from mindformers_ext.pt.moe import MoE
+    from mindformers_ext.pt.moe.layer import MoE
     from mindformers_ext.pt.ops.memory import keep_freed_memory
 
     torch.set_num_threads(THREADS)

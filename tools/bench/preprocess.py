@@ -47,8 +47,8 @@ model, text, folder, extra = sys.argv[1:5]
 OURS = TIMER + """
 if __name__ == "__main__":
     start = time.perf_counter()
-    from mindformers_ext.jobs import preprocess as job
-    from mindformers_ext.jobs.preprocess_request import PreprocessRequest
+    from mindformers_ext.jobs.preprocess import preprocess as job
+    from mindformers_ext.jobs.preprocess.request import PreprocessRequest
     from pathlib import Path
     inner = {}
     work = job._Run.work

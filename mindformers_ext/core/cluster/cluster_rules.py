@@ -12,9 +12,9 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
+from mindformers_ext.core.config.keys import SHARDED_MODES
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec, ParallelSpec
-from mindformers_ext.core.yaml_keys import SHARDED_MODES
 
 SIZES = ("data_parallel", "model_parallel", "pipeline_stage", "expert_parallel", "context_parallel", "micro_batch_num",
          "pp_interleave_num")  # fmt: skip

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bytes one device of each pipeline stage needs for a training step, or for prediction.
 
-Weights, accumulated gradients and optimizer states follow from the slices (``core.placement``) and are what a compiled
-graph holds. Activations are an estimate: what every operator keeps for its gradient, counted from the shapes, without
+Weights, accumulated gradients and optimizer states follow from the slices (``core.cluster.placement``) and are what a
+compiled graph holds. Activations are an estimate: what every operator keeps for its gradient, counted from the shapes, without
 what a memory planner adds or shares.
 """
 
@@ -12,12 +12,12 @@ import math
 from dataclasses import dataclass, field, replace
 
 from mindformers_ext.core.capacity import expert_capacity, rows_at_once
-from mindformers_ext.core.cluster import open_parts
-from mindformers_ext.core.lora import LoraSpec
-from mindformers_ext.core.placement import ADAM_STATES, OPTIMIZER_THRESHOLD, WIDTH, head_cuts, placed_parameters
-from mindformers_ext.core.recompute import WHOLE, RecomputeSpec
+from mindformers_ext.core.cluster.placement import ADAM_STATES, OPTIMIZER_THRESHOLD, WIDTH, head_cuts, placed_parameters
+from mindformers_ext.core.cluster.tensor_parallel import part_of, parted_parameters
+from mindformers_ext.core.config.lora import LoraSpec
+from mindformers_ext.core.config.recompute import WHOLE, RecomputeSpec
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.core.tensor_parallel import part_of, parted_parameters
+from mindformers_ext.core.stages import open_parts
 
 STATISTICS = 16  # floats that fused attention keeps per row: maximum and sum, eight lanes each
 
@@ -80,7 +80,7 @@ class LayerSizes:
 
 
 def layer_sizes(spec: NetworkSpec) -> LayerSizes:
-    """The sizes for ``spec``, as ``core.rules.settled`` leaves it; a dropless network is counted as balanced."""
+    """The sizes for ``spec``, as ``core.cluster.cluster_rules.settled`` leaves it; dropless counts as balanced."""
     parallel, moe = spec.parallel, spec.model.moe
     whole = spec.batch_size * spec.seq_length
     cut = parallel.model_parallel if parallel.use_seq_parallel else 1
@@ -118,7 +118,7 @@ def stage_memory(spec: NetworkSpec, settings: StepSettings) -> tuple[StageMemory
 
 
 def prediction_memory(spec: NetworkSpec, count: int, rows: int, length: int, positions: int) -> StageMemory:
-    """Memory of one of ``count`` devices that answer together (``core.tensor_parallel``).
+    """Memory of one of ``count`` devices that answer together (``core.cluster.tensor_parallel``).
 
     Args:
         spec: the whole network, dropless.
@@ -167,7 +167,7 @@ def layer_activations(spec: NetworkSpec) -> int:
 
 
 def part_activations(spec: NetworkSpec) -> dict[str, int]:
-    """The same of each part of a layer (``core.recompute.PARTS``), without what it is given."""
+    """The same of each part of a layer (``core.config.recompute.PARTS``), without what it is given."""
     model, parallel, sizes = spec.model, spec.parallel, layer_sizes(spec)
     mp, number = parallel.model_parallel, WIDTH[spec.numerics.compute_dtype]
     hidden, ffn = model.hidden_size, model.intermediate_size // mp

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which slice of every parameter one device holds: the arithmetic that a compiled graph has to agree with.
 
-A stage's devices form a box of data_parallel x model_parallel, data_parallel = outer x expert_parallel. ``ms.parallel``
-cuts the network by the same words; here they are numbers, for memory estimates and for tests of the compiled graph.
+A stage's devices form a box of data_parallel x model_parallel, data_parallel = outer x expert_parallel.
+``ms.strategies`` cuts the network by the same words; here they are numbers, for memory estimates and for tests of the compiled graph.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from mindformers_ext.core.lora import LORA_A, LORA_B, LoraSpec
+from mindformers_ext.core.config.keys import SHARDED_MODES
+from mindformers_ext.core.config.lora import LORA_A, LORA_B, LoraSpec
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.core.yaml_keys import SHARDED_MODES
 
 WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of a number
 OPTIMIZER_THRESHOLD = 64  # KB: MindSpore's default below which the optimizer's cut leaves a slice whole
@@ -53,7 +53,7 @@ def placed_parameters(
     """Every weight of the network with its stage and its slice on one device of that stage.
 
     Args:
-        spec: as ``core.rules.settled`` leaves it.
+        spec: as ``core.cluster.cluster_rules.settled`` leaves it.
         threshold: KB; smaller slices are not cut by the optimizer (``parallel_optimizer_threshold``).
         lora: its adapters are added, and they alone are trained.
     """

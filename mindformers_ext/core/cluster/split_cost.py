@@ -4,7 +4,7 @@
 The model: seconds = (operations / ``OPERATIONS`` + bytes sent / ``LINK``) / (1 - bubble), for the busiest stage, with
 bubble = (stages - 1) / (micro batches * parts + stages - 1) of a one-forward-one-backward schedule in which every stage
 has that many parts of the network (``pp_interleave_num``; Narayanan et al. 2021, arXiv:2104.04473, section 2.2) and
-ring algorithms (``core.traffic``). It puts splits in order; it is no prediction.
+ring algorithms (``core.cluster.traffic``). It puts splits in order; it is no prediction.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from mindformers_ext.core.cluster import stage_messages
-from mindformers_ext.core.memory import StepSettings, layer_sizes
-from mindformers_ext.core.placement import WIDTH, placed_parameters
-from mindformers_ext.core.recompute import WHOLE
+from mindformers_ext.core.cluster.memory import StepSettings, layer_sizes
+from mindformers_ext.core.cluster.placement import WIDTH, placed_parameters
+from mindformers_ext.core.cluster.traffic import sent_bytes
+from mindformers_ext.core.config.recompute import WHOLE
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.core.traffic import sent_bytes
+from mindformers_ext.core.stages import stage_messages
 
 OPERATIONS = 140e12  # matrix operations a second that one device reaches in training, an assumption
 LINK = 25e9  # bytes a second that one device sends to the others, an assumption
@@ -47,7 +47,7 @@ class SplitCost:
 
 
 def split_cost(spec: NetworkSpec, settings: StepSettings) -> SplitCost:
-    """The cost of the split of ``spec``, as ``core.rules.settled`` leaves it."""
+    """The cost of the split of ``spec``, as ``core.cluster.cluster_rules.settled`` leaves it."""
     parallel = spec.parallel
     stages = parallel.pipeline_stage
     micro = parallel.micro_batch_num if stages > 1 else settings.accumulation_steps

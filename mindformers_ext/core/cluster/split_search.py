@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from mindformers_ext.core.cluster.cluster_rules import check_network, settled
+from mindformers_ext.core.cluster.memory import StageMemory, StepSettings, stage_memory
+from mindformers_ext.core.cluster.split_cost import SplitCost, split_cost
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.memory import StageMemory, StepSettings, stage_memory
-from mindformers_ext.core.rules import check_network, settled
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.core.split_cost import SplitCost, split_cost
 
 MACHINE = 8  # devices of one machine: model parallel sends in every layer and stays inside one
 

@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from mindformers_ext.core.cluster.cluster_rules import settled
+from mindformers_ext.core.cluster.placement import PlacedParameter, placed_parameters
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.placement import PlacedParameter, placed_parameters
-from mindformers_ext.core.rules import settled
 from mindformers_ext.core.spec import NetworkSpec, ParallelSpec
 
 EMBEDDING = "embedding_weight"
 
 
 def check_tensor_parallel(spec: NetworkSpec) -> list[str]:
-    """Whether ``spec`` is cut the way prediction on several devices is; ``core.rules`` judges the widths.
+    """Whether ``spec`` is cut as prediction on several devices is; ``core.cluster.cluster_rules`` judges the widths.
 
     Returns what has no effect there, one line each.
 

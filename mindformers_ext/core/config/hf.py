@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.errors import Problems, nearest
 from mindformers_ext.core.spec import ModelSpec, MoESpec
-from mindformers_ext.core.yaml_values import read_value
 
 # field of ModelSpec = Hugging Face's key -> kind and default by model_type; None: derived below
 _COMMON: dict[str, str] = {

@@ -128,7 +128,7 @@ KEYS: tuple[Key, ...] = (
     *_keys(TOP, "parallel", "micro_batch_interleave_num micro_batch_interleave_num int 1"),
 )  # fmt: skip
 
-# Keys that fill more than one field, or a field together with others; read by hand in ``core.yaml_view``.
+# Keys that fill more than one field, or a field together with others; read by hand in ``core.config.view``.
 COMPOSED: dict[str, frozenset[str]] = {
     MODEL: frozenset({"batch_size", "multiple_of", "ffn_dim_multiplier", "moe_config", "parallel_config",
                       "residual_dtype", "embedding_init_type", "pet_config"}),
@@ -202,7 +202,7 @@ NOTED: dict[str, dict[str, tuple[object, ...]]] = {
         "rmsnorm_compute_2d": (False,),
         "parallel_optimizer": (False,),
         "fine_grain_interleave": (1, None),
-        "offset": (0, None),  # layers moved between pipeline stages; ``core.cluster`` spreads them evenly
+        "offset": (0, None),  # layers moved between pipeline stages; ``core.stages`` spreads them evenly
     },
     "moe_config": {
         "moe_intermediate_size": (1407, None),  # DeepSeek's; LLaMA's experts take model_config.intermediate_size

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.errors import Problems, UserError
-from mindformers_ext.core.yaml_values import read_value
 
 # Behind the name of the adapted layer, as MindFormers names them: A (rank, in), B (out, rank).
 LORA_A, LORA_B = "mindpet_delta_lora_a", "mindpet_delta_lora_b"

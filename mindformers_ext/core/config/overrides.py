@@ -7,13 +7,13 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mindformers_ext.core.config.file import parse_yaml
+from mindformers_ext.core.config.keys import OUR_SECTIONS, known_keys
+from mindformers_ext.core.config.view import advice
 from mindformers_ext.core.errors import Problems, nearest
-from mindformers_ext.core.yaml_file import parse_yaml
-from mindformers_ext.core.yaml_keys import OUR_SECTIONS, known_keys
-from mindformers_ext.core.yaml_view import advice
 
 # Keys that these sections may hold although a file leaves them out (arguments and defaults of MindFormers 1.9.0).
-# Sections not named here and not in ``core.yaml_keys`` take only the keys that the file already has.
+# Sections not named here and not in ``core.config.keys`` take only the keys that the file already has.
 OPEN_SECTIONS: dict[str, tuple[str, ...]] = {
     "context": ("mode", "device_target", "device_id", "max_call_depth", "max_device_memory", "save_graphs",
                 "save_graphs_path", "jit_config", "ascend_config", "memory_optimize_level", "mempool_block_size",

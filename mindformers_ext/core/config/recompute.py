@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from mindformers_ext.core.cluster import layer_stage
+from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.core.yaml_values import read_value
+from mindformers_ext.core.stages import layer_stage
 
 WHERE = "recompute_config"
 WHOLE = ("attention", "feed_forward")  # the parts with products and messages; together with the norms a layer

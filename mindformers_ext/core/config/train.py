@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mindformers_ext.core.config.lora import LoraSpec, lora_from_yaml
+from mindformers_ext.core.config.recompute import recompute_asked
+from mindformers_ext.core.config.schedule import Schedule, schedule_from_yaml
 from mindformers_ext.core.errors import Problems
-from mindformers_ext.core.lora import LoraSpec, lora_from_yaml
-from mindformers_ext.core.recompute import recompute_asked
-from mindformers_ext.core.schedule import Schedule, schedule_from_yaml
 from mindformers_ext.core.spec import ParallelSpec
 
 ENGINE = "the PyTorch engine"

@@ -7,9 +7,9 @@ import math
 import re
 from typing import Any
 
+from mindformers_ext.core.config.keys import MODES
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import DTYPE_NAMES
-from mindformers_ext.core.yaml_keys import MODES
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?) ?([KMG]i?B)", re.IGNORECASE)

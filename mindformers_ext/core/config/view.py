@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A MindFormers YAML seen as a ``NetworkSpec`` and back; the words stand in ``core.yaml_keys``.
+"""A MindFormers YAML seen as a ``NetworkSpec`` and back; the words stand in ``core.config.keys``.
 
 What MindFormers leaves implicit is written out here: ``n_kv_heads`` null means ``num_heads``, ``intermediate_size``
 null follows from ``multiple_of`` and ``ffn_dim_multiplier``, ``max_position_embedding`` null means ``seq_length``,
@@ -19,10 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mindformers_ext.core.errors import Problems, nearest
-from mindformers_ext.core.recompute import names_without_effect
-from mindformers_ext.core.spec import KernelSpec, ModelSpec, MoESpec, NetworkSpec, NumericsSpec, ParallelSpec
-from mindformers_ext.core.yaml_keys import (
+from mindformers_ext.core.config.keys import (
     KEYS,
     MODEL,
     MODES,
@@ -36,7 +33,10 @@ from mindformers_ext.core.yaml_keys import (
     defaults,
     known_keys,
 )  # fmt: skip
-from mindformers_ext.core.yaml_values import read_value
+from mindformers_ext.core.config.recompute import names_without_effect
+from mindformers_ext.core.config.values import read_value
+from mindformers_ext.core.errors import Problems, nearest
+from mindformers_ext.core.spec import KernelSpec, ModelSpec, MoESpec, NetworkSpec, NumericsSpec, ParallelSpec
 
 Sections = dict[str, Mapping[str, Any]]
 ROUTING_POLICY = "TopkRouterV2"
@@ -44,7 +44,7 @@ RUN_MODES = ("train", "finetune", "eval", "predict", "predict_with_train_model",
 
 
 def network_spec_from_yaml(config: Mapping[str, Any], device_num: int = 1) -> NetworkSpec:
-    """The network that a MindFormers YAML describes, sizes as written (``core.rules`` judges them).
+    """The network that a MindFormers YAML describes, sizes as written (``core.cluster.cluster_rules`` judges them).
 
     Args:
         config: the YAML's content as plain mappings, raw or with MindFormers' template applied.

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mindformers_ext.core.hf_config import model_spec_from_hf
+from mindformers_ext.core.config.hf import model_spec_from_hf
 from mindformers_ext.formats.dtypes import BY_NUMPY
 from mindformers_ext.formats.tensors import Array
-from mindformers_ext.jobs.weight_source import described_layout, open_hf, open_ms, read_config
+from mindformers_ext.jobs.checkpoint.source import described_layout, open_hf, open_ms, read_config
 from mindformers_ext.weights.convert import plan_relayout, plan_to_mindspore
 from mindformers_ext.weights.layouts import Layout, resolve_layout
 from mindformers_ext.weights.plan import Overflow

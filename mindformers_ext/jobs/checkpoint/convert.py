@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.core.config.hf import model_spec_from_hf
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.hf_config import model_spec_from_hf
 from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.formats.atomic import flush, fresh_file, fresh_folder, refuse_existing
 from mindformers_ext.formats.dtypes import BY_NUMPY
@@ -24,7 +24,7 @@ from mindformers_ext.formats.ms_ckpt import CkptFile
 from mindformers_ext.formats.ms_file import CheckpointMeta, check_suffix, open_writer, sidecar
 from mindformers_ext.formats.safetensors_dir import SafetensorsDirWriter, parse_size
 from mindformers_ext.formats.tensors import Array, TensorReader, TensorWriter
-from mindformers_ext.jobs.weight_source import CONFIG, check_model, know, open_hf, open_ms, read_config
+from mindformers_ext.jobs.checkpoint.source import CONFIG, check_model, know, open_hf, open_ms, read_config
 from mindformers_ext.weights.convert import plan_relayout, plan_to_hf, plan_to_mindspore
 from mindformers_ext.weights.layouts import GMM, Layout
 from mindformers_ext.weights.plan import Direction, Overflow, Plan

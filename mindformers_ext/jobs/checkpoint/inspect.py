@@ -17,7 +17,7 @@ from mindformers_ext.formats.ms_ckpt import CkptFile
 from mindformers_ext.formats.ms_file import read_meta, sidecar
 from mindformers_ext.formats.safetensors_file import SafetensorsFile
 from mindformers_ext.formats.tensors import TensorInfo, TensorReader
-from mindformers_ext.jobs.weight_source import described_layout, know, open_hf
+from mindformers_ext.jobs.checkpoint.source import described_layout, know, open_hf
 
 MINDSPORE = "model.tok_embeddings.embedding_weight"
 

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
+from mindformers_ext.core.config.lora import ADAPTER_CONFIG, LORA_A, LORA_B
 from mindformers_ext.core.errors import Problems, UserError
-from mindformers_ext.core.lora import ADAPTER_CONFIG, LORA_A, LORA_B
 from mindformers_ext.formats.atomic import flush, fresh_file
 from mindformers_ext.formats.dtypes import cast
 from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.formats.ms_ckpt import CkptFile
 from mindformers_ext.formats.ms_file import CheckpointMeta, check_suffix, open_checkpoint, open_writer, sidecar
 from mindformers_ext.formats.tensors import Array
-from mindformers_ext.jobs.checkpoints import checkpoint_file
-from mindformers_ext.jobs.weight_source import Reader, own_meta
+from mindformers_ext.jobs.checkpoint.saved import checkpoint_file
+from mindformers_ext.jobs.checkpoint.source import Reader, own_meta
 
 OPTIMIZER = ("adam_m.", "adam_v.")
 

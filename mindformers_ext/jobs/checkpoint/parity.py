@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from mindformers_ext.core.config.hf import model_spec_from_hf
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.hf_config import model_spec_from_hf
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.data.packing import check_ids
-from mindformers_ext.jobs.engine import open_engine, open_reference
-from mindformers_ext.jobs.weight_source import described_layout, open_ms, read_config
+from mindformers_ext.jobs.checkpoint.source import described_layout, open_ms, read_config
+from mindformers_ext.jobs.engine.door import open_engine, open_reference
 from mindformers_ext.weights.convert import plan_relayout
 from mindformers_ext.weights.layouts import Layout, resolve_layout
 

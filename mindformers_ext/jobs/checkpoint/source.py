@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from mindformers_ext.core.config.hf import model_spec_from_hf
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.hf_config import model_spec_from_hf
 from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.formats.ms_ckpt import CkptFile
@@ -36,12 +36,12 @@ class Reader(TensorReader, Protocol):
 def open_hf(path: Path) -> Reader:
     """The weights of a Hugging Face folder: safetensors, else PyTorch files (imports torch)."""
     if path.is_dir() and not any(path.glob("*.safetensors*")):
-        from mindformers_ext.jobs.torch_dir import TorchDir, torch_files
+        from mindformers_ext.jobs.checkpoint.torch_dir import TorchDir, torch_files
 
         if torch_files(path):
             return TorchDir(path)
     if path.is_file() and path.suffix in TORCH_SUFFIXES:
-        from mindformers_ext.jobs.torch_dir import TorchDir
+        from mindformers_ext.jobs.checkpoint.torch_dir import TorchDir
 
         return TorchDir(path)
     return SafetensorsDir(path)

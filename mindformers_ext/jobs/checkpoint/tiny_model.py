@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from mindformers_ext.core.config.file import load_yaml
+from mindformers_ext.core.config.hf import hf_config_from_spec
+from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.errors import Problems
-from mindformers_ext.core.hf_config import hf_config_from_spec
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec
-from mindformers_ext.core.yaml_file import load_yaml
-from mindformers_ext.core.yaml_view import network_spec_from_yaml
 from mindformers_ext.data.tokenizers import SentencePieceTokenizer
 from mindformers_ext.formats.atomic import fresh_folder
 from mindformers_ext.formats.safetensors_dir import SafetensorsDirWriter

@@ -20,9 +20,9 @@ from mindformers_ext.formats.atomic import fresh_file
 from mindformers_ext.formats.ms_file import SUFFIXES
 from mindformers_ext.formats.rank_dirs import checkpoint_files, rank_files, rank_folders, shown
 from mindformers_ext.formats.strategy import read_strategy
-from mindformers_ext.jobs.checkpoints import saved_in
-from mindformers_ext.jobs.transform_run import Source, Task, open_source, run_tasks
-from mindformers_ext.jobs.weight_source import rank_meta
+from mindformers_ext.jobs.checkpoint.saved import saved_in
+from mindformers_ext.jobs.checkpoint.source import rank_meta
+from mindformers_ext.jobs.checkpoint.transform_workers import Source, Task, open_source, run_tasks
 from mindformers_ext.weights.reshard import SlicedReader
 from mindformers_ext.weights.reshard_plan import ReshardPlan, Unlisted, plan_reshard
 

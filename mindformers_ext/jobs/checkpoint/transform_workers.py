@@ -25,7 +25,7 @@ from mindformers_ext.formats.ms_file import CheckpointMeta, open_checkpoint, ope
 from mindformers_ext.formats.safetensors_file import SafetensorsFile, SafetensorsFileWriter
 from mindformers_ext.formats.strategy import Strategy
 from mindformers_ext.formats.tensors import Array
-from mindformers_ext.jobs.weight_source import rank_meta
+from mindformers_ext.jobs.checkpoint.source import rank_meta
 from mindformers_ext.weights.boxes import pieces, read_box
 from mindformers_ext.weights.reshard import SlicedReader
 from mindformers_ext.weights.reshard_plan import RankPart

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.core.cluster.traffic import sent_bytes
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.traffic import sent_bytes
 from mindformers_ext.formats.graph_text import Collective, GraphFacts, Unplanned, read_graph, unplanned_operators
 
 # MindSpore's own words in a collective's name or scope tell what it is for; the first that matches.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process imports what compiling needs, then forks off a process per rank: the imports are paid for once.
 
-``jobs.dryrun_ranks`` starts it and hears on its stdout how each rank ended.
+``jobs.dryrun.ranks`` starts it and hears on its stdout how each rank ended.
 """
 
 from __future__ import annotations

@@ -7,18 +7,18 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mindformers_ext.core.cluster.cluster_rules import settled
+from mindformers_ext.core.cluster.memory import StepSettings, prediction_memory, stage_memory
+from mindformers_ext.core.cluster.placement import OPTIMIZER_THRESHOLD
+from mindformers_ext.core.cluster.split_cost import ASSUMPTIONS
+from mindformers_ext.core.cluster.split_search import MACHINE, Split, fitting_splits, step_rows
+from mindformers_ext.core.config.lora import lora_from_yaml
+from mindformers_ext.core.config.recompute import recompute_from_yaml
+from mindformers_ext.core.config.values import read_amount, read_value
+from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.errors import Problems, UserError
-from mindformers_ext.core.lora import lora_from_yaml
-from mindformers_ext.core.memory import StepSettings, prediction_memory, stage_memory
-from mindformers_ext.core.placement import OPTIMIZER_THRESHOLD
-from mindformers_ext.core.recompute import recompute_from_yaml
-from mindformers_ext.core.rules import settled
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.core.split_cost import ASSUMPTIONS
-from mindformers_ext.core.split_search import MACHINE, Split, fitting_splits, step_rows
-from mindformers_ext.core.yaml_values import read_amount, read_value
-from mindformers_ext.core.yaml_view import network_spec_from_yaml
-from mindformers_ext.jobs.generate import Shape
+from mindformers_ext.jobs.predict.generate import Shape
 
 SHOWN = 10  # splits in the list
 NEEDED = ("weights, gradients and optimizer states follow from the slices; activations and gathered weights are "

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from mindformers_ext.core.memory import StageMemory
+from mindformers_ext.core.cluster.memory import StageMemory
 from mindformers_ext.formats.atomic import fresh_file
-from mindformers_ext.jobs.dryrun import LIMITS
-from mindformers_ext.jobs.dryrun_facts import RankFacts
-from mindformers_ext.jobs.dryrun_report import (
+from mindformers_ext.jobs.dryrun.facts import RankFacts
+from mindformers_ext.jobs.dryrun.plan import LIMITS
+from mindformers_ext.jobs.dryrun.report import (
     LOSS_NOTE,
     DryRunReport,
     amount,

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.capacity import rows_at_once
+from mindformers_ext.core.cluster.cluster_rules import TOGETHER, check_network, settled
+from mindformers_ext.core.cluster.memory import StageMemory, prediction_memory, stage_memory
+from mindformers_ext.core.config.view import network_spec_from_yaml, yaml_notes
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.memory import StageMemory, prediction_memory, stage_memory
-from mindformers_ext.core.rules import TOGETHER, check_network, settled
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.core.yaml_view import network_spec_from_yaml, yaml_notes
-from mindformers_ext.jobs.dryrun_memory import check_memory, check_prediction_memory, step_settings
-from mindformers_ext.jobs.dryrun_predict import check_prediction, prediction_shape
-from mindformers_ext.jobs.generate import Shape
-from mindformers_ext.jobs.generate_model import dropless_spec
-from mindformers_ext.jobs.run_sections import check_sections
+from mindformers_ext.jobs.dryrun.memory import check_memory, check_prediction_memory, step_settings
+from mindformers_ext.jobs.dryrun.predict import check_prediction, prediction_shape
+from mindformers_ext.jobs.predict.generate import Shape
+from mindformers_ext.jobs.predict.network import dropless_spec
+from mindformers_ext.jobs.run.sections import check_sections
 
 TRAINING = ("train", "finetune")
 PREDICT = "predict"

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a prediction's dry run compiles: the largest graphs that ``jobs.predict`` would run."""
+"""What a prediction's dry run compiles: the largest graphs that ``jobs.predict.predict`` would run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from mindformers_ext.core.cluster.tensor_parallel import check_tensor_parallel
+from mindformers_ext.core.config.sampling import sampling_from_yaml
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.sampling import sampling_from_yaml
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.core.tensor_parallel import check_tensor_parallel
-from mindformers_ext.jobs.generate import Shape, bucket
-from mindformers_ext.jobs.generate_model import asked_batch, device_of, uses_cache
-from mindformers_ext.jobs.run_checks import generates_here
+from mindformers_ext.jobs.predict.generate import Shape, bucket
+from mindformers_ext.jobs.predict.network import asked_batch, device_of, uses_cache
+from mindformers_ext.jobs.run.checks import generates_here
 
 
 def check_prediction(config: Mapping[str, Any], spec: NetworkSpec) -> list[str]:

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mindformers_ext.jobs.dryrun import DryRunPlan
-from mindformers_ext.jobs.dryrun_facts import RankFacts, rank_facts_from_json
-from mindformers_ext.jobs.dryrun_forks import LOG, Ended, Request
-from mindformers_ext.jobs.dryrun_stubs import Stubs
+from mindformers_ext.jobs.dryrun.facts import RankFacts, rank_facts_from_json
+from mindformers_ext.jobs.dryrun.forks import LOG, Ended, Request
+from mindformers_ext.jobs.dryrun.plan import DryRunPlan
+from mindformers_ext.jobs.dryrun.stubs import Stubs
 
 RESULT, REQUEST, GRAPHS, ORDER = "result.json", "request.json", "graphs", "order.json"
 # Graphs that MindSpore writes: after the cutting, and the last of the front end. Writing all would double the time.

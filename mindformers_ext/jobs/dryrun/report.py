@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mindformers_ext.core.memory import StageMemory
+from mindformers_ext.core.cluster.memory import StageMemory
 from mindformers_ext.core.spec import ParallelSpec
 from mindformers_ext.formats.atomic import fresh_file
-from mindformers_ext.jobs.dryrun import LIMITS, DryRunPlan
-from mindformers_ext.jobs.dryrun_facts import KINDS, RankFacts
+from mindformers_ext.jobs.dryrun.facts import KINDS, RankFacts
+from mindformers_ext.jobs.dryrun.plan import LIMITS, DryRunPlan
 
 SIZES = ("data_parallel", "model_parallel", "pipeline_stage", "pp_interleave_num", "expert_parallel", "micro_batch_num",
          "micro_batch_interleave_num", "use_seq_parallel", "vocab_emb_dp", "enable_alltoall",

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mindformers_ext.core.config.train import TrainSpec
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import DeviceSpec, NetworkSpec
-from mindformers_ext.core.train_spec import TrainSpec
 from mindformers_ext.formats.mindrecord_file import MindRecordFile
 
 

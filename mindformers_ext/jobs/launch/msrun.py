@@ -172,7 +172,7 @@ def find_script(name: str) -> Path | None:
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    beside = Path(__file__).resolve().parents[2] / name
+    beside = Path(__file__).resolve().parents[3] / name
     return beside if beside.is_file() else None
 
 
@@ -239,7 +239,7 @@ def environment_of(environment: Mapping[str, str]) -> dict[str, str]:
     """The processes' environment: our package importable, this python first, logs where MindFormers' launcher puts
     them."""
     result = dict(environment)
-    root, here = str(Path(__file__).resolve().parents[2]), Path.cwd()
+    root, here = str(Path(__file__).resolve().parents[3]), Path.cwd()
     suffix = f"_{environment['MF_LOG_SUFFIX']}" if environment.get("MF_LOG_SUFFIX") else ""
     result["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [environment.get("PYTHONPATH")])])
     result["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])

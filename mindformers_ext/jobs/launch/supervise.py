@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the process that ``jobs.launch`` describes to its end, and finds out why a job failed.
+"""Runs the process that ``jobs.launch.msrun`` describes to its end, and finds out why a job failed.
 
 MindSpore ends a job whose worker died by itself: msrun kills the other workers of its machine at once, the scheduler
 gives the job up after 30 s without a sign of life, and with it the workers of the other machines. What is added here:
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from mindformers_ext.jobs.launch import SCHEDULER_LOG, Launch
+from mindformers_ext.jobs.launch.msrun import SCHEDULER_LOG, Launch
 
 GRACE = 120.0  # seconds from a worker's death to the end of the job, at most
 GRACE_ALONE = 5.0  # the same where all workers are on this machine: msrun has ended them, only its scheduler waits

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The torchrun command of a launch; its arguments are read and judged by ``jobs.launch``."""
+"""The torchrun command of a launch; its arguments are read and judged by ``jobs.launch.msrun``."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.jobs.launch import Launch, WrongCountError, check_master, read_launch
+from mindformers_ext.jobs.launch.msrun import Launch, WrongCountError, check_master, read_launch
 
 MSRUN_SCRIPT, SCRIPT = "msrun_launcher.sh", "torchrun_launcher.sh"
 
 
 def read_torch_launch(arguments: Sequence[str], environment: Mapping[str, str]) -> Launch:
-    """As ``jobs.launch.read_launch``, with this launcher's name in the messages."""
+    """As ``jobs.launch.msrun.read_launch``, with this launcher's name in the messages."""
     try:
         return read_launch(arguments, environment)
     except UserError as error:
@@ -21,7 +21,7 @@ def read_torch_launch(arguments: Sequence[str], environment: Mapping[str, str]) 
 
 
 def check_torch_master(launch: Launch) -> None:
-    """As ``jobs.launch.check_master``."""
+    """As ``jobs.launch.msrun.check_master``."""
     try:
         check_master(launch)
     except UserError as error:

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.errors import Problems, UserError
-from mindformers_ext.core.yaml_file import load_yaml
 from mindformers_ext.formats.dtypes import FLOATS, SHORT_NAMES
-from mindformers_ext.jobs.merge_templates import TEMPLATES
-from mindformers_ext.jobs.merge_values import Setting, parse_settings
-from mindformers_ext.jobs.merge_vocab_config import VocabularyWish, parse_vocabulary
+from mindformers_ext.jobs.merge.templates import TEMPLATES
+from mindformers_ext.jobs.merge.values import Setting, parse_settings
+from mindformers_ext.jobs.merge.vocab_config import VocabularyWish, parse_vocabulary
 
 TOP = ("merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype",
        "tokenizer_source", "tokenizer", "chat_template", "compat")  # fmt: skip

@@ -12,8 +12,8 @@ from pathlib import Path
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.atomic import fresh_folder
 from mindformers_ext.formats.tensors import Array, TensorInfo
-from mindformers_ext.jobs.merge_likeness import write_likeness
-from mindformers_ext.jobs.merge_output import (
+from mindformers_ext.jobs.merge.likeness import write_likeness
+from mindformers_ext.jobs.merge.output import (
     MergeReport,
     OutputRequest,
     chain_mindspore,
@@ -21,8 +21,8 @@ from mindformers_ext.jobs.merge_output import (
     free_bytes,
     write_weights,
 )
-from mindformers_ext.jobs.merge_plan import Task, parameters_of
-from mindformers_ext.jobs.merge_stream import Findings, Runner
+from mindformers_ext.jobs.merge.plan import Task, parameters_of
+from mindformers_ext.jobs.merge.stream import Findings, Runner
 
 
 @dataclass(frozen=True)

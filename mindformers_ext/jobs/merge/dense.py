@@ -12,16 +12,16 @@ from typing import Any
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.dtypes import BY_NUMPY
 from mindformers_ext.formats.tensors import Array
-from mindformers_ext.jobs.merge_config import MergeConfig, need_slices, read_merge_config
-from mindformers_ext.jobs.merge_models import Model, find_model, opened
-from mindformers_ext.jobs.merge_output import MergeReport, OutputRequest, check_output, check_result
-from mindformers_ext.jobs.merge_plan import HEAD, Plan, Task, make_plan
-from mindformers_ext.jobs.merge_run import Prepared, carry_out
-from mindformers_ext.jobs.merge_sidecars import Card, copy_tokenizer, merged_config, write_card, write_json
-from mindformers_ext.jobs.merge_stream import Findings, Runner
-from mindformers_ext.jobs.merge_templates import chosen_template, write_template
-from mindformers_ext.jobs.merge_tokenizer import Tokenizers, choose_tokenizer, write_tokenizer
-from mindformers_ext.jobs.weight_source import CONFIG
+from mindformers_ext.jobs.checkpoint.source import CONFIG
+from mindformers_ext.jobs.merge.config import MergeConfig, need_slices, read_merge_config
+from mindformers_ext.jobs.merge.course import Prepared, carry_out
+from mindformers_ext.jobs.merge.models import Model, find_model, opened
+from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest, check_output, check_result
+from mindformers_ext.jobs.merge.plan import HEAD, Plan, Task, make_plan
+from mindformers_ext.jobs.merge.sidecars import Card, copy_tokenizer, merged_config, write_card, write_json
+from mindformers_ext.jobs.merge.stream import Findings, Runner
+from mindformers_ext.jobs.merge.templates import chosen_template, write_template
+from mindformers_ext.jobs.merge.tokenizer import Tokenizers, choose_tokenizer, write_tokenizer
 from mindformers_ext.surgery.merge.settings import Method
 
 CONFIG_COPY = "mergekit_config.yml"

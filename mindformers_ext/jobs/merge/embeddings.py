@@ -16,9 +16,9 @@ import numpy as np
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.dtypes import cast
 from mindformers_ext.formats.tensors import Array, Index, TensorInfo
-from mindformers_ext.jobs.merge_vocab import Vocabulary
-from mindformers_ext.jobs.merge_vocab_config import TokenSource, VocabularyWish
-from mindformers_ext.jobs.weight_source import Reader
+from mindformers_ext.jobs.checkpoint.source import Reader
+from mindformers_ext.jobs.merge.vocab import Vocabulary
+from mindformers_ext.jobs.merge.vocab_config import TokenSource, VocabularyWish
 
 ZERO, MEAN, FILL = -1, -2, -3
 CHUNK = 1024  # rows of one step of a mean over a whole tensor

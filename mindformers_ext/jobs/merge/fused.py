@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mindformers_ext.formats.tensors import Array, Index, TensorInfo
-from mindformers_ext.jobs.weight_source import Reader
+from mindformers_ext.jobs.checkpoint.source import Reader
 
 FUSED = re.compile(
     r"(model\.layers\.\d+)\.(?:mlp|block_sparse_moe)\.(?:experts\.(gate_up_proj|down_proj)|(gate)\.weight)"

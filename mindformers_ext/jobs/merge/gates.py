@@ -15,8 +15,8 @@ from mindformers_ext.data.hf_tokenizer import HuggingFaceTokenizer
 from mindformers_ext.data.tokenizers import Tokenizer, open_tokenizer
 from mindformers_ext.formats.dtypes import BFLOAT16, cast
 from mindformers_ext.formats.tensors import Array
-from mindformers_ext.jobs.merge_models import Model
-from mindformers_ext.jobs.merge_moe_config import AVERAGE, CHEAP, UNIFORM, WITHOUT_PROMPTS, Expert, MoEConfig
+from mindformers_ext.jobs.merge.models import Model
+from mindformers_ext.jobs.merge.moe_config import AVERAGE, CHEAP, UNIFORM, WITHOUT_PROMPTS, Expert, MoEConfig
 
 EMBEDDING = "model.embed_tokens.weight"
 ALIKE = 5.0  # condition number of a layer's rows from which on prompts are called too similar
@@ -103,7 +103,7 @@ def _cheap(config: MoEConfig, base: Model, prompts: Prompts) -> np.ndarray:
 
 
 def _hidden(config: MoEConfig, base: Model, prompts: Prompts) -> np.ndarray:
-    from mindformers_ext.jobs.engine import open_layer_states
+    from mindformers_ext.jobs.engine.door import open_layer_states
     from mindformers_ext.surgery.merge.gates import hidden_rows, prompt_states
 
     def bits(array: Array) -> np.ndarray:

@@ -15,11 +15,11 @@ import numpy as np
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.atomic import fresh_folder
-from mindformers_ext.jobs.merge_output import OutputRequest
-from mindformers_ext.jobs.merge_plan import Task
-from mindformers_ext.jobs.merge_stream import Runner
-from mindformers_ext.jobs.merge_threads import in_threads, thread_count
-from mindformers_ext.jobs.plot_run import open_pyplot, save_figure
+from mindformers_ext.jobs.merge.output import OutputRequest
+from mindformers_ext.jobs.merge.plan import Task
+from mindformers_ext.jobs.merge.stream import Runner
+from mindformers_ext.jobs.merge.threads import in_threads, thread_count
+from mindformers_ext.jobs.run.plot import open_pyplot, save_figure
 
 PAGE, PICTURE, NUMBERS = "report.md", "cosines.png", "cosines.csv"
 WEIGHTS, CHANGES = "weights", "task vectors"

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.errors import Problems, UserError
-from mindformers_ext.jobs.merge_fused import split_experts
-from mindformers_ext.jobs.weight_source import CONFIG, Reader, open_hf, read_config
+from mindformers_ext.jobs.checkpoint.source import CONFIG, Reader, open_hf, read_config
+from mindformers_ext.jobs.merge.fused import split_experts
 from mindformers_ext.surgery.merge.architectures import Architecture, architecture_of
 
 HUB = "~/.cache/huggingface"

@@ -14,17 +14,17 @@ import numpy as np
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.formats.dtypes import BY_NUMPY, cast
 from mindformers_ext.formats.tensors import Array, TensorInfo
-from mindformers_ext.jobs.merge_gates import gate_rows
-from mindformers_ext.jobs.merge_models import Model, find_model, opened
-from mindformers_ext.jobs.merge_moe_config import MoEConfig, read_moe_config
-from mindformers_ext.jobs.merge_moe_outputs import mixture_config
-from mindformers_ext.jobs.merge_moe_plan import CopyFrom, GateRows, Target, Zeros, plan_targets
-from mindformers_ext.jobs.merge_output import MergeReport, OutputRequest, check_output, check_result
-from mindformers_ext.jobs.merge_plan import Part, Task
-from mindformers_ext.jobs.merge_run import Prepared, carry_out
-from mindformers_ext.jobs.merge_sidecars import Card, copy_tokenizer, write_card, write_json
-from mindformers_ext.jobs.merge_stream import COPIED, Findings, Runner, row_blocks
-from mindformers_ext.jobs.weight_source import CONFIG
+from mindformers_ext.jobs.checkpoint.source import CONFIG
+from mindformers_ext.jobs.merge.course import Prepared, carry_out
+from mindformers_ext.jobs.merge.gates import gate_rows
+from mindformers_ext.jobs.merge.models import Model, find_model, opened
+from mindformers_ext.jobs.merge.moe_config import MoEConfig, read_moe_config
+from mindformers_ext.jobs.merge.moe_outputs import mixture_config
+from mindformers_ext.jobs.merge.moe_plan import CopyFrom, GateRows, Target, Zeros, plan_targets
+from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest, check_output, check_result
+from mindformers_ext.jobs.merge.plan import Part, Task
+from mindformers_ext.jobs.merge.sidecars import Card, copy_tokenizer, write_card, write_json
+from mindformers_ext.jobs.merge.stream import COPIED, Findings, Runner, row_blocks
 from mindformers_ext.surgery.merge.settings import Settings
 
 CONFIG_COPY = "mergekit_moe_config.yml"

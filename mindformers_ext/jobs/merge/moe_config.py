@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.errors import Problems
-from mindformers_ext.core.yaml_file import load_yaml
 from mindformers_ext.formats.dtypes import FLOATS, SHORT_NAMES
-from mindformers_ext.jobs.merge_moe_outputs import MIXTRAL, QWEN2_MOE, Output
+from mindformers_ext.jobs.merge.moe_outputs import MIXTRAL, QWEN2_MOE, Output
 
 KEYS = ("base_model", "experts", "gate_mode", "dtype", "experts_per_token", "shared_experts", "architecture")
 EXPERT_KEYS = ("source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale")

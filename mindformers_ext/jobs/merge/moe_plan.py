@@ -13,9 +13,9 @@ import numpy as np
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.formats.dtypes import FLOATS, SHORT_NAMES, is_float
 from mindformers_ext.formats.tensors import TensorInfo
-from mindformers_ext.jobs.merge_models import Model
-from mindformers_ext.jobs.merge_moe_config import Expert, MoEConfig
-from mindformers_ext.jobs.merge_moe_outputs import BIASES, DOWN, GATE, UP, WHY_NOT, Output
+from mindformers_ext.jobs.merge.models import Model
+from mindformers_ext.jobs.merge.moe_config import Expert, MoEConfig
+from mindformers_ext.jobs.merge.moe_outputs import BIASES, DOWN, GATE, UP, WHY_NOT, Output
 from mindformers_ext.surgery.merge.architectures import known_names
 
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mindformers_ext.core.errors import Problems, nearest
-from mindformers_ext.jobs.merge_config import MergeConfig, Scope, Slice, Source
-from mindformers_ext.jobs.merge_values import Scalar, lookup, numbers_of
+from mindformers_ext.jobs.merge.config import MergeConfig, Scope, Slice, Source
+from mindformers_ext.jobs.merge.values import Scalar, lookup, numbers_of
 from mindformers_ext.surgery.merge.settings import Method, Parameter, Settings
 
 # Words of mergekit's methods: with another method they mean nothing, but they are no typo either.

@@ -17,9 +17,9 @@ import numpy as np
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.formats.dtypes import BY_NUMPY, FLOATS, is_float
 from mindformers_ext.formats.tensors import TensorInfo
-from mindformers_ext.jobs.merge_config import MergeConfig, Slice, Source
-from mindformers_ext.jobs.merge_models import Model
-from mindformers_ext.jobs.merge_parameters import Resolver
+from mindformers_ext.jobs.merge.config import MergeConfig, Slice, Source
+from mindformers_ext.jobs.merge.models import Model
+from mindformers_ext.jobs.merge.parameters import Resolver
 from mindformers_ext.surgery.merge.architectures import Row, known_names
 from mindformers_ext.surgery.merge.settings import Method, Settings
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mindformers_ext.core.hf_config import DEFAULTS
-from mindformers_ext.jobs.convert import COMPANIONS
+from mindformers_ext.core.config.hf import DEFAULTS
+from mindformers_ext.jobs.checkpoint.convert import COMPANIONS
 
 TOKENIZER_FILES = (*COMPANIONS, "chat_template.json")
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

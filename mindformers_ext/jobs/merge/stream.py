@@ -13,7 +13,7 @@ import numpy as np
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.dtypes import BFLOAT16, BY_NUMPY, cast
 from mindformers_ext.formats.tensors import Array, Index, TensorReader
-from mindformers_ext.jobs.merge_plan import Part, Task
+from mindformers_ext.jobs.merge.plan import Part, Task
 from mindformers_ext.surgery.merge.settings import Method
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.jobs.merge_models import Model
-from mindformers_ext.jobs.merge_rows import Member, RebuiltRows, plan_rows
-from mindformers_ext.jobs.merge_vocab import (
+from mindformers_ext.jobs.merge.embeddings import Member, RebuiltRows, plan_rows
+from mindformers_ext.jobs.merge.models import Model
+from mindformers_ext.jobs.merge.vocab import (
     Vocabulary,
     identity,
     limited,
@@ -19,7 +19,7 @@ from mindformers_ext.jobs.merge_vocab import (
     with_texts,
     write_vocabulary,
 )
-from mindformers_ext.jobs.merge_vocab_config import BASE, UNION, VocabularyWish
+from mindformers_ext.jobs.merge.vocab_config import BASE, UNION, VocabularyWish
 from mindformers_ext.surgery.merge.architectures import Row
 
 

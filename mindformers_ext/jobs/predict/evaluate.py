@@ -23,11 +23,11 @@ from mindformers_ext.data.packing import check_ids
 from mindformers_ext.data.readers import Cutting, read_jsonl, read_text
 from mindformers_ext.data.tokenizers import Tokenizer, encode_glued, puts_blank
 from mindformers_ext.formats.atomic import fresh_file
-from mindformers_ext.jobs.engine import open_records, open_reference
-from mindformers_ext.jobs.generate_model import check_same_model, open_network, open_weights
-from mindformers_ext.jobs.predict import open_own_tokenizer
-from mindformers_ext.jobs.run_data import check_dataset, dataset_files
-from mindformers_ext.jobs.weight_source import read_config
+from mindformers_ext.jobs.checkpoint.source import read_config
+from mindformers_ext.jobs.engine.door import open_records, open_reference
+from mindformers_ext.jobs.predict.network import check_same_model, open_network, open_weights
+from mindformers_ext.jobs.predict.predict import open_own_tokenizer
+from mindformers_ext.jobs.run.dataset import check_dataset, dataset_files
 
 RESULT = "eval.json"
 METRIC = "PerplexityMetric"

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mindformers_ext.core.capacity import round_up
-from mindformers_ext.core.sampling import SamplingSpec, choose, generator_of
-from mindformers_ext.jobs.engine import Network, Session
+from mindformers_ext.core.config.sampling import SamplingSpec, choose, generator_of
+from mindformers_ext.jobs.engine.door import Network, Session
 
 OnToken = Callable[[int, int], None]  # prompt, token
 

@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.core.config.hf import model_spec_from_hf
+from mindformers_ext.core.config.keys import KEYS
+from mindformers_ext.core.config.values import read_amount
 from mindformers_ext.core.errors import Problems, UserError
-from mindformers_ext.core.hf_config import model_spec_from_hf
 from mindformers_ext.core.spec import DeviceSpec, ModelSpec, NetworkSpec
-from mindformers_ext.core.yaml_keys import KEYS
-from mindformers_ext.core.yaml_values import read_amount
 from mindformers_ext.formats.rank_dirs import rank_folders
-from mindformers_ext.jobs.checkpoints import checkpoint_file, holds_whole
-from mindformers_ext.jobs.engine import Network, engine_of, open_engine
-from mindformers_ext.jobs.weight_source import CONFIG, Reader, described_layout, open_hf, open_ms, read_config
+from mindformers_ext.jobs.checkpoint.saved import checkpoint_file, holds_whole
+from mindformers_ext.jobs.checkpoint.source import CONFIG, Reader, described_layout, open_hf, open_ms, read_config
+from mindformers_ext.jobs.engine.door import Network, engine_of, open_engine
 from mindformers_ext.weights.convert import plan_relayout, plan_to_mindspore
 from mindformers_ext.weights.layouts import Layout, resolve_layout
 from mindformers_ext.weights.plan import Plan

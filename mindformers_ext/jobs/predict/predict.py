@@ -11,15 +11,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.core.config.sampling import SamplingSpec, sampling_from_yaml
 from mindformers_ext.core.errors import Problems, UserError
-from mindformers_ext.core.sampling import SamplingSpec, sampling_from_yaml
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.data.chat_template import ChatTemplate
 from mindformers_ext.data.packing import check_ids
 from mindformers_ext.data.tokenizers import Tokenizer, open_tokenizer
 from mindformers_ext.formats.atomic import fresh_file
-from mindformers_ext.jobs.generate import Answer, Generation, Timing, bucket
-from mindformers_ext.jobs.generate_model import asked_batch, check_memory, open_network, open_weights, uses_cache
+from mindformers_ext.jobs.predict.generate import Answer, Generation, Timing, bucket
+from mindformers_ext.jobs.predict.network import asked_batch, check_memory, open_network, open_weights, uses_cache
 
 STANDARD_INPUT = "-"
 LONGEST_NAME = 256  # bytes of a file's name

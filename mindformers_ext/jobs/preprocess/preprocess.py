@@ -19,9 +19,9 @@ from mindformers_ext.data.parquet import read_parquet
 from mindformers_ext.data.readers import Cutting, Fragment, Progress, read_jsonl, read_text, read_wiki
 from mindformers_ext.data.tokenizers import Tokenizer, puts_blank
 from mindformers_ext.formats.atomic import fresh_file, fresh_group
-from mindformers_ext.jobs.engine import RecordWriter, open_record_writer
-from mindformers_ext.jobs.preprocess_encode import QaBatch, Setup, TextBatch, Tokens, encode_all
-from mindformers_ext.jobs.preprocess_request import SAMPLES, Checked, PreprocessRequest, check_request
+from mindformers_ext.jobs.engine.door import RecordWriter, open_record_writer
+from mindformers_ext.jobs.preprocess.encode import QaBatch, Setup, TextBatch, Tokens, encode_all
+from mindformers_ext.jobs.preprocess.request import SAMPLES, Checked, PreprocessRequest, check_request
 
 BATCH_CHARACTERS = 1 << 17  # of text that a process encodes at once
 BATCH_CONVERSATIONS = 64

@@ -13,7 +13,7 @@ from mindformers_ext.data.conversations import Specials
 from mindformers_ext.data.readers import SEPARATORS, find_files
 from mindformers_ext.data.tokenizers import Tokenizer, open_tokenizer
 from mindformers_ext.formats.atomic import refuse_existing
-from mindformers_ext.jobs.tiny_model import spec_from_yaml_file
+from mindformers_ext.jobs.checkpoint.tiny_model import spec_from_yaml_file
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.core.cluster.cluster_rules import TOGETHER, check_network, settled
+from mindformers_ext.core.cluster.tensor_parallel import check_tensor_parallel
+from mindformers_ext.core.config.lora import lora_from_yaml
+from mindformers_ext.core.config.recompute import recompute_from_yaml
+from mindformers_ext.core.config.view import network_spec_from_yaml, yaml_notes
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.lora import lora_from_yaml
-from mindformers_ext.core.recompute import recompute_from_yaml
-from mindformers_ext.core.rules import TOGETHER, check_network, settled
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.core.tensor_parallel import check_tensor_parallel
-from mindformers_ext.core.yaml_view import network_spec_from_yaml, yaml_notes
-from mindformers_ext.jobs.checkpoints import check_shapes, checkpoint_file, choose_resume, fault, remove_leftovers
-from mindformers_ext.jobs.engine import engine_of
-from mindformers_ext.jobs.run_data import check_dataset
-from mindformers_ext.jobs.run_sections import check_sections
-from mindformers_ext.jobs.run_slices import settle_slices
-from mindformers_ext.jobs.transform_ckpt import TransformRequest
+from mindformers_ext.jobs.checkpoint.saved import check_shapes, checkpoint_file, choose_resume, fault, remove_leftovers
+from mindformers_ext.jobs.checkpoint.transform import TransformRequest
+from mindformers_ext.jobs.engine.door import engine_of
+from mindformers_ext.jobs.run.dataset import check_dataset
+from mindformers_ext.jobs.run.sections import check_sections
+from mindformers_ext.jobs.run.slices import settle_slices
 
 TRAINING = ("train", "finetune")
 RUN_MODES = (*TRAINING, "eval", "predict")
@@ -110,7 +110,7 @@ def launched(engine: str = "ms") -> bool:
 
 
 def names_our_network(config: Mapping[str, Any]) -> bool:
-    """Whether the configuration means a network of ours: by its name, or as ``mf.upgrade`` reads LlamaForCausalLM."""
+    """Whether the configuration means a network of ours: by its name, or as ``mf.adapt`` reads LlamaForCausalLM."""
     model = config.get("model") or {}
     words = model.get("model_config") or {}
     names = (words.get("type"), (model.get("arch") or {}).get("type"))
@@ -121,7 +121,7 @@ def names_our_network(config: Mapping[str, Any]) -> bool:
 
 
 def generates_here(config: Mapping[str, Any]) -> bool:
-    """Whether ``jobs.predict`` answers: a network of ours, without adapters. Else MindFormers does."""
+    """Whether ``jobs.predict.predict`` answers: a network of ours, without adapters. Else MindFormers does."""
     words = (config.get("model") or {}).get("model_config") or {}
     return bool(config.get("run_mode") == "predict" and names_our_network(config)
                 and not config.get("adapter_id") and not words.get("pet_config"))  # fmt: skip
@@ -149,7 +149,7 @@ def _check_together(config: Mapping[str, Any], spec: NetworkSpec, engine: str) -
 
 
 def evaluates_here(config: Mapping[str, Any]) -> bool:
-    """Whether ``jobs.evaluate`` measures: one device, a network of ours without adapters, and perplexity alone."""
+    """Whether ``jobs.predict.evaluate`` measures: one device, our network, no adapters, perplexity alone."""
     words = (config.get("model") or {}).get("model_config") or {}
     metrics = config.get("metric") or {}
     names = {item.get("type") for item in (metrics if isinstance(metrics, list) else [metrics])}

@@ -16,7 +16,7 @@ import numpy as np
 
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.jobs.engine import open_records
+from mindformers_ext.jobs.engine.door import open_records
 
 SAMPLE_ROWS = 2000  # rows per file whose ids are read
 SAMPLE_FILES = 4

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one training step has measured, and its file: one JSON object a step (``jobs.run_metrics`` reads it)."""
+"""What one training step has measured, and its file: one JSON object a step (``jobs.run.metrics`` reads it)."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mindformers_ext.jobs.run_metrics import EDGE, RunMetrics, read_metrics, smoothed
+from mindformers_ext.jobs.run.metrics import EDGE, RunMetrics, read_metrics, smoothed
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8C8C8C"
 LINES = ("-", "--", "-.", ":")

@@ -11,7 +11,7 @@ import numpy as np
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.atomic import fresh_file
-from mindformers_ext.jobs.run_metrics import EDGE, RunMetrics, read_metrics
+from mindformers_ext.jobs.run.metrics import EDGE, RunMetrics, read_metrics
 
 PICTURES = (("loss.png", "Loss over the steps"), ("expert_load.png", "How the experts share the tokens"))
 

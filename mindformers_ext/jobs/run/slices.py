@@ -11,12 +11,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.core.config.keys import SHARDED_MODES
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.core.yaml_keys import SHARDED_MODES
 from mindformers_ext.formats.rank_dirs import checkpoint_files, rank_folders
-from mindformers_ext.jobs.checkpoints import check_shapes, checkpoint_file, holds_whole
-from mindformers_ext.jobs.transform_ckpt import LAST, TransformRequest, transform
+from mindformers_ext.jobs.checkpoint.saved import check_shapes, checkpoint_file, holds_whole
+from mindformers_ext.jobs.checkpoint.transform import LAST, TransformRequest, transform
 
 FOLDER = "transformed_checkpoint"  # below output_dir, as MindFormers
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from mindformers_ext.core.config.train import CheckpointPlan
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.log import get_logger
-from mindformers_ext.core.train_spec import CheckpointPlan
 from mindformers_ext.formats.atomic import fresh_file
 from mindformers_ext.formats.dtypes import float_dtype
 from mindformers_ext.formats.ms_ckpt import CkptFile, CkptWriter
 from mindformers_ext.formats.safetensors_file import SafetensorsFile, SafetensorsFileWriter
 from mindformers_ext.formats.tensors import TensorInfo
-from mindformers_ext.jobs.checkpoints import last_whole, note_size, saved_in
+from mindformers_ext.jobs.checkpoint.saved import last_whole, note_size, saved_in
 
 TRAINED = ("adam_m.", "adam_v.")  # moments
 COUNTERS = ("scale_sense", "global_step", "current_iterator_step", "last_overflow_iterator_step")

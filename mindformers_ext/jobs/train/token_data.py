@@ -12,7 +12,7 @@ import numpy as np
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.data.row_order import RowOrder
 from mindformers_ext.formats.mindrecord_file import MindRecordFile
-from mindformers_ext.jobs.run_data import dataset_files
+from mindformers_ext.jobs.run.dataset import dataset_files
 
 COLUMNS = (("input_ids",), ("input_ids", "labels"))
 LOADERS = (None, "MindDataset")

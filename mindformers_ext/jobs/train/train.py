@@ -16,20 +16,20 @@ from typing import Any
 
 import numpy as np
 
+from mindformers_ext.core.cluster.cluster_rules import settled
+from mindformers_ext.core.config.lora import ADAPTER_CONFIG
+from mindformers_ext.core.config.text import yaml_text
+from mindformers_ext.core.config.train import TrainSpec, train_spec_from_yaml
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.log import get_logger, set_up_logging
-from mindformers_ext.core.lora import ADAPTER_CONFIG
-from mindformers_ext.core.rules import settled
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.core.train_spec import TrainSpec, train_spec_from_yaml
-from mindformers_ext.core.yaml_text import yaml_text
 from mindformers_ext.formats.atomic import fresh_file
-from mindformers_ext.jobs.checkpoints import set_aside
-from mindformers_ext.jobs.engine import Trainer, open_trainer
-from mindformers_ext.jobs.generate_model import open_weights
-from mindformers_ext.jobs.metrics_file import MetricsFile, StepRecord
-from mindformers_ext.jobs.token_data import TokenData
-from mindformers_ext.jobs.train_files import CheckpointFolder, Resumed
+from mindformers_ext.jobs.checkpoint.saved import set_aside
+from mindformers_ext.jobs.engine.door import Trainer, open_trainer
+from mindformers_ext.jobs.predict.network import open_weights
+from mindformers_ext.jobs.run.metrics_file import MetricsFile, StepRecord
+from mindformers_ext.jobs.train.checkpoint_folder import CheckpointFolder, Resumed
+from mindformers_ext.jobs.train.token_data import TokenData
 
 PATIENCE = 50  # steps in a row whose gradients overflow before the run gives up
 SHORT_PATIENCE = 5  # the same while the loss scale stands still: then no later step can differ

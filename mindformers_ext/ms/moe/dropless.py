@@ -23,9 +23,9 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 from mindspore.ops.auto_generate import TensorToScalar, select_ext_view_op
 
-from mindformers_ext.ms.grouped import GroupedMoE
-from mindformers_ext.ms.moe import MoE, WeightedRows
-from mindformers_ext.ms.router import ExpertOrder
+from mindformers_ext.ms.moe.grouped import GroupedMoE
+from mindformers_ext.ms.moe.layer import MoE, WeightedRows
+from mindformers_ext.ms.moe.router import ExpertOrder
 
 EVERY_EXPERT_UP_TO = 32  # tokens; above it the products computed in vain outweigh the sorting
 COPY_COST = 3  # reading, writing and reading again a weight that is copied

@@ -2,7 +2,7 @@
 """The MoE layer without slots: tokens sorted by expert, one grouped matrix product, no token dropped.
 
 MegaBlocks (Gale et al. 2022, section 4) computes experts of unequal load this way. A slot is then a place among the
-sorted assignments, so rows move by the cells of ``ms.moe`` and checkpoints are those of experts with slots.
+sorted assignments, so rows move by the cells of ``ms.moe.layer`` and checkpoints are those of experts with slots.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.ms.moe import MoE
+from mindformers_ext.ms.moe.layer import MoE
 from mindformers_ext.ms.ops.select import Operators
-from mindformers_ext.ms.parallel import Shards
+from mindformers_ext.ms.strategies import Shards
 
 
 class GroupedExperts(nn.Cell):

@@ -15,11 +15,11 @@ from mindspore.common.initializer import Normal, initializer
 
 from mindformers_ext.core.capacity import expert_capacity
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.ms.experts import CapacityExperts
+from mindformers_ext.ms.moe.experts import CapacityExperts
+from mindformers_ext.ms.moe.router import TopkRouterV2
 from mindformers_ext.ms.ops.portable import outer_product
 from mindformers_ext.ms.ops.select import Operators
-from mindformers_ext.ms.parallel import Shards
-from mindformers_ext.ms.router import TopkRouterV2
+from mindformers_ext.ms.strategies import Shards
 
 
 def scaled_rows(rows: Tensor, factor: Tensor, outer: P.Primitive) -> Tensor:

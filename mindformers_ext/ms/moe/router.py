@@ -18,7 +18,7 @@ from mindspore.ops.auto_generate import TensorToScalar
 
 from mindformers_ext.core.capacity import expert_capacity
 from mindformers_ext.core.spec import MoESpec, ParallelSpec
-from mindformers_ext.ms.aux_loss import AuxiliaryLoss
+from mindformers_ext.ms.moe.aux_loss import AuxiliaryLoss
 
 _INT32_LIMIT = 2**31
 

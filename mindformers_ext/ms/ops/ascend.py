@@ -5,7 +5,7 @@ Nothing here has been computed on an NPU: MindSpore's Ascend compiler accepts th
 tests/mf/test_ascend_ops.py), and how they use a kernel (layout, mask, which half is gated, drop order) is tested on the
 CPU with the kernel replaced by its documented formula. The kernels' own rounding and speed are not known.
 
-Every cell works on one device's slice; how the slices lie is the row of the portable cell in ``ms.parallel``.
+Every cell works on one device's slice; how the slices lie is the row of the portable cell in ``ms.strategies``.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class FlashAttentionOp(nn.Cell):
 
 
 class TopKRouterSlots(nn.Cell):
-    """As ``ms.router.SortedSlots``, by TopKRouter, which fills the slots in one kernel."""
+    """As ``ms.moe.router.SortedSlots``, by TopKRouter, which fills the slots in one kernel."""
 
     def __init__(self, experts: int, chosen: int, sequence_order: bool) -> None:
         super().__init__()

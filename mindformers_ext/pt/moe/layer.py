@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.pt.exchange import ExpertExchange
-from mindformers_ext.pt.experts import Experts
+from mindformers_ext.pt.moe.exchange import ExpertExchange
+from mindformers_ext.pt.moe.experts import Experts
+from mindformers_ext.pt.moe.router import TopkRouterV2
 from mindformers_ext.pt.ops.dtypes import torch_dtype
 from mindformers_ext.pt.ops.rows import combine, dispatch, sort_by_expert
-from mindformers_ext.pt.router import TopkRouterV2
 
 
 class RouterGate(nn.Module):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Top-k routing with capacity: MindFormers' ``TopkRouterV2``, without slots.
 
-One routing group G per data-parallel slice, as in ``ms.router``, whose integers these are. The position of an
+One routing group G per data-parallel slice, as in ``ms.moe.router``, whose integers these are. The position of an
 assignment inside its expert comes from one stable sort of expert numbers in drop order: O(kN) memory, no host
 synchronisation. Of equal probabilities the lower expert number comes first.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mindformers_ext.core.capacity import expert_capacity
 from mindformers_ext.core.spec import MoESpec, ParallelSpec
-from mindformers_ext.pt.aux_loss import AuxiliaryLoss
+from mindformers_ext.pt.moe.aux_loss import AuxiliaryLoss
 
 
 class Routing(NamedTuple):

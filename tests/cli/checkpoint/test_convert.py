@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from mindformers_ext.cli.convert import main
-from mindformers_ext.core.hf_config import hf_config_from_spec
+from mindformers_ext.core.config.hf import hf_config_from_spec
 from mindformers_ext.core.spec import ModelSpec, MoESpec
 from mindformers_ext.formats.ms_ckpt import CkptFile, CkptWriter
 from mindformers_ext.formats.ms_file import open_checkpoint
@@ -26,7 +26,7 @@ from mindformers_ext.formats.safetensors_dir import SafetensorsDir, SafetensorsD
 from mindformers_ext.formats.tensors import MappingReader
 from mindformers_ext.weights.convert import rule_set
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def spec_of(experts=3, layers=2, tied=False, **sizes):
@@ -375,7 +375,7 @@ def test_memory_stays_near_the_largest_tensor(tmp_path):
     """500 MB of weights, largest MindSpore tensor 16 MB: a run stays within the interpreter plus two of those."""
     hf_folder(tmp_path / "hf", spec_of(experts=4, hidden_size=1024, intermediate_size=1024, layers=8), shard=10**8)
     code = (  # VmHWM: getrusage's figure would start at this process's own peak
-        "import re, sys; from mindformers_ext.cli.convert import main; import mindformers_ext.jobs.convert; "
+        "import re, sys; from mindformers_ext.cli.convert import main; import mindformers_ext.jobs.checkpoint.convert; "
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]); "
         "start = peak(); assert main(sys.argv[1:]) == 0; print('grew', peak() - start)"
     )

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.jobs.compare_weights import compare_weights
-from tests.cli.test_convert import ROOT, hf_folder, run, spec_of
+from mindformers_ext.jobs.checkpoint.compare import compare_weights
+from tests.cli.checkpoint.test_convert import ROOT, hf_folder, run, spec_of
 
 KILLS = 20
 SPEC = dict(experts=4, hidden_size=512, intermediate_size=768, layers=4, head_dim=128)

@@ -20,7 +20,7 @@ from mindformers_ext.formats.ms_file import open_checkpoint
 from mindformers_ext.formats.safetensors_dir import SafetensorsDir
 from mindformers_ext.formats.tensors import MappingReader
 from mindformers_ext.weights.convert import plan_to_mindspore
-from tests.cli.test_convert import ROOT, assert_holds, hf_folder, refused, run, spec_of
+from tests.cli.checkpoint.test_convert import ROOT, assert_holds, hf_folder, refused, run, spec_of
 
 MATRIX = list(itertools.product((8, 12), (False, True), (np.float32, ml_dtypes.bfloat16), ("per_expert", "fused")))
 

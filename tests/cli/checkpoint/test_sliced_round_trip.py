@@ -8,7 +8,7 @@ import pytest
 from mindformers_ext.cli import transform_ckpt
 from mindformers_ext.formats.rank_dirs import rank_files
 from mindformers_ext.formats.safetensors_dir import SafetensorsDir
-from tests.cli.test_convert import assert_holds, hf_folder, refused, run, spec_of
+from tests.cli.checkpoint.test_convert import assert_holds, hf_folder, refused, run, spec_of
 from tests.helpers.sliced import PP2
 
 # The model of the golden strategy files.

@@ -37,7 +37,7 @@ from tests.helpers.sliced import (
     write_strategy,
 )
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
+TOOLS = Path(__file__).resolve().parents[3] / "tools"
 
 
 def run(*words):

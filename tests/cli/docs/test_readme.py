@@ -11,38 +11,38 @@ from pathlib import Path
 
 import pytest
 
-FINETUNE = "tests/cli/test_finetune.py, with its own records and tokenizer"
+FINETUNE = "tests/cli/run/test_finetune.py, with its own records and tokenizer"
 
 # Commands that another test, or the suite itself, runs.
 RUN_ELSEWHERE = {
     "bash scripts/setup_env.sh": "scripts/test.sh, before the suite",
     "source .venv/bin/activate": "every command of this test has the environment's PATH",
-    "bash scripts/quickstart.sh": "tests/cli/test_quickstart.py, and the shorter run below",
+    "bash scripts/quickstart.sh": "tests/cli/run/test_quickstart.py, and the shorter run below",
     "bash scripts/test.sh": "the suite",
-    "python tools/bench/moe_layer.py": "tests/cli/test_bench.py, with fewer rounds",
-    "python tools/bench/train_step.py": "tests/cli/test_bench.py, with fewer rounds",
-    "python tools/bench/compile_time.py": "tests/cli/test_bench.py, with fewer layers",
-    "python tools/bench/convert.py": "tests/cli/test_bench.py, with a narrow layer",
-    "python tools/bench/reshard.py": "tests/cli/test_bench.py, with narrow layers",
-    "python tools/bench/merge.py": "tests/cli/test_merge_train.py, with narrow models",
+    "python tools/bench/moe_layer.py": "tests/cli/docs/test_bench.py, with fewer rounds",
+    "python tools/bench/train_step.py": "tests/cli/docs/test_bench.py, with fewer rounds",
+    "python tools/bench/compile_time.py": "tests/cli/docs/test_bench.py, with fewer layers",
+    "python tools/bench/convert.py": "tests/cli/docs/test_bench.py, with a narrow layer",
+    "python tools/bench/reshard.py": "tests/cli/docs/test_bench.py, with narrow layers",
+    "python tools/bench/merge.py": "tests/cli/merge/test_merge_train.py, with narrow models",
     "python tools/merge.py yaml configs/merge/slerp_llama3.yaml merged --copy-tokenizer --allow-crimes "
-    "--out-shard-size 1B --lazy-unpickle --trust-remote-code": "tests/cli/test_merge.py, on tiny models",
+    "--out-shard-size 1B --lazy-unpickle --trust-remote-code": "tests/cli/merge/test_merge.py, on tiny models",
     "python tools/bench/preprocess.py --model_file "
-    "output/quickstart/data/tokenizer.model": "tests/cli/test_bench.py, with little text",
+    "output/quickstart/data/tokenizer.model": "tests/cli/docs/test_bench.py, with little text",
     "python tools/dataset_preprocess/llama/alpaca_converter.py --data_path alpaca_data.json "
     "--output_path output/finetune/alpaca.json": FINETUNE,
     "python tools/dataset_preprocess/llama/llama_preprocess.py --dataset_type qa "
     "--config configs/tiny/finetune_mixtral.yaml --input_glob output/finetune/alpaca.json "
     "--model_file tokenizer.model --output_file output/finetune/alpaca.mindrecord": FINETUNE,
     "python run_mindformer.py --config configs/tiny/finetune_mixtral.yaml": FINETUNE,
-    "python tools/bench/generate.py": "tests/cli/test_bench.py, with a small model",
-    "python tools/bench/gpu.py": "tests/cli/test_engine_pt.py, with toy shapes",
+    "python tools/bench/generate.py": "tests/cli/docs/test_bench.py, with a small model",
+    "python tools/bench/gpu.py": "tests/cli/run/test_engine_pt.py, with toy shapes",
     'bash scripts/torchrun_launcher.sh "run_mindformer.py --config YAML --device_target GPU --use_parallel '
-    'True" 8': "tests/cli/test_engine_pt.py, two processes on a CPU",
+    'True" 8': "tests/cli/run/test_engine_pt.py, two processes on a CPU",
     "python tools/dryrun.py --config research/mixtral/mixtral_8x7b/pretrain_mixtral-8x7b.yaml "
-    "--worker_num 16": "tests/cli/test_dryrun.py, with narrow layers",
+    "--worker_num 16": "tests/cli/dryrun/test_dryrun.py, with narrow layers",
     "python tools/transform_ckpt.py --src_ckpt_strategy output/strategy/ --src_ckpt_dir output/checkpoint/ "
-    "--dst_ckpt_dir target_checkpoint/ --prefix mixtral_": "tests/cli/test_transform_ckpt.py, with the seed's paths",
+    "--dst_ckpt_dir target_checkpoint/ --prefix mixtral_": "tests/cli/checkpoint, with the seed's paths",
 }
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from mindformers_ext.core.overrides import apply_overrides
-from mindformers_ext.core.yaml_file import dump_yaml, load_yaml
-from tests.cli.test_readme import commands
+from mindformers_ext.core.config.file import dump_yaml, load_yaml
+from mindformers_ext.core.config.overrides import apply_overrides
+from tests.cli.docs.test_readme import commands
 from tests.helpers.cluster import MASTER, end, launch_environment, namespaces_missing, start, two_machines, wait_for
 
 SMALL = {"model.model_config.hidden_size": "32", "model.model_config.intermediate_size": "64",
@@ -28,9 +28,9 @@ SMALL = {"model.model_config.hidden_size": "32", "model.model_config.intermediat
          "model.model_config.param_init_type": "float32"}  # fmt: skip
 DATA_PARALLEL = {"parallel.parallel_mode": "0"}
 RUN_ELSEWHERE = {
-    "python tools/transform_ckpt.py": "tests/cli/test_transform_ckpt.py",
-    "--strategy_dir output/strategy": "tests/cli/test_convert_layouts.py and test_transform_ckpt.py",
-    "python tools/dryrun.py": "tests/cli/test_dryrun.py and test_dryrun_predict.py",
+    "python tools/transform_ckpt.py": "tests/cli/checkpoint/test_transform_ckpt.py",
+    "--strategy_dir output/strategy": "tests/cli/checkpoint/test_convert_layouts.py and test_transform_ckpt.py",
+    "python tools/dryrun.py": "tests/cli/dryrun/test_dryrun.py and test_dryrun_predict.py",
     "python tools/merge_lora.py": "tests/mf/test_lora.py",
 }
 

@@ -19,15 +19,15 @@ import numpy as np
 import pytest
 
 from mindformers_ext.cli.transform_ckpt import main as transform
-from mindformers_ext.core.cluster import stage_messages
-from mindformers_ext.core.lora import LORA_A, LORA_B
-from mindformers_ext.core.memory import stage_memory
-from mindformers_ext.core.placement import WIDTH, placed_parameters
-from mindformers_ext.core.split_cost import expert_exchange, layer_sent
+from mindformers_ext.core.cluster.memory import stage_memory
+from mindformers_ext.core.cluster.placement import WIDTH, placed_parameters
+from mindformers_ext.core.cluster.split_cost import expert_exchange, layer_sent
+from mindformers_ext.core.config.lora import LORA_A, LORA_B
+from mindformers_ext.core.stages import stage_messages
 from mindformers_ext.formats.ms_file import open_checkpoint
-from mindformers_ext.jobs.dryrun import asked_ranks
-from mindformers_ext.jobs.dryrun_facts import RankFacts
-from mindformers_ext.jobs.dryrun_ranks import GRAPHS
+from mindformers_ext.jobs.dryrun.facts import RankFacts
+from mindformers_ext.jobs.dryrun.plan import asked_ranks
+from mindformers_ext.jobs.dryrun.ranks import GRAPHS
 from tests.helpers.dryrun import RESEARCH, DryRun, dry_run
 from tests.helpers.sliced import same, write_file
 from tests.helpers.tiny_run import ROOT, environment

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mindformers_ext.core.memory import prediction_memory
-from mindformers_ext.core.tensor_parallel import head_parts, parted_parameters
-from mindformers_ext.jobs.dryrun import plan_dry_run
+from mindformers_ext.core.cluster.memory import prediction_memory
+from mindformers_ext.core.cluster.tensor_parallel import head_parts, parted_parameters
+from mindformers_ext.jobs.dryrun.plan import plan_dry_run
 from tests.helpers.dryrun import RESEARCH, DryRun, dry_run
 from tests.helpers.tiny_run import ROOT, environment
 

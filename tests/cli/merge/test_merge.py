@@ -20,7 +20,7 @@ from tests.helpers import merge_oracle as oracle
 from tests.helpers.merge_models import family, make_model, tensors_of
 
 pytest.importorskip("torch", reason="merging computes with torch")
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SEED_FLAGS = ["--copy-tokenizer", "--allow-crimes", "--out-shard-size", "1B", "--lazy-unpickle", "--trust-remote-code"]
 
 

@@ -20,7 +20,7 @@ from mindformers_ext.cli.merge import main
 from tests.helpers.merge_models import family, make_model, tensors_of, write_model
 
 pytest.importorskip("torch", reason="merging computes with torch")
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_other_architectures_work_only_when_told(capsys):
 
 
 def test_a_full_disk_is_seen_before_the_work(capsys, monkeypatch):
-    from mindformers_ext.jobs import merge_output
+    from mindformers_ext.jobs.merge import output as merge_output
 
     monkeypatch.setattr(merge_output, "free_bytes", lambda path: 1000)
     assert "available" in refused(TIES, "out", capsys)

@@ -14,7 +14,7 @@ import yaml
 from mindformers_ext.cli.convert import main as convert
 from mindformers_ext.cli.merge import main
 from mindformers_ext.formats.safetensors_dir import SafetensorsDir
-from mindformers_ext.jobs.merge_fused import split_experts
+from mindformers_ext.jobs.merge.fused import split_experts
 from tests.helpers.merge_models import family, make_model, tensors_of
 
 pytest.importorskip("torch", reason="gates are computed with torch")

@@ -5,7 +5,7 @@ mergekit wants another transformers than this environment, so it lives in one of
 MERGEKIT_PYTHON names its interpreter; without it these tests are skipped:
 
     python -m venv peer && peer/bin/pip install torch==2.13.0 && peer/bin/pip install ".[peer]"
-    MERGEKIT_PYTHON=peer/bin/python python -m pytest tests/cli/test_merge_peer.py
+    MERGEKIT_PYTHON=peer/bin/python python -m pytest tests/cli/merge/test_merge_peer.py
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import yaml
 
 from mindformers_ext.cli.merge import main
 from mindformers_ext.formats.safetensors_dir import SafetensorsDir
-from mindformers_ext.jobs.merge_fused import split_experts
+from mindformers_ext.jobs.merge.fused import split_experts
 from tests.helpers.merge_models import family, make_model, tensors_of, tokenizer_json
 
 PEER = os.environ.get("MERGEKIT_PYTHON")

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from mindformers_ext.cli.merge import main
-from mindformers_ext.jobs.merge_templates import TEMPLATES
+from mindformers_ext.jobs.merge.templates import TEMPLATES
 from tests.helpers.merge_models import config_of, family, make_model, shapes_of, tensors_of
 
 pytest.importorskip("torch", reason="merging computes with torch")
@@ -83,7 +83,7 @@ def test_a_stack_of_two_7b_has_9b_parameters(capsys):
         with Path(name, "model.safetensors").open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             file.truncate(8 + len(text) + at)
-    path = Path(__file__).resolve().parents[2] / "configs/merge/passthrough.yaml"
+    path = Path(__file__).resolve().parents[3] / "configs/merge/passthrough.yaml"
     assert main(["yaml", str(path), "out", "--dry_run"]) == 0
     layer = 2 * 4096 + 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336
     total = 40 * layer + 2 * 32000 * 4096 + 4096

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from mindformers_ext.cli import alpaca_converter, check_parity, convert, merge, preprocess
-from mindformers_ext.core.hf_config import hf_config_from_spec
+from mindformers_ext.core.config.hf import hf_config_from_spec
 from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.data.corpus import standard_library_text
 from mindformers_ext.data.tokenizers import train_sentencepiece

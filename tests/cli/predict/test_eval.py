@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mindformers_ext.cli.run_mindformer import main
-from mindformers_ext.core.yaml_view import network_spec_from_yaml
+from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.data.tokenizers import SentencePieceTokenizer
-from mindformers_ext.jobs.tiny_model import TinyModelRequest, make_tiny_model
+from mindformers_ext.jobs.checkpoint.tiny_model import TinyModelRequest, make_tiny_model
 from tests.helpers.tiny_run import SEQ, config_of, make_job, token_rows, write_rows
 
 TEXTS = ["def check(value):\n    return value + 1\n" * 12, "import", "class Problems:\n    pass\n"]

@@ -19,11 +19,11 @@ import pytest
 
 from mindformers_ext.cli import convert, transform_ckpt
 from mindformers_ext.cli.run_mindformer import main
-from mindformers_ext.core.yaml_view import network_spec_from_yaml
+from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.data.chat_template import ChatTemplate
 from mindformers_ext.formats.ms_ckpt import CkptFile
-from mindformers_ext.jobs import generate_model
-from mindformers_ext.jobs.tiny_model import TinyModelRequest, make_tiny_model
+from mindformers_ext.jobs.checkpoint.tiny_model import TinyModelRequest, make_tiny_model
+from mindformers_ext.jobs.predict import network as generate_model
 from tests.helpers.sliced import write_strategy
 from tests.helpers.tiny_run import ROOT, SEQ, command, config_of, environment, make_job
 

@@ -9,10 +9,10 @@ from safetensors.numpy import load_file
 
 from mindformers_ext.cli import predict as command
 from mindformers_ext.cli.run_mindformer import main
-from mindformers_ext.core.yaml_view import network_spec_from_yaml
+from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.formats.strategy import read_strategy
-from mindformers_ext.jobs.predict import open_predictor
-from mindformers_ext.jobs.tiny_model import TinyModelRequest, make_tiny_model
+from mindformers_ext.jobs.checkpoint.tiny_model import TinyModelRequest, make_tiny_model
+from mindformers_ext.jobs.predict.predict import open_predictor
 from mindformers_ext.weights.convert import to_mindspore
 from tests.helpers.cluster import free_port, launch
 from tests.helpers.sliced import cut, write_ranks, write_strategy
@@ -93,7 +93,7 @@ def test_sampled_from_slices_without_a_cache(llama):
     assert "auto_trans_ckpt is not needed" in (llama.folder / "log" / "worker_0.log").read_text()
 
 
-# Two processes with equal and with different prompts, as ``jobs.predict`` asks before it answers.
+# Two processes with equal and with different prompts, as ``jobs.predict.predict`` asks before it answers.
 AGREE_SCRIPT = """
 import sys
 from mindspore import nn

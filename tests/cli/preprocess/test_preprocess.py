@@ -110,7 +110,7 @@ def test_text_comes_back(corpus: Path, texts: list[str], model: Path, document: 
 def test_any_number_of_workers_writes_the_same_files(
     corpus: Path, model: Path, kind: str, source: str, more: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mindformers_ext.jobs.preprocess.SHARE", 1)  # processes for an input of any size
+    monkeypatch.setattr("mindformers_ext.jobs.preprocess.preprocess.SHARE", 1)  # processes for an input of any size
     written = []
     output = corpus / "out" / "data.mindrecord"
     for workers in (1, 3):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mindformers_ext.cli.run_mindformer import main
-from mindformers_ext.jobs.checkpoints import saved_in
+from mindformers_ext.jobs.checkpoint.saved import saved_in
 from tests.helpers.tiny_run import (
     ROOT,
     SEQ,

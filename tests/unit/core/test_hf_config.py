@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
+from mindformers_ext.core.config.hf import hf_config_from_spec, model_spec_from_hf, routing_as_hf
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.hf_config import hf_config_from_spec, model_spec_from_hf, routing_as_hf
 from mindformers_ext.core.spec import ModelSpec, MoESpec
 from tests.helpers.specs import model_specs
 

@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mindformers_ext.core.cluster import layer_stage, open_parts
-from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.memory import (
+from mindformers_ext.core.cluster.memory import (
     StepSettings,
     layer_activations,
     layer_sizes,
@@ -21,11 +19,13 @@ from mindformers_ext.core.memory import (
     stage_activations,
     stage_memory,
 )
-from mindformers_ext.core.placement import placed_parameters
-from mindformers_ext.core.recompute import RecomputeSpec, names_without_effect, recompute_from_yaml
+from mindformers_ext.core.cluster.placement import placed_parameters
+from mindformers_ext.core.cluster.split_cost import expert_exchange, layer_operations, layer_sent, split_cost
+from mindformers_ext.core.cluster.split_search import fitting_splits, step_rows
+from mindformers_ext.core.config.recompute import RecomputeSpec, names_without_effect, recompute_from_yaml
+from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import KernelSpec, ModelSpec, MoESpec, NetworkSpec, NumericsSpec, ParallelSpec
-from mindformers_ext.core.split_cost import expert_exchange, layer_operations, layer_sent, split_cost
-from mindformers_ext.core.split_search import fitting_splits, step_rows
+from mindformers_ext.core.stages import layer_stage, open_parts
 
 MODEL = ModelSpec(
     vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mindformers_ext.core.config.file import parse_yaml
+from mindformers_ext.core.config.keys import known_keys
+from mindformers_ext.core.config.overrides import apply_overrides, parse_dotted
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.overrides import apply_overrides, parse_dotted
-from mindformers_ext.core.yaml_file import parse_yaml
-from mindformers_ext.core.yaml_keys import known_keys
 from tests.helpers.specs import PRETRAIN_YAML
 
 SAMPLE: dict[str, Any] = parse_yaml(PRETRAIN_YAML, "sample")

@@ -10,8 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mindformers_ext.core.cluster.cluster_rules import (
+    RUN_MODES,
+    TOGETHER,
+    check_network,
+    nearest_sizes,
+    router_tokens,
+    settled,
+)
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.rules import RUN_MODES, TOGETHER, check_network, nearest_sizes, router_tokens, settled
 from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, ParallelSpec
 from tests.helpers.specs import network_specs
 

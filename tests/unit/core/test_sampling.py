@@ -9,8 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.sampling import (
+from mindformers_ext.core.config.sampling import (
     SamplingSpec,
     adjusted,
     choose,
@@ -18,6 +17,7 @@ from mindformers_ext.core.sampling import (
     probabilities,
     sampling_from_yaml,
 )
+from mindformers_ext.core.errors import UserError
 
 DRAWS = 20_000
 LOGITS = np.array([1.0, 3.0, 2.5, -1.0, 2.9, 0.0, 2.5, -4.0], np.float32)

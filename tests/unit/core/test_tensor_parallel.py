@@ -16,18 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mindformers_ext.core.capacity import rows_at_once
+from mindformers_ext.core.cluster.memory import prediction_memory
+from mindformers_ext.core.cluster.placement import placed_parameters
+from mindformers_ext.core.cluster.tensor_parallel import head_parts, own_part, part_of, parted_parameters
+from mindformers_ext.core.config.overrides import apply_overrides
+from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.memory import prediction_memory
-from mindformers_ext.core.overrides import apply_overrides
-from mindformers_ext.core.placement import placed_parameters
 from mindformers_ext.core.spec import DeviceSpec, ModelSpec, MoESpec, NetworkSpec
-from mindformers_ext.core.tensor_parallel import head_parts, own_part, part_of, parted_parameters
-from mindformers_ext.core.yaml_view import network_spec_from_yaml
-from mindformers_ext.jobs.dryrun import plan_dry_run
-from mindformers_ext.jobs.generate import Shape
-from mindformers_ext.jobs.generate_model import check_memory, device_of
+from mindformers_ext.jobs.dryrun.plan import plan_dry_run
+from mindformers_ext.jobs.predict.generate import Shape
+from mindformers_ext.jobs.predict.network import check_memory, device_of
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PREDICT = ROOT / "research" / "mixtral" / "mixtral_8x7b" / "predict_mixtral-8x7b.yaml"
 SPEC = network_spec_from_yaml(yaml.safe_load(PREDICT.read_text(encoding="utf-8")), 8)
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import yaml
 
+from mindformers_ext.core.config.schedule import Schedule, schedule_from_yaml
+from mindformers_ext.core.config.train import TrainSpec, train_spec_from_yaml
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.philox import CHUNK, normal, seeds
-from mindformers_ext.core.schedule import Schedule, schedule_from_yaml
 from mindformers_ext.core.spec import ParallelSpec
-from mindformers_ext.core.train_spec import TrainSpec, train_spec_from_yaml
 from mindformers_ext.data.row_order import RowOrder
 from tests.helpers.specs import PRETRAIN_YAML
 

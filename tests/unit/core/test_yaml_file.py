@@ -12,9 +12,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mindformers_ext.core.config.file import SIZE_LIMIT, dump_yaml, load_yaml, parse_yaml
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.log import get_logger, set_up_logging
-from mindformers_ext.core.yaml_file import SIZE_LIMIT, dump_yaml, load_yaml, parse_yaml
 from tests.helpers.specs import PRETRAIN_YAML
 
 BILLION = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
@@ -104,11 +104,12 @@ def test_logging_is_set_up_once(tmp_path: Path, capsys: pytest.CaptureFixture[st
     try:
         set_up_logging()
         set_up_logging(file=tmp_path / "log" / "run.log")
-        get_logger("mindformers_ext.core.rules").info("hello")
+        get_logger("mindformers_ext.core.cluster.cluster_rules").info("hello")
         get_logger("other").info("there")
         assert capsys.readouterr().err.count("hello") == 1
         written = (tmp_path / "log" / "run.log").read_text(encoding="utf-8")
-        assert "INFO mindformers_ext.core.rules: hello" in written and "mindformers_ext.other: there" in written
+        assert "INFO mindformers_ext.core.cluster.cluster_rules: hello" in written
+        assert "mindformers_ext.other: there" in written
     finally:
         for handler in package.handlers:
             if handler not in before[0]:

@@ -13,9 +13,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 
-from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.spec import MoESpec, NetworkSpec
-from mindformers_ext.core.yaml_keys import (
+from mindformers_ext.core.config.keys import (
     COMPOSED,
     KEYS,
     MODEL,
@@ -27,7 +25,9 @@ from mindformers_ext.core.yaml_keys import (
     defaults,
     known_keys,
 )
-from mindformers_ext.core.yaml_view import network_spec_from_yaml, yaml_from_network_spec, yaml_notes
+from mindformers_ext.core.config.view import network_spec_from_yaml, yaml_from_network_spec, yaml_notes
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.spec import MoESpec, NetworkSpec
 from tests.helpers.specs import PRETRAIN_YAML, network_specs
 
 

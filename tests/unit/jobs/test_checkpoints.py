@@ -11,7 +11,7 @@ import pytest
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import ModelSpec, MoESpec
 from mindformers_ext.formats.ms_ckpt import CkptWriter
-from mindformers_ext.jobs.checkpoints import (
+from mindformers_ext.jobs.checkpoint.saved import (
     check_shapes,
     checkpoint_file,
     choose_resume,

@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mindformers_ext.jobs.dryrun import plan_dry_run
-from mindformers_ext.jobs.dryrun_facts import RankFacts
-from mindformers_ext.jobs.dryrun_ranks import RankJob, compile_ranks
-from mindformers_ext.jobs.dryrun_stubs import Stubs
+from mindformers_ext.jobs.dryrun.facts import RankFacts
+from mindformers_ext.jobs.dryrun.plan import plan_dry_run
+from mindformers_ext.jobs.dryrun.ranks import RankJob, compile_ranks
+from mindformers_ext.jobs.dryrun.stubs import Stubs
 from tests.helpers.specs import PRETRAIN_YAML
 
 SERVER = """
 import os, signal, sys, time
 from pathlib import Path
-from mindformers_ext.jobs.dryrun_forks import serve
-from mindformers_ext.jobs.dryrun_ranks import keep_result
+from mindformers_ext.jobs.dryrun.forks import serve
+from mindformers_ext.jobs.dryrun.ranks import keep_result
 
 def load():
     {load}

@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mindformers_ext.core.cluster.traffic import sent_bytes
+from mindformers_ext.core.config.values import read_amount
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.traffic import sent_bytes
-from mindformers_ext.core.yaml_values import read_amount
 from mindformers_ext.formats.elf import read_library
 from mindformers_ext.formats.graph_text import Collective, GraphTensor, read_graph, unplanned_operators
-from mindformers_ext.jobs.dryrun import asked_ranks, plan_dry_run
-from mindformers_ext.jobs.dryrun_facts import RankFacts, parameter_facts, purpose, rank_facts_from_json, traffic_facts
-from mindformers_ext.jobs.dryrun_page import page
-from mindformers_ext.jobs.dryrun_ranks import error_text
-from mindformers_ext.jobs.dryrun_report import DryRunReport, amount, group_text, report_text
-from mindformers_ext.jobs.dryrun_stubs import Stubs, c_source, pause_source
+from mindformers_ext.jobs.dryrun.facts import RankFacts, parameter_facts, purpose, rank_facts_from_json, traffic_facts
+from mindformers_ext.jobs.dryrun.page import page
+from mindformers_ext.jobs.dryrun.plan import asked_ranks, plan_dry_run
+from mindformers_ext.jobs.dryrun.ranks import error_text
+from mindformers_ext.jobs.dryrun.report import DryRunReport, amount, group_text, report_text
+from mindformers_ext.jobs.dryrun.stubs import Stubs, c_source, pause_source
 from tests.helpers.specs import PRETRAIN_YAML
 
 # The form of MindSpore 2.9's graphs, shortened: the entry calls the layer twice.

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
+from mindformers_ext.core.config.values import read_amount
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.yaml_values import read_amount
-from mindformers_ext.jobs.dryrun import plan_dry_run
-from mindformers_ext.jobs.dryrun_memory import suggestions
+from mindformers_ext.jobs.dryrun.memory import suggestions
+from mindformers_ext.jobs.dryrun.plan import plan_dry_run
 from tests.helpers.specs import PRETRAIN_YAML
 
 SEED = yaml.safe_load(PRETRAIN_YAML)

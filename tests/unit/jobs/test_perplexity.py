@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.jobs.evaluate import Window, score, text_windows
+from mindformers_ext.jobs.predict.evaluate import Window, score, text_windows
 
 VOCAB = 7
 

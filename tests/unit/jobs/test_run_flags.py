@@ -5,8 +5,8 @@ import pytest
 
 from mindformers_ext.cli.run_flags import FLAGS, apply_flags, read_arguments
 from mindformers_ext.cli.run_mindformer import parser
+from mindformers_ext.core.config.file import parse_yaml
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.yaml_file import parse_yaml
 from tests.helpers.tiny_run import YAML
 
 # The flags of MindFormers r1.3.0, r1.5.0 and r1.7.0.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.jobs.run_metrics import read_metrics, smoothed
+from mindformers_ext.jobs.run.metrics import read_metrics, smoothed
 
 
 def record(step: int, **changed: Any) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec, ParallelSpec
 from mindformers_ext.formats.ms_ckpt import CkptFile
 from mindformers_ext.formats.strategy import read_strategy
-from mindformers_ext.jobs.run_slices import merge_slices, settle_slices
+from mindformers_ext.jobs.run.slices import merge_slices, settle_slices
 from mindformers_ext.weights.convert import rule_set
 from tests.helpers.sliced import cut, write_ranks, write_strategy
-from tests.unit.test_checkpoints import MODEL, write
+from tests.unit.jobs.test_checkpoints import MODEL, write
 
 SPEC = NetworkSpec(model=MODEL, seq_length=8, parallel=ParallelSpec(parallel_mode="data_parallel", device_num=2))
 ARRAYS = {name: np.random.default_rng(0).normal(size=shape).astype(np.float32)

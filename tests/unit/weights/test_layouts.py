@@ -20,7 +20,7 @@ from mindformers_ext.weights.convert import (
 )
 from mindformers_ext.weights.layouts import Layout, Seen, resolve_layout, see_layout, sizes_from_shapes
 from mindformers_ext.weights.transforms import GroupedQkv, Identity, InterleavedRows, SplitHalves, Stack, Transposed
-from tests.unit.test_rules_weights import assert_same, hf_weights, spec_of
+from tests.unit.weights.test_rules_weights import assert_same, hf_weights, spec_of
 
 LAYOUTS = [Layout(experts, qkv) for experts in ("dense", "gmm") for qkv in (False, True)]
 MIXTRAL, LLAMA = spec_of(experts=3), spec_of(experts=0)
