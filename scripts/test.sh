@@ -14,6 +14,7 @@ step() {
 
 step bash scripts/setup_env.sh
 step $python -m ruff check .
+step $python -m ruff format --check --quiet .
 step $python -m mypy
 printf '+ %s\n' "$python -m pytest -n 2 $*"
 exec $python -m pytest -n 2 "$@"

@@ -32,8 +32,11 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--ckpt", type=Path, required=True, help="MindSpore checkpoint of the same model")
     result.add_argument("--text", action="append", default=[], help="text to compare on; may be given several times")
     result.add_argument("--tolerance", type=float, default=1e-4, help="largest allowed difference (default 1e-4)")
-    result.add_argument("--strategy_dir", type=optional_path, help="with --weights_only: strategy files, if --ckpt is "
-                        "the folder above rank_0, rank_1, ...")  # fmt: skip
+    result.add_argument(
+        "--strategy_dir",
+        type=optional_path,
+        help="with --weights_only: strategy files, if --ckpt is the folder above rank_0, rank_1, ...",
+    )
     switch(result, "--weights_only", "compare tensors instead of logits")
     return result
 

@@ -53,18 +53,27 @@ def switch(target: argparse.ArgumentParser, name: str, text: str) -> None:
 
 def add_common(target: argparse.ArgumentParser) -> None:
     """What both directions know."""
-    target.add_argument("--dtype", choices=DTYPES, help="type of the weights written (default: keep; "
-                        f"{SEED_DTYPE} when --mindspore_ckpt_path is written)")  # fmt: skip
+    target.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help=f"type of the weights written (default: keep; {SEED_DTYPE} when --mindspore_ckpt_path is written)",
+    )
     target.add_argument(
         "--config",
         type=optional_path,
         help="Hugging Face config.json or its folder (default: the input's own); with --reversed the folder's "
         "tokenizer files are copied too",
     )
-    target.add_argument("--strategy_dir", type=optional_path, help="strategy files of a sliced checkpoint; the input "
-                        "is then the folder above rank_0, rank_1, ...")  # fmt: skip
-    target.add_argument("--input_layout", choices=("dense", "gmm"), help="how the experts of the MindSpore input lie, "
-                        "where neither its description nor its shapes tell")  # fmt: skip
+    target.add_argument(
+        "--strategy_dir",
+        type=optional_path,
+        help="strategy files of a sliced checkpoint; the input is then the folder above rank_0, rank_1, ...",
+    )
+    target.add_argument(
+        "--input_layout",
+        choices=("dense", "gmm"),
+        help="how the experts of the MindSpore input lie, where neither its description nor its shapes tell",
+    )
     target.add_argument("--max_shard_size", help="largest shard of a Hugging Face folder (default 5GB)")
     switch(target, "--overwrite", "replace an existing output")
     switch(target, "--allow_overflow", "let values too large for --dtype become infinite, and count them")
@@ -83,14 +92,18 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--model", choices=("llama", "mixtral"), help="model (default: what the configuration says)")
     switch(result, "--reversed", "MindSpore to Hugging Face")
-    result.add_argument("--input_path", type=Path, help="Hugging Face folder; a MindSpore checkpoint with --reversed "
-                        "or to change its layout")  # fmt: skip
+    result.add_argument(
+        "--input_path",
+        type=Path,
+        help="Hugging Face folder; a MindSpore checkpoint with --reversed or to change its layout",
+    )
     result.add_argument("--output_path", type=Path, help="X.ckpt or X.safetensors; a folder with --reversed")
     result.add_argument("--torch_ckpt_dir", type=Path, help="Hugging Face folder (with --reversed: to write)")
     result.add_argument("--torch_ckpt_idr", type=Path, help="the same, as an old document spells it")
     result.add_argument("--pre_ckpt_path", type=Path, help="a MindSpore checkpoint to bring into another layout")
-    result.add_argument("--mindspore_ckpt_path", type=Path, help="X.ckpt or X.safetensors to write (with --reversed: "
-                        "to read)")  # fmt: skip
+    result.add_argument(
+        "--mindspore_ckpt_path", type=Path, help="X.ckpt or X.safetensors to write (with --reversed: to read)"
+    )
     switch(result, "--use_gmm", "write the experts transposed, as predict with grouped matmul wants them")
     switch(result, "--qkv_concat", "write q, k, v as one tensor (gate and up of a dense model too)")
     add_common(result)
@@ -134,8 +147,11 @@ def _paths(arguments: argparse.Namespace) -> tuple[Path, Path, Direction]:
     if arguments.torch_ckpt_idr:
         print("note: --torch_ckpt_idr is read as --torch_ckpt_dir", file=sys.stderr)
     if arguments.reversed:
-        for name, value in (("--pre_ckpt_path", arguments.pre_ckpt_path), ("--use_gmm", arguments.use_gmm),
-                            ("--qkv_concat", arguments.qkv_concat)):  # fmt: skip
+        for name, value in (
+            ("--pre_ckpt_path", arguments.pre_ckpt_path),
+            ("--use_gmm", arguments.use_gmm),
+            ("--qkv_concat", arguments.qkv_concat),
+        ):
             if value:
                 raise UserError(f"{name} does not go with --reversed: the checkpoint's own layout is found and undone")
         sources, targets = sources | mindspore, targets | torch
@@ -151,8 +167,9 @@ def _paths(arguments: argparse.Namespace) -> tuple[Path, Path, Direction]:
 def _one(what: str, given: Mapping[str, Path | None]) -> Path:
     found = {name: path for name, path in given.items() if path}
     if len(found) != 1:
-        raise UserError(f"the {what} must be given once, found {', '.join(found) or 'nothing'}: pass one of "
-                        + ", ".join(given))  # fmt: skip
+        raise UserError(
+            f"the {what} must be given once, found {', '.join(found) or 'nothing'}: pass one of " + ", ".join(given)
+        )
     return next(iter(found.values()))
 
 
@@ -166,8 +183,10 @@ def run(request: ConvertRequest, dry_run: bool) -> int:
         for line in plan.lines:
             print(f"  {line}")
         _say(plan.notes, plan.ignored)
-        print(f"{request.output_path}: {len(plan.lines)} tensors, {plan.nbytes / 1e9:.3f} GB to write, "
-              f"{plan.free / 1e9:.1f} GB free; nothing was written")  # fmt: skip
+        print(
+            f"{request.output_path}: {len(plan.lines)} tensors, {plan.nbytes / 1e9:.3f} GB to write, "
+            f"{plan.free / 1e9:.1f} GB free; nothing was written"
+        )
         return 0
     report = convert(request)
     _say(report.notes, report.ignored)

@@ -48,16 +48,36 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     result.add_argument("--config", required=True, metavar="YAML", help="configuration file of the job")
-    result.add_argument("--worker_num", type=int, metavar="N", help="devices of the whole job (needed but with "
-                        "--suggest, where it defaults to those of the file's split)")  # fmt: skip
-    result.add_argument("--ranks", default="stages", metavar="WHICH", help="all, stages (the first rank of each "
-                        "pipeline stage) or numbers such as 0,8 (default stages)")  # fmt: skip
-    result.add_argument("--out", type=Path, metavar="DIR", help="folder for report.html, report.json, strategy/ and "
-                        "one log per rank (default output/dryrun/<name of the file>)")  # fmt: skip
-    result.add_argument("--memory", metavar="SIZE", help="of one device, for example 64GB (10^9 bytes) or 64GiB: a job "
-                        "that needs more is refused")  # fmt: skip
-    switch(result, "--suggest", "list the splits that fit --memory (default context.max_device_memory), the cheapest "
-           "first, and compile nothing")  # fmt: skip
+    result.add_argument(
+        "--worker_num",
+        type=int,
+        metavar="N",
+        help="devices of the whole job (needed but with --suggest, where it defaults to those of the file's split)",
+    )
+    result.add_argument(
+        "--ranks",
+        default="stages",
+        metavar="WHICH",
+        help="all, stages (the first rank of each pipeline stage) or numbers such as 0,8 (default stages)",
+    )
+    result.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for report.html, report.json, strategy/ and "
+        "one log per rank (default output/dryrun/<name of the file>)",
+    )
+    result.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="of one device, for example 64GB (10^9 bytes) or 64GiB: a job that needs more is refused",
+    )
+    switch(
+        result,
+        "--suggest",
+        "list the splits that fit --memory (default context.max_device_memory), the cheapest "
+        "first, and compile nothing",
+    )
     result.add_argument("--jobs", type=int, metavar="N", help="ranks compiled at a time (default: one per core)")
     switch(result, "--compare", "also compile MindFormers' own network for the same file")
     switch(result, "--keep_graphs", "keep MindSpore's graphs as text (large)")
@@ -65,8 +85,9 @@ def parser() -> argparse.ArgumentParser:
     for flag in (row for row in FLAGS if row.field != "output_dir"):
         more: dict[str, Any] = {"nargs": "+"} if flag.many else {}
         more |= {"choices": flag.choices} if flag.choices else {}
-        result.add_argument(*flag.names, dest=flag.field, type=flag.reader, action=OneValue, help=argparse.SUPPRESS,
-                            **more)  # fmt: skip
+        result.add_argument(
+            *flag.names, dest=flag.field, type=flag.reader, action=OneValue, help=argparse.SUPPRESS, **more
+        )
     result.add_argument("--options", nargs="+", metavar="KEY=VALUE", help=argparse.SUPPRESS)
     return result
 
@@ -106,13 +127,22 @@ def _run(arguments: argparse.Namespace) -> int:
 
     def told(facts: RankFacts) -> None:
         seconds = facts.start_seconds + facts.build_seconds + facts.compile_seconds
-        print(f"rank {facts.rank}: " + ("compiles" if facts.compiles else "FAILS") + f" ({seconds:.0f} s)",
-              file=sys.stderr, flush=True)  # fmt: skip
+        print(
+            f"rank {facts.rank}: " + ("compiles" if facts.compiles else "FAILS") + f" ({seconds:.0f} s)",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def compiled(native: bool) -> tuple[RankFacts, ...]:
-        job = RankJob(plan=plan, stubs=stubs, command=(sys.executable, "-m", "mindformers_ext.cli.dryrun_rank"),
-                      folder=out / ("native" if native else "ranks"), native=native, keep_graphs=arguments.keep_graphs,
-                      at_once=arguments.jobs or os.cpu_count() or 1)  # fmt: skip
+        job = RankJob(
+            plan=plan,
+            stubs=stubs,
+            command=(sys.executable, "-m", "mindformers_ext.cli.dryrun_rank"),
+            folder=out / ("native" if native else "ranks"),
+            native=native,
+            keep_graphs=arguments.keep_graphs,
+            at_once=arguments.jobs or os.cpu_count() or 1,
+        )
         return tuple(compile_ranks(job, told))
 
     ranks = compiled(native=False)
@@ -128,7 +158,9 @@ def _run(arguments: argparse.Namespace) -> int:
 def _check_words_of_training(arguments: argparse.Namespace) -> None:
     """Options without a meaning for a prediction."""
     if arguments.suggest:
-        raise UserError("--suggest lists the splits of a training step; a prediction is cut over all devices by "
-                        "model_parallel, and --memory says how many are enough")  # fmt: skip
+        raise UserError(
+            "--suggest lists the splits of a training step; a prediction is cut over all devices by "
+            "model_parallel, and --memory says how many are enough"
+        )
     if arguments.compare:
         raise UserError("--compare compiles MindFormers' training step; leave it out for a prediction")

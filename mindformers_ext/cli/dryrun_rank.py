@@ -38,13 +38,26 @@ def compile_request(request: Request) -> None:
     if request["shape"]:
         found = compile_prediction(request["config"], Shape(**request["shape"]), request["world"])
         facts = prediction_facts(folder / GRAPHS, found.shapes, request["world"], found.graphs)
-        keep_result(folder, request, facts, start_seconds=request["start_seconds"], build_seconds=found.build_seconds,
-                    compile_seconds=found.compile_seconds)  # fmt: skip
+        keep_result(
+            folder,
+            request,
+            facts,
+            start_seconds=request["start_seconds"],
+            build_seconds=found.build_seconds,
+            compile_seconds=found.compile_seconds,
+        )
         return
     step = compile_step(request["config"], request["rows"], folder, request["native"])
     facts = rank_facts(folder / GRAPHS, step.shapes, step.trained)
-    keep_result(folder, request, facts, batch=step.batch, start_seconds=request["start_seconds"],
-                build_seconds=step.build_seconds, compile_seconds=step.compile_seconds)  # fmt: skip
+    keep_result(
+        folder,
+        request,
+        facts,
+        batch=step.batch,
+        start_seconds=request["start_seconds"],
+        build_seconds=step.build_seconds,
+        compile_seconds=step.compile_seconds,
+    )
 
 
 if __name__ == "__main__":

@@ -19,8 +19,10 @@ def evaluate(config: Mapping[str, Any], spec: NetworkSpec, stride: int | None, f
     for note in job.notes:
         print(f"note: {note}", file=sys.stderr)
     print(_line("perplexity", ours), flush=True)
-    print(f"{job.what}: {ours.tokens} tokens predicted in {ours.windows} windows of up to {job.window} tokens, stride "
-          f"{job.stride}; {ours.tokens / ours.seconds:.0f} tokens/s")  # fmt: skip
+    print(
+        f"{job.what}: {ours.tokens} tokens predicted in {ours.windows} windows of up to {job.window} tokens, stride "
+        f"{job.stride}; {ours.tokens / ours.seconds:.0f} tokens/s"
+    )
     reference = job.reference() if folder else None
     if reference:
         print(_line("transformers", reference))

@@ -54,14 +54,23 @@ def _run(arguments: argparse.Namespace) -> int:
         words["tensors"] = [row for row in words["tensors"] if wanted.search(row["name"])]
         print(json.dumps(words, indent=1))
         return 0
-    rows = [(info.name, str(info.shape), type_name(info), size(info.nbytes)) for info in found.tensors
-            if wanted.search(info.name)]  # fmt: skip
+    rows = [
+        (info.name, str(info.shape), type_name(info), size(info.nbytes))
+        for info in found.tensors
+        if wanted.search(info.name)
+    ]
     widths = [max((len(row[place]) for row in rows), default=0) for place in range(4)]
     for row in rows:
-        print("  ".join((*(text.ljust(width) for text, width in zip(row[:3], widths, strict=False)),
-                         row[3].rjust(widths[3]))))  # fmt: skip
-    print(f"{found.path}: {found.kind}, {len(found.tensors)} tensors, {size(found.nbytes)} ("
-          + ", ".join(f"{kind} {size(nbytes)}" for kind, nbytes in found.types().items()) + ")")  # fmt: skip
+        print(
+            "  ".join(
+                (*(text.ljust(width) for text, width in zip(row[:3], widths, strict=False)), row[3].rjust(widths[3]))
+            )
+        )
+    print(
+        f"{found.path}: {found.kind}, {len(found.tensors)} tensors, {size(found.nbytes)} ("
+        + ", ".join(f"{kind} {size(nbytes)}" for kind, nbytes in found.types().items())
+        + ")"
+    )
     print(f"layout: {found.layout or 'not told'}; fingerprint: {found.fingerprint[:16]}")
     for name, value in (found.description or {}).items():
         print(f"{name}: {value}")

@@ -35,12 +35,26 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = result.add_subparsers(dest="command", required=True, metavar="yaml|moe")
-    commands.add_parser("yaml", parents=[common()], allow_abbrev=False, help="merge dense models: slerp, ties, ...",
-                        description="Merge models of one architecture, as a YAML describes it.")  # fmt: skip
-    moe = commands.add_parser("moe", parents=[common()], allow_abbrev=False, help="assemble a mixture of experts",
-                              description="Take the feed-forward parts of several models as experts.")  # fmt: skip
-    moe.add_argument("--moe-layout", choices=LAYOUTS, default=LAYOUTS[0], help="how experts are stored: a matrix per "
-                     "expert (every reader), or fused (transformers 5 only)")  # fmt: skip
+    commands.add_parser(
+        "yaml",
+        parents=[common()],
+        allow_abbrev=False,
+        help="merge dense models: slerp, ties, ...",
+        description="Merge models of one architecture, as a YAML describes it.",
+    )
+    moe = commands.add_parser(
+        "moe",
+        parents=[common()],
+        allow_abbrev=False,
+        help="assemble a mixture of experts",
+        description="Take the feed-forward parts of several models as experts.",
+    )
+    moe.add_argument(
+        "--moe-layout",
+        choices=LAYOUTS,
+        default=LAYOUTS[0],
+        help="how experts are stored: a matrix per expert (every reader), or fused (transformers 5 only)",
+    )
     moe.add_argument(
         "--gate-scale", type=float, default=None, metavar="X", help="factor of the gate's rows (default 1)"
     )

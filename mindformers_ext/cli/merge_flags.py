@@ -35,18 +35,27 @@ def common() -> argparse.ArgumentParser:
     switch(
         result, "--allow-crimes", False, "allow models of different classes whose tensors have equal names and shapes"
     )
-    result.add_argument("--out-shard-size", default=DEFAULT_SHARD, metavar="SIZE",
-                        help="bytes of one shard: 5B and 5GB are 5e9, also K, M, MiB, GiB (default 5B)")  # fmt: skip
+    result.add_argument(
+        "--out-shard-size",
+        default=DEFAULT_SHARD,
+        metavar="SIZE",
+        help="bytes of one shard: 5B and 5GB are 5e9, also K, M, MiB, GiB (default 5B)",
+    )
     switch(result, "--unsafe-truncate-embeddings", False, "cut vocabularies of different length to the shortest")
     switch(result, "--strict", False, "refuse meaningless parameters and NaN instead of warning")
     switch(result, "--overwrite", False, "replace an existing output folder")
     switch(result, "--dry-run", False, "check everything and print the plan, write nothing")
     switch(result, "--write-model-card", True, "write README.md and a copy of the configuration")
     result.add_argument("--to-mindspore", metavar="OUT.ckpt", help="also convert the result to a MindSpore checkpoint")
-    result.add_argument("--report", metavar="FOLDER", help="also compare the models: cosines per tensor and layer, as "
-                        "a table and a picture; with --dry-run nothing else is written")  # fmt: skip
-    result.add_argument("--random-seed", type=int, default=0, metavar="N",
-                        help="seed of random masks and gates (default 0)")  # fmt: skip
+    result.add_argument(
+        "--report",
+        metavar="FOLDER",
+        help="also compare the models: cosines per tensor and layer, as "
+        "a table and a picture; with --dry-run nothing else is written",
+    )
+    result.add_argument(
+        "--random-seed", type=int, default=0, metavar="N", help="seed of random masks and gates (default 0)"
+    )
     result.add_argument("--device", default=None, help="where the arithmetic runs: cpu (default) or cuda")
     switch(result, "--cuda", False, "the same as --device cuda")
     result.add_argument("--gpu-rich", action="store_true", help="the same as --device cuda")
@@ -87,8 +96,13 @@ def check_flags(arguments: argparse.Namespace) -> list[str]:
         raise UserError(f"--random-seed {arguments.random_seed}: give a whole number from 0 on")
     for name in ("load_in_4bit", "load_in_8bit"):
         if getattr(arguments, name, False):
-            raise UserError(f"--{name.replace('_', '-')} is not available on CPU and NPU: leave it out, hidden "
-                            "states are computed layer by layer in bounded memory")  # fmt: skip
+            raise UserError(
+                f"--{name.replace('_', '-')} is not available on CPU and NPU: leave it out, hidden "
+                "states are computed layer by layer in bounded memory"
+            )
     given = [name for name in NO_EFFECT if getattr(arguments, name)]
-    return [f"--{name.replace('_', '-')} has no effect: {NO_EFFECT[name]}" for name in given
-            if name not in ("lazy_unpickle", "trust_remote_code")]  # fmt: skip
+    return [
+        f"--{name.replace('_', '-')} has no effect: {NO_EFFECT[name]}"
+        for name in given
+        if name not in ("lazy_unpickle", "trust_remote_code")
+    ]

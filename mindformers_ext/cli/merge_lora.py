@@ -26,11 +26,13 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     result.add_argument("--base", type=Path, required=True, help="whole checkpoint of the base, dense layout")
-    result.add_argument("--adapter", type=Path, required=True, help="checkpoint of the run with pet_config, or its "
-                        "folder 'checkpoint'")  # fmt: skip
+    result.add_argument(
+        "--adapter", type=Path, required=True, help="checkpoint of the run with pet_config, or its folder 'checkpoint'"
+    )
     result.add_argument("--output", type=Path, required=True, help=".ckpt or .safetensors to write")
-    result.add_argument("--lora_scaling", type=float, help="lora_alpha / lora_rank (default: from the run's "
-                        "adapter_config.json)")  # fmt: skip
+    result.add_argument(
+        "--lora_scaling", type=float, help="lora_alpha / lora_rank (default: from the run's adapter_config.json)"
+    )
     switch(result, "--overwrite", "replace an existing output")
     return result
 

@@ -31,16 +31,19 @@ def predict(config: Mapping[str, Any], spec: NetworkSpec, chat: bool) -> int:
     together = bool(config.get("use_parallel"))
     code = _answer(predictor, prompts, done, (lambda: keep(done, config, predictor.timing)) if together else None)
     if predictor.rank:
-        print(f"note: process {predictor.rank} of those that answer together: the first one has the answers",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"note: process {predictor.rank} of those that answer together: the first one has the answers",
+            file=sys.stderr,
+        )
         return code
     path = keep(done, config, predictor.timing)
     timing = predictor.timing
     print(
         f"note: {len(done)} of {len(prompts)} prompts answered: {timing.prompt_tokens} prompt tokens, "
         f"{timing.new_tokens} new tokens, {timing.tokens_per_second:.1f} tokens/s, first token after "
-        f"{timing.first_token:.2f} s, compiled in {timing.compile:.1f} s. Kept in {path}", file=sys.stderr,
-    )  # fmt: skip
+        f"{timing.first_token:.2f} s, compiled in {timing.compile:.1f} s. Kept in {path}",
+        file=sys.stderr,
+    )
     return code
 
 
@@ -50,8 +53,9 @@ def _tell(predictor: Predictor) -> None:
     predictor.notes.clear()
 
 
-def _answer(predictor: Predictor, prompts: list[Prompt], done: list[Written],
-            save: Callable[[], object] | None = None) -> int:  # fmt: skip
+def _answer(
+    predictor: Predictor, prompts: list[Prompt], done: list[Written], save: Callable[[], object] | None = None
+) -> int:
     """Print the answers as they grow; fills ``done``.
 
     ``save`` belongs to processes that answer together: the launcher kills them, so the first one keeps what is done

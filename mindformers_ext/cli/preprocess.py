@@ -46,33 +46,56 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--file_partition", type=int, default=1, help="files to spread the rows over: X0, X1, ...")
     result.add_argument("--overwrite", action="store_true", help="replace existing outputs")
     result.add_argument("--summary", type=Path, help="where the counts go as JSON (default OUTPUT_FILE.summary.json)")
-    result.add_argument("--workers", type=int, default=cores(), help="processes that tokenise (default: the cores, "
-                        "here %(default)s; fewer where the input is small)")  # fmt: skip
+    result.add_argument(
+        "--workers",
+        type=int,
+        default=cores(),
+        help="processes that tokenise (default: the cores, here %(default)s; fewer where the input is small)",
+    )
     return result
 
 
 def _add_inputs(target: argparse.ArgumentParser) -> None:
-    target.add_argument("--dataset_type", default="wiki", help="wiki: WikiText's token files, cleaned; wikipedia: "
-                        "parquet; qa: conversations, loss on the answers only; text: plain text; jsonl: JSON lines "
-                        f"(one of {', '.join(TYPES)}; default wiki)")  # fmt: skip
+    target.add_argument(
+        "--dataset_type",
+        default="wiki",
+        help="wiki: WikiText's token files, cleaned; wikipedia: "
+        "parquet; qa: conversations, loss on the answers only; text: plain text; jsonl: JSON lines "
+        f"(one of {', '.join(TYPES)}; default wiki)",
+    )
     target.add_argument("--input_glob", required=True, help="a file, a folder, or a glob pattern in quotes")
     target.add_argument("--field", help="jsonl: name of the text (default text); wikipedia: column (default the first)")
     target.add_argument("--document", help="text: what gets BOS and EOS: file, paragraph or line (default file)")
-    target.add_argument("--model_file", type=Path, required=True, help="tokenizer: SentencePiece tokenizer.model, "
-                        "tokenizer.json, or a folder with one")  # fmt: skip
-    target.add_argument("--tokenizer", choices=["llama"], default="llama",
-                        help="as MindFormers' script has it; --model_file says what it is")  # fmt: skip
+    target.add_argument(
+        "--model_file",
+        type=Path,
+        required=True,
+        help="tokenizer: SentencePiece tokenizer.model, tokenizer.json, or a folder with one",
+    )
+    target.add_argument(
+        "--tokenizer",
+        choices=["llama"],
+        default="llama",
+        help="as MindFormers' script has it; --model_file says what it is",
+    )
     target.add_argument("--bos_id", type=int, help="token at a document's start (default: the tokenizer's)")
     target.add_argument("--eos_id", type=int, help="token at a document's end (default: the tokenizer's)")
-    target.add_argument("--pad_id", type=int, help="token that fills rows of qa (default: the tokenizer's; without one "
-                        "its unknown token, as MindFormers has it)")  # fmt: skip
+    target.add_argument(
+        "--pad_id",
+        type=int,
+        help="token that fills rows of qa (default: the tokenizer's; without one "
+        "its unknown token, as MindFormers has it)",
+    )
 
 
 def _add_rows(target: argparse.ArgumentParser) -> None:
     target.add_argument("--seq_length", type=int, help="positions of the network (default: --config's, else 2048)")
     target.add_argument("--split", default="train", help="train: rows of seq_length + 1 tokens; eval: of seq_length")
-    target.add_argument("--config", type=Path, help="MindFormers YAML of the run that will read the rows: vocabulary, "
-                        "special ids and length must agree")  # fmt: skip
+    target.add_argument(
+        "--config",
+        type=Path,
+        help="MindFormers YAML of the run that will read the rows: vocabulary, special ids and length must agree",
+    )
     target.add_argument("--repeat", type=int, help="go over the text this many times (default 1)")
     target.add_argument("--samples_num", type=int, help="wikipedia: at most this many rows (default 10000)")
     target.add_argument("--skip_masked", action="store_true", help="qa: leave out rows without any loss")

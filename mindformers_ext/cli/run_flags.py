@@ -54,23 +54,41 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("--run_mode",), ("run_mode",), "train, finetune (the same), eval or predict", choices=RUN_MODES),
     Flag(("--mode",), ("context.mode",), "0 graph mode (fast), 1 pynative mode (for debugging)", int),
     Flag(("--device_target",), ("context.device_target",), "where to run", choices=DEVICES),
-    Flag(("--engine",), ("engine",), "ms MindSpore, pt PyTorch (default on GPU, and possible on CPU)",
-         choices=("ms", "pt")),
+    Flag(
+        ("--engine",),
+        ("engine",),
+        "ms MindSpore, pt PyTorch (default on GPU, and possible on CPU)",
+        choices=("ms", "pt"),
+    ),
     Flag(("--device_id",), ("context.device_id",), "number of the device on this machine", int),
-    Flag(("--use_parallel",), ("use_parallel",), "run on several devices (start with scripts/msrun_launcher.sh)",
-         boolean),
+    Flag(
+        ("--use_parallel",), ("use_parallel",), "run on several devices (start with scripts/msrun_launcher.sh)", boolean
+    ),
     Flag(("--train_data", "--train_dataset_dir"), (TRAIN_FILE,), "MindRecord file or folder to train on"),
-    Flag(("--eval_data", "--eval_dataset_dir"), (EVAL_FILE,), "MindRecord file or folder, text or .jsonl file "
-         "to evaluate on"),
-    Flag(("--predict_data",), ("input_data",), "one or more prompts, a text file with one prompt a line, or - "
-         "for standard input", many=True),
+    Flag(
+        ("--eval_data", "--eval_dataset_dir"),
+        (EVAL_FILE,),
+        "MindRecord file or folder, text or .jsonl file to evaluate on",
+    ),
+    Flag(
+        ("--predict_data",),
+        ("input_data",),
+        "one or more prompts, a text file with one prompt a line, or - for standard input",
+        many=True,
+    ),
     Flag(("--predict_batch_size",), ("predict_batch_size",), "prompts computed together (default all)", int),
     Flag(("--modal_type",), ("modal_type",), "kinds of the prompts; only 'text' here", many=True),
     Flag(("--adapter_id",), ("adapter_id",), "LoRA adapters to predict with", many=True),
-    Flag(("--chat",), (), "True: prompts are messages, put into the tokenizer's chat template; with "
-         "--predict_data - on a terminal a conversation", boolean),
-    Flag(("--eval_stride",), (), "eval of text: tokens from one window to the next (default the window, seq_length)",
-         int),
+    Flag(
+        ("--chat",),
+        (),
+        "True: prompts are messages, put into the tokenizer's chat template; with "
+        "--predict_data - on a terminal a conversation",
+        boolean,
+    ),
+    Flag(
+        ("--eval_stride",), (), "eval of text: tokens from one window to the next (default the window, seq_length)", int
+    ),
     Flag(("--hf",), (), "eval: a Hugging Face folder; transformers measures the same tokens with it"),
     Flag(("--do_sample",), ("model.model_config.do_sample",), "sample instead of taking the best token", boolean),
     Flag(("--max_new_tokens",), ("model.model_config.max_new_tokens",), "tokens of an answer at most", int),
@@ -78,9 +96,13 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("--top_k",), ("model.model_config.top_k",), "sampling: among so many best tokens, 0 = all", int),
     Flag(("--top_p",), ("model.model_config.top_p",), "sampling: within this probability mass", float),
     Flag(("--load_checkpoint",), ("load_checkpoint",), "checkpoint file, or folder with rank_0, to start from"),
-    Flag(("--resume_training",), ("resume_training",), "True, or a file name: continue a run (steps, data position, "
-         "schedule, optimizer, loss scale) from --load_checkpoint, by default <output_dir>/checkpoint",
-         boolean_or_name),
+    Flag(
+        ("--resume_training",),
+        ("resume_training",),
+        "True, or a file name: continue a run (steps, data position, "
+        "schedule, optimizer, loss scale) from --load_checkpoint, by default <output_dir>/checkpoint",
+        boolean_or_name,
+    ),
     Flag(("--src_strategy_path_or_dir",), ("src_strategy_path_or_dir",), "strategy files of a sliced checkpoint"),
     Flag(("--auto_trans_ckpt",), ("auto_trans_ckpt",), "re-slice the checkpoint for this run's devices", boolean),
     Flag(("--transform_process_num",), ("transform_process_num",), "processes that re-slice", int),
@@ -88,11 +110,19 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("--strategy_load_checkpoint",), ("parallel.strategy_ckpt_load_file",), "strategy file, or a folder of them"),
     Flag(("--epochs",), ("runner_config.epochs",), "passes over the training data", int),
     Flag(("--batch_size",), ("runner_config.batch_size",), "rows per device and micro batch", int),
-    Flag(("--gradient_accumulation_steps",), ("runner_config.gradient_accumulation_steps",), "micro batches per step",
-         int),
+    Flag(
+        ("--gradient_accumulation_steps",),
+        ("runner_config.gradient_accumulation_steps",),
+        "micro batches per step",
+        int,
+    ),
     Flag(("--sink_mode",), ("runner_config.sink_mode",), "feed data through the device's queue (not on CPU)", boolean),
-    Flag(("--num_samples",), ("train_dataset.data_loader.num_samples", "eval_dataset.data_loader.num_samples"),
-         "use only the first n rows", int),
+    Flag(
+        ("--num_samples",),
+        ("train_dataset.data_loader.num_samples", "eval_dataset.data_loader.num_samples"),
+        "use only the first n rows",
+        int,
+    ),
     Flag(("--do_eval",), ("do_eval",), "also evaluate while training", boolean),
     Flag(("--seed",), ("seed",), "seed of weights and data order", int),
     Flag(("--output_dir",), ("output_dir",), "folder for checkpoints, metrics and logs (default ./output)"),
@@ -100,7 +130,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("--remote_save_url",), ("remote_save_url",), "Huawei object store to copy outputs to (needs ModelArts)"),
     Flag(("--register_path",), ("register_path",), "folder with your own classes (auto_register)"),
     Flag(("--trust_remote_code",), ("trust_remote_code",), "accepted; nothing here runs remote code", boolean),
-)  # fmt: skip
+)
 
 
 def read_arguments(
@@ -143,8 +173,10 @@ def apply_flags(config: Mapping[str, Any], arguments: argparse.Namespace) -> dic
             if key.startswith(("train_dataset", "eval_dataset")) and not result.get(key.partition(".")[0]):
                 if len(flag.keys) > 1:
                     continue  # --num_samples: only where the file has that data set
-                raise UserError(f"{flag.names[0]} is given but the file has no section '{key.partition('.')[0]}': "
-                                "add it, or drop the option")  # fmt: skip
+                raise UserError(
+                    f"{flag.names[0]} is given but the file has no section '{key.partition('.')[0]}': "
+                    "add it, or drop the option"
+                )
             set_path(result, key, _value(flag, value))
     return apply_overrides(result, arguments.pairs)
 
@@ -176,8 +208,13 @@ def _value(flag: Flag, value: Any) -> Any:
 class OneValue(argparse.Action):
     """Two names of one option may not be given with different values."""
 
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
-                 option_string: str | None = None) -> None:  # fmt: skip
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         """Store the value, or stop when another one is there."""
         before = getattr(namespace, self.dest)
         if before is not None and before != values:

@@ -86,8 +86,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
         return evaluate(checked.config, checked.spec, arguments.eval_stride, arguments.hf)
     if arguments.hf or arguments.eval_stride is not None:
-        raise UserError("--hf and --eval_stride belong to --run_mode eval of our networks on one device: leave them "
-                        "out")  # fmt: skip
+        raise UserError(
+            "--hf and --eval_stride belong to --run_mode eval of our networks on one device: leave them out"
+        )
     chat = bool(arguments.chat)
     if chat and not generates_here(checked.config):
         raise UserError("--chat belongs to --run_mode predict of our networks: leave it out")

@@ -49,8 +49,12 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--skip", type=int, default=0, help="records to pass over first (default 0)")
     result.add_argument("--pad_id", type=int, help="pad_token_id of the network (default: as llama_preprocess.py)")
     result.add_argument("--ignore_id", type=int, default=-100, help="label that bears no loss (default -100)")
-    result.add_argument("--color", choices=("auto", "always", "never"), default="auto",
-                        help="mark by colour, or by [[ ]] (default auto: colour on a terminal)")  # fmt: skip
+    result.add_argument(
+        "--color",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="mark by colour, or by [[ ]] (default auto: colour on a terminal)",
+    )
     return result
 
 
@@ -62,8 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from mindformers_ext.jobs.preprocess.show import ShowRequest, open_file
 
-    request = ShowRequest(path=arguments.file, model_file=arguments.model_file, count=arguments.n, skip=arguments.skip,
-                          pad_id=arguments.pad_id, ignore_id=arguments.ignore_id)  # fmt: skip
+    request = ShowRequest(
+        path=arguments.file,
+        model_file=arguments.model_file,
+        count=arguments.n,
+        skip=arguments.skip,
+        pad_id=arguments.pad_id,
+        ignore_id=arguments.ignore_id,
+    )
     opened = open_file(request)
     color = arguments.color == "always" or (arguments.color == "auto" and wants_color())
     marks = f"{GREEN}in this colour{PLAIN}" if color else "between [[ and ]]"

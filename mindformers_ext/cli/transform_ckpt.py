@@ -53,9 +53,11 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--output_format", choices=("ckpt", "safetensors"), help="default: the source's format")
     result.add_argument("--pick", help="where a rank folder holds several files: last, or the end of the name (3_2)")
     result.add_argument(
-        "--unlisted", choices=("error", "copy"), default="error",
+        "--unlisted",
+        choices=("error", "copy"),
+        default="error",
         help="tensors that the target strategy does not list: an error, or whole on every rank",
-    )  # fmt: skip
+    )
     _switch(result, "--check_copies", "compare what several source ranks hold alike (reads every file once more)")
     _switch(result, "--overwrite", "replace existing outputs")
     _switch(result, "--dry_run", "check everything and print the plan, write nothing")

@@ -73,8 +73,10 @@ class MoESpec:
                 f"use a value up to expert_num ({experts}), typically 1.1 to 4.0; <= 0 means dropless",
             )
         if self.use_gmm and self.capacity_factor > 0:
-            problems.add(f"use_gmm=True drops no token, but capacity_factor={self.capacity_factor} limits each expert",
-                         "set capacity_factor: -1 (dropless), or use_gmm: False")  # fmt: skip
+            problems.add(
+                f"use_gmm=True drops no token, but capacity_factor={self.capacity_factor} limits each expert",
+                "set capacity_factor: -1 (dropless), or use_gmm: False",
+            )
         for kind, factor in self.aux_losses:
             problems.one_of("aux_loss_types", kind, AUX_LOSS_TYPES)
             if not 0.0 <= factor < 1.0:
@@ -109,8 +111,9 @@ class MoESpec:
                 "raise topk_group or lower num_experts_chosen",
             )
         if self.topk_method == "noaux_tc" and experts // self.n_group < 2:
-            problems.add(f"noaux_tc scores a group by its two best experts, n_group={self.n_group} leaves one",
-                         "lower n_group")  # fmt: skip
+            problems.add(
+                f"noaux_tc scores a group by its two best experts, n_group={self.n_group} leaves one", "lower n_group"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,11 +156,23 @@ class ModelSpec:
 
     def collect(self, problems: Problems) -> None:
         """Add every broken rule of this spec, experts included, to ``problems``."""
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
             problems.positive(name, getattr(self, name))
-        problems.divides("num_attention_heads", self.num_attention_heads, "num_key_value_heads (n_kv_heads)",
-                         self.num_key_value_heads)  # fmt: skip
+        problems.divides(
+            "num_attention_heads",
+            self.num_attention_heads,
+            "num_key_value_heads (n_kv_heads)",
+            self.num_key_value_heads,
+        )
         if self.head_dim % 2:
             problems.add(f"head width {self.head_dim} is odd", "rotary embedding turns pairs: use an even head_dim")
         if self.rms_norm_eps <= 0 or self.rope_theta <= 0:
@@ -165,8 +180,9 @@ class ModelSpec:
         special = [(name, getattr(self, name)) for name in ("bos_token_id", "eos_token_id", "pad_token_id")]
         for name, token in special + [("eos_token_id", token) for token in self.more_eos_token_ids]:
             if token >= self.vocab_size > 0:
-                problems.add(f"{name}={token} is outside the vocabulary of {self.vocab_size}",
-                             "correct the id or vocab_size")  # fmt: skip
+                problems.add(
+                    f"{name}={token} is outside the vocabulary of {self.vocab_size}", "correct the id or vocab_size"
+                )
         if self.moe:
             self.moe.collect(problems)
 

@@ -22,9 +22,8 @@ WITH_INPUT = (
     f"{_REQUEST}### Instruction:\n{{instruction}}\n\n### Input:\n{{input}}\n\n### Response:"
 )
 WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. "
-    f"{_REQUEST}### Instruction:\n{{instruction}}\n\n### Response:"
-)  # fmt: skip
+    f"Below is an instruction that describes a task. {_REQUEST}### Instruction:\n{{instruction}}\n\n### Response:"
+)
 
 
 @dataclass

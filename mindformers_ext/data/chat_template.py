@@ -68,8 +68,10 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str:
     if isinstance(found, list):  # several named ones
         found = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}.get("default")
     if not isinstance(found, str):
-        raise UserError(f"the tokenizer in {folder} has no chat template (chat_template in {CONFIG_FILE}, or "
-                        f"{TEMPLATE_FILE}): leave out --chat, or give an instruct model's tokenizer")  # fmt: skip
+        raise UserError(
+            f"the tokenizer in {folder} has no chat template (chat_template in {CONFIG_FILE}, or "
+            f"{TEMPLATE_FILE}): leave out --chat, or give an instruct model's tokenizer"
+        )
     return found
 
 

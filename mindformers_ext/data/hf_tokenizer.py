@@ -12,8 +12,12 @@ from mindformers_ext.core.errors import UserError
 
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
 # where neither file beside names a token: what LLaMA's, Mixtral's and their kin are called
-USUAL = {"unk": ("<unk>",), "bos": ("<s>", "<|begin_of_text|>"), "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>"),
-         "pad": ("<pad>",)}  # fmt: skip
+USUAL = {
+    "unk": ("<unk>",),
+    "bos": ("<s>", "<|begin_of_text|>"),
+    "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>"),
+    "pad": ("<pad>",),
+}
 
 
 class HuggingFaceTokenizer:

@@ -100,8 +100,9 @@ class SentencePieceTokenizer:
                 sections.append(text)
                 plans.append(None)
         encoded = iter(self._encoded(sections))
-        return [np.frombuffer(next(encoded) if plan is None else self._joined(plan, encoded), np.int32)
-                for plan in plans]  # fmt: skip
+        return [
+            np.frombuffer(next(encoded) if plan is None else self._joined(plan, encoded), np.int32) for plan in plans
+        ]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``; control ids give nothing, an unknown token its own mark."""

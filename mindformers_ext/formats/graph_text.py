@@ -19,8 +19,18 @@ from mindformers_ext.core.errors import UserError
 
 COLLECTIVES = ("AllReduce", "AllGather", "ReduceScatter", "AlltoAll", "AllToAllv", "Broadcast", "Send", "Receive")
 PRODUCTS = ("MatMul", "BatchMatMul", "MatMulExt")
-BYTES = {"Float64": 8, "Float32": 4, "Float16": 2, "BFloat16": 2, "Int64": 8, "Int32": 4, "Int16": 2, "Int8": 1,
-         "UInt8": 1, "Bool": 1}  # fmt: skip
+BYTES = {
+    "Float64": 8,
+    "Float32": 4,
+    "Float16": 2,
+    "BFloat16": 2,
+    "Int64": 8,
+    "Int32": 4,
+    "Int16": 2,
+    "Int8": 1,
+    "UInt8": 1,
+    "Bool": 1,
+}
 _ENTRY = re.compile(r"# IR entry: @(\S+)")
 _SUBGRAPH = re.compile(r"subgraph @([^\s(]+)\(")
 _PARAMETER = re.compile(r"%para\d+_(\S+): <(?:Ref\[)?Tensor\[(\w+)\]\]?, \(([\d, ]*)\)")
@@ -168,8 +178,17 @@ def _collective(kind: str, line: str, following: Iterator[str], graph: str) -> C
     source, result = _first_tensor(left), _first_tensor(right)
     scope = _name(_SCOPE.search(next(following, "")), 1)
     ranks = _numbers(_name(_RANKS.search(line), 1)) or _numbers(_name(_PEER.search(line), 1))
-    return Collective(kind, source, result, _name(_GROUP.search(line), 1), ranks, _name(_INSTANCE.search(line), 1),
-                      _name(_OWNER.search(line), 1), scope, graph)  # fmt: skip
+    return Collective(
+        kind,
+        source,
+        result,
+        _name(_GROUP.search(line), 1),
+        ranks,
+        _name(_INSTANCE.search(line), 1),
+        _name(_OWNER.search(line), 1),
+        scope,
+        graph,
+    )
 
 
 def _product_flops(types: str) -> int:

@@ -28,9 +28,10 @@ def rank_folders(folder: Path) -> dict[int, Path]:
 def checkpoint_files(folder: Path) -> list[Path]:
     """The checkpoint files directly in ``folder`` (hidden ones, which are unfinished, are left out)."""
     return sorted(
-        path for path in folder.iterdir()
+        path
+        for path in folder.iterdir()
         if path.suffix in SUFFIXES and path.is_file() and not path.name.startswith(".")
-    )  # fmt: skip
+    )
 
 
 def rank_files(source: Path, label: str | None = None) -> dict[int, Path]:
@@ -61,15 +62,18 @@ def rank_files(source: Path, label: str | None = None) -> dict[int, Path]:
         if label is not None and files:
             chosen = [file for file in files if _ends(file.stem, label)]
             if not chosen:
-                problems.add(f"rank_{rank} holds no file that ends in '{label}'",
-                             f"found {shown([file.name for file in files])}")  # fmt: skip
+                problems.add(
+                    f"rank_{rank} holds no file that ends in '{label}'", f"found {shown([file.name for file in files])}"
+                )
                 continue
             files = chosen
         if len(files) == 1:
             result[rank] = files[0]
         elif files:
-            problems.add(f"rank_{rank} holds {len(files)} checkpoint files: {shown([file.name for file in files])}",
-                         "keep one, or choose with --pick last or --pick ENDING, for example --pick 3_2")  # fmt: skip
+            problems.add(
+                f"rank_{rank} holds {len(files)} checkpoint files: {shown([file.name for file in files])}",
+                "keep one, or choose with --pick last or --pick ENDING, for example --pick 3_2",
+            )
         else:
             problems.add(f"rank_{rank} holds no checkpoint file", f"expected one *{' or *'.join(SUFFIXES)}")
     kinds = {file.suffix for file in result.values()}
@@ -90,7 +94,11 @@ def _only_file(folder: Path) -> Path:
     if len(files) == 1:
         return files[0]
     if files:
-        raise UserError(f"'{folder}' holds {len(files)} checkpoint files ({shown([file.name for file in files])}): "
-                        "give the file itself, or a folder with rank_0, rank_1, ..")  # fmt: skip
-    raise UserError(f"'{folder}' holds neither rank folders (rank_0, rank_1, ..) nor a checkpoint file: "
-                    "give the folder 'checkpoint' of the run")  # fmt: skip
+        raise UserError(
+            f"'{folder}' holds {len(files)} checkpoint files ({shown([file.name for file in files])}): "
+            "give the file itself, or a folder with rank_0, rank_1, .."
+        )
+    raise UserError(
+        f"'{folder}' holds neither rank folders (rank_0, rank_1, ..) nor a checkpoint file: "
+        "give the folder 'checkpoint' of the run"
+    )

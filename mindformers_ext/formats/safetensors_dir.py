@@ -15,8 +15,18 @@ from mindformers_ext.formats.safetensors_file import SafetensorsFile, Safetensor
 from mindformers_ext.formats.tensors import Array, Index, TensorInfo
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-         "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 
 
 class SafetensorsDir:
@@ -130,9 +140,11 @@ class SafetensorsDirWriter:
     def __init__(self, folder: Path, targets: Sequence[TensorInfo], max_bytes: int) -> None:
         """Announce every tensor; ``max_bytes`` of data go into one shard."""
         shards = split_shards(targets, max_bytes)
-        names = [SINGLE] if len(shards) == 1 else [
-            f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
-        ]  # fmt: skip
+        names = (
+            [SINGLE]
+            if len(shards) == 1
+            else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+        )
         self._folder = folder
         self._place = {info.name: name for name, shard in zip(names, shards, strict=True) for info in shard}
         self._size = sum(info.nbytes for info in targets)

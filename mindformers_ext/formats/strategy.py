@@ -135,8 +135,10 @@ def read_strategy(path: Path) -> Strategy:
     total = counts[0] * len(parsed)
     beyond = [file.name for file in files if (match := _RANK.search(file.stem)) and int(match[1]) >= total]
     if beyond:
-        problems.add(f"files of ranks beyond the {total} that it describes: {', '.join(beyond[:LISTED])}",
-                     "a stage's files are missing, or they belong to another run")  # fmt: skip
+        problems.add(
+            f"files of ranks beyond the {total} that it describes: {', '.join(beyond[:LISTED])}",
+            "a stage's files are missing, or they belong to another run",
+        )
     problems.raise_if_any()
     return Strategy(tuple(parsed), counts[0], str(path))
 
@@ -183,15 +185,18 @@ def _stages(problems: Problems, raws: list[RawStrategy]) -> dict[int, tuple[Path
             parts = {}
             for name, match in matches.items():
                 if match is None:
-                    problems.add(f"'{raw.path.name}' names '{name}' without a stage and others with one",
-                                 "it was merged wrongly")  # fmt: skip
+                    problems.add(
+                        f"'{raw.path.name}' names '{name}' without a stage and others with one", "it was merged wrongly"
+                    )
                     break
                 parts.setdefault(int(match[1]), {})[match[2]] = raw.layouts[name]
         for stage, layouts in parts.items():
             first = result.setdefault(stage, (raw.path, layouts))
             if first[1] != layouts:
-                problems.add(f"'{raw.path.name}' and '{first[0].name}' describe stage {stage} differently",
-                             "files of two runs lie in one folder; keep those of one")  # fmt: skip
+                problems.add(
+                    f"'{raw.path.name}' and '{first[0].name}' describe stage {stage} differently",
+                    "files of two runs lie in one folder; keep those of one",
+                )
     return result
 
 
@@ -202,9 +207,7 @@ def _check_ranks(problems: Problems, files: list[Path], stages: Mapping[int, obj
         problems.add(f"{len(files)} files without a layout", "they are empty; save the strategies again")
 
 
-def _layouts(
-    problems: Problems, stage: int, raw: tuple[Path, Mapping[str, RawLayout]]
-) -> dict[str, Layout]:
+def _layouts(problems: Problems, stage: int, raw: tuple[Path, Mapping[str, RawLayout]]) -> dict[str, Layout]:
     result = {}
     for name, row in raw[1].items():
         layout, wrong = _layout(row)

@@ -235,6 +235,4 @@ def _layout_from_json(name: str, row: Any) -> RawLayout:
     if not all(type(number) is int and abs(number) <= MAX_INT for number in flat):
         raise _FaultError(f"the lists of '{name}' hold something else than numbers")
     matrix, maps, split_shape, offsets = lists
-    return RawLayout(
-        tuple(matrix), tuple(tuple(axes) for axes in maps), tuple(split_shape), tuple(offsets), *numbers
-    )
+    return RawLayout(tuple(matrix), tuple(tuple(axes) for axes in maps), tuple(split_shape), tuple(offsets), *numbers)

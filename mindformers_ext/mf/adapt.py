@@ -12,11 +12,23 @@ from mindformers_ext.core.config.keys import MODES
 from mindformers_ext.mf.config import WRITTEN
 
 # Sections that describe the network; kept as written for ``mf.config``.
-DESCRIBING = ("model", "moe_config", "parallel_config", "parallel", "runner_config", "use_parallel", "run_mode",
-              "micro_batch_interleave_num", "recompute_config")  # fmt: skip
-CALLBACK_NOTES = {"MFLossMonitor": "MoELossMonitor", "CheckpointMonitor": "WholeCheckpointMonitor",
-                  "TopkBiasBalanceCallback": "MoETopkBiasBalanceCallback",
-                  "MoEDropRateCallback": "MoELoadMonitor"}  # fmt: skip
+DESCRIBING = (
+    "model",
+    "moe_config",
+    "parallel_config",
+    "parallel",
+    "runner_config",
+    "use_parallel",
+    "run_mode",
+    "micro_batch_interleave_num",
+    "recompute_config",
+)
+CALLBACK_NOTES = {
+    "MFLossMonitor": "MoELossMonitor",
+    "CheckpointMonitor": "WholeCheckpointMonitor",
+    "TopkBiasBalanceCallback": "MoETopkBiasBalanceCallback",
+    "MoEDropRateCallback": "MoELoadMonitor",
+}
 
 
 def upgrade(config: Mapping[str, Any], device_target: str) -> tuple[dict[str, Any], list[str]]:
@@ -61,8 +73,11 @@ def _upgrade_parallel(result: dict[str, Any], device: str, notes: list[str]) -> 
         parallel["enable_parallel_optimizer"] = False
         notes.append(f"enable_parallel_optimizer becomes False: data parallel on {device} keeps whole optimizer states")
     if parallel.get("pipeline_config"):  # MindSpore wants both keys
-        parallel["pipeline_config"] = {"pipeline_interleave": False, "pipeline_scheduler": "1f1b",
-                                       **parallel["pipeline_config"]}  # fmt: skip
+        parallel["pipeline_config"] = {
+            "pipeline_interleave": False,
+            "pipeline_scheduler": "1f1b",
+            **parallel["pipeline_config"],
+        }
 
 
 def _limit_workers(dataset: dict[str, Any], section: str, notes: list[str]) -> None:
@@ -79,8 +94,9 @@ def _upgrade_network(result: dict[str, Any], written: Mapping[str, Any], device:
     words, arch = model["model_config"], model.setdefault("arch", {})
     experts = (result.get("moe_config") or words.get("moe_config") or {}).get("expert_num", 1) or 1
     names = (words.get("type"), arch.get("type"))
-    wanted = ("MixtralConfig", "MixtralForCausalLM") if experts > 1 else ("PortableLlamaConfig",
-                                                                          "PortableLlamaForCausalLM")  # fmt: skip
+    wanted = (
+        ("MixtralConfig", "MixtralForCausalLM") if experts > 1 else ("PortableLlamaConfig", "PortableLlamaForCausalLM")
+    )
     if names == ("LlamaConfig", "LlamaForCausalLM") and (experts > 1 or device != "Ascend"):
         why = f"it has {experts} experts" if experts > 1 else f"MindFormers' LLaMA does not run on {device}"
         words["type"], arch["type"] = wanted

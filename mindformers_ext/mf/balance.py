@@ -42,8 +42,10 @@ class MoETopkBiasBalanceCallback(TopkBiasBalanceCallback):
             return
         outputs = parameters.net_outputs
         if not isinstance(outputs, (tuple, list)) or len(outputs) < 9:
-            raise UserError("TopkBiasBalanceCallback needs the load of every step: set runner_wrapper.type to "
-                            "PortableTrainOneStepCell")  # fmt: skip
+            raise UserError(
+                "TopkBiasBalanceCallback needs the load of every step: set runner_wrapper.type to "
+                "PortableTrainOneStepCell"
+            )
         if bool(np.any(outputs[1].asnumpy())):
             return  # the step was skipped, its load may be of broken activations
         for bias, load in zip(self.biases, outputs[7].asnumpy(), strict=True):

@@ -87,8 +87,9 @@ class WholeCheckpointMonitor(CheckpointMonitor):
         self._last_time_for_keep = started
         self._fill_append(cb_params, epoch, step)
         self._has_adapters = bool(adapter_parameters(network))
-        self._frozen = frozenset(item.name for item in network.get_parameters() if not item.requires_grad
-                                 and item.name.startswith(WEIGHTS))  # fmt: skip
+        self._frozen = frozenset(
+            item.name for item in network.get_parameters() if not item.requires_grad and item.name.startswith(WEIGHTS)
+        )
         self.remove_redundancy(network, str(path), self._append_dict, None)
         self._latest_ckpt_file_name = str(path)
         self.save_info_list[cb_params.cur_step_num]["ckpt"]["ckpt_file_path"] = str(path)

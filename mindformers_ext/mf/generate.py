@@ -59,8 +59,10 @@ class CachedGenerator:
             if not prompt:
                 problems.add(f"prompt {number} is empty", "give one token or more")
             elif len(prompt) >= limit:
-                problems.add(f"prompt {number} has {len(prompt)} tokens, prompt and answer may have {limit}",
-                             "shorten it, or raise max_length and seq_length")  # fmt: skip
+                problems.add(
+                    f"prompt {number} has {len(prompt)} tokens, prompt and answer may have {limit}",
+                    "shorten it, or raise max_length and seq_length",
+                )
         problems.raise_if_any()
 
 
@@ -82,12 +84,18 @@ def sampling_of(wanted: GenerationConfig, seed: int) -> SamplingSpec:
     """Our words for MindFormers' configuration; its ``top_p`` above 1 and ``top_k`` None mean off."""
     ends = wanted.eos_token_id if isinstance(wanted.eos_token_id, (list, tuple)) else [wanted.eos_token_id]
     return SamplingSpec(
-        do_sample=bool(wanted.do_sample), temperature=float(wanted.temperature or 1.0), top_k=int(wanted.top_k or 0),
+        do_sample=bool(wanted.do_sample),
+        temperature=float(wanted.temperature or 1.0),
+        top_k=int(wanted.top_k or 0),
         top_p=min(float(1.0 if wanted.top_p is None else wanted.top_p), 1.0),
-        repetition_penalty=float(wanted.repetition_penalty or 1.0), max_length=int(wanted.max_length),
-        max_new_tokens=wanted.max_new_tokens, min_length=int(wanted.min_length or 0),
-        min_new_tokens=wanted.min_new_tokens, seed=seed,
-        eos_token_ids=tuple(int(token) for token in ends if token is not None and token >= 0))  # fmt: skip
+        repetition_penalty=float(wanted.repetition_penalty or 1.0),
+        max_length=int(wanted.max_length),
+        max_new_tokens=wanted.max_new_tokens,
+        min_length=int(wanted.min_length or 0),
+        min_new_tokens=wanted.min_new_tokens,
+        seed=seed,
+        eos_token_ids=tuple(int(token) for token in ends if token is not None and token >= 0),
+    )
 
 
 def _without_padding(row: np.ndarray, pad: int) -> list[int]:

@@ -40,8 +40,10 @@ class MoELoadMonitor(Callback):
                 logger.info("%s", line)
         elif not self.is_told:
             self.is_told = True
-            logger.warning("The expert load is not shown: it needs experts, our train step (PortableTrainOneStepCell) "
-                           "and one pipeline stage, because no stage sees the load of all layers.")  # fmt: skip
+            logger.warning(
+                "The expert load is not shown: it needs experts, our train step (PortableTrainOneStepCell) "
+                "and one pipeline stage, because no stage sees the load of all layers."
+            )
 
 
 def load_lines(load: np.ndarray, dropped: np.ndarray) -> list[str]:
@@ -50,6 +52,8 @@ def load_lines(load: np.ndarray, dropped: np.ndarray) -> list[str]:
     for layer, (counts, share) in enumerate(zip(load, dropped.reshape(-1), strict=True)):
         even = max(float(counts.mean()), 1e-9)
         high, low = int(counts.argmax()), int(counts.argmin())
-        lines.append(f"layer: {layer}, drop_rate: {float(share):.5f}, fullest expert: {high} "
-                     f"({counts[high] / even:.2f} of an even load), emptiest: {low} ({counts[low] / even:.2f})")
+        lines.append(
+            f"layer: {layer}, drop_rate: {float(share):.5f}, fullest expert: {high} "
+            f"({counts[high] / even:.2f} of an even load), emptiest: {low} ({counts[low] / even:.2f})"
+        )
     return lines

@@ -19,8 +19,16 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.jobs.checkpoint.saved import last_whole, set_aside
 from mindformers_ext.mf.metrics import MetricsFile, StepRecord, record_of
 
-SCALARS = ("loss", "lm_loss", "aux_loss", "drop_rate", "learning_rate", "global_norm", "loss_scale",
-           "tokens_per_second")  # fmt: skip
+SCALARS = (
+    "loss",
+    "lm_loss",
+    "aux_loss",
+    "drop_rate",
+    "learning_rate",
+    "global_norm",
+    "loss_scale",
+    "tokens_per_second",
+)
 PATIENCE = 50  # steps in a row whose gradients overflow before the run gives up
 SHORT_PATIENCE = 5  # the same while the loss scale stands still: then no later step can differ
 
@@ -112,10 +120,22 @@ class MoELossMonitor(MFLossMonitor):
             "{ Epoch:[%3d/%3d], step:[%5d/%5d], loss: %.6f, lm_loss: %.6f, aux_loss: %.6f, drop_rate: %.2f%%, "
             "per_step_time: %dms, lr: %.4e, overflow cond: %s, loss_scale: %s, global_norm: %.4f, tokens/s: %d, "
             "remaining: %s }",
-            record.epoch, epochs, (record.step - 1) % steps + 1, steps, record.loss, record.lm_loss, record.aux_loss,
-            100 * record.drop_rate, int(1000 * record.seconds), record.learning_rate, record.overflow,
-            record.loss_scale, record.global_norm, int(record.tokens_per_second), timedelta(seconds=int(max(left, 0))),
-        )  # fmt: skip
+            record.epoch,
+            epochs,
+            (record.step - 1) % steps + 1,
+            steps,
+            record.loss,
+            record.lm_loss,
+            record.aux_loss,
+            100 * record.drop_rate,
+            int(1000 * record.seconds),
+            record.learning_rate,
+            record.overflow,
+            record.loss_scale,
+            record.global_norm,
+            int(record.tokens_per_second),
+            timedelta(seconds=int(max(left, 0))),
+        )
 
     def _judge(self, record: StepRecord, steps: int) -> None:
         if not record.is_finite:

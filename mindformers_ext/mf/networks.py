@@ -51,8 +51,13 @@ class PortableLlamaForCausalLM(PreTrainedModel):
         lora = config.lora()
         self.adapted = add_lora(self.causal_lm, lora, spec) if lora else []
         if lora:
-            logger.info("LoRA: rank %d, scale %g, beside %d layers: %s ...", lora.rank, lora.scale, len(self.adapted),
-                        ", ".join(self.adapted[:4]))  # fmt: skip
+            logger.info(
+                "LoRA: rank %d, scale %g, beside %d layers: %s ...",
+                lora.rank,
+                lora.scale,
+                len(self.adapted),
+                ", ".join(self.adapted[:4]),
+            )
         self.generator = self._own_generator(lora is not None) if keeps_cache else None
         self.predicts = get_predict_run_mode()
         self._mark_recompute(config)
@@ -80,8 +85,7 @@ class PortableLlamaForCausalLM(PreTrainedModel):
         else:
             recompute_layers(self.causal_lm, recompute)
             parts = "".join(f", {part} of {len(layers - recompute.layers)}" for part, layers in recompute.selected)
-            logger.info("Recompute: %d of %d layers%s", len(recompute.layers), self.spec.model.num_hidden_layers,
-                        parts)  # fmt: skip
+            logger.info("Recompute: %d of %d layers%s", len(recompute.layers), self.spec.model.num_hidden_layers, parts)
 
     def _own_generator(self, adapted: bool) -> CachedGenerator | None:
         """For ``use_past``, where the network is one that ``ms.generate`` has graphs for."""
@@ -92,8 +96,15 @@ class PortableLlamaForCausalLM(PreTrainedModel):
         announce()
         return CachedGenerator(self.causal_lm, self.spec.seq_length)
 
-    def generate(self, input_ids: Any, generation_config: Any = None, logits_processor: Any = None,
-                 streamer: Any = None, seed: int | None = None, **kwargs: Any) -> Any:  # fmt: skip
+    def generate(
+        self,
+        input_ids: Any,
+        generation_config: Any = None,
+        logits_processor: Any = None,
+        streamer: Any = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """MindFormers' ``generate`` (see there), over a cache where the configuration has ``use_past``."""
         if self.generator is not None and not logits_processor:
             rows = np.array(input_ids)

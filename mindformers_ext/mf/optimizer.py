@@ -39,8 +39,15 @@ class FP32StateAdamWeightDecay(nn.AdamWeightDecay):
         UserError: lists every value out of range.
     """
 
-    def __init__(self, params: Any, learning_rate: Any = 1e-3, beta1: float = 0.9, beta2: float = 0.999,
-                 eps: float = 1e-6, weight_decay: float = 0.0) -> None:  # fmt: skip
+    def __init__(
+        self,
+        params: Any,
+        learning_rate: Any = 1e-3,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+    ) -> None:
         problems = Problems("optimizer FP32StateAdamWeightDecay")
         for name, value in (("beta1", beta1), ("beta2", beta2)):
             if not 0.0 < value < 1.0:

@@ -49,8 +49,12 @@ def run(config: Mapping[str, Any], extra_notes: tuple[str, ...] = (), merge: Tra
     if mode == "eval":
         trainer.evaluate(eval_checkpoint=full.load_checkpoint or None)
         return getattr(trainer.trainer, "eval_result", None)
-    result = trainer.predict(predict_checkpoint=full.load_checkpoint or None, input_data=full.input_data,
-                             batch_size=full.predict_batch_size, adapter_id=full.adapter_id)  # fmt: skip
+    result = trainer.predict(
+        predict_checkpoint=full.load_checkpoint or None,
+        input_data=full.input_data,
+        batch_size=full.predict_batch_size,
+        adapter_id=full.adapter_id,
+    )
     _keep_texts(result, Path(full.output_dir) / "sample.txt")
     return result
 
@@ -83,8 +87,10 @@ def _merge_once(request: TransformRequest, config: Mapping[str, Any]) -> None:
     if config.get("use_parallel"):
         comm_func.barrier()
     if not merged_file(request).is_file():
-        raise UserError(f"rank 0 has merged the weights to {merged_file(request)}, which this machine does not see: "
-                        "output_dir must be a folder that all machines share")  # fmt: skip
+        raise UserError(
+            f"rank 0 has merged the weights to {merged_file(request)}, which this machine does not see: "
+            "output_dir must be a folder that all machines share"
+        )
 
 
 def _keep_lora(config: Mapping[str, Any], folder: Path) -> None:

@@ -13,8 +13,12 @@ from mindformers_ext.mf.networks import PortableLlamaForCausalLM
 from mindformers_ext.ms.step import TrainStepCell
 
 # Options of MFTrainOneStepCell that change the result and are not built, with the value that means off.
-UNBUILT = {"local_norm": False, "calculate_per_token_loss": False, "use_skip_data_by_global_norm": False,
-           "grouped_lr_scheduler": None}  # fmt: skip
+UNBUILT = {
+    "local_norm": False,
+    "calculate_per_token_loss": False,
+    "use_skip_data_by_global_norm": False,
+    "grouped_lr_scheduler": None,
+}
 # Arguments MindFormers hands to every wrapper that carry nothing for ours.
 UNUSED = ("parallel_config", "global_norm_spike_threshold", "print_separate_loss", "lr_scheduler")
 
@@ -35,19 +39,30 @@ class PortableTrainOneStepCell(TrainStepCell):
         UserError: for an option of MindFormers' step that is not built here.
     """
 
-    def __init__(self, network: nn.Cell, optimizer: nn.Optimizer, use_clip_grad: bool = False,
-                 max_grad_norm: float = 1.0, scale_sense: float | Tensor | nn.Cell = 1.0,
-                 gradient_accumulation_steps: int = 1, **others: Any) -> None:  # fmt: skip
+    def __init__(
+        self,
+        network: nn.Cell,
+        optimizer: nn.Optimizer,
+        use_clip_grad: bool = False,
+        max_grad_norm: float = 1.0,
+        scale_sense: float | Tensor | nn.Cell = 1.0,
+        gradient_accumulation_steps: int = 1,
+        **others: Any,
+    ) -> None:
         _check(others)
         if isinstance(scale_sense, Tensor):
             scale_sense = float(scale_sense.asnumpy())
         model = real_model(network)
         if isinstance(model, PortableLlamaForCausalLM):
             model.report_terms()
-        super().__init__(network, optimizer, scale_sense, max_grad_norm if use_clip_grad else None,
-                         gradient_accumulation_steps)  # fmt: skip
-        logger.info("Train step: portable; overflow is a gradient norm that is not finite; clip %s; %d micro batches.",
-                    max_grad_norm if use_clip_grad else "off", gradient_accumulation_steps)  # fmt: skip
+        super().__init__(
+            network, optimizer, scale_sense, max_grad_norm if use_clip_grad else None, gradient_accumulation_steps
+        )
+        logger.info(
+            "Train step: portable; overflow is a gradient norm that is not finite; clip %s; %d micro batches.",
+            max_grad_norm if use_clip_grad else "off",
+            gradient_accumulation_steps,
+        )
 
 
 def real_model(network: nn.Cell) -> nn.Cell:
@@ -64,6 +79,9 @@ def _check(others: dict[str, Any]) -> None:
     for name, value in others.items():
         if name in UNBUILT and value not in (UNBUILT[name], None):
             problems.add(f"{name}={value!r} is not built in the portable train step", f"set it to {UNBUILT[name]}")
-    problems.unknown_keys("runner_wrapper", others, (*UNBUILT, *UNUSED, "use_clip_grad", "max_grad_norm", "scale_sense",
-                                                     "gradient_accumulation_steps"))  # fmt: skip
+    problems.unknown_keys(
+        "runner_wrapper",
+        others,
+        (*UNBUILT, *UNUSED, "use_clip_grad", "max_grad_norm", "scale_sense", "gradient_accumulation_steps"),
+    )
     problems.raise_if_any()

@@ -27,8 +27,12 @@ from mindformers_ext.mf.step import real_model
 from mindformers_ext.ms.step import STEP_STATE, TrainStepCell, step_state
 
 # MindFormers hands a callback the run's facts (first step, schedule, batch) only when the YAML calls it by these names.
-STAND_INS = {"MFLossMonitor": MoELossMonitor, "CheckpointMonitor": WholeCheckpointMonitor,
-             "TopkBiasBalanceCallback": MoETopkBiasBalanceCallback, "MoEDropRateCallback": MoELoadMonitor}  # fmt: skip
+STAND_INS = {
+    "MFLossMonitor": MoELossMonitor,
+    "CheckpointMonitor": WholeCheckpointMonitor,
+    "TopkBiasBalanceCallback": MoETopkBiasBalanceCallback,
+    "MoEDropRateCallback": MoELoadMonitor,
+}
 SHARDED = ("semi_auto_parallel", "auto_parallel")
 
 

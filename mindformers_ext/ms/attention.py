@@ -18,8 +18,9 @@ from mindformers_ext.ms.strategies import Shards
 class Linear(nn.Cell):
     """x W^T without bias. Input (T, in), output (T, out), weight (out, in). ``row``: its strategy on many devices."""
 
-    def __init__(self, width_in: int, width_out: int, std: float, param_dtype: ms.Type, shards: Shards,
-                 row: str) -> None:  # fmt: skip
+    def __init__(
+        self, width_in: int, width_out: int, std: float, param_dtype: ms.Type, shards: Shards, row: str
+    ) -> None:
         super().__init__()
         weight = initializer(Normal(sigma=std), (width_out, width_in), param_dtype)
         self.weight = Parameter(weight, name="weight")
@@ -44,7 +45,10 @@ class Attention(nn.Cell):
         super().__init__()
         model = spec.model
         self.heads, self.kv_heads, self.head_dim = (
-            model.num_attention_heads, model.num_key_value_heads, model.head_dim)  # fmt: skip
+            model.num_attention_heads,
+            model.num_key_value_heads,
+            model.head_dim,
+        )
         width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
         std, dtype = model.initializer_range, mindspore_dtype(spec.numerics.param_dtype)
         shards = Shards(spec)
@@ -55,8 +59,14 @@ class Attention(nn.Cell):
         rotary = operators.build(operators.rotary, operators.dtype(spec.numerics.rotary_dtype))
         self.rotary = shards.local(rotary, "rotary")
         softmax_dtype = operators.dtype(spec.numerics.softmax_dtype)
-        attend = operators.build(operators.causal_attention, self.heads // shards.mp, self.kv_heads // shards.mp,
-                                 self.head_dim, spec.seq_length, softmax_dtype)  # fmt: skip
+        attend = operators.build(
+            operators.causal_attention,
+            self.heads // shards.mp,
+            self.kv_heads // shards.mp,
+            self.head_dim,
+            spec.seq_length,
+            softmax_dtype,
+        )
         self.attend = shards.local(attend, "attend")
 
     def construct(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
@@ -64,6 +74,9 @@ class Attention(nn.Cell):
         q = self.rotary(ops.reshape(self.wq(x_TD), (-1, S, self.heads, self.head_dim)), cos_SP, sin_SP)
         k = self.rotary(ops.reshape(self.wk(x_TD), (-1, S, self.kv_heads, self.head_dim)), cos_SP, sin_SP)
         v = ops.reshape(self.wv(x_TD), (-1, S, self.kv_heads * self.head_dim))
-        mixed = self.attend(ops.reshape(q, (-1, S, self.heads * self.head_dim)),
-                            ops.reshape(k, (-1, S, self.kv_heads * self.head_dim)), v)  # fmt: skip
+        mixed = self.attend(
+            ops.reshape(q, (-1, S, self.heads * self.head_dim)),
+            ops.reshape(k, (-1, S, self.kv_heads * self.head_dim)),
+            v,
+        )
         return self.wo(ops.reshape(mixed, (-1, self.heads * self.head_dim)))

@@ -37,17 +37,22 @@ class PromptAttention(nn.Cell):
     shorter than S are padded on the right, where causality hides the padding from every real token.
     """
 
-    def __init__(self, attention: Attention, cache: LayerCache, shape: tuple[int, int], spec: NetworkSpec,
-                 operators: Operators) -> None:  # fmt: skip
+    def __init__(
+        self, attention: Attention, cache: LayerCache, shape: tuple[int, int], spec: NetworkSpec, operators: Operators
+    ) -> None:
         super().__init__(auto_prefix=False)
         model = spec.model
         self.attention, self.cache = attention, cache
         self.rows, self.length = shape
         self.heads, self.kv_heads, self.head_dim = (
-            model.num_attention_heads, model.num_key_value_heads, model.head_dim)  # fmt: skip
+            model.num_attention_heads,
+            model.num_key_value_heads,
+            model.head_dim,
+        )
         softmax_dtype = operators.dtype(spec.numerics.softmax_dtype)
-        self.attend = operators.build(operators.causal_attention, self.heads, self.kv_heads, self.head_dim, self.length,
-                                      softmax_dtype)  # fmt: skip
+        self.attend = operators.build(
+            operators.causal_attention, self.heads, self.kv_heads, self.head_dim, self.length, softmax_dtype
+        )
         self.transpose, self.update = P.Transpose(), P.ScatterUpdate()
 
     def _laid_out(self, x_BSNP: Tensor) -> Tensor:
@@ -101,13 +106,17 @@ class TokenAttention(nn.Cell):
     that hides what lies behind each row's position. Output (B, D).
     """
 
-    def __init__(self, attention: Attention, cache: LayerCache, positions: int, spec: NetworkSpec,
-                 operators: Operators) -> None:  # fmt: skip
+    def __init__(
+        self, attention: Attention, cache: LayerCache, positions: int, spec: NetworkSpec, operators: Operators
+    ) -> None:
         super().__init__(auto_prefix=False)
         model = spec.model
         self.attention, self.cache = attention, cache
         self.heads, self.kv_heads, self.head_dim = (
-            model.num_attention_heads, model.num_key_value_heads, model.head_dim)  # fmt: skip
+            model.num_attention_heads,
+            model.num_key_value_heads,
+            model.head_dim,
+        )
         self.positions, self.scale, self.by_matrix = positions, model.head_dim**-0.5, are_matrices()
         self.softmax_dtype = operators.dtype(spec.numerics.softmax_dtype)
         self.update, self.softmax = P.ScatterUpdate(), P.Softmax(axis=-1)

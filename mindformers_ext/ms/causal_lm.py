@@ -172,8 +172,10 @@ class Decoder(nn.Cell):
 def _check_length(length: int, seq_length: int) -> None:
     """Rotary tables, masks and the halves of attention are of one length; some others would pass unnoticed."""
     if length != seq_length:
-        raise ValueError(f"rows of {length} tokens in a network built for seq_length={seq_length}: pad them, or build "
-                         "the network for their length")  # fmt: skip
+        raise ValueError(
+            f"rows of {length} tokens in a network built for seq_length={seq_length}: pad them, or build "
+            "the network for their length"
+        )
 
 
 class CausalLM(nn.Cell):

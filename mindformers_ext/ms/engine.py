@@ -31,8 +31,9 @@ class MindSporeNetwork:
     ``parts``: by name each weight's whole shape and that of the part.
     """
 
-    def __init__(self, cell: nn.Cell, parts: Mapping[str, PlacedParameter] | None = None, rank: int = 0,
-                 count: int = 1) -> None:  # fmt: skip
+    def __init__(
+        self, cell: nn.Cell, parts: Mapping[str, PlacedParameter] | None = None, rank: int = 0, count: int = 1
+    ) -> None:
         self.cell = cell
         self.rank = rank
         self._parts, self._count = parts or {}, count
@@ -62,8 +63,10 @@ class MindSporeNetwork:
         for name, weight in weights:
             placed = self._parts.get(name)
             if name not in parameters or (placed.whole if placed else tuple(parameters[name].shape)) != weight.shape:
-                raise UserError(f"weight '{name}' {weight.shape} has no place in the network: the checkpoint was made "
-                                "for another model or other sizes")  # fmt: skip
+                raise UserError(
+                    f"weight '{name}' {weight.shape} has no place in the network: the checkpoint was made "
+                    "for another model or other sizes"
+                )
             _set(parameters[name], own_part(weight, placed, self.rank) if placed else weight)
             missing.discard(name)
         if missing:
@@ -120,8 +123,10 @@ class MindSporeEngine:
         ms.set_context(mode=self.mode)
         if self.count > 1:
             if spec.parallel.model_parallel != self.count:
-                raise UserError(f"the job has {self.count} processes, the network is cut for "
-                                f"{spec.parallel.model_parallel}: set parallel_config.model_parallel")  # fmt: skip
+                raise UserError(
+                    f"the job has {self.count} processes, the network is cut for "
+                    f"{spec.parallel.model_parallel}: set parallel_config.model_parallel"
+                )
             with no_init_parameters():
                 cell = build_part(spec, self.count)
             parts = {item.name: item for item in parted_parameters(spec, self.count)}

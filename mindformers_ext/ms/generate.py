@@ -58,11 +58,13 @@ class _Graph(nn.Cell):
         self.network, self.decoder = network, network.model
         self.layers = range(len(network.model.layers))
         self.norms = nn.CellList([layer.attention_norm for layer in self.decoder.layers], auto_prefix=False)
-        self.feed_forwards = nn.CellList([_FeedForward(layer, rows * length) for layer in self.decoder.layers],
-                                         auto_prefix=False)  # fmt: skip
+        self.feed_forwards = nn.CellList(
+            [_FeedForward(layer, rows * length) for layer in self.decoder.layers], auto_prefix=False
+        )
         model = spec.model
-        self.cos, self.sin = rotary_tables(positions, model.head_dim, model.rope_theta,
-                                           operators.dtype(spec.numerics.rotary_dtype))  # fmt: skip
+        self.cos, self.sin = rotary_tables(
+            positions, model.head_dim, model.rope_theta, operators.dtype(spec.numerics.rotary_dtype)
+        )
         self.gather = P.Gather()
         self.is_part, self.count = count > 1, count
         self.head_is_part = head_parts(spec, count) > 1
@@ -96,12 +98,20 @@ class PromptGraph(_Graph):
     logits (B, V) behind each last token. B are a few of the cache's rows.
     """
 
-    def __init__(self, network: CausalLM, caches: list[LayerCache], shape: tuple[int, int, int],
-                 operators: Operators, count: int = 1) -> None:  # fmt: skip
+    def __init__(
+        self,
+        network: CausalLM,
+        caches: list[LayerCache],
+        shape: tuple[int, int, int],
+        operators: Operators,
+        count: int = 1,
+    ) -> None:
         super().__init__(network, shape, operators, count)
         layers = zip(self.decoder.layers, caches, strict=True)
-        self.attentions = nn.CellList([PromptAttention(layer.attention, cache, shape[:2], network.spec, operators)
-                                       for layer, cache in layers], auto_prefix=False)  # fmt: skip
+        self.attentions = nn.CellList(
+            [PromptAttention(layer.attention, cache, shape[:2], network.spec, operators) for layer, cache in layers],
+            auto_prefix=False,
+        )
         self.place_S = Tensor(np.arange(self.length, dtype=np.int32)[None])
         self.first_B = Tensor(np.arange(self.rows, dtype=np.int32) * self.length)
 
@@ -119,13 +129,21 @@ class PromptGraph(_Graph):
 class TokenGraph(_Graph):
     """Inputs: tokens (B) and their positions (B), int32. Output: logits (B, V) behind them."""
 
-    def __init__(self, network: CausalLM, caches: list[LayerCache], shape: tuple[int, int, int],
-                 operators: Operators, count: int = 1) -> None:  # fmt: skip
+    def __init__(
+        self,
+        network: CausalLM,
+        caches: list[LayerCache],
+        shape: tuple[int, int, int],
+        operators: Operators,
+        count: int = 1,
+    ) -> None:
         super().__init__(network, shape, operators, count)
         spec, positions = network.spec, self.positions
         layers = zip(self.decoder.layers, caches, strict=True)
-        self.attentions = nn.CellList([TokenAttention(layer.attention, cache, positions, spec, operators)
-                                       for layer, cache in layers], auto_prefix=False)  # fmt: skip
+        self.attentions = nn.CellList(
+            [TokenAttention(layer.attention, cache, positions, spec, operators) for layer, cache in layers],
+            auto_prefix=False,
+        )
         heads = self.rows * spec.model.num_key_value_heads
         self.row_heads = (self.rows, spec.model.num_key_value_heads)
         self.first_BN = Tensor(np.arange(heads, dtype=np.int32).reshape(self.rows, -1) * positions)

@@ -83,8 +83,9 @@ class _Cut:
         if not self.shards.active:
             return primitive
         sizes = {"outer": self.shards.outer, "ep": self.shards.ep, "mp": self.shards.mp}
-        counts = tuple(math.prod(sizes[axis] for axis in self.shards.words[word])
-                       for word in self.layouts[name].split())  # fmt: skip
+        counts = tuple(
+            math.prod(sizes[axis] for axis in self.shards.words[word]) for word in self.layouts[name].split()
+        )
         return primitive.shard((counts,) + ((),) * scalars)
 
 
@@ -101,12 +102,15 @@ def add_lora(network: nn.Cell, lora: LoraSpec, spec: NetworkSpec | None = None) 
     owners = {parameter.name.rpartition(".")[0] for parameter in network.get_parameters()}
     other = sorted(name for name in owners - set(layers) if name and lora.wants(name))
     if other:
-        raise UserError(f"pet_config.target_modules={lora.targets!r} matches {_some(other)}: only linear "
-                        f"layers are adapted, here {_kinds(layers)}; name those, or list the others in "
-                        "exclude_layers")  # fmt: skip
+        raise UserError(
+            f"pet_config.target_modules={lora.targets!r} matches {_some(other)}: only linear "
+            f"layers are adapted, here {_kinds(layers)}; name those, or list the others in "
+            "exclude_layers"
+        )
     if not wanted:
-        raise UserError(f"pet_config.target_modules={lora.targets!r} matches no layer: the linear layers are "
-                        f"{_kinds(layers)}")  # fmt: skip
+        raise UserError(
+            f"pet_config.target_modules={lora.targets!r} matches no layer: the linear layers are {_kinds(layers)}"
+        )
     for parameter in network.get_parameters():
         parameter.requires_grad = False
     cells, shards = dict(network.cells_and_names()), Shards(spec)

@@ -16,17 +16,29 @@ _adam = P.Adam()
 _update = ops.MultitypeFuncGraph("fused_adamw")
 
 
-@_update.register("Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Bool", "Tensor", "Tensor",
-                  "Tensor", "Tensor")  # fmt: skip
+@_update.register(
+    "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Bool", "Tensor", "Tensor", "Tensor", "Tensor"
+)
 def _update_parameter(
-    beta1_power: Tensor, beta2_power: Tensor, beta1: Tensor, beta2: Tensor, eps: Tensor, lr: Tensor,
-    weight_decay: Tensor, decays: bool, parameter: Tensor, mean: Tensor, square: Tensor, gradient: Tensor,
-) -> bool:  # fmt: skip
+    beta1_power: Tensor,
+    beta2_power: Tensor,
+    beta1: Tensor,
+    beta2: Tensor,
+    eps: Tensor,
+    lr: Tensor,
+    weight_decay: Tensor,
+    decays: bool,
+    parameter: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    gradient: Tensor,
+) -> bool:
     """Decay, then Adam, of one parameter. ``eps`` comes scaled, see ``FusedAdamW``."""
     if decays:
         gradient = ops.depend(gradient, ops.assign(parameter, parameter * (1.0 - lr * weight_decay)))
-    updated = _adam(parameter, mean, square, beta1_power, beta2_power, lr, beta1, beta2, eps,
-                   ops.cast(gradient, ms.float32))  # fmt: skip
+    updated = _adam(
+        parameter, mean, square, beta1_power, beta2_power, lr, beta1, beta2, eps, ops.cast(gradient, ms.float32)
+    )
     return ops.depend(True, updated)
 
 
@@ -54,8 +66,14 @@ class FusedAdamW(nn.Optimizer):
         UserError: lists every value out of range and every parameter that is not float32.
     """
 
-    def __init__(self, params: Any, learning_rate: Any = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 0.0) -> None:  # fmt: skip
+    def __init__(
+        self,
+        params: Any,
+        learning_rate: Any = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
         super().__init__(learning_rate, params, weight_decay)
         problems = Problems("optimizer AdamW")
         if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
@@ -64,8 +82,7 @@ class FusedAdamW(nn.Optimizer):
             problems.add(f"eps={eps} is out of range", "use a value above 0")
         other = [parameter.name for parameter in self._parameters if parameter.dtype != ms.float32]
         if other:
-            problems.add(f"{len(other)} parameters are not float32, first {other[0]}",
-                         "set param_init_type: float32")  # fmt: skip
+            problems.add(f"{len(other)} parameters are not float32, first {other[0]}", "set param_init_type: float32")
         problems.raise_if_any()
         self.beta1, self.beta2 = (Tensor(beta, ms.float32) for beta in betas)
         self.eps = Tensor(eps, ms.float32)

@@ -76,8 +76,14 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
     and ``loss_scale`` is the one the next step uses. In data parallel all ranks return the same.
     """
 
-    def __init__(self, network: nn.Cell, optimizer: nn.Optimizer, scale_sense: float | nn.Cell = 1.0,
-                 max_grad_norm: float | None = 1.0, micro_batches: int = 1) -> None:  # fmt: skip
+    def __init__(
+        self,
+        network: nn.Cell,
+        optimizer: nn.Optimizer,
+        scale_sense: float | nn.Cell = 1.0,
+        max_grad_norm: float | None = 1.0,
+        micro_batches: int = 1,
+    ) -> None:
         if isinstance(scale_sense, (int, float)):
             scale_sense = Tensor(float(scale_sense), ms.float32)
         super().__init__(network, optimizer, scale_sense)

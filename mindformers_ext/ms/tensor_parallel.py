@@ -17,6 +17,7 @@ def build_part(spec: NetworkSpec, count: int) -> CausalLM:
     network = build_causal_lm(part_of(spec, count))
     if head_parts(spec, count) > 1:
         model, whole = network.spec.model, network.lm_head.weight
-        network.lm_head = Linear(model.hidden_size, model.vocab_size // count, model.initializer_range, whole.dtype,
-                                 Shards(), "head")  # fmt: skip
+        network.lm_head = Linear(
+            model.hidden_size, model.vocab_size // count, model.initializer_range, whole.dtype, Shards(), "head"
+        )
     return network

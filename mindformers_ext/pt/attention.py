@@ -29,14 +29,17 @@ class Linear(nn.Module):
         return F.linear(x_TD, self.weight.to(x_TD.dtype))
 
 
-def rotary_tables(positions: int, head_dim: int, theta: float, dtype: torch.dtype,
-                  device: torch.device | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+def rotary_tables(
+    positions: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and sin (S, P), both halves equal (Su et al. 2021, equation 34, in rotate-half layout)."""
     frequency = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
     angle = np.arange(positions, dtype=np.float32)[:, None] * frequency[None]
     angle = np.concatenate([angle, angle], -1)
-    return (torch.tensor(np.cos(angle), dtype=dtype, device=device),
-            torch.tensor(np.sin(angle), dtype=dtype, device=device))  # fmt: skip
+    return (
+        torch.tensor(np.cos(angle), dtype=dtype, device=device),
+        torch.tensor(np.sin(angle), dtype=dtype, device=device),
+    )
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -55,7 +58,10 @@ class Attention(nn.Module):
         super().__init__()
         model = spec.model
         self.heads, self.kv_heads, self.head_dim = (
-            model.num_attention_heads, model.num_key_value_heads, model.head_dim)  # fmt: skip
+            model.num_attention_heads,
+            model.num_key_value_heads,
+            model.head_dim,
+        )
         width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
         std, dtype = model.initializer_range, torch_dtype(spec.numerics.param_dtype)
         self.wq = Linear(model.hidden_size, width, std, dtype)
@@ -65,6 +71,7 @@ class Attention(nn.Module):
 
     def project(self, x_TD: Tensor, length: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, H, S, P), k and v (B, N, S, P), q and k turned by tables that broadcast to (B, H, S, P)."""
+
         def heads(x: Tensor, count: int) -> Tensor:
             return x.view(-1, length, count, self.head_dim).transpose(1, 2)
 

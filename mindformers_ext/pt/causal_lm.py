@@ -136,8 +136,9 @@ class CausalLM(nn.Module):
             return nn.functional.linear(x_TD, self.model.tok_embeddings.embedding_weight.to(x_TD.dtype))
         return self.lm_head(x_TD)
 
-    def forward(self, ids_BS: Tensor, labels_BT: Tensor | None = None, losses: bool = False,
-                tokens: Tensor | None = None) -> Tensor | Terms:  # fmt: skip
+    def forward(
+        self, ids_BS: Tensor, labels_BT: Tensor | None = None, losses: bool = False, tokens: Tensor | None = None
+    ) -> Tensor | Terms:
         """See the class. ``tokens``: counted tokens to divide the loss by, where other ranks hold a share of them."""
         if losses:
             return self._losses(ids_BS, labels_BT, tokens)

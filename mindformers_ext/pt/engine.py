@@ -74,8 +74,10 @@ class PyTorchEngine:
         if device.target != "GPU":
             raise UserError(f"device_target {device.target} is MindSpore's: the PyTorch engine runs on GPU and CPU")
         if not torch.cuda.is_available():
-            raise UserError(f"device_target is GPU, but torch {torch.__version__} sees no CUDA device: run with "
-                            "--device_target CPU, or install a CUDA build of torch")  # fmt: skip
+            raise UserError(
+                f"device_target is GPU, but torch {torch.__version__} sees no CUDA device: run with "
+                "--device_target CPU, or install a CUDA build of torch"
+            )
         if device.number >= torch.cuda.device_count():
             raise UserError(f"device_id {device.number}: this machine has {torch.cuda.device_count()} GPUs, from 0")
         self.device = torch.device("cuda", device.number)

@@ -49,8 +49,10 @@ class HuggingFaceReference:
         """Token ids of ``text``, BOS included, by the folder's own tokenizer; ``UserError`` when it has none."""
         names = ("tokenizer.model", "tokenizer.json")
         if not any((self.folder / name).is_file() for name in names):
-            raise UserError(f"{self.folder} has no {' or '.join(names)}: copy the model's tokenizer there "
-                            "(convert_weight.py --reversed --config HF_FOLDER does), or leave out --text")  # fmt: skip
+            raise UserError(
+                f"{self.folder} has no {' or '.join(names)}: copy the model's tokenizer there "
+                "(convert_weight.py --reversed --config HF_FOLDER does), or leave out --text"
+            )
         from transformers import AutoTokenizer
 
         return list(AutoTokenizer.from_pretrained(self.folder, local_files_only=True)(text)["input_ids"])

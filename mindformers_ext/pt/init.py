@@ -17,9 +17,15 @@ from mindformers_ext.pt.names import STATE, named_views
 from mindformers_ext.pt.norm import RmsNorm
 
 DRAWN_LIMIT = 2_000_000_000  # weights; above it torch's own generator is used, minutes instead of hours
-_FEED_FORWARD = ("feed_forward.router.dense.weight", "feed_forward.ffn.w1.weight", "feed_forward.ffn.w2.weight",
-                 "feed_forward.ffn.w3.weight", "feed_forward.w1.weight", "feed_forward.w2.weight",
-                 "feed_forward.w3.weight")  # fmt: skip
+_FEED_FORWARD = (
+    "feed_forward.router.dense.weight",
+    "feed_forward.ffn.w1.weight",
+    "feed_forward.ffn.w2.weight",
+    "feed_forward.ffn.w3.weight",
+    "feed_forward.w1.weight",
+    "feed_forward.w2.weight",
+    "feed_forward.w3.weight",
+)
 _LAYER = (*(f"attention.{name}.weight" for name in ("wq", "wk", "wv", "wo")), *_FEED_FORWARD)
 
 

@@ -49,8 +49,10 @@ def add_lora(network: nn.Module, lora: LoraSpec, seeds: Iterator[int]) -> list[s
     other = sorted(name for name in owners - set(layers) if name and lora.wants(name))
     kinds = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in layers}))
     if other:
-        raise UserError(f"pet_config.target_modules={lora.targets!r} matches {', '.join(other[:3])}: only linear "
-                        f"layers are adapted, here {kinds}; name those, or list the others in exclude_layers")
+        raise UserError(
+            f"pet_config.target_modules={lora.targets!r} matches {', '.join(other[:3])}: only linear "
+            f"layers are adapted, here {kinds}; name those, or list the others in exclude_layers"
+        )
     if not wanted:
         raise UserError(f"pet_config.target_modules={lora.targets!r} matches no layer: the linear layers are {kinds}")
     network.requires_grad_(False)

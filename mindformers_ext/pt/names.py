@@ -61,8 +61,10 @@ def fill(network: nn.Module, weights: Iterable[tuple[str, np.ndarray]], optional
     missing = {name for name in views if not _is_state(name) and not name.endswith(optional)}
     for name, weight in weights:
         if name not in views or tuple(views[name].shape) != weight.shape:
-            raise UserError(f"weight '{name}' {weight.shape} has no place in the network: the checkpoint was made "
-                            "for another model or other sizes")  # fmt: skip
+            raise UserError(
+                f"weight '{name}' {weight.shape} has no place in the network: the checkpoint was made "
+                "for another model or other sizes"
+            )
         set_view(views[name], weight)
         missing.discard(name)
     if missing:
@@ -89,5 +91,7 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
 def _list(problems: Problems, what: str, names: list[str]) -> None:
     if names:
         more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-        problems.add(f"{len(names)} tensors are {what}: {', '.join(names[:LISTED])}{more}",
-                     "the checkpoint was made for another model or other sizes")  # fmt: skip
+        problems.add(
+            f"{len(names)} tensors are {what}: {', '.join(names[:LISTED])}{more}",
+            "the checkpoint was made for another model or other sizes",
+        )

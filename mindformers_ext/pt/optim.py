@@ -32,10 +32,10 @@ class Adam:
             if chosen:
                 self._update(chosen, gradients, rate, number, self.spec.weight_decay if decays else 0.0)
 
-    def _update(self, chosen: list[int], every_gradient: list[Tensor], rate: float, number: int,
-                decay: float) -> None:  # fmt: skip
+    def _update(self, chosen: list[int], every_gradient: list[Tensor], rate: float, number: int, decay: float) -> None:
         parameters, gradients, means, squares = (
-            [each[i] for i in chosen] for each in (self.parameters, every_gradient, self.means, self.squares))
+            [each[i] for i in chosen] for each in (self.parameters, every_gradient, self.means, self.squares)
+        )
         beta1, beta2 = self.spec.betas
         torch._foreach_lerp_(means, gradients, 1.0 - beta1)
         torch._foreach_mul_(squares, beta2)

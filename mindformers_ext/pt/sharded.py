@@ -118,8 +118,14 @@ class ShardedRanks(Ranks):
     def like(self, tensor: Tensor, parameter: Tensor) -> Tensor:
         if not isinstance(parameter, DTensor):
             return tensor
-        return DTensor.from_local(tensor, parameter.device_mesh, parameter.placements, run_check=False,
-                                  shape=parameter.shape, stride=parameter.stride())  # fmt: skip
+        return DTensor.from_local(
+            tensor,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
 
     def blank(self, name: str, parameter: Tensor) -> Tensor:
         spread = self.grid is not None and name.endswith(EXPERT)

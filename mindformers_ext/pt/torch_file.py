@@ -14,8 +14,21 @@ import torch
 from mindformers_ext.core.errors import UserError
 
 # What damaged or hostile files make torch.load raise.
-FAULTS = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError,
-          AssertionError, OverflowError, UnicodeDecodeError, NotImplementedError, zipfile.BadZipFile)  # fmt: skip
+FAULTS = (
+    RuntimeError,
+    pickle.UnpicklingError,
+    EOFError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    UnicodeDecodeError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+)
 MAX_PICKLE = 2**26  # bytes of names and shapes; Mixtral-8x22B has under one million
 
 
@@ -60,8 +73,10 @@ class TorchFile:
 
     def _checked(self, name: object, tensor: object) -> torch.Tensor:
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise UserError(f"'{self.path}' holds {name!r} of type {type(tensor).__name__}, not a tensor by name: "
-                            "save model.state_dict()")  # fmt: skip
+            raise UserError(
+                f"'{self.path}' holds {name!r} of type {type(tensor).__name__}, not a tensor by name: "
+                "save model.state_dict()"
+            )
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             raise UserError(f"'{self.path}': '{name}' is sparse, quantised or without data: save it as a plain tensor")
         # a small storage spread over a large shape (strides of 0) would fill the memory when read
@@ -99,5 +114,6 @@ def _check_zip(path: Path) -> list[int]:
     tables = [entry for entry in entries if entry.filename.endswith("data.pkl")]
     if packed or len(tables) != 1 or tables[0].file_size > MAX_PICKLE:
         raise UserError(f"'{path}' is not laid out as torch.save does it: save the model as safetensors")
-    return sorted(entry.file_size for entry in entries
-                  if entry.file_size and re.search(r"(^|/)data/\d+$", entry.filename))  # fmt: skip
+    return sorted(
+        entry.file_size for entry in entries if entry.file_size and re.search(r"(^|/)data/\d+$", entry.filename)
+    )

@@ -51,9 +51,7 @@ def full_box(index: Index, shape: tuple[int, ...]) -> tuple[Box, tuple[int, ...]
 
 def shift(box: Box, origin: Box) -> Box:
     """``box`` counted from the corner of ``origin``."""
-    return tuple(
-        slice(item.start - base.start, item.stop - base.start) for item, base in zip(box, origin, strict=True)
-    )
+    return tuple(slice(item.start - base.start, item.stop - base.start) for item, base in zip(box, origin, strict=True))
 
 
 def read_box(reader: TensorReader, name: str, box: Box) -> Array:

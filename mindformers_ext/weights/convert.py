@@ -45,9 +45,12 @@ def rule_set(spec: ModelSpec, style: str = "per_expert", layout: Layout | None =
         (llama.EMBEDDING, *attention, *feed_forward, llama.FINAL_NORM, *head),
         spec,
         hf_extras=Extras(llama.HF_BUFFERS, llama.TIED_HF if tied else ()),
-        ms_extras=Extras((*MS_TRAINING_STATE, *mixtral.MS_STATE), llama.TIED_MS if tied else (),
-                         kept=tuple(pattern for pattern, _ in mixtral.MS_STATE)),
-    )  # fmt: skip
+        ms_extras=Extras(
+            (*MS_TRAINING_STATE, *mixtral.MS_STATE),
+            llama.TIED_MS if tied else (),
+            kept=tuple(pattern for pattern, _ in mixtral.MS_STATE),
+        ),
+    )
 
 
 def detect_style(names: Collection[str], spec: ModelSpec) -> str:
@@ -74,9 +77,12 @@ def plan_to_mindspore(
 
 
 def plan_to_hf(
-    reader: TensorReader, spec: ModelSpec, style: str = "per_expert", dtype: str | None = None,
+    reader: TensorReader,
+    spec: ModelSpec,
+    style: str = "per_expert",
+    dtype: str | None = None,
     layout: Layout | None = None,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """A checked plan from a MindSpore reader that lies in ``layout`` to Hugging Face's names in ``style``; errors as
     ``plan_to_mindspore``."""
     return make_plan(rule_set(spec, style, layout), "to_hf", reader.infos, float_dtype(dtype) if dtype else None)
@@ -87,8 +93,13 @@ def plan_relayout(
 ) -> Plan:
     """A checked plan from one MindSpore layout to another; training state stays behind. Errors as
     ``plan_to_mindspore``."""
-    return make_plan(rule_set(spec, layout=source), "relayout", reader.infos, float_dtype(dtype) if dtype else None,
-                     rule_set(spec, layout=target))  # fmt: skip
+    return make_plan(
+        rule_set(spec, layout=source),
+        "relayout",
+        reader.infos,
+        float_dtype(dtype) if dtype else None,
+        rule_set(spec, layout=target),
+    )
 
 
 def iter_to_mindspore(
@@ -99,9 +110,13 @@ def iter_to_mindspore(
 
 
 def iter_to_hf(
-    reader: TensorReader, spec: ModelSpec, *, style: str = "per_expert", dtype: str | None = None,
+    reader: TensorReader,
+    spec: ModelSpec,
+    *,
+    style: str = "per_expert",
+    dtype: str | None = None,
     allow_overflow: bool = False,
-) -> Iterator[tuple[str, Array]]:  # fmt: skip
+) -> Iterator[tuple[str, Array]]:
     """Yield (Hugging Face name, array), one at a time; the plan is checked before this returns."""
     return plan_to_hf(reader, spec, style, dtype).run(reader, allow_overflow)
 

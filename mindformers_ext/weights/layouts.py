@@ -72,8 +72,11 @@ def resolve_layout(
         UserError: they contradict each other, or nothing tells how the experts lie.
     """
     seen = see_layout(infos, spec)
-    words = {"its tensors": seen.experts, "its description": described.experts if described else None,
-             "--input_layout": told}  # fmt: skip
+    words = {
+        "its tensors": seen.experts,
+        "its description": described.experts if described else None,
+        "--input_layout": told,
+    }
     given = {who: experts for who, experts in words.items() if experts}
     if spec.moe and len(set(given.values())) > 1:
         listed = ", ".join(f"{who} says {what}" for who, what in given.items())
@@ -117,10 +120,15 @@ def sizes_from_shapes(infos: Mapping[str, TensorInfo]) -> ModelSpec:
     width, experts = _expert_width(infos, hidden)
     head = gcd(q, kv)
     return ModelSpec(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=width, num_hidden_layers=layers,
-        num_attention_heads=q // head, num_key_value_heads=kv // head, head_dim=head,
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=q // head,
+        num_key_value_heads=kv // head,
+        head_dim=head,
         moe=MoESpec(num_local_experts=experts, num_experts_per_tok=1) if experts else None,
-    )  # fmt: skip
+    )
 
 
 def _expert_width(infos: Mapping[str, TensorInfo], hidden: int) -> tuple[int, int]:

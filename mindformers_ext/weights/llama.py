@@ -23,10 +23,14 @@ FEED_FORWARD = (
     Rule(_HF + "mlp.up_proj.weight", (_MS + "feed_forward.w3.weight",), "F D"),
 )
 FEED_FORWARD_CONCAT = (
-    Rule((_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"), (_MS + "feed_forward.w_gate_hidden.weight",),
-         ("F D", "F D"), InterleavedRows()),
+    Rule(
+        (_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"),
+        (_MS + "feed_forward.w_gate_hidden.weight",),
+        ("F D", "F D"),
+        InterleavedRows(),
+    ),
     Rule(_HF + "mlp.down_proj.weight", (_MS + "feed_forward.w2.weight",), "D F"),
-)  # fmt: skip
+)
 FINAL_NORM = Rule("model.norm.weight", ("model.norm_out.weight",), "D")
 HEAD = Rule("lm_head.weight", ("lm_head.weight",), "V D")
 

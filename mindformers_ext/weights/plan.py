@@ -135,9 +135,12 @@ class _Source:
 
 
 def make_plan(
-    rules: RuleSet, direction: Direction, infos: Mapping[str, TensorInfo], dtype: np.dtype[Any] | None,
+    rules: RuleSet,
+    direction: Direction,
+    infos: Mapping[str, TensorInfo],
+    dtype: np.dtype[Any] | None,
     target: RuleSet | None = None,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """Check ``infos`` against ``rules`` and list the steps.
 
     Args:
@@ -239,8 +242,10 @@ def _check_one_dtype(problems: Problems, views: Mapping[str, View], infos: Mappi
         sources = list(dict.fromkeys(slab.name for slab in leaves(view)))
         kinds = sorted({str(infos[name].dtype) for name in sources})
         if len(kinds) > 1:
-            problems.add(f"'{sources[0]}' and its {len(sources) - 1} partners have types {', '.join(kinds)}",
-                         f"they make '{target}': choose its type with --dtype")  # fmt: skip
+            problems.add(
+                f"'{sources[0]}' and its {len(sources) - 1} partners have types {', '.join(kinds)}",
+                f"they make '{target}': choose its type with --dtype",
+            )
 
 
 def _add_rest(problems: Problems, what: str, names: Collection[str]) -> None:
@@ -256,5 +261,6 @@ def _same_bits(reader: TensorReader, left: str, right: str) -> bool:
     one, other = reader.infos[left], reader.infos[right]
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
-    return all(_box(reader, left, box).tobytes() == _box(reader, right, box).tobytes()
-               for box in boxes(one.shape, BLOCK))  # fmt: skip
+    return all(
+        _box(reader, left, box).tobytes() == _box(reader, right, box).tobytes() for box in boxes(one.shape, BLOCK)
+    )

@@ -48,8 +48,10 @@ class SlicedReader:
         if sorted(readers) != list(range(strategy.world)):
             lacking = sorted(set(range(strategy.world)) - set(readers))
             found = f"{len(readers)} ranks, the strategy describes {strategy.world}"
-            problems.add(found + (f"; rank_{shown(lacking)} is missing" if lacking else ""),
-                         "give all ranks and all stages of one run")  # fmt: skip
+            problems.add(
+                found + (f"; rank_{shown(lacking)} is missing" if lacking else ""),
+                "give all ranks and all stages of one run",
+            )
             problems.raise_if_any()
         for name, first in strategy.names().items():
             self._list(problems, name, first)
@@ -84,8 +86,10 @@ class SlicedReader:
                     box = layouts[name].box(info.shape, local)
                     twin = first.setdefault(str(box), rank)
                     if twin != rank and not self._equal(name, twin, rank):
-                        problems.add(f"'{name}' differs between rank_{twin} and rank_{rank}",
-                                     "both hold the same part: one file is damaged or of another step")  # fmt: skip
+                        problems.add(
+                            f"'{name}' differs between rank_{twin} and rank_{rank}",
+                            "both hold the same part: one file is damaged or of another step",
+                        )
                         break
         problems.raise_if_any()
 
@@ -114,8 +118,11 @@ class SlicedReader:
                     continue
                 wholes.setdefault(info, stage)
         if len(wholes) > 1:
-            problems.add(f"'{name}' is {' and '.join(f'{info.dtype}{info.shape}' for info in wholes)} in stages "
-                         f"{shown(list(wholes.values()))}", "files of different runs are mixed")  # fmt: skip
+            problems.add(
+                f"'{name}' is {' and '.join(f'{info.dtype}{info.shape}' for info in wholes)} in stages "
+                f"{shown(list(wholes.values()))}",
+                "files of different runs are mixed",
+            )
         if not wholes:
             self.absent += (name,)
             return
@@ -142,8 +149,10 @@ class SlicedReader:
             return None
         (dtype, shape), rank = next(iter(kinds.items()))
         if len(shape) != len(layout.tensor_map):
-            problems.add(f"'{name}' {shape} has {len(shape)} axes in rank_{rank}, the strategy cuts {layout.parts}",
-                         "give the strategy of the run that saved the checkpoint")  # fmt: skip
+            problems.add(
+                f"'{name}' {shape} has {len(shape)} axes in rank_{rank}, the strategy cuts {layout.parts}",
+                "give the strategy of the run that saved the checkpoint",
+            )
             return None
         return TensorInfo(name, layout.whole_shape(shape), dtype)
 
@@ -170,13 +179,17 @@ class SlicedReader:
         stages = {rank // self.strategy.devices for rank in self._holders[name]}
         lacking = sorted({rank for stage in stages for rank in self.strategy.ranks(stage)} - {first, *others})
         if lacking:
-            problems.add(f"'{name}' is in rank_{first}, not in rank_{shown(lacking)}, and not in the strategy",
-                         "ranks of a stage hold the same tensors: files of different runs are mixed")  # fmt: skip
+            problems.add(
+                f"'{name}' is in rank_{first}, not in rank_{shown(lacking)}, and not in the strategy",
+                "ranks of a stage hold the same tensors: files of different runs are mixed",
+            )
             return
         for rank in others:
             if not self._equal(name, first, rank):
-                problems.add(f"'{name}' differs between rank_{first} and rank_{rank} and is not in the strategy",
-                             "it was cut in a way that no file tells: give the strategy that lists it")  # fmt: skip
+                problems.add(
+                    f"'{name}' differs between rank_{first} and rank_{rank} and is not in the strategy",
+                    "it was cut in a way that no file tells: give the strategy that lists it",
+                )
                 return
 
 

@@ -74,17 +74,31 @@ def plan_reshard(
     listed = target.names()
     left: dict[str, tuple[str, ...]] = {}
     strangers = [name for name in infos if name not in listed]
-    copies = [name for name in strangers if name in whole_on_ranks or unlisted == "copy" or
-              (is_state(name) and not _of_a_weight(name))]  # fmt: skip
-    _note(left, "optimizer state, not in the target strategy",
-          [name for name in strangers if name not in copies and _of_a_weight(name)])  # fmt: skip
+    copies = [
+        name
+        for name in strangers
+        if name in whole_on_ranks or unlisted == "copy" or (is_state(name) and not _of_a_weight(name))
+    ]
+    _note(
+        left,
+        "optimizer state, not in the target strategy",
+        [name for name in strangers if name not in copies and _of_a_weight(name)],
+    )
     wrong = [name for name in strangers if name not in copies and not _of_a_weight(name)]
-    _add(problems, wrong, "not in the target strategy",
-         "give the strategy of this model, or --unlisted copy to put them whole on every rank")  # fmt: skip
+    _add(
+        problems,
+        wrong,
+        "not in the target strategy",
+        "give the strategy of this model, or --unlisted copy to put them whole on every rank",
+    )
     absent = [name for name in listed if name not in infos]
     _note(left, "state that the target strategy lists and the source lacks", [n for n in absent if is_state(n)])
-    _add(problems, [name for name in absent if not is_state(name)], "missing in the source",
-         "the target strategy lists them: it belongs to another model, or the checkpoint is not whole")  # fmt: skip
+    _add(
+        problems,
+        [name for name in absent if not is_state(name)],
+        "missing in the source",
+        "the target strategy lists them: it belongs to another model, or the checkpoint is not whole",
+    )
     for stage in target.stages:
         for name, layout in stage.items():
             fault = layout.fault(infos[name].shape) if name in infos else None

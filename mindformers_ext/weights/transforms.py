@@ -84,10 +84,14 @@ class GroupedQkv:
         starts = [sum(heights[:place]) for place in range(len(heights))]
         group_rows = sum(heights)
         return tuple(
-            join([part(ms[0], 0, group * group_rows + start, group * group_rows + start + height) for group in
-                  range(self.groups)])
+            join(
+                [
+                    part(ms[0], 0, group * group_rows + start, group * group_rows + start + height)
+                    for group in range(self.groups)
+                ]
+            )
             for start, height in zip(starts, heights, strict=True)
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)

@@ -160,8 +160,9 @@ def stack(views: Sequence[View]) -> View:
     if isinstance(first, Slab) and first.dropped:
         axis = first.dropped - 1
         start = first.ranges[axis][0]
-        row = [replace(first, ranges=_with(first.ranges, axis, (start + i, start + i + 1, 1))) for i in
-               range(len(views))]  # fmt: skip
+        row = [
+            replace(first, ranges=_with(first.ranges, axis, (start + i, start + i + 1, 1))) for i in range(len(views))
+        ]
         if list(views) == row:
             return replace(first, ranges=_with(first.ranges, axis, (start, start + len(views), 1)), dropped=axis)
     return Stacked(tuple(views))
@@ -185,8 +186,9 @@ def interleave(views: Sequence[View]) -> View:
         raise ValueError(f"only slabs are interleaved, not {views}")
     start, stop, step = first.ranges[first.dropped]
     if step == len(slabs) > 1:
-        row = [replace(first, ranges=_with(first.ranges, first.dropped, (start + i, stop + i, step))) for i in
-               range(step)]  # fmt: skip
+        row = [
+            replace(first, ranges=_with(first.ranges, first.dropped, (start + i, stop + i, step))) for i in range(step)
+        ]
         if list(slabs) == row:
             return replace(first, ranges=_with(first.ranges, first.dropped, (start, stop + step - 1, 1)))
     return Interleaved(slabs)
@@ -308,4 +310,3 @@ def _shaped(scratch: list[Array], shape: Shape, kind: np.dtype[Any]) -> Array:
 def _numbers(array: Array) -> Array:
     """The same bits as plain numbers of the same width: numpy copies bfloat16 slowly."""
     return array.view(np.dtype(f"u{array.dtype.itemsize}"))
-

@@ -62,17 +62,30 @@ def launch_environment() -> dict[str, str]:
 
 def launch(*arguments: object, cwd: Path, namespace: str = "", timeout: float = 280, **more: str) -> str:
     """Run the launcher to its end; returns ``exit code + newline + output``."""
-    result = subprocess.run(launcher(*arguments, namespace=namespace), cwd=cwd, env=launch_environment() | more,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout,
-                            check=False)  # fmt: skip
+    result = subprocess.run(
+        launcher(*arguments, namespace=namespace),
+        cwd=cwd,
+        env=launch_environment() | more,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
     return f"{result.returncode}\n{result.stdout}"
 
 
 def start(*arguments: object, cwd: Path, log: Path, namespace: str = "") -> subprocess.Popen:
     """Start the launcher with its output in ``log``."""
     with log.open("w") as file:
-        return subprocess.Popen(launcher(*arguments, namespace=namespace), cwd=cwd, env=launch_environment(),
-                                stdout=file, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+        return subprocess.Popen(
+            launcher(*arguments, namespace=namespace),
+            cwd=cwd,
+            env=launch_environment(),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def workers(mark: str) -> dict[int, int]:
@@ -131,11 +144,30 @@ def two_machines() -> Iterator[tuple[str, str]]:
     try:
         for name in names:
             subprocess.run([IP, "netns", "add", name], check=True)
-        subprocess.run([IP, "link", "add", cables[0], "netns", names[0], "type", "veth", "peer", "name", cables[1],
-                        "netns", names[1]], check=True)  # fmt: skip
+        subprocess.run(
+            [
+                IP,
+                "link",
+                "add",
+                cables[0],
+                "netns",
+                names[0],
+                "type",
+                "veth",
+                "peer",
+                "name",
+                cables[1],
+                "netns",
+                names[1],
+            ],
+            check=True,
+        )
         for number, (name, cable) in enumerate(zip(names, cables, strict=True), 1):
-            for words in (["addr", "add", f"10.77.0.{number}/24", "dev", cable], ["link", "set", cable, "up"],
-                          ["link", "set", "lo", "up"]):  # fmt: skip
+            for words in (
+                ["addr", "add", f"10.77.0.{number}/24", "dev", cable],
+                ["link", "set", cable, "up"],
+                ["link", "set", "lo", "up"],
+            ):
                 subprocess.run([IP, "-n", name, *words], check=True)
         yield names[0], names[1]
     finally:

@@ -66,8 +66,9 @@ class DryRun:
         return json.loads((self.out / "report.json").read_text(encoding="utf-8"))
 
 
-def dry_run(out: Path, name: str, devices: int, ranks: str, stages: int, *more: object, layers: int = 1,
-            **changes: object) -> DryRun:  # fmt: skip
+def dry_run(
+    out: Path, name: str, devices: int, ranks: str, stages: int, *more: object, layers: int = 1, **changes: object
+) -> DryRun:
     """``tools/dryrun.py`` for research/mixtral/NAME with as few micro batches as it bears.
 
     ``layers``: of each of the ``stages``. ``changes``: keys of parallel_config, of ``TOP``, or with dots.
@@ -81,8 +82,21 @@ def dry_run(out: Path, name: str, devices: int, ranks: str, stages: int, *more: 
         file.write_text(yaml.safe_dump(words), encoding="utf-8")
     settings |= {key if "." in key else f"parallel_config.{key}": value for key, value in changes.items()}
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, str(ROOT / "tools" / "dryrun.py"), "--config", str(file), "--worker_num",
-               str(devices), "--ranks", ranks, "--out", str(out), *map(str, more), *words]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=out.parent, env=environment(), timeout=1500,
-                          check=False)  # fmt: skip
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "dryrun.py"),
+        "--config",
+        str(file),
+        "--worker_num",
+        str(devices),
+        "--ranks",
+        ranks,
+        "--out",
+        str(out),
+        *map(str, more),
+        *words,
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=out.parent, env=environment(), timeout=1500, check=False
+    )
     return DryRun(out, devices, done.returncode, done.stdout + done.stderr)

@@ -33,9 +33,16 @@ from mindformers_ext.formats.tensors import MappingReader
 from mindformers_ext.weights.convert import rule_set
 
 LIMIT = 2 * 2**30  # bytes of address space; the interpreter with numpy takes a third of it
-SPEC = ModelSpec(vocab_size=20, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=2,
-                 moe=MoESpec(num_local_experts=3, num_experts_per_tok=2))  # fmt: skip
+SPEC = ModelSpec(
+    vocab_size=20,
+    hidden_size=8,
+    intermediate_size=12,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=2,
+    moe=MoESpec(num_local_experts=3, num_experts_per_tok=2),
+)
 HOSTILE = [-1, 0, 1, 7, 2**31, 2**40, 2**63, 10**30, 1.5, True, None, "8", [8], {}, float("inf"), float("nan")]
 Mutation = Callable[[Path, random.Random], None]
 
@@ -43,8 +50,11 @@ Mutation = Callable[[Path, random.Random], None]
 def hf_folder(folder: Path) -> None:
     """Several shards with an index."""
     rng = np.random.default_rng(1)
-    arrays = {name: rng.normal(size=shape).astype(np.float32)
-              for binding in rule_set(SPEC).bindings for name, shape in binding.hf.items()}  # fmt: skip
+    arrays = {
+        name: rng.normal(size=shape).astype(np.float32)
+        for binding in rule_set(SPEC).bindings
+        for name, shape in binding.hf.items()
+    }
     folder.mkdir()
     with SafetensorsDirWriter(folder, list(MappingReader(arrays).infos.values()), 4000) as writer:
         for name, array in arrays.items():
@@ -131,13 +141,23 @@ def wrong_shape(folder: Path, rng: random.Random) -> None:
 
 
 def wrong_offsets(folder: Path, rng: random.Random) -> None:
-    entry(shard(folder, rng), rng, lambda header, name: header[name].update(data_offsets=rng.choice(
-        [[], [0], [0, 1, 2], "x", None, [5, 1], [-1, 3], [0, 10**30], {"0": 1}])))  # fmt: skip
+    entry(
+        shard(folder, rng),
+        rng,
+        lambda header, name: header[name].update(
+            data_offsets=rng.choice([[], [0], [0, 1, 2], "x", None, [5, 1], [-1, 3], [0, 10**30], {"0": 1}])
+        ),
+    )
 
 
 def renamed(folder: Path, rng: random.Random) -> None:
-    entry(shard(folder, rng), rng, lambda header, name: header.update({
-        rng.choice([name + "x", name[:-1], "x\x00y", "../../x", "é" * 99]): header.pop(name)}))  # fmt: skip
+    entry(
+        shard(folder, rng),
+        rng,
+        lambda header, name: header.update(
+            {rng.choice([name + "x", name[:-1], "x\x00y", "../../x", "é" * 99]): header.pop(name)}
+        ),
+    )
 
 
 def no_json(folder: Path, rng: random.Random) -> None:
@@ -163,8 +183,15 @@ def missing_tensor(folder: Path, rng: random.Random) -> None:
 
 
 def extra_tensor(folder: Path, rng: random.Random) -> None:
-    name = rng.choice(["model.x", "model.layers.2.input_layernorm.weight", "lm_head.bias",
-                       "model.layers.0.block_sparse_moe.experts.3.w1.weight", "adam_m.model.norm.weight"])  # fmt: skip
+    name = rng.choice(
+        [
+            "model.x",
+            "model.layers.2.input_layernorm.weight",
+            "lm_head.bias",
+            "model.layers.0.block_sparse_moe.experts.3.w1.weight",
+            "adam_m.model.norm.weight",
+        ]
+    )
     rewritten(folder, rng, lambda arrays: arrays.update({name: np.ones(3, np.float32)}))
 
 
@@ -179,8 +206,16 @@ def other_shape(folder: Path, rng: random.Random) -> None:
 def config_value(folder: Path, rng: random.Random) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    sizes = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_local_experts", "num_attention_heads",
-             "num_key_value_heads", "vocab_size", "head_dim"]  # fmt: skip
+    sizes = [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_local_experts",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "head_dim",
+    ]
     key = rng.choice(sizes)
     # null means Hugging Face's default there, and 2 * 2 heads of width 2 are right
     config[key] = rng.choice([value for value in HOSTILE if value is not None and value != config[key]])
@@ -194,9 +229,19 @@ def config_text(folder: Path, rng: random.Random) -> None:
 
 def config_key(folder: Path, rng: random.Random) -> None:
     path = folder / "config.json"
-    change = rng.choice([{"model_type": "gpt2"}, {"model_type": "llama"}, {"tie_word_embeddings": True},
-                         {"hidden_act": "gelu"}, {"unknown_key": 1}, {"rope_scaling": {"type": "linear", "factor": 2}},
-                         {"num_local_experts": 4}, {"num_local_experts": 2}, {"quantization_config": {"bits": 4}}])
+    change = rng.choice(
+        [
+            {"model_type": "gpt2"},
+            {"model_type": "llama"},
+            {"tie_word_embeddings": True},
+            {"hidden_act": "gelu"},
+            {"unknown_key": 1},
+            {"rope_scaling": {"type": "linear", "factor": 2}},
+            {"num_local_experts": 4},
+            {"num_local_experts": 2},
+            {"quantization_config": {"bits": 4}},
+        ]
+    )
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
 
 
@@ -223,9 +268,27 @@ def lost_shard(folder: Path, rng: random.Random) -> None:
     shard(folder, rng).unlink()
 
 
-HF: list[Mutation] = [truncated, longer, lying_length, overlapping, twice_in_header, twice_in_shards, wrong_type,
-                      wrong_shape, wrong_offsets, renamed, no_json, missing_tensor, extra_tensor, other_shape,
-                      config_value, config_text, config_key, index_text, lost_shard]  # fmt: skip
+HF: list[Mutation] = [
+    truncated,
+    longer,
+    lying_length,
+    overlapping,
+    twice_in_header,
+    twice_in_shards,
+    wrong_type,
+    wrong_shape,
+    wrong_offsets,
+    renamed,
+    no_json,
+    missing_tensor,
+    extra_tensor,
+    other_shape,
+    config_value,
+    config_text,
+    config_key,
+    index_text,
+    lost_shard,
+]
 
 
 def ckpt_truncated(folder: Path, rng: random.Random) -> None:

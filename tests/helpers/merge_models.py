@@ -15,8 +15,13 @@ from mindformers_ext.formats.safetensors_dir import SafetensorsDir, SafetensorsD
 from mindformers_ext.formats.tensors import MappingReader
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
-KINDS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
-         "phi3": "Phi3ForCausalLM", "mixtral": "MixtralForCausalLM"}  # fmt: skip
+KINDS = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+}
 TYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": BF16}
 
 
@@ -25,12 +30,26 @@ def config_of(
 ) -> dict:
     """A config.json as transformers 4 writes it."""
     result = {
-        "architectures": [KINDS[kind]], "model_type": kind, "hidden_act": "silu", "hidden_size": hidden,
-        "intermediate_size": ffn, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "vocab_size": vocab, "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, "tie_word_embeddings": False,
-        "initializer_range": 0.02, "torch_dtype": "bfloat16", "use_cache": True,
-    }  # fmt: skip
+        "architectures": [KINDS[kind]],
+        "model_type": kind,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": vocab,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": None,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+    }
     if kind == "mixtral":
         result |= {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
     if kind == "mistral":
@@ -65,8 +84,11 @@ def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
                     moe + f"experts.{e}.{w}.weight": s for w, s in (("w1", (f, d)), ("w2", (d, f)), ("w3", (f, d)))
                 }
         else:
-            shapes |= {layer + "mlp.gate_proj.weight": (f, d), layer + "mlp.up_proj.weight": (f, d),
-                       layer + "mlp.down_proj.weight": (d, f)}  # fmt: skip
+            shapes |= {
+                layer + "mlp.gate_proj.weight": (f, d),
+                layer + "mlp.up_proj.weight": (f, d),
+                layer + "mlp.down_proj.weight": (d, f),
+            }
     shapes["model.norm.weight"] = (d,)
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (v, d)
@@ -100,17 +122,41 @@ def write_model(folder: Path, tensors: Mapping[str, np.ndarray], config: Mapping
 def tokenizer_json(vocab: int) -> dict:
     """A word-level tokenizer: three special tokens and words w3, w4, ..."""
     words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, vocab)}
-    special = [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-                "special": True} for text, i in list(words.items())[:3]]  # fmt: skip
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
-            "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
-            "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"}}  # fmt: skip
+    special = [
+        {
+            "id": i,
+            "content": text,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for text, i in list(words.items())[:3]
+    ]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": special,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"},
+    }
 
 
 def make_model(
-    folder: Path, kind: str = "llama", seed: int = 0, near: Path | None = None, spread: float = 0.02,
-    dtype: str = "bfloat16", shard: int = 10**9, **config: Any,
-) -> Path:  # fmt: skip
+    folder: Path,
+    kind: str = "llama",
+    seed: int = 0,
+    near: Path | None = None,
+    spread: float = 0.02,
+    dtype: str = "bfloat16",
+    shard: int = 10**9,
+    **config: Any,
+) -> Path:
     """A model of random weights, or ``near`` another one plus noise of ``spread`` (a fine-tuned model)."""
     settings = config_of(kind, **{"torch_dtype": dtype, **config})
     random = np.random.default_rng(seed)

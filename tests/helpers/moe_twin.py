@@ -35,8 +35,12 @@ class Result:
 def random_weights(experts: int, seed: int = 0) -> dict[str, np.ndarray]:
     """Weights large enough that the experts differ and the gate prefers."""
     generator = np.random.default_rng(seed)
-    shapes = {GATE: (experts, HIDDEN), W1: (experts, FFN, HIDDEN), W2: (experts, HIDDEN, FFN),
-              W3: (experts, FFN, HIDDEN)}  # fmt: skip
+    shapes = {
+        GATE: (experts, HIDDEN),
+        W1: (experts, FFN, HIDDEN),
+        W2: (experts, HIDDEN, FFN),
+        W3: (experts, FFN, HIDDEN),
+    }
     return {name: generator.normal(0, 0.5, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
@@ -60,8 +64,10 @@ def loop(x: torch.Tensor, w: dict[str, torch.Tensor], moe: MoESpec, groups: int)
         gate = gate / gate.sum(-1, keepdim=True)
     gate = (gate * torch.from_numpy(routing.coeff > 0)).reshape(-1, moe.num_experts_per_tok)
     chosen = chosen.reshape(gate.shape)
-    rows = [sum(gate[t, j] * expert(x[t], *(w[name][e] for name in (W1, W2, W3))) for j, e in enumerate(chosen[t]))
-            for t in range(len(x))]  # fmt: skip
+    rows = [
+        sum(gate[t, j] * expert(x[t], *(w[name][e] for name in (W1, W2, W3))) for j, e in enumerate(chosen[t]))
+        for t in range(len(x))
+    ]
     return torch.stack(rows), routing
 
 
@@ -78,8 +84,10 @@ def differentiated(function, x: np.ndarray, weights: dict[str, np.ndarray], weig
     found = function(leaf, leaves)
     output, routing = found if isinstance(found, tuple) else (found, None)
     (output * torch.from_numpy(weight)).sum().backward()
-    gradients = {name: (each.grad if each.grad is not None else torch.zeros_like(each)).numpy()
-                 for name, each in {**leaves, "x": leaf}.items()}  # fmt: skip
+    gradients = {
+        name: (each.grad if each.grad is not None else torch.zeros_like(each)).numpy()
+        for name, each in {**leaves, "x": leaf}.items()
+    }
     if routing is None:
         return Result(output.detach().numpy(), gradients)
     return Result(output.detach().numpy(), gradients, routing.load, routing.dropped)
@@ -111,8 +119,16 @@ class ProjectedDense(nn.Cell):
 
 def spec_of(moe: MoESpec | None, groups: int = 1) -> NetworkSpec:
     """A network whose feed-forward layer has the sizes above."""
-    model = ModelSpec(vocab_size=8, hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=1,
-                      num_attention_heads=1, num_key_value_heads=1, head_dim=2, moe=moe)  # fmt: skip
+    model = ModelSpec(
+        vocab_size=8,
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=2,
+        moe=moe,
+    )
     return NetworkSpec(model=model, seq_length=TOKENS, parallel=ParallelSpec(data_parallel=groups))
 
 

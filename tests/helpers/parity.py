@@ -52,13 +52,24 @@ class Case:
 
     def model(self, dropless: bool = False) -> ModelSpec:
         """The model as its own config.json describes it, then with the case's capacity."""
-        moe = MoESpec(num_local_experts=self.experts, num_experts_per_tok=self.chosen,
-                      norm_single_choice=True) if self.experts else None  # fmt: skip
+        moe = (
+            MoESpec(num_local_experts=self.experts, num_experts_per_tok=self.chosen, norm_single_choice=True)
+            if self.experts
+            else None
+        )
         spec = ModelSpec(
-            vocab_size=self.vocab, hidden_size=self.hidden, intermediate_size=self.ffn, num_hidden_layers=self.layers,
-            num_attention_heads=self.heads, num_key_value_heads=self.kv_heads, head_dim=self.head_dim,
-            rope_theta=self.theta, tie_word_embeddings=self.tied, pad_token_id=-1, moe=moe,
-        )  # fmt: skip
+            vocab_size=self.vocab,
+            hidden_size=self.hidden,
+            intermediate_size=self.ffn,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            rope_theta=self.theta,
+            tie_word_embeddings=self.tied,
+            pad_token_id=-1,
+            moe=moe,
+        )
         config = hf_config_from_spec(spec)
         spec = model_spec_from_hf(config | ({"router_aux_loss_coef": self.aux_coefficient} if self.experts else {}))
         if dropless or not spec.moe:
@@ -173,8 +184,11 @@ def check(case: Case, mode: str) -> None:
     """Hold the acceptance limits for one case in one mode and print what was measured."""
     weights, reference = reference_of(case)
     found = compare(run_ours(case, weights, mode), reference)
-    print(f"\n{case.name:<28} {mode:<8} logits {found.logits:.1e} (max |logit| {found.largest_logit:.1f})  "
-          f"loss {found.loss:.1e}  gradient {found.gradient:.1e} ({found.worst})", end="")  # fmt: skip
+    print(
+        f"\n{case.name:<28} {mode:<8} logits {found.logits:.1e} (max |logit| {found.largest_logit:.1f})  "
+        f"loss {found.loss:.1e}  gradient {found.gradient:.1e} ({found.worst})",
+        end="",
+    )
     assert 1.0 <= found.largest_logit <= 12.0, "weights too small or too large for the limits to mean anything"
     assert found.logits <= 1e-4
     assert found.loss <= 1e-5

@@ -17,11 +17,19 @@ PP2, PP4 = GOLDEN / "dp2_mp4_pp2_ep2_opt", GOLDEN / "dp2_mp2_pp4_ep2_opt"
 DP4, DP8, JSON = GOLDEN / "dp4_mp2_ep2_opt", GOLDEN / "dp8_mp2_ep2_opt2", GOLDEN / "dp2_mp2_ep2_json"
 # The golden model: hidden 32, ffn 64, 4 experts, 8 heads, 4 key-value heads, vocabulary 96.
 SHAPES = (
-    ("embedding_weight", (96, 32)), ("lm_head.weight", (96, 32)), ("router.dense.weight", (4, 32)),
-    ("ffn.w1.weight", (4, 64, 32)), ("ffn.w2.weight", (4, 32, 64)), ("ffn.w3.weight", (4, 64, 32)),
-    ("wk.weight", (16, 32)), ("wv.weight", (16, 32)), ("wq.weight", (32, 32)), ("wo.weight", (32, 32)),
-    ("norm.weight", (32,)), ("norm_out.weight", (32,)),
-)  # fmt: skip
+    ("embedding_weight", (96, 32)),
+    ("lm_head.weight", (96, 32)),
+    ("router.dense.weight", (4, 32)),
+    ("ffn.w1.weight", (4, 64, 32)),
+    ("ffn.w2.weight", (4, 32, 64)),
+    ("ffn.w3.weight", (4, 64, 32)),
+    ("wk.weight", (16, 32)),
+    ("wv.weight", (16, 32)),
+    ("wq.weight", (32, 32)),
+    ("wo.weight", (32, 32)),
+    ("norm.weight", (32,)),
+    ("norm_out.weight", (32,)),
+)
 
 
 def shape_of(name):
@@ -40,8 +48,11 @@ def cut(strategy, arrays, extras=None):
     ranks = []
     for rank in range(strategy.world):
         stage, local = divmod(rank, strategy.devices)
-        held = {name: np.ascontiguousarray(arrays[name][layout.box(arrays[name].shape, local)])
-                for name, layout in strategy.stages[stage].items() if name in arrays}  # fmt: skip
+        held = {
+            name: np.ascontiguousarray(arrays[name][layout.box(arrays[name].shape, local)])
+            for name, layout in strategy.stages[stage].items()
+            if name in arrays
+        }
         ranks.append(held | (extras or {}))
     return ranks
 

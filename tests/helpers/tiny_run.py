@@ -125,15 +125,25 @@ def command(config: Path, *arguments: object) -> list[str]:
 
 def environment() -> dict[str, str]:
     """Without what other runs may have left; MindSpore silent."""
-    kept = {name: value for name, value in os.environ.items()
-            if name not in ("LOCAL_DEFAULT_PATH", "RUN_MODE", "MS_SIMULATION_LEVEL", "REGISTER_PATH")}  # fmt: skip
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("LOCAL_DEFAULT_PATH", "RUN_MODE", "MS_SIMULATION_LEVEL", "REGISTER_PATH")
+    }
     return kept | {"GLOG_v": "3"}
 
 
 def run_job(config: Path, *arguments: object, cwd: Path, timeout: int = 280) -> subprocess.CompletedProcess:
     """Run the command to its end."""
-    return subprocess.run(command(config, *arguments), cwd=cwd, env=environment(), capture_output=True, text=True,
-                          timeout=timeout, check=False)  # fmt: skip
+    return subprocess.run(
+        command(config, *arguments),
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
 
 
 def rows_of(output: Path) -> list[dict]:

@@ -33,11 +33,20 @@ print("compiled")
 @pytest.mark.slow
 def test_prompt_and_token_graphs_compile_with_fused_kernels(tmp_path: Path) -> None:
     environment = ensure_stubs().environment(0, 1, os.environ) | {
-        "GLOG_v": "3", "MS_DEV_SAVE_GRAPHS": "1", "MS_DEV_SAVE_GRAPHS_PATH": str(tmp_path / "graphs"),
+        "GLOG_v": "3",
+        "MS_DEV_SAVE_GRAPHS": "1",
+        "MS_DEV_SAVE_GRAPHS_PATH": str(tmp_path / "graphs"),
         "MS_DEV_DUMP_IR_PASSES": "validate",
-    }  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=280,
-                          check=False, cwd=Path(__file__).parents[2])  # fmt: skip
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
     assert done.returncode == 0 and "compiled" in done.stdout, done.stderr[-3000:]
     graphs = [Counter() for _ in range(2)]
     names = ("FlashAttentionScore", "GroupedMatmul", "RmsNorm", "RotaryPositionEmbedding", "Swiglu", "ScatterUpdate")
@@ -47,8 +56,12 @@ def test_prompt_and_token_graphs_compile_with_fused_kernels(tmp_path: Path) -> N
         text = file.read_text()
         for name in names:
             graph[name] = text.count(f"PrimFunc_{name}(") + text.count(f"= {name}(")
-    common = {"RmsNorm": 2 * LAYERS + 1, "RotaryPositionEmbedding": 2 * LAYERS, "Swiglu": LAYERS,
-              "ScatterUpdate": 2 * LAYERS}  # fmt: skip
+    common = {
+        "RmsNorm": 2 * LAYERS + 1,
+        "RotaryPositionEmbedding": 2 * LAYERS,
+        "Swiglu": LAYERS,
+        "ScatterUpdate": 2 * LAYERS,
+    }
     assert graphs[0] == Counter(common | {"FlashAttentionScore": LAYERS, "GroupedMatmul": 3 * LAYERS})
     # for three tokens turning all weights around would cost more than the products of every expert
     assert graphs[1] == Counter(common | {"FlashAttentionScore": 0, "GroupedMatmul": 0})

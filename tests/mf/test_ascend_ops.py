@@ -27,8 +27,13 @@ from tests.helpers.routing import drop_order, hard_logits
 from tests.helpers.tiny_run import ROOT, config_of, environment
 
 MODEL = "model.model_config"
-SWITCHES = (f"{MODEL}.use_flash_attention", f"{MODEL}.fused_rms_norm", f"{MODEL}.use_fused_rope",
-            f"{MODEL}.use_fused_swiglu", "moe_config.use_fused_ops_topkrouter")  # fmt: skip
+SWITCHES = (
+    f"{MODEL}.use_flash_attention",
+    f"{MODEL}.fused_rms_norm",
+    f"{MODEL}.use_fused_rope",
+    f"{MODEL}.use_fused_swiglu",
+    "moe_config.use_fused_ops_topkrouter",
+)
 HALF = tuple(f"{MODEL}.{name}=float16" for name in ("compute_dtype", "softmax_compute_type", "rotary_dtype"))
 
 
@@ -50,20 +55,44 @@ def compiled(job):
     """Operators of two compiled jobs by name: all kernels with experts over devices, and grouped experts alone."""
     folder = job.folder / "ascend"
     folder.mkdir()
-    sizes = {"data_parallel": 2, "model_parallel": 2, "expert_parallel": 2, "pipeline_stage": 1, "micro_batch_num": 1,
-             "use_seq_parallel": True, "vocab_emb_dp": False}  # fmt: skip
+    sizes = {
+        "data_parallel": 2,
+        "model_parallel": 2,
+        "expert_parallel": 2,
+        "pipeline_stage": 1,
+        "micro_batch_num": 1,
+        "use_seq_parallel": True,
+        "vocab_emb_dp": False,
+    }
     common = ("use_parallel=True", "parallel.enable_alltoall=True")
     fused = switched(job.yaml, True, *common, *(f"parallel_config.{name}={size}" for name, size in sizes.items()))
     sizes |= {"model_parallel": 1, "expert_parallel": 1, "use_seq_parallel": False}
-    grouped = switched(job.yaml, False, *common, "moe_config.use_gmm=True", "moe_config.capacity_factor=-1",
-                       *(f"parallel_config.{name}={size}" for name, size in sizes.items()))  # fmt: skip
+    grouped = switched(
+        job.yaml,
+        False,
+        *common,
+        "moe_config.use_gmm=True",
+        "moe_config.capacity_factor=-1",
+        *(f"parallel_config.{name}={size}" for name, size in sizes.items()),
+    )
     running = {}
     for name, config, devices in (("fused", fused, 4), ("grouped", grouped, 2)):
         (folder / f"{name}.yaml").write_text(dump_yaml(config), encoding="utf-8")
-        command = [sys.executable, str(ROOT / "tools" / "dryrun.py"), "--config", str(folder / f"{name}.yaml"),
-                   "--worker_num", str(devices), "--ranks", "0", "--out", str(folder / name)]  # fmt: skip
-        running[name] = subprocess.Popen(command, env=environment(), text=True, stdout=subprocess.PIPE,
-                                         stderr=subprocess.STDOUT)  # fmt: skip
+        command = [
+            sys.executable,
+            str(ROOT / "tools" / "dryrun.py"),
+            "--config",
+            str(folder / f"{name}.yaml"),
+            "--worker_num",
+            str(devices),
+            "--ranks",
+            "0",
+            "--out",
+            str(folder / name),
+        ]
+        running[name] = subprocess.Popen(
+            command, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
     for name, process in running.items():
         text, _ = process.communicate(timeout=280)
         assert process.returncode == 0, f"{name}: {text[-3000:]}"
@@ -74,9 +103,16 @@ def compiled(job):
 def test_the_compiler_takes_every_kernel_and_its_gradient(compiled):
     operators, layers = compiled["fused"]["operators"], 2
     assert compiled["fused"]["unplanned"] == []
-    expected = {"FlashAttentionScore": layers, "FlashAttentionScoreGrad": layers, "RmsNorm": 2 * layers + 1,
-                "RmsNormGrad": 2 * layers + 1, "RotaryPositionEmbedding": 4 * layers, "Swiglu": layers,
-                "SwigluGrad": layers, "TopKRouter": layers}  # fmt: skip
+    expected = {
+        "FlashAttentionScore": layers,
+        "FlashAttentionScoreGrad": layers,
+        "RmsNorm": 2 * layers + 1,
+        "RmsNormGrad": 2 * layers + 1,
+        "RotaryPositionEmbedding": 4 * layers,
+        "Swiglu": layers,
+        "SwigluGrad": layers,
+        "TopKRouter": layers,
+    }
     assert {name: operators.get(name, 0) for name in expected} == expected
     for name in ("Rsqrt", "Sigmoid", "Sort", "SearchSorted"):  # of the portable norm, gate and slots
         assert name not in operators
@@ -105,8 +141,13 @@ def chosen(config):
 
 
 def test_the_yaml_chooses_the_kernels(job):
-    everything = {"causal_attention": "FlashAttentionOp", "rms_norm": "RmsNormKernel", "rotary": "RotaryKernel",
-                  "swiglu": "SwiGluKernel", "slots": "TopKRouterSlots"}  # fmt: skip
+    everything = {
+        "causal_attention": "FlashAttentionOp",
+        "rms_norm": "RmsNormKernel",
+        "rotary": "RotaryKernel",
+        "swiglu": "SwiGluKernel",
+        "slots": "TopKRouterSlots",
+    }
     assert chosen(switched(job.yaml, True)) == (everything, [])
     assert chosen(switched(job.yaml, False)) == ({}, [])
     grouped = switched(job.yaml, False, "moe_config.use_gmm=True", "moe_config.capacity_factor=-1")
@@ -116,12 +157,18 @@ def test_the_yaml_chooses_the_kernels(job):
     assert chosen(bare)[0] == {"rms_norm": "RmsNormKernel"}  # MindFormers' defaults
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ((f"{MODEL}.compute_dtype=float32",), "use_flash_attention: portable operators instead, FlashAttentionScore takes "
-                                          "float16 and bfloat16, compute_dtype is float32"),
-    ((f"{MODEL}.head_dim=24",), "a multiple of 16 up to 512, not 24"),
-    (("moe_config.capacity_factor=-1",), "use_fused_ops_topkrouter: portable operators instead, TopKRouter needs"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            (f"{MODEL}.compute_dtype=float32",),
+            "use_flash_attention: portable operators instead, FlashAttentionScore takes "
+            "float16 and bfloat16, compute_dtype is float32",
+        ),
+        ((f"{MODEL}.head_dim=24",), "a multiple of 16 up to 512, not 24"),
+        (("moe_config.capacity_factor=-1",), "use_fused_ops_topkrouter: portable operators instead, TopKRouter needs"),
+    ],
+)
 def test_a_kernel_that_does_not_fit_is_replaced_and_named(job, changes, words):
     _, notes = chosen(switched(job.yaml, True, *changes))
     assert len(notes) == 1 and words in notes[0]
@@ -190,8 +237,11 @@ def test_flash_attention_is_causal_attention(length):
 
 
 def test_swiglu_gates_the_first_half():
-    cell = with_formula(ascend.SwiGluKernel(), "swiglu", lambda kernel, x, dim: (
-        ops.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :]))  # fmt: skip
+    cell = with_formula(
+        ascend.SwiGluKernel(),
+        "swiglu",
+        lambda kernel, x, dim: ops.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :],
+    )
     gate, up = normal(2, 3, 8), normal(2, 3, 8, seed=1)
     np.testing.assert_allclose(cell(gate, up).asnumpy(), portable.SwiGluOp()(gate, up).asnumpy(), atol=1e-6)
 
@@ -240,8 +290,14 @@ def topk_router(kernel, index, capacity, experts, drop_type):
 @pytest.mark.parametrize("sequence_order", [True, False], ids=["sdrop", "kdrop"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_topk_router_fills_the_slots_as_sorting_does(sequence_order, bias):
-    moe = MoESpec(num_local_experts=4, num_experts_per_tok=3, capacity_factor=0.7, enable_sdrop=sequence_order,
-                  balance_via_topk_bias=bias, aux_losses=(("expert", 0.1),))  # fmt: skip
+    moe = MoESpec(
+        num_local_experts=4,
+        num_experts_per_tok=3,
+        capacity_factor=0.7,
+        enable_sdrop=sequence_order,
+        balance_via_topk_bias=bias,
+        aux_losses=(("expert", 0.1),),
+    )
     logits = Tensor(hard_logits(9, 4))
     parallel = ParallelSpec(data_parallel=len(logits))
     cell, plain = TopkRouterV2(moe, parallel, slots=ascend.TopKRouterSlots), TopkRouterV2(moe, parallel)

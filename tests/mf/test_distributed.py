@@ -35,8 +35,10 @@ from tests.helpers.tiny_run import BATCH, ROWS, SEQ, STEPS, command, make_job, r
 
 pytestmark = pytest.mark.slow
 
-FIXED = ("--train_dataset.data_loader.shuffle False --runner_wrapper.scale_sense 1.0 --optimizer.weight_decay 0 "
-         "--runner_wrapper.max_grad_norm 0.5")  # fmt: skip
+FIXED = (
+    "--train_dataset.data_loader.shuffle False --runner_wrapper.scale_sense 1.0 --optimizer.weight_decay 0 "
+    "--runner_wrapper.max_grad_norm 0.5"
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +47,15 @@ def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     job = SimpleNamespace(folder=folder, yaml=make_job(folder), start=folder / "start.ckpt")
     write_start(job)
-    job.command = (f"run_mindformer.py --config {job.yaml} --use_parallel True --parallel.parallel_mode 0 --batch_size "
-                   f"{BATCH // 2} {FIXED} --callbacks.1.save_checkpoint_steps 2 --callbacks.2.type "
-                   "MoEDropRateCallback")  # fmt: skip
+    job.command = (
+        f"run_mindformer.py --config {job.yaml} --use_parallel True --parallel.parallel_mode 0 --batch_size "
+        f"{BATCH // 2} {FIXED} --callbacks.1.save_checkpoint_steps 2 --callbacks.2.type "
+        "MoEDropRateCallback"
+    )
     job.fresh = f"{job.command} --load_checkpoint {job.start}"
-    job.from_slices = (f"{job.command} --load_checkpoint slices --auto_trans_ckpt True --src_strategy_path_or_dir "
-                       "strategy")  # fmt: skip
+    job.from_slices = (
+        f"{job.command} --load_checkpoint slices --auto_trans_ckpt True --src_strategy_path_or_dir strategy"
+    )
     text = launch(f"{job.fresh} --output_dir whole", 2, free_port(), "log", "True", 120, cwd=folder)
     assert text.startswith("0\n"), text[-3000:]
     job.rows = rows_of(folder / "whole")
@@ -100,8 +105,10 @@ def slice_weights(job):
 
     arrays = {name: value.asnumpy() for name, value in ms.load_checkpoint(str(job.start)).items()}
     cuts = {name: array.ndim == 3 or "attention.wq" in name for name, array in arrays.items()}
-    rows = {name: {"matrix": [2], "tensor_map": [0 if cuts[name] else -1] + [-1] * (array.ndim - 1)}
-            for name, array in arrays.items()}  # fmt: skip
+    rows = {
+        name: {"matrix": [2], "tensor_map": [0 if cuts[name] else -1] + [-1] * (array.ndim - 1)}
+        for name, array in arrays.items()
+    }
     strategy = write_strategy(job.folder / "strategy" / "ckpt_strategy_rank_0.ckpt", rows)
     write_ranks(job.folder / "slices", cut(read_strategy(strategy), arrays))
 
@@ -127,18 +134,24 @@ def test_every_rank_reports_the_whole_job(pair):
         second = json.loads(line)
         assert all(row[name] == second[name] for name in ("loss", "aux_loss", "global_norm", "expert_load", "dropped"))
         assert (np.array(row["expert_load"]).sum(axis=1) == 2 * BATCH * SEQ).all()  # of both ranks
-    shown = [line.partition("layer: ")[2] for line in (pair.folder / "log" / "worker_1.log").read_text().splitlines()
-             if "of an even load" in line]  # fmt: skip
-    expected = [line for row in pair.rows
-                for line in load_lines(np.array(row["expert_load"]), np.array(row["dropped"]))]  # fmt: skip
+    shown = [
+        line.partition("layer: ")[2]
+        for line in (pair.folder / "log" / "worker_1.log").read_text().splitlines()
+        if "of an even load" in line
+    ]
+    expected = [
+        line for row in pair.rows for line in load_lines(np.array(row["expert_load"]), np.array(row["dropped"]))
+    ]
     assert [f"layer: {line}" for line in shown] == expected
 
 
 def test_ranks_hold_the_same_weights(pair):
     import mindspore as ms
 
-    held = [ms.load_checkpoint(str(next((pair.folder / "whole" / "checkpoint" / f"rank_{rank}").glob("*-2_10.ckpt"))))
-            for rank in range(2)]  # fmt: skip
+    held = [
+        ms.load_checkpoint(str(next((pair.folder / "whole" / "checkpoint" / f"rank_{rank}").glob("*-2_10.ckpt"))))
+        for rank in range(2)
+    ]
     assert set(held[0]) == set(held[1]) and len(held[0]) > 60
     for name, value in held[0].items():
         np.testing.assert_array_equal(value.asnumpy(), held[1][name].asnumpy(), err_msg=name)
@@ -147,8 +160,16 @@ def test_ranks_hold_the_same_weights(pair):
 def test_a_killed_rank_ends_the_job_and_it_resumes_exactly(pair):
     output = pair.folder / "killed"
     slice_weights(pair)
-    process = start(f"{pair.from_slices} --output_dir killed", 2, free_port(), "log_killed", "True", 120,
-                    cwd=pair.folder, log=pair.folder / "out")  # fmt: skip
+    process = start(
+        f"{pair.from_slices} --output_dir killed",
+        2,
+        free_port(),
+        "log_killed",
+        "True",
+        120,
+        cwd=pair.folder,
+        log=pair.folder / "out",
+    )
     try:
         wait_for(lambda: list((output / "checkpoint" / "rank_1").glob("*-1_6.ckpt")), 120, "step 6")
         started = time.time()
@@ -160,8 +181,15 @@ def test_a_killed_rank_ends_the_job_and_it_resumes_exactly(pair):
     assert (output / "transformed_checkpoint" / "slices" / "rank_0" / "checkpoint_0.ckpt").is_file()
     assert "Worker 1 was ended by signal SIGKILL" in text and "log_killed/worker_1.log" in text
     assert len(rows_of(output)) < STEPS
-    text = launch(f"{pair.command} --output_dir killed --resume_training True", 2, free_port(), "log_resumed", "True",
-                  120, cwd=pair.folder)  # fmt: skip
+    text = launch(
+        f"{pair.command} --output_dir killed --resume_training True",
+        2,
+        free_port(),
+        "log_resumed",
+        "True",
+        120,
+        cwd=pair.folder,
+    )
     assert text.startswith("0\n"), text[-3000:]
     resumed = rows_of(output)
     assert [row["step"] for row in resumed] == list(range(1, STEPS + 1))
@@ -177,9 +205,23 @@ def test_two_machines_give_the_same(pair):
     port = free_port()
     with two_machines() as names:
         whole = f"{pair.fresh} --auto_trans_ckpt True --output_dir nodes"  # nothing to transform, which is said
-        nodes = [start(whole, 2, 1, MASTER, port, rank, f"log_node{rank}", "True", 120,
-                       cwd=pair.folder, log=pair.folder / f"out{rank}", namespace=name)
-                 for rank, name in enumerate(names)]  # fmt: skip
+        nodes = [
+            start(
+                whole,
+                2,
+                1,
+                MASTER,
+                port,
+                rank,
+                f"log_node{rank}",
+                "True",
+                120,
+                cwd=pair.folder,
+                log=pair.folder / f"out{rank}",
+                namespace=name,
+            )
+            for rank, name in enumerate(names)
+        ]
         try:
             codes = [node.wait(200) for node in nodes]
         finally:
@@ -194,9 +236,25 @@ def test_two_machines_give_the_same(pair):
 
 def test_use_parallel_in_a_lone_process_is_said_and_runs(pair):
     result = subprocess.run(
-        command(pair.yaml, "--use_parallel", "True", "--parallel.parallel_mode", 0, "--num_samples", 4, "--epochs", 1,
-                "--output_dir", "alone"), cwd=pair.folder, env=launch_environment(), capture_output=True, text=True,
-        check=False)  # fmt: skip
+        command(
+            pair.yaml,
+            "--use_parallel",
+            "True",
+            "--parallel.parallel_mode",
+            0,
+            "--num_samples",
+            4,
+            "--epochs",
+            1,
+            "--output_dir",
+            "alone",
+        ),
+        cwd=pair.folder,
+        env=launch_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     assert "use_parallel becomes False: this process was started alone" in result.stderr
     assert len(rows_of(pair.folder / "alone")) == 1 and ROWS == 40

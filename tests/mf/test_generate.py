@@ -38,12 +38,28 @@ def network(use_past: bool) -> MixtralForCausalLM:
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_seed(3)
     config = MixtralConfig(
-        batch_size=1, seq_length=24, hidden_size=32, num_layers=2, num_heads=4, n_kv_heads=2, vocab_size=120,
-        intermediate_size=48, pad_token_id=PAD, eos_token_id=END, bos_token_id=1, compute_dtype="float32",
-        param_init_type="float32", layernorm_compute_type="float32", softmax_compute_type="float32",
-        rotary_dtype="float32", use_past=use_past, do_sample=False, max_decode_length=24, init_method_std=0.4,
+        batch_size=1,
+        seq_length=24,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        n_kv_heads=2,
+        vocab_size=120,
+        intermediate_size=48,
+        pad_token_id=PAD,
+        eos_token_id=END,
+        bos_token_id=1,
+        compute_dtype="float32",
+        param_init_type="float32",
+        layernorm_compute_type="float32",
+        softmax_compute_type="float32",
+        rotary_dtype="float32",
+        use_past=use_past,
+        do_sample=False,
+        max_decode_length=24,
+        init_method_std=0.4,
         moe_config=MoEConfig(expert_num=4, num_experts_chosen=2, capacity_factor=0.5, routing_policy="TopkRouterV2"),
-    )  # fmt: skip
+    )
     model = MixtralForCausalLM(config)
     generator = np.random.default_rng(0)
     for parameter in model.get_parameters():
@@ -65,8 +81,10 @@ def test_generate_over_a_cache_is_generate() -> None:
         assert all(isinstance(row, np.ndarray) and row.dtype == np.int32 for row in ours)
         assert [row.tolist() for row in ours] == [row.tolist() for row in expected]
     end = int(ours[0][4])
-    assert (cached.generate(PROMPTS[1], streamer=heard, eos_token_id=[end])[0].tolist()
-            == plain.generate(PROMPTS[1], streamer=theirs, eos_token_id=[end])[0].tolist())  # fmt: skip
+    assert (
+        cached.generate(PROMPTS[1], streamer=heard, eos_token_id=[end])[0].tolist()
+        == plain.generate(PROMPTS[1], streamer=theirs, eos_token_id=[end])[0].tolist()
+    )
     assert heard.parts == theirs.parts and heard.ended
     draws = [cached.generate(PROMPTS, do_sample=True, top_k=0, temperature=1.5, seed=seed) for seed in (4, 4, 5)]
     assert [r.tolist() for r in draws[0]] == [r.tolist() for r in draws[1]] != [r.tolist() for r in draws[2]]

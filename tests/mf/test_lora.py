@@ -34,8 +34,14 @@ def tuned(job):
     base = folder / "base.ckpt"
     ms.set_seed(5)
     ms.save_checkpoint(network_of(job), str(base))
-    config = config_of(job.yaml, f"output_dir={folder / 'out'}", "runner_config.epochs=2", f"load_checkpoint={base}",
-                       "lr_schedule.learning_rate=0.02", "callbacks.1.save_checkpoint_steps=5")  # fmt: skip
+    config = config_of(
+        job.yaml,
+        f"output_dir={folder / 'out'}",
+        "runner_config.epochs=2",
+        f"load_checkpoint={base}",
+        "lr_schedule.learning_rate=0.02",
+        "callbacks.1.save_checkpoint_steps=5",
+    )
     run(check_run(with_pet(config), "test").config)
     return base, folder / "out", rows_of(folder / "out")
 
@@ -126,8 +132,13 @@ def test_layers_that_cannot_be_adapted_are_named(job):
         add_lora(network_of(job), LoraSpec(targets=".*w1|.*wq"))
 
 
-@pytest.mark.parametrize(("options", "words"), [(["run_mode=predict"], "merge the adapters into the base first"),
-                                                (["resume_training=True"], "hold the adapters only")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["run_mode=predict"], "merge the adapters into the base first"),
+        (["resume_training=True"], "hold the adapters only"),
+    ],
+)
 def test_what_is_not_built_is_said(job, options, words):
     with pytest.raises(UserError, match=words):
         check_run(with_pet(config_of(job.yaml, *options)), "test")

@@ -49,8 +49,9 @@ class Finalize(nn.Cell):
         """One device has nothing to cut."""
         return self
 
-    def construct(self, rows: Tensor, x1: Tensor, x2: Tensor | None, bias: Tensor, scale: Tensor, place: Tensor,
-                  expert: Tensor) -> Tensor:  # fmt: skip
+    def construct(
+        self, rows: Tensor, x1: Tensor, x2: Tensor | None, bias: Tensor, scale: Tensor, place: Tensor, expert: Tensor
+    ) -> Tensor:
         """As the kernel's inputs."""
         tokens = x1.shape[0]
         for j in range(scale.shape[1]):

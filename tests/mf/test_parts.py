@@ -32,8 +32,17 @@ def config(**changes):
 def test_fp32_state_adam_weight_decay(dtype, decay):
     start, grads = np.array([[0.5, -2.0]], np.float32), np.array([[0.1, -0.3]], np.float32)
     parameter = Parameter(Tensor(start, dtype), name="w")
-    optimizer = build_optim({"type": "FP32StateAdamWeightDecay", "beta1": 0.9, "beta2": 0.95, "eps": 1e-8,
-                             "learning_rate": 0.1, "weight_decay": decay}, {"params": [parameter]})  # fmt: skip
+    optimizer = build_optim(
+        {
+            "type": "FP32StateAdamWeightDecay",
+            "beta1": 0.9,
+            "beta2": 0.95,
+            "eps": 1e-8,
+            "learning_rate": 0.1,
+            "weight_decay": decay,
+        },
+        {"params": [parameter]},
+    )
     assert optimizer.moments1[0].dtype == ms.float32 and optimizer.moments2[0].name == "adam_v.w"
     weight, m, v = start.astype(np.float64), 0.0, 0.0
     for step in range(1, 4):
@@ -47,8 +56,10 @@ def test_fp32_state_adam_weight_decay(dtype, decay):
 
 def test_fp32_state_adam_weight_decay_refuses_wrong_values():
     with pytest.raises(UserError, match=r"beta1=1.5.*\n.*eps=0"):
-        build_optim({"type": "FP32StateAdamWeightDecay", "beta1": 1.5, "eps": 0.0},
-                    {"params": [Parameter(Tensor([1.0]), name="w")]})  # fmt: skip
+        build_optim(
+            {"type": "FP32StateAdamWeightDecay", "beta1": 1.5, "eps": 0.0},
+            {"params": [Parameter(Tensor([1.0]), name="w")]},
+        )
 
 
 def test_an_older_yaml_becomes_ours_and_stays_as_it_was():
@@ -64,8 +75,10 @@ def test_an_older_yaml_becomes_ours_and_stays_as_it_was():
     assert len([note for note in notes if "num_parallel_workers" not in note]) == 6
 
 
-@pytest.mark.parametrize(("device", "arch"), [("CPU", "PortableLlamaForCausalLM"), ("GPU", "PortableLlamaForCausalLM"),
-                                              ("Ascend", "LlamaForCausalLM")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("device", "arch"),
+    [("CPU", "PortableLlamaForCausalLM"), ("GPU", "PortableLlamaForCausalLM"), ("Ascend", "LlamaForCausalLM")],
+)
 def test_a_dense_yaml_is_left_to_mindformers_where_that_runs(device, arch):
     result, notes = upgrade(config(moe_config=None), device)
     assert result["model"]["arch"]["type"] == arch
@@ -80,8 +93,9 @@ def plain_network(**changes):
     full = MindFormerConfig(**config(**changes))
     full.model.model_config.type, full.model.arch.type = "MixtralConfig", "MixtralForCausalLM"
     build_parallel_config(full)
-    return build_network(full.model, default_args={"parallel_config": full.parallel_config,
-                                                   "moe_config": full.moe_config})  # fmt: skip
+    return build_network(
+        full.model, default_args={"parallel_config": full.parallel_config, "moe_config": full.moe_config}
+    )
 
 
 def test_a_plain_mindformers_run_builds_the_same_network():
@@ -120,8 +134,10 @@ def test_the_bias_goes_against_the_load():
 
 def test_the_load_of_experts_is_shown_per_layer():
     lines = load_lines(np.array([[6.0, 2.0, 0.0, 8.0], [4.0, 4.0, 4.0, 4.0]]), np.array([0.25, 0.0]))
-    assert lines == ["layer: 0, drop_rate: 0.25000, fullest expert: 3 (2.00 of an even load), emptiest: 2 (0.00)",
-                     "layer: 1, drop_rate: 0.00000, fullest expert: 0 (1.00 of an even load), emptiest: 0 (1.00)"]
+    assert lines == [
+        "layer: 0, drop_rate: 0.25000, fullest expert: 3 (2.00 of an even load), emptiest: 2 (0.00)",
+        "layer: 1, drop_rate: 0.00000, fullest expert: 0 (1.00 of an even load), emptiest: 0 (1.00)",
+    ]
 
 
 def test_callbacks_are_ours_only_inside():
@@ -136,8 +152,17 @@ def test_callbacks_are_ours_only_inside():
 
 
 def test_a_resumed_metrics_file_reads_as_one_run(tmp_path):
-    outputs = (Tensor(1.5), Tensor(False), Tensor(2.0), Tensor(0.1), Tensor(0.5), Tensor(1.25), Tensor(0.25),
-               Tensor([[3.0, 1.0]]), Tensor([0.5]))  # fmt: skip
+    outputs = (
+        Tensor(1.5),
+        Tensor(False),
+        Tensor(2.0),
+        Tensor(0.1),
+        Tensor(0.5),
+        Tensor(1.25),
+        Tensor(0.25),
+        Tensor([[3.0, 1.0]]),
+        Tensor([0.5]),
+    )
     first = MetricsFile(str(tmp_path), 0, 0)
     for step in range(1, 6):
         first.append(record_of(outputs, step, 1, 0.5, 100))

@@ -69,8 +69,14 @@ def test_tensorboard_and_checkpoints_are_written(trained):
 
 def test_the_log_names_what_the_upgrade_did(trained):
     log = "".join(path.read_text() for path in trained.folder.rglob("info.log"))
-    for words in ("LlamaForCausalLM becomes MixtralForCausalLM", "PortableTrainOneStepCell", "lm_loss: ", "drop_rate: ",
-                  "tokens/s: ", "sink_mode becomes False"):  # fmt: skip
+    for words in (
+        "LlamaForCausalLM becomes MixtralForCausalLM",
+        "PortableTrainOneStepCell",
+        "lm_loss: ",
+        "drop_rate: ",
+        "tokens/s: ",
+        "sink_mode becomes False",
+    ):
         assert words in log
 
 
@@ -87,15 +93,24 @@ def test_eval_counts_only_labelled_tokens(trained, reference):
     labels = rows.copy()
     labels[:, :20] = -100
     data = write_rows(trained.folder / "labelled.mindrecord", rows, labels=labels)
-    result = evaluated(trained, f"eval_dataset.data_loader.dataset_dir={data}",
-                       "eval_dataset.input_columns=[input_ids, labels]")  # fmt: skip
+    result = evaluated(
+        trained, f"eval_dataset.data_loader.dataset_dir={data}", "eval_dataset.input_columns=[input_ids, labels]"
+    )
     assert result == pytest.approx(reference(rows, (labels[:, 1:] != -100).astype(float)), abs=2e-5)
 
 
 def evaluated(trained, *options):
     """The loss that eval gives; batches of 8, so that one batch is all rows."""
-    result = run(config_of(trained.yaml, "run_mode=eval", f"output_dir={trained.folder / 'eval'}",
-                           f"load_checkpoint={newest(trained)}", "runner_config.batch_size=8", *options))  # fmt: skip
+    result = run(
+        config_of(
+            trained.yaml,
+            "run_mode=eval",
+            f"output_dir={trained.folder / 'eval'}",
+            f"load_checkpoint={newest(trained)}",
+            "runner_config.batch_size=8",
+            *options,
+        )
+    )
     assert result == json.loads((trained.folder / "eval" / "eval.json").read_text())
     return result["PerplexityMetric"]["loss"]
 
@@ -105,8 +120,13 @@ def test_a_prompt_s_answer_does_not_depend_on_the_batch(trained, monkeypatch):
     prompts = ["def main", "import numpy as np, and more words", "x"]
 
     def answers(data, batch):
-        config = config_of(trained.yaml, "run_mode=predict", f"output_dir={trained.folder / 'predict'}",
-                           f"load_checkpoint={newest(trained)}", f"predict_batch_size={batch}")  # fmt: skip
+        config = config_of(
+            trained.yaml,
+            "run_mode=predict",
+            f"output_dir={trained.folder / 'predict'}",
+            f"load_checkpoint={newest(trained)}",
+            f"predict_batch_size={batch}",
+        )
         return [text for item in run(config | {"input_data": data}) for text in item["text_generation_text"]]
 
     together = answers(prompts, 3)
@@ -118,19 +138,33 @@ def test_a_prompt_s_answer_does_not_depend_on_the_batch(trained, monkeypatch):
 
 def test_sampling_runs_where_mindspore_has_no_top_k(trained, monkeypatch):
     monkeypatch.chdir(trained.folder)
-    config = config_of(trained.yaml, "run_mode=predict", f"output_dir={trained.folder / 'sampled'}",
-                       f"load_checkpoint={newest(trained)}", "model.model_config.do_sample=True",
-                       "model.model_config.top_k=3", "model.model_config.top_p=0.9")  # fmt: skip
+    config = config_of(
+        trained.yaml,
+        "run_mode=predict",
+        f"output_dir={trained.folder / 'sampled'}",
+        f"load_checkpoint={newest(trained)}",
+        "model.model_config.do_sample=True",
+        "model.model_config.top_k=3",
+        "model.model_config.top_p=0.9",
+    )
     (answer,) = run(config | {"input_data": ["import numpy"]})
     assert answer["text_generation_text"][0].startswith("import numpy")
 
 
 def test_the_bias_moves_and_balances(job):
     output = job.folder / "biased"
-    run(config_of(job.yaml, f"output_dir={output}", "moe_config.balance_via_topk_bias=True",
-                  "moe_config.topk_bias_update_rate=0.001", "moe_config.aux_loss_factor=0",
-                  "callbacks=[{type: MFLossMonitor}, {type: TopkBiasBalanceCallback}, {type: CheckpointMonitor, "
-                  "prefix: b, save_checkpoint_steps: 100}]", "runner_config.epochs=1"))  # fmt: skip
+    run(
+        config_of(
+            job.yaml,
+            f"output_dir={output}",
+            "moe_config.balance_via_topk_bias=True",
+            "moe_config.topk_bias_update_rate=0.001",
+            "moe_config.aux_loss_factor=0",
+            "callbacks=[{type: MFLossMonitor}, {type: TopkBiasBalanceCallback}, {type: CheckpointMonitor, "
+            "prefix: b, save_checkpoint_steps: 100}]",
+            "runner_config.epochs=1",
+        )
+    )
     rows = rows_of(output)
     held = ms.load_checkpoint(str(checkpoint_file(output / "checkpoint")))
     for layer in range(2):
@@ -146,9 +180,16 @@ def test_the_bias_moves_and_balances(job):
 
 def test_accumulation_sees_each_row_once(job):
     output = job.folder / "accumulated"
-    run(config_of(job.yaml, f"output_dir={output}", "runner_config.gradient_accumulation_steps=2",
-                  "runner_config.epochs=1", "callbacks=[{type: MFLossMonitor}]",
-                  "optimizer={type: FP32StateAdamWeightDecay, beta1: 0.9, beta2: 0.95, eps: 1.e-8}"))  # fmt: skip
+    run(
+        config_of(
+            job.yaml,
+            f"output_dir={output}",
+            "runner_config.gradient_accumulation_steps=2",
+            "runner_config.epochs=1",
+            "callbacks=[{type: MFLossMonitor}]",
+            "optimizer={type: FP32StateAdamWeightDecay, beta1: 0.9, beta2: 0.95, eps: 1.e-8}",
+        )
+    )
     rows = rows_of(output)
     assert len(rows) == STEPS // 4
     assert all(np.sum(row["expert_load"]) == 2 * 2 * 2 * BATCH * SEQ for row in rows)

@@ -21,9 +21,20 @@ ROOT = Path(__file__).resolve().parents[2]
 RESEARCH = sorted((ROOT / "research").rglob("*.yaml"))
 # Files that describe a run; recipes for merging and the like have tests of their own
 RUNS = [path for path in [*sorted((ROOT / "configs").rglob("*.yaml")), *RESEARCH] if "run_mode:" in path.read_text()]
-TINY = {"hidden_size": "64", "intermediate_size": "96", "num_layers": "2", "num_heads": "8", "n_kv_heads": "8",
-        "vocab_size": "128", "seq_length": "32", "max_position_embedding": "null", "compute_dtype": "float32",
-        "param_init_type": "float32", "rotary_dtype": "float32", "softmax_compute_type": "float32"}  # fmt: skip
+TINY = {
+    "hidden_size": "64",
+    "intermediate_size": "96",
+    "num_layers": "2",
+    "num_heads": "8",
+    "n_kv_heads": "8",
+    "vocab_size": "128",
+    "seq_length": "32",
+    "max_position_embedding": "null",
+    "compute_dtype": "float32",
+    "param_init_type": "float32",
+    "rotary_dtype": "float32",
+    "softmax_compute_type": "float32",
+}
 
 
 def devices_of(config):
@@ -39,15 +50,23 @@ def name_of(path):
 def test_the_files_of_the_seed_are_there():
     names = {path.name for path in RESEARCH}
     for size in ("8x7b", "8x22b"):
-        for name in ("pretrain_mixtral-{}.yaml", "pretrain_mixtral-{}_32k.yaml", "finetune_mixtral-{}.yaml",
-                     "finetune_lora_mixtral-{}.yaml", "predict_mixtral-{}.yaml"):  # fmt: skip
+        for name in (
+            "pretrain_mixtral-{}.yaml",
+            "pretrain_mixtral-{}_32k.yaml",
+            "finetune_mixtral-{}.yaml",
+            "finetune_lora_mixtral-{}.yaml",
+            "predict_mixtral-{}.yaml",
+        ):
             assert name.format(size) in names
 
 
 @pytest.mark.parametrize("path", RESEARCH, ids=name_of)
 def test_every_key_is_explained(path):
-    bare = [line for line in path.read_text(encoding="utf-8").splitlines()
-            if line.strip() and not re.search(r":( &\w+)?$", line) and "#" not in line]  # fmt: skip
+    bare = [
+        line
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.strip() and not re.search(r":( &\w+)?$", line) and "#" not in line
+    ]
     assert bare == []
     assert all("default" in line for line in path.read_text(encoding="utf-8").splitlines() if ":  #" in line)
 
@@ -58,8 +77,11 @@ def test_a_file_is_accepted_for_its_devices(path):
     check_sections(config, config["run_mode"])
     spec = network_spec_from_yaml(config, devices_of(config))
     warnings = [*yaml_notes(config), *check_network(spec, config["run_mode"])]
-    expected = ("vocab_emb_dp becomes False", "every model-parallel rank routes the same tokens",
-                "use_fused_ops_topkrouter")  # fmt: skip
+    expected = (
+        "vocab_emb_dp becomes False",
+        "every model-parallel rank routes the same tokens",
+        "use_fused_ops_topkrouter",
+    )
     assert [line for line in warnings if not any(word in line for word in expected)] == []
 
 
@@ -70,8 +92,9 @@ def test_a_network_is_built_from_it(path):
     config, _ = upgrade(apply_overrides(config, pairs), "CPU")
     full = MindFormerConfig(**config)
     build_parallel_config(full)
-    network = build_network(full.model, default_args={"parallel_config": full.parallel_config,
-                                                      "moe_config": full.moe_config})  # fmt: skip
+    network = build_network(
+        full.model, default_args={"parallel_config": full.parallel_config, "moe_config": full.moe_config}
+    )
     shapes = {parameter.name: parameter.shape for parameter in network.get_parameters()}
     experts = (config.get("moe_config") or {}).get("expert_num", 1)
     if experts > 1:
@@ -85,13 +108,20 @@ def test_the_seed_s_numbers():
     pretrain, finetune = (load_yaml(folder / f"{kind}_mixtral-8x7b.yaml") for kind in ("pretrain", "finetune"))
     for config in (pretrain, finetune):
         sizes = config["parallel_config"]
-        assert [sizes[name] for name in ("data_parallel", "model_parallel", "expert_parallel", "pipeline_stage",
-                                         "micro_batch_num")] == [8, 1, 8, 2, 16]  # fmt: skip
+        assert [
+            sizes[name]
+            for name in ("data_parallel", "model_parallel", "expert_parallel", "pipeline_stage", "micro_batch_num")
+        ] == [8, 1, 8, 2, 16]
         assert not sizes["use_seq_parallel"] and sizes["vocab_emb_dp"] and sizes["gradient_aggregation_group"] == 4
         moe = config["moe_config"]
         assert (moe["capacity_factor"], moe["aux_loss_factor"], moe["enable_sdrop"]) == (1.1, 0.05, True)
-    assert finetune["optimizer"] == {"type": "FP32StateAdamWeightDecay", "beta1": 0.9, "beta2": 0.95, "eps": 1e-8,
-                                     "learning_rate": 3e-4}  # fmt: skip
+    assert finetune["optimizer"] == {
+        "type": "FP32StateAdamWeightDecay",
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "eps": 1e-8,
+        "learning_rate": 3e-4,
+    }
     schedule = finetune["lr_schedule"]
     assert (schedule["learning_rate"], schedule["lr_end"], schedule["warmup_ratio"]) == (1e-5, 0, 0.03)
     assert finetune["train_dataset"]["input_columns"] == ["input_ids", "labels"]

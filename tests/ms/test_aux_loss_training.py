@@ -17,8 +17,17 @@ from mindformers_ext.ms.optim import FusedAdamW
 from mindformers_ext.ms.step import LossNetwork, TrainStepCell
 
 MOE = MoESpec(num_local_experts=8, num_experts_per_tok=2, capacity_factor=1.5, enable_sdrop=True)
-MODEL = ModelSpec(vocab_size=200, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-                  num_key_value_heads=1, head_dim=8, pad_token_id=-1, moe=MOE)  # fmt: skip
+MODEL = ModelSpec(
+    vocab_size=200,
+    hidden_size=32,
+    intermediate_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    pad_token_id=-1,
+    moe=MOE,
+)
 LENGTH, BATCH, STEPS = 16, 8, 100
 GATES = [f"model.layers.{layer}.feed_forward.router.dense.weight" for layer in range(2)]
 
@@ -89,9 +98,12 @@ def test_a_factor_of_a_twentieth_balances_the_load() -> None:
     start = variation(free[0][0])
     np.testing.assert_array_equal(balanced[0][0], free[0][0])  # the same skewed start
     ends = [variation(load[-10:]).mean(0) for load, _, _ in (free, balanced)]
-    print(f"\nvariation of the load per layer at the start {start.round(3)}; mean of the last 10 of {STEPS} steps: "
-          f"{ends[0].round(3)} without auxiliary loss, {ends[1].round(3)} with factor 0.05; LM loss "
-          f"{free[1][0]:.3f} -> {free[1][-10:].mean():.3f} and {balanced[1][-10:].mean():.3f}", end="")  # fmt: skip
+    print(
+        f"\nvariation of the load per layer at the start {start.round(3)}; mean of the last 10 of {STEPS} steps: "
+        f"{ends[0].round(3)} without auxiliary loss, {ends[1].round(3)} with factor 0.05; LM loss "
+        f"{free[1][0]:.3f} -> {free[1][-10:].mean():.3f} and {balanced[1][-10:].mean():.3f}",
+        end="",
+    )
     assert (start > 0.8).all()
     assert (ends[1] <= ends[0] * 2 / 3).all()
     for _, lm_loss, _ in (free, balanced):

@@ -20,10 +20,16 @@ from mindformers_ext.weights.convert import rule_set
 
 PAD = 3
 MODEL = ModelSpec(
-    vocab_size=29, hidden_size=16, intermediate_size=12, num_hidden_layers=1, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=4, pad_token_id=PAD,
+    vocab_size=29,
+    hidden_size=16,
+    intermediate_size=12,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+    pad_token_id=PAD,
     moe=MoESpec(num_local_experts=3, num_experts_per_tok=2, capacity_factor=0.0, aux_losses=(("expert", 0.1),)),
-)  # fmt: skip
+)
 IDS = np.asarray([[5, 8, PAD, 2, 9, 1, 7, 4, 6], [8, 1, 4, 28, 0, 11, PAD, PAD, PAD]], np.int32)
 LABELS = np.asarray([[-100, -100, 7, 2, 9, 1, -100, 4, 6], [-100] * 9], np.int32)
 

@@ -12,10 +12,20 @@ from mindformers_ext.formats.ms_file import CheckpointMeta, open_checkpoint, ope
 from mindformers_ext.formats.tensors import MappingReader
 
 KINDS = {
-    "float64": ms.float64, "float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16, "int64": ms.int64,
-    "int32": ms.int32, "int16": ms.int16, "int8": ms.int8, "uint64": ms.uint64, "uint32": ms.uint32,
-    "uint16": ms.uint16, "uint8": ms.uint8, "bool": ms.bool_,
-}  # fmt: skip
+    "float64": ms.float64,
+    "float32": ms.float32,
+    "float16": ms.float16,
+    "bfloat16": ms.bfloat16,
+    "int64": ms.int64,
+    "int32": ms.int32,
+    "int16": ms.int16,
+    "int8": ms.int8,
+    "uint64": ms.uint64,
+    "uint32": ms.uint32,
+    "uint16": ms.uint16,
+    "uint8": ms.uint8,
+    "bool": ms.bool_,
+}
 
 
 def numpy_type(name):
@@ -102,8 +112,13 @@ def test_tensors_that_mindspore_cuts_into_slices(tmp_path, monkeypatch):
 def test_a_training_checkpoint_with_counters_and_words(tmp_path):
     net = ms.nn.Dense(3, 2)
     path = tmp_path / "x.ckpt"
-    extra = {"epoch_num": 4, "step_num": 17, "global_step": ms.Tensor([17], ms.int32), "loss_scale": 65536.0,
-             "remark": "text of any length"}  # fmt: skip
+    extra = {
+        "epoch_num": 4,
+        "step_num": 17,
+        "global_step": ms.Tensor([17], ms.int32),
+        "loss_scale": 65536.0,
+        "remark": "text of any length",
+    }
     ms.save_checkpoint(net, str(path), append_dict=extra)
     reader = CkptFile(path)
     assert_same(reader.read("weight"), net.weight.asnumpy())
@@ -114,8 +129,11 @@ def test_a_training_checkpoint_with_counters_and_words(tmp_path):
 
 def test_mindspore_reads_our_safetensors_and_we_read_its(tmp_path):
     meta = CheckpointMeta(config={"model_type": "llama"}, dtype="mixed", source="here")
-    arrays = {f"{kind}.{name}": array for kind in ("float32", "float16", "bfloat16", "int32", "bool")
-              for name, array in arrays_of(kind).items()}  # fmt: skip
+    arrays = {
+        f"{kind}.{name}": array
+        for kind in ("float32", "float16", "bfloat16", "int32", "bool")
+        for name, array in arrays_of(kind).items()
+    }
     path = tmp_path / "x.safetensors"
     with open_writer(path, path.suffix, list(MappingReader(arrays).infos.values()), meta) as writer:
         for name, array in arrays.items():

@@ -68,8 +68,12 @@ def loads() -> dict[str, tuple[np.ndarray, dict[str, np.ndarray]]]:
     positive = np.abs(random_rows(8)) + 0.1
     one_way[GATE][:] = np.array([0.0, -3.0, 2.0, 3.0, -2.0])[:, None]
     idle[GATE][2:] = -9.0
-    return {"ordinary": (random_rows(1), ordinary), "all to two": (positive, one_way), "three idle": (positive, idle),
-            "one token": (random_rows(2, 1), ordinary)}  # fmt: skip
+    return {
+        "ordinary": (random_rows(1), ordinary),
+        "all to two": (positive, one_way),
+        "three idle": (positive, idle),
+        "one token": (random_rows(2, 1), ordinary),
+    }
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -124,7 +128,12 @@ def test_the_cheapest_form_is_chosen() -> None:
     ms.set_context(mode=ms.GRAPH_MODE)
     cell = layer(MoESpec(num_local_experts=8, num_experts_per_tok=2), random_weights(8))
     assert [type(dropless(cell, tokens)) for tokens in (1, 2, 32, 33, 4096)] == [
-        ChosenExperts, EveryExpert, EveryExpert, SlicedExperts, SlicedExperts]  # fmt: skip
+        ChosenExperts,
+        EveryExpert,
+        EveryExpert,
+        SlicedExperts,
+        SlicedExperts,
+    ]
     grouped = MoESpec(num_local_experts=4, num_experts_per_tok=2, use_gmm=True, capacity_factor=0.0)
     cell = layer(grouped, random_weights(4))
     assert [type(dropless(cell, tokens)) for tokens in (1, 40)] == [EveryExpert, SortedRows]

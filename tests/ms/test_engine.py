@@ -14,9 +14,15 @@ from mindformers_ext.jobs.engine.door import Network, open_engine
 from mindformers_ext.weights.convert import rule_set
 
 MODEL = ModelSpec(
-    vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-    num_key_value_heads=1, head_dim=8, moe=MoESpec(num_local_experts=3, num_experts_per_tok=2, capacity_factor=0.0),
-)  # fmt: skip
+    vocab_size=61,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    moe=MoESpec(num_local_experts=3, num_experts_per_tok=2, capacity_factor=0.0),
+)
 
 
 def weights(seed: int) -> dict[str, np.ndarray]:

@@ -73,8 +73,12 @@ def test_the_reader_without_mindspore_reads_the_same(tmp_path: Path, fields: tup
 
     generator = np.random.default_rng(1)
     edges = [-128, 127, -129, 128, 32767, -32768, 32768, -32769, 2**31 - 1, -(2**31), 0]
-    rows = [{name: generator.integers(-100, high, length, dtype=np.int32) for name in fields}
-            for length in (1, 3, 4, 9, 130) for high in (100, 40_000, 2_000_000) for _ in range(60)]  # fmt: skip
+    rows = [
+        {name: generator.integers(-100, high, length, dtype=np.int32) for name in fields}
+        for length in (1, 3, 4, 9, 130)
+        for high in (100, 40_000, 2_000_000)
+        for _ in range(60)
+    ]
     rows[5][fields[0]] = np.array(edges, np.int32)
     path = tmp_path / "rows.mindrecord"
     writer = FileWriter(str(path), shard_num=1)

@@ -92,8 +92,12 @@ def test_groups_are_separate_runs(mode: str, factor: float, sdrop: bool) -> None
     parts = [one(X[i : i + 6], WEIGHT[i : i + 6]) for i in range(0, TOKENS, 6)]
     gradients = {name: sum(part.gradients[name] for part in parts) for name in weights}
     gradients["x"] = np.concatenate([part.gradients["x"] for part in parts])
-    alone = Result(np.concatenate([part.output for part in parts]), gradients, sum(part.load for part in parts),
-                   float(np.mean([part.dropped for part in parts])))  # fmt: skip
+    alone = Result(
+        np.concatenate([part.output for part in parts]),
+        gradients,
+        sum(part.load for part in parts),
+        float(np.mean([part.dropped for part in parts])),
+    )
     assert_close(together, alone, atol=1e-5)
     assert (together.dropped > 0) == (factor > 0)
 

@@ -47,9 +47,12 @@ def assert_near(found: np.ndarray, expected: np.ndarray, tolerance: float, what:
 
 
 def check(
-    operator: nn.Cell, plain: Callable[..., torch.Tensor], inputs: Sequence[np.ndarray], dtype: ms.Type = ms.float32,
+    operator: nn.Cell,
+    plain: Callable[..., torch.Tensor],
+    inputs: Sequence[np.ndarray],
+    dtype: ms.Type = ms.float32,
     constants: Sequence[Tensor] = (),
-) -> None:  # fmt: skip
+) -> None:
     """Output and the gradient of every input, in the input's type; ``constants`` follow the inputs and have none."""
     tensors = [Tensor(each).astype(dtype) for each in inputs]
     leaves = [torch.from_numpy(t.asnumpy().astype(np.float64)).requires_grad_() for t in tensors]
@@ -279,7 +282,8 @@ def test_losses_that_are_off_are_exactly_zero() -> None:
     moe = MoESpec(num_local_experts=4, num_experts_per_tok=2, aux_losses=(("expert", 0.0),))
     logits = Tensor(normal(1, 3, 4, scale=1e30))  # squares overflow: nothing may compute and multiply by 0
     loss = AuxiliaryLoss(moe)
-    value, gradient = ms.value_and_grad(loss, 0)(logits, Tensor(np.full((1, 3, 4), 0.25, np.float32)),
-                                                 Tensor(np.ones((1, 4), np.float32)))  # fmt: skip
+    value, gradient = ms.value_and_grad(loss, 0)(
+        logits, Tensor(np.full((1, 3, 4), 0.25, np.float32)), Tensor(np.ones((1, 4), np.float32))
+    )
     assert value.asnumpy() == 0
     np.testing.assert_array_equal(gradient.asnumpy(), 0.0)

@@ -31,9 +31,13 @@ def theirs(tmp_path, source, target, src=None, dst=None, **options):
     import mindspore as ms
 
     ms.transform_checkpoints(
-        str(source), str(target), "mixtral_", src and str(merged(tmp_path, src)), dst and str(merged(tmp_path, dst)),
+        str(source),
+        str(target),
+        "mixtral_",
+        src and str(merged(tmp_path, src)),
+        dst and str(merged(tmp_path, dst)),
         **options,
-    )  # fmt: skip
+    )
 
 
 def ours(source, target, src=None, dst=None, *words):
@@ -52,8 +56,13 @@ def _whole_slices(monkeypatch):
     from mindspore.parallel import transform_safetensors as module
 
     save = module.save_file
-    monkeypatch.setattr(module, "save_file", lambda arrays, *rest, **options: save(
-        {name: np.ascontiguousarray(array) for name, array in arrays.items()}, *rest, **options))  # fmt: skip
+    monkeypatch.setattr(
+        module,
+        "save_file",
+        lambda arrays, *rest, **options: save(
+            {name: np.ascontiguousarray(array) for name, array in arrays.items()}, *rest, **options
+        ),
+    )
 
 
 def held(folder):
@@ -68,7 +77,8 @@ def held(folder):
 
 def assert_equal_files(left, right):
     assert {path.relative_to(left) for path in left.rglob("*.*")} == {
-        path.relative_to(right) for path in right.rglob("*.*")}  # fmt: skip
+        path.relative_to(right) for path in right.rglob("*.*")
+    }
     ours_held, theirs_held = held(left), held(right)
     for rank, arrays in theirs_held.items():
         assert ours_held[rank].keys() == arrays.keys(), rank
@@ -184,8 +194,10 @@ def test_every_layout_of_two_axes_is_cut_as_mindspore_cuts_it(tmp_path):
     rows = write_zoo(tmp_path / "s.ckpt")
     layouts = read_strategy(tmp_path / "s.ckpt").stages[0]
     assert len(rows) == len(layouts) > 150
-    arrays = {f"p{number}": np.arange(number, number + 64 * 16, dtype=np.float32).reshape(64, 16)
-              for number in range(len(rows))}  # fmt: skip
+    arrays = {
+        f"p{number}": np.arange(number, number + 64 * 16, dtype=np.float32).reshape(64, 16)
+        for number in range(len(rows))
+    }
     write_file(tmp_path / "whole" / "rank_0" / "x.ckpt", arrays)
     import mindspore as ms
 

@@ -161,8 +161,17 @@ def assert_equal(found: Routing, expected: Routing) -> None:
 def test_twin_with_groups_of_experts_and_a_bias(method: str, sdrop: bool) -> None:
     """The bias is negative somewhere: an expert outside the best groups is not chosen even then."""
     ms.set_context(mode=ms.PYNATIVE_MODE)
-    moe = MoESpec(num_local_experts=8, num_experts_per_tok=3, capacity_factor=1.0, enable_sdrop=sdrop, n_group=4,
-                  topk_group=2, topk_method=method, use_gating_sigmoid=True, balance_via_topk_bias=True)  # fmt: skip
+    moe = MoESpec(
+        num_local_experts=8,
+        num_experts_per_tok=3,
+        capacity_factor=1.0,
+        enable_sdrop=sdrop,
+        n_group=4,
+        topk_group=2,
+        topk_method=method,
+        use_gating_sigmoid=True,
+        balance_via_topk_bias=True,
+    )
     generator = np.random.default_rng(2)
     logits = generator.normal(size=(2, 20, 8)).astype(np.float32)
     bias = generator.uniform(-1.5, 0.2, 8).astype(np.float32)
@@ -235,8 +244,9 @@ def test_positions_are_exact_where_float32_is_not(experts: int) -> None:
 
 def test_a_whole_router_on_300_000_assignments() -> None:
     """Kept, dropped and their order at a size where a float32 count of slots would be the reference's limit."""
-    moe = MoESpec(num_local_experts=64, num_experts_per_tok=3, capacity_factor=1.0, enable_sdrop=True,
-                  max_router_load=300_000)  # fmt: skip
+    moe = MoESpec(
+        num_local_experts=64, num_experts_per_tok=3, capacity_factor=1.0, enable_sdrop=True, max_router_load=300_000
+    )
     logits = np.random.default_rng(1).normal(size=(1, 100_000, 64)).astype(np.float32)
     found = run(moe, logits)
     place, load = found.combine % (found.capacity + 1), found.load.astype(np.int64)

@@ -12,8 +12,16 @@ from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec
 from mindformers_ext.ms.models import build_causal_lm
 from mindformers_ext.ms.step import LossNetwork, StepOutput, TrainStepCell, step_state
 
-MODEL = ModelSpec(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-                  num_key_value_heads=1, head_dim=8, pad_token_id=0)  # fmt: skip
+MODEL = ModelSpec(
+    vocab_size=50,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    pad_token_id=0,
+)
 MOE = replace(MODEL, moe=MoESpec(num_local_experts=4, num_experts_per_tok=2, aux_losses=(("expert", 0.05),)))
 IDS = np.random.default_rng(0).integers(1, 50, (4, 9)).astype(np.int32)
 

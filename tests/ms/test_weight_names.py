@@ -14,8 +14,17 @@ from mindformers_ext.weights.convert import rule_set
 
 def spec_of(experts, tied, bias=False):
     moe = MoESpec(num_local_experts=experts, num_experts_per_tok=2, balance_via_topk_bias=bias) if experts else None
-    return ModelSpec(vocab_size=20, hidden_size=12, intermediate_size=10, num_hidden_layers=2, num_attention_heads=6,
-                     num_key_value_heads=3, head_dim=4, tie_word_embeddings=tied, moe=moe)  # fmt: skip
+    return ModelSpec(
+        vocab_size=20,
+        hidden_size=12,
+        intermediate_size=10,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=4,
+        tie_word_embeddings=tied,
+        moe=moe,
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])

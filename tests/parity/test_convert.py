@@ -19,15 +19,43 @@ from mindformers_ext.weights.layouts import Layout
 from tests.helpers.parity import Case, reference_model
 
 CASES = {
-    "8 experts": Case("", heads=4, kv_heads=2, hidden=32, head_dim=8, ffn=48, vocab=101, seq_length=12, tied=False,
-                      experts=8, chosen=2),
-    "12 experts, tied": Case("", heads=6, kv_heads=3, hidden=36, head_dim=6, ffn=24, vocab=64, seq_length=12, tied=True,
-                             experts=12, chosen=3, std=0.25),
+    "8 experts": Case(
+        "",
+        heads=4,
+        kv_heads=2,
+        hidden=32,
+        head_dim=8,
+        ffn=48,
+        vocab=101,
+        seq_length=12,
+        tied=False,
+        experts=8,
+        chosen=2,
+    ),
+    "12 experts, tied": Case(
+        "",
+        heads=6,
+        kv_heads=3,
+        hidden=36,
+        head_dim=6,
+        ffn=24,
+        vocab=64,
+        seq_length=12,
+        tied=True,
+        experts=12,
+        chosen=3,
+        std=0.25,
+    ),
     "dense": Case("", heads=4, kv_heads=1, hidden=36, head_dim=10, ffn=40, vocab=64, seq_length=12, tied=False),
-}  # fmt: skip
-RUNS = [("8 experts", Layout(), ".ckpt", None), ("8 experts", Layout("gmm", True), ".ckpt", "100KB"),
-        ("12 experts, tied", Layout("gmm"), ".safetensors", None), ("12 experts, tied", Layout(), ".ckpt", "100KB"),
-        ("dense", Layout("dense", True), ".ckpt", None), ("dense", Layout(), ".safetensors", "30KB")]  # fmt: skip
+}
+RUNS = [
+    ("8 experts", Layout(), ".ckpt", None),
+    ("8 experts", Layout("gmm", True), ".ckpt", "100KB"),
+    ("12 experts, tied", Layout("gmm"), ".safetensors", None),
+    ("12 experts, tied", Layout(), ".ckpt", "100KB"),
+    ("dense", Layout("dense", True), ".ckpt", None),
+    ("dense", Layout(), ".safetensors", "30KB"),
+]
 
 
 def numpy_of(parameter: ms.Parameter) -> np.ndarray:
@@ -43,8 +71,16 @@ def test_their_judges_take_them(name, layout, suffix, shard, tmp_path):
     model = reference_model(CASES[name])
     model.save_pretrained(tmp_path / "hf", max_shard_size=shard or "5GB")
     out, back = tmp_path / f"m{suffix}", tmp_path / "back"
-    words = ["--input_path", str(tmp_path / "hf"), "--output_path", str(out), "--qkv_concat", str(layout.qkv_concat),
-             "--use_gmm", str(layout.experts == "gmm")]  # fmt: skip
+    words = [
+        "--input_path",
+        str(tmp_path / "hf"),
+        "--output_path",
+        str(out),
+        "--qkv_concat",
+        str(layout.qkv_concat),
+        "--use_gmm",
+        str(layout.experts == "gmm"),
+    ]
     assert main(words) == 0
 
     loaded = ms.load_checkpoint(str(out), **({"format": "safetensors"} if suffix == ".safetensors" else {}))
@@ -62,8 +98,9 @@ def test_their_judges_take_them(name, layout, suffix, shard, tmp_path):
     assert result.difference <= 1e-4 and result.largest > 0.5
 
     assert main(["--reversed", "--input_path", str(out), "--output_path", str(back) + "/"]) == 0
-    again, report = transformers.AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32,
-                                                                     output_loading_info=True)  # fmt: skip
+    again, report = transformers.AutoModelForCausalLM.from_pretrained(
+        back, dtype=torch.float32, output_loading_info=True
+    )
     assert not any(report.values()), report
     theirs = model.state_dict()
     assert again.state_dict().keys() == theirs.keys()
@@ -74,12 +111,24 @@ def test_their_judges_take_them(name, layout, suffix, shard, tmp_path):
 def test_qkv_concat_is_mindformers_own(heads, kv_heads, head_dim):
     from mindformers.utils.convert_utils import ffn_concat_hf2mg, qkv_concat_hf2mg
 
-    case = Case("", heads=heads, kv_heads=kv_heads, hidden=heads * head_dim, head_dim=head_dim, ffn=20, vocab=16,
-                seq_length=4, tied=False)  # fmt: skip
+    case = Case(
+        "",
+        heads=heads,
+        kv_heads=kv_heads,
+        hidden=heads * head_dim,
+        head_dim=head_dim,
+        ffn=20,
+        vocab=16,
+        seq_length=4,
+        tied=False,
+    )
     rng = np.random.default_rng(2)
     spec = case.model()
-    hf = {name: rng.normal(size=shape).astype(np.float32) for binding in rule_set(spec).bindings
-          for name, shape in binding.hf.items()}  # fmt: skip
+    hf = {
+        name: rng.normal(size=shape).astype(np.float32)
+        for binding in rule_set(spec).bindings
+        for name, shape in binding.hf.items()
+    }
     reader = MappingReader(hf)
     ours = dict(plan_to_mindspore(reader, spec, layout=Layout("dense", True)).run(reader))
     for layer in range(2):

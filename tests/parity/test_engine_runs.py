@@ -23,9 +23,15 @@ pytestmark = pytest.mark.slow
 def run(job: Path, output: Path, *arguments: object) -> subprocess.CompletedProcess:
     """The command on one thread, so that two runs of PyTorch are equal to the last bit."""
     epochs = () if "--epochs" in arguments else ("--epochs", EPOCHS)
-    found = subprocess.run(command(job, "--output_dir", output, *epochs, *arguments), cwd=job.parent,
-                           env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500,
-                           check=False)  # fmt: skip
+    found = subprocess.run(
+        command(job, "--output_dir", output, *epochs, *arguments),
+        cwd=job.parent,
+        env=environment() | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
     assert found.returncode == 0, found.stderr[-3000:]
     return found
 
@@ -55,8 +61,10 @@ def test_the_same_curve(mindspore: Path, pytorch: Path) -> None:
     theirs, ours = rows_of(mindspore), rows_of(pytorch)
     assert len(theirs) == len(ours) == STEPS
     names = ("loss", "lm_loss", "aux_loss", "global_norm", "learning_rate", "loss_scale")
-    worst = {name: max(abs(a[name] - b[name]) / max(abs(a[name]), 1e-12) for a, b in zip(theirs, ours, strict=True))
-             for name in names}  # fmt: skip
+    worst = {
+        name: max(abs(a[name] - b[name]) / max(abs(a[name]), 1e-12) for a, b in zip(theirs, ours, strict=True))
+        for name in names
+    }
     print(f"\nrelative differences over {STEPS} steps: {worst}", end="")
     assert worst["loss"] <= 1e-3 and worst["lm_loss"] <= 1e-3 and worst["aux_loss"] <= 1e-3
     assert worst["learning_rate"] <= 1e-5 and worst["loss_scale"] == 0
@@ -102,18 +110,38 @@ def test_mindspore_reads_a_pytorch_checkpoint_and_both_write_the_same_text(job: 
     texts = {}
     for engine in ("ms", "pt"):
         output = job.parent / f"text_{engine}"
-        run(job, output, "--run_mode", "predict", "--load_checkpoint", pytorch / "checkpoint", "--engine", engine,
-            "--predict_data", "def load", "The", "import", "--max_new_tokens", 20)  # fmt: skip
+        run(
+            job,
+            output,
+            "--run_mode",
+            "predict",
+            "--load_checkpoint",
+            pytorch / "checkpoint",
+            "--engine",
+            engine,
+            "--predict_data",
+            "def load",
+            "The",
+            "import",
+            "--max_new_tokens",
+            20,
+        )
         texts[engine] = (output / "sample.txt").read_text(encoding="utf-8")
     assert texts["ms"] == texts["pt"] and len(texts["pt"]) > 30
 
 
 def test_killed_and_resumed_is_as_if_it_had_not_been(job: Path, pytorch: Path) -> None:
     output = job.parent / "killed"
-    words = command(job, "--output_dir", output, "--epochs", EPOCHS, "--engine", "pt", "--callbacks.1."
-                    "save_checkpoint_steps", 7)  # fmt: skip
-    process = subprocess.Popen(words, cwd=job.parent, env=environment() | {"OMP_NUM_THREADS": "1"},
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    words = command(
+        job, "--output_dir", output, "--epochs", EPOCHS, "--engine", "pt", "--callbacks.1.save_checkpoint_steps", 7
+    )
+    process = subprocess.Popen(
+        words,
+        cwd=job.parent,
+        env=environment() | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     metrics = output / "metrics" / "rank_0.jsonl"
     deadline = time.time() + 300
     while time.time() < deadline and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 31):

@@ -37,15 +37,28 @@ OPTIONS: dict[str, dict] = {
     "not normalised": {"norm_topk_prob": False},
     "sigmoid, scaled": {"use_gating_sigmoid": True, "routed_scaling_factor": 2.5},
     "best groups": {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
-    "two best, sigmoid, bias": {"topk_method": "noaux_tc", "n_group": 4, "topk_group": 2, "use_gating_sigmoid": True,
-                                "balance_via_topk_bias": True},
+    "two best, sigmoid, bias": {
+        "topk_method": "noaux_tc",
+        "n_group": 4,
+        "topk_group": 2,
+        "use_gating_sigmoid": True,
+        "balance_via_topk_bias": True,
+    },
     "bias": {"balance_via_topk_bias": True},
-}  # fmt: skip
+}
 
 
 def moe_of(options: dict, factor: float, sdrop: bool, experts: int = 8, chosen: int = 2) -> MoESpec:
-    return MoESpec(num_local_experts=experts, num_experts_per_tok=chosen, capacity_factor=factor, enable_sdrop=sdrop,
-                   aux_losses=LOSSES, expert_group_size=4, z_loss_factor=0.01, **options)  # fmt: skip
+    return MoESpec(
+        num_local_experts=experts,
+        num_experts_per_tok=chosen,
+        capacity_factor=factor,
+        enable_sdrop=sdrop,
+        aux_losses=LOSSES,
+        expert_group_size=4,
+        z_loss_factor=0.01,
+        **options,
+    )
 
 
 def run_torch(model: NetworkSpec, weights: dict[str, np.ndarray], ids: np.ndarray, whole: bool = False) -> tuple:
@@ -66,8 +79,11 @@ def run_torch(model: NetworkSpec, weights: dict[str, np.ndarray], ids: np.ndarra
 
 def judge(title: str, found: Outcome, expected: Outcome) -> None:
     difference = compare(found, expected)
-    print(f"\n{title:<40} logits {difference.logits:.1e}  loss {difference.loss:.1e}  gradient "
-          f"{difference.gradient:.1e} ({difference.worst})", end="")  # fmt: skip
+    print(
+        f"\n{title:<40} logits {difference.logits:.1e}  loss {difference.loss:.1e}  gradient "
+        f"{difference.gradient:.1e} ({difference.worst})",
+        end="",
+    )
     assert difference.logits <= 1e-4 and difference.loss <= 1e-5 and difference.gradient <= 1e-3
 
 
@@ -110,7 +126,8 @@ def test_routing_equals_mindspore(options: dict, factor: float, sdrop: bool) -> 
     for tokens in (1, 5, 64, 257):
         logits = (generator.normal(size=(3, tokens, 8)) * 2 + skew).astype(np.float32)
         _, combine, coeff, _, aux_G, counts_GE, dropped_G = (
-            part.asnumpy() for part in theirs.route(Tensor(logits), theirs.bias()))  # fmt: skip
+            part.asnumpy() for part in theirs.route(Tensor(logits), theirs.bias())
+        )
         found = ours(torch.from_numpy(logits))
         capacity_1 = combine.max() // 8 + 1 if factor < 0 else None
         expert = found.expert_GNK.numpy()
@@ -131,8 +148,20 @@ def _slots(tokens: int, moe: MoESpec, multiple: int) -> int:
     return expert_capacity(moe.num_experts_per_tok, tokens, moe.capacity_factor, moe.num_local_experts, multiple)
 
 
-BASE = Case("base", heads=4, kv_heads=2, hidden=32, head_dim=8, ffn=48, vocab=101, seq_length=12, tied=False, experts=8,
-            chosen=2, std=0.25)  # fmt: skip
+BASE = Case(
+    "base",
+    heads=4,
+    kv_heads=2,
+    hidden=32,
+    head_dim=8,
+    ffn=48,
+    vocab=101,
+    seq_length=12,
+    tied=False,
+    experts=8,
+    chosen=2,
+    std=0.25,
+)
 
 
 @functools.cache
@@ -142,9 +171,15 @@ def base_weights() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(
     ("options", "factor", "sdrop"),
-    [({}, 0.7, True), ({}, 0.7, False), (OPTIONS["best groups"], 1.1, False), (OPTIONS["sigmoid, scaled"], -1.0, True),
-     (OPTIONS["two best, sigmoid, bias"], 0.6, True), (OPTIONS["not normalised"], 0.6, False)],
-)  # fmt: skip
+    [
+        ({}, 0.7, True),
+        ({}, 0.7, False),
+        (OPTIONS["best groups"], 1.1, False),
+        (OPTIONS["sigmoid, scaled"], -1.0, True),
+        (OPTIONS["two best, sigmoid, bias"], 0.6, True),
+        (OPTIONS["not normalised"], 0.6, False),
+    ],
+)
 def test_networks_that_drop_tokens_are_equal(options: dict, factor: float, sdrop: bool) -> None:
     """Two routing groups, every loss on, the gradient of the whole loss."""
     ms.set_context(mode=ms.PYNATIVE_MODE)
@@ -155,8 +190,11 @@ def test_networks_that_drop_tokens_are_equal(options: dict, factor: float, sdrop
     theirs.set_train(True)
     parameters = theirs.trainable_params()
     terms, gradients = ms.value_and_grad(_Whole(theirs), None, parameters, has_aux=True)(Tensor(BASE.ids()))
-    expected = Outcome(theirs(Tensor(BASE.ids()[:, :-1])).asnumpy(), float(terms[0].asnumpy()),
-                       {p.name: g.asnumpy() for p, g in zip(parameters, gradients, strict=True)})  # fmt: skip
+    expected = Outcome(
+        theirs(Tensor(BASE.ids()[:, :-1])).asnumpy(),
+        float(terms[0].asnumpy()),
+        {p.name: g.asnumpy() for p, g in zip(parameters, gradients, strict=True)},
+    )
     found, ours = run_torch(spec, base_weights(), BASE.ids(), whole=True)
     assert (float(ours[4].max()) > 0) == (factor > 0)
     judge(f"{options} factor {factor} sdrop {sdrop}", found, expected)
@@ -182,6 +220,7 @@ def test_padding_and_labels_count_alike() -> None:
         expected = theirs.losses(Tensor(ids), None if given is None else Tensor(given))[1].asnumpy()
         tensor = None if given is None else torch.from_numpy(given).long()
         assert network(torch.from_numpy(ids).long(), tensor, losses=True).lm_loss.item() == pytest.approx(
-            float(expected), abs=1e-5)  # fmt: skip
+            float(expected), abs=1e-5
+        )
     everything = np.full_like(labels, model.ignore_token_id)
     assert network(torch.from_numpy(ids).long(), torch.from_numpy(everything).long(), losses=True).lm_loss.item() == 0

@@ -21,11 +21,23 @@ from mindformers_ext.weights.convert import to_mindspore
 from tests.helpers.parity import Case, reference_model
 
 CASES = {
-    "mixtral": Case("mixtral", heads=4, kv_heads=2, hidden=32, head_dim=8, ffn=53, vocab=101, seq_length=2, tied=False,
-                    experts=8, chosen=2),
-    "llama": Case("llama", heads=6, kv_heads=3, hidden=36, head_dim=6, ffn=53, vocab=64, seq_length=2, tied=True,
-                  std=0.25),
-}  # fmt: skip
+    "mixtral": Case(
+        "mixtral",
+        heads=4,
+        kv_heads=2,
+        hidden=32,
+        head_dim=8,
+        ffn=53,
+        vocab=101,
+        seq_length=2,
+        tied=False,
+        experts=8,
+        chosen=2,
+    ),
+    "llama": Case(
+        "llama", heads=6, kv_heads=3, hidden=36, head_dim=6, ffn=53, vocab=64, seq_length=2, tied=True, std=0.25
+    ),
+}
 PROMPTS, NEW = 20, 200
 LENGTHS = (5, 1, 17, 9, 33, 2, 12, 26, 3, 40)
 
@@ -47,16 +59,18 @@ def twins(kind: str) -> Twins:
     network = MindSporeNetwork(build_causal_lm(NetworkSpec(model=case.model(), seq_length=2)))
     network.load(to_mindspore(model.state_dict(), case.model()))
     generator = np.random.default_rng(1)
-    prompts = tuple(tuple(int(t) for t in generator.integers(3, case.vocab, LENGTHS[i % len(LENGTHS)]))
-                    for i in range(PROMPTS))  # fmt: skip
+    prompts = tuple(
+        tuple(int(t) for t in generator.integers(3, case.vocab, LENGTHS[i % len(LENGTHS)])) for i in range(PROMPTS)
+    )
     return Twins(case, network, model, prompts)
 
 
 def generated(twin: Twins, prompt: tuple[int, ...], new: int) -> tuple[int, ...]:
     """What transformers' generate answers to a prompt alone: no padding on their side."""
     with torch.no_grad():
-        out = twin.model.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=False, eos_token_id=None,
-                                  pad_token_id=0)  # fmt: skip
+        out = twin.model.generate(
+            torch.tensor([prompt]), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
     return tuple(out[0, len(prompt) :].tolist())
 
 

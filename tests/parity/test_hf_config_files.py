@@ -13,9 +13,18 @@ from mindformers_ext.core.config.hf import hf_config_from_spec, model_spec_from_
 
 transformers = pytest.importorskip("transformers")
 
-SMALL = {"hidden_size": 48, "intermediate_size": 72, "num_attention_heads": 6, "num_key_value_heads": 3,
-         "num_hidden_layers": 2, "vocab_size": 97, "head_dim": 10, "tie_word_embeddings": True, "pad_token_id": 0,
-         "rope_theta": 5e5}  # fmt: skip
+SMALL = {
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "num_hidden_layers": 2,
+    "vocab_size": 97,
+    "head_dim": 10,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+    "rope_theta": 5e5,
+}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("MixtralConfig", {}),
     ("MixtralConfig", {**SMALL, "num_local_experts": 12, "num_experts_per_tok": 3, "router_aux_loss_coef": 0.01}),

@@ -31,15 +31,26 @@ GROUPS = len(HARD)
 def oracle(moe: MoESpec, parallel: ParallelSpec) -> OracleRouter:
     """MindFormers' router of the same words."""
     config = MoEConfig(
-        expert_num=moe.num_local_experts, num_experts_chosen=moe.num_experts_per_tok, routing_policy="TopkRouterV2",
-        capacity_factor=moe.capacity_factor, enable_sdrop=moe.enable_sdrop, norm_topk_prob=moe.norm_topk_prob,
-        use_gating_sigmoid=moe.use_gating_sigmoid, routed_scaling_factor=moe.routed_scaling_factor,
-        topk_method=moe.topk_method, n_group=moe.n_group, topk_group=moe.topk_group,
-        expert_group_size=moe.expert_group_size, balance_via_topk_bias=moe.balance_via_topk_bias,
-        aux_loss_types=[kind for kind, _ in moe.aux_losses], aux_loss_factors=[value for _, value in moe.aux_losses],
-        z_loss_factor=moe.z_loss_factor, max_router_load=64, comp_comm_parallel=moe.comp_comm_parallel_degree > 1,
+        expert_num=moe.num_local_experts,
+        num_experts_chosen=moe.num_experts_per_tok,
+        routing_policy="TopkRouterV2",
+        capacity_factor=moe.capacity_factor,
+        enable_sdrop=moe.enable_sdrop,
+        norm_topk_prob=moe.norm_topk_prob,
+        use_gating_sigmoid=moe.use_gating_sigmoid,
+        routed_scaling_factor=moe.routed_scaling_factor,
+        topk_method=moe.topk_method,
+        n_group=moe.n_group,
+        topk_group=moe.topk_group,
+        expert_group_size=moe.expert_group_size,
+        balance_via_topk_bias=moe.balance_via_topk_bias,
+        aux_loss_types=[kind for kind, _ in moe.aux_losses],
+        aux_loss_factors=[value for _, value in moe.aux_losses],
+        z_loss_factor=moe.z_loss_factor,
+        max_router_load=64,
+        comp_comm_parallel=moe.comp_comm_parallel_degree > 1,
         comp_comm_parallel_degree=moe.comp_comm_parallel_degree,
-    )  # fmt: skip
+    )
     words = TransformerOpParallelConfig(
         data_parallel=parallel.data_parallel,
         model_parallel=parallel.model_parallel,
@@ -58,7 +69,8 @@ def assert_same(ours: nn.Cell, theirs: nn.Cell, logits: np.ndarray) -> None:
     """Indices equal, coefficients to rounding, auxiliary losses to 1e-6."""
     dispatch, combine, coeff, _, aux, _, _ = (part.asnumpy() for part in ours(Tensor(logits)))
     expected_dispatch, expected_combine, expected_coeff, expected_aux = (
-        part.asnumpy() for part in theirs(Tensor(logits)))  # fmt: skip
+        part.asnumpy() for part in theirs(Tensor(logits))
+    )
     spare = dispatch.shape[2] - expected_dispatch.shape[2]
     if spare:  # the oracle cuts its slots out of a list of kN: where it wants more, the missing ones are empty
         assert expected_dispatch.shape[2] == combine.shape[1] * combine.shape[2]
@@ -73,8 +85,15 @@ def assert_same(ours: nn.Cell, theirs: nn.Cell, logits: np.ndarray) -> None:
 def spec_of(experts: int, chosen: int, factor: float, sdrop: bool, **more: object) -> tuple[MoESpec, int]:
     """Routing with all losses on, and a suitable expert parallel size."""
     parts = next((n for n in (3, 2) if experts % n == 0), 1)
-    moe = MoESpec(num_local_experts=experts, num_experts_per_tok=chosen, capacity_factor=factor, enable_sdrop=sdrop,
-                  aux_losses=LOSSES, expert_group_size=parts, z_loss_factor=0.01)  # fmt: skip
+    moe = MoESpec(
+        num_local_experts=experts,
+        num_experts_per_tok=chosen,
+        capacity_factor=factor,
+        enable_sdrop=sdrop,
+        aux_losses=LOSSES,
+        expert_group_size=parts,
+        z_loss_factor=0.01,
+    )
     return replace(moe, **more), parts if parts == 2 else 1
 
 
@@ -116,17 +135,30 @@ def test_overlapped_communication_rounds_the_capacity_too() -> None:
 
 CHOICES = {
     "best group, softmax": {"topk_method": "group_limited_greedy"},
-    "best group, sigmoid, scaled": {"topk_method": "group_limited_greedy", "use_gating_sigmoid": True,
-                                    "routed_scaling_factor": 2.5},
-    "best group, sigmoid, bias": {"topk_method": "group_limited_greedy", "use_gating_sigmoid": True,
-                                  "balance_via_topk_bias": True},
-    "two best, sigmoid, bias, scaled": {"topk_method": "noaux_tc", "use_gating_sigmoid": True,
-                                        "balance_via_topk_bias": True, "routed_scaling_factor": 2.5},
+    "best group, sigmoid, scaled": {
+        "topk_method": "group_limited_greedy",
+        "use_gating_sigmoid": True,
+        "routed_scaling_factor": 2.5,
+    },
+    "best group, sigmoid, bias": {
+        "topk_method": "group_limited_greedy",
+        "use_gating_sigmoid": True,
+        "balance_via_topk_bias": True,
+    },
+    "two best, sigmoid, bias, scaled": {
+        "topk_method": "noaux_tc",
+        "use_gating_sigmoid": True,
+        "balance_via_topk_bias": True,
+        "routed_scaling_factor": 2.5,
+    },
     "two best, softmax, not normalised": {"topk_method": "noaux_tc", "norm_topk_prob": False},
     "greedy, softmax, bias": {"balance_via_topk_bias": True},
-    "greedy, sigmoid, not normalised, scaled": {"use_gating_sigmoid": True, "norm_topk_prob": False,
-                                                "routed_scaling_factor": 0.5},
-}  # fmt: skip
+    "greedy, sigmoid, not normalised, scaled": {
+        "use_gating_sigmoid": True,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 0.5,
+    },
+}
 
 
 @pytest.mark.parametrize("words", CHOICES.values(), ids=CHOICES)
@@ -171,8 +203,7 @@ def test_gradient_of_the_gate(factor: float, words: dict[str, object]) -> None:
     ms.set_context(mode=ms.PYNATIVE_MODE)
     moe, ep = spec_of(8, 2, factor, True, n_group=4, topk_group=2, **words)
     generator = np.random.default_rng(5)
-    x, gate, weight = (
-        generator.normal(size=shape).astype(np.float32) for shape in ((2, 10, 6), (8, 6), (2, 10, 2)))  # fmt: skip
+    x, gate, weight = (generator.normal(size=shape).astype(np.float32) for shape in ((2, 10, 6), (8, 6), (2, 10, 2)))
     ours, theirs = both(moe, 1, ep, groups=2)
     found = ms.grad(GateLoss(ours, 4, weight), grad_position=1)(Tensor(x), Tensor(gate)).asnumpy()
     expected = ms.grad(GateLoss(theirs, 3, weight), grad_position=1)(Tensor(x), Tensor(gate)).asnumpy()

@@ -27,8 +27,15 @@ def test_train_eval_predict(tmp_path: Path) -> None:
 
     def run(*words: object) -> str:
         command = [sys.executable, "-c", PROGRAM, "--config", job, "--engine", "pt", "--output_dir", "out", *words]
-        found = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=250,
-                               env=environment() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, check=False)
+        found = subprocess.run(
+            list(map(str, command)),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=250,
+            env=environment() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            check=False,
+        )
         assert found.returncode == 0, found.stderr[-3000:]
         return found.stdout
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One of several processes in ``test_sharded``: trains a few steps and writes what it saw.
 
-    ranks_worker.py OUTPUT EP ROUTING STEPS [RESUME]
+ranks_worker.py OUTPUT EP ROUTING STEPS [RESUME]
 """
 
 from __future__ import annotations
@@ -22,18 +22,37 @@ from mindformers_ext.pt.trainer import TorchTrainer
 
 LOSSES = (("expert", 0.05), ("comm", 0.02))
 MOE = MoESpec(num_local_experts=4, num_experts_per_tok=2, capacity_factor=1.0, enable_sdrop=True, aux_losses=LOSSES)
-MODEL = ModelSpec(vocab_size=51, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-                  num_key_value_heads=1, head_dim=8, pad_token_id=3, initializer_range=0.2, moe=MOE)  # fmt: skip
-TRAIN = TrainSpec(optimizer=OptimizerSpec(weight_decay=0.1), steps=9, max_grad_norm=0.5, seed=3,
-                  schedule=Schedule(kind="ConstantWarmUpLR", learning_rate=5e-3))  # fmt: skip
+MODEL = ModelSpec(
+    vocab_size=51,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    pad_token_id=3,
+    initializer_range=0.2,
+    moe=MOE,
+)
+TRAIN = TrainSpec(
+    optimizer=OptimizerSpec(weight_decay=0.1),
+    steps=9,
+    max_grad_norm=0.5,
+    seed=3,
+    schedule=Schedule(kind="ConstantWarmUpLR", learning_rate=5e-3),
+)
 ROWS = 4
 
 
 def spec_of(size: int, ep: int, routing: str, alone: bool) -> NetworkSpec:
     """The network; ``alone`` computes the routing groups of all ranks in one process."""
     moe = replace(MOE, capacity_factor=1.0 if routing == "capacity" else 0.0)
-    parallel = ParallelSpec(data_parallel=size, expert_parallel=ep, device_num=size,
-                            parallel_mode="stand_alone" if alone else "semi_auto_parallel")  # fmt: skip
+    parallel = ParallelSpec(
+        data_parallel=size,
+        expert_parallel=ep,
+        device_num=size,
+        parallel_mode="stand_alone" if alone else "semi_auto_parallel",
+    )
     return NetworkSpec(model=replace(MODEL, moe=moe), seq_length=8, batch_size=2, parallel=parallel)
 
 

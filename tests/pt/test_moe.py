@@ -24,12 +24,27 @@ NAMES = sorted(BACKENDS)
 PRODUCTS = [name for name in NAMES if not BACKENDS[name].gathers]
 
 
-def spec_of(experts: int = 8, chosen: int = 2, factor: float = -1.0, hidden: int = 16, ffn: int = 24, groups: int = 1,
-            **more: object) -> NetworkSpec:  # fmt: skip
+def spec_of(
+    experts: int = 8,
+    chosen: int = 2,
+    factor: float = -1.0,
+    hidden: int = 16,
+    ffn: int = 24,
+    groups: int = 1,
+    **more: object,
+) -> NetworkSpec:
     moe = MoESpec(num_local_experts=experts, num_experts_per_tok=chosen, capacity_factor=factor, **more)
-    model = ModelSpec(vocab_size=32, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=1,
-                      num_attention_heads=2, num_key_value_heads=2, head_dim=8, initializer_range=0.3,
-                      moe=moe)  # fmt: skip
+    model = ModelSpec(
+        vocab_size=32,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.3,
+        moe=moe,
+    )
     return NetworkSpec(model=model, seq_length=8, parallel=ParallelSpec(data_parallel=groups))
 
 
@@ -75,6 +90,7 @@ def test_equals_a_plain_loop(backend: str, factor: float, groups: int, sdrop: bo
 
 def poisoned(inner: Backend) -> Backend:
     """``inner`` whose results hold NaN wherever no expert's row is, as recycled memory may."""
+
     def spoil(product):  # noqa: ANN001, ANN202
         def run(a: Tensor, b: Tensor, offs_E: Tensor) -> Tensor:
             out = product(a, b, offs_E)
@@ -212,8 +228,9 @@ def test_the_choice_of_the_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("here", [True, False])
-def test_few_tokens_on_a_gpu_take_the_kernels(here: bool, monkeypatch: pytest.MonkeyPatch,
-                                              caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+def test_few_tokens_on_a_gpu_take_the_kernels(
+    here: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """The table alone: nothing runs on a GPU here."""
     monkeypatch.setattr(select, "kernels_wanted", lambda: here)
     monkeypatch.setattr(select, "_told", set())

@@ -59,17 +59,22 @@ def test_equals_plain_loops(factor: float, sdrop: bool, mp: int) -> None:
 
 CHOICES = {
     "best groups": {"topk_method": "group_limited_greedy"},
-    "two best, sigmoid, bias, scaled": {"topk_method": "noaux_tc", "use_gating_sigmoid": True,
-                                        "balance_via_topk_bias": True, "routed_scaling_factor": 2.5},
+    "two best, sigmoid, bias, scaled": {
+        "topk_method": "noaux_tc",
+        "use_gating_sigmoid": True,
+        "balance_via_topk_bias": True,
+        "routed_scaling_factor": 2.5,
+    },
     "bias": {"balance_via_topk_bias": True, "norm_topk_prob": False},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("words", CHOICES.values(), ids=CHOICES)
 @pytest.mark.parametrize("chosen", [1, 3])
 def test_choices_equal_plain_loops(words: dict, chosen: int) -> None:
-    moe = MoESpec(num_local_experts=8, num_experts_per_tok=chosen, capacity_factor=0.7, n_group=4, topk_group=2,
-                  **words)  # fmt: skip
+    moe = MoESpec(
+        num_local_experts=8, num_experts_per_tok=chosen, capacity_factor=0.7, n_group=4, topk_group=2, **words
+    )
     logits = hard_logits(9, 8)
     router = TopkRouterV2(moe, ParallelSpec(data_parallel=len(logits)))
     bias = np.linspace(0.3, 0.0, 8).astype(np.float32)

@@ -24,11 +24,25 @@ def launched(words: list[object], size: int = 2, cwd: Path | None = None) -> lis
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = dict(os.environ, WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
-                  PYTHONPATH=str(ROOT))  # fmt: skip
-    processes = [subprocess.Popen([sys.executable, *map(str, words)], env=shared | {"RANK": str(rank), "LOCAL_RANK":
-                 str(rank)}, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-                 for rank in range(size)]  # fmt: skip
+    shared = dict(
+        os.environ,
+        WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        PYTHONPATH=str(ROOT),
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *map(str, words)],
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=cwd,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
     errors = [process.communicate(timeout=280)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * size, errors[0][-2000:] + errors[-1][-2000:]
     return errors

@@ -17,11 +17,26 @@ from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, NumericsS
 from mindformers_ext.pt.trainer import TorchTrainer
 
 MOE = MoESpec(num_local_experts=4, num_experts_per_tok=2, capacity_factor=0.0, aux_losses=(("expert", 0.05),))
-MODEL = ModelSpec(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-                  num_key_value_heads=1, head_dim=8, pad_token_id=-1, initializer_range=0.1, moe=MOE)  # fmt: skip
+MODEL = ModelSpec(
+    vocab_size=50,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    pad_token_id=-1,
+    initializer_range=0.1,
+    moe=MOE,
+)
 SPEC = NetworkSpec(model=MODEL, seq_length=8, batch_size=4)
-TRAIN = TrainSpec(optimizer=OptimizerSpec(weight_decay=0.1), steps=9, max_grad_norm=1.0, seed=3,
-                  schedule=Schedule(kind="ConstantWarmUpLR", learning_rate=1e-2))  # fmt: skip
+TRAIN = TrainSpec(
+    optimizer=OptimizerSpec(weight_decay=0.1),
+    steps=9,
+    max_grad_norm=1.0,
+    seed=3,
+    schedule=Schedule(kind="ConstantWarmUpLR", learning_rate=1e-2),
+)
 CPU = torch.device("cpu")
 
 
@@ -61,8 +76,13 @@ def test_torchs_adamw_makes_the_same_step() -> None:
     trainer = TorchTrainer(SPEC, replace(TRAIN, max_grad_norm=None), CPU)
     trainer.open()
     twin = TorchTrainer(SPEC, TRAIN, CPU)
-    groups = [{"params": [p for p in twin.network.parameters() if (p.dim() > 1) == decays],
-               "weight_decay": 0.1 if decays else 0.0} for decays in (True, False)]  # fmt: skip
+    groups = [
+        {
+            "params": [p for p in twin.network.parameters() if (p.dim() > 1) == decays],
+            "weight_decay": 0.1 if decays else 0.0,
+        }
+        for decays in (True, False)
+    ]
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
     for step in range(3):
         trainer.step((rows(step),))
@@ -99,8 +119,11 @@ def test_an_overflow_changes_nothing_but_the_scale() -> None:
     figures = trainer.step((rows(0),))
     assert figures.overflow and figures.loss_scale == pytest.approx(2.5e37) and trainer.updates == 0
     after = weights(trainer)
-    assert all(np.array_equal(before[name], after[name]) for name in before
-               if name not in ("scale_sense", "current_iterator_step", "last_overflow_iterator_step"))  # fmt: skip
+    assert all(
+        np.array_equal(before[name], after[name])
+        for name in before
+        if name not in ("scale_sense", "current_iterator_step", "last_overflow_iterator_step")
+    )
     while trainer.step((rows(1),)).overflow:
         pass
     assert trainer.updates == 1
@@ -123,8 +146,11 @@ def test_adapters_alone_learn() -> None:
 
 @pytest.mark.parametrize("corrected", [True, False])
 def test_restored_state_goes_on_exactly(corrected: bool) -> None:
-    train = replace(TRAIN, optimizer=OptimizerSpec(bias_correction=corrected, weight_decay=0.1),
-                    loss_scale=LossScale(value=8.0, window=2))  # fmt: skip
+    train = replace(
+        TRAIN,
+        optimizer=OptimizerSpec(bias_correction=corrected, weight_decay=0.1),
+        loss_scale=LossScale(value=8.0, window=2),
+    )
     one, _ = trained(train=train)
     state = weights(one)
     two = TorchTrainer(SPEC, replace(train, seed=3), CPU)

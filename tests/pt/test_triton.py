@@ -15,15 +15,22 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None,
-                                reason="triton is not installed on this machine")  # fmt: skip
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed on this machine"
+)
 
 
 def run(worker: str, **environment: str) -> str:
     """What the worker printed, in a process of its own: the interpreter is chosen while triton is imported."""
     environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", **environment)
-    found = subprocess.run([sys.executable, str(ROOT / "tests" / "pt" / worker)], env=environment,
-                           capture_output=True, text=True, timeout=280, check=False)  # fmt: skip
+    found = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "pt" / worker)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
     print(found.stdout)
     assert found.returncode == 0, found.stdout + found.stderr[-3000:]
     return found.stdout

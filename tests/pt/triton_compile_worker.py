@@ -19,17 +19,28 @@ MEMORY = {80: 163 * KILO, 90: 227 * KILO}
 # capability -> (mean rows per expert, type, bytes of an element)
 TILES = {80: ((1, "bf16", 2),), 90: ((1, "bf16", 2), (1, "fp32", 4), (64, "bf16", 2), (1000, "bf16", 2))}
 SMALL_MEMORY = 99 * KILO  # of capability 8.6, 8.9 and 12.0: decoding must fit there too
-TYPES = {"token_of": "*i64", "order": "*i64", "row_of": "*i64", "offs": "*i32", "kept": "*u8", "weight": "*fp32",
-         "slots": "*fp32", "dweight": "*fp32"}  # fmt: skip
+TYPES = {
+    "token_of": "*i64",
+    "order": "*i64",
+    "row_of": "*i64",
+    "offs": "*i32",
+    "kept": "*u8",
+    "weight": "*fp32",
+    "slots": "*fp32",
+    "dweight": "*fp32",
+}
 TENSORS = {"x", "w", "h", "out", "rows", "dout", "drows", "both", "dboth"}
 
 
-def compiled(kernel: triton.JITFunction, capability: int, dtype: str, constants: dict[str, int | bool],
-             options: dict[str, int]) -> int:  # fmt: skip
+def compiled(
+    kernel: triton.JITFunction, capability: int, dtype: str, constants: dict[str, int | bool], options: dict[str, int]
+) -> int:
     """Bytes of shared memory that the compiled kernel wants; pointers and widths are multiples of 16."""
     names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else TYPES.get(name, f"*{dtype}" if name in TENSORS else "i32")
-                 for name in names}  # fmt: skip
+    signature = {
+        name: "constexpr" if name in constants else TYPES.get(name, f"*{dtype}" if name in TENSORS else "i32")
+        for name in names
+    }
     places = {(names.index(name),): value for name, value in constants.items()}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in {*constants, "experts"}}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=aligned)
@@ -46,8 +57,13 @@ def main() -> None:
                 wanted = compiled(kernel, capability, dtype, constants, options)
                 assert wanted <= (memory if mean > 1 else SMALL_MEMORY), (kernel, tile, wanted)
                 print(f"compiled {kernel.__name__} {capability} {dtype} {tile} {wanted} bytes")
-    others = {between._combine: {"K": 2, "WEIGHTED": True}, between._combine_backward: {}, between._swiglu_forward: {},
-              between._swiglu_backward: {}, experts._sum_slots: {"K": 2, "PARTS": 4}}  # fmt: skip
+    others = {
+        between._combine: {"K": 2, "WEIGHTED": True},
+        between._combine_backward: {},
+        between._swiglu_forward: {},
+        between._swiglu_backward: {},
+        experts._sum_slots: {"K": 2, "PARTS": 4},
+    }
     for kernel, constants in others.items():
         compiled(kernel, 90, "bf16", {**constants, "BLOCK": 1024}, {})
         print(f"compiled {kernel.__name__} 90")

@@ -60,19 +60,21 @@ def test_slerp_and_linear(seed, shape, rows, t):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    seed=st.integers(0, 99), shape=SHAPES, rows=st.sampled_from([None, 1, 3]),
-    densities=st.tuples(DENSITIES, DENSITIES), weights=st.tuples(WEIGHTS, WEIGHTS),
-    normalize=st.booleans(), factor=st.floats(0, 2),
-)  # fmt: skip
+    seed=st.integers(0, 99),
+    shape=SHAPES,
+    rows=st.sampled_from([None, 1, 3]),
+    densities=st.tuples(DENSITIES, DENSITIES),
+    weights=st.tuples(WEIGHTS, WEIGHTS),
+    normalize=st.booleans(),
+    factor=st.floats(0, 2),
+)
 def test_task_vector_methods(seed, shape, rows, densities, weights, normalize, factor):
     base, *inputs = arrays(seed, shape, 2)
     deltas = [x - base for x in inputs]  # as float32, so that the magnitudes rank alike
     shared = {"normalize": normalize, "lambda": factor}
     each = [{"weight": w, "density": d} for w, d in zip(weights, densities, strict=True)]
     if not normalize or abs(sum(weights)) > 0.05:
-        want = oracle.combine(
-            *wide([base]), wide(deltas), weights, elect=False, normalize=normalize, factor=factor
-        )  # fmt: skip
+        want = oracle.combine(*wide([base]), wide(deltas), weights, elect=False, normalize=normalize, factor=factor)
         np.testing.assert_allclose(
             merged("task_arithmetic", base, inputs, shared, [{"weight": w} for w in weights], rows), want, atol=2e-5
         )

@@ -32,8 +32,9 @@ def test_the_k_largest(data, dtype, seed, coarse):
 def test_random_words_are_the_same_in_any_pieces():
     whole = words(1, "a", 0, 0, 1000)
     for step in (1, 7, 64, 999):
-        assert np.array_equal(whole, np.concatenate([words(1, "a", 0, s, min(step, 1000 - s))
-                                                     for s in range(0, 1000, step)]))  # fmt: skip
+        assert np.array_equal(
+            whole, np.concatenate([words(1, "a", 0, s, min(step, 1000 - s)) for s in range(0, 1000, step)])
+        )
     assert not np.array_equal(whole, words(1, "a", 1, 0, 1000))
     assert not np.array_equal(whole, words(1, "b", 0, 0, 1000))
 

@@ -32,8 +32,16 @@ def first_step(layers: int) -> None:
     ms.set_recursion_limit(10000)
     ms.set_device("CPU")
     moe = MoESpec(num_local_experts=4, num_experts_per_tok=2, aux_losses=(("expert", 0.05),))
-    model = ModelSpec(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
-                      num_attention_heads=4, num_key_value_heads=2, head_dim=8, moe=moe)  # fmt: skip
+    model = ModelSpec(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        moe=moe,
+    )
     net = build_causal_lm(NetworkSpec(model=model, seq_length=16))
     cell = TrainStepCell(LossNetwork(net), FusedAdamW(net.trainable_params()))
     cell.set_train()

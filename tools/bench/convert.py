@@ -50,11 +50,19 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 
 def make_model(folder: Path, experts: int, width: int) -> int:
     """Write the layer with random weights of a real model's spread; returns its bytes."""
-    spec = ModelSpec(vocab_size=32000, hidden_size=width, intermediate_size=width * 7 // 2, num_hidden_layers=1,
-                     num_attention_heads=32, num_key_value_heads=8, head_dim=width // 32,
-                     moe=MoESpec(num_local_experts=experts, num_experts_per_tok=2))  # fmt: skip
-    targets = [TensorInfo(name, shape, BF16) for binding in rule_set(spec).bindings
-               for name, shape in binding.hf.items()]  # fmt: skip
+    spec = ModelSpec(
+        vocab_size=32000,
+        hidden_size=width,
+        intermediate_size=width * 7 // 2,
+        num_hidden_layers=1,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=width // 32,
+        moe=MoESpec(num_local_experts=experts, num_experts_per_tok=2),
+    )
+    targets = [
+        TensorInfo(name, shape, BF16) for binding in rule_set(spec).bindings for name, shape in binding.hf.items()
+    ]
     rng = np.random.default_rng(0)
     pool = (rng.standard_normal(2**22, dtype=np.float32) * 0.02).astype(BF16)
     folder.mkdir()
@@ -89,8 +97,9 @@ def copied(source: Path, target: Path, sync: bool) -> dict:
 
 def converted(words: list[str], sync: bool) -> dict:
     """One conversion in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", CHILD, "sync" if sync else "", *words], capture_output=True, text=True,
-                          check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, "sync" if sync else "", *words], capture_output=True, text=True, check=False
+    )
     if done.returncode or not done.stdout.strip().endswith("}"):
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
@@ -123,13 +132,19 @@ def measure(name: str, source: Path, words: list[str], target: Path, rounds: int
             taken.append((theirs, converted([*words, "--overwrite"], bool(sync))))
             assert taken[-1][1]["code"] == 0
             os.sync()
-    ratio = {(sync, kind): statistics.median(theirs[kind] / ours[kind] for theirs, ours in taken)
-             for sync, taken in rows.items() for kind in ("wall", "cpu")}  # fmt: skip
+    ratio = {
+        (sync, kind): statistics.median(theirs[kind] / ours[kind] for theirs, ours in taken)
+        for sync, taken in rows.items()
+        for kind in ("wall", "cpu")
+    }
     peak = max(ours["peak"] for taken in rows.values() for _, ours in taken)
     ours, theirs = (statistics.median(pair[place]["wall"] for pair in rows["sync"]) for place in (1, 0))
-    print(f"{name:<34} peak RSS {peak / 1e6:4.0f} MB   {size / ours / 1e6:5.0f} MB/s (cp {size / theirs / 1e6:5.0f})   "
-          f"ratio to cp: to disk {ratio['sync', 'wall']:.2f}, without sync {ratio['', 'wall']:.2f}, "
-          f"processor {ratio['', 'cpu']:.2f}", flush=True)  # fmt: skip
+    print(
+        f"{name:<34} peak RSS {peak / 1e6:4.0f} MB   {size / ours / 1e6:5.0f} MB/s (cp {size / theirs / 1e6:5.0f})   "
+        f"ratio to cp: to disk {ratio['sync', 'wall']:.2f}, without sync {ratio['', 'wall']:.2f}, "
+        f"processor {ratio['', 'cpu']:.2f}",
+        flush=True,
+    )
     if not keep:
         remove(target)
 
@@ -158,9 +173,13 @@ def main() -> None:
             ("HF -> .ckpt, unchanged", hf, [*forward, str(ckpt)], ckpt),
             (".ckpt -> HF, unchanged", ckpt, reverse, back),
             (".ckpt -> HF, fp16", ckpt, [*reverse, "--dtype", "fp16"], back),
-            (".ckpt -> .ckpt GMM, unchanged", ckpt,
-             ["--pre_ckpt_path", str(ckpt), "--output_path", str(gmm), "--use_gmm"], gmm),
-        )  # fmt: skip
+            (
+                ".ckpt -> .ckpt GMM, unchanged",
+                ckpt,
+                ["--pre_ckpt_path", str(ckpt), "--output_path", str(gmm), "--use_gmm"],
+                gmm,
+            ),
+        )
         for name, source, words, target in table:
             measure(name, source, words, target, given.rounds, keep=target == ckpt)
 

@@ -29,9 +29,20 @@ VOCABULARY, FULL = 4000, dict(hidden=512, ffn=1024, layers=7)
 def model_spec(hidden: int, ffn: int, layers: int) -> ModelSpec:
     """The model at these sizes."""
     moe = MoESpec(num_local_experts=8, num_experts_per_tok=2, capacity_factor=0.0)
-    return ModelSpec(vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
-                     num_attention_heads=8, num_key_value_heads=2, head_dim=hidden // 8, initializer_range=0.05,
-                     max_position_embeddings=4096, eos_token_id=-1, pad_token_id=-1, moe=moe)  # fmt: skip
+    return ModelSpec(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=hidden // 8,
+        initializer_range=0.05,
+        max_position_embeddings=4096,
+        eos_token_id=-1,
+        pad_token_id=-1,
+        moe=moe,
+    )
 
 
 def prompts(batch: int, length: int) -> np.ndarray:
@@ -107,28 +118,42 @@ def report(options: argparse.Namespace, result: dict) -> None:
         prefill, everything = result[f"prefill {batch}"], result[f"all {batch}"]
         for name, tokens, times in (
             ("prefill", batch * options.prompt, prefill),
-            ("decode", batch * (options.new - 1),
-             {key: {kind: everything[key][kind] - prefill[key][kind] for kind in ("wall", "cpu")} for key in prefill}),
-        ):  # fmt: skip
+            (
+                "decode",
+                batch * (options.new - 1),
+                {
+                    key: {kind: everything[key][kind] - prefill[key][kind] for kind in ("wall", "cpu")}
+                    for key in prefill
+                },
+            ),
+        ):
             mine, theirs = times["mindspore"], times["transformers"]
-            print(f"batch {batch} {name:<8} ours {tokens / mine['wall']:9.1f} tokens/s   transformers "
-                  f"{tokens / theirs['wall']:9.1f} tokens/s   ratio wall {theirs['wall'] / mine['wall']:.2f}  "
-                  f"CPU {theirs['cpu'] / mine['cpu']:.2f}")  # fmt: skip
+            print(
+                f"batch {batch} {name:<8} ours {tokens / mine['wall']:9.1f} tokens/s   transformers "
+                f"{tokens / theirs['wall']:9.1f} tokens/s   ratio wall {theirs['wall'] / mine['wall']:.2f}  "
+                f"CPU {theirs['cpu'] / mine['cpu']:.2f}"
+            )
     ours, theirs = result["facts"]["mindspore"], result["facts"]["transformers"]
     for batch in map(str, options.batches):
         same = sum(a == b for a, b in zip(ours["tokens"][batch], theirs["tokens"][batch], strict=True))
-        print(f"batch {batch}: first token of a fresh process after {ours['first'][batch]:.1f} s, of it "
-              f"{ours['compile'][batch]:.1f} s compilation (transformers {theirs['first'][batch]:.1f} s); equal "
-              f"answers {same} of {batch}")  # fmt: skip
+        print(
+            f"batch {batch}: first token of a fresh process after {ours['first'][batch]:.1f} s, of it "
+            f"{ours['compile'][batch]:.1f} s compilation (transformers {theirs['first'][batch]:.1f} s); equal "
+            f"answers {same} of {batch}"
+        )
     model = model_spec(options.hidden, options.ffn, options.layers)
     weights = sum(file.stat().st_size for file in Path(options.folder).glob("*.safetensors"))
     rows, positions = max(options.batches), options.prompt + options.new
     cache = 2 * rows * positions * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * 4
-    print(f"weights {weights / 1e6:.0f} MB + cache {cache / 1e6:.0f} MB; peak besides the framework: ours "
-          f"{ours['memory'] / 1e6:.0f} MB ({ours['memory'] / (weights + cache):.2f}x), transformers "
-          f"{theirs['memory'] / 1e6:.0f} MB")  # fmt: skip
-    print(f"weights in after {ours['load']:.1f} s and {ours['loaded'] / 1e6:.0f} MB; the rest are the cache, "
-          f"{2 * len(options.batches)} compiled graphs and the tensors of one pass")  # fmt: skip
+    print(
+        f"weights {weights / 1e6:.0f} MB + cache {cache / 1e6:.0f} MB; peak besides the framework: ours "
+        f"{ours['memory'] / 1e6:.0f} MB ({ours['memory'] / (weights + cache):.2f}x), transformers "
+        f"{theirs['memory'] / 1e6:.0f} MB"
+    )
+    print(
+        f"weights in after {ours['load']:.1f} s and {ours['loaded'] / 1e6:.0f} MB; the rest are the cache, "
+        f"{2 * len(options.batches)} compiled graphs and the tensors of one pass"
+    )
 
 
 WORKERS = {"mindspore": serve_mindspore, "transformers": serve_transformers}
@@ -157,8 +182,11 @@ def main() -> None:
         model = model_spec(options.hidden, options.ffn, options.layers)
         made = make_tiny_model(TinyModelRequest(output_dir=Path(options.folder), spec=model))
         print(f"{json.dumps({'parameters': made.parameters})}, prompts of {options.prompt}, {options.new} new tokens")
-        words = [word for name in ("prompt", "new", "hidden", "ffn", "layers", "folder")
-                 for word in (f"--{name}", str(getattr(options, name)))]  # fmt: skip
+        words = [
+            word
+            for name in ("prompt", "new", "hidden", "ffn", "layers", "folder")
+            for word in (f"--{name}", str(getattr(options, name)))
+        ]
         words += ["--batches", *map(str, options.batches)]
         commands = {key: [__file__, "--worker", key, *words] for key in WORKERS}
         names = [f"{kind} {batch}" for batch in options.batches for kind in ("prefill", "all")]

@@ -126,8 +126,15 @@ class Case:
         return out
 
 
-def show(case: Case, what: str, taken: dict[str, list[float]], limit: float, flops: float, errors: dict[str, float],
-         peak: dict[str, float]) -> None:  # fmt: skip
+def show(
+    case: Case,
+    what: str,
+    taken: dict[str, list[float]],
+    limit: float,
+    flops: float,
+    errors: dict[str, float],
+    peak: dict[str, float],
+) -> None:
     """One line per implementation."""
     for name, values in taken.items():
         middle = statistics.median(values)
@@ -135,9 +142,12 @@ def show(case: Case, what: str, taken: dict[str, list[float]], limit: float, flo
         spread = f"(p10 {low * 1e6:.1f}, p90 {high * 1e6:.1f})"
         error = f"{errors[name]:.1e}" if name in errors else "not taken"
         most = f"{peak[name]:.2f} GB" if name in peak else "not taken"
-        print(f"{case.title:<26} {what:<9} {name:<18} {middle * 1e6:10.1f} us {spread:<28} "
-              f"{flops / middle / 1e12:8.2f} TFLOP/s {case.bytes / middle / 1e9:8.1f} GB/s  roof {limit / middle:6.1%} "
-              f"error {error}  peak {most}", flush=True)  # fmt: skip
+        print(
+            f"{case.title:<26} {what:<9} {name:<18} {middle * 1e6:10.1f} us {spread:<28} "
+            f"{flops / middle / 1e12:8.2f} TFLOP/s {case.bytes / middle / 1e9:8.1f} GB/s  roof {limit / middle:6.1%} "
+            f"error {error}  peak {most}",
+            flush=True,
+        )
 
 
 def forward_and_backward(case: Case, clock: Clock, dense: float, read: float) -> None:
@@ -147,6 +157,7 @@ def forward_and_backward(case: Case, clock: Clock, dense: float, read: float) ->
         expected = case.reference(layer)
     runs, trains, errors, peak = {}, {}, {}, {}
     for name, (run, _) in peers(layer, case.chosen, case.tokens, training=False).items():
+
         def forward(run=run) -> Tensor:  # noqa: ANN001
             with torch.no_grad():
                 return run(case.x, case.index, case.weight)
@@ -176,6 +187,7 @@ def decoding(case: Case, clock: Clock, dense: float, read: float) -> None:
     built = [peers(layer, case.chosen, case.tokens, training=False) for layer in layers]
     runs: dict[str, Callable[[], object]] = {}
     for name, (_, capturable) in built[0].items():
+
         def step(name=name) -> Tensor:  # noqa: ANN001
             with torch.no_grad():
                 x = case.x
@@ -217,8 +229,10 @@ def main() -> None:
     read, copy = memory_roof(clock, options.device)
     side = 8192 if clock.cuda else 512
     square = dense_roof(clock, side, side, side, options.dtype, options.device)
-    print(f"roofs: read {read / 1e9:.0f} GB/s, copy {copy / 1e9:.0f} GB/s, product of {side}^3 {square / 1e12:.2f} "
-          "TFLOP/s")  # fmt: skip
+    print(
+        f"roofs: read {read / 1e9:.0f} GB/s, copy {copy / 1e9:.0f} GB/s, product of {side}^3 {square / 1e12:.2f} "
+        "TFLOP/s"
+    )
     for shape in options.shapes:
         hidden, ffn, _, chosen = SHAPES[shape]
         for tokens in options.tokens:

@@ -23,8 +23,9 @@ OTHERS = ("sonicmoe", "scattermoe", "megablocks", "liger_kernel", "vllm", "unslo
 class Layer:
     """Stacked weights of one layer: gate_up (E, 2F, D) and down (E, D, F)."""
 
-    def __init__(self, hidden: int, ffn: int, experts: int, dtype: torch.dtype, device: torch.device,
-                 seed: int) -> None:  # fmt: skip
+    def __init__(
+        self, hidden: int, ffn: int, experts: int, dtype: torch.dtype, device: torch.device, seed: int
+    ) -> None:
         generator = torch.Generator(device).manual_seed(seed)
         std = hidden**-0.5
         self.gate_up = torch.randn(experts, 2 * ffn, hidden, generator=generator, device=device).mul_(std).to(dtype)
@@ -43,8 +44,16 @@ def ours(layer: Layer, backend: str, chosen: int) -> Run:
     """``pt.moe.layer`` with one back end."""
     hidden, ffn = layer.sizes
     moe = MoESpec(num_local_experts=layer.experts, num_experts_per_tok=chosen, capacity_factor=-1.0)
-    model = ModelSpec(vocab_size=8, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=1,
-                      num_attention_heads=1, num_key_value_heads=1, head_dim=hidden, moe=moe)  # fmt: skip
+    model = ModelSpec(
+        vocab_size=8,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=hidden,
+        moe=moe,
+    )
     with torch.device("meta"):
         module = MoE(NetworkSpec(model=model, seq_length=1, numerics=NumericsSpec()))
     module.ffn.gate_up = torch.nn.Parameter(layer.gate_up.detach())
@@ -69,6 +78,7 @@ def _back(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
 
 def sort_and_grouped_mm(layer: Layer) -> Run:
     """argsort and two F.grouped_mm, the way of transformers 5's default."""
+
     def run(x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         rows, order, offsets = _sorted(x, experts, layer.experts)
         gate, up = F.grouped_mm(rows, layer.gate_up.transpose(1, 2), offs=offsets).chunk(2, -1)
@@ -79,6 +89,7 @@ def sort_and_grouped_mm(layer: Layer) -> Run:
 
 def sort_and_loop(layer: Layer) -> Run:
     """argsort and one dense product per expert and matrix."""
+
     def run(x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         rows, order, offsets = _sorted(x, experts, layer.experts)
         ends = offsets.tolist()
@@ -93,6 +104,7 @@ def sort_and_loop(layer: Layer) -> Run:
 
 def eager(layer: Layer) -> Run:
     """A loop over the experts that were hit, with masks and index_add: transformers' eager block."""
+
     def run(x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
         mask = F.one_hot(experts, layer.experts).permute(2, 1, 0)
@@ -108,6 +120,7 @@ def eager(layer: Layer) -> Run:
 
 def batched(layer: Layer) -> Run:
     """Copies every assignment's weights, then bmm: transformers 5's way of decoding."""
+
     def run(x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         flat = experts.reshape(-1)
         rows = x.repeat_interleave(experts.shape[1], 0)[:, :, None]
@@ -138,5 +151,12 @@ def missing() -> str:
     """Other peers and whether they are here, and whether our own kernels are."""
     runs = torch.cuda.is_available() and kernels_wanted()
     own = "ours triton runs" if runs else "ours triton left out: no GPU, or no Triton for it"
-    return ", ".join([own, *(f"{name} {'installed, not wired' if importlib.util.find_spec(name) else 'not installed'}"
-                             for name in OTHERS)])  # fmt: skip
+    return ", ".join(
+        [
+            own,
+            *(
+                f"{name} {'installed, not wired' if importlib.util.find_spec(name) else 'not installed'}"
+                for name in OTHERS
+            ),
+        ]
+    )

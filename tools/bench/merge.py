@@ -40,8 +40,15 @@ def make_models(folder: Path, width: int) -> None:
     from mindformers_ext.weights.convert import rule_set
 
     bf16 = np.dtype(ml_dtypes.bfloat16)
-    spec = ModelSpec(vocab_size=width * 25, hidden_size=width, intermediate_size=width * 27 // 10, num_hidden_layers=20,
-                     num_attention_heads=20, num_key_value_heads=4, head_dim=width // 20)  # fmt: skip
+    spec = ModelSpec(
+        vocab_size=width * 25,
+        hidden_size=width,
+        intermediate_size=width * 27 // 10,
+        num_hidden_layers=20,
+        num_attention_heads=20,
+        num_key_value_heads=4,
+        head_dim=width // 20,
+    )
     infos = [TensorInfo(name, shape, bf16) for rule in rule_set(spec).bindings for name, shape in rule.hf.items()]
     size = sum(info.nbytes for info in infos)
     pools = [np.random.default_rng(n).standard_normal(2**22, dtype=np.float32) for n in range(3)]
@@ -78,12 +85,16 @@ def configs() -> dict[str, str]:
 
     def tuned(method: str, dtype: str, density: float, shared: str) -> str:
         own = f"parameters: {{density: {density}, weight: 0.4}}"
-        return (f"models: [{{model: base}}, {{model: ft1, {own}}}, {{model: ft2, {own}}}]\nmerge_method: {method}\n"
-                f"base_model: base\nparameters: {shared}\ndtype: {dtype}\n")  # fmt: skip
+        return (
+            f"models: [{{model: base}}, {{model: ft1, {own}}}, {{model: ft2, {own}}}]\nmerge_method: {method}\n"
+            f"base_model: base\nparameters: {shared}\ndtype: {dtype}\n"
+        )
 
     def moe(mode: str) -> str:
-        experts = "\n".join(f"- source_model: {name}\n  positive_prompts: [w{9 * n + 3} w{9 * n + 4}, w{9 * n + 8}]"
-                            for n, name in enumerate(("base", "ft1", "ft2", "ft1")))  # fmt: skip
+        experts = "\n".join(
+            f"- source_model: {name}\n  positive_prompts: [w{9 * n + 3} w{9 * n + 4}, w{9 * n + 8}]"
+            for n, name in enumerate(("base", "ft1", "ft2", "ft1"))
+        )
         return f"base_model: base\ngate_mode: {mode}\ndtype: bfloat16\nexperts:\n{experts}\n"
 
     return {
@@ -132,8 +143,10 @@ def compare(name: str, folder: Path, peer: str | None, rounds: int) -> None:
         size = sum(path.stat().st_size for path in (folder / "copy").iterdir())
         for key in taken:
             shutil.rmtree(folder / ("copy" if key == "cp" else key))
-    median = {key: {kind: statistics.median(run[kind] for run in runs) for kind in ("wall", "cpu", "peak")}
-              for key, runs in taken.items()}  # fmt: skip
+    median = {
+        key: {kind: statistics.median(run[kind] for run in runs) for kind in ("wall", "cpu", "peak")}
+        for key, runs in taken.items()
+    }
     line = f"{name:<16} {size / 1e9:5.2f} GB"
     for key, values in median.items():
         line += f" | {key} wall {values['wall']:6.1f} s CPU {values['cpu']:6.1f} s peak {values['peak']:5.0f} MB"

@@ -24,8 +24,14 @@ NAMES = ("forward", "forward+backward")
 def arrays(tokens: int) -> dict[str, np.ndarray]:
     """The same weights and tokens for both engines."""
     rng = np.random.default_rng(0)
-    shapes = {"x": (tokens, HIDDEN), "dout": (tokens, HIDDEN), "gate": (EXPERTS, HIDDEN), "w1": (EXPERTS, FFN, HIDDEN),
-              "w2": (EXPERTS, HIDDEN, FFN), "w3": (EXPERTS, FFN, HIDDEN)}  # fmt: skip
+    shapes = {
+        "x": (tokens, HIDDEN),
+        "dout": (tokens, HIDDEN),
+        "gate": (EXPERTS, HIDDEN),
+        "w1": (EXPERTS, FFN, HIDDEN),
+        "w2": (EXPERTS, HIDDEN, FFN),
+        "w3": (EXPERTS, FFN, HIDDEN),
+    }
     scale = {"x": 1.0, "dout": 1.0}
     return {k: rng.standard_normal(s).astype(np.float32) * np.float32(scale.get(k, 0.02)) for k, s in shapes.items()}
 
@@ -38,8 +44,9 @@ def serve_transformers(tokens: int, factor: float, dtype: str) -> None:
 
     torch.set_num_threads(THREADS)
     a = {k: torch.tensor(v).to(getattr(torch, dtype)) for k, v in arrays(tokens).items()}
-    block = MixtralSparseMoeBlock(MixtralConfig(hidden_size=HIDDEN, intermediate_size=FFN, num_local_experts=EXPERTS,
-                                                num_experts_per_tok=CHOSEN)).to(a["x"].dtype)  # fmt: skip
+    block = MixtralSparseMoeBlock(
+        MixtralConfig(hidden_size=HIDDEN, intermediate_size=FFN, num_local_experts=EXPERTS, num_experts_per_tok=CHOSEN)
+    ).to(a["x"].dtype)
     with torch.no_grad():
         block.gate.weight.copy_(a["gate"])
         for e, expert in enumerate(block.experts):
@@ -73,8 +80,16 @@ def serve_mindspore(tokens: int, factor: float, dtype: str) -> None:
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_device("CPU")
     moe = MoESpec(num_local_experts=EXPERTS, num_experts_per_tok=CHOSEN, capacity_factor=factor)
-    model = ModelSpec(vocab_size=32, hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=1,
-                      num_attention_heads=8, num_key_value_heads=8, head_dim=64, moe=moe)  # fmt: skip
+    model = ModelSpec(
+        vocab_size=32,
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=64,
+        moe=moe,
+    )
     layer = MoE(NetworkSpec(model=model, seq_length=tokens), select_operators())
     a = {k: ms.Tensor(v) for k, v in arrays(tokens).items()}
     layer.router.dense.weight.set_data(a["gate"])
@@ -99,8 +114,16 @@ def serve_pytorch(tokens: int, factor: float, dtype: str) -> None:
     keep_freed_memory()  # as the engine does
     kind = getattr(torch, dtype)
     moe = MoESpec(num_local_experts=EXPERTS, num_experts_per_tok=CHOSEN, capacity_factor=factor)
-    model = ModelSpec(vocab_size=32, hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=1,
-                      num_attention_heads=8, num_key_value_heads=8, head_dim=64, moe=moe)  # fmt: skip
+    model = ModelSpec(
+        vocab_size=32,
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=64,
+        moe=moe,
+    )
     layer = MoE(NetworkSpec(model=model, seq_length=tokens))
     a = {k: torch.tensor(v) for k, v in arrays(tokens).items()}
     with torch.no_grad():
@@ -159,8 +182,12 @@ def serve_gemms(tokens: int, factor: float, dtype: str) -> None:
     serve({}, dict(zip(NAMES, (forward, both), strict=True)))
 
 
-WORKERS = {"mindspore": serve_mindspore, "transformers": serve_transformers, "pytorch": serve_pytorch,
-           "gemms": serve_gemms}  # fmt: skip
+WORKERS = {
+    "mindspore": serve_mindspore,
+    "transformers": serve_transformers,
+    "pytorch": serve_pytorch,
+    "gemms": serve_gemms,
+}
 ENGINES = {"ms": ("mindspore", "transformers"), "pt": ("pytorch", "transformers", "gemms")}
 
 
@@ -190,8 +217,10 @@ def main() -> None:
         ours, theirs = (np.array(result["facts"][key]["sums"]) for key in keys[:2])
         same = np.abs(ours - theirs) < (1e-2 if options.dtype == "float32" else 1e-1)
         dropped = result["facts"][keys[0]]["dropped"]
-        print(f"  dropped {dropped:.2%} of assignments; checked {same.sum()} of {len(same)} tokens equal, largest "
-              f"difference of their row sums {np.abs(ours - theirs)[same].max():.1e}")  # fmt: skip
+        print(
+            f"  dropped {dropped:.2%} of assignments; checked {same.sum()} of {len(same)} tokens equal, largest "
+            f"difference of their row sums {np.abs(ours - theirs)[same].max():.1e}"
+        )
 
 
 if __name__ == "__main__":

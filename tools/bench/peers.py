@@ -37,8 +37,9 @@ class Worker:
 
     def __init__(self, command: Sequence[str]) -> None:
         environment = dict(os.environ, OMP_NUM_THREADS=str(THREADS), MKL_NUM_THREADS=str(THREADS), GLOG_v="3")
-        self.process = subprocess.Popen([sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        text=True, env=environment)  # fmt: skip
+        self.process = subprocess.Popen(
+            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         self.facts = self._read()
 
     def _read(self) -> dict:

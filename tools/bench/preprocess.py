@@ -44,7 +44,9 @@ def used():
     return times.user + times.system
 model, text, folder, extra = sys.argv[1:5]
 """
-OURS = TIMER + """
+OURS = (
+    TIMER
+    + """
 if __name__ == "__main__":
     start = time.perf_counter()
     from mindformers_ext.jobs.preprocess import preprocess as job
@@ -65,7 +67,10 @@ if __name__ == "__main__":
     figures(start, 0.0, done.tokens)
     print(json.dumps(inner))
 """
-PEER = TIMER + """
+)
+PEER = (
+    TIMER
+    + """
 import sentencepiece
 processor = sentencepiece.SentencePieceProcessor(model_file=model)
 parts = [part for part in open(text, encoding="utf-8").read().split("\\n\\n") if part.strip()]
@@ -73,7 +78,10 @@ cpu, start = used(), time.perf_counter()
 ids = processor.encode(parts, num_threads=int(extra), out_type=int)
 figures(start, cpu, sum(map(len, ids)) + 2 * len(ids))
 """
-LOOP = TIMER + """
+)
+LOOP = (
+    TIMER
+    + """
 os.environ["PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"] = "python"
 from mindformers.models.llama.llama_tokenizer import LlamaTokenizer
 tokenizer = LlamaTokenizer(vocab_file=model)
@@ -83,6 +91,7 @@ for line in lines:
     tokens += len(tokenizer(line)["input_ids"])
 figures(start, cpu, tokens)
 """
+)
 LOOP_CHARACTERS = 500_000  # the loop is slow; its speed does not depend on the amount
 
 
@@ -138,10 +147,16 @@ def main() -> None:
         folder = Path(name)
         size = make_text(folder / "text.txt", arguments.text, arguments.megabytes, arguments.sources)
         common = (arguments.model_file.resolve(), folder / "text.txt", folder)
-        calls = {"ours, 1 worker": (OURS, 1), "ours, 2 workers": (OURS, 2), "sentencepiece": (PEER, 1),
-                 "line by line": (LOOP, LOOP_CHARACTERS)}  # fmt: skip
-        print(f"machine: {platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start; "
-              f"{size / 1e6:.1f} MB of text")  # fmt: skip
+        calls = {
+            "ours, 1 worker": (OURS, 1),
+            "ours, 2 workers": (OURS, 2),
+            "sentencepiece": (PEER, 1),
+            "line by line": (LOOP, LOOP_CHARACTERS),
+        }
+        print(
+            f"machine: {platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start; "
+            f"{size / 1e6:.1f} MB of text"
+        )
         samples: dict[str, list[dict]] = {name: [] for name in calls}
         for _ in range(arguments.rounds):
             for name, (code, extra) in calls.items():
@@ -151,6 +166,7 @@ def main() -> None:
 
 def report(samples: dict[str, list[dict]]) -> None:
     """Medians, and ratios against the peers."""
+
     def median(name: str, what: str) -> float:
         return statistics.median(sample[what] for sample in samples[name])
 
@@ -164,8 +180,10 @@ def report(samples: dict[str, list[dict]]) -> None:
         rows = samples[name][0]["tokens"] / median(name, "rows")
         for peer in ("sentencepiece", "line by line"):
             cpu = samples[peer][0]["tokens"] / median(peer, "cpu") / samples[name][0]["tokens"] * median(name, "cpu")
-            print(f"{name} / {peer}: tokens/s {speed[name] / speed[peer]:.2f} for the whole command, "
-                  f"{rows / speed[peer]:.2f} from first batch to last row; per CPU second {1 / cpu:.2f}")  # fmt: skip
+            print(
+                f"{name} / {peer}: tokens/s {speed[name] / speed[peer]:.2f} for the whole command, "
+                f"{rows / speed[peer]:.2f} from first batch to last row; per CPU second {1 / cpu:.2f}"
+            )
 
 
 if __name__ == "__main__":

@@ -29,14 +29,17 @@ from tests.helpers.sliced import write_strategy  # noqa: E402
 
 # name, whole shape, tensor map over the device matrix [2, 4], whether optimizer sharding goes over the two replicas
 LAYER = (
-    ("attention.wq.weight", (4096, 4096), [0, -1], True), ("attention.wk.weight", (1024, 4096), [0, -1], True),
-    ("attention.wv.weight", (1024, 4096), [0, -1], True), ("attention.wo.weight", (4096, 4096), [-1, 0], True),
-    ("attention_norm.weight", (4096,), [-1], False), ("ffn_norm.weight", (4096,), [-1], False),
+    ("attention.wq.weight", (4096, 4096), [0, -1], True),
+    ("attention.wk.weight", (1024, 4096), [0, -1], True),
+    ("attention.wv.weight", (1024, 4096), [0, -1], True),
+    ("attention.wo.weight", (4096, 4096), [-1, 0], True),
+    ("attention_norm.weight", (4096,), [-1], False),
+    ("ffn_norm.weight", (4096,), [-1], False),
     ("feed_forward.router.dense.weight", (8, 4096), [-1, -1], False),
     ("feed_forward.ffn.w1.weight", (8, 14336, 4096), [1, 0, -1], False),
     ("feed_forward.ffn.w2.weight", (8, 4096, 14336), [1, -1, 0], False),
     ("feed_forward.ffn.w3.weight", (8, 14336, 4096), [1, 0, -1], False),
-)  # fmt: skip
+)
 
 
 def make(folder, gigabytes, width):
@@ -116,8 +119,10 @@ def main():
             seconds, peak, cpu = measured([*tool, *words, "--dst_ckpt_dir", work / out])
             written = sum(path.stat().st_size for path in (work / out).rglob("*.*"))
             ratio = written / seconds / (size / copy)
-            print(f"{label:6} {written / 1e6 / seconds:6.0f} MB/s, {ratio:.2f} of cp, peak {peak:.0f} MB, "
-                  f"CPU {cpu:.1f} s for {written / 1e9:.2f} GB")  # fmt: skip
+            print(
+                f"{label:6} {written / 1e6 / seconds:6.0f} MB/s, {ratio:.2f} of cp, peak {peak:.0f} MB, "
+                f"CPU {cpu:.1f} s for {written / 1e9:.2f} GB"
+            )
         if options.output_format == "ckpt":
             for rank in range(8):
                 first, again = work / "ranks" / f"rank_{rank}" / "x.ckpt", work / "again" / f"rank_{rank}"

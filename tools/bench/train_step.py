@@ -31,9 +31,17 @@ def serve_transformers(factor: float) -> None:
 
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    config = MixtralConfig(vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS,
-                           num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, num_local_experts=EXPERTS,
-                           num_experts_per_tok=CHOSEN, attn_implementation="sdpa")  # fmt: skip
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=CHOSEN,
+        attn_implementation="sdpa",
+    )
     net = MixtralForCausalLM(config)
     optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=DECAY)
     ids = torch.tensor(token_ids()).long()
@@ -59,11 +67,19 @@ def serve_mindspore(factor: float) -> None:
 
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_device("CPU")
-    moe = MoESpec(num_local_experts=EXPERTS, num_experts_per_tok=CHOSEN, capacity_factor=factor,
-                  aux_losses=(("expert", 0.01),))  # fmt: skip
-    model = ModelSpec(vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS,
-                      num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HIDDEN // HEADS,
-                      moe=moe)  # fmt: skip
+    moe = MoESpec(
+        num_local_experts=EXPERTS, num_experts_per_tok=CHOSEN, capacity_factor=factor, aux_losses=(("expert", 0.01),)
+    )
+    model = ModelSpec(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HIDDEN // HEADS,
+        moe=moe,
+    )
     net = build_causal_lm(NetworkSpec(model=model, seq_length=SEQUENCE))
     cell = TrainStepCell(LossNetwork(net), FusedAdamW(net.trainable_params(), RATE, weight_decay=DECAY))
     cell.set_train()

@@ -16,8 +16,15 @@ from mindformers_ext.core.config.keys import SHARDED_MODES
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec, ParallelSpec
 
-SIZES = ("data_parallel", "model_parallel", "pipeline_stage", "expert_parallel", "context_parallel", "micro_batch_num",
-         "pp_interleave_num")  # fmt: skip
+SIZES = (
+    "data_parallel",
+    "model_parallel",
+    "pipeline_stage",
+    "expert_parallel",
+    "context_parallel",
+    "micro_batch_num",
+    "pp_interleave_num",
+)
 TRAINING = ("train", "finetune")
 TOGETHER = "predict_together"  # each process has its part of the network (core.tensor_parallel): nothing is cut
 RUN_MODES = (*TRAINING, "eval", "predict", "predict_with_train_model", TOGETHER)
@@ -113,8 +120,9 @@ def nearest_sizes(parallel: ParallelSpec, model: ModelSpec) -> tuple[int, int, i
 
 def _product(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: list[str]) -> None:
     parallel = spec.parallel
-    dp, mp, pp, cp = (getattr(parallel, name) for name in
-                      ("data_parallel", "model_parallel", "pipeline_stage", "context_parallel"))  # fmt: skip
+    dp, mp, pp, cp = (
+        getattr(parallel, name) for name in ("data_parallel", "model_parallel", "pipeline_stage", "context_parallel")
+    )
     if cp != 1:
         problems.add(f"context_parallel={cp}", "this network is not cut along the sequence: set context_parallel: 1")
     if parallel.parallel_mode == "semi_auto_parallel" and dp * mp * pp * cp != parallel.device_num:
@@ -128,8 +136,10 @@ def _product(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: lis
         problems.divides("model_config.batch_size", spec.batch_size, "data_parallel", dp)
     if parallel.parallel_mode == "data_parallel" and parallel.device_num > 1 and run_mode in TRAINING:
         if not parallel.gradients_mean:
-            warnings.append("gradients_mean=False has no effect in data_parallel mode: the gradients of all devices "
-                            "are averaged, as one device with the whole batch would have them")  # fmt: skip
+            warnings.append(
+                "gradients_mean=False has no effect in data_parallel mode: the gradients of all devices "
+                "are averaged, as one device with the whole batch would have them"
+            )
 
 
 def _lengths(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: list[str]) -> None:
@@ -140,8 +150,9 @@ def _lengths(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: lis
             f"use a seq_length up to {limit} or raise max_position_embedding",
         )
     if spec.parallel.use_seq_parallel and spec.seq_length % spec.parallel.model_parallel:
-        problems.divides("seq_length", spec.seq_length, "model_parallel (use_seq_parallel)",
-                         spec.parallel.model_parallel)  # fmt: skip
+        problems.divides(
+            "seq_length", spec.seq_length, "model_parallel (use_seq_parallel)", spec.parallel.model_parallel
+        )
 
 
 def _widths(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: list[str]) -> None:
@@ -155,16 +166,22 @@ def _widths(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: list
     near = _nearest(mp, _divisors(math.gcd(*widths.values())))
     for name, width in widths.items():
         if width % mp:
-            problems.add(f"{name}={width} is not a multiple of model_parallel={mp}",
-                         f"the nearest model_parallel that divides every width is {near}")  # fmt: skip
+            problems.add(
+                f"{name}={width} is not a multiple of model_parallel={mp}",
+                f"the nearest model_parallel that divides every width is {near}",
+            )
     if model.vocab_size % mp:
-        warnings.append(f"vocab_size={model.vocab_size} is not a multiple of model_parallel={mp}: the output layer "
-                        "and the loss are not cut")  # fmt: skip
+        warnings.append(
+            f"vocab_size={model.vocab_size} is not a multiple of model_parallel={mp}: the output layer "
+            "and the loss are not cut"
+        )
     if parallel.enable_parallel_optimizer and parallel.parallel_mode in SHARDED_MODES and run_mode != TOGETHER:
         for name, width in (("vocab_size", model.vocab_size), ("hidden_size", model.hidden_size)):
             if width % parallel.device_num:
-                warnings.append(f"{name}={width} is not a multiple of the {parallel.device_num} devices: "
-                                "enable_parallel_optimizer may leave its parameters whole")  # fmt: skip
+                warnings.append(
+                    f"{name}={width} is not a multiple of the {parallel.device_num} devices: "
+                    "enable_parallel_optimizer may leave its parameters whole"
+                )
 
 
 def _pipeline(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: list[str]) -> None:
@@ -177,18 +194,24 @@ def _pipeline(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: li
     if run_mode == "eval":
         problems.add(f"pipeline_stage={stages} in eval", "set pipeline_stage: 1")
     if run_mode in TRAINING and spec.model.moe and spec.model.moe.balance_via_topk_bias:
-        problems.add(f"balance_via_topk_bias=True with pipeline_stage={stages}: no stage sees the load of all layers",
-                     "balance by aux_loss_factor instead, or set pipeline_stage: 1")  # fmt: skip
+        problems.add(
+            f"balance_via_topk_bias=True with pipeline_stage={stages}: no stage sees the load of all layers",
+            "balance by aux_loss_factor instead, or set pipeline_stage: 1",
+        )
     if run_mode in TRAINING and micro < stages:
         problems.add(f"micro_batch_num={micro} is below pipeline_stage={stages}", f"use at least {stages}")
     if layers < stages:
         problems.add(f"pipeline_stage={stages} exceeds num_layers={layers}", f"use at most {layers} stages")
     elif layers < stages * parts:
-        problems.add(f"pipeline_stage*pp_interleave_num = {stages}*{parts} = {stages * parts} exceeds "
-                     f"num_layers={layers}", f"use a pp_interleave_num up to {layers // stages}")  # fmt: skip
+        problems.add(
+            f"pipeline_stage*pp_interleave_num = {stages}*{parts} = {stages * parts} exceeds num_layers={layers}",
+            f"use a pp_interleave_num up to {layers // stages}",
+        )
     if parts > 1 and not spec.parallel.pipeline_interleave:
-        problems.add(f"pp_interleave_num={parts} without MindSpore's schedule for it",
-                     "set parallel.pipeline_config.pipeline_interleave: True, or pp_interleave_num: 1")  # fmt: skip
+        problems.add(
+            f"pp_interleave_num={parts} without MindSpore's schedule for it",
+            "set parallel.pipeline_config.pipeline_interleave: True, or pp_interleave_num: 1",
+        )
     if parts == 1 and spec.parallel.pipeline_interleave:
         warnings.append("pipeline_interleave=True with pp_interleave_num=1: no stage has several parts to interleave")
 
@@ -215,12 +238,17 @@ def _experts(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: lis
         elif run_mode != TOGETHER:
             warnings.append(f"{line}: every model-parallel rank routes the same tokens")
     if spec.model.moe.use_gmm and max(ep, mp) > 1 and run_mode != TOGETHER:
-        problems.add(f"use_gmm=True with expert_parallel={ep}, model_parallel={mp}: grouped experts stand whole on "
-                     "every device", "set both to 1, or use_gmm: False with a capacity_factor")  # fmt: skip
+        problems.add(
+            f"use_gmm=True with expert_parallel={ep}, model_parallel={mp}: grouped experts stand whole on every device",
+            "set both to 1, or use_gmm: False with a capacity_factor",
+        )
     if ep > 1 and not parallel.enable_alltoall:
         if run_mode in TRAINING:
-            problems.add(f"enable_alltoall=False with expert_parallel={ep}: MindSpore does not compile this network "
-                         "with gathers and slices in its place", "set parallel.enable_alltoall: True")  # fmt: skip
+            problems.add(
+                f"enable_alltoall=False with expert_parallel={ep}: MindSpore does not compile this network "
+                "with gathers and slices in its place",
+                "set parallel.enable_alltoall: True",
+            )
         else:
             warnings.append(f"enable_alltoall=False with expert_parallel={ep}: tokens move by gather and slice, slower")
 

@@ -2,8 +2,8 @@
 """Bytes one device of each pipeline stage needs for a training step, or for prediction.
 
 Weights, accumulated gradients and optimizer states follow from the slices (``core.cluster.placement``) and are what a
-compiled graph holds. Activations are an estimate: what every operator keeps for its gradient, counted from the shapes, without
-what a memory planner adds or shares.
+compiled graph holds. Activations are an estimate: what every operator keeps for its gradient, counted from the shapes,
+without what a memory planner adds or shares.
 """
 
 from __future__ import annotations
@@ -88,8 +88,13 @@ def layer_sizes(spec: NetworkSpec) -> LayerSizes:
     if moe is None:
         return LayerSizes(tokens, whole, 0, 0)
     if moe.capacity_factor > 0:
-        capacity = expert_capacity(moe.num_experts_per_tok, tokens, moe.capacity_factor, moe.num_local_experts,
-                                   parallel.router_model_parallel * moe.comp_comm_parallel_degree)  # fmt: skip
+        capacity = expert_capacity(
+            moe.num_experts_per_tok,
+            tokens,
+            moe.capacity_factor,
+            moe.num_local_experts,
+            parallel.router_model_parallel * moe.comp_comm_parallel_degree,
+        )
         slots = moe.num_local_experts * capacity
     else:
         slots = moe.num_experts_per_tok * tokens
@@ -112,8 +117,9 @@ def stage_memory(spec: NetworkSpec, settings: StepSettings) -> tuple[StageMemory
         else:
             gradients = sum(item.nbytes for item in trained)
         gathered = sum(math.prod(item.gathered) * compute for item in here if item.local != item.gathered)
-        result.append(StageMemory(stage, weights, gradients, states, stage_activations(spec, settings, stage),
-                                  gathered))  # fmt: skip
+        result.append(
+            StageMemory(stage, weights, gradients, states, stage_activations(spec, settings, stage), gathered)
+        )
     return tuple(result)
 
 

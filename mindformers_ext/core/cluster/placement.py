@@ -2,7 +2,8 @@
 """Which slice of every parameter one device holds: the arithmetic that a compiled graph has to agree with.
 
 A stage's devices form a box of data_parallel x model_parallel, data_parallel = outer x expert_parallel.
-``ms.strategies`` cuts the network by the same words; here they are numbers, for memory estimates and for tests of the compiled graph.
+``ms.strategies`` cuts the network by the same words; here they are numbers, for memory estimates and for tests
+of the compiled graph.
 """
 
 from __future__ import annotations

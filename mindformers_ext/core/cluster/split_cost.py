@@ -23,8 +23,10 @@ from mindformers_ext.core.stages import stage_messages
 
 OPERATIONS = 140e12  # matrix operations a second that one device reaches in training, an assumption
 LINK = 25e9  # bytes a second that one device sends to the others, an assumption
-ASSUMPTIONS = (f"seconds = (operations / {OPERATIONS / 1e12:.0f} TFLOP/s + bytes sent / {LINK / 1e9:.0f} GB/s) / "
-               "(1 - bubble), bubble = (stages - 1) / (micro batches * pp_interleave_num + stages - 1)")  # fmt: skip
+ASSUMPTIONS = (
+    f"seconds = (operations / {OPERATIONS / 1e12:.0f} TFLOP/s + bytes sent / {LINK / 1e9:.0f} GB/s) / "
+    "(1 - bubble), bubble = (stages - 1) / (micro batches * pp_interleave_num + stages - 1)"
+)
 
 
 @dataclass(frozen=True)
@@ -119,12 +121,14 @@ def layer_sent(spec: NetworkSpec, parts: Collection[str] = WHOLE) -> dict[str, i
         # summed everywhere
         gathers = parallel.use_seq_parallel
         rings = {
-            "attention": [("AllGather", attention), ("ReduceScatter", attention)] if gathers else
-                         [("AllReduce", attention)],
+            "attention": [("AllGather", attention), ("ReduceScatter", attention)]
+            if gathers
+            else [("AllReduce", attention)],
             "feed_forward": [("AllGather", rows)] * gathers + [("AllReduce", rows)],
-        }  # fmt: skip
-        sent["model parallel"] = sum(sent_bytes(kind, size, mp) for part in rings if part in parts
-                                     for kind, size in rings[part])  # fmt: skip
+        }
+        sent["model parallel"] = sum(
+            sent_bytes(kind, size, mp) for part in rings if part in parts for kind, size in rings[part]
+        )
     return sent
 
 

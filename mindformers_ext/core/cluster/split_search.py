@@ -43,8 +43,13 @@ def step_rows(spec: NetworkSpec, settings: StepSettings) -> int:
     """Sequences of one training step."""
     parallel = spec.parallel
     micro = parallel.micro_batch_num if parallel.pipeline_stage > 1 else 1
-    return (spec.batch_size * parallel.data_parallel * micro * parallel.micro_batch_interleave_num
-            * settings.accumulation_steps)  # fmt: skip
+    return (
+        spec.batch_size
+        * parallel.data_parallel
+        * micro
+        * parallel.micro_batch_interleave_num
+        * settings.accumulation_steps
+    )
 
 
 def fitting_splits(
@@ -80,11 +85,18 @@ def _candidates(spec: NetworkSpec, settings: StepSettings, rows: int) -> Iterato
                 continue
             for ep in _divisors(dp, experts):
                 parallel = replace(
-                    spec.parallel, data_parallel=dp, model_parallel=mp, pipeline_stage=pp, expert_parallel=ep,
-                    micro_batch_num=batches if pp > 1 else 1, use_seq_parallel=mp > 1, context_parallel=1,
-                    vocab_emb_dp=spec.parallel.vocab_emb_dp and mp == 1, enable_alltoall=ep > 1,
+                    spec.parallel,
+                    data_parallel=dp,
+                    model_parallel=mp,
+                    pipeline_stage=pp,
+                    expert_parallel=ep,
+                    micro_batch_num=batches if pp > 1 else 1,
+                    use_seq_parallel=mp > 1,
+                    context_parallel=1,
+                    vocab_emb_dp=spec.parallel.vocab_emb_dp and mp == 1,
+                    enable_alltoall=ep > 1,
                     parallel_mode="semi_auto_parallel",
-                )  # fmt: skip
+                )
                 candidate = replace(spec, parallel=parallel)
                 if _is_valid(candidate):
                     steps = 1 if pp > 1 else batches

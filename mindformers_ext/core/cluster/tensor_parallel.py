@@ -30,24 +30,33 @@ def check_tensor_parallel(spec: NetworkSpec) -> list[str]:
         UserError: another split than model_parallel over all devices.
     """
     parallel, devices = settled(spec)[0].parallel, spec.parallel.device_num
-    given = {name: getattr(parallel, name) for name in ("data_parallel", "model_parallel", "expert_parallel",
-                                                        "pipeline_stage")}  # fmt: skip
+    given = {
+        name: getattr(parallel, name)
+        for name in ("data_parallel", "model_parallel", "expert_parallel", "pipeline_stage")
+    }
     wanted = {"data_parallel": 1, "model_parallel": devices, "expert_parallel": 1, "pipeline_stage": 1}
     if given == wanted:
         idle = [name for name in ("use_seq_parallel", "enable_parallel_optimizer") if getattr(parallel, name)]
         return [f"{name}=True has no effect on prediction" for name in idle]
     mode = "" if parallel.parallel_mode == "semi_auto_parallel" else ", with parallel.parallel_mode: 1"
-    raise UserError(f"prediction cuts the network over all {devices} devices by model_parallel, here "
-                    + ", ".join(f"{name}={value}" for name, value in given.items())
-                    + ": set " + ", ".join(f"{name}: {value}" for name, value in wanted.items()) + mode)  # fmt: skip
+    raise UserError(
+        f"prediction cuts the network over all {devices} devices by model_parallel, here "
+        + ", ".join(f"{name}={value}" for name, value in given.items())
+        + ": set "
+        + ", ".join(f"{name}: {value}" for name, value in wanted.items())
+        + mode
+    )
 
 
 def part_of(spec: NetworkSpec, count: int) -> NetworkSpec:
     """The network of one of ``count`` processes; its vocabulary stays whole (``head_parts`` cuts the output layer)."""
     model = spec.model
-    part = replace(model, num_attention_heads=model.num_attention_heads // count,
-                   num_key_value_heads=model.num_key_value_heads // count,
-                   intermediate_size=model.intermediate_size // count)  # fmt: skip
+    part = replace(
+        model,
+        num_attention_heads=model.num_attention_heads // count,
+        num_key_value_heads=model.num_key_value_heads // count,
+        intermediate_size=model.intermediate_size // count,
+    )
     return replace(spec, model=part, parallel=ParallelSpec())
 
 
@@ -60,12 +69,16 @@ def parted_parameters(spec: NetworkSpec, count: int) -> tuple[PlacedParameter, .
     """Every weight of ``spec`` with its part in one of ``count`` processes."""
     parallel = ParallelSpec(model_parallel=count, device_num=count, vocab_emb_dp=head_parts(spec, count) == 1)
     placed = placed_parameters(replace(spec, parallel=parallel))
-    return tuple(replace(item, gathered=item.whole, local=item.whole) if item.name.endswith(EMBEDDING) else item
-                 for item in placed)  # fmt: skip
+    return tuple(
+        replace(item, gathered=item.whole, local=item.whole) if item.name.endswith(EMBEDDING) else item
+        for item in placed
+    )
 
 
 def own_part(weight: np.ndarray[Any, Any], placed: PlacedParameter, rank: int) -> np.ndarray[Any, Any]:
     """The part that process ``rank`` holds of a whole weight (of shape ``placed.whole``): a view."""
-    places = (slice(own * rank, own * (rank + 1)) if own < size else slice(None)
-              for size, own in zip(placed.whole, placed.local, strict=True))  # fmt: skip
+    places = (
+        slice(own * rank, own * (rank + 1)) if own < size else slice(None)
+        for size, own in zip(placed.whole, placed.local, strict=True)
+    )
     return weight[tuple(places)]

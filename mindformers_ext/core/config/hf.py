@@ -39,13 +39,28 @@ _COMMON: dict[str, str] = {
     "pad_token_id": "int",
 }
 _LLAMA: dict[str, Any] = {
-    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False, "initializer_range": 0.02,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
-}  # fmt: skip
-_MISTRAL: dict[str, Any] = {**_LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8,
-                            "max_position_embeddings": 131072}  # fmt: skip
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+_MISTRAL: dict[str, Any] = {
+    **_LLAMA,
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+}
 _MIXTRAL: dict[str, Any] = {**_MISTRAL, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
 DEFAULTS: dict[str, dict[str, Any]] = {"llama": _LLAMA, "mistral": _MISTRAL, "mixtral": _MIXTRAL}
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM"}
@@ -101,8 +116,10 @@ def model_spec_from_hf(config: Mapping[str, Any]) -> ModelSpec:
     kind = _model_type(config, problems)
     problems.raise_if_any()
     _check_keys(config, kind, problems)
-    values = {name: read_value(name, config.get(name), reader, DEFAULTS[kind][name], problems)
-              for name, reader in _COMMON.items()}  # fmt: skip
+    values = {
+        name: read_value(name, config.get(name), reader, DEFAULTS[kind][name], problems)
+        for name, reader in _COMMON.items()
+    }
     values["rope_theta"] = _rope_theta(config, values["rope_theta"], problems)
     values["moe"] = _routing(config, problems) if kind == "mixtral" else None
     problems.raise_if_any()
@@ -144,8 +161,13 @@ def hf_config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     if not spec.moe:
         return result | {"attention_bias": False, "mlp_bias": False, "rope_scaling": None}
     problems = Problems("this network as a Hugging Face mixtral")
-    built = {"use_gating_sigmoid": False, "norm_topk_prob": True, "routed_scaling_factor": 1.0,
-             "topk_method": "greedy", "balance_via_topk_bias": False}  # fmt: skip
+    built = {
+        "use_gating_sigmoid": False,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "topk_method": "greedy",
+        "balance_via_topk_bias": False,
+    }
     if spec.moe.num_experts_per_tok == 1:
         built["norm_single_choice"] = True  # transformers always divides by the sum over the chosen
     for name, wanted in built.items():
@@ -244,8 +266,10 @@ def _check_window(config: Mapping[str, Any], kind: str, positions: int, problems
 
 
 def _routing(config: Mapping[str, Any], problems: Problems) -> MoESpec | None:
-    fields = {name: read_value(key, config.get(key), kind, default, problems)
-              for name, (key, kind, default) in _ROUTING.items()}  # fmt: skip
+    fields = {
+        name: read_value(key, config.get(key), kind, default, problems)
+        for name, (key, kind, default) in _ROUTING.items()
+    }
     key, kind, default = _AUX_COEF
     coef = read_value(key, config.get(key), kind, default, problems)
     if problems.lines:

@@ -47,7 +47,10 @@ def _keys(section: str, part: str, rows: str) -> tuple[Key, ...]:
 
 
 KEYS: tuple[Key, ...] = (
-    *_keys(MODEL, "model", """
+    *_keys(
+        MODEL,
+        "model",
+        """
         vocab_size               vocab_size               int    32000
         hidden_size              hidden_size              int    4096
         intermediate_size        intermediate_size        int    -
@@ -64,30 +67,50 @@ KEYS: tuple[Key, ...] = (
         eos_token_id             eos_token_id             ids    2
         pad_token_id             pad_token_id             int    0
         ignore_token_id          ignore_token_id          int    -100
-    """),
-    *_keys(MODEL, "numerics", """
+    """,
+    ),
+    *_keys(
+        MODEL,
+        "numerics",
+        """
         compute_dtype            compute_dtype            dtype  float16
         param_init_type          param_dtype              dtype  float16
         layernorm_compute_type   norm_dtype               dtype  float32
         softmax_compute_type     softmax_dtype            dtype  float32
         rotary_dtype             rotary_dtype             dtype  float32
-    """),
-    *_keys(MODEL, "kernels", """
+    """,
+    ),
+    *_keys(
+        MODEL,
+        "kernels",
+        """
         use_flash_attention      flash_attention          bool   False
         fused_rms_norm           rms_norm                 bool   True
         use_fused_rope           rope                     bool   False
         use_fused_swiglu         swiglu                   bool   False
-    """),
-    *_keys(MODEL, "network", """
+    """,
+    ),
+    *_keys(
+        MODEL,
+        "network",
+        """
         seq_length               seq_length               int    2048
         return_extra_loss        return_extra_loss        bool   True
-    """),
+    """,
+    ),
     *_keys(MODEL, "parallel", "pp_interleave_num pp_interleave_num int 1"),
-    *_keys(MODEL, "moe", """
+    *_keys(
+        MODEL,
+        "moe",
+        """
         aux_loss_reduce          aux_loss_reduce          str    sum
         norm_single_choice       norm_single_choice       bool   False
-    """),
-    *_keys("moe_config", "moe", """
+    """,
+    ),
+    *_keys(
+        "moe_config",
+        "moe",
+        """
         expert_num               num_local_experts        int    1
         num_experts_chosen       num_experts_per_tok      int    1
         capacity_factor          capacity_factor          float  1.1
@@ -106,8 +129,12 @@ KEYS: tuple[Key, ...] = (
         use_fused_ops_topkrouter use_fused_ops_topkrouter bool   False
         use_gmm                  use_gmm                  bool   False
         max_router_load          max_router_load          int    131072
-    """),
-    *_keys("parallel_config", "parallel", """
+    """,
+    ),
+    *_keys(
+        "parallel_config",
+        "parallel",
+        """
         data_parallel            data_parallel            int    1
         model_parallel           model_parallel           int    1
         pipeline_stage           pipeline_stage           int    1
@@ -116,29 +143,63 @@ KEYS: tuple[Key, ...] = (
         micro_batch_num          micro_batch_num          int    1
         use_seq_parallel         use_seq_parallel         bool   False
         vocab_emb_dp             vocab_emb_dp             bool   True
-    """),
-    *_keys("parallel", "parallel", """
+    """,
+    ),
+    *_keys(
+        "parallel",
+        "parallel",
+        """
         parallel_mode            parallel_mode            mode   1
         full_batch               full_batch               bool   True
         enable_alltoall          enable_alltoall          bool   False
         enable_parallel_optimizer enable_parallel_optimizer bool False
         gradients_mean           gradients_mean           bool   False
-    """),
+    """,
+    ),
     *_keys(PIPELINE, "parallel", "pipeline_interleave pipeline_interleave bool False"),
     *_keys(TOP, "parallel", "micro_batch_interleave_num micro_batch_interleave_num int 1"),
-)  # fmt: skip
+)
 
 # Keys that fill more than one field, or a field together with others; read by hand in ``core.config.view``.
 COMPOSED: dict[str, frozenset[str]] = {
-    MODEL: frozenset({"batch_size", "multiple_of", "ffn_dim_multiplier", "moe_config", "parallel_config",
-                      "residual_dtype", "embedding_init_type", "pet_config"}),
-    "moe_config": frozenset({"routing_policy", "aux_loss_factor", "aux_loss_types", "aux_loss_factors",
-                             "comp_comm_parallel", "comp_comm_parallel_degree"}),
+    MODEL: frozenset(
+        {
+            "batch_size",
+            "multiple_of",
+            "ffn_dim_multiplier",
+            "moe_config",
+            "parallel_config",
+            "residual_dtype",
+            "embedding_init_type",
+            "pet_config",
+        }
+    ),
+    "moe_config": frozenset(
+        {
+            "routing_policy",
+            "aux_loss_factor",
+            "aux_loss_types",
+            "aux_loss_factors",
+            "comp_comm_parallel",
+            "comp_comm_parallel_degree",
+        }
+    ),
     "runner_config": frozenset({"batch_size", "mini_batch_size"}),
     "parallel": frozenset({"pipeline_config"}),
-    TOP: frozenset({"use_parallel", "run_mode", "model", "moe_config", "parallel_config", "parallel",
-                    "recompute_config", "swap_config", "runner_config"}),
-}  # fmt: skip
+    TOP: frozenset(
+        {
+            "use_parallel",
+            "run_mode",
+            "model",
+            "moe_config",
+            "parallel_config",
+            "parallel",
+            "recompute_config",
+            "swap_config",
+            "runner_config",
+        }
+    ),
+}
 
 MODES: dict[object, str] = {0: "data_parallel", 1: "semi_auto_parallel", 2: "auto_parallel", 3: "hybrid_parallel"}
 SHARDED_MODES = ("semi_auto_parallel", "auto_parallel")  # the modes in which MindFormers keeps the parallel sizes
@@ -303,8 +364,18 @@ OTHER_WORDS: dict[str, str] = {
     "softmax_compute_dtype": "model.model_config.softmax_compute_type",
 }
 
-OUR_SECTIONS = (TOP, "model", MODEL, "moe_config", "parallel_config", "parallel", PIPELINE, "recompute_config",
-                "swap_config", "runner_config")  # fmt: skip
+OUR_SECTIONS = (
+    TOP,
+    "model",
+    MODEL,
+    "moe_config",
+    "parallel_config",
+    "parallel",
+    PIPELINE,
+    "recompute_config",
+    "swap_config",
+    "runner_config",
+)
 
 
 def known_keys(section: str) -> tuple[str, ...]:

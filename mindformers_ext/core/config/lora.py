@@ -49,8 +49,15 @@ class LoraSpec:
 
     def peft_words(self) -> dict[str, Any]:
         """The description in the words of Hugging Face's PEFT."""
-        return {"peft_type": "LORA", "r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout,
-                "target_modules": self.targets, "exclude_modules": self.exclude, "bias": "none"}  # fmt: skip
+        return {
+            "peft_type": "LORA",
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "target_modules": self.targets,
+            "exclude_modules": self.exclude,
+            "bias": "none",
+        }
 
 
 def lora_from_yaml(config: Mapping[str, Any]) -> LoraSpec | None:
@@ -82,8 +89,9 @@ def lora_from_yaml(config: Mapping[str, Any]) -> LoraSpec | None:
     for name, text in (("target_modules", targets), ("exclude_layers", exclude)):
         fault = _fault(text) if text is not None or name == "target_modules" else None
         if fault:
-            problems.add(f"{name}={text!r} {fault}", "write a regular expression over layer names, such as "
-                         "'.*wq|.*wk|.*wv|.*wo'")  # fmt: skip
+            problems.add(
+                f"{name}={text!r} {fault}", "write a regular expression over layer names, such as '.*wq|.*wk|.*wv|.*wo'"
+            )
     problems.raise_if_any()
     return LoraSpec(rank, alpha, dropout, str(targets), exclude)
 

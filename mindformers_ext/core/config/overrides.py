@@ -15,24 +15,57 @@ from mindformers_ext.core.errors import Problems, nearest
 # Keys that these sections may hold although a file leaves them out (arguments and defaults of MindFormers 1.9.0).
 # Sections not named here and not in ``core.config.keys`` take only the keys that the file already has.
 OPEN_SECTIONS: dict[str, tuple[str, ...]] = {
-    "context": ("mode", "device_target", "device_id", "max_call_depth", "max_device_memory", "save_graphs",
-                "save_graphs_path", "jit_config", "ascend_config", "memory_optimize_level", "mempool_block_size",
-                "enable_graph_kernel", "deterministic", "affinity_cpu_list", "runtime_num_threads"),
+    "context": (
+        "mode",
+        "device_target",
+        "device_id",
+        "max_call_depth",
+        "max_device_memory",
+        "save_graphs",
+        "save_graphs_path",
+        "jit_config",
+        "ascend_config",
+        "memory_optimize_level",
+        "mempool_block_size",
+        "enable_graph_kernel",
+        "deterministic",
+        "affinity_cpu_list",
+        "runtime_num_threads",
+    ),
     "context.jit_config": ("jit_level",),
     "context.ascend_config": ("precision_mode", "parallel_speed_up_json_path"),
     "lr_schedule": ("type", "learning_rate", "lr_end", "warmup_ratio", "warmup_steps", "warmup_lr_init", "total_steps"),
     "optimizer": ("type", "betas", "beta1", "beta2", "eps", "weight_decay", "learning_rate"),
-    "runner_wrapper": ("type", "scale_sense", "use_clip_grad", "max_grad_norm", "local_norm",
-                       "calculate_per_token_loss"),
+    "runner_wrapper": (
+        "type",
+        "scale_sense",
+        "use_clip_grad",
+        "max_grad_norm",
+        "local_norm",
+        "calculate_per_token_loss",
+    ),
     "runner_wrapper.scale_sense": ("type", "loss_scale_value", "scale_factor", "scale_window"),
-    "train_dataset": ("data_loader", "input_columns", "num_parallel_workers", "python_multiprocessing",
-                      "drop_remainder", "batch_size", "repeat", "numa_enable", "prefetch_size", "seed"),
+    "train_dataset": (
+        "data_loader",
+        "input_columns",
+        "num_parallel_workers",
+        "python_multiprocessing",
+        "drop_remainder",
+        "batch_size",
+        "repeat",
+        "numa_enable",
+        "prefetch_size",
+        "seed",
+    ),
     "train_dataset.data_loader": ("type", "dataset_dir", "shuffle", "num_samples", "num_shards", "shard_id"),
     "trainer": ("type", "model_name"),
     "model.arch": ("type",),
-    "parallel.parallel_optimizer_config": ("gradient_accumulation_shard", "parallel_optimizer_threshold",
-                                           "optimizer_weight_shard_size"),
-}  # fmt: skip
+    "parallel.parallel_optimizer_config": (
+        "gradient_accumulation_shard",
+        "parallel_optimizer_threshold",
+        "optimizer_weight_shard_size",
+    ),
+}
 OPEN_SECTIONS["eval_dataset"] = OPEN_SECTIONS["train_dataset"]
 OPEN_SECTIONS["eval_dataset.data_loader"] = OPEN_SECTIONS["train_dataset.data_loader"]
 
@@ -104,8 +137,10 @@ def _set(config: dict[str, Any], path: str, text: str, problems: Problems) -> No
             problems.add(f"--{path}: '{section}' is the value {here!r}, not a section", "check the path")
             return
         elif step not in here and step not in _known(section):
-            problems.add(f"--{path}: unknown key '{step}'" + (f" in '{section}'" if section else ""),
-                         _advice(section, step, here))  # fmt: skip
+            problems.add(
+                f"--{path}: unknown key '{step}'" + (f" in '{section}'" if section else ""),
+                _advice(section, step, here),
+            )
             return
         else:
             key = step

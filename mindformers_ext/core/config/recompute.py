@@ -86,23 +86,33 @@ def recompute_from_yaml(config: Mapping[str, Any], spec: NetworkSpec) -> Recompu
         problems.raise_if_any()
     layers, stages, moe = spec.model.num_hidden_layers, spec.parallel.pipeline_stage, spec.model.moe
     exchanges = read_value(f"{WHERE}.mp_comm_recompute", words.get("mp_comm_recompute", True), "bool", True, problems)
-    cut = read_value(f"{WHERE}.recompute_slice_activation", words.get("recompute_slice_activation", False), "bool",
-                     False, problems)  # fmt: skip
+    cut = read_value(
+        f"{WHERE}.recompute_slice_activation", words.get("recompute_slice_activation", False), "bool", False, problems
+    )
     counts = _counts(f"{WHERE}.recompute", words.get("recompute", False), layers, stages, problems)
     selected = _selected(words.get("select_recompute"), layers, stages, problems)
 
     def chosen(counts: list[int]) -> frozenset[int]:
         return _first_layers(counts, layers, stages, spec.parallel.pp_interleave_num)
 
-    found = RecomputeSpec(chosen(counts), bool(exchanges), bool(cut),
-                          tuple((part, chosen(selected[part])) for part in PARTS if part in selected))  # fmt: skip
+    found = RecomputeSpec(
+        chosen(counts),
+        bool(exchanges),
+        bool(cut),
+        tuple((part, chosen(selected[part])) for part in PARTS if part in selected),
+    )
     of_each = [found.parts_of(layer) for layer in range(layers)]
     if moe is not None and moe.use_gmm and any("swiglu" in parts for parts in of_each):
-        problems.add(f"{WHERE}.select_recompute names the gated product, which use_gmm makes a part of its experts",
-                     "select feed_forward, or leave use_gmm off")  # fmt: skip
+        problems.add(
+            f"{WHERE}.select_recompute names the gated product, which use_gmm makes a part of its experts",
+            "select feed_forward, or leave use_gmm off",
+        )
     if any(parts >= BROKEN for parts in of_each):
-        problems.add(f"{WHERE}.select_recompute names attention, its norm and the gated product of one layer, which "
-                     "MindSpore does not compile", "leave attention_norm out")  # fmt: skip
+        problems.add(
+            f"{WHERE}.select_recompute names attention, its norm and the gated product of one layer, which "
+            "MindSpore does not compile",
+            "leave attention_norm out",
+        )
     problems.raise_if_any()
     return found
 
@@ -164,14 +174,18 @@ def _parts_named(name: str, problems: Problems) -> list[str]:
     words = name.replace(".*", "*").replace("\\.", ".").split(".")
     known = {alias: part for part, aliases in PARTS.items() for alias in aliases} | dict.fromkeys(KEEP_NOTHING, "")
     if not re.fullmatch(r"[\w*]*(\.\w+)*", ".".join(words)):
-        problems.add(f"{WHERE}.select_recompute: {name!r} is not understood",
-                     f"'.*' may stand in the first word alone; choose among {', '.join(known)}")  # fmt: skip
+        problems.add(
+            f"{WHERE}.select_recompute: {name!r} is not understood",
+            f"'.*' may stand in the first word alone; choose among {', '.join(known)}",
+        )
         return []
-    alike = [alias for alias in known if alias.split(".")[1:] == words[1:]
-             and fnmatchcase(alias.split(".")[0], words[0])]  # fmt: skip
+    alike = [
+        alias for alias in known if alias.split(".")[1:] == words[1:] and fnmatchcase(alias.split(".")[0], words[0])
+    ]
     if not alike:
-        problems.add(f"{WHERE}.select_recompute: {name!r} is no part of a layer here",
-                     f"choose among {', '.join(known)}")  # fmt: skip
+        problems.add(
+            f"{WHERE}.select_recompute: {name!r} is no part of a layer here", f"choose among {', '.join(known)}"
+        )
     return sorted({known[alias] for alias in alike} - {""})
 
 

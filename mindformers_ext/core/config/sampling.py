@@ -46,8 +46,9 @@ class SamplingSpec:
     def collect(self, problems: Problems) -> None:
         """Add every value out of range to ``problems``."""
         if not self.temperature > 0:
-            problems.add(f"temperature={self.temperature}", "give a number above 0, or do_sample False for the best "
-                         "token")  # fmt: skip
+            problems.add(
+                f"temperature={self.temperature}", "give a number above 0, or do_sample False for the best token"
+            )
         if self.top_k < 0:
             problems.add(f"top_k={self.top_k}", "give 1 or more, or 0 for all tokens")
         if not 0 < self.top_p <= 1:
@@ -138,8 +139,9 @@ def probabilities(logits: Floats, spec: SamplingSpec) -> npt.NDArray[np.float64]
     return odds
 
 
-def choose(logits: Floats, text: Sequence[int] | Ints, prompt: int, spec: SamplingSpec,
-           generator: np.random.Generator) -> int:  # fmt: skip
+def choose(
+    logits: Floats, text: Sequence[int] | Ints, prompt: int, spec: SamplingSpec, generator: np.random.Generator
+) -> int:
     """The next token: the best one (the first among equals), or a draw."""
     logits = adjusted(logits, text, prompt, spec)
     if not spec.do_sample:

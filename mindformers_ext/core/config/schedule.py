@@ -71,8 +71,13 @@ def schedule_from_yaml(config: Mapping[str, Any], steps: int, per_epoch: int, pr
         warmup = int(words["warmup_epochs"] * per_epoch)
     decay = _phase(words, "decay", total, problems)
     numbers = {name: float(value) for name, value in given.items() if isinstance(value, (int, float))}
-    return Schedule(kind=str(kind), **{"learning_rate": 0.0, **numbers}, warmup_steps=warmup, total_steps=total,
-                    decay_steps=max(1, total if decay is None else decay))  # fmt: skip
+    return Schedule(
+        kind=str(kind),
+        **{"learning_rate": 0.0, **numbers},
+        warmup_steps=warmup,
+        total_steps=total,
+        decay_steps=max(1, total if decay is None else decay),
+    )
 
 
 def _phase(words: Mapping[str, Any], name: str, total: int, problems: Problems) -> int | None:

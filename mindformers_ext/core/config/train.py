@@ -98,8 +98,9 @@ class TrainSpec:
     lora: LoraSpec | None = None
 
 
-def train_spec_from_yaml(config: Mapping[str, Any], parallel: ParallelSpec, per_epoch: int,
-                         bias_rate: float) -> tuple[TrainSpec, list[str]]:  # fmt: skip
+def train_spec_from_yaml(
+    config: Mapping[str, Any], parallel: ParallelSpec, per_epoch: int, bias_rate: float
+) -> tuple[TrainSpec, list[str]]:
     """The run that ``config`` describes, and notes about keys that have no effect here.
 
     Args:
@@ -122,8 +123,9 @@ def train_spec_from_yaml(config: Mapping[str, Any], parallel: ParallelSpec, per_
     callbacks = {str(item.get("type")): item for item in config.get("callbacks") or []}
     for name in callbacks:
         if name not in CALLBACKS:
-            problems.add(f"callback {name} belongs to MindFormers' trainer, {ENGINE} has {', '.join(CALLBACKS)}",
-                         "remove it")  # fmt: skip
+            problems.add(
+                f"callback {name} belongs to MindFormers' trainer, {ENGINE} has {', '.join(CALLBACKS)}", "remove it"
+            )
     monitor = callbacks.get("MFLossMonitor") or {}
     if monitor.get("tensorboard", "MFLossMonitor" in callbacks):
         notes.append(f"{ENGINE} writes no TensorBoard events; python tools/plot_run.py draws its metrics")
@@ -135,13 +137,19 @@ def train_spec_from_yaml(config: Mapping[str, Any], parallel: ParallelSpec, per_
         notes.append("topk_bias_update_rate has no effect without the callback TopkBiasBalanceCallback")
         bias_rate = 0.0
     spec = TrainSpec(
-        optimizer=optimizer, schedule=schedule, steps=steps,
+        optimizer=optimizer,
+        schedule=schedule,
+        steps=steps,
         max_grad_norm=float(wrapper.get("max_grad_norm") or 1.0) if clips else None,
         micro_batches=int(runner.get("gradient_accumulation_steps") or 1),
-        loss_scale=_loss_scale(wrapper.get("scale_sense"), problems), recompute=recompute,
-        seed=int(config.get("seed") or 0), bias_rate=bias_rate, print_every=int(monitor.get("per_print_times") or 1),
-        checkpoint=_checkpoint(callbacks.get("CheckpointMonitor"), problems, notes), lora=lora_from_yaml(config),
-    )  # fmt: skip
+        loss_scale=_loss_scale(wrapper.get("scale_sense"), problems),
+        recompute=recompute,
+        seed=int(config.get("seed") or 0),
+        bias_rate=bias_rate,
+        print_every=int(monitor.get("per_print_times") or 1),
+        checkpoint=_checkpoint(callbacks.get("CheckpointMonitor"), problems, notes),
+        lora=lora_from_yaml(config),
+    )
     problems.raise_if_any()
     return spec, notes
 
@@ -176,8 +184,12 @@ def _optimizer(words: Mapping[str, Any], problems: Problems) -> OptimizerSpec:
     eps = float(words.get("eps", 1e-8 if corrected else 1e-6))
     if not eps > 0.0:
         problems.add(f"optimizer.eps={eps} is out of range", "use a value above 0")
-    return OptimizerSpec(bias_correction=corrected, betas=(float(betas[0]), float(betas[1])), eps=eps,
-                         weight_decay=float(words.get("weight_decay") or 0.0))  # fmt: skip
+    return OptimizerSpec(
+        bias_correction=corrected,
+        betas=(float(betas[0]), float(betas[1])),
+        eps=eps,
+        weight_decay=float(words.get("weight_decay") or 0.0),
+    )
 
 
 def _loss_scale(words: Any, problems: Problems) -> LossScale:
@@ -190,8 +202,9 @@ def _loss_scale(words: Any, problems: Problems) -> LossScale:
     value = float(words.get("loss_scale_value") or 1.0)
     if words.get("type") != kinds[0]:
         return LossScale(value=value)
-    return LossScale(value=value, factor=float(words.get("scale_factor") or 2.0),
-                     window=int(words.get("scale_window") or 1000))  # fmt: skip
+    return LossScale(
+        value=value, factor=float(words.get("scale_factor") or 2.0), window=int(words.get("scale_window") or 1000)
+    )
 
 
 def _recompute(words: Any, problems: Problems, notes: list[str]) -> bool:
@@ -210,11 +223,17 @@ def _checkpoint(words: Mapping[str, Any] | None, problems: Problems, notes: list
         return None
     for name in ("save_checkpoint_seconds", "keep_checkpoint_per_n_minutes"):
         if words.get(name):
-            problems.add(f"CheckpointMonitor.{name}={words[name]}: {ENGINE} counts steps", "use save_checkpoint_steps "
-                         "and keep_checkpoint_max")  # fmt: skip
+            problems.add(
+                f"CheckpointMonitor.{name}={words[name]}: {ENGINE} counts steps",
+                "use save_checkpoint_steps and keep_checkpoint_max",
+            )
     if words.get("async_save"):
         notes.append(f"async_save: {ENGINE} writes a checkpoint before the next step")
     form = words.get("checkpoint_format") or "ckpt"
     problems.one_of("CheckpointMonitor.checkpoint_format", form, ("ckpt", "safetensors"))
-    return CheckpointPlan(prefix=str(words.get("prefix") or "CKP"), steps=int(words.get("save_checkpoint_steps", 1)),
-                          keep=int(words.get("keep_checkpoint_max", 5)), suffix=f".{form}")  # fmt: skip
+    return CheckpointPlan(
+        prefix=str(words.get("prefix") or "CKP"),
+        steps=int(words.get("save_checkpoint_steps", 1)),
+        keep=int(words.get("keep_checkpoint_max", 5)),
+        suffix=f".{form}",
+    )

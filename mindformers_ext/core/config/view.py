@@ -32,7 +32,7 @@ from mindformers_ext.core.config.keys import (
     Key,
     defaults,
     known_keys,
-)  # fmt: skip
+)
 from mindformers_ext.core.config.recompute import names_without_effect
 from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.errors import Problems, nearest
@@ -56,8 +56,9 @@ def network_spec_from_yaml(config: Mapping[str, Any], device_num: int = 1) -> Ne
     problems = Problems("the configuration")
     sections = _sections(config, problems)
     _check_keys(sections, problems)
-    parts: dict[str, dict[str, Any]] = {name: {} for name in ("model", "moe", "numerics", "kernels", "parallel",
-                                                              "network")}  # fmt: skip
+    parts: dict[str, dict[str, Any]] = {
+        name: {} for name in ("model", "moe", "numerics", "kernels", "parallel", "network")
+    }
     for key in KEYS:
         value = sections[key.section].get(key.name, key.default)
         parts[key.part][key.field] = read_value(_path(key), value, key.kind, key.default, problems)
@@ -95,8 +96,14 @@ def yaml_from_network_spec(spec: NetworkSpec) -> dict[str, Any]:
     if spec.model.moe and spec.model.moe.router_dtype == "float16":
         problems.add("router_dtype='float16'", "MindFormers reads router_dense_type float16 as float32; use float32")
     problems.raise_if_any()
-    parts = {"model": spec.model, "moe": spec.model.moe, "numerics": spec.numerics, "kernels": spec.kernels,
-             "parallel": spec.parallel, "network": spec}  # fmt: skip
+    parts = {
+        "model": spec.model,
+        "moe": spec.model.moe,
+        "numerics": spec.numerics,
+        "kernels": spec.kernels,
+        "parallel": spec.parallel,
+        "network": spec,
+    }
     result: dict[str, Any] = {"use_parallel": spec.parallel.parallel_mode != "stand_alone"}
     sections: dict[str, dict[str, Any]] = {TOP: result, **{name: {} for name in OUR_SECTIONS if name}}
     for key in KEYS:
@@ -232,10 +239,12 @@ def _routing(sections: Sections, problems: Problems) -> dict[str, Any]:
             f"moe_config.routing_policy={policy!r}" + ("" if "routing_policy" in words else " (the default)"),
             f"LLaMA's experts are routed by {ROUTING_POLICY}: set routing_policy: {ROUTING_POLICY}",
         )
-    overlapped = read_value("moe_config.comp_comm_parallel", words.get("comp_comm_parallel", False), "bool", False,
-                            problems)  # fmt: skip
-    degree = read_value("moe_config.comp_comm_parallel_degree", words.get("comp_comm_parallel_degree", 2), "int", 2,
-                        problems)  # fmt: skip
+    overlapped = read_value(
+        "moe_config.comp_comm_parallel", words.get("comp_comm_parallel", False), "bool", False, problems
+    )
+    degree = read_value(
+        "moe_config.comp_comm_parallel_degree", words.get("comp_comm_parallel_degree", 2), "int", 2, problems
+    )
     router = next(key for key in KEYS if key.field == "router_dtype")
     dtype = read_value(_path(router), words.get("router_dense_type", "float32"), "dtype", "float32", problems)
     return {
@@ -304,4 +313,3 @@ def _path(key: Key) -> str:
 
 def _join(section: str, name: str) -> str:
     return f"{section}.{name}" if section else name
-

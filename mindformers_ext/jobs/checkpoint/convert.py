@@ -32,9 +32,16 @@ from mindformers_ext.weights.plan import Direction, Overflow, Plan
 DEFAULT_SHARD = 5 * 10**9
 LARGE = 2**23  # bytes of a tensor for which reading ahead pays
 COMPANIONS = (
-    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 NO_CONFIG = (
     "no config.json was written, as nothing told the model's: put the original one into the folder, or convert again "
     "with --config"
@@ -129,11 +136,14 @@ def plan_only(request: ConvertRequest) -> PlanReport:
         _check_output(request)
         with _opened(request) as job:
             return PlanReport(
-                tuple(str(step) for step in job.plan.steps), sum(info.nbytes for info in job.plan.targets),
-                _free(request.output_path), job.source,
+                tuple(str(step) for step in job.plan.steps),
+                sum(info.nbytes for info in job.plan.targets),
+                _free(request.output_path),
+                job.source,
                 "Hugging Face" if request.direction == "to_hf" else f"MindSpore, {request.layout}",
-                _left_behind(job.plan), job.notes,
-            )  # fmt: skip
+                _left_behind(job.plan),
+                job.notes,
+            )
     except OSError as error:
         raise _refused(request, error) from error
 
@@ -213,9 +223,14 @@ def _write_ms(request: ConvertRequest, job: _Job, overflow: Overflow) -> None:
     out = request.output_path
     experts = job.spec.moe.num_local_experts if job.spec.moe else 0
     words: dict[str, Any] = dict(
-        config=job.config, dtype=_dtype_of(job.plan), source=str(request.input_path), layout=request.layout.experts,
-        qkv_concat=request.layout.qkv_concat, experts=experts, source_hash=fingerprint(job.reader),
-    )  # fmt: skip
+        config=job.config,
+        dtype=_dtype_of(job.plan),
+        source=str(request.input_path),
+        layout=request.layout.experts,
+        qkv_concat=request.layout.qkv_concat,
+        experts=experts,
+        source_hash=fingerprint(job.reader),
+    )
     with fresh_file(out, request.overwrite) as partial:
         with open_writer(partial, out.suffix, job.plan.targets, CheckpointMeta(**words)) as writer:
             _copy(job.plan, job.reader, writer, overflow)

@@ -48,11 +48,20 @@ class Inspection:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        tensors = [{"name": info.name, "shape": list(info.shape), "dtype": type_name(info), "bytes": info.nbytes} for
-                   info in self.tensors]  # fmt: skip
-        return {"path": str(self.path), "kind": self.kind, "layout": self.layout, "bytes": self.nbytes,
-                "fingerprint": self.fingerprint, "description": self.description, "notes": list(self.notes),
-                "tensors": tensors}  # fmt: skip
+        tensors = [
+            {"name": info.name, "shape": list(info.shape), "dtype": type_name(info), "bytes": info.nbytes}
+            for info in self.tensors
+        ]
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            "layout": self.layout,
+            "bytes": self.nbytes,
+            "fingerprint": self.fingerprint,
+            "description": self.description,
+            "notes": list(self.notes),
+            "tensors": tensors,
+        }
 
 
 def inspect_ckpt(path: Path) -> Inspection:

@@ -50,8 +50,9 @@ def merge_lora(base: Path, adapter: Path, output: Path, scale: float | None = No
     check_suffix(output)
     file = checkpoint_file(adapter) if adapter.exists() else None
     if file is None:
-        raise UserError(f"adapter {adapter} is no checkpoint: give a .ckpt of the finetuning run, or its folder "
-                        "'checkpoint'")  # fmt: skip
+        raise UserError(
+            f"adapter {adapter} is no checkpoint: give a .ckpt of the finetuning run, or its folder 'checkpoint'"
+        )
     factor = scale_of(file) if scale is None else scale
     with closing(open_checkpoint(base)) as weights, closing(open_checkpoint(file)) as adapters:
         layers = _layers(weights, adapters, base, file)
@@ -81,8 +82,10 @@ def scale_of(file: Path) -> float:
     places = [folder / ADAPTER_CONFIG for folder in file.resolve().parents[:3]]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
-        raise UserError(f"no {ADAPTER_CONFIG} lies beside {file} or up to two folders above: give --lora_scaling "
-                        "(lora_alpha / lora_rank of the run)")  # fmt: skip
+        raise UserError(
+            f"no {ADAPTER_CONFIG} lies beside {file} or up to two folders above: give --lora_scaling "
+            "(lora_alpha / lora_rank of the run)"
+        )
     try:
         words = json.loads(found.read_text(encoding="utf-8"))
         return float(words["lora_alpha"]) / float(words["r"])
@@ -92,11 +95,15 @@ def scale_of(file: Path) -> float:
 
 def _layers(weights: Reader, adapters: Reader, base: Path, file: Path) -> list[str]:
     """The adapted layers, each with both adapters and a weight of their shape."""
-    found = [name.removesuffix(f".{LORA_A}") for name in adapters.infos
-             if name.endswith(f".{LORA_A}") and not name.startswith(OPTIMIZER)]  # fmt: skip
+    found = [
+        name.removesuffix(f".{LORA_A}")
+        for name in adapters.infos
+        if name.endswith(f".{LORA_A}") and not name.startswith(OPTIMIZER)
+    ]
     if not found:
-        raise UserError(f"{file} holds no LoRA adapters (names that end in {LORA_A}): give a checkpoint of a run with "
-                        "pet_config")  # fmt: skip
+        raise UserError(
+            f"{file} holds no LoRA adapters (names that end in {LORA_A}): give a checkpoint of a run with pet_config"
+        )
     problems = Problems(f"adapters {file} do not fit {base}")
     for name in found:
         low, high = adapters.infos[f"{name}.{LORA_A}"].shape, adapters.infos.get(f"{name}.{LORA_B}")
@@ -106,8 +113,10 @@ def _layers(weights: Reader, adapters: Reader, base: Path, file: Path) -> list[s
         elif weight is None:
             problems.add(f"{name}.weight is not in the base", "give the weights the adapters were trained on")
         elif weight.shape != (high.shape[0], low[1]) or high.shape[1] != low[0]:
-            problems.add(f"{name}: A {low}, B {high.shape}, weight {weight.shape}", "give the weights the adapters "
-                         "were trained on")  # fmt: skip
+            problems.add(
+                f"{name}: A {low}, B {high.shape}, weight {weight.shape}",
+                "give the weights the adapters were trained on",
+            )
     problems.raise_if_any()
     return found
 
@@ -120,6 +129,8 @@ def _stream(weights: Reader, adapters: Reader, layers: list[str], scale: float) 
             low, high = (adapters.read(f"{adapted[name]}.{part}").astype(np.float32) for part in (LORA_A, LORA_B))
             array, lost = cast(array.astype(np.float32) + np.float32(scale) * (high @ low), info.dtype)
             if lost:
-                raise UserError(f"{name}: {lost} merged weights are beyond the range of {info.dtype}: convert the base "
-                                "to bf16 or fp32 first")  # fmt: skip
+                raise UserError(
+                    f"{name}: {lost} merged weights are beyond the range of {info.dtype}: convert the base "
+                    "to bf16 or fp32 first"
+                )
         yield name, array

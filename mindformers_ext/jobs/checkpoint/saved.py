@@ -94,10 +94,15 @@ def choose_resume(folder: Path, name: str | None = None, suffix: str = ".ckpt") 
     """
     ranks = sorted(folder.glob("rank_*"), key=lambda path: int(path.name.removeprefix("rank_")))
     if not ranks:
-        raise UserError(f"nothing to resume from: {folder} has no folder rank_0; give --load_checkpoint the "
-                        "'checkpoint' folder of an earlier run")  # fmt: skip
-    passed_over = [f"{path.name} was being written when the run was stopped" for rank in ranks
-                   for path in sorted(rank.glob("*.tmp"))]  # fmt: skip
+        raise UserError(
+            f"nothing to resume from: {folder} has no folder rank_0; give --load_checkpoint the "
+            "'checkpoint' folder of an earlier run"
+        )
+    passed_over = [
+        f"{path.name} was being written when the run was stopped"
+        for rank in ranks
+        for path in sorted(rank.glob("*.tmp"))
+    ]
     by_rank = [{(saved.run, saved.label): saved for saved in saved_in(rank, suffix)} for rank in ranks]
     for saved in reversed(saved_in(ranks[0], suffix)):
         if name and saved.path.name.removesuffix(suffix) != name.removesuffix(suffix):
@@ -110,8 +115,10 @@ def choose_resume(folder: Path, name: str | None = None, suffix: str = ".ckpt") 
             return ResumePoint(folder, saved, tuple(passed_over))
         passed_over += reasons
     tried = "; ".join(passed_over) or "there is no checkpoint file"
-    raise UserError(f"nothing to resume from in {folder}: {tried}. Start without --resume_training, or give another "
-                    "--load_checkpoint")  # fmt: skip
+    raise UserError(
+        f"nothing to resume from in {folder}: {tried}. Start without --resume_training, or give another "
+        "--load_checkpoint"
+    )
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
@@ -188,14 +195,20 @@ def check_shapes(path: Path, model: ModelSpec, whole: bool = True) -> None:
         reader.close()
     needed = {name: shape for binding in rule_set(model).bindings for name, shape in binding.ms.items()}
     problems = Problems(f"checkpoint {path} does not fit the network of the configuration")
-    wrong = [f"{name} is {held[name]}, the network has {shape}" for name, shape in needed.items()
-             if name in held and held[name] != shape]  # fmt: skip
+    wrong = [
+        f"{name} is {held[name]}, the network has {shape}"
+        for name, shape in needed.items()
+        if name in held and held[name] != shape
+    ]
     _add(problems, wrong, "of another shape", "correct the sizes in model.model_config and moe_config")
     if whole:
         missing = [name for name in needed if name not in held]
         _add(problems, missing, "missing", "give the checkpoint of this model, converted to MindFormers' names")
-    extra = [name for name in held if name.startswith("model.layers.") and name not in needed and "router.router." not
-             in name]  # fmt: skip
+    extra = [
+        name
+        for name in held
+        if name.startswith("model.layers.") and name not in needed and "router.router." not in name
+    ]
     _add(problems, extra, "that the network does not have", "correct num_layers or moe_config")
     problems.raise_if_any()
 

@@ -82,8 +82,10 @@ def own_meta(path: Path, reader: CkptFile | SafetensorsFile) -> CheckpointMeta |
     """The description of an open checkpoint, None where it has none; one of another file is a ``UserError``."""
     meta = read_meta(path, reader)
     if meta and meta.hash and meta.hash != fingerprint(reader):
-        raise UserError(f"'{sidecar(path)}' describes another checkpoint than '{path}': copy the pair again, or "
-                        "remove the description and pass --config")  # fmt: skip
+        raise UserError(
+            f"'{sidecar(path)}' describes another checkpoint than '{path}': copy the pair again, or "
+            "remove the description and pass --config"
+        )
     return meta
 
 
@@ -109,9 +111,12 @@ class Known:
 
 
 def know(
-    reader: TensorReader, meta: CheckpointMeta | None, config: Path | None = None, model: str | None = None,
+    reader: TensorReader,
+    meta: CheckpointMeta | None,
+    config: Path | None = None,
+    model: str | None = None,
     input_layout: str | None = None,
-) -> Known:  # fmt: skip
+) -> Known:
     """Sizes and layout of an open MindSpore checkpoint, from ``config``, its description, or its shapes, in this order.
 
     Raises:
@@ -122,11 +127,16 @@ def know(
         spec = model_spec_from_hf(found)
     else:
         spec = sizes_from_shapes(reader.infos)
-        notes = (*notes, "the checkpoint has no description: sizes were taken from its shapes; head count, rope_theta "
-                 "and token ids are not among them")  # fmt: skip
+        notes = (
+            *notes,
+            "the checkpoint has no description: sizes were taken from its shapes; head count, rope_theta "
+            "and token ids are not among them",
+        )
     if meta and meta.version > 1 and meta.config and meta.experts != (spec.moe.num_local_experts if spec.moe else 0):
-        raise UserError(f"the configuration has {spec.moe.num_local_experts if spec.moe else 0} experts, the "
-                        f"checkpoint's description {meta.experts}: correct --config")  # fmt: skip
+        raise UserError(
+            f"the configuration has {spec.moe.num_local_experts if spec.moe else 0} experts, the "
+            f"checkpoint's description {meta.experts}: correct --config"
+        )
     check_model(spec, model)
     return Known(found, spec, resolve_layout(reader.infos, spec, described_layout(meta), input_layout), notes)
 

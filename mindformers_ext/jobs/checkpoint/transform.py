@@ -89,8 +89,10 @@ def transform(request: TransformRequest) -> TransformReport:
 def _transform(request: TransformRequest) -> TransformReport:
     source, target = find_source(request), read_strategy(request.dst_strategy) if request.dst_strategy else None
     if source.strategy is None and target is None:
-        raise UserError("the source is whole and no --dst_ckpt_strategy is given: there is nothing to transform; give "
-                        "--src_ckpt_strategy to merge ranks, or --dst_ckpt_strategy to cut")  # fmt: skip
+        raise UserError(
+            "the source is whole and no --dst_ckpt_strategy is given: there is nothing to transform; give "
+            "--src_ckpt_strategy to merge ranks, or --dst_ckpt_strategy to cut"
+        )
     ranks, notes = share(request, target.world if target else 1)
     rank_meta(source.files[0])  # only checked here: what writes reads it again
     reader = open_source(source)
@@ -196,8 +198,10 @@ def share(request: TransformRequest, world: int) -> tuple[Sequence[int], list[st
         return range(world), notes
     size = world // number
     if request.rank_id % size:
-        notes.append(f"rank {request.rank_id} has nothing to do: ranks {shown(list(range(0, world, size)))} transform "
-                     f"{size} each")  # fmt: skip
+        notes.append(
+            f"rank {request.rank_id} has nothing to do: ranks {shown(list(range(0, world, size)))} transform "
+            f"{size} each"
+        )
         return (), notes
     return range(request.rank_id, request.rank_id + size), notes
 
@@ -266,8 +270,10 @@ def _check_target(request: TransformRequest, source: Source, tasks: list[Task], 
         found = checkpoint_files(task.path.parent) if task.path.parent.is_dir() else []
         others = [file.name for file in found if file != task.path]
         if others:
-            problems.add(f"rank_{task.rank} holds {shown(others)}", "two files in a rank folder confuse every reader; "
-                         "remove it or choose another folder")  # fmt: skip
+            problems.add(
+                f"rank_{task.rank} holds {shown(others)}",
+                "two files in a rank folder confuse every reader; remove it or choose another folder",
+            )
         existing += [task.path] if task.path in found else []
     problems.raise_if_any()
     return existing

@@ -172,9 +172,7 @@ def _work(task: Task) -> None:
     write_rank(_worker["reader"], task, _worker["meta"], _worker["overwrite"], _worker["queue"].put)
 
 
-def _run_in_processes(
-    source: Source, tasks: Sequence[Task], processes: int, overwrite: bool, count: Count
-) -> None:
+def _run_in_processes(source: Source, tasks: Sequence[Task], processes: int, overwrite: bool, count: Count) -> None:
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     pool = ProcessPoolExecutor(processes, context, _start_worker, (source, overwrite, queue, os.getpid()))

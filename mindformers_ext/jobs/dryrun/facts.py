@@ -15,10 +15,18 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.graph_text import Collective, GraphFacts, Unplanned, read_graph, unplanned_operators
 
 # MindSpore's own words in a collective's name or scope tell what it is for; the first that matches.
-PURPOSES = (("PARALLEL_GLOBALNORM", "norm"), ("parallel_optimizer", "weights"), ("irror", "gradients"),
-            ("-TokenEmbedding/", "embedding"), ("redistribution", "layout"), ("forward_op", "partial sums"),
-            ("Grad_AllGather/", "layout"), ("Grad_ReduceScatter/", "partial sums"), ("Grad_AllReduce/", "partial sums"),
-            ("virtual", "data"))  # fmt: skip
+PURPOSES = (
+    ("PARALLEL_GLOBALNORM", "norm"),
+    ("parallel_optimizer", "weights"),
+    ("irror", "gradients"),
+    ("-TokenEmbedding/", "embedding"),
+    ("redistribution", "layout"),
+    ("forward_op", "partial sums"),
+    ("Grad_AllGather/", "layout"),
+    ("Grad_ReduceScatter/", "partial sums"),
+    ("Grad_AllReduce/", "partial sums"),
+    ("virtual", "data"),
+)
 KINDS = ("weight", "gradient", "optimizer", "cache", "other")
 GRAPHS_OF = {"prompt": "PromptGraph", "token": "TokenGraph"}  # of a prediction: what one does, and its cell
 ACCUMULATOR = "accu_grads"
@@ -149,12 +157,18 @@ def prediction_facts(
                 shape = tuple(whole.get(name, (tensor.shape[0] * world, *tensor.shape[1:])))
                 parameters[name] = ParameterFact(name, kind, tensor.kind, shape, tensor.shape, tensor.nbytes)
         everyone = [replace(item, ranks=item.ranks or tuple(range(world))) for item in graph.collectives]
-        traffic += [replace(row, purpose=f"{phase}: {'sums' if row.kind == 'AllReduce' else 'logits'}")
-                    for row in traffic_facts(everyone)]  # fmt: skip
+        traffic += [
+            replace(row, purpose=f"{phase}: {'sums' if row.kind == 'AllReduce' else 'logits'}")
+            for row in traffic_facts(everyone)
+        ]
         operators.update(graph.operators)
         flops += graph.matmul_flops
-    return {"parameters": tuple(parameters.values()), "traffic": tuple(traffic),
-            "operators": dict(operators.most_common()), "matmul_flops": flops}  # fmt: skip
+    return {
+        "parameters": tuple(parameters.values()),
+        "traffic": tuple(traffic),
+        "operators": dict(operators.most_common()),
+        "matmul_flops": flops,
+    }
 
 
 def _graph_file(graphs: Path, pattern: str) -> Path:

@@ -21,8 +21,10 @@ from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.jobs.predict.generate import Shape
 
 SHOWN = 10  # splits in the list
-NEEDED = ("weights, gradients and optimizer states follow from the slices; activations and gathered weights are "
-          "estimated by arithmetic")  # fmt: skip
+NEEDED = (
+    "weights, gradients and optimizer states follow from the slices; activations and gathered weights are "
+    "estimated by arithmetic"
+)
 
 
 def step_settings(config: Mapping[str, Any], spec: NetworkSpec) -> StepSettings:
@@ -34,14 +36,23 @@ def step_settings(config: Mapping[str, Any], spec: NetworkSpec) -> StepSettings:
     problems = Problems("the configuration")
     cut = ((config.get("parallel") or {}).get("parallel_optimizer_config")) or {}
     where = "parallel.parallel_optimizer_config"
-    threshold = read_value(f"{where}.parallel_optimizer_threshold",
-                           cut.get("parallel_optimizer_threshold", OPTIMIZER_THRESHOLD), "int", OPTIMIZER_THRESHOLD,
-                           problems)  # fmt: skip
-    shard = read_value(f"{where}.gradient_accumulation_shard", cut.get("gradient_accumulation_shard", False), "bool",
-                       False, problems)  # fmt: skip
-    steps = read_value("runner_config.gradient_accumulation_steps",
-                       (config.get("runner_config") or {}).get("gradient_accumulation_steps") or 1, "int", 1,
-                       problems)  # fmt: skip
+    threshold = read_value(
+        f"{where}.parallel_optimizer_threshold",
+        cut.get("parallel_optimizer_threshold", OPTIMIZER_THRESHOLD),
+        "int",
+        OPTIMIZER_THRESHOLD,
+        problems,
+    )
+    shard = read_value(
+        f"{where}.gradient_accumulation_shard", cut.get("gradient_accumulation_shard", False), "bool", False, problems
+    )
+    steps = read_value(
+        "runner_config.gradient_accumulation_steps",
+        (config.get("runner_config") or {}).get("gradient_accumulation_steps") or 1,
+        "int",
+        1,
+        problems,
+    )
     problems.positive("runner_config.gradient_accumulation_steps", steps)
     problems.raise_if_any()
     recompute = recompute_from_yaml(config, spec)
@@ -61,11 +72,19 @@ def check_memory(spec: NetworkSpec, settings: StepSettings, memory: str | None, 
         UserError: the fullest stage with its parts, and the cheapest split that fits.
     """
     fullest = max(stage_memory(spec, settings), key=lambda stage: stage.total)
-    need = (f"stage {fullest.stage} needs {_gb(fullest.total)} on each device: weights {_gb(fullest.weights)}, "
-            f"gradients {_gb(fullest.gradients)}, optimizer {_gb(fullest.optimizer)}, activations about "
-            f"{_gb(fullest.activations)}, gathered weights about {_gb(fullest.gathered)}")  # fmt: skip
-    return _judged(need, fullest.total, memory, configured, lambda limit: _way_out(spec, settings, limit),
-                   " (--suggest lists splits that fit)")  # fmt: skip
+    need = (
+        f"stage {fullest.stage} needs {_gb(fullest.total)} on each device: weights {_gb(fullest.weights)}, "
+        f"gradients {_gb(fullest.gradients)}, optimizer {_gb(fullest.optimizer)}, activations about "
+        f"{_gb(fullest.activations)}, gathered weights about {_gb(fullest.gathered)}"
+    )
+    return _judged(
+        need,
+        fullest.total,
+        memory,
+        configured,
+        lambda limit: _way_out(spec, settings, limit),
+        " (--suggest lists splits that fit)",
+    )
 
 
 def check_prediction_memory(
@@ -78,8 +97,10 @@ def check_prediction_memory(
     """
     sizes = (shape.rows, shape.length, shape.positions)
     here = prediction_memory(spec, count, *sizes)
-    need = (f"each device needs {_gb(here.total)}: weights {_gb(here.weights)}, keys and values {_gb(here.cache)}, "
-            f"activations about {_gb(here.activations)}")  # fmt: skip
+    need = (
+        f"each device needs {_gb(here.total)}: weights {_gb(here.weights)}, keys and values {_gb(here.cache)}, "
+        f"activations about {_gb(here.activations)}"
+    )
 
     def way_out(limit: int) -> str:
         model = spec.model
@@ -92,8 +113,9 @@ def check_prediction_memory(
     return _judged(need, here.total, memory, configured, way_out, "")
 
 
-def _judged(need: str, total: int, memory: str | None, configured: object, way_out: Callable[[int], str],
-            more: str) -> list[str]:  # fmt: skip
+def _judged(
+    need: str, total: int, memory: str | None, configured: object, way_out: Callable[[int], str], more: str
+) -> list[str]:
     """Refuse what needs more than ``memory``; a note where it needs more than ``configured``."""
     if memory is not None:
         limit = read_amount(memory)
@@ -153,8 +175,11 @@ def suggestions(config: Mapping[str, Any], where: str, world: int | None, memory
     splits = fitting_splits(spec, settings, limit, rows)
     if not splits:
         raise UserError(f"{where}: {_way_out(spec, settings, limit)}; a step of {rows} rows is kept, {limit_text} each")
-    return suggestion_lines(splits, f"{where}: {devices} devices of {limit_text}, {rows} rows of {spec.seq_length} "
-                                    "tokens per step" + _of_every_layer(spec, settings))  # fmt: skip
+    return suggestion_lines(
+        splits,
+        f"{where}: {devices} devices of {limit_text}, {rows} rows of {spec.seq_length} "
+        "tokens per step" + _of_every_layer(spec, settings),
+    )
 
 
 def suggestion_lines(splits: Sequence[Split], head: str) -> list[str]:
@@ -163,11 +188,25 @@ def suggestion_lines(splits: Sequence[Split], head: str) -> list[str]:
     rows: list[tuple[str, ...]] = [columns]
     for split in splits[:SHOWN]:
         words, cost = split.words, split.cost
-        rows.append((*(f"{words[name]}" for name in ("data_parallel", "model_parallel", "expert_parallel",
-                                                     "pipeline_stage", "micro_batch_num",
-                                                     "gradient_accumulation_steps")),
-                     f"{split.memory.total / 1e9:.1f}", f"{cost.sent_total / 1e9:.1f}", f"{100 * cost.bubble:.0f}%",
-                     f"{cost.seconds:.1f}"))  # fmt: skip
+        rows.append(
+            (
+                *(
+                    f"{words[name]}"
+                    for name in (
+                        "data_parallel",
+                        "model_parallel",
+                        "expert_parallel",
+                        "pipeline_stage",
+                        "micro_batch_num",
+                        "gradient_accumulation_steps",
+                    )
+                ),
+                f"{split.memory.total / 1e9:.1f}",
+                f"{cost.sent_total / 1e9:.1f}",
+                f"{100 * cost.bubble:.0f}%",
+                f"{cost.seconds:.1f}",
+            )
+        )
     widths = [max(len(row[place]) for row in rows) for place in range(len(columns))]
     table = ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     best = splits[0]

@@ -51,12 +51,16 @@ def page(report: DryRunReport) -> str:
     """The page's HTML."""
     plan = report.plan
     failed = [facts for facts in report.ranks if not facts.compiles]
-    answer = (f"{len(report.ranks)} of {plan.world} ranks were compiled, all of them successfully." if not failed else
-              f"{len(failed)} of the {len(report.ranks)} ranks asked for did not compile.")  # fmt: skip
+    answer = (
+        f"{len(report.ranks)} of {plan.world} ranks were compiled, all of them successfully."
+        if not failed
+        else f"{len(failed)} of the {len(report.ranks)} ranks asked for did not compile."
+    )
     body = [
         f"<h1>Dry run of {escape(report.config)}</h1>",
         f"<p>{plan.world} devices, {escape(plan.work)}: "
-        + escape(", ".join(f"{name} {value}" for name, value in sizes(plan.spec.parallel).items())) + "</p>",
+        + escape(", ".join(f"{name} {value}" for name, value in sizes(plan.spec.parallel).items()))
+        + "</p>",
         f'<p class="answer{" bad" if failed else ""}">{answer}</p>',
         _list(f"note: {note}" for note in plan.notes),
         *(_failure(facts) for facts in failed),
@@ -70,7 +74,7 @@ def page(report: DryRunReport) -> str:
         *_comparison(report),
         "<h2>What this does not show</h2>",
         _list(LIMITS),
-    ]  # fmt: skip
+    ]
     head = f'<meta charset="utf-8"><title>Dry run of {escape(report.config)}</title><style>{STYLE}</style>'
     text = "\n".join(filter(None, body))
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{text}\n</body></html>\n'
@@ -89,7 +93,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
     """A table; a column is right-aligned when its cells are numbers."""
     body = list(rows)
     numbers = [bool(body) and body[0][place][1] for place in range(len(head))]
-    top = "".join(f'<th{_class(number)}>{escape(name)}</th>' for name, number in zip(head, numbers, strict=True))
+    top = "".join(f"<th{_class(number)}>{escape(name)}</th>" for name, number in zip(head, numbers, strict=True))
     lines = ("".join(f"<td{_class(number)}>{cell}</td>" for cell, number in row) for row in body)
     return f'<div class="wide"><table><tr>{top}</tr>' + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
 
@@ -122,8 +126,9 @@ def _memory(ranks: Sequence[RankFacts]) -> str:
         )
         parts = [_number(amount(facts.nbytes(kind))) for kind in kinds]
         total = _number(amount(sum(facts.nbytes(kind) for kind in kinds)))
-        rows.append((_number(facts.rank), _number(facts.stage), *parts, total,
-                     (f'<div class="bar">{pieces}</div>', False)))  # fmt: skip
+        rows.append(
+            (_number(facts.rank), _number(facts.stage), *parts, total, (f'<div class="bar">{pieces}</div>', False))
+        )
     head = ("rank", "stage", *kinds.values(), "together", "")
     return f'<p class="key">{key}</p>' + _table(head, rows)
 
@@ -138,18 +143,35 @@ def _stage(facts: RankFacts, one_run: str) -> str:
     """Traffic and largest tensors of one stage's first rank."""
     most = max((row.sent for row in facts.traffic), default=0) or 1
     traffic = [
-        (_text(row.kind), _text(row.purpose), _text(group_text(row.ranks)), _number(row.count),
-         _number(amount(row.payload)), _number(amount(row.sent)),
-         (f'<div class="bar"><i style="background:var(--a);width:{100 * row.sent / most:.2f}%"></i></div>', False))
+        (
+            _text(row.kind),
+            _text(row.purpose),
+            _text(group_text(row.ranks)),
+            _number(row.count),
+            _number(amount(row.payload)),
+            _number(amount(row.sent)),
+            (f'<div class="bar"><i style="background:var(--a);width:{100 * row.sent / most:.2f}%"></i></div>', False),
+        )
         for row in sorted(facts.traffic, key=lambda row: -row.sent)
-    ]  # fmt: skip
-    tensors = [(_text(row.name), _text(row.kind), _text(shape_text(row.whole)), _text(shape_text(row.local)),
-                _text(row.dtype), _number(amount(row.nbytes))) for row in facts.largest()]  # fmt: skip
+    ]
+    tensors = [
+        (
+            _text(row.name),
+            _text(row.kind),
+            _text(shape_text(row.whole)),
+            _text(shape_text(row.local)),
+            _text(row.dtype),
+            _number(amount(row.nbytes)),
+        )
+        for row in facts.largest()
+    ]
     planned = ""
     if facts.unplanned:
         kinds = ", ".join(sorted({row.kind for row in facts.unplanned}))
-        planned = (f"<p>{len(facts.unplanned)} operators have no strategy of their own (MindSpore made one up): "
-                   f"{escape(kinds)}</p>")  # fmt: skip
+        planned = (
+            f"<p>{len(facts.unplanned)} operators have no strategy of their own (MindSpore made one up): "
+            f"{escape(kinds)}</p>"
+        )
     return (
         f"<h2>Stage {facts.stage} (rank {facts.rank})</h2><p>{facts.matmul_flops / 1e12:.3f} TFLOP of matrix products "
         f"and these collectives in {escape(one_run)}, by this rank:</p>"
@@ -165,10 +187,23 @@ def _compilation(ranks: Sequence[RankFacts]) -> str:
     for facts in ranks:
         seconds = (facts.start_seconds, facts.build_seconds, facts.compile_seconds)
         measured = [*(f"{number:.1f}" for number in seconds), amount(facts.peak_rss)] if facts.compiles else [""] * 4
-        rows.append((_number(facts.rank), _number(facts.stage), _text("yes" if facts.compiles else "NO"),
-                     *map(_number, measured)))  # fmt: skip
-    head = ("rank", "stage", "compiles", "imports, s (shared)", "network, s", "compiler, s",
-            "peak memory of this machine")  # fmt: skip
+        rows.append(
+            (
+                _number(facts.rank),
+                _number(facts.stage),
+                _text("yes" if facts.compiles else "NO"),
+                *map(_number, measured),
+            )
+        )
+    head = (
+        "rank",
+        "stage",
+        "compiles",
+        "imports, s (shared)",
+        "network, s",
+        "compiler, s",
+        "peak memory of this machine",
+    )
     return _table(head, rows)
 
 
@@ -178,13 +213,18 @@ def _comparison(report: DryRunReport) -> list[str]:
     for theirs in report.native:
         ours = next(facts for facts in report.ranks if facts.rank == theirs.rank)
         if theirs.error:
-            parts.append(f"<p>Rank {theirs.rank}: MindFormers' network does not compile.</p>"
-                         f"<pre>{escape(theirs.error)}</pre>")  # fmt: skip
+            parts.append(
+                f"<p>Rank {theirs.rank}: MindFormers' network does not compile.</p><pre>{escape(theirs.error)}</pre>"
+            )
         if ours.error or theirs.error:
             continue
-        rows = [(_text(kind), _number(mine), _number(other), _number(amount(sent)), _number(amount(other_sent)))
-                for kind, mine, other, sent, other_sent in compared(ours, theirs)]  # fmt: skip
-        parts.append(f"<p>Rank {theirs.rank}</p>" + _table(("kind", "count, ours", "count, theirs", "sent, ours",
-                                                            "sent, theirs"), rows))  # fmt: skip
+        rows = [
+            (_text(kind), _number(mine), _number(other), _number(amount(sent)), _number(amount(other_sent)))
+            for kind, mine, other, sent, other_sent in compared(ours, theirs)
+        ]
+        parts.append(
+            f"<p>Rank {theirs.rank}</p>"
+            + _table(("kind", "count, ours", "count, theirs", "sent, ours", "sent, theirs"), rows)
+        )
     head = f"<h2>MindFormers' own network for the same file</h2><p>{escape(LOSS_NOTE)}</p>"
     return [head, *parts] if parts else []

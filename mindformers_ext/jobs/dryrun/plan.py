@@ -53,16 +53,20 @@ class DryRunPlan:
         if self.shape is None:
             return "one step"
         group = rows_at_once(self.shape.rows, self.shape.length)
-        return (f"one pass of each graph (prompt: {group} x {self.shape.length} tokens; token: one for each of "
-                f"{_texts(self.shape.rows)})")  # fmt: skip
+        return (
+            f"one pass of each graph (prompt: {group} x {self.shape.length} tokens; token: one for each of "
+            f"{_texts(self.shape.rows)})"
+        )
 
     @property
     def work(self) -> str:
         """What the job does at a time, in words."""
         if self.shape is None:
             return f"{self.rows} rows of {self.spec.seq_length} tokens per step"
-        return (f"{_texts(self.shape.rows)} at a time, prompts of up to {self.shape.length} tokens, "
-                f"{self.shape.positions} with their answers")  # fmt: skip
+        return (
+            f"{_texts(self.shape.rows)} at a time, prompts of up to {self.shape.length} tokens, "
+            f"{self.shape.positions} with their answers"
+        )
 
     @property
     def per_stage(self) -> int:
@@ -77,8 +81,7 @@ class DryRunPlan:
         parallel, runner = self.spec.parallel, self.config.get("runner_config") or {}
         copies = parallel.data_parallel if parallel.full_batch else 1
         steps = int(runner.get("gradient_accumulation_steps") or 1)
-        return (self.spec.batch_size * copies * parallel.micro_batch_num * parallel.micro_batch_interleave_num
-                * steps)  # fmt: skip
+        return self.spec.batch_size * copies * parallel.micro_batch_num * parallel.micro_batch_interleave_num * steps
 
     def stage(self, rank: int) -> int:
         """The pipeline stage of ``rank``."""
@@ -110,8 +113,10 @@ def plan_dry_run(
     words = {**config, "output_dir": str(out)}
     mode = words.get("run_mode")
     if mode not in (*TRAINING, PREDICT):
-        raise UserError(f"{where}: run_mode={mode!r}: a dry run compiles the training step or the graphs of a "
-                        "prediction, choose train, finetune or predict (--run_mode train)")  # fmt: skip
+        raise UserError(
+            f"{where}: run_mode={mode!r}: a dry run compiles the training step or the graphs of a "
+            "prediction, choose train, finetune or predict (--run_mode train)"
+        )
     notes = _adapt(words, world)
     try:
         check_sections(words, mode)
@@ -150,8 +155,13 @@ def _adapt(words: dict[str, Any], world: int) -> list[str]:
     # the YAML's save_graphs would win over the variable that asks for the two graphs read here
     context = {key: value for key, value in context.items() if key not in ("save_graphs", "save_graphs_path")}
     words["context"] = {**context, "device_target": "Ascend", "device_id": 0}
-    for key, off in (("load_checkpoint", ""), ("resume_training", False), ("auto_trans_ckpt", False),
-                     ("do_eval", False), ("profile", False)):  # fmt: skip
+    for key, off in (
+        ("load_checkpoint", ""),
+        ("resume_training", False),
+        ("auto_trans_ckpt", False),
+        ("do_eval", False),
+        ("profile", False),
+    ):
         if words.get(key):
             notes.append(f"{key} is left out: nothing is loaded or run")
             words[key] = off

@@ -22,8 +22,10 @@ def check_prediction(config: Mapping[str, Any], spec: NetworkSpec) -> list[str]:
         UserError: MindFormers would answer, or another split than model_parallel over all devices.
     """
     if not generates_here(config):
-        raise UserError("a dry run compiles predictions of our networks alone: LlamaForCausalLM with experts, "
-                        "MixtralForCausalLM, PortableLlamaForCausalLM; without pet_config and adapter_id")  # fmt: skip
+        raise UserError(
+            "a dry run compiles predictions of our networks alone: LlamaForCausalLM with experts, "
+            "MixtralForCausalLM, PortableLlamaForCausalLM; without pet_config and adapter_id"
+        )
     device_of(config)
     return check_tensor_parallel(spec)
 

@@ -65,9 +65,16 @@ def compile_ranks(job: RankJob, done: Callable[[RankFacts], None]) -> list[RankF
     words = {"requests": requests, "at_once": job.at_once, "timeout": job.timeout}
     order.write_text(json.dumps(words), encoding="utf-8")
     with log.open("wb") as errors:
-        server = subprocess.Popen([*job.command, str(order)], env=_environment(job), stdin=subprocess.DEVNULL,
-                                  stdout=subprocess.PIPE, stderr=errors, cwd=job.folder, start_new_session=True,
-                                  text=True)  # fmt: skip
+        server = subprocess.Popen(
+            [*job.command, str(order)],
+            env=_environment(job),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            cwd=job.folder,
+            start_new_session=True,
+            text=True,
+        )
     with server:
         try:
             for line in server.stdout or ():
@@ -86,11 +93,22 @@ def _request(job: RankJob, rank: int, root: str) -> Path:
     (folder / RESULT).unlink(missing_ok=True)
     (folder / LOG).write_bytes(b"")
     shutil.rmtree(folder / GRAPHS, ignore_errors=True)
-    request = {"config": {**plan.config, "output_dir": root}, "rows": plan.rows, "folder": str(folder),
-               "native": job.native, "rank": rank, "stage": plan.stage(rank), "keep_graphs": job.keep_graphs,
-               "world": plan.world, "shape": asdict(plan.shape) if plan.shape else None,
-               "environment": {"RANK_ID": str(rank), "MS_DEV_SAVE_GRAPHS_PATH": str(folder / GRAPHS),
-                               "LOCAL_DEFAULT_PATH": root}}  # fmt: skip
+    request = {
+        "config": {**plan.config, "output_dir": root},
+        "rows": plan.rows,
+        "folder": str(folder),
+        "native": job.native,
+        "rank": rank,
+        "stage": plan.stage(rank),
+        "keep_graphs": job.keep_graphs,
+        "world": plan.world,
+        "shape": asdict(plan.shape) if plan.shape else None,
+        "environment": {
+            "RANK_ID": str(rank),
+            "MS_DEV_SAVE_GRAPHS_PATH": str(folder / GRAPHS),
+            "LOCAL_DEFAULT_PATH": root,
+        },
+    }
     path = folder / REQUEST
     path.write_text(json.dumps(request), encoding="utf-8")
     return path

@@ -15,17 +15,39 @@ from mindformers_ext.formats.atomic import fresh_file
 from mindformers_ext.jobs.dryrun.facts import KINDS, RankFacts
 from mindformers_ext.jobs.dryrun.plan import LIMITS, DryRunPlan
 
-SIZES = ("data_parallel", "model_parallel", "pipeline_stage", "pp_interleave_num", "expert_parallel", "micro_batch_num",
-         "micro_batch_interleave_num", "use_seq_parallel", "vocab_emb_dp", "enable_alltoall",
-         "enable_parallel_optimizer")  # fmt: skip
-HELD = (("weight", "weights"), ("gradient", "gradients"), ("optimizer", "optimizer states"),
-        ("cache", "keys and values"))  # fmt: skip
+SIZES = (
+    "data_parallel",
+    "model_parallel",
+    "pipeline_stage",
+    "pp_interleave_num",
+    "expert_parallel",
+    "micro_batch_num",
+    "micro_batch_interleave_num",
+    "use_seq_parallel",
+    "vocab_emb_dp",
+    "enable_alltoall",
+    "enable_parallel_optimizer",
+)
+HELD = (
+    ("weight", "weights"),
+    ("gradient", "gradients"),
+    ("optimizer", "optimizer states"),
+    ("cache", "keys and values"),
+)
 # Fields of StageMemory, their names for people, and whether they are estimates.
-MEMORY = (("weights", "weights", False), ("gradients", "gradients", False), ("optimizer", "optimizer states", False),
-          ("cache", "keys and values", False), ("activations", "activations", True),
-          ("gathered", "gathered weights", True), ("total", "together", True))  # fmt: skip
-LOSS_NOTE = ("Between pipeline stages ours also sends the auxiliary loss and its gradient, a few bytes in one message "
-             "per micro batch and direction; MindFormers' network computes that loss and throws it away.")  # fmt: skip
+MEMORY = (
+    ("weights", "weights", False),
+    ("gradients", "gradients", False),
+    ("optimizer", "optimizer states", False),
+    ("cache", "keys and values", False),
+    ("activations", "activations", True),
+    ("gathered", "gathered weights", True),
+    ("total", "together", True),
+)
+LOSS_NOTE = (
+    "Between pipeline stages ours also sends the auxiliary loss and its gradient, a few bytes in one message "
+    "per micro batch and direction; MindFormers' network computes that loss and throws it away."
+)
 
 
 @dataclass(frozen=True)
@@ -89,9 +111,11 @@ def report_text(report: DryRunReport) -> str:
         *(f"note: {note}" for note in plan.notes),
         "",
         "compilation",
-        *table(("rank", "stage", "compiles", "seconds", "peak RSS", *kinds.values()),
-               (_rank_row(facts, kinds) for facts in report.ranks)),
-    ]  # fmt: skip
+        *table(
+            ("rank", "stage", "compiles", "seconds", "peak RSS", *kinds.values()),
+            (_rank_row(facts, kinds) for facts in report.ranks),
+        ),
+    ]
     lines += ["", *memory_lines(plan.memory)]
     for facts in report.ranks:
         if facts.error:
@@ -113,10 +137,16 @@ def memory_lines(memory: Sequence[StageMemory]) -> list[str]:
 
 def memory_table(memory: Sequence[StageMemory], mark: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Head and rows; what no stage has is left out, ``mark`` stands before what is estimated."""
-    shown = [(name, title, estimated) for name, title, estimated in MEMORY
-             if any(getattr(stage, name) for stage in memory)]  # fmt: skip
-    rows = [(str(stage.stage), *((mark if estimated else "") + amount(getattr(stage, name))
-                                 for name, _, estimated in shown)) for stage in memory]  # fmt: skip
+    shown = [
+        (name, title, estimated) for name, title, estimated in MEMORY if any(getattr(stage, name) for stage in memory)
+    ]
+    rows = [
+        (
+            str(stage.stage),
+            *((mark if estimated else "") + amount(getattr(stage, name)) for name, _, estimated in shown),
+        )
+        for stage in memory
+    ]
     return ("stage", *(title for _, title, _ in shown)), rows
 
 
@@ -136,13 +166,19 @@ def _rank_row(facts: RankFacts, kinds: Mapping[str, str]) -> tuple[str, ...]:
 def stage_lines(facts: RankFacts, one_run: str) -> list[str]:
     """Collectives (of ``one_run``), largest tensors and generated strategies of one rank."""
     lines = [f"stage {facts.stage} (rank {facts.rank}), collectives of {one_run}"]
-    rows = [(row.kind, row.purpose, group_text(row.ranks), f"{row.count}", amount(row.payload), amount(row.sent))
-            for row in facts.traffic]  # fmt: skip
+    rows = [
+        (row.kind, row.purpose, group_text(row.ranks), f"{row.count}", amount(row.payload), amount(row.sent))
+        for row in facts.traffic
+    ]
     lines += table(("kind", "for", "ranks", "count", "payload", "sent by this rank"), rows)
     lines.append(f"largest tensors of rank {facts.rank}")
-    lines += table(("tensor", "whole", "here", "type", "bytes"),
-                   ((row.name, shape_text(row.whole), shape_text(row.local), row.dtype, amount(row.nbytes))
-                    for row in facts.largest()))  # fmt: skip
+    lines += table(
+        ("tensor", "whole", "here", "type", "bytes"),
+        (
+            (row.name, shape_text(row.whole), shape_text(row.local), row.dtype, amount(row.nbytes))
+            for row in facts.largest()
+        ),
+    )
     if facts.unplanned:
         kinds = ", ".join(sorted({row.kind for row in facts.unplanned}))
         lines.append(f"{len(facts.unplanned)} operators have no strategy of their own (MindSpore made one up): {kinds}")
@@ -152,8 +188,15 @@ def stage_lines(facts: RankFacts, one_run: str) -> list[str]:
 def balance_lines(stages: Sequence[RankFacts]) -> list[str]:
     """How evenly the pipeline stages share weights and products."""
     most = max(facts.matmul_flops for facts in stages) or 1
-    rows = [(str(facts.stage), amount(facts.nbytes("weight")), f"{facts.matmul_flops / 1e12:.3f}",
-             f"{100 * facts.matmul_flops / most:.0f}%") for facts in stages]  # fmt: skip
+    rows = [
+        (
+            str(facts.stage),
+            amount(facts.nbytes("weight")),
+            f"{facts.matmul_flops / 1e12:.3f}",
+            f"{100 * facts.matmul_flops / most:.0f}%",
+        )
+        for facts in stages
+    ]
     return ["pipeline balance", *table(("stage", "weights", "TFLOP of products per step", "of the busiest"), rows)]
 
 
@@ -162,8 +205,15 @@ def compared(ours: RankFacts, theirs: RankFacts) -> list[tuple[str, int, int, in
     rows: list[tuple[str, int, int, int, int]] = []
     for kind in sorted({row.kind for row in (*ours.traffic, *theirs.traffic)}):
         mine, other = ([row for row in facts.traffic if row.kind == kind] for facts in (ours, theirs))
-        rows.append((kind, sum(row.count for row in mine), sum(row.count for row in other),
-                     sum(row.sent for row in mine), sum(row.sent for row in other)))  # fmt: skip
+        rows.append(
+            (
+                kind,
+                sum(row.count for row in mine),
+                sum(row.count for row in other),
+                sum(row.sent for row in mine),
+                sum(row.sent for row in other),
+            )
+        )
     counts = [sum(numbers) for numbers in list(zip(*rows, strict=True))[1:]] or [0] * 4
     return [*rows, ("together", counts[0], counts[1], counts[2], counts[3])]
 
@@ -177,8 +227,10 @@ def comparison_lines(report: DryRunReport) -> list[str]:
                 lines.append(f"rank {theirs.rank}: it does not compile: {theirs.error.splitlines()[0]}")
             if ours.error or theirs.error:
                 continue
-            rows = [(kind, f"{mine}", f"{other}", amount(sent), amount(other_sent))
-                    for kind, mine, other, sent, other_sent in compared(ours, theirs)]  # fmt: skip
+            rows = [
+                (kind, f"{mine}", f"{other}", amount(sent), amount(other_sent))
+                for kind, mine, other, sent, other_sent in compared(ours, theirs)
+            ]
             lines += [f"rank {ours.rank}", *table(("kind", "ours", "theirs", "sent, ours", "sent, theirs"), rows)]
     return lines
 
@@ -187,8 +239,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Lines of a table, columns aligned."""
     body = [tuple(head), *map(tuple, rows)]
     widths = [max(len(row[place]) for row in body) for place in range(len(head))]
-    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in body]  # fmt: skip
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in body
+    ]
 
 
 def amount(nbytes: float) -> str:

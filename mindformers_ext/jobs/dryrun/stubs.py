@@ -26,8 +26,18 @@ from mindformers_ext.formats.elf import read_library
 FORM = 2  # raise it when what is generated changes: old folders are then left alone and a new one is made
 # The libraries without which MindSpore's Ascend plugin does not load. Others of CANN (operator packages) stay absent:
 # with them MindSpore would try to build kernels.
-LIBRARIES = ("ascendcl", "ge_runner", "graph", "hccl", "runtime", "platform", "c_sec", "nnopbase", "ascend_hal",
-             "msprofiler")  # fmt: skip
+LIBRARIES = (
+    "ascendcl",
+    "ge_runner",
+    "graph",
+    "hccl",
+    "runtime",
+    "platform",
+    "c_sec",
+    "nnopbase",
+    "ascend_hal",
+    "msprofiler",
+)
 SYSTEM = ("libc.so.6", "libm.so.6", "libstdc++.so.6", "libgcc_s.so.1", "libpthread.so.0", "libdl.so.2", "librt.so.1")
 # MindSpore's own stand-in for a function that waits for the device returns at once, and the thread that calls it in a
 # loop would take a whole core from the compiler. A preloaded library sleeps in its place.
@@ -84,8 +94,10 @@ def ensure_stubs(cache: Path | None = None) -> Stubs:
     mindspore, version = _installed()
     plugin = mindspore / "lib" / "plugin" / "libmindspore_ascend.so.2"
     if not plugin.is_file():
-        raise UserError(f"the installed MindSpore {version} has no Ascend plugin ({plugin.name} is missing): install "
-                        "the wheel for Linux from PyPI")  # fmt: skip
+        raise UserError(
+            f"the installed MindSpore {version} has no Ascend plugin ({plugin.name} is missing): install "
+            "the wheel for Linux from PyPI"
+        )
     machine = read_library(plugin).machine
     folder = (cache or cache_folder()) / f"mindspore-{version}-{machine}-{FORM}"
     if not folder.is_dir():
@@ -125,8 +137,9 @@ def pause_source(functions: Iterable[str]) -> str:
     """C text that defines each function to sleep a moment and return 0."""
     lines = ["extern int usleep(unsigned);\n"]
     for place, name in enumerate(functions):
-        lines.append(f'long pause_{place}(void) __asm__("{name}");\n'
-                     f"long pause_{place}(void) {{ usleep({PAUSE}); return 0; }}\n")  # fmt: skip
+        lines.append(
+            f'long pause_{place}(void) __asm__("{name}");\nlong pause_{place}(void) {{ usleep({PAUSE}); return 0; }}\n'
+        )
     return "".join(lines)
 
 
@@ -144,8 +157,10 @@ def _make(folder: Path, functions: list[str], busy: list[str]) -> None:
     """Fill ``folder`` beside and rename it; of two processes that make it at once, the second one's work is dropped."""
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     if compiler is None or shutil.which(compiler) is None:
-        raise UserError("a dry run builds stand-ins for CANN's libraries once and needs a C compiler: install gcc or "
-                        "clang, or name one in the variable CC")  # fmt: skip
+        raise UserError(
+            "a dry run builds stand-ins for CANN's libraries once and needs a C compiler: install gcc or "
+            "clang, or name one in the variable CC"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=".stubs-", dir=folder.parent))
     try:
@@ -160,8 +175,18 @@ def _make(folder: Path, functions: list[str], busy: list[str]) -> None:
         if busy:
             (beside / "pause").mkdir()
             (beside / "pause.c").write_text(pause_source(busy), encoding="ascii")
-            _compile([compiler, "-shared", "-fPIC", "-O1", "-nostdlib", "-o", str(beside / "pause" / "libpause.so"),
-                      str(beside / "pause.c")])  # fmt: skip
+            _compile(
+                [
+                    compiler,
+                    "-shared",
+                    "-fPIC",
+                    "-O1",
+                    "-nostdlib",
+                    "-o",
+                    str(beside / "pause" / "libpause.so"),
+                    str(beside / "pause.c"),
+                ]
+            )
         package = beside / "python" / "hccl"
         package.mkdir(parents=True)
         (package / "__init__.py").touch()

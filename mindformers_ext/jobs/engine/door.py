@@ -192,8 +192,10 @@ def engine_of(config: Mapping[str, Any]) -> str:
     if name == "pt" and device not in ("GPU", "CPU"):
         raise UserError(f"--engine pt with device_target {device}: PyTorch runs here on GPU and CPU (--device_target)")
     if name == "ms" and device == "GPU":
-        raise UserError("--engine ms with device_target GPU: MindSpore has no kernels for today's GPUs; leave --engine "
-                        "out, PyTorch runs there")  # fmt: skip
+        raise UserError(
+            "--engine ms with device_target GPU: MindSpore has no kernels for today's GPUs; leave --engine "
+            "out, PyTorch runs there"
+        )
     return str(name)
 
 
@@ -227,8 +229,10 @@ class _PlainRecords:
 
     def write(self, path: Path, rows: Iterable[Mapping[str, np.ndarray]], fields: tuple[str, ...]) -> int:
         """Not possible."""
-        raise UserError(f"{path} cannot be written: MindRecord files are written by MindSpore, which is not installed "
-                        "(pip install mindspore==2.9.0)")  # fmt: skip
+        raise UserError(
+            f"{path} cannot be written: MindRecord files are written by MindSpore, which is not installed "
+            "(pip install mindspore==2.9.0)"
+        )
 
     def read(self, path: Path, fields: tuple[str, ...]) -> Iterator[dict[str, np.ndarray]]:
         """The rows of a file, in file order.
@@ -239,8 +243,10 @@ class _PlainRecords:
         with closing(MindRecordFile(path)) as file:
             missing = [name for name in fields if name not in file.fields]
             if missing:
-                raise UserError(f"data set {path} has no column {', '.join(missing)}, it has {', '.join(file.fields)}: "
-                                "correct input_columns, or write the data again")  # fmt: skip
+                raise UserError(
+                    f"data set {path} has no column {', '.join(missing)}, it has {', '.join(file.fields)}: "
+                    "correct input_columns, or write the data again"
+                )
             for row in range(len(file)):
                 yield dict(zip(fields, file.read(row, fields), strict=True))
 

@@ -22,8 +22,15 @@ from mindformers_ext.core.errors import Problems, UserError
 ONE_NODE = ("WORKERS", "PORT", "LOG_DIR", "JOIN", "TIMEOUT")
 MANY_NODES = ("WORKERS", "LOCAL_WORKERS", "MASTER_ADDR", "PORT", "NODE_RANK", "LOG_DIR", "JOIN", "TIMEOUT")
 FORMS: dict[int, tuple[str, ...]] = {1: (), 2: ("WORKERS",), 6: ONE_NODE, 9: MANY_NODES}
-DEFAULTS = {"WORKERS": "8", "MASTER_ADDR": "127.0.0.1", "PORT": "8118", "NODE_RANK": "0",
-            "LOG_DIR": "output/msrun_log", "JOIN": "False", "TIMEOUT": "7200"}  # fmt: skip
+DEFAULTS = {
+    "WORKERS": "8",
+    "MASTER_ADDR": "127.0.0.1",
+    "PORT": "8118",
+    "NODE_RANK": "0",
+    "LOG_DIR": "output/msrun_log",
+    "JOIN": "False",
+    "TIMEOUT": "7200",
+}
 SCHEDULER_LOG = "scheduler.log"
 MSRUN = "mindspore.parallel.cluster.run"
 PORTS = (1024, 65535)  # msrun takes no others
@@ -88,8 +95,10 @@ def read_launch(arguments: Sequence[str], environment: Mapping[str, str]) -> Lau
     values = {**DEFAULTS, **dict(zip(FORMS[len(arguments)], arguments[1:], strict=True))}
     values.setdefault("LOCAL_WORKERS", values["WORKERS"])
     problems = Problems("msrun_launcher.sh")
-    numbers = {name: _number(name, values[name], problems)
-               for name in ("WORKERS", "LOCAL_WORKERS", "PORT", "NODE_RANK", "TIMEOUT")}  # fmt: skip
+    numbers = {
+        name: _number(name, values[name], problems)
+        for name in ("WORKERS", "LOCAL_WORKERS", "PORT", "NODE_RANK", "TIMEOUT")
+    }
     problems.one_of("JOIN", values["JOIN"], ("True", "False"))
     words = _words(arguments[0], problems)
     if not values["LOG_DIR"]:
@@ -99,15 +108,30 @@ def read_launch(arguments: Sequence[str], environment: Mapping[str, str]) -> Lau
     problems.raise_if_any()
     suffix = environment.get("MF_LOG_SUFFIX", "")
     log_dir = Path(values["LOG_DIR"] + (f"_{suffix}" if suffix else ""))
-    return Launch(tuple(words), numbers["WORKERS"], numbers["LOCAL_WORKERS"], values["MASTER_ADDR"], numbers["PORT"],
-                  numbers["NODE_RANK"], log_dir, values["JOIN"] == "True", numbers["TIMEOUT"])  # fmt: skip
+    return Launch(
+        tuple(words),
+        numbers["WORKERS"],
+        numbers["LOCAL_WORKERS"],
+        values["MASTER_ADDR"],
+        numbers["PORT"],
+        numbers["NODE_RANK"],
+        log_dir,
+        values["JOIN"] == "True",
+        numbers["TIMEOUT"],
+    )
 
 
 def _number(name: str, text: str, problems: Problems) -> int:
     if re.fullmatch(r"-?\d+", text):
         return int(text)
-    problems.add(f"{name}={text!r} is not a whole number", "the order of the arguments is " + ", ".join(MANY_NODES)
-                 + " for 9 and " + ", ".join(ONE_NODE) + " for 6, each after COMMAND")  # fmt: skip
+    problems.add(
+        f"{name}={text!r} is not a whole number",
+        "the order of the arguments is "
+        + ", ".join(MANY_NODES)
+        + " for 9 and "
+        + ", ".join(ONE_NODE)
+        + " for 6, each after COMMAND",
+    )
     return 0
 
 
@@ -126,8 +150,10 @@ def _check_numbers(numbers: Mapping[str, int], problems: Problems) -> None:
     elif workers % local:
         problems.divides("WORKERS", workers, "LOCAL_WORKERS", local)
     elif not 0 <= rank < workers // local:
-        problems.add(f"NODE_RANK={rank} is out of range", f"WORKERS/LOCAL_WORKERS = {workers // local} machines have "
-                     f"the ranks 0 to {workers // local - 1}")  # fmt: skip
+        problems.add(
+            f"NODE_RANK={rank} is out of range",
+            f"WORKERS/LOCAL_WORKERS = {workers // local} machines have the ranks 0 to {workers // local - 1}",
+        )
 
 
 def _words(text: str, problems: Problems) -> list[str]:
@@ -142,8 +168,9 @@ def _words(text: str, problems: Problems) -> list[str]:
         return []
     script = find_script(words[0])
     if script is None:
-        problems.add(f"the script {words[0]} of COMMAND does not exist", "give its path from here, or from the "
-                     "repository's root")  # fmt: skip
+        problems.add(
+            f"the script {words[0]} of COMMAND does not exist", "give its path from here, or from the repository's root"
+        )
         return []
     return [str(script), *words[1:]]
 
@@ -185,15 +212,21 @@ def check_master(launch: Launch) -> None:
     try:
         family, _, _, _, place = socket.getaddrinfo(launch.master_addr, launch.port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
-        raise UserError(f"MASTER_ADDR={launch.master_addr} is no address ({error.strerror}): give the IP address of "
-                        "the machine with NODE_RANK 0, the same on all machines") from error  # fmt: skip
+        raise UserError(
+            f"MASTER_ADDR={launch.master_addr} is no address ({error.strerror}): give the IP address of "
+            "the machine with NODE_RANK 0, the same on all machines"
+        ) from error
     here = _can_bind(family, (place[0], 0))
     if launch.nodes > 1 and launch.node_rank == 0 and not here:
-        raise UserError(f"MASTER_ADDR={launch.master_addr} is not an address of this machine, but NODE_RANK 0 is the "
-                        "master: give this machine's address (ip addr shows it), or its own NODE_RANK")  # fmt: skip
+        raise UserError(
+            f"MASTER_ADDR={launch.master_addr} is not an address of this machine, but NODE_RANK 0 is the "
+            "master: give this machine's address (ip addr shows it), or its own NODE_RANK"
+        )
     if launch.nodes > 1 and launch.node_rank > 0 and here:
-        raise UserError(f"NODE_RANK={launch.node_rank}, but MASTER_ADDR={launch.master_addr} is an address of this "
-                        "machine: the master has NODE_RANK 0; every machine gets the master's address")  # fmt: skip
+        raise UserError(
+            f"NODE_RANK={launch.node_rank}, but MASTER_ADDR={launch.master_addr} is an address of this "
+            "machine: the master has NODE_RANK 0; every machine gets the master's address"
+        )
     if here and not _can_bind(family, place[:2]):
         raise UserError(
             f"port {launch.port} of {launch.master_addr} is taken: end the job that uses it (ss -ltnp 'sport = "

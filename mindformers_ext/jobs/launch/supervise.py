@@ -51,9 +51,16 @@ def supervise(launch: Launch, command: Sequence[str], environment: Mapping[str, 
     """
     launch.log_dir.mkdir(parents=True, exist_ok=True)
     watched = _Watched()
-    process = subprocess.Popen(command, env=dict(environment), stdin=subprocess.DEVNULL, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-                               errors="replace")  # fmt: skip
+    process = subprocess.Popen(
+        command,
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        errors="replace",
+    )
     log = launch.log_of(0) if launch.workers == 1 else None
     reader = threading.Thread(target=_read, args=(process, watched, show, log), daemon=True)
     reader.start()
@@ -170,12 +177,15 @@ def _incomplete(launch: Launch) -> str:
             "MASTER_ADDR, PORT and WORKERS, and check that no firewall closes the port."
         )
     missing = f": are the launchers of NODE_RANK 1 to {launch.nodes - 1} running" if launch.nodes > 1 else ""
-    return (f"Not all of the {launch.workers} workers came within {launch.timeout} s{missing}? Look into the logs, or "
-            "give a longer TIMEOUT.")  # fmt: skip
+    return (
+        f"Not all of the {launch.workers} workers came within {launch.timeout} s{missing}? Look into the logs, or "
+        "give a longer TIMEOUT."
+    )
 
 
-def _first(launch: Launch, logs: Mapping[int, str], died: tuple[int, int] | None, ranks: Mapping[int, int],
-           code: int) -> tuple[int, str]:  # fmt: skip
+def _first(
+    launch: Launch, logs: Mapping[int, str], died: tuple[int, int] | None, ranks: Mapping[int, int], code: int
+) -> tuple[int, str]:
     """The worker to look at first, and how it ended."""
     if launch.workers == 1:
         return 0, _how(code)

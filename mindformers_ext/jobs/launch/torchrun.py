@@ -36,9 +36,16 @@ def torchrun_command(launch: Launch) -> list[str]:
     if launch.workers == 1:
         return [sys.executable, *launch.words]
     timeout = launch.timeout if launch.timeout > 0 else 7 * 24 * 3600
-    options = {"nnodes": launch.nodes, "nproc-per-node": launch.local_workers, "node-rank": launch.node_rank,
-               "master-addr": launch.master_addr, "master-port": launch.port, "log-dir": launch.log_dir, "tee": 3,
-               "rdzv-conf": f"timeout={timeout}"}  # fmt: skip
+    options = {
+        "nnodes": launch.nodes,
+        "nproc-per-node": launch.local_workers,
+        "node-rank": launch.node_rank,
+        "master-addr": launch.master_addr,
+        "master-port": launch.port,
+        "log-dir": launch.log_dir,
+        "tee": 3,
+        "rdzv-conf": f"timeout={timeout}",
+    }
     words = [f"--{name}={value}" for name, value in options.items()]
     return [sys.executable, "-m", "torch.distributed.run", *words, *launch.words]
 

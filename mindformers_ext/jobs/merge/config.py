@@ -15,8 +15,20 @@ from mindformers_ext.jobs.merge.templates import TEMPLATES
 from mindformers_ext.jobs.merge.values import Setting, parse_settings
 from mindformers_ext.jobs.merge.vocab_config import VocabularyWish, parse_vocabulary
 
-TOP = ("merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype",
-       "tokenizer_source", "tokenizer", "chat_template", "compat")  # fmt: skip
+TOP = (
+    "merge_method",
+    "models",
+    "slices",
+    "modules",
+    "base_model",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "tokenizer_source",
+    "tokenizer",
+    "chat_template",
+    "compat",
+)
 LEGACY = ("name", "embed_slerp", "input_model_parameters")
 MODEL_KEYS, SOURCE_KEYS = ("model", "parameters"), ("model", "layer_range", "parameters")
 SLICE_KEYS, MODULE_KEYS = ("sources", "parameters", "base_model", "residual_weight"), ("slices", "models", "parameters")
@@ -184,8 +196,10 @@ def _reference(raw: Any, where: str, problems: Problems) -> str:
         problems.add(f"{where} is {raw!r}", "write the folder of a model, or its name on the hub")
         return ""
     if "+" in raw and not Path(raw).exists():
-        problems.add(f"{where} is '{raw}'", "adapters (+lora) are not merged here: merge the adapter into its model "
-                     "first (peft's merge_and_unload)")  # fmt: skip
+        problems.add(
+            f"{where} is '{raw}'",
+            "adapters (+lora) are not merged here: merge the adapter into its model first (peft's merge_and_unload)",
+        )
     return raw
 
 

@@ -72,12 +72,21 @@ def _written(out: OutputRequest, job: Prepared, strict: bool) -> list[str]:
 
 def _report(out: OutputRequest, job: Prepared, seconds: float | None, notes: Sequence[str]) -> MergeReport:
     infos = list(job.infos)
-    return MergeReport(len(infos), parameters_of(infos), sum(info.nbytes for info in infos), free_bytes(out.folder),
-                       seconds, job.lines, (*job.notes, *notes))  # fmt: skip
+    return MergeReport(
+        len(infos),
+        parameters_of(infos),
+        sum(info.nbytes for info in infos),
+        free_bytes(out.folder),
+        seconds,
+        job.lines,
+        (*job.notes, *notes),
+    )
 
 
 def _refused(out: Path, error: OSError) -> UserError:
     """An error of the system as a message."""
     where = f" ('{error.filename}')" if error.filename else ""
-    return UserError(f"the system refused to read a model or to write '{out}': {error.strerror}{where}; check the "
-                     "path, its permissions and the room on the disk")  # fmt: skip
+    return UserError(
+        f"the system refused to read a model or to write '{out}': {error.strerror}{where}; check the "
+        "path, its permissions and the room on the disk"
+    )

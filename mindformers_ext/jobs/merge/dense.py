@@ -59,8 +59,15 @@ def _opened(request: MergeRequest) -> Iterator[Prepared]:
     with opened(names) as models:
         base = models[config.base_model or names[0]]
         chosen = choose_tokenizer(config.tokenizer, models, base, config.base_model is not None)
-        plan = make_plan(config, method, chosen.models, allow_crimes=request.allow_crimes,
-                         truncate=request.truncate_embeddings, seed=request.seed, strict=request.strict)  # fmt: skip
+        plan = make_plan(
+            config,
+            method,
+            chosen.models,
+            allow_crimes=request.allow_crimes,
+            truncate=request.truncate_embeddings,
+            seed=request.seed,
+            strict=request.strict,
+        )
         if any(not task.copied for task in plan.tasks):
             _prepare_torch(request)
         result = _config(config, plan, models, base, chosen)
@@ -72,9 +79,14 @@ def _opened(request: MergeRequest) -> Iterator[Prepared]:
 
 
 def _prepared(
-    request: MergeRequest, config: MergeConfig, method: Method, plan: Plan, chosen: Tokenizers,
-    result: Mapping[str, Any], notes: list[str],
-) -> Prepared:  # fmt: skip
+    request: MergeRequest,
+    config: MergeConfig,
+    method: Method,
+    plan: Plan,
+    chosen: Tokenizers,
+    result: Mapping[str, Any],
+    notes: list[str],
+) -> Prepared:
     def runner(findings: Findings) -> Runner:
         readers = {name: model.reader for name, model in chosen.models.items()}
         return Runner(method, readers, request.device, findings)
@@ -106,8 +118,10 @@ def _prepare_torch(request: MergeRequest) -> None:
 
     fault = device_fault(request.device)
     if fault:
-        raise UserError(f"device '{request.device}' cannot be used: {fault}; leave --device and --cuda out to merge on "
-                        "the processor")  # fmt: skip
+        raise UserError(
+            f"device '{request.device}' cannot be used: {fault}; leave --device and --cuda out to merge on "
+            "the processor"
+        )
     one_thread_each()
 
 
@@ -121,10 +135,14 @@ def _config(
         own = models[name].config.get("layer_types")
         layer_types.append(own[layer] if isinstance(own, list) and layer < len(own) else "full_attention")
     return merged_config(
-        base.config, layers=plan.layers, layer_types=layer_types, vocab=plan.vocab or chosen.rows, tied=not written,
+        base.config,
+        layers=plan.layers,
+        layer_types=layer_types,
+        vocab=plan.vocab or chosen.rows,
+        tied=not written,
         dtype=BY_NUMPY[kinds.pop()].long if len(kinds) == 1 else config.out_dtype or config.dtype or "float32",
         tokens=chosen.donor.config,
-    )  # fmt: skip
+    )
 
 
 def _write_beside(

@@ -99,9 +99,7 @@ def _wished(word: str, source: TokenSource, members: Sequence[Member]) -> tuple[
     return number, row
 
 
-def _with_unused(
-    plan: RowPlan, words: Mapping[str, int], members: Sequence[Member], givers: Sequence[int]
-) -> RowPlan:
+def _with_unused(plan: RowPlan, words: Mapping[str, int], members: Sequence[Member], givers: Sequence[int]) -> RowPlan:
     """The plan with the rows that no token of the merge has; of ``givers`` the last one that has such a row."""
     free = np.ones(len(plan.donor), bool)
     free[list(words.values())] = False
@@ -173,8 +171,9 @@ class RebuiltRows:
             here = np.flatnonzero(owners[number])
             if len(here):
                 total[here] += self._rows(number, name, self._own[number][places[here]]).astype(np.float32)
-        return cast(total / owners.sum(0).reshape(-1, *[1] * (total.ndim - 1)).astype(np.float32),
-                    self.infos[name].dtype)[0]  # fmt: skip
+        return cast(
+            total / owners.sum(0).reshape(-1, *[1] * (total.ndim - 1)).astype(np.float32), self.infos[name].dtype
+        )[0]
 
     def _fill(self, name: str) -> Array:
         """The mean of all rows that have a token."""
@@ -186,8 +185,10 @@ class RebuiltRows:
                 inside = kept[(kept >= at) & (kept < stop)] - at
                 if len(inside):
                     runs = np.split(inside, np.flatnonzero(np.diff(inside) != 1) + 1)
-                    total += sum(self._gathered(name, at + run[0], at + run[-1] + 1).astype(np.float64).sum(0)
-                                 for run in map(np.ndarray.tolist, runs))  # fmt: skip
+                    total += sum(
+                        self._gathered(name, at + run[0], at + run[-1] + 1).astype(np.float64).sum(0)
+                        for run in map(np.ndarray.tolist, runs)
+                    )
             mean = (total / len(kept)).astype(np.float32)
             self._fills[name] = cast(mean, self.infos[name].dtype)[0]
         return self._fills[name]

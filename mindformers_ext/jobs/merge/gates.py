@@ -33,8 +33,14 @@ def gate_rows(config: MoEConfig, base: Model, seed: int) -> tuple[np.ndarray, li
     rows = _cheap(config, base, prompts) if config.gate_mode == CHEAP else _hidden(config, base, prompts)
     chosen = rows[:, : len(config.experts)]  # a shared expert is always there, it need not differ
     alike = [layer for layer in range(base.layers) if condition(chosen[layer]) > ALIKE]
-    notes = [f"the prompts of the experts are hard to tell apart in {len(alike)} of {base.layers} layers (first "
-             f"{alike[0]}): write prompts that differ more"] if alike else []  # fmt: skip
+    notes = (
+        [
+            f"the prompts of the experts are hard to tell apart in {len(alike)} of {base.layers} layers (first "
+            f"{alike[0]}): write prompts that differ more"
+        ]
+        if alike
+        else []
+    )
     return rows, notes
 
 
@@ -54,8 +60,9 @@ class Prompts:
         found = [[int(token) for token in ids] for ids in self._tokenizer.encode_batch([self._bos + t for t in texts])]
         length = max(map(len, found))
         if not all(found):
-            raise UserError(f"the prompt '{texts[[bool(ids) for ids in found].index(False)]}' has no token at all: "
-                            "write some text")  # fmt: skip
+            raise UserError(
+                f"the prompt '{texts[[bool(ids) for ids in found].index(False)]}' has no token at all: write some text"
+            )
         if max(max(ids) for ids in found) >= self._rows:
             raise UserError(f"the tokenizer of '{self._name}' gives ids beyond its embedding of {self._rows} rows")
         ids = np.zeros((len(found), length), np.int64)
@@ -97,8 +104,10 @@ def _cheap(config: MoEConfig, base: Model, prompts: Prompts) -> np.ndarray:
         ids, mask = prompts.batch(texts)
         return cheap_embedding(_embeddings(base, ids).astype(np.float32), mask)
 
-    rows = [cheap_row(direction(e.positive), direction(e.negative) if e.negative else None).numpy()
-            for e in (*config.experts, *config.shared)]  # fmt: skip
+    rows = [
+        cheap_row(direction(e.positive), direction(e.negative) if e.negative else None).numpy()
+        for e in (*config.experts, *config.shared)
+    ]
     return np.repeat(np.concatenate(rows)[None], base.layers, axis=0)
 
 

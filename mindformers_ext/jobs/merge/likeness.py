@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import numpy as np
 
@@ -56,15 +57,19 @@ def write_likeness(out: OutputRequest, runner: Runner, tasks: Sequence[Task]) ->
         with (partial / NUMBERS).open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(("what", "tensor", "layer", "first", "second", "cosine"))
-            writer.writerows((x.what, x.kind, "" if x.layer is None else x.layer, x.first, x.second,
-                              f"{x.cosine:.6f}") for x in lines)  # fmt: skip
+            writer.writerows(
+                (x.what, x.kind, "" if x.layer is None else x.layer, x.first, x.second, f"{x.cosine:.6f}")
+                for x in lines
+            )
         _picture(lines, partial / PICTURE)
         (partial / PAGE).write_text(_page(lines), encoding="utf-8")
     mean = _mean([line for line in lines if line.what == WEIGHTS and line.matrix])
     notes = [f"{folder / PAGE}: mean cosine of the models' matrices {mean:.3f}"]
     if mean < STRANGERS:
-        notes.append(f"warning: the models have little in common (mean cosine {mean:.3f}): they do not come from one "
-                     "base, and what a merge of them writes is likely to be nonsense")  # fmt: skip
+        notes.append(
+            f"warning: the models have little in common (mean cosine {mean:.3f}): they do not come from one "
+            "base, and what a merge of them writes is likely to be nonsense"
+        )
     return notes
 
 
@@ -100,8 +105,10 @@ def _lines(runner: Runner, task: Task) -> list[Line]:
     result = []
     for what, cosines, who in ((WEIGHTS, found.weights, both), (CHANGES, found.changes, names)):
         if cosines is not None:
-            result += [Line(what, kind, layer, who[i], who[j], float(cosines[i, j]), len(task.info.shape) > 1)
-                       for i, j in combinations(range(len(who)), 2)]  # fmt: skip
+            result += [
+                Line(what, kind, layer, who[i], who[j], float(cosines[i, j]), len(task.info.shape) > 1)
+                for i, j in combinations(range(len(who)), 2)
+            ]
     return result
 
 
@@ -111,17 +118,23 @@ def _mean(lines: Sequence[Line]) -> float:
 
 
 def _page(lines: Sequence[Line]) -> str:
-    parts = ["# How alike the models are\n", f"![cosines]({PICTURE})\n",
-             "Cosines between the models' tensors, means over layers. Weights of one family lie near 1. Task vectors "
-             "(a model minus its base) near 0 changed different things, below 0 they pull against each other. "
-             f"Every number: `{NUMBERS}`.\n"]  # fmt: skip
+    parts = [
+        "# How alike the models are\n",
+        f"![cosines]({PICTURE})\n",
+        "Cosines between the models' tensors, means over layers. Weights of one family lie near 1. Task vectors "
+        "(a model minus its base) near 0 changed different things, below 0 they pull against each other. "
+        f"Every number: `{NUMBERS}`.\n",
+    ]
     for what in (WEIGHTS, CHANGES):
         chosen = [line for line in lines if line.what == what]
         pairs = list(dict.fromkeys((line.first, line.second) for line in chosen))
         if not pairs:
             continue
-        parts += [f"## {what.capitalize()}\n", "| tensor | " + " | ".join(f"{a} / {b}" for a, b in pairs) + " |",
-                  "|---|" + "---|" * len(pairs)]  # fmt: skip
+        parts += [
+            f"## {what.capitalize()}\n",
+            "| tensor | " + " | ".join(f"{a} / {b}" for a, b in pairs) + " |",
+            "|---|" + "---|" * len(pairs),
+        ]
         for kind in dict.fromkeys(line.kind for line in chosen):
             cells = [_mean([x for x in chosen if (x.kind, x.first, x.second) == (kind, *pair)]) for pair in pairs]
             parts.append(f"| {kind} | " + " | ".join(f"{cell:.4f}" for cell in cells) + " |")
@@ -169,9 +182,16 @@ def _range(values: np.ndarray) -> dict[str, float]:
     return {"vmin": low - wider, "vmax": high + wider}
 
 
-def _write_numbers(axes: object, values: np.ndarray) -> None:
+def _write_numbers(axes: Any, values: np.ndarray) -> None:
     middle = (np.nanmin(values) + np.nanmax(values)) / 2 if np.isfinite(values).any() else 0.0
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7,  # type: ignore[attr-defined]
-                      color="black" if value > middle else "white")  # fmt: skip
+            axes.text(
+                column,
+                row,
+                f"{value:.2f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="black" if value > middle else "white",
+            )

@@ -49,8 +49,10 @@ def find_model(name: str) -> Path:
     if repository.count("/") <= 1 and snapshot and (folder / "snapshots" / snapshot).is_dir():
         return folder / "snapshots" / snapshot
     advice = f"download it first: huggingface-cli download {repository} --local-dir {repository.split('/')[-1]}"
-    raise UserError(f"model '{name}' is not a folder, and was not downloaded before (nothing is fetched): "
-                    + (advice if repository.count("/") == 1 else "check the path"))  # fmt: skip
+    raise UserError(
+        f"model '{name}' is not a folder, and was not downloaded before (nothing is fetched): "
+        + (advice if repository.count("/") == 1 else "check the path")
+    )
 
 
 @contextmanager

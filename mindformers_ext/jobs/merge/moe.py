@@ -69,8 +69,14 @@ def _opened(request: MoERequest) -> Iterator[Prepared]:
         targets, notes = plan_targets(config, models, request.fused, problems)
         problems.raise_if_any()
         base = models[config.base_model]
-        result = mixture_config(config.output, base.config, len(config.experts), config.experts_per_token,
-                                dtype=_common_type(targets), tied=_tied(targets))  # fmt: skip
+        result = mixture_config(
+            config.output,
+            base.config,
+            len(config.experts),
+            config.experts_per_token,
+            dtype=_common_type(targets),
+            tied=_tied(targets),
+        )
         check_result(request.output, result)
         yield _prepared(request, _Job(config, models, targets), result, notes)
 
@@ -92,11 +98,17 @@ def _prepared(request: MoERequest, job: _Job, result: Mapping[str, Any], notes: 
             rows = rows * np.float32(request.gate_scale)
         return _maker(job, rows, request.seed, findings)
 
-    lines = tuple(f"{t.info.name} {BY_NUMPY[t.info.dtype].long} {list(t.info.shape)} = {_origin(job, t)}"
-                  for t in job.targets)  # fmt: skip
-    return Prepared([target.info for target in job.targets], lines, notes, start,
-                    lambda folder: _write_beside(folder, request.output, job, result),
-                    lambda: _comparison(job))  # fmt: skip
+    lines = tuple(
+        f"{t.info.name} {BY_NUMPY[t.info.dtype].long} {list(t.info.shape)} = {_origin(job, t)}" for t in job.targets
+    )
+    return Prepared(
+        [target.info for target in job.targets],
+        lines,
+        notes,
+        start,
+        lambda folder: _write_beside(folder, request.output, job, result),
+        lambda: _comparison(job),
+    )
 
 
 def _comparison(job: _Job) -> tuple[Runner, Sequence[Task]]:
@@ -107,8 +119,17 @@ def _comparison(job: _Job) -> tuple[Runner, Sequence[Task]]:
     others = [name for name in job.models if name != base.name]
     rows = [row.name for row in base.architecture.layer_rows() if ".mlp." in row.name and row.name.endswith(".weight")]
     names = [row.replace("{i}", str(layer)) for layer in range(base.layers) for row in rows]
-    tasks = [Task(base.reader.infos[name], Part(base.name, name), tuple(Part(other, name) for other in others),
-                  Settings(), "float32") for name in names if others]  # fmt: skip
+    tasks = [
+        Task(
+            base.reader.infos[name],
+            Part(base.name, name),
+            tuple(Part(other, name) for other in others),
+            Settings(),
+            "float32",
+        )
+        for name in names
+        if others
+    ]
     readers = {name: model.reader for name, model in job.models.items()}
     return Runner(PASSTHROUGH, readers, "cpu", Findings()), tasks
 

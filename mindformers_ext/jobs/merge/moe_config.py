@@ -16,8 +16,13 @@ from mindformers_ext.jobs.merge.moe_outputs import MIXTRAL, QWEN2_MOE, Output
 KEYS = ("base_model", "experts", "gate_mode", "dtype", "experts_per_token", "shared_experts", "architecture")
 EXPERT_KEYS = ("source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale")
 RANDOM, UNIFORM, CHEAP, HIDDEN, LAST, AVERAGE = (
-    "random", "uniform_random", "cheap_embed", "hidden", "hidden_last", "hidden_avg",
-)  # fmt: skip
+    "random",
+    "uniform_random",
+    "cheap_embed",
+    "hidden",
+    "hidden_last",
+    "hidden_avg",
+)
 GATE_MODES = (HIDDEN, LAST, AVERAGE, CHEAP, RANDOM, UNIFORM)
 WITHOUT_PROMPTS = (RANDOM, UNIFORM)
 MIXTRAL_WORDS, QWEN_WORDS = ("mixtral",), ("qwen moe", "qwen2 moe", "qwen2_moe")
@@ -116,8 +121,11 @@ def _output(raw: Mapping[str, Any], shared: int, problems: Problems) -> Output:
     if shared > QWEN2_MOE.shared:
         problems.add(f"shared_experts lists {shared} models", "a Qwen2-MoE has one shared expert, a Mixtral none")
     if mixtral and shared:
-        problems.add("shared_experts are given with architecture mixtral", "a Mixtral has no shared expert: leave the "
-                     "architecture out to write a Qwen2-MoE, or list it among the experts")  # fmt: skip
+        problems.add(
+            "shared_experts are given with architecture mixtral",
+            "a Mixtral has no shared expert: leave the "
+            "architecture out to write a Qwen2-MoE, or list it among the experts",
+        )
     if qwen and not shared:
         problems.add(f"architecture '{raw['architecture']}' without shared_experts", "a Qwen2-MoE needs one")
     return QWEN2_MOE if qwen or shared else MIXTRAL
@@ -127,19 +135,29 @@ def _check_experts(
     experts: tuple[Expert, ...], shared: tuple[Expert, ...], mode: str, untrained_is_fine: bool, problems: Problems
 ) -> None:
     if len({expert.model for expert in experts}) == 1 and not untrained_is_fine:
-        problems.add("all experts are the same model", "such a mixture is the dense model until it is trained; pass "
-                     "--i-understand-this-is-not-useful-without-training to make it all the same")  # fmt: skip
+        problems.add(
+            "all experts are the same model",
+            "such a mixture is the dense model until it is trained; pass "
+            "--i-understand-this-is-not-useful-without-training to make it all the same",
+        )
     if mode in WITHOUT_PROMPTS:
         return
-    named = [(f"{where}[{place}]", expert) for where, group in (("experts", experts), ("shared_experts", shared))
-             for place, expert in enumerate(group)]  # fmt: skip
+    named = [
+        (f"{where}[{place}]", expert)
+        for where, group in (("experts", experts), ("shared_experts", shared))
+        for place, expert in enumerate(group)
+    ]
     for where, expert in named:
         if not expert.positive:
-            problems.add(f"{where} has no positive_prompts", f"gate_mode {mode} needs some of every "
-                         "expert; gate_mode random needs none")  # fmt: skip
+            problems.add(
+                f"{where} has no positive_prompts",
+                f"gate_mode {mode} needs some of every expert; gate_mode random needs none",
+            )
     if all(expert.positive for expert in experts) and len({(e.positive, e.negative) for e in experts}) == 1:
-        problems.add("all experts have the same prompts", "the router could not tell them apart: write prompts that "
-                     "fit one expert each")  # fmt: skip
+        problems.add(
+            "all experts have the same prompts",
+            "the router could not tell them apart: write prompts that fit one expert each",
+        )
 
 
 def _text(raw: Any, where: str, problems: Problems) -> str:

@@ -12,10 +12,24 @@ from mindformers_ext.jobs.merge.sidecars import with_both_ropes
 
 GATE, DOWN, UP = "gate_proj", "down_proj", "up_proj"
 BIASES = tuple(f"self_attn.{name}_proj.bias" for name in "qkv")
-COPIED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-          "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "initializer_range",
-          "rope_theta", "rope_scaling", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id"
-)  # fmt: skip
+COPIED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "initializer_range",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 
 
 @dataclass(frozen=True)
@@ -38,15 +52,30 @@ class Output:
 
 
 MIXTRAL = Output(
-    "mixtral", ARCHITECTURES["mixtral"], "block_sparse_moe.", {GATE: "w1", DOWN: "w2", UP: "w3"}, ("llama", "mistral"),
+    "mixtral",
+    ARCHITECTURES["mixtral"],
+    "block_sparse_moe.",
+    {GATE: "w1", DOWN: "w2", UP: "w3"},
+    ("llama", "mistral"),
     {"router_jitter_noise": 0.0},
-)  # fmt: skip
+)
 QWEN2_MOE = Output(
-    "qwen2_moe", "Qwen2MoeForCausalLM", "mlp.", {GATE: GATE, DOWN: DOWN, UP: UP}, ("llama", "mistral", "qwen2"),
-    {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False,
-     "qkv_bias": True},
-    one_kind=True, biased=True, shared=1,
-)  # fmt: skip
+    "qwen2_moe",
+    "Qwen2MoeForCausalLM",
+    "mlp.",
+    {GATE: GATE, DOWN: DOWN, UP: UP},
+    ("llama", "mistral", "qwen2"),
+    {
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "use_sliding_window": False,
+        "qkv_bias": True,
+    },
+    one_kind=True,
+    biased=True,
+    shared=1,
+)
 OUTPUTS = (MIXTRAL, QWEN2_MOE)
 WHY_NOT = {
     "phi3": "its attention and feed-forward are stored and sized differently, so its experts fit no other model",
@@ -67,14 +96,24 @@ def mixture_config(
     result["num_key_value_heads"] = result["num_key_value_heads"] or heads
     result["head_dim"] = result["head_dim"] or result["hidden_size"] // heads
     result |= {
-        "hidden_act": "silu", "attention_dropout": 0.0, "sliding_window": None, "tie_word_embeddings": tied,
-        "num_experts_per_tok": chosen, "output_router_logits": False, "router_aux_loss_coef": 0.001,
-        "torch_dtype": dtype, "use_cache": True,
-    }  # fmt: skip
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "sliding_window": None,
+        "tie_word_embeddings": tied,
+        "num_experts_per_tok": chosen,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
     if output.shared:
         width = result["intermediate_size"]
-        result |= {"num_experts": experts, "moe_intermediate_size": width, "shared_expert_intermediate_size": width,
-                   "max_window_layers": result["num_hidden_layers"]}  # fmt: skip
+        result |= {
+            "num_experts": experts,
+            "moe_intermediate_size": width,
+            "shared_expert_intermediate_size": width,
+            "max_window_layers": result["num_hidden_layers"],
+        }
     else:
         result["num_local_experts"] = experts
     return result | dict(output.config)

@@ -77,8 +77,14 @@ def plan_targets(
     targets = builder.run(fused)
     known = known_names(base.architecture, base.layers)
     extra = [name for name in base.reader.infos if name not in known]
-    notes = [f"'{base.name}' has tensors that a Mixtral does not have, left behind: {extra[0]}"
-             + (f" and {len(extra) - 1} more" if len(extra) > 1 else "")] if extra else []  # fmt: skip
+    notes = (
+        [
+            f"'{base.name}' has tensors that a Mixtral does not have, left behind: {extra[0]}"
+            + (f" and {len(extra) - 1} more" if len(extra) > 1 else "")
+        ]
+        if extra
+        else []
+    )
     if len(config.experts) & (len(config.experts) - 1):
         notes.append(f"{len(config.experts)} experts are no power of two: llama.cpp may refuse the model")
     return targets, notes
@@ -94,9 +100,9 @@ def _check_kind(output: Output, model: Model, base: Model, problems: Problems) -
     for key in ("attention_bias", "mlp_bias"):
         if model.config.get(key):
             problems.add(
-                f"'{model.name}' has {key}", f"a {output.name} has none of these biases, they would be lost: take "
-                "models without",
-            )  # fmt: skip
+                f"'{model.name}' has {key}",
+                f"a {output.name} has none of these biases, they would be lost: take models without",
+            )
     heads, width = model.config.get("num_attention_heads"), model.config.get("head_dim")
     if output.biased and width and heads and width * heads != model.config.get("hidden_size"):
         problems.add(f"'{model.name}' has head_dim {width}", f"a {output.name} has hidden_size / num_attention_heads")
@@ -116,7 +122,7 @@ class _Builder:
 
     def __init__(
         self, config: MoEConfig, models: Mapping[str, Model], dtype: np.dtype[Any], problems: Problems
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.config, self.models, self.dtype, self.problems = config, models, dtype, problems
         self.base = models[config.base_model]
         self.targets: list[Target] = []
@@ -165,8 +171,11 @@ class _Builder:
         width = int(self.base.config["intermediate_size"])
         shapes = {GATE: (width, hidden), DOWN: (hidden, width), UP: (width, hidden)}
         everyone = (*self.config.experts, *self.config.shared)
-        found = {(place, kind): self._expert(expert, place, f"{old}{kind}.weight", shapes[kind])
-                 for place, expert in enumerate(everyone) for kind in shapes}  # fmt: skip
+        found = {
+            (place, kind): self._expert(expert, place, f"{old}{kind}.weight", shapes[kind])
+            for place, expert in enumerate(everyone)
+            for kind in shapes
+        }
         self._append(new + "gate.weight", (count, hidden), GateRows(layer, 0, count))
         if fused:
             both = tuple(found[place, kind] for place in range(count) for kind in (GATE, UP))
@@ -187,8 +196,10 @@ class _Builder:
         if info is None:
             self.problems.add(f"'{name}' is missing in '{expert.model}'", "copy the whole model again")
         elif info.shape != shape:
-            self.problems.add(f"'{name}' of '{expert.model}' is {list(info.shape)}, the base has {list(shape)}",
-                              "experts need the sizes of the base")  # fmt: skip
+            self.problems.add(
+                f"'{name}' of '{expert.model}' is {list(info.shape)}, the base has {list(shape)}",
+                "experts need the sizes of the base",
+            )
         elif not is_float(info.dtype):
             self.problems.add(f"'{name}' of '{expert.model}' is {info.dtype}", "only floats are assembled")
         scale = expert.residual_scale if name.endswith(f"{DOWN}.weight") else None

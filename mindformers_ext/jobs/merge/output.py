@@ -92,8 +92,10 @@ def check_space(path: Path, nbytes: int) -> None:
     """Room for everything; the old output stays until the new one is whole."""
     free = free_bytes(path)
     if nbytes > free:
-        raise UserError(f"'{path}' needs {nbytes} bytes ({nbytes / 1e9:.2f} GB), the disk has {free} "
-                        f"({free / 1e9:.2f} GB) available: make room there")  # fmt: skip
+        raise UserError(
+            f"'{path}' needs {nbytes} bytes ({nbytes / 1e9:.2f} GB), the disk has {free} "
+            f"({free / 1e9:.2f} GB) available: make room there"
+        )
 
 
 def write_weights(

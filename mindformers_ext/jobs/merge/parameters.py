@@ -16,8 +16,10 @@ from mindformers_ext.jobs.merge.values import Scalar, lookup, numbers_of
 from mindformers_ext.surgery.merge.settings import Method, Parameter, Settings
 
 # Words of mergekit's methods: with another method they mean nothing, but they are no typo either.
-FAMILIAR = frozenset("weight density gamma epsilon scale t normalize int8_mask rescale lambda filter_wise select_topk "
-                     "nuslerp_flatten nuslerp_row_wise".split())  # fmt: skip
+FAMILIAR = frozenset(
+    "weight density gamma epsilon scale t normalize int8_mask rescale lambda filter_wise select_topk "
+    "nuslerp_flatten nuslerp_row_wise".split()
+)
 
 
 class Resolver:
@@ -36,16 +38,20 @@ class Resolver:
 
     def settings(
         self, out: str, part: Slice, sources: Sequence[Source], names: Mapping[str, str], t: float
-    ) -> Settings:  # fmt: skip
+    ) -> Settings:
         """All parameters of output tensor ``out``; ``names`` are the tensors of the sources by model."""
         outer = [part.parameters, *self._config.parameters]
-        shared = {p.name: self._find(p, [(scope, out) for scope in outer], t, out, "")
-                  for p in self._method.parameters if not p.per_input}  # fmt: skip
+        shared = {
+            p.name: self._find(p, [(scope, out) for scope in outer], t, out, "")
+            for p in self._method.parameters
+            if not p.per_input
+        }
         each = []
         for source in sources:
             scopes = [(scope, names[source.model]) for scope in (source.parameters, *outer)]
-            each.append({p.name: self._find(p, scopes, t, out, source.model)
-                         for p in self._method.parameters if p.per_input})  # fmt: skip
+            each.append(
+                {p.name: self._find(p, scopes, t, out, source.model) for p in self._method.parameters if p.per_input}
+            )
         for source, values in zip(sources, each, strict=True):
             self._check_band(source.model, out, values)
         mode: Any = self._config.compat["rescale_mode"]
@@ -78,16 +84,15 @@ class Resolver:
             self._strange.append(f"parameter '{name}' in {where} {why}{advice}")
             return
         if own and not parameter.per_input:
-            self._strange.append(f"parameter '{name}' in {where} is not read there, only in parameters of the file "
-                                 "or a slice")  # fmt: skip
+            self._strange.append(
+                f"parameter '{name}' in {where} is not read there, only in parameters of the file or a slice"
+            )
         for value in values:
             fault = _fault(parameter, value)
             if fault:
                 self._problems.add(f"{name} in {where} is {value!r}", fault)
 
-    def _find(
-        self, parameter: Parameter, scopes: list[tuple[Scope, str]], t: float, out: str, model: str
-    ) -> Scalar:  # fmt: skip
+    def _find(self, parameter: Parameter, scopes: list[tuple[Scope, str]], t: float, out: str, model: str) -> Scalar:
         value = lookup(scopes, parameter.name, t)
         if value is None:
             value = parameter.default
@@ -107,8 +112,10 @@ class Resolver:
         density, epsilon = values["density"], values["epsilon"]
         if density - epsilon < 0 or density + epsilon > 1:
             self._told.add(("epsilon", model))
-            self._problems.add(f"density {density} and epsilon {epsilon} of '{model}' for '{out}'",
-                               "density - epsilon and density + epsilon must lie between 0 and 1")  # fmt: skip
+            self._problems.add(
+                f"density {density} and epsilon {epsilon} of '{model}' for '{out}'",
+                "density - epsilon and density + epsilon must lie between 0 and 1",
+            )
 
 
 def _fault(parameter: Parameter, value: Scalar) -> str | None:

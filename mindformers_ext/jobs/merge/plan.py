@@ -67,9 +67,15 @@ class Plan:
 
 
 def make_plan(
-    config: MergeConfig, method: Method, models: Mapping[str, Model], *, allow_crimes: bool, truncate: bool,
-    seed: int, strict: bool,
-) -> Plan:  # fmt: skip
+    config: MergeConfig,
+    method: Method,
+    models: Mapping[str, Model],
+    *,
+    allow_crimes: bool,
+    truncate: bool,
+    seed: int,
+    strict: bool,
+) -> Plan:
     """The plan, or one ``UserError`` with everything that is wrong."""
     problems = Problems("the merge cannot be planned")
     _check_classes(config, models, allow_crimes, problems)
@@ -85,9 +91,7 @@ def make_plan(
     return plan
 
 
-def _check_classes(
-    config: MergeConfig, models: Mapping[str, Model], allow_crimes: bool, problems: Problems
-) -> None:  # fmt: skip
+def _check_classes(config: MergeConfig, models: Mapping[str, Model], allow_crimes: bool, problems: Problems) -> None:
     kinds = {name: models[name].architecture.classes[0] for name in config.models()}
     if len(set(kinds.values())) > 1 and not allow_crimes:
         listed = ", ".join(f"'{name}' is a {kind}" for name, kind in kinds.items())
@@ -104,8 +108,10 @@ def _ranged(config: MergeConfig, models: Mapping[str, Model], problems: Problems
             have = models[source.model].layers
             layers = source.layers or (0, have)
             if layers[1] > have:
-                problems.add(f"slices[{number}]: layer_range {list(layers)} of '{source.model}'",
-                             f"that model has {have} layers, so the end is at most {have}")  # fmt: skip
+                problems.add(
+                    f"slices[{number}]: layer_range {list(layers)} of '{source.model}'",
+                    f"that model has {have} layers, so the end is at most {have}",
+                )
             sources.append(replace(source, layers=layers))
         lengths = {source.model: _length(source) for source in sources}
         if len(set(lengths.values())) > 1:
@@ -130,8 +136,10 @@ def base_of(config: MergeConfig, part: Slice) -> str | None:
 def _check_sources(config: MergeConfig, method: Method, part: Slice, number: int, problems: Problems) -> None:
     names, base = [source.model for source in part.sources], base_of(config, part)
     if method.base == "required" and base is None:
-        return problems.add(f"{method.name} has no base_model", "name the model that the others were trained from "
-                            "(slerp: the one of the two at t = 0)")  # fmt: skip
+        return problems.add(
+            f"{method.name} has no base_model",
+            "name the model that the others were trained from (slerp: the one of the two at t = 0)",
+        )
     if method.base == "required" and base not in names:
         return problems.add(f"slices[{number}] does not list the base model '{base}'", "add it to the sources")
     count = len(names) - (method.base != "never" and base in names)
@@ -146,9 +154,14 @@ class _Planner:
     """Makes the tasks; what is wrong goes to ``problems``."""
 
     def __init__(
-        self, config: MergeConfig, method: Method, models: Mapping[str, Model], truncate: bool, seed: int,
+        self,
+        config: MergeConfig,
+        method: Method,
+        models: Mapping[str, Model],
+        truncate: bool,
+        seed: int,
         problems: Problems,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.config, self.method, self.models = config, method, models
         self.truncate, self.problems = truncate, problems
         self.resolver = Resolver(config, method, seed, problems)
@@ -237,9 +250,12 @@ class _Planner:
             self._fault("shapes", f"'{out}' has different shapes: {listed}", "only equal shapes can be merged")
             return None
         if not self.truncate:
-            self._fault("vocabularies", f"'{out}' has a different number of tokens: {listed}",
-                        "the vocabularies differ; where all ids below the smallest mean the same in every model, "
-                        "--unsafe-truncate-embeddings cuts the rest away")  # fmt: skip
+            self._fault(
+                "vocabularies",
+                f"'{out}' has a different number of tokens: {listed}",
+                "the vocabularies differ; where all ids below the smallest mean the same in every model, "
+                "--unsafe-truncate-embeddings cuts the rest away",
+            )
             return None
         self.plan.vocab = min(shape[0] for shape in shapes)
         return (self.plan.vocab, *infos[0].shape[1:])
@@ -251,8 +267,10 @@ def _note_extras(models: Mapping[str, Model], plan: Plan) -> None:
         extra = [name for name in model.reader.infos if name not in known]
         if extra:
             more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-            plan.notes.append(f"'{model.name}' has tensors that a {model.architecture.model_type} does not have, left "
-                              f"behind: {extra[0]}{more}")  # fmt: skip
+            plan.notes.append(
+                f"'{model.name}' has tensors that a {model.architecture.model_type} does not have, left "
+                f"behind: {extra[0]}{more}"
+            )
 
 
 def parameters_of(infos: list[TensorInfo]) -> int:

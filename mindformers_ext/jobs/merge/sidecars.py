@@ -40,9 +40,15 @@ def with_both_ropes(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merged_config(
-    donor: Mapping[str, Any], *, layers: int, layer_types: Sequence[str] | None, dtype: str, tied: bool,
-    vocab: int | None, tokens: Mapping[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+    donor: Mapping[str, Any],
+    *,
+    layers: int,
+    layer_types: Sequence[str] | None,
+    dtype: str,
+    tied: bool,
+    vocab: int | None,
+    tokens: Mapping[str, Any],
+) -> dict[str, Any]:
     """The merge's config.json, from that of the model that gives it.
 
     ``layer_types``: the kind of each layer's attention, where the models say it; ``vocab``: the new number of tokens;
@@ -94,8 +100,15 @@ def write_card(folder: Path, title: str, card: Card) -> None:
 
 def _card(title: str, card: Card) -> str:
     hub = [name for name in card.models if name.count("/") == 1 and not name.startswith((".", "/", "~"))]
-    front = ["---", *(["base_model:", *(f"- {name}" for name in hub)] if hub else []), "library_name: transformers",
-             "tags:", "- mergekit", "- merge", "---"]  # fmt: skip
+    front = [
+        "---",
+        *(["base_model:", *(f"- {name}" for name in hub)] if hub else []),
+        "library_name: transformers",
+        "tags:",
+        "- mergekit",
+        "- merge",
+        "---",
+    ]
     based = f" with `{card.base}` as its base" if card.base else ""
     listed = "\n".join(f"- `{name}`" for name in card.models)
     return (

@@ -49,8 +49,10 @@ class Findings:
             result.append(f"warning: {names[0]}{more} held NaN or infinite values, and so does the merge")
         if self.overflown:
             worst = next(iter(self.overflown))
-            result.append(f"warning: {sum(self.overflown.values())} values became infinite in {len(self.overflown)} "
-                          f"tensors, first '{worst}': choose dtype bfloat16 or float32")  # fmt: skip
+            result.append(
+                f"warning: {sum(self.overflown.values())} values became infinite in {len(self.overflown)} "
+                f"tensors, first '{worst}': choose dtype bfloat16 or float32"
+            )
         return result
 
 

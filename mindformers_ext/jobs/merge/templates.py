@@ -18,31 +18,48 @@ _REFUSE = "{{ raise_exception('this template knows the roles user and assistant 
 
 def _turns(user: str, assistant: str, system: str, ask: str) -> str:
     """A template from what each role's message becomes."""
-    body = (f"{_EACH}{{% if message['role'] == 'user' %}}{user}{{% elif message['role'] == 'assistant' %}}{assistant}"
-            f"{{% elif message['role'] == 'system' %}}{system}{{% else %}}{_REFUSE}{{% endif %}}{_END}")  # fmt: skip
+    body = (
+        f"{_EACH}{{% if message['role'] == 'user' %}}{user}{{% elif message['role'] == 'assistant' %}}{assistant}"
+        f"{{% elif message['role'] == 'system' %}}{system}{{% else %}}{_REFUSE}{{% endif %}}{_END}"
+    )
     return body + (f"{_ASK}{ask}{{% endif %}}" if ask else "")
 
 
 def _headed(start: str, middle: str, end: str, ask: str) -> str:
     """A template where a message of any role is ``start`` role ``middle`` content ``end``."""
-    return (f"{_EACH}{{{{ '{start}' + message['role'] + '{middle}' + message['content'] + '{end}' }}}}{_END}"
-            f"{_ASK}{{{{ '{ask}' }}}}{{% endif %}}")  # fmt: skip
+    return (
+        f"{_EACH}{{{{ '{start}' + message['role'] + '{middle}' + message['content'] + '{end}' }}}}{_END}"
+        f"{_ASK}{{{{ '{ask}' }}}}{{% endif %}}"
+    )
 
 
 # Formats as their models' cards describe them; each is a text of our own.
 TEMPLATES = {
     "chatml": _headed("<|im_start|>", r"\n", r"<|im_end|>\n", r"<|im_start|>assistant\n"),
-    "llama3": "{{ bos_token }}" + _headed("<|start_header_id|>", r"<|end_header_id|>\n\n", "<|eot_id|>",
-                                          r"<|start_header_id|>assistant<|end_header_id|>\n\n"),
-    "mistral": "{{ bos_token }}" + _turns("{{ '[INST] ' + message['content'] + ' [/INST]' }}",
-                                          "{{ ' ' + message['content'] + eos_token }}", _REFUSE, ""),
-    "alpaca": _turns(r"{{ '### Instruction:\n' + message['content'] + '\n\n' }}",
-                     r"{{ '### Response:\n' + message['content'] + eos_token + '\n\n' }}",
-                     r"{{ message['content'] + '\n\n' }}", r"{{ '### Response:\n' }}"),
-    "exaone": _turns(r"{{ '[|user|]' + message['content'] + '\n' }}",
-                     r"{{ '[|assistant|]' + message['content'] + '[|endofturn|]\n' }}",
-                     r"{{ '[|system|]' + message['content'] + '[|endofturn|]\n' }}", "{{ '[|assistant|]' }}"),
-}  # fmt: skip
+    "llama3": "{{ bos_token }}"
+    + _headed(
+        "<|start_header_id|>",
+        r"<|end_header_id|>\n\n",
+        "<|eot_id|>",
+        r"<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    "mistral": "{{ bos_token }}"
+    + _turns(
+        "{{ '[INST] ' + message['content'] + ' [/INST]' }}", "{{ ' ' + message['content'] + eos_token }}", _REFUSE, ""
+    ),
+    "alpaca": _turns(
+        r"{{ '### Instruction:\n' + message['content'] + '\n\n' }}",
+        r"{{ '### Response:\n' + message['content'] + eos_token + '\n\n' }}",
+        r"{{ message['content'] + '\n\n' }}",
+        r"{{ '### Response:\n' }}",
+    ),
+    "exaone": _turns(
+        r"{{ '[|user|]' + message['content'] + '\n' }}",
+        r"{{ '[|assistant|]' + message['content'] + '[|endofturn|]\n' }}",
+        r"{{ '[|system|]' + message['content'] + '[|endofturn|]\n' }}",
+        "{{ '[|assistant|]' }}",
+    ),
+}
 
 
 def chosen_template(wanted: str, folders: Sequence[Path]) -> str | None:

@@ -49,8 +49,9 @@ def choose_tokenizer(
         return Tokenizers(models, base)
     strange = [name for name in wish.models() if name not in models]
     if strange:
-        raise UserError(f"tokenizer source '{strange[0]}' is none of the models: choose base, union or "
-                        + ", ".join(models))  # fmt: skip
+        raise UserError(
+            f"tokenizer source '{strange[0]}' is none of the models: choose base, union or " + ", ".join(models)
+        )
     donor = base if wish.source in (BASE, UNION) else models[wish.source]
     if _all_alike(models) and not wish.tokens and wish.multiple == 1 and not wish.trim:
         return Tokenizers(models, donor)
@@ -90,8 +91,9 @@ def _rebuilt(
     place = list(models).index(base.name) if has_base else None
     plans, own = plan_rows(vocabulary, size, members, place, wish)
     readers = [RebuiltRows(number, members, plan, own) for number, plan in enumerate(plans)]
-    rebuilt = {name: replace(model, reader=reader)
-               for (name, model), reader in zip(models.items(), readers, strict=True)}  # fmt: skip
+    rebuilt = {
+        name: replace(model, reader=reader) for (name, model), reader in zip(models.items(), readers, strict=True)
+    }
     new = len(vocabulary.words) - len(start.words)
     note = f"the vocabulary has {len(vocabulary.words)} tokens in {size} rows, {new} more than that of '{donor.name}'"
     changed = vocabulary.table != read_vocabulary(donor.folder).table
@@ -102,9 +104,13 @@ def _member(model: Model) -> Member:
     rows = _rows_of(model)
     here = [row for row in _vocab_rows(model) if row.name in model.reader.infos]
     return Member(
-        model.name, model.reader, limited(read_vocabulary(model.folder), rows, model.name), rows,
-        tuple(row.name for row in here), {row.name: row.tied for row in _vocab_rows(model) if row.tied},
-    )  # fmt: skip
+        model.name,
+        model.reader,
+        limited(read_vocabulary(model.folder), rows, model.name),
+        rows,
+        tuple(row.name for row in here),
+        {row.name: row.tied for row in _vocab_rows(model) if row.tied},
+    )
 
 
 def write_tokenizer(chosen: Tokenizers, folder: Path) -> None:

@@ -73,8 +73,10 @@ def limited(vocabulary: Vocabulary, rows: int, where: str) -> Vocabulary:
     if not beyond:
         return vocabulary
     if beyond - set(vocabulary.added):
-        raise UserError(f"the tokenizer of '{where}' numbers tokens beyond its embedding of {rows} rows: resize the "
-                        "embedding of that model first")  # fmt: skip
+        raise UserError(
+            f"the tokenizer of '{where}' numbers tokens beyond its embedding of {rows} rows: resize the "
+            "embedding of that model first"
+        )
     kept = [item for item in vocabulary.table["added_tokens"] if item["content"] not in beyond]
     words = {word: number for word, number in vocabulary.words.items() if word not in beyond}
     return Vocabulary({**vocabulary.table, "added_tokens": kept}, words)
@@ -115,8 +117,15 @@ def _in_order(words: Mapping[str, int]) -> list[str]:
 
 def _entry(word: str) -> dict[str, Any]:
     """An added token as transformers' ``add_tokens`` makes it of a text."""
-    return {"id": -1, "content": word, "single_word": False, "lstrip": False, "rstrip": False, "normalized": True,
-            "special": False}  # fmt: skip
+    return {
+        "id": -1,
+        "content": word,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": True,
+        "special": False,
+    }
 
 
 def write_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:

@@ -90,8 +90,10 @@ def _token(raw: Any, where: str, problems: Problems) -> TokenSource:
     if isinstance(source, str):
         return TokenSource(source, None, bool(forced))
     if not isinstance(source, Mapping):
-        problems.add(f"{where}.source is {source!r}", "write one of the models, {kind: zero}, or "
-                     "{kind: model_token, model: ..., token: ...}")  # fmt: skip
+        problems.add(
+            f"{where}.source is {source!r}",
+            "write one of the models, {kind: zero}, or {kind: model_token, model: ..., token: ...}",
+        )
         return TokenSource()
     problems.unknown_keys(f"{where}.source", map(str, source), ("kind", "model", "token", "token_id"))
     problems.one_of(f"{where}.source.kind", source.get("kind"), KINDS)

@@ -80,8 +80,9 @@ class Evaluation:
         name = self.config.get("load_checkpoint")
         strategies = self.config.get("src_strategy_path_or_dir")
         weights = open_weights(Path(name), self.spec.model, Path(strategies) if strategies else None) if name else None
-        self.notes.append(f"weights: {weights.what}" if weights else "no load_checkpoint: the network keeps its random "
-                          "weights")  # fmt: skip
+        self.notes.append(
+            f"weights: {weights.what}" if weights else "no load_checkpoint: the network keeps its random weights"
+        )
         network = open_network(self.config, self.spec, weights, self.window)
         return score(network.logits, self.windows(), self.window)
 
@@ -92,8 +93,9 @@ class Evaluation:
         return score(open_reference(self.folder).logits, self.windows(), self.window)
 
 
-def open_evaluation(config: Mapping[str, Any], spec: NetworkSpec, stride: int | None = None,
-                    folder: Path | None = None) -> Evaluation:  # fmt: skip
+def open_evaluation(
+    config: Mapping[str, Any], spec: NetworkSpec, stride: int | None = None, folder: Path | None = None
+) -> Evaluation:
     """The job of a checked configuration; the window is ``seq_length``.
 
     Args:
@@ -126,11 +128,14 @@ def open_evaluation(config: Mapping[str, Any], spec: NetworkSpec, stride: int | 
     return Evaluation(config, spec, f"rows of {what}", spec.seq_length, windows, folder)
 
 
-def _of_text(config: Mapping[str, Any], spec: NetworkSpec, path: Path, tokenizer: Tokenizer, stride: int,
-             folder: Path | None) -> Evaluation:  # fmt: skip
+def _of_text(
+    config: Mapping[str, Any], spec: NetworkSpec, path: Path, tokenizer: Tokenizer, stride: int, folder: Path | None
+) -> Evaluation:
     if not 1 <= stride <= spec.seq_length:
-        raise UserError(f"--eval_stride {stride}: give 1 to {spec.seq_length}, the window (model_config.seq_length); "
-                        "with more, tokens between two windows would not count")  # fmt: skip
+        raise UserError(
+            f"--eval_stride {stride}: give 1 to {spec.seq_length}, the window (model_config.seq_length); "
+            "with more, tokens between two windows would not count"
+        )
 
     def windows() -> Iterator[Window]:
         for tokens in documents(path, tokenizer):
@@ -227,8 +232,13 @@ def _nats(logits: Logits, batch: list[Window], rows: int, length: int) -> float:
 def keep(evaluation: Evaluation, ours: Perplexity, reference: Perplexity | None) -> Path:
     """Write eval.json into ``output_dir``: MindFormers' own result first, then how it was taken."""
     path = Path(evaluation.config["output_dir"]) / RESULT
-    content = {METRIC: {"loss": ours.loss, "PPL": ours.perplexity}, "data": evaluation.what,
-               "window": evaluation.window, "stride": evaluation.stride, **asdict(ours)}  # fmt: skip
+    content = {
+        METRIC: {"loss": ours.loss, "PPL": ours.perplexity},
+        "data": evaluation.what,
+        "window": evaluation.window,
+        "stride": evaluation.stride,
+        **asdict(ours),
+    }
     if reference:
         content["transformers"] = {**asdict(reference), "PPL": reference.perplexity, "folder": str(evaluation.folder)}
     path.parent.mkdir(parents=True, exist_ok=True)

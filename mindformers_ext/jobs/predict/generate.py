@@ -84,8 +84,9 @@ class Generation:
     _session: Session | None = None
     _shape: Shape | None = None
 
-    def answers(self, prompts: Sequence[Sequence[int]], on_token: OnToken | None = None,
-                room: int = 0) -> Iterator[Answer]:  # fmt: skip
+    def answers(
+        self, prompts: Sequence[Sequence[int]], on_token: OnToken | None = None, room: int = 0
+    ) -> Iterator[Answer]:
         """Answers in the order of ``prompts``, a batch at a time; ``on_token`` sees each new token at once.
 
         ``room``: new tokens to make the cache for at least, so that a later run with longer answers compiles nothing.

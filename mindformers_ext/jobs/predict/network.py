@@ -22,8 +22,18 @@ from mindformers_ext.weights.convert import plan_relayout, plan_to_mindspore
 from mindformers_ext.weights.layouts import Layout, resolve_layout
 from mindformers_ext.weights.plan import Plan
 
-COMPARED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "tie_word_embeddings")  # fmt: skip
+COMPARED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "rope_theta",
+    "tie_word_embeddings",
+)
 COMPARED_MOE = ("num_local_experts", "num_experts_per_tok")
 SUFFIXES = (".ckpt", ".safetensors")
 JIT_LEVELS = ("O0", "O1", "O2")
@@ -81,19 +91,25 @@ def _planned(reader: Reader, plan: Any, what: str) -> Weights:
 def _ms_source(path: Path, strategy_dir: Path | None, spec: ModelSpec) -> tuple[Path, Path | None, str]:
     """What ``open_ms`` opens, and its name in messages."""
     if not path.exists():
-        raise UserError(f"load_checkpoint {path} does not exist: give a Hugging Face folder, a .ckpt or .safetensors "
-                        "file, or a folder with rank_0 in it")  # fmt: skip
+        raise UserError(
+            f"load_checkpoint {path} does not exist: give a Hugging Face folder, a .ckpt or .safetensors "
+            "file, or a folder with rank_0 in it"
+        )
     ranks = rank_folders(path) if path.is_dir() else {}
     found = [file for suffix in SUFFIXES if (file := checkpoint_file(path, suffix))]
     if len(ranks) > 1 and not (strategy_dir is None and found and holds_whole(found[0], spec)):
         strategies = strategy_dir or path.parent / "strategy"
         if not strategies.exists():
-            raise UserError(f"load_checkpoint {path} holds the slices of {len(ranks)} ranks: give the folder of their "
-                            "strategy files (--src_strategy_path_or_dir)")  # fmt: skip
+            raise UserError(
+                f"load_checkpoint {path} holds the slices of {len(ranks)} ranks: give the folder of their "
+                "strategy files (--src_strategy_path_or_dir)"
+            )
         return path, strategies, f"{len(ranks)} ranks in {path}, cut by {strategies}"
     if not found:
-        raise UserError(f"load_checkpoint {path} holds no .ckpt or .safetensors file: give a checkpoint file, a "
-                        "Hugging Face folder, or a folder with rank_0 in it")  # fmt: skip
+        raise UserError(
+            f"load_checkpoint {path} holds no .ckpt or .safetensors file: give a checkpoint file, a "
+            "Hugging Face folder, or a folder with rank_0 in it"
+        )
     return found[0], None, f"file {found[0]}"
 
 
@@ -111,8 +127,10 @@ def check_same_model(spec: ModelSpec, config: Mapping[str, Any], where: Path) ->
         pairs += [("moe", name, spec.moe, theirs.moe) for name in COMPARED_MOE]
     elif bool(spec.moe) != bool(theirs.moe):
         kinds = {True: "experts", False: "no experts"}
-        problems.add(f"the configuration has {kinds[bool(spec.moe)]}, the weights {kinds[bool(theirs.moe)]}",
-                     "correct moe_config.expert_num")  # fmt: skip
+        problems.add(
+            f"the configuration has {kinds[bool(spec.moe)]}, the weights {kinds[bool(theirs.moe)]}",
+            "correct moe_config.expert_num",
+        )
     for part, name, ours, other in pairs:
         mine, its = getattr(ours, name), getattr(other, name)
         if mine != its:
@@ -150,8 +168,14 @@ def device_of(config: Mapping[str, Any]) -> DeviceSpec:
         raise UserError(f"context.jit_config is {jit!r}: write jit_level: one of {', '.join(JIT_LEVELS)}")
     if memory:  # MindSpore takes no other unit
         memory = f"{read_amount(str(memory), 'context.max_device_memory') / 1e9:.3f}".rstrip("0").rstrip(".") + "GB"
-    return DeviceSpec(target, int(context.get("device_id") or 0), context.get("mode") in (1, "1", "PYNATIVE_MODE"),
-                      bool(config.get("use_parallel")), memory or None, level or None)  # fmt: skip
+    return DeviceSpec(
+        target,
+        int(context.get("device_id") or 0),
+        context.get("mode") in (1, "1", "PYNATIVE_MODE"),
+        bool(config.get("use_parallel")),
+        memory or None,
+        level or None,
+    )
 
 
 def dropless_spec(config: Mapping[str, Any], spec: NetworkSpec, length: int = 1) -> NetworkSpec:

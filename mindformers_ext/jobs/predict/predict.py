@@ -77,13 +77,15 @@ class Predictor:
         weights = open_weights(Path(name), self.spec.model, Path(strategies) if strategies else None) if name else None
         if self.config.get("auto_trans_ckpt"):
             self.notes.append("auto_trans_ckpt is not needed here: every process reads its own part of any checkpoint")
-        self.notes.append(f"weights: {weights.what}" if weights else "no load_checkpoint: the network keeps its random "
-                          "weights")  # fmt: skip
+        self.notes.append(
+            f"weights: {weights.what}" if weights else "no load_checkpoint: the network keeps its random weights"
+        )
         network = open_network(self.config, self.spec, weights)
         cached = uses_cache(self.config)
         if not cached:
-            self.notes.append("use_past is False: the whole text is computed anew for every token; True gives the same "
-                              "answer sooner")  # fmt: skip
+            self.notes.append(
+                "use_past is False: the whole text is computed anew for every token; True gives the same answer sooner"
+            )
         self._generation = Generation(network, self.sampling, self.spec.seq_length, 1, cached)
 
     def prompts(self, texts: Sequence[str], history: Sequence[Mapping[str, str]] = ()) -> list[Prompt]:
@@ -94,16 +96,21 @@ class Predictor:
         """
         problems = Problems("prompts")
         found = []
-        limit = self.spec.seq_length if self.sampling.max_new_tokens else min(self.spec.seq_length,
-                                                                              self.sampling.max_length)  # fmt: skip
+        limit = (
+            self.spec.seq_length
+            if self.sampling.max_new_tokens
+            else min(self.spec.seq_length, self.sampling.max_length)
+        )
         for number, text in enumerate(texts, 1):
             prompt = self._encoded(text, history)
             check_ids(prompt.tokens, self.spec.model.vocab_size, f"prompt {number}")
             if not text.strip():
                 problems.add(f"prompt {number} is empty", "give some text, or leave it out")
             if len(prompt.tokens) >= limit:
-                problems.add(f"prompt {number} has {len(prompt.tokens)} tokens, prompt and answer may have {limit}",
-                             "shorten it, or raise model_config.seq_length and max_decode_length")  # fmt: skip
+                problems.add(
+                    f"prompt {number} has {len(prompt.tokens)} tokens, prompt and answer may have {limit}",
+                    "shorten it, or raise model_config.seq_length and max_decode_length",
+                )
             if prompt.unknown:
                 self.notes.append(f"prompt {number} holds {prompt.unknown} tokens that the tokenizer does not know")
             found.append(prompt)
@@ -135,8 +142,10 @@ class Predictor:
         check_memory(self.spec, generation.batch_size, bucket(longest))
         asked = repr(([p.tokens for p in prompts], self.sampling, generation.batch_size, self.spec.seq_length))
         if not generation.network.agree(hashlib.sha256(asked.encode()).digest()):
-            raise UserError("the processes that answer together have different prompts, tokenizers or settings: give "
-                            "every machine the same files and options")  # fmt: skip
+            raise UserError(
+                "the processes that answer together have different prompts, tokenizers or settings: give "
+                "every machine the same files and options"
+            )
         stream = TextStream(self.tokenizer, [prompt.tokens for prompt in prompts], on_text) if on_text else None
         for answer in generation.answers([p.tokens for p in prompts], stream.take if stream else None):
             if stream:
@@ -209,8 +218,10 @@ def open_own_tokenizer(config: Mapping[str, Any], model: ModelSpec) -> tuple[Tok
     path = tokenizer_path(config)
     tokenizer = open_tokenizer(path)
     if tokenizer.vocab_size > model.vocab_size:
-        raise UserError(f"the tokenizer {path} has {tokenizer.vocab_size} pieces, model_config.vocab_size is "
-                        f"{model.vocab_size}: give the model's own tokenizer, or set vocab_size")  # fmt: skip
+        raise UserError(
+            f"the tokenizer {path} has {tokenizer.vocab_size} pieces, model_config.vocab_size is "
+            f"{model.vocab_size}: give the model's own tokenizer, or set vocab_size"
+        )
     return tokenizer, path
 
 
@@ -225,8 +236,10 @@ def tokenizer_path(config: Mapping[str, Any]) -> Path:
         return folder
     if name:
         raise UserError(f"processor.tokenizer.vocab_file {name} does not exist: give the model's tokenizer")
-    raise UserError("text needs a tokenizer: set processor.tokenizer.vocab_file to the .model file "
-                    "(--processor.tokenizer.vocab_file)")  # fmt: skip
+    raise UserError(
+        "text needs a tokenizer: set processor.tokenizer.vocab_file to the .model file "
+        "(--processor.tokenizer.vocab_file)"
+    )
 
 
 def read_prompts(given: Any) -> list[str]:

@@ -120,8 +120,22 @@ class _Run:
         self.checked, self.request, self.tokenizer = checked, checked.request, tokenizer
         self.folder, self.writer = folder, writer
         self.counts = dict.fromkeys(
-            ("documents", "tokens", "unknown_tokens", "padding_tokens", "dropped_tokens", "loss_tokens", "truncated",
-             "truncated_tokens", "masked", "masked_skipped", "no_question", "records"), 0)  # fmt: skip
+            (
+                "documents",
+                "tokens",
+                "unknown_tokens",
+                "padding_tokens",
+                "dropped_tokens",
+                "loss_tokens",
+                "truncated",
+                "truncated_tokens",
+                "masked",
+                "masked_skipped",
+                "no_question",
+                "records",
+            ),
+            0,
+        )
         self.block: list[dict[str, np.ndarray]] = []
         self.block_tokens = 0
         self.framed_rows = self.request.dataset_type == "wikipedia"  # BOS and EOS around rows, not around documents
@@ -146,12 +160,22 @@ class _Run:
         """What was counted."""
         request, checked = self.request, self.checked
         return Summary(
-            request.dataset_type, request.split, [str(path) for path in checked.files],
-            [str(path) for path in request.shard_files()], str(self.tokenizer.path),
-            sha256(self.tokenizer.path.read_bytes()).hexdigest(), checked.special.bos, checked.special.eos,
-            checked.special.pad, checked.unknown, checked.seq_length, checked.row_length, request.repeat or 1,
-            **self.counts, samples_left_out=self.samples_left == 0,
-        )  # fmt: skip
+            request.dataset_type,
+            request.split,
+            [str(path) for path in checked.files],
+            [str(path) for path in request.shard_files()],
+            str(self.tokenizer.path),
+            sha256(self.tokenizer.path.read_bytes()).hexdigest(),
+            checked.special.bos,
+            checked.special.eos,
+            checked.special.pad,
+            checked.unknown,
+            checked.seq_length,
+            checked.row_length,
+            request.repeat or 1,
+            **self.counts,
+            samples_left_out=self.samples_left == 0,
+        )
 
     def _first_pass(self, progress: Progress) -> None:
         setup = Setup(self.tokenizer.path, self.checked.special, self.checked.row_length, not self.framed_rows)

@@ -98,8 +98,10 @@ class PreprocessRequest:
         if self.file_partition == 1:
             return [self.output_file]
         width = len(str(self.file_partition - 1))
-        return [self.output_file.with_name(f"{self.output_file.name}{number:0{width}}")
-                for number in range(self.file_partition)]  # fmt: skip
+        return [
+            self.output_file.with_name(f"{self.output_file.name}{number:0{width}}")
+            for number in range(self.file_partition)
+        ]
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,9 @@ def check_request(request: PreprocessRequest) -> tuple[Checked, Tokenizer]:
     if spec:
         _check_config(request, spec, special, seq_length, tokenizer)
     loss_pad = spec.model.pad_token_id if spec else special.pad
-    checked = Checked(request, files, special, tokenizer.special_ids["unk_id"], tokenizer.vocab_size, vocab_size,
-                      seq_length, loss_pad)  # fmt: skip
+    checked = Checked(
+        request, files, special, tokenizer.special_ids["unk_id"], tokenizer.vocab_size, vocab_size, seq_length, loss_pad
+    )
     return checked, tokenizer
 
 
@@ -186,14 +189,18 @@ def _check_config(
     if seq_length != spec.seq_length:
         problems.add(f"--seq_length {seq_length}, seq_length: {spec.seq_length} in the YAML", "make them equal")
     if special.bos != model.bos_token_id:
-        problems.add(f"bos_id {special.bos}, bos_token_id: {model.bos_token_id} in the YAML",
-                     "make them equal, or give --bos_id")  # fmt: skip
+        problems.add(
+            f"bos_id {special.bos}, bos_token_id: {model.bos_token_id} in the YAML", "make them equal, or give --bos_id"
+        )
     eos_ids = (model.eos_token_id, *model.more_eos_token_ids)
     if special.eos not in eos_ids:
-        problems.add(f"eos_id {special.eos}, eos_token_id: {', '.join(map(str, eos_ids))} in the YAML",
-                     "make them equal, or give --eos_id")  # fmt: skip
+        problems.add(
+            f"eos_id {special.eos}, eos_token_id: {', '.join(map(str, eos_ids))} in the YAML",
+            "make them equal, or give --eos_id",
+        )
     padded = "labels" in request.kind.fields  # rows of running text hold no padding, a YAML may say -1 or -100 there
     if special.pad != model.pad_token_id and (padded or model.pad_token_id >= 0):
-        problems.add(f"pad_id {special.pad}, pad_token_id: {model.pad_token_id} in the YAML",
-                     "make them equal, or give --pad_id")  # fmt: skip
+        problems.add(
+            f"pad_id {special.pad}, pad_token_id: {model.pad_token_id} in the YAML", "make them equal, or give --pad_id"
+        )
     problems.raise_if_any()

@@ -73,8 +73,10 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
         if engine == "pt":  # nothing reads the YAML again
             spec = network_spec_from_yaml(result, 1)
     if engine == "pt" and not names_our_network(result):
-        raise UserError(f"{where}: the PyTorch engine has Mixtral and LLaMA (LlamaForCausalLM, MixtralForCausalLM), "
-                        f"not {((result.get('model') or {}).get('arch') or {}).get('type')}")  # fmt: skip
+        raise UserError(
+            f"{where}: the PyTorch engine has Mixtral and LLaMA (LlamaForCausalLM, MixtralForCausalLM), "
+            f"not {((result.get('model') or {}).get('arch') or {}).get('type')}"
+        )
     if mode == "predict" and not result.get("input_data"):
         raise UserError('run_mode predict has nothing to predict: give --predict_data "a prompt"')
     merge = None
@@ -95,11 +97,15 @@ def _check_lora(config: Mapping[str, Any], mode: str) -> None:
     if lora_from_yaml(config) is None:
         return
     if mode not in TRAINING:
-        raise UserError(f"pet_config with run_mode {mode}: merge the adapters into the base first (python "
-                        "tools/merge_lora.py --help), load the result, and leave pet_config out")  # fmt: skip
+        raise UserError(
+            f"pet_config with run_mode {mode}: merge the adapters into the base first (python "
+            "tools/merge_lora.py --help), load the result, and leave pet_config out"
+        )
     if config.get("resume_training"):
-        raise UserError("pet_config with resume_training is not built: the checkpoints hold the adapters only; start "
-                        "again from the base weights")  # fmt: skip
+        raise UserError(
+            "pet_config with resume_training is not built: the checkpoints hold the adapters only; start "
+            "again from the base weights"
+        )
 
 
 def launched(engine: str = "ms") -> bool:
@@ -123,8 +129,12 @@ def names_our_network(config: Mapping[str, Any]) -> bool:
 def generates_here(config: Mapping[str, Any]) -> bool:
     """Whether ``jobs.predict.predict`` answers: a network of ours, without adapters. Else MindFormers does."""
     words = (config.get("model") or {}).get("model_config") or {}
-    return bool(config.get("run_mode") == "predict" and names_our_network(config)
-                and not config.get("adapter_id") and not words.get("pet_config"))  # fmt: skip
+    return bool(
+        config.get("run_mode") == "predict"
+        and names_our_network(config)
+        and not config.get("adapter_id")
+        and not words.get("pet_config")
+    )
 
 
 def predicts_together(config: Mapping[str, Any]) -> bool:
@@ -135,16 +145,21 @@ def predicts_together(config: Mapping[str, Any]) -> bool:
 def _check_together(config: Mapping[str, Any], spec: NetworkSpec, engine: str) -> list[str]:
     """What several processes need to predict together, and what only one can do; returns notes."""
     if engine == "pt":
-        raise UserError("prediction by several processes together is not built for the PyTorch engine: start one "
-                        "process, without use_parallel")  # fmt: skip
+        raise UserError(
+            "prediction by several processes together is not built for the PyTorch engine: start one "
+            "process, without use_parallel"
+        )
     notes = check_tensor_parallel(spec)
     if not config.get("load_checkpoint"):
-        raise UserError("prediction on several devices needs load_checkpoint: random weights of each would not fit "
-                        "together")  # fmt: skip
+        raise UserError(
+            "prediction on several devices needs load_checkpoint: random weights of each would not fit together"
+        )
     given = config.get("input_data")
     if given in ("-", ["-"]):
-        raise UserError("--predict_data - reads the standard input of one process: give the prompts, or a text file "
-                        "with one on each line, to several")  # fmt: skip
+        raise UserError(
+            "--predict_data - reads the standard input of one process: give the prompts, or a text file "
+            "with one on each line, to several"
+        )
     return notes
 
 
@@ -153,8 +168,13 @@ def evaluates_here(config: Mapping[str, Any]) -> bool:
     words = (config.get("model") or {}).get("model_config") or {}
     metrics = config.get("metric") or {}
     names = {item.get("type") for item in (metrics if isinstance(metrics, list) else [metrics])}
-    return bool(config.get("run_mode") == "eval" and not config.get("use_parallel") and names_our_network(config)
-                and names <= {"PerplexityMetric", None} and not words.get("pet_config"))  # fmt: skip
+    return bool(
+        config.get("run_mode") == "eval"
+        and not config.get("use_parallel")
+        and names_our_network(config)
+        and names <= {"PerplexityMetric", None}
+        and not words.get("pet_config")
+    )
 
 
 def device_count(config: Mapping[str, Any], engine: str = "ms") -> int:
@@ -209,8 +229,10 @@ def check_tokenizer(config: Mapping[str, Any], spec: NetworkSpec, mode: str) -> 
     name = section.get("vocab_file") or section.get("tokenizer_file")
     if not name:
         if mode == "predict":
-            raise UserError("run_mode predict needs a tokenizer: set processor.tokenizer.vocab_file to the .model file "
-                            "(--processor.tokenizer.vocab_file)")  # fmt: skip
+            raise UserError(
+                "run_mode predict needs a tokenizer: set processor.tokenizer.vocab_file to the .model file "
+                "(--processor.tokenizer.vocab_file)"
+            )
         return
     path = Path(name)
     if not path.is_file():
@@ -241,11 +263,14 @@ def _settle_checkpoint(config: dict[str, Any], spec: NetworkSpec) -> tuple[list[
         return notes, None
     path = Path(name)
     if not path.exists():
-        raise UserError(f"load_checkpoint {path} does not exist: give a .ckpt or .safetensors file, or a folder with "
-                        "rank_0 in it")  # fmt: skip
+        raise UserError(
+            f"load_checkpoint {path} does not exist: give a .ckpt or .safetensors file, or a folder with rank_0 in it"
+        )
     if path.is_dir() and (path / "config.json").is_file():
-        raise UserError(f"load_checkpoint {path} is a Hugging Face folder: convert it first (python convert_weight.py "
-                        "--help) and give the result")  # fmt: skip
+        raise UserError(
+            f"load_checkpoint {path} is a Hugging Face folder: convert it first (python convert_weight.py "
+            "--help) and give the result"
+        )
     settled, merge = settle_slices(config, spec, _suffix(config))
     notes += settled
     if merge is None:
@@ -286,8 +311,11 @@ def _settle_resume(config: dict[str, Any], any_kind: bool = False) -> list[str]:
     config["resume_training"] = point.saved.path.name
     notes = [f"passed over: {reason}" for reason in point.passed_over]
     remove_leftovers(folder)
-    return [*notes, f"resuming from {point.saved.path}, the newest whole checkpoint (epoch {point.saved.epoch}, step "
-                    f"{point.saved.step} of it)"]  # fmt: skip
+    return [
+        *notes,
+        f"resuming from {point.saved.path}, the newest whole checkpoint (epoch {point.saved.epoch}, step "
+        f"{point.saved.step} of it)",
+    ]
 
 
 def _check_checkpoint(config: dict[str, Any], spec: NetworkSpec, path: Path) -> list[str]:

@@ -91,8 +91,10 @@ def _check_count(config: Mapping[str, Any], rows: int, section: str, mode: str) 
     if mode == "eval":
         batch = int(runner.get("batch_size", 1)) if (config[section] or {}).get("drop_remainder", True) else 1
     if rows < batch:
-        raise UserError(f"{section} holds {rows} rows, one step takes {batch} (batch_size x "
-                        "gradient_accumulation_steps): give more data or a smaller batch_size")  # fmt: skip
+        raise UserError(
+            f"{section} holds {rows} rows, one step takes {batch} (batch_size x "
+            "gradient_accumulation_steps): give more data or a smaller batch_size"
+        )
 
 
 def _check_rows(path: Path, columns: tuple[str, ...], spec: NetworkSpec, mode: str, engine: str) -> None:
@@ -114,12 +116,15 @@ def _check_rows(path: Path, columns: tuple[str, ...], spec: NetworkSpec, mode: s
     largest = max(int(np.max(row[columns[0]])) for row in sample)
     smallest = min(int(np.min(row[columns[0]])) for row in sample)
     if largest >= vocab or smallest < 0:
-        problems.add(f"ids from {smallest} to {largest}, model_config.vocab_size={vocab} has embeddings for 0 to "
-                     f"{vocab - 1}", f"set vocab_size to {largest + 1} or more (the tokenizer's size)")  # fmt: skip
+        problems.add(
+            f"ids from {smallest} to {largest}, model_config.vocab_size={vocab} has embeddings for 0 to {vocab - 1}",
+            f"set vocab_size to {largest + 1} or more (the tokenizer's size)",
+        )
     if "labels" in columns:
         labels = np.unique(np.concatenate([row["labels"] for row in sample]))
         wrong = labels[(labels >= vocab) | ((labels < 0) & (labels != spec.model.ignore_token_id))]
         if wrong.size:
-            problems.add(f"labels such as {wrong[0]}", f"use ids below {vocab} or ignore_token_id "
-                         f"{spec.model.ignore_token_id}")  # fmt: skip
+            problems.add(
+                f"labels such as {wrong[0]}", f"use ids below {vocab} or ignore_token_id {spec.model.ignore_token_id}"
+            )
     problems.raise_if_any()

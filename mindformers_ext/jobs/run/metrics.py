@@ -126,7 +126,9 @@ def _stacked(records: list[dict[str, Any]]) -> RunMetrics:
 
 def _joined(ranks: list[RunMetrics]) -> RunMetrics:
     added = ("expert_load", "tokens_per_second")
-    return RunMetrics(**{
-        name: sum(getattr(rank, name) for rank in ranks) / (1 if name in added else len(ranks))
-        for name in (*REQUIRED, *OPTIONAL)
-    })  # fmt: skip
+    return RunMetrics(
+        **{
+            name: sum(getattr(rank, name) for rank in ranks) / (1 if name in added else len(ranks))
+            for name in (*REQUIRED, *OPTIONAL)
+        }
+    )

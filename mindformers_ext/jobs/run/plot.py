@@ -147,8 +147,14 @@ def _cv_panel(axes: Any, metrics: RunMetrics, layers: int) -> None:
     if 1 < layers <= 8:
         colours = (BLUE, ORANGE, GREEN, PINK)
         for layer in range(layers):
-            axes.plot(metrics.step, cv[:, layer], LINES[layer // 4], color=colours[layer % 4], linewidth=1.2,
-                      label=f"layer {layer}")  # fmt: skip
+            axes.plot(
+                metrics.step,
+                cv[:, layer],
+                LINES[layer // 4],
+                color=colours[layer % 4],
+                linewidth=1.2,
+                label=f"layer {layer}",
+            )
     axes.plot(metrics.step, cv.mean(axis=1), color="black", linewidth=2.0, label="mean over layers")
     axes.set_title("Imbalance of the load (0 = even)")
     axes.set_ylabel("standard deviation / mean")
@@ -161,8 +167,15 @@ def _drop_panel(axes: Any, metrics: RunMetrics, layers: int) -> None:
     """Mean over layers, and the band between the best and the worst layer."""
     percent = 100 * smoothed(metrics.dropped, _window(metrics))
     if layers > 1:
-        axes.fill_between(metrics.step, percent.min(axis=1), percent.max(axis=1), color=BLUE, alpha=0.2, linewidth=0,
-                          label="best to worst layer")  # fmt: skip
+        axes.fill_between(
+            metrics.step,
+            percent.min(axis=1),
+            percent.max(axis=1),
+            color=BLUE,
+            alpha=0.2,
+            linewidth=0,
+            label="best to worst layer",
+        )
     axes.plot(metrics.step, percent.mean(axis=1), color=BLUE, linewidth=1.8, label="mean over layers")
     axes.set_title("Assignments dropped for lack of capacity")
     axes.set_ylabel("dropped (%)")

@@ -41,8 +41,9 @@ CALLBACKS: dict[str, str] = {
     "save_optimizer use_checkpoint_health_monitor health_ckpts_record_dir",
     "TopkBiasBalanceCallback": "balance_via_topk_bias topk_bias_update_rate expert_num micro_batch_num "
     "gradient_accumulation_steps",
-    **dict.fromkeys(("MoEDropRateCallback", "MoELoadMonitor"),
-                    "expert_num capacity_factor num_layers mtp_depth per_print_times"),
+    **dict.fromkeys(
+        ("MoEDropRateCallback", "MoELoadMonitor"), "expert_num capacity_factor num_layers mtp_depth per_print_times"
+    ),
 }
 TRAINING = ("train", "finetune")
 

@@ -66,8 +66,10 @@ def merged_file(request: TransformRequest) -> Path:
 
 def _merge(config: dict[str, Any], path: Path, ranks: int, asked: bool) -> tuple[list[str], TransformRequest]:
     if config.get("resume_training"):
-        raise UserError(f"cannot resume from {path}, which holds the slices of {ranks} ranks: resume with the devices "
-                        "that saved it, or merge it (tools/transform_ckpt.py) and start from its weights")  # fmt: skip
+        raise UserError(
+            f"cannot resume from {path}, which holds the slices of {ranks} ranks: resume with the devices "
+            "that saved it, or merge it (tools/transform_ckpt.py) and start from its weights"
+        )
     strategies = config.get("src_strategy_path_or_dir")
     if not asked or not strategies:
         raise UserError(

@@ -87,8 +87,10 @@ def _checked(state: State, step: int, folder: CheckpointFolder) -> Iterator[tupl
             array = array.view(float_dtype("bf16"))
         # one sum tells: float64 holds any sum of float32 values, so it is finite exactly when all of them are
         if name.startswith(WEIGHTS) and not np.isfinite(np.sum(array, dtype=np.float64)):
-            raise UserError(f"step {step}: the weight {name} is not finite, nothing was saved and training stops. "
-                            f"{folder.last_good()} Lower the learning rate or warm up longer.")  # fmt: skip
+            raise UserError(
+                f"step {step}: the weight {name} is not finite, nothing was saved and training stops. "
+                f"{folder.last_good()} Lower the learning rate or warm up longer."
+            )
         yield name, array
 
 

@@ -46,8 +46,9 @@ class TokenData:
         self.rows = rows
         self.per_epoch = self.total // rows
         if training and not self.per_epoch:
-            raise UserError(f"{section} holds {self.total} rows, one step takes {rows}: give more data or a smaller "
-                            "batch_size")  # fmt: skip
+            raise UserError(
+                f"{section} holds {self.total} rows, one step takes {rows}: give more data or a smaller batch_size"
+            )
 
     def batch(self, step: int, part: slice) -> tuple[np.ndarray, ...]:
         """Columns (rows, width) int32 of step ``step`` (from 0) of the run; ``part`` chooses among its rows."""
@@ -74,18 +75,22 @@ class TokenData:
 def _check(words: Mapping[str, Any], loader: Mapping[str, Any], section: str) -> None:
     problems = Problems(section)
     if loader.get("type") not in LOADERS:
-        problems.add(f"data_loader.type={loader.get('type')!r}: the PyTorch engine reads MindRecord files",
-                     "set MindDataset and give the files of llama_preprocess.py")  # fmt: skip
+        problems.add(
+            f"data_loader.type={loader.get('type')!r}: the PyTorch engine reads MindRecord files",
+            "set MindDataset and give the files of llama_preprocess.py",
+        )
     if tuple(words.get("input_columns") or ("input_ids",)) not in COLUMNS:
         problems.add(f"input_columns={words['input_columns']!r}", "give ['input_ids'] or ['input_ids', 'labels']")
     if words.get("repeat") not in (None, 1):
         problems.add(f"repeat={words['repeat']!r} is not built in the PyTorch engine", "raise runner_config.epochs")
     if section == "train_dataset" and words.get("drop_remainder", True) is False:
-        problems.add("drop_remainder=False: every step of the PyTorch engine has the same number of rows",
-                     "set it to True")  # fmt: skip
+        problems.add(
+            "drop_remainder=False: every step of the PyTorch engine has the same number of rows", "set it to True"
+        )
     if loader.get("shuffle") not in SHUFFLES:
-        problems.add(f"data_loader.shuffle={loader['shuffle']!r} is not built in the PyTorch engine", "set True or "
-                     "False")  # fmt: skip
+        problems.add(
+            f"data_loader.shuffle={loader['shuffle']!r} is not built in the PyTorch engine", "set True or False"
+        )
     for name in ("eod_reset", "dynamic_batch"):
         if words.get(name):
             problems.add(f"{name}={words[name]!r} is not built in the PyTorch engine", "set it to False")

@@ -33,9 +33,11 @@ from mindformers_ext.jobs.train.token_data import TokenData
 
 PATIENCE = 50  # steps in a row whose gradients overflow before the run gives up
 SHORT_PATIENCE = 5  # the same while the loss scale stands still: then no later step can differ
-LINE = ("{ Epoch:[%3d/%3d], step:[%5d/%5d], loss: %.6f, lm_loss: %.6f, aux_loss: %.6f, drop_rate: %.2f%%, "
-        "per_step_time: %dms, lr: %.4e, overflow cond: %s, loss_scale: %s, global_norm: %.4f, tokens/s: %d, "
-        "remaining: %s }")  # fmt: skip
+LINE = (
+    "{ Epoch:[%3d/%3d], step:[%5d/%5d], loss: %.6f, lm_loss: %.6f, aux_loss: %.6f, drop_rate: %.2f%%, "
+    "per_step_time: %dms, lr: %.4e, overflow cond: %s, loss_scale: %s, global_norm: %.4f, tokens/s: %d, "
+    "remaining: %s }"
+)
 
 
 @dataclass
@@ -53,8 +55,10 @@ class Run:
 def run(config: Mapping[str, Any], spec: NetworkSpec, notes: tuple[str, ...] = ()) -> None:
     """``run_mode`` train, finetune or eval of a checked configuration, by the PyTorch engine."""
     if config["run_mode"] == "eval":
-        raise UserError("run_mode eval of the PyTorch engine measures perplexity on one device, without pet_config: "
-                        "leave out --use_parallel, and merge adapters first (tools/merge_lora.py)")  # fmt: skip
+        raise UserError(
+            "run_mode eval of the PyTorch engine measures perplexity on one device, without pet_config: "
+            "leave out --use_parallel, and merge adapters first (tools/merge_lora.py)"
+        )
     train(config, spec, notes)
 
 
@@ -76,8 +80,9 @@ def train(config: Mapping[str, Any], spec: NetworkSpec, notes: tuple[str, ...] =
     if spec.numerics.softmax_dtype != "float32":
         more.append(f"softmax_compute_type {spec.numerics.softmax_dtype}: PyTorch's attention sums in float32")
     context = config.get("context") or {}
-    trainer = open_trainer(spec, training, str(context.get("device_target", "Ascend")),
-                           int(context.get("device_id") or 0))  # fmt: skip
+    trainer = open_trainer(
+        spec, training, str(context.get("device_target", "Ascend")), int(context.get("device_id") or 0)
+    )
     rank = trainer.ranks.rank
     set_up_logging(file=folder / "log" / f"rank_{rank}" / "info.log")
     for note in (*notes, *more):
@@ -163,22 +168,43 @@ def _record(figures: Any, step: int, per_epoch: int, seconds: float, ids: np.nda
     """A row of the metrics file. Tokens per second are this process's; the last token of a row is a target only."""
     tokens = ids.shape[0] * (ids.shape[1] - 1)
     return StepRecord(
-        step=step, epoch=(step - 1) // per_epoch + 1, loss=figures.loss, lm_loss=figures.lm_loss,
-        aux_loss=figures.aux_loss, drop_rate=float(figures.dropped.mean()), learning_rate=figures.learning_rate,
-        global_norm=figures.global_norm, loss_scale=figures.loss_scale, overflow=figures.overflow, seconds=seconds,
-        tokens_per_second=tokens / max(seconds, 1e-9), dropped=[float(share) for share in figures.dropped],
+        step=step,
+        epoch=(step - 1) // per_epoch + 1,
+        loss=figures.loss,
+        lm_loss=figures.lm_loss,
+        aux_loss=figures.aux_loss,
+        drop_rate=float(figures.dropped.mean()),
+        learning_rate=figures.learning_rate,
+        global_norm=figures.global_norm,
+        loss_scale=figures.loss_scale,
+        overflow=figures.overflow,
+        seconds=seconds,
+        tokens_per_second=tokens / max(seconds, 1e-9),
+        dropped=[float(share) for share in figures.dropped],
         expert_load=figures.expert_load.astype(float).tolist(),
-    )  # fmt: skip
+    )
 
 
 def _show(record: StepRecord, per_epoch: int, steps: int, recent: deque[float]) -> None:
     left = (steps - record.step) * (statistics.median(recent) if recent else record.seconds)
     get_logger(__name__).info(
-        LINE, record.epoch, -(-steps // per_epoch), (record.step - 1) % per_epoch + 1, per_epoch, record.loss,
-        record.lm_loss, record.aux_loss, 100 * record.drop_rate, int(1000 * record.seconds), record.learning_rate,
-        record.overflow, record.loss_scale, record.global_norm, int(record.tokens_per_second),
+        LINE,
+        record.epoch,
+        -(-steps // per_epoch),
+        (record.step - 1) % per_epoch + 1,
+        per_epoch,
+        record.loss,
+        record.lm_loss,
+        record.aux_loss,
+        100 * record.drop_rate,
+        int(1000 * record.seconds),
+        record.learning_rate,
+        record.overflow,
+        record.loss_scale,
+        record.global_norm,
+        int(record.tokens_per_second),
         timedelta(seconds=int(max(left, 0))),
-    )  # fmt: skip
+    )
 
 
 def _save(run: Run, files: CheckpointFolder, record: StepRecord) -> None:
@@ -188,14 +214,25 @@ def _save(run: Run, files: CheckpointFolder, record: StepRecord) -> None:
         for _ in state:
             pass
         return
-    more = {"epoch_num": np.array(record.epoch), "step_num": np.array(record.step),
-            "loss_scale": np.array(record.loss_scale, np.float32),
-            "global_batch_size": np.array(run.data.rows)}  # fmt: skip
+    more = {
+        "epoch_num": np.array(record.epoch),
+        "step_num": np.array(record.step),
+        "loss_scale": np.array(record.loss_scale, np.float32),
+        "global_batch_size": np.array(run.data.rows),
+    }
     path = files.write(record.step, state, more)
     meta = files.folder / "meta.json"
     beside = meta.with_name(f".{meta.name}.{os.getpid()}")
-    beside.write_text(json.dumps({"last_epoch": record.epoch, "last_step": (record.step - 1) % run.data.per_epoch + 1,
-                                  "last_ckpt_file": path.name}), encoding="utf-8")  # fmt: skip
+    beside.write_text(
+        json.dumps(
+            {
+                "last_epoch": record.epoch,
+                "last_step": (record.step - 1) % run.data.per_epoch + 1,
+                "last_ckpt_file": path.name,
+            }
+        ),
+        encoding="utf-8",
+    )
     os.replace(beside, meta)
 
 
@@ -210,9 +247,11 @@ class _Watch:
     def judge(self, record: StepRecord) -> None:
         """Raise ``UserError`` when it is time to stop."""
         if not record.is_finite:
-            raise UserError(f"step {record.step}: the loss is {record.loss} (LM loss {record.lm_loss}), training "
-                            f"stops. {self._last_good(record)} Lower the learning rate, warm up longer, or check the "
-                            "data.")  # fmt: skip
+            raise UserError(
+                f"step {record.step}: the loss is {record.loss} (LM loss {record.lm_loss}), training "
+                f"stops. {self._last_good(record)} Lower the learning rate, warm up longer, or check the "
+                "data."
+            )
         if not record.overflow:
             self.overflowed.clear()
             return
@@ -220,9 +259,11 @@ class _Watch:
         recent = self.overflowed[-SHORT_PATIENCE:]
         stuck = len(recent) == SHORT_PATIENCE and len(set(recent)) == 1
         if stuck or len(self.overflowed) >= PATIENCE:
-            raise UserError(f"step {record.step}: gradients overflowed {len(self.overflowed)} steps in a row, now at "
-                            f"loss scale {record.loss_scale}; none of these steps changed the weights. "
-                            f"{self._last_good(record)} Lower the learning rate or the loss scale.")  # fmt: skip
+            raise UserError(
+                f"step {record.step}: gradients overflowed {len(self.overflowed)} steps in a row, now at "
+                f"loss scale {record.loss_scale}; none of these steps changed the weights. "
+                f"{self._last_good(record)} Lower the learning rate or the loss scale."
+            )
 
     def _last_good(self, record: StepRecord) -> str:
         """Sets aside the checkpoints that hold the weights of this failure, and names the newest of the others."""

@@ -70,8 +70,9 @@ class ChosenExperts(_Routed):
         gate_TK, index_TK = self._choose(x_TD)
         index_K = ops.reshape(index_TK, (-1,))
         x_KTD = ops.expand_dims(ops.broadcast_to(x_TD, (self.chosen, x_TD.shape[1])), 1)
-        hidden_KTF = self.ffn.swiglu(self._multiply(x_KTD, self.ffn.w1.weight, index_K),
-                                     self._multiply(x_KTD, self.ffn.w3.weight, index_K))  # fmt: skip
+        hidden_KTF = self.ffn.swiglu(
+            self._multiply(x_KTD, self.ffn.w1.weight, index_K), self._multiply(x_KTD, self.ffn.w3.weight, index_K)
+        )
         y_KTD = self._multiply(hidden_KTF, self.ffn.w2.weight, index_K)
         return self.product(ops.cast(gate_TK, x_TD.dtype), ops.reshape(y_KTD, (self.chosen, -1)))
 
@@ -91,8 +92,9 @@ class EveryExpert(_Routed):
         chosen_TKE = ops.cast(ops.expand_dims(index_TK, -1) == self.expert_E, kind)
         weight_TE = self.batched(ops.expand_dims(ops.cast(gate_TK, kind), 1), chosen_TKE)
         x_EDT = ops.broadcast_to(ops.expand_dims(self.transpose(x_TD, (1, 0)), 0), (self.experts, D, T))
-        hidden_EFT = ffn.swiglu(self.batched(ops.cast(ffn.w1.weight, kind), x_EDT),
-                                self.batched(ops.cast(ffn.w3.weight, kind), x_EDT))  # fmt: skip
+        hidden_EFT = ffn.swiglu(
+            self.batched(ops.cast(ffn.w1.weight, kind), x_EDT), self.batched(ops.cast(ffn.w3.weight, kind), x_EDT)
+        )
         y_TED = self.transpose(self.batched(ops.cast(ffn.w2.weight, kind), hidden_EFT), (2, 0, 1))
         return ops.squeeze(self.batched(weight_TE, y_TED), 1)
 
@@ -133,8 +135,11 @@ class SlicedExperts(_Routed):
         if self.has_parts:
             return self.w1[expert], self.w3[expert], self.w2[expert]
         ffn = self.ffn
-        return (select_ext_view_op(ffn.w1.weight, 0, expert), select_ext_view_op(ffn.w3.weight, 0, expert),
-                select_ext_view_op(ffn.w2.weight, 0, expert))  # fmt: skip
+        return (
+            select_ext_view_op(ffn.w1.weight, 0, expert),
+            select_ext_view_op(ffn.w3.weight, 0, expert),
+            select_ext_view_op(ffn.w2.weight, 0, expert),
+        )
 
     def _expert(self, x_TD: Tensor, expert: int) -> Tensor:
         """(T, D) through one expert, (D, T)."""

@@ -17,8 +17,9 @@ from mindformers_ext.ms.strategies import Shards
 class ExpertLinear(nn.Cell):
     """One matrix per expert, no bias. Input (E, C, in), output (E, C, out), weight (E, out, in)."""
 
-    def __init__(self, experts: int, width_in: int, width_out: int, std: float, param_dtype: ms.Type, shards: Shards,
-                 row: str) -> None:  # fmt: skip
+    def __init__(
+        self, experts: int, width_in: int, width_out: int, std: float, param_dtype: ms.Type, shards: Shards, row: str
+    ) -> None:
         super().__init__()
         shape = (experts, width_out, width_in)
         self.weight = Parameter(initializer(Normal(sigma=std), shape, param_dtype), name="weight")

@@ -45,8 +45,7 @@ class GroupedMoE(MoE):
         experts, shards = spec.model.experts.num_local_experts, Shards(spec)
         self.experts, self.chosen = experts, spec.model.experts.num_experts_per_tok
         if self.groups > 1 and not shards.active:
-            raise ValueError("grouped experts sort the tokens of one device: one routing group, not "
-                             f"{self.groups}")  # fmt: skip
+            raise ValueError(f"grouped experts sort the tokens of one device: one routing group, not {self.groups}")
         self.is_cut = shards.active
         self.cut_rows = shards.region(self.rows, "sorted rows", self._row_shapes, _row_types)
         self.grouped = shards.local(GroupedExperts(operators, experts), "grouped experts")
@@ -58,8 +57,16 @@ class GroupedMoE(MoE):
         assignment_GET = ops.expand_dims(sorted_GT, 1)
         dispatch_GET = assignment_GET // self.chosen + 1
         report_GE = self.router.join((load_GE, ops.zeros_like(load_GE[:, :1])))
-        return (dispatch_GET, place_GNK, ops.ones_like(gate_GNK), gate_GNK, assignment_GET, end_GE, aux_loss_G,
-                report_GE)  # fmt: skip
+        return (
+            dispatch_GET,
+            place_GNK,
+            ops.ones_like(gate_GNK),
+            gate_GNK,
+            assignment_GET,
+            end_GE,
+            aux_loss_G,
+            report_GE,
+        )
 
     def _row_shapes(self, logits: list, bias: list) -> tuple:
         G, N, E = logits

@@ -107,9 +107,15 @@ class CombineRows(nn.Cell):
         return ops.reshape(along, index_GNK.shape)
 
     def bprop(
-        self, y_GECD: Tensor, coeff_GNK: Tensor, slot_GNK: Tensor, dispatch_GEC: Tensor, assignment_GEC: Tensor,
-        out: Tensor, dout: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        self,
+        y_GECD: Tensor,
+        coeff_GNK: Tensor,
+        slot_GNK: Tensor,
+        dispatch_GEC: Tensor,
+        assignment_GEC: Tensor,
+        out: Tensor,
+        dout: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         G, _, D = dout.shape
         filled_GEC = ops.cast(dispatch_GEC > 0, coeff_GNK.dtype)
         weight_GEC = self.gather(ops.reshape(coeff_GNK, (G, -1)), assignment_GEC, 1) * filled_GEC
@@ -121,8 +127,13 @@ class CombineRows(nn.Cell):
         for j in self.choices:
             parts = parts + (self._along(rows, index[j], dout_GND),)
         dcoeff_GNK = ops.cast(self.concat(parts), coeff_GNK.dtype)
-        return (dy_GECD, dcoeff_GNK, ops.zeros_like(slot_GNK), ops.zeros_like(dispatch_GEC),
-                ops.zeros_like(assignment_GEC))  # fmt: skip
+        return (
+            dy_GECD,
+            dcoeff_GNK,
+            ops.zeros_like(slot_GNK),
+            ops.zeros_like(dispatch_GEC),
+            ops.zeros_like(assignment_GEC),
+        )
 
 
 class RouterGate(nn.Cell):
@@ -131,8 +142,9 @@ class RouterGate(nn.Cell):
     def __init__(self, hidden: int, experts: int, std: float, router_dtype: ms.Type) -> None:
         super().__init__()
         # small: kept whole on every device, as MindFormers does; cutting it would cost a gather more per layer
-        self.weight = Parameter(initializer(Normal(sigma=std), (experts, hidden), ms.float32), name="weight",
-                                parallel_optimizer=False)  # fmt: skip
+        self.weight = Parameter(
+            initializer(Normal(sigma=std), (experts, hidden), ms.float32), name="weight", parallel_optimizer=False
+        )
         self.dtype = router_dtype
         self.product = P.MatMul(transpose_b=True)
 
@@ -225,8 +237,7 @@ class MoE(nn.Cell):
         self.router = Router(spec, operators)
         self.ffn = CapacityExperts(spec, operators)
         self.dispatch = shards.local(operators.build(DispatchRows, chosen), "dispatch", _dispatched_shape)
-        self.combine = shards.local(operators.build(CombineRows, chosen, model.hidden_size), "combine",
-                                    _combined_shape)  # fmt: skip
+        self.combine = shards.local(operators.build(CombineRows, chosen, model.hidden_size), "combine", _combined_shape)
 
     def construct(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dispatch_GEC, slot_GNK, kept_GNK, coeff_GNK, assignment_GEC, aux_loss_G, report_GE = self.router(x_TD)

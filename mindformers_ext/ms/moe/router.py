@@ -66,8 +66,13 @@ class TopkRouterV2(nn.Cell):
     and wherever the capacity follows the load, assignments are sorted.
     """
 
-    def __init__(self, moe: MoESpec, parallel: ParallelSpec | None = None, reference_capacity: bool = False,
-                 slots: Callable[..., nn.Cell] | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        moe: MoESpec,
+        parallel: ParallelSpec | None = None,
+        reference_capacity: bool = False,
+        slots: Callable[..., nn.Cell] | None = None,
+    ) -> None:
         super().__init__()
         parallel = parallel or ParallelSpec()
         self.moe = moe
@@ -259,7 +264,9 @@ class TopkRouterV2(nn.Cell):
 def _check_load(assignments: int, experts: int, max_router_load: int) -> None:
     """Refuse sizes that the integer keys, or the user's own limit, do not hold."""
     if assignments > max_router_load:
-        raise ValueError(f"{assignments} assignments per routing group exceed max_router_load={max_router_load}: "
-                         "raise moe_config.max_router_load or shorten the batch")  # fmt: skip
+        raise ValueError(
+            f"{assignments} assignments per routing group exceed max_router_load={max_router_load}: "
+            "raise moe_config.max_router_load or shorten the batch"
+        )
     if experts * assignments >= _INT32_LIMIT:
         raise ValueError(f"{experts} experts x {assignments} assignments do not fit 32-bit keys: use more groups")

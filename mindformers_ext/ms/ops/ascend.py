@@ -195,17 +195,30 @@ class FusedKernel:
 
 
 FUSED = (
-    FusedKernel("causal_attention", "use_flash_attention", lambda spec: spec.kernels.flash_attention, FlashAttentionOp,
-                attention_unfit),
+    FusedKernel(
+        "causal_attention",
+        "use_flash_attention",
+        lambda spec: spec.kernels.flash_attention,
+        FlashAttentionOp,
+        attention_unfit,
+    ),
     FusedKernel("rms_norm", "fused_rms_norm", lambda spec: spec.kernels.rms_norm, RmsNormKernel),
     FusedKernel("rotary", "use_fused_rope", lambda spec: spec.kernels.rope, RotaryKernel, rope_unfit),
     FusedKernel("swiglu", "use_fused_swiglu", lambda spec: spec.kernels.swiglu, SwiGluKernel),
-    FusedKernel("slots", "use_fused_ops_topkrouter",
-                lambda spec: spec.model.moe is not None and spec.model.moe.use_fused_ops_topkrouter, TopKRouterSlots,
-                router_unfit),
-    FusedKernel("grouped_product", "use_gmm", lambda spec: spec.model.moe is not None and spec.model.moe.use_gmm,
-                GroupedProductKernel),
-)  # fmt: skip
+    FusedKernel(
+        "slots",
+        "use_fused_ops_topkrouter",
+        lambda spec: spec.model.moe is not None and spec.model.moe.use_fused_ops_topkrouter,
+        TopKRouterSlots,
+        router_unfit,
+    ),
+    FusedKernel(
+        "grouped_product",
+        "use_gmm",
+        lambda spec: spec.model.moe is not None and spec.model.moe.use_gmm,
+        GroupedProductKernel,
+    ),
+)
 
 
 def fused_cells(spec: NetworkSpec) -> tuple[dict[str, type[nn.Cell]], list[str]]:

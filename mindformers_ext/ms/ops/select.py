@@ -93,8 +93,14 @@ class Operators:
 _CHOICES = {
     "CPU": Operators("portable", "MindSpore has no fused kernels on CPU", bfloat16=False, lazy_inline=False),
     "GPU": Operators("portable", "MindSpore has no fused kernels on GPU", bfloat16=False, lazy_inline=False),
-    "Ascend": Operators("portable and fused", "the configuration chooses the kernels", bfloat16=True, lazy_inline=True,
-                        square_sum=portable.ReducedSquareSumOp, fused=ascend.fused_cells),  # fmt: skip
+    "Ascend": Operators(
+        "portable and fused",
+        "the configuration chooses the kernels",
+        bfloat16=True,
+        lazy_inline=True,
+        square_sum=portable.ReducedSquareSumOp,
+        fused=ascend.fused_cells,
+    ),
 }
 
 

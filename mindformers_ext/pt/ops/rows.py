@@ -82,14 +82,17 @@ class _Combine(torch.autograd.Function):
         if fused(rows):
             from mindformers_ext.pt.ops.triton_kernels import combine_backward
 
-            drows, dweight = combine_backward(rows, dout.contiguous(), place.order, place.token, weight_TK,
-                                              place.kept_TK)  # fmt: skip
+            drows, dweight = combine_backward(
+                rows, dout.contiguous(), place.order, place.token, weight_TK, place.kept_TK
+            )
             return (drows, dweight.to(weight_TK.dtype), *(None,) * 5)
         kept = torch.where(place.kept_TK, weight_TK, weight_TK.new_zeros(()))
         weight = kept.reshape(-1).index_select(0, place.order)
         drows = dout.index_select(0, place.token) * weight[:, None].to(dout.dtype)
-        along = [(rows.index_select(0, place.row_TK[:, k]) * dout).sum(-1, dtype=torch.float32)
-                 for k in range(weight_TK.shape[1])]  # fmt: skip
+        along = [
+            (rows.index_select(0, place.row_TK[:, k]) * dout).sum(-1, dtype=torch.float32)
+            for k in range(weight_TK.shape[1])
+        ]
         dweight = torch.stack(along, -1).to(weight_TK.dtype)
         dweight = torch.where(place.kept_TK, dweight, dweight.new_zeros(()))
         return (drows, dweight, *(None,) * 5)

@@ -37,12 +37,13 @@ TABLE = (
     Row("cuda", None, None, 32, "triton", "not measured here: reads weights once and nothing on the host"),
     Row("cuda", torch.bfloat16, None, None, "gmm", "not measured here: grouped_mm is fast for bfloat16 alone"),
     Row("cuda", None, None, None, "loop", "not measured here: grouped_mm has no fast kernel for this type"),
-)  # fmt: skip
+)
 _told: set[tuple[object, ...]] = set()
 
 
-def select_backend(device: torch.device, dtype: torch.dtype, hidden: int, ffn: int,
-                   tokens: int | None = None) -> Backend:  # fmt: skip
+def select_backend(
+    device: torch.device, dtype: torch.dtype, hidden: int, ffn: int, tokens: int | None = None
+) -> Backend:
     """The back end for experts (hidden, ffn) of this type on this device; the first choice of a kind is logged.
 
     ``tokens`` of one call, all of them here with their experts; None for rows that came sorted from other ranks, which
@@ -55,8 +56,9 @@ def select_backend(device: torch.device, dtype: torch.dtype, hidden: int, ffn: i
     asked = (device.type, dtype, hidden, ffn, name)
     if asked not in _told:
         _told.add(asked)
-        get_logger(__name__).info("experts %d x %d, %s on %s: back end %s (%s)", hidden, ffn, dtype, device.type, name,
-                                  why)  # fmt: skip
+        get_logger(__name__).info(
+            "experts %d x %d, %s on %s: back end %s (%s)", hidden, ffn, dtype, device.type, name, why
+        )
     return BACKENDS[name]
 
 
@@ -65,8 +67,10 @@ def _choice(device: str, dtype: torch.dtype, hidden: int, ffn: int, tokens: int 
     if forced and forced not in BACKENDS:
         raise UserError(f"{FORCE}={forced} is unknown: choose one of {', '.join(BACKENDS)}")
     if forced == "triton" and not _has_kernels(device):
-        raise UserError(f"{FORCE}=triton runs on a GPU with triton installed and {SWITCH} not 0, here is {device}: "
-                        f"choose loop or gmm")  # fmt: skip
+        raise UserError(
+            f"{FORCE}=triton runs on a GPU with triton installed and {SWITCH} not 0, here is {device}: "
+            f"choose loop or gmm"
+        )
     if forced and (forced != "triton" or tokens is not None):
         return forced, f"{FORCE} says so"
     for row in TABLE:

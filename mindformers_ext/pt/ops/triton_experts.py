@@ -59,12 +59,18 @@ def parts_of(ffn: int, programs: int, inner: int) -> int:
 
 def _constants(tile: Tile) -> dict[str, int | bool]:
     """What a kernel is compiled for."""
-    return {"ROWS": tile.rows, "COLUMNS": tile.columns, "INNER": tile.inner, "num_warps": tile.warps,
-            "num_stages": tile.stages, "WIDEN": triton.knobs.runtime.interpret}  # fmt: skip
+    return {
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "INNER": tile.inner,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        "WIDEN": triton.knobs.runtime.interpret,
+    }
 
 
 @triton.jit
-def _span(offs, tile, experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr):  # noqa: ANN001, ANN202
+def _span(offs, tile, experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
     """Expert, first row and end of a tile's expert; past the last tile the end is 0."""
     e = tl.arange(0, EXPERTS)
     known = e < experts
@@ -79,7 +85,7 @@ def _span(offs, tile, experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr):  # no
 
 
 @triton.jit
-def _product(a, b, total, WIDEN: tl.constexpr):  # noqa: ANN001, ANN202
+def _product(a, b, total, WIDEN: tl.constexpr):
     """total + a b in float32; exact float32 operands too, no TF32."""
     if WIDEN:  # the interpreter multiplies the bit patterns of bfloat16
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
@@ -87,9 +93,21 @@ def _product(a, b, total, WIDEN: tl.constexpr):  # noqa: ANN001, ANN202
 
 
 @triton.jit
-def _gather_swiglu(x, w, token_of, offs, out, hidden, ffn, experts, EXPERTS: tl.constexpr,  # noqa: ANN001, ANN202
-                   ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
-                   WIDEN: tl.constexpr):  # fmt: skip
+def _gather_swiglu(
+    x,
+    w,
+    token_of,
+    offs,
+    out,
+    hidden,
+    ffn,
+    experts,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
     expert, first, end = _span(offs, tl.program_id(0), experts, EXPERTS, ROWS)
     if first >= end:
         return
@@ -114,9 +132,24 @@ def _gather_swiglu(x, w, token_of, offs, out, hidden, ffn, experts, EXPERTS: tl.
 
 
 @triton.jit
-def _down_scatter(h, w, weight, order, offs, out, hidden, ffn, experts, assignments, share,  # noqa: ANN001, ANN202
-                  EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                  INNER: tl.constexpr, WIDEN: tl.constexpr):  # fmt: skip
+def _down_scatter(
+    h,
+    w,
+    weight,
+    order,
+    offs,
+    out,
+    hidden,
+    ffn,
+    experts,
+    assignments,
+    share,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
     expert, first, end = _span(offs, tl.program_id(0), experts, EXPERTS, ROWS)
     if first >= end:
         return
@@ -140,8 +173,16 @@ def _down_scatter(h, w, weight, order, offs, out, hidden, ffn, experts, assignme
 
 
 @triton.jit
-def _sum_slots(slots, kept, out, width, assignments, K: tl.constexpr, PARTS: tl.constexpr,  # noqa: ANN001, ANN202
-               BLOCK: tl.constexpr):  # fmt: skip
+def _sum_slots(
+    slots,
+    kept,
+    out,
+    width,
+    assignments,
+    K: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -168,13 +209,29 @@ def gather_swiglu(x: Tensor, gate_up: Tensor, token: Tensor, offs_E: Tensor, til
         if height * triton.cdiv(ffn, tile.columns) < PROGRAMS:
             tile = replace(tile, columns=max(16, tile.columns // 2))
         _gather_swiglu[(height, triton.cdiv(ffn, tile.columns))](
-            x, gate_up, token, offs_E, out, hidden, ffn, experts, EXPERTS=triton.next_power_of_2(experts),
-            **_constants(tile))  # fmt: skip
+            x,
+            gate_up,
+            token,
+            offs_E,
+            out,
+            hidden,
+            ffn,
+            experts,
+            EXPERTS=triton.next_power_of_2(experts),
+            **_constants(tile),
+        )
     return out
 
 
-def down_scatter(h: Tensor, down: Tensor, weight_TK: Tensor, order: Tensor, offs_E: Tensor,
-                 tile: Tile | None = None, parts: int | None = None) -> Tensor:  # fmt: skip
+def down_scatter(
+    h: Tensor,
+    down: Tensor,
+    weight_TK: Tensor,
+    order: Tensor,
+    offs_E: Tensor,
+    tile: Tile | None = None,
+    parts: int | None = None,
+) -> Tensor:
     """(P, T*K, D): each row of h (R, F) times its expert's down (E, D, F) and its weight, at its assignment's place.
 
     The sum over F is cut into P parts, float32 when there are several, else of h's type. Contiguous operands.
@@ -189,8 +246,20 @@ def down_scatter(h: Tensor, down: Tensor, weight_TK: Tensor, order: Tensor, offs
     out = h.new_empty((parts, rows, hidden), dtype=torch.float32 if parts > 1 else h.dtype)
     if rows:
         _down_scatter[(height, columns, parts)](
-            h, down, weight_TK, order, offs_E, out, hidden, ffn, experts, rows, share,
-            EXPERTS=triton.next_power_of_2(experts), **_constants(tile))  # fmt: skip
+            h,
+            down,
+            weight_TK,
+            order,
+            offs_E,
+            out,
+            hidden,
+            ffn,
+            experts,
+            rows,
+            share,
+            EXPERTS=triton.next_power_of_2(experts),
+            **_constants(tile),
+        )
     return out
 
 
@@ -199,6 +268,7 @@ def sum_slots(slots: Tensor, kept_TK: Tensor, dtype: torch.dtype) -> Tensor:
     (T, K), (parts, rows, width) = kept_TK.shape, slots.shape
     out = slots.new_empty((T, width), dtype=dtype)
     if T:
-        _sum_slots[(T, triton.cdiv(width, BLOCK))](slots, kept_TK.contiguous().view(torch.uint8), out, width, rows,
-                                                   K=K, PARTS=parts, BLOCK=BLOCK)  # fmt: skip
+        _sum_slots[(T, triton.cdiv(width, BLOCK))](
+            slots, kept_TK.contiguous().view(torch.uint8), out, width, rows, K=K, PARTS=parts, BLOCK=BLOCK
+        )
     return out

@@ -17,7 +17,7 @@ BLOCK = 1024  # columns that one program takes
 
 
 @triton.jit
-def _swiglu_forward(both, out, width, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+def _swiglu_forward(both, out, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -27,7 +27,7 @@ def _swiglu_forward(both, out, width, BLOCK: tl.constexpr):  # noqa: ANN001, ANN
 
 
 @triton.jit
-def _swiglu_backward(both, dout, dboth, width, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+def _swiglu_backward(both, dout, dboth, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -41,8 +41,17 @@ def _swiglu_backward(both, dout, dboth, width, BLOCK: tl.constexpr):  # noqa: AN
 
 
 @triton.jit
-def _combine(rows, row_of, weight, kept, out, width, K: tl.constexpr, WEIGHTED: tl.constexpr,  # noqa: ANN001, ANN202
-             BLOCK: tl.constexpr):  # fmt: skip
+def _combine(
+    rows,
+    row_of,
+    weight,
+    kept,
+    out,
+    width,
+    K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -59,8 +68,18 @@ def _combine(rows, row_of, weight, kept, out, width, K: tl.constexpr, WEIGHTED: 
 
 
 @triton.jit
-def _combine_backward(rows, dout, order, token_of, weight, kept, drows, dweight, width,  # noqa: ANN001, ANN202
-                      BLOCK: tl.constexpr):  # fmt: skip
+def _combine_backward(
+    rows,
+    dout,
+    order,
+    token_of,
+    weight,
+    kept,
+    drows,
+    dweight,
+    width,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     assignment, token = tl.load(order + row), tl.load(token_of + row)
     is_kept = tl.load(kept + assignment) != 0
@@ -101,17 +120,36 @@ def combine_forward(rows: Tensor, row_TK: Tensor, kept_TK: Tensor, weight_TK: Te
     if T:
         grid = (T, triton.cdiv(rows.shape[1], BLOCK))
         weight = row_TK if weight_TK is None else weight_TK.contiguous()
-        _combine[grid](rows, row_TK, weight, kept_TK.contiguous().view(torch.uint8), out, rows.shape[1], K=K,
-                       WEIGHTED=weight_TK is not None, BLOCK=BLOCK)  # fmt: skip
+        _combine[grid](
+            rows,
+            row_TK,
+            weight,
+            kept_TK.contiguous().view(torch.uint8),
+            out,
+            rows.shape[1],
+            K=K,
+            WEIGHTED=weight_TK is not None,
+            BLOCK=BLOCK,
+        )
     return out
 
 
-def combine_backward(rows: Tensor, dout: Tensor, order: Tensor, token: Tensor, weight_TK: Tensor,
-                     kept_TK: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+def combine_backward(
+    rows: Tensor, dout: Tensor, order: Tensor, token: Tensor, weight_TK: Tensor, kept_TK: Tensor
+) -> tuple[Tensor, Tensor]:
     """Gradients of ``combine_forward``: of rows (R, D) and of weights (T, K) float32, in one pass over both."""
     drows, dweight = torch.empty_like(rows), torch.zeros_like(weight_TK, dtype=torch.float32)
     if rows.shape[0]:
-        _combine_backward[(rows.shape[0],)](rows, dout, order, token, weight_TK.contiguous(),
-                                            kept_TK.contiguous().view(torch.uint8), drows, dweight, rows.shape[1],
-                                            BLOCK=BLOCK)  # fmt: skip
+        _combine_backward[(rows.shape[0],)](
+            rows,
+            dout,
+            order,
+            token,
+            weight_TK.contiguous(),
+            kept_TK.contiguous().view(torch.uint8),
+            drows,
+            dweight,
+            rows.shape[1],
+            BLOCK=BLOCK,
+        )
     return drows, dweight

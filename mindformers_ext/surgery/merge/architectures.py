@@ -61,10 +61,14 @@ PROJECTIONS = _rows("self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v
 BIASES = _rows("self_attn.q_proj.bias self_attn.k_proj.bias self_attn.v_proj.bias")
 DENSE = _rows("mlp.gate_proj.weight mlp.up_proj.weight mlp.down_proj.weight")
 # with attention_bias or mlp_bias of LlamaConfig
-LLAMA_BIASES = (*_rows("self_attn.q_proj.bias self_attn.k_proj.bias self_attn.v_proj.bias self_attn.o_proj.bias", True),
-                *_rows("mlp.gate_proj.bias mlp.up_proj.bias mlp.down_proj.bias", True))  # fmt: skip
-MIXTRAL = _rows("block_sparse_moe.gate.weight block_sparse_moe.experts.{e}.w1.weight "
-                "block_sparse_moe.experts.{e}.w2.weight block_sparse_moe.experts.{e}.w3.weight")  # fmt: skip
+LLAMA_BIASES = (
+    *_rows("self_attn.q_proj.bias self_attn.k_proj.bias self_attn.v_proj.bias self_attn.o_proj.bias", True),
+    *_rows("mlp.gate_proj.bias mlp.up_proj.bias mlp.down_proj.bias", True),
+)
+MIXTRAL = _rows(
+    "block_sparse_moe.gate.weight block_sparse_moe.experts.{e}.w1.weight "
+    "block_sparse_moe.experts.{e}.w2.weight block_sparse_moe.experts.{e}.w3.weight"
+)
 
 
 def _model(model_type: str, name: str, *layer: Row) -> Architecture:
@@ -76,9 +80,13 @@ TABLE = (
     _model("mistral", "MistralForCausalLM", *NORMS, *PROJECTIONS, *DENSE),
     _model("qwen2", "Qwen2ForCausalLM", *NORMS, *PROJECTIONS, *BIASES, *DENSE),
     _model("mixtral", "MixtralForCausalLM", *NORMS, *PROJECTIONS, *MIXTRAL),
-    _model("phi3", "Phi3ForCausalLM", *NORMS,
-           *_rows("self_attn.qkv_proj.weight self_attn.o_proj.weight mlp.gate_up_proj.weight mlp.down_proj.weight")),
-)  # fmt: skip
+    _model(
+        "phi3",
+        "Phi3ForCausalLM",
+        *NORMS,
+        *_rows("self_attn.qkv_proj.weight self_attn.o_proj.weight mlp.gate_up_proj.weight mlp.down_proj.weight"),
+    ),
+)
 
 
 def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
@@ -88,8 +96,10 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
         if set(entry.classes) & set(classes) or (not classes and config.get("model_type") == entry.model_type):
             experts = int(config.get("num_local_experts", 8)) if entry.model_type == "mixtral" else 0
             return Architecture(entry.model_type, entry.classes, entry.layer, entry.pre, entry.post, experts)
-    raise UserError(f"'{where}' is a {classes or config.get('model_type')}: models merged here are "
-                    + ", ".join(name for entry in TABLE for name in entry.classes))  # fmt: skip
+    raise UserError(
+        f"'{where}' is a {classes or config.get('model_type')}: models merged here are "
+        + ", ".join(name for entry in TABLE for name in entry.classes)
+    )
 
 
 def known_names(architecture: Architecture, layers: int) -> Collection[str]:

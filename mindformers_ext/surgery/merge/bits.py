@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import torch
 
-INTEGERS = {torch.float16: (torch.int16, 15), torch.bfloat16: (torch.int16, 15),
-            torch.float32: (torch.int32, 31), torch.float64: (torch.int64, 63)}  # fmt: skip
+INTEGERS = {
+    torch.float16: (torch.int16, 15),
+    torch.bfloat16: (torch.int16, 15),
+    torch.float32: (torch.int32, 31),
+    torch.float64: (torch.int64, 63),
+}
 
 
 def bits_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -23,8 +23,10 @@ GAMMA = Parameter("gamma", 0.01, per_input=True, low=0.0, high=1.0)
 def outliers(stream: Stream, settings: Settings) -> Callable[[], Sparsify]:
     """Keeps a band of magnitudes: below the largest, above the smallest."""
     n = stream.numel
-    bands = [_band(n, density, gamma)
-             for density, gamma in zip(settings.each("density"), settings.each("gamma"), strict=True)]  # fmt: skip
+    bands = [
+        _band(n, density, gamma)
+        for density, gamma in zip(settings.each("density"), settings.each("gamma"), strict=True)
+    ]
     tops = _found(stream, [top for top, _ in bands])
     bottoms = _found(stream, [bottom for _, bottom in bands])
 

@@ -30,6 +30,4 @@ def linear(stream: Stream, settings: Settings) -> Iterator[torch.Tensor]:
         yield sums.to(chunk.inputs[0].dtype)
 
 
-LINEAR = Method(
-    "linear", linear, (Parameter("weight", per_input=True), Parameter("normalize", True)), base="never"
-)  # fmt: skip
+LINEAR = Method("linear", linear, (Parameter("weight", per_input=True), Parameter("normalize", True)), base="never")

@@ -80,5 +80,7 @@ NUSLERP = Method(
     "nuslerp",
     nuslerp,
     (Parameter("weight", per_input=True), Parameter("nuslerp_flatten", True), Parameter("nuslerp_row_wise", False)),
-    base="optional", fewest=2, most=2,
-)  # fmt: skip
+    base="optional",
+    fewest=2,
+    most=2,
+)

@@ -21,6 +21,4 @@ def passthrough(stream: Stream, settings: Settings) -> Iterator[torch.Tensor]:
         yield chunk.inputs[0] if scale == 1.0 else chunk.inputs[0] * scale
 
 
-PASSTHROUGH = Method(
-    "passthrough", passthrough, (Parameter("scale", 1.0, per_input=True),), base="never", most=1
-)  # fmt: skip
+PASSTHROUGH = Method("passthrough", passthrough, (Parameter("scale", 1.0, per_input=True),), base="never", most=1)

@@ -25,9 +25,7 @@ def words(seed: int, name: str, model: int, start: int, count: int) -> np.ndarra
     return raw[skip : skip + count]
 
 
-def keep_mask(
-    seed: int, name: str, model: int, start: int, shape: tuple[int, ...], density: float
-) -> np.ndarray:  # fmt: skip
+def keep_mask(seed: int, name: str, model: int, start: int, shape: tuple[int, ...], density: float) -> np.ndarray:
     """True with probability ``density`` for each element of a chunk that begins at element ``start``."""
     if density <= 0.0 or density >= 1.0:
         return np.full(shape, density > 0.0)

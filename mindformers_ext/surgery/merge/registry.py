@@ -20,14 +20,32 @@ from mindformers_ext.surgery.merge.ties import TIES
 
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (LINEAR, SLERP, TASK_ARITHMETIC, TIES, DARE_LINEAR, DARE_TIES, PASSTHROUGH, BREADCRUMBS,
-                   BREADCRUMBS_TIES, DELLA, DELLA_LINEAR, MODEL_STOCK, NUSLERP, SCE)
-}  # fmt: skip
+    for method in (
+        LINEAR,
+        SLERP,
+        TASK_ARITHMETIC,
+        TIES,
+        DARE_LINEAR,
+        DARE_TIES,
+        PASSTHROUGH,
+        BREADCRUMBS,
+        BREADCRUMBS_TIES,
+        DELLA,
+        DELLA_LINEAR,
+        MODEL_STOCK,
+        NUSLERP,
+        SCE,
+    )
+}
 # Methods that users may know and that are not built: what to take instead.
 NOT_BUILT = {
-    "nearswap": "slerp or linear", "multislerp": "nuslerp or model_stock", "karcher": "nuslerp or model_stock",
-    "arcee_fusion": "sce", "ram": "ties", "ramplus_tl": "ties",
-}  # fmt: skip
+    "nearswap": "slerp or linear",
+    "multislerp": "nuslerp or model_stock",
+    "karcher": "nuslerp or model_stock",
+    "arcee_fusion": "sce",
+    "ram": "ties",
+    "ramplus_tl": "ties",
+}
 
 
 def method_called(name: object) -> Method:
@@ -36,5 +54,6 @@ def method_called(name: object) -> Method:
         return METHODS[name]
     if name in NOT_BUILT:
         raise UserError(f"merge_method '{name}' is not built: the nearest that is, {NOT_BUILT[str(name)]}")
-    raise UserError(f"merge_method '{name}' is unknown, {nearest(str(name), sorted(METHODS))} "
-                    f"Choose one of {', '.join(METHODS)}")  # fmt: skip
+    raise UserError(
+        f"merge_method '{name}' is unknown, {nearest(str(name), sorted(METHODS))} Choose one of {', '.join(METHODS)}"
+    )

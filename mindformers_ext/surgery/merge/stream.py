@@ -50,7 +50,7 @@ def in_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 def stream_of(
     name: str, base: torch.Tensor | None, inputs: tuple[torch.Tensor, ...], rows: int | None = None
-) -> Stream:  # fmt: skip
+) -> Stream:
     """A stream over tensors in memory (all of one shape), ``rows`` rows at a time (None: all at once)."""
     flat = [in_rows(tensor) for tensor in inputs]
     flat_base = None if base is None else in_rows(base)

@@ -115,8 +115,7 @@ def _factors(stream: Stream, settings: Settings, fresh: Callable[[], Sparsify] |
         for number, delta in enumerate(task_vectors(chunk)):
             before[number] += _length(delta)
             after[number] += _length(sparsify(number, chunk.start, delta))
-    return [old / new if old >= NO_LENGTH and new >= NO_LENGTH else 1.0
-            for old, new in zip(before, after, strict=True)]  # fmt: skip
+    return [old / new if old >= NO_LENGTH and new >= NO_LENGTH else 1.0 for old, new in zip(before, after, strict=True)]
 
 
 def _length(tensor: torch.Tensor) -> float:

@@ -31,8 +31,16 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def spec_of(experts=3, layers=2, tied=False, **sizes):
     moe = MoESpec(num_local_experts=experts, num_experts_per_tok=2) if experts else None
-    base = dict(vocab_size=20, hidden_size=8, intermediate_size=12, num_hidden_layers=layers, num_attention_heads=4,
-                num_key_value_heads=2, head_dim=2, tie_word_embeddings=tied)  # fmt: skip
+    base = dict(
+        vocab_size=20,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=2,
+        tie_word_embeddings=tied,
+    )
     return ModelSpec(**(base | sizes), moe=moe)
 
 
@@ -40,8 +48,11 @@ def hf_folder(folder, spec=None, dtype=np.float32, style="per_expert", shard=10*
     """A model folder of random weights, written by our writer (the library judges that one elsewhere)."""
     spec = spec or spec_of()
     rng = np.random.default_rng(5)
-    arrays = {name: rng.normal(size=shape).astype(dtype)
-              for binding in rule_set(spec, style).bindings for name, shape in binding.hf.items()}  # fmt: skip
+    arrays = {
+        name: rng.normal(size=shape).astype(dtype)
+        for binding in rule_set(spec, style).bindings
+        for name, shape in binding.hf.items()
+    }
     arrays |= extra or {}
     folder.mkdir()
     with SafetensorsDirWriter(folder, list(MappingReader(arrays).infos.values()), shard) as writer:
@@ -97,8 +108,10 @@ def test_the_script_converts_and_converts_back(tmp_path):
 def test_the_script_fails_in_one_paragraph_and_loads_no_framework(tmp_path):
     done = shell("--input_path", tmp_path / "none", "--output_path", tmp_path / "x.ckpt")
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
-    code = "import sys; from mindformers_ext.cli.convert import main; main(sys.argv[1:]); " \
-        "print([m for m in ('torch', 'mindspore', 'transformers', 'mindformers') if m in sys.modules])"  # fmt: skip
+    code = (
+        "import sys; from mindformers_ext.cli.convert import main; main(sys.argv[1:]); "
+        "print([m for m in ('torch', 'mindspore', 'transformers', 'mindformers') if m in sys.modules])"
+    )
     hf_folder(tmp_path / "hf")
     words = ["--input_path", str(tmp_path / "hf"), "--output_path", str(tmp_path / "x.ckpt")]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, check=True)
@@ -197,14 +210,20 @@ def test_metadata_that_is_damaged_or_from_the_future(tmp_path, capsys):
     assert run("--input_path", tmp_path / "hf", "--output_path", out) == 0
     good = json.loads(beside.read_text())
     words = ["--reversed", "--input_path", out, "--output_path", tmp_path / "back"]
-    for change, text in (({"version": 3}, "version"), ({"config": "x"}, "config='x'"),
-                         ({"more": 1}, "does not hold"), ({"layout": "other"}, "layout='other'"),
-                         ({"hash": "0" * 64}, "another checkpoint")):  # fmt: skip
+    for change, text in (
+        ({"version": 3}, "version"),
+        ({"config": "x"}, "config='x'"),
+        ({"more": 1}, "does not hold"),
+        ({"layout": "other"}, "layout='other'"),
+        ({"hash": "0" * 64}, "another checkpoint"),
+    ):
         beside.write_text(json.dumps(good | change))
         refused(capsys, words, "m.ckpt.json", text)
-    for change, text in (({"layout": "gmm"}, "its tensors says dense, its description says gmm"),
-                         ({"qkv_concat": True}, "description says qkv_concat True, its tensors False"),
-                         ({"experts": 4}, "has 3 experts, the checkpoint's description 4")):  # fmt: skip
+    for change, text in (
+        ({"layout": "gmm"}, "its tensors says dense, its description says gmm"),
+        ({"qkv_concat": True}, "description says qkv_concat True, its tensors False"),
+        ({"experts": 4}, "has 3 experts, the checkpoint's description 4"),
+    ):
         beside.write_text(json.dumps(good | change))
         refused(capsys, words, text)
     beside.write_text("{")
@@ -299,15 +318,18 @@ def test_a_failed_overwrite_keeps_the_old_output(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["hf", "m.ckpt", "m.ckpt.json"]
 
 
-@pytest.mark.parametrize("words, texts", [
-    (["--dtype", "int8"], ["int8", "fp16", "bf16", "fp32"]),
-    (["--model", "gpt"], ["gpt", "llama", "mixtral"]),
-    (["--model", "llama"], ["--model llama but", "mixtral"]),
-    (["--overwrite", "maybe"], ["neither True nor False"]),
-    (["--max_shard_size", "1GB"], ["needs --reversed"]),
-    (["--torch_dir", "x"], ["--torch_dir"]),
-    (["--over"], ["--over"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, texts",
+    [
+        (["--dtype", "int8"], ["int8", "fp16", "bf16", "fp32"]),
+        (["--model", "gpt"], ["gpt", "llama", "mixtral"]),
+        (["--model", "llama"], ["--model llama but", "mixtral"]),
+        (["--overwrite", "maybe"], ["neither True nor False"]),
+        (["--max_shard_size", "1GB"], ["needs --reversed"]),
+        (["--torch_dir", "x"], ["--torch_dir"]),
+        (["--over"], ["--over"]),
+    ],
+)
 def test_wrong_flags(tmp_path, capsys, words, texts):
     hf_folder(tmp_path / "hf")
     refused(capsys, ["--input_path", tmp_path / "hf", "--output_path", tmp_path / "m.ckpt", *words], *texts)
@@ -379,10 +401,18 @@ def test_memory_stays_near_the_largest_tensor(tmp_path):
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]); "
         "start = peak(); assert main(sys.argv[1:]) == 0; print('grew', peak() - start)"
     )
-    for words in (["--input_path", "hf", "--output_path", "m.ckpt"],
-                  ["--reversed", "--input_path", "m.ckpt", "--output_path", "back"]):  # fmt: skip
-        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path,
-                              env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)  # fmt: skip
+    for words in (
+        ["--input_path", "hf", "--output_path", "m.ckpt"],
+        ["--reversed", "--input_path", "m.ckpt", "--output_path", "back"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            check=True,
+        )
         grew = int(done.stdout.split()[-1]) / 1024
         largest = 4 * 1024 * 1024 * 4 / 2**20
         print(f"{words[0]}: grew {grew:.0f} MB, largest tensor {largest:.0f} MB")

@@ -65,7 +65,8 @@ SPOILED = {
     "code in the table": lambda path, arrays, mark: torch.save({**arrays, "x": Harm(mark)}, path),
     "code alone": lambda path, arrays, mark: path.write_bytes(pickle.dumps(Harm(mark))),
     "code as the table": lambda path, arrays, mark: repack(
-        path, arrays, lambda name, data: pickle.dumps(Harm(mark), 2) if name.endswith("data.pkl") else data),
+        path, arrays, lambda name, data: pickle.dumps(Harm(mark), 2) if name.endswith("data.pkl") else data
+    ),
     "before zip": lambda path, arrays, mark: torch.save(arrays, path, _use_new_zipfile_serialization=False),
     "a module": lambda path, arrays, mark: torch.save(torch.nn.Linear(2, 2), path),
     "a list": lambda path, arrays, mark: torch.save([1, 2], path),
@@ -78,10 +79,11 @@ SPOILED = {
     "float8": lambda path, arrays, mark: torch.save({**arrays, NORM: torch.ones(8).to(torch.float8_e4m3fn)}, path),
     "packed": lambda path, arrays, mark: repack(path, arrays, lambda name, data: data, zipfile.ZIP_DEFLATED),
     "short data": lambda path, arrays, mark: repack(
-        path, arrays, lambda name, data: data[:-4] if name.endswith("data/7") else data),
+        path, arrays, lambda name, data: data[:-4] if name.endswith("data/7") else data
+    ),
     "empty": lambda path, arrays, mark: path.write_bytes(b""),
     "missing tensor": lambda path, arrays, mark: torch.save({n: a for n, a in arrays.items() if n != NORM}, path),
-}  # fmt: skip
+}
 
 
 def torch_arrays(tmp_path):
@@ -124,9 +126,14 @@ def test_damaged_torch_files(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("names", [
-    ["pytorch_model.bin"], ["weights.pt"], ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["pytorch_model.bin"],
+        ["weights.pt"],
+        ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"],
+    ],
+)
 def test_whole_torch_files_give_the_same_checkpoint(tmp_path, kind, names):
     from mindformers_ext.cli.convert import main
 

@@ -86,19 +86,27 @@ def described(path):
 def test_the_commands_of_the_seed(tmp_path, script):
     arrays = hf_folder(tmp_path / "torch_ckpt_dir")
     half = {name: array.astype(np.float16) for name, array in arrays.items()}
-    done = seed("""python convert_weight.py \\
+    done = seed(
+        """python convert_weight.py \\
         --model mixtral \\
         --input_path {path}/torch_ckpt_dir \\
         --output_path {path}/ms_ckpt_path/mixtral.ckpt \\
-        --dtype fp16""", tmp_path, script)  # fmt: skip
+        --dtype fp16""",
+        tmp_path,
+        script,
+    )
     assert done.returncode == 0, done.stderr
     (tmp_path / "torch_ckpt_dir").rename(tmp_path / "mixtral_torch_ckpt_dir")
-    done = seed("""python convert_weight.py \\
+    done = seed(
+        """python convert_weight.py \\
         --model mixtral \\
         --reversed \\
         --input_path {path}/ms_ckpt_path/mixtral.ckpt \\
         --output_path {path}/torch_ckpt_dir/ \\
-        --dtype fp16""", tmp_path, script)  # fmt: skip
+        --dtype fp16""",
+        tmp_path,
+        script,
+    )
     assert done.returncode == 0, done.stderr
     assert_holds(SafetensorsDir(tmp_path / "torch_ckpt_dir"), half)
     torch = "--torch_ckpt_idr=/path/to/mixtral_torch_ckpt_dir --mindspore_ckpt_path=/path/to/new_mixtral.ckpt"
@@ -123,8 +131,16 @@ def test_convert_reversed_and_its_types(tmp_path):
     arrays = hf_folder(tmp_path / "hf")
     assert run("--input_path", tmp_path / "hf", "--output_path", tmp_path / "m.ckpt", "--use_gmm") == 0
     script = [sys.executable, str(ROOT / "research/mixtral/convert_reversed.py")]
-    words = ["--mindspore_ckpt_path", str(tmp_path / "m.ckpt"), "--torch_ckpt_dir", f"{tmp_path}/back/",
-             "--strategy_dir", "None", "--dtype", "fp16"]  # fmt: skip
+    words = [
+        "--mindspore_ckpt_path",
+        str(tmp_path / "m.ckpt"),
+        "--torch_ckpt_dir",
+        f"{tmp_path}/back/",
+        "--strategy_dir",
+        "None",
+        "--dtype",
+        "fp16",
+    ]
     done = subprocess.run([*script, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert_holds(SafetensorsDir(tmp_path / "back"), {name: array.astype(np.float16) for name, array in arrays.items()})
@@ -210,8 +226,10 @@ def test_dry_run_writes_nothing_and_says_what_would_be(tmp_path, capsys):
     assert run(*words) == 0
     text = capsys.readouterr().out
     assert "plan: Hugging Face -> MindSpore, gmm" in text and "23 tensors, 0.000 GB to write" in text
-    assert ("  model.layers.0.feed_forward.ffn.w2.weight (3, 12, 8) float32 <- stack of "
-            "model.layers.0.block_sparse_moe.experts.0.w2.weight and 2 more, transposed\n") in text  # fmt: skip
+    assert (
+        "  model.layers.0.feed_forward.ffn.w2.weight (3, 12, 8) float32 <- stack of "
+        "model.layers.0.block_sparse_moe.experts.0.w2.weight and 2 more, transposed\n"
+    ) in text
     assert os.listdir(tmp_path) == ["hf"]
     refused(capsys, [*words, "--model", "llama"], "--model llama but")
 
@@ -231,15 +249,18 @@ def test_a_description_left_by_a_killed_run_is_no_obstacle(tmp_path, capsys):
     refused(capsys, words, "describes another checkpoint")
 
 
-@pytest.mark.parametrize("words, texts", [
-    (["--pre_ckpt_path", "x.ckpt"], ["input must be given once", "--input_path, --pre_ckpt_path"]),
-    (["--mindspore_ckpt_path", "x.ckpt"], ["output must be given once"]),
-    (["--reversed", "--use_gmm"], ["--use_gmm does not go with --reversed"]),
-    (["--reversed", "--qkv_concat"], ["--qkv_concat does not go with --reversed"]),
-    (["--input_layout", "gmm"], ["describes a MindSpore input"]),
-    (["--input_layout", "square"], ["dense", "gmm"]),
-    (["--strategy_dir", "none_there"], ["none_there"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, texts",
+    [
+        (["--pre_ckpt_path", "x.ckpt"], ["input must be given once", "--input_path, --pre_ckpt_path"]),
+        (["--mindspore_ckpt_path", "x.ckpt"], ["output must be given once"]),
+        (["--reversed", "--use_gmm"], ["--use_gmm does not go with --reversed"]),
+        (["--reversed", "--qkv_concat"], ["--qkv_concat does not go with --reversed"]),
+        (["--input_layout", "gmm"], ["describes a MindSpore input"]),
+        (["--input_layout", "square"], ["dense", "gmm"]),
+        (["--strategy_dir", "none_there"], ["none_there"]),
+    ],
+)
 def test_wrong_combinations(tmp_path, capsys, words, texts):
     hf_folder(tmp_path / "hf")
     refused(capsys, ["--input_path", tmp_path / "hf", "--output_path", tmp_path / "m.ckpt", *words], *texts)
@@ -298,8 +319,13 @@ def test_help_is_fast_and_loads_no_framework(tmp_path):
         seconds = []
         for _ in range(3):
             started = time.monotonic()
-            done = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / script), "--help"], cwd=tmp_path,
-                                  capture_output=True, text=True, check=True)  # fmt: skip
+            done = subprocess.run(
+                [sys.executable, "-X", "importtime", str(ROOT / script), "--help"],
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
             seconds.append(time.monotonic() - started)
         loaded = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
         print(f"{script} --help: {min(seconds):.2f} s")

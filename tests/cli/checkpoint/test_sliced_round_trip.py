@@ -12,8 +12,9 @@ from tests.cli.checkpoint.test_convert import assert_holds, hf_folder, refused, 
 from tests.helpers.sliced import PP2
 
 # The model of the golden strategy files.
-SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=64, num_attention_heads=8, num_key_value_heads=4,
-             head_dim=4)  # fmt: skip
+SIZES = dict(
+    vocab_size=96, hidden_size=32, intermediate_size=64, num_attention_heads=8, num_key_value_heads=4, head_dim=4
+)
 
 
 def transform(*words):
@@ -47,5 +48,8 @@ def test_a_description_of_another_rank_is_noticed(tmp_path, capsys):
     assert transform("--src_ckpt_dir", whole, "--dst_ckpt_strategy", PP2, "--dst_ckpt_dir", ranks) == 0
     described = [path.with_name(path.name + ".json") for path in rank_files(ranks).values()]
     described[0].write_text(described[9].read_text())
-    refused(capsys, ["--reversed", "--input_path", ranks, "--strategy_dir", PP2, "--output_path", tmp_path / "b"],
-            "describes another checkpoint")  # fmt: skip
+    refused(
+        capsys,
+        ["--reversed", "--input_path", ranks, "--strategy_dir", PP2, "--output_path", tmp_path / "b"],
+        "describes another checkpoint",
+    )

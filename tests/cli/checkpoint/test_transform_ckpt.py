@@ -1,23 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """``tools/transform_ckpt.py`` as a user runs it: the seed's command, every flag, every mistake, and being killed."""
 
-import json
 import os
-import random
-import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mindformers_ext.cli.transform_ckpt import main
 from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.formats.ms_file import CheckpointMeta, open_checkpoint, read_meta, sidecar
 from mindformers_ext.formats.rank_dirs import rank_files
@@ -36,33 +28,7 @@ from tests.helpers.sliced import (
     write_ranks,
     write_strategy,
 )
-
-TOOLS = Path(__file__).resolve().parents[3] / "tools"
-
-
-def run(*words):
-    """The command in this process; argparse's own exit is an exit code too."""
-    try:
-        return main([str(word) for word in words])
-    except SystemExit as stop:
-        return stop.code
-
-
-def shell(*words, **options):
-    command = [sys.executable, "transform_ckpt.py", *map(str, words)]
-    return subprocess.run(command, cwd=TOOLS, capture_output=True, text=True, timeout=120, check=False, **options)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A run's output: 16 ranks with counters, and what they hold whole."""
-    folder = tmp_path_factory.mktemp("run")
-    strategy = read_strategy(PP2)
-    arrays = golden_arrays(strategy.names())
-    extras = {"global_step": np.int32([7])}
-    write_ranks(folder / "checkpoint", cut(strategy, arrays, extras))
-    shutil.copytree(PP2, folder / "strategy")
-    return folder, arrays | extras
+from tests.helpers.transform import TOOLS, holds, merge, run, shell, tree
 
 
 @pytest.fixture
@@ -72,29 +38,22 @@ def ranks(saved, tmp_path):
     return tmp_path / "run"
 
 
-def merge(folder, out, *more):
-    return ["--src_ckpt_strategy", folder / "strategy", "--src_ckpt_dir", folder / "checkpoint", "--dst_ckpt_dir", out,
-            *more]  # fmt: skip
-
-
-def holds(path, arrays):
-    reader = open_checkpoint(path)
-    assert_holds(reader, arrays)
-    reader.close()
-
-
-def tree(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
 def test_the_command_as_the_seed_types_it(saved, tmp_path):
     folder, arrays = saved
     shutil.copytree(folder, tmp_path / "output")
     before = tree(tmp_path / "output")
     os.chmod(tmp_path / "output" / "strategy", 0o500)  # MindFormers' tool writes into it, ours need not
     path = str(tmp_path)
-    result = shell("--src_ckpt_strategy", f"{path}/output/strategy/", "--src_ckpt_dir", f"{path}/output/checkpoint/",
-                   "--dst_ckpt_dir", f"{path}/target_checkpoint/", "--prefix", "mixtral_")  # fmt: skip
+    result = shell(
+        "--src_ckpt_strategy",
+        f"{path}/output/strategy/",
+        "--src_ckpt_dir",
+        f"{path}/output/checkpoint/",
+        "--dst_ckpt_dir",
+        f"{path}/target_checkpoint/",
+        "--prefix",
+        "mixtral_",
+    )
     assert result.returncode == 0, result.stderr
     assert tree(tmp_path / "target_checkpoint") == ["rank_0/mixtral_0.ckpt"]
     holds(tmp_path / "target_checkpoint" / "rank_0" / "mixtral_0.ckpt", arrays)
@@ -110,8 +69,12 @@ def test_round_trip_through_every_strategy(saved, tmp_path, kind):
     anew = ["--dst_ckpt_strategy", PP4, "--output_format", kind, "--check_copies"]
     assert run(*merge(folder, tmp_path / "a", *anew)) == 0
     assert len(rank_files(tmp_path / "a")) == 16
-    steps = (("a", "b", PP4, DP8, other), ("b", "c", DP8, None, kind), ("c", "d", None, DP4, None),
-             ("d", "e", DP4, PP2, "ckpt"))  # fmt: skip
+    steps = (
+        ("a", "b", PP4, DP8, other),
+        ("b", "c", DP8, None, kind),
+        ("c", "d", None, DP4, None),
+        ("d", "e", DP4, PP2, "ckpt"),
+    )
     for source, target, src, dst, form in steps:
         words = ["--src_checkpoint", tmp_path / source, "--dst_checkpoint_dir", tmp_path / target]
         words += ["--src_strategy", src or "None", "--dst_strategy", dst or ""]
@@ -129,8 +92,19 @@ def test_processes_and_shares_give_the_same_files(saved, tmp_path, capsys):
     folder, _ = saved
     anew = ["--dst_ckpt_strategy", DP8, "--prefix", "m_"]
     assert run(*merge(folder, tmp_path / "one", *anew)) == 0
-    result = shell(*merge(folder, tmp_path / "many", *anew, "--transform_process_num", 4, "--world_size", 16,
-                          "--transform_by_rank", "True"))  # fmt: skip
+    result = shell(
+        *merge(
+            folder,
+            tmp_path / "many",
+            *anew,
+            "--transform_process_num",
+            4,
+            "--world_size",
+            16,
+            "--transform_by_rank",
+            "True",
+        )
+    )
     assert result.returncode == 0, result.stderr
     for rank in (0, 8, 4):
         assert run(*merge(folder, tmp_path / "shares", *anew, "--process_num", 2, "--rank_id", rank)) == 0
@@ -150,8 +124,19 @@ def test_the_description_of_the_model_travels_along(saved, tmp_path, capsys):
     meta = CheckpointMeta(config={"model_type": "mixtral"}, dtype="float32", source="somewhere")
     sidecar(whole).write_text(meta.to_text())
     assert run("--src_ckpt_dir", whole, "--dst_ckpt_strategy", PP2, "--dst_ckpt_dir", tmp_path / "cut") == 0
-    assert run("--src_ckpt_dir", tmp_path / "cut", "--src_ckpt_strategy", PP2, "--dst_ckpt_dir", tmp_path / "back",
-               "--output_format", "safetensors") == 0  # fmt: skip
+    assert (
+        run(
+            "--src_ckpt_dir",
+            tmp_path / "cut",
+            "--src_ckpt_strategy",
+            PP2,
+            "--dst_ckpt_dir",
+            tmp_path / "back",
+            "--output_format",
+            "safetensors",
+        )
+        == 0
+    )
     for path in (tmp_path / "cut/rank_9/checkpoint_9.ckpt", tmp_path / "back/rank_0/checkpoint_0.safetensors"):
         reader = open_checkpoint(path)
         got = read_meta(path, reader)
@@ -240,11 +225,15 @@ def test_a_source_that_is_not_whole_is_refused_before_any_write(ranks, tmp_path,
     ("words", "text"),
     [
         (["--src_ckpt_dir", "{run}/checkpoint", "--dst_ckpt_dir", "{out}"], "16 ranks and no --src_ckpt_strategy"),
-        (["--src_ckpt_dir", "{run}/checkpoint", "--dst_ckpt_dir", "{out}", "--dst_ckpt_strategy", DP8],
-         "16 ranks and no --src_ckpt_strategy"),
+        (
+            ["--src_ckpt_dir", "{run}/checkpoint", "--dst_ckpt_dir", "{out}", "--dst_ckpt_strategy", DP8],
+            "16 ranks and no --src_ckpt_strategy",
+        ),
         (["--src_ckpt_dir", "{run}/checkpoint/rank_0", "--dst_ckpt_dir", "{out}"], "nothing to transform"),
-        (["--src_ckpt_dir", "{run}/checkpoint/rank_0", "--src_ckpt_strategy", PP2, "--dst_ckpt_dir", "{out}"],
-         "holds one rank, --src_ckpt_strategy describes 16"),
+        (
+            ["--src_ckpt_dir", "{run}/checkpoint/rank_0", "--src_ckpt_strategy", PP2, "--dst_ckpt_dir", "{out}"],
+            "holds one rank, --src_ckpt_strategy describes 16",
+        ),
         (["--src_ckpt_dir", "{run}/strategy", "--dst_ckpt_strategy", PP2, "--dst_ckpt_dir", "{out}"], "2 checkpoint"),
         (["--src_ckpt_dir", "{run}/nowhere", "--src_ckpt_strategy", PP2, "--dst_ckpt_dir", "{out}"], "does not exist"),
         (["--src_ckpt_dir", "{run}/checkpoint", "--src_ckpt_strategy", PP2], "are both needed"),
@@ -271,13 +260,18 @@ def test_options_that_make_no_sense(saved, tmp_path, capsys, words, text):
 def test_targets_that_cannot_be_cut_so(tmp_path, capsys):
     arrays = {"model.layers.0.a.weight": np.zeros((6, 4), np.float32), "lm_head.weight": np.zeros(3, np.float32)}
     write_file(tmp_path / "whole.ckpt", arrays)
-    target = write_strategy(tmp_path / "s.ckpt", {
-        "model.layers.0.a.weight": dict(matrix=[4], tensor_map=[0, -1]), "model.b": dict(matrix=[4], tensor_map=[-1])})
+    target = write_strategy(
+        tmp_path / "s.ckpt",
+        {"model.layers.0.a.weight": dict(matrix=[4], tensor_map=[0, -1]), "model.b": dict(matrix=[4], tensor_map=[-1])},
+    )
     words = ["--src_ckpt_dir", tmp_path / "whole.ckpt", "--dst_ckpt_strategy", target, "--dst_ckpt_dir", tmp_path / "o"]
     assert run(*words) == 2
     err = capsys.readouterr().err
-    for text in ("1 tensors not in the target strategy: lm_head.weight", "1 tensors missing in the source: model.b",
-                 "'model.layers.0.a.weight': shape (6, 4) cannot be cut into (4, 1) parts"):  # fmt: skip
+    for text in (
+        "1 tensors not in the target strategy: lm_head.weight",
+        "1 tensors missing in the source: model.b",
+        "'model.layers.0.a.weight': shape (6, 4) cannot be cut into (4, 1) parts",
+    ):
         assert text in err
     assert not (tmp_path / "o").exists()
 
@@ -342,142 +336,3 @@ def test_help_is_quick_and_loads_no_framework():
     )
     result = subprocess.run([sys.executable, "-c", script], cwd=TOOLS, capture_output=True, text=True, check=True)
     assert "--src_ckpt_strategy" in result.stdout and result.stdout.strip().endswith("[]")
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory):
-    """60 MB in 16 ranks: long enough to be killed in the middle."""
-    folder = tmp_path_factory.mktemp("large")
-    rows = {f"model.layers.{n}.w": dict(matrix=[2, 8], tensor_map=[-1, 0], step=8, size=2) for n in range(30)}
-    write_strategy(folder / "strategy" / "s.ckpt", rows)
-    rng = np.random.default_rng(0)
-    arrays = {name: rng.integers(0, 255, (1024, 512), np.int32) for name in rows}
-    write_ranks(folder / "checkpoint", cut(read_strategy(folder / "strategy"), arrays))
-    write_strategy(folder / "other.ckpt", {name: dict(matrix=[2, 4], tensor_map=[0, 1]) for name in rows})
-    return folder, arrays
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_at_any_moment_it_goes_on_and_leaves_nothing_wrong(large, tmp_path, processes):
-    folder, arrays = large
-    words = merge(folder, tmp_path / "out", "--dst_ckpt_strategy", folder / "other.ckpt", "--prefix", "m_",
-                  "--transform_process_num", processes)  # fmt: skip
-    command = [sys.executable, "transform_ckpt.py", *map(str, words)]
-    expected = cut(read_strategy(folder / "other.ckpt"), arrays)
-    moments, in_the_middle = random.Random(processes), 0
-    for _ in range(10):
-        process = subprocess.Popen(command, cwd=TOOLS, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                   start_new_session=True)  # fmt: skip
-        while process.poll() is None and not list((tmp_path / "out").glob("rank_*/.m_*")):
-            time.sleep(0.001)  # until it writes
-        time.sleep(moments.uniform(0, 0.12))
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        finished = sorted((tmp_path / "out").glob("rank_*/m_*.ckpt"))
-        for path in finished:
-            holds(path, expected[int(path.parent.name.removeprefix("rank_"))])
-        in_the_middle += len(finished) < 8 and bool(list((tmp_path / "out").glob("rank_*/.m_*")))
-        if len(finished) == 8:
-            shutil.rmtree(tmp_path / "out")
-    assert in_the_middle > 2
-    result = shell(*words, *(["--overwrite"] if len(list((tmp_path / "out").glob("rank_*/m_*.ckpt"))) == 8 else []))
-    assert result.returncode == 0, result.stderr
-    assert tree(tmp_path / "out") == [f"rank_{rank}/m_{rank}.ckpt" for rank in range(8)]
-    for path in (tmp_path / "out").rglob("*.ckpt"):
-        holds(path, expected[int(path.parent.name.removeprefix("rank_"))])
-
-
-def test_an_interrupted_run_keeps_what_it_finished_and_nothing_older(large, tmp_path, capsys):
-    """The note of an interrupted run makes its own files count, not those that stood there before it."""
-    folder, arrays = large
-    words = merge(folder, tmp_path / "out", "--dst_ckpt_strategy", folder / "other.ckpt", "--overwrite")
-    assert run(*words) == 0
-    out = tmp_path / "out"
-    for rank in (2, 3):
-        write_file(out / f"rank_{rank}" / f"checkpoint_{rank}.ckpt", {"old": np.float32([1])})
-    process = subprocess.Popen([sys.executable, "transform_ckpt.py", *map(str, words)], cwd=TOOLS)
-    while not (out / ".transform_ckpt.json").exists():
-        time.sleep(0.005)
-    process.send_signal(signal.SIGSTOP)
-    before = json.loads((out / ".transform_ckpt.json").read_text())["before"]
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert len(before) == 8
-    capsys.readouterr()
-    assert run(*words) == 0
-    for rank, expected in enumerate(cut(read_strategy(folder / "other.ckpt"), arrays)):
-        holds(out / f"rank_{rank}" / f"checkpoint_{rank}.ckpt", expected)
-    assert not (out / ".transform_ckpt.json").exists()
-
-
-def test_memory_does_not_grow_with_a_tensor(tmp_path):
-    """One tensor of 268 MB, cut by columns: the process stays below its size. tools/bench/reshard.py has 3 GB."""
-    write_strategy(tmp_path / "s.ckpt", {"model.w": dict(matrix=[4], tensor_map=[-1, 0])})
-    block = np.arange(8192 * 2048, dtype=np.int32).reshape(8192, 2048)
-    for rank in range(4):
-        write_file(tmp_path / "src" / f"rank_{rank}" / "x.ckpt", {"model.w": block})
-    script = ("import sys; from mindformers_ext.cli.transform_ckpt import main; code = main(sys.argv[1:]); "
-              "print(*[line for line in open('/proc/self/status') if 'VmHWM' in line]); sys.exit(code)")  # fmt: skip
-    for words in (["--src_ckpt_dir", "src", "--src_ckpt_strategy", "s.ckpt", "--dst_ckpt_dir", "a"],
-                  ["--src_ckpt_dir", "a", "--dst_ckpt_strategy", "s.ckpt", "--dst_ckpt_dir", "b"]):  # fmt: skip
-        done = subprocess.run([sys.executable, "-c", script, *words], cwd=tmp_path, capture_output=True, text=True,
-                              check=True)  # fmt: skip
-        peak = int(done.stdout.split("VmHWM:")[1].split()[0])  # kB; ru_maxrss would count the parent before exec
-        assert peak < 200_000, (words, peak)
-    for rank in range(4):
-        target = tmp_path / "b" / f"rank_{rank}" / f"checkpoint_{rank}.ckpt"
-        assert target.read_bytes() == (tmp_path / "src" / f"rank_{rank}" / "x.ckpt").read_bytes()
-
-
-def test_a_disk_that_fills_up_is_a_message(saved, tmp_path):
-    """A limit on the size of files stands for a full disk: the system refuses to write on."""
-    folder, _ = saved
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
-    result = shell(*merge(folder, tmp_path / "out"), preexec_fn=limit)
-    assert result.returncode == 2 and "the system refused" in result.stderr and "Traceback" not in result.stderr
-    assert not list((tmp_path / "out").rglob("*.ckpt*"))
-
-
-def workers_of(process, count):
-    """The ids of the command's worker processes, once there are ``count``."""
-    children, workers = Path(f"/proc/{process.pid}/task/{process.pid}/children"), []
-    while len(workers) < count and process.poll() is None:
-        pids = children.read_text().split() if children.exists() else []
-        workers = [int(pid) for pid in pids if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    return workers
-
-
-def test_workers_end_with_the_command(large, tmp_path):
-    folder, _ = large
-    words = merge(folder, tmp_path / "out", "--dst_ckpt_strategy", folder / "other.ckpt", "--process_num", 2)
-    process = subprocess.Popen([sys.executable, "transform_ckpt.py", *map(str, words)], cwd=TOOLS,
-                               stderr=subprocess.DEVNULL)  # fmt: skip
-    workers = workers_of(process, 2)
-    process.kill()
-    process.wait()
-    limit = time.monotonic() + 10
-    while alive := [pid for pid in workers if running(pid)]:
-        assert time.monotonic() < limit, alive
-        time.sleep(0.1)
-    assert len(workers) == 2
-
-
-def running(pid):
-    """Whether the process is there and has not ended (a zombie waits for whoever inherited it)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def test_a_killed_worker_is_a_message(large, tmp_path):
-    """As when the system kills a process for its memory."""
-    folder, _ = large
-    words = merge(folder, tmp_path / "out", "--dst_ckpt_strategy", folder / "other.ckpt", "--process_num", 2)
-    process = subprocess.Popen([sys.executable, "transform_ckpt.py", *map(str, words)], cwd=TOOLS, text=True,
-                               stderr=subprocess.PIPE)  # fmt: skip
-    os.kill(workers_of(process, 2)[-1], signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 2 and "smaller --transform_process_num" in err and "Traceback" not in err
-    assert shell(*words).returncode == 0

@@ -27,8 +27,18 @@ def test_a_reader_that_leaves_ends_the_command_without_a_traceback(repo_root: Pa
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_dry_run_leaves_no_process(number: int, code: int, repo_root: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "tools/dryrun.py", "--config", "research/mixtral/mixtral_8x7b/predict_mixtral-8x7b.yaml",
-             "--worker_num", "8", "--ranks", "0,1", "--out", str(tmp_path / "out")]  # fmt: skip
+    words = [
+        sys.executable,
+        "tools/dryrun.py",
+        "--config",
+        "research/mixtral/mixtral_8x7b/predict_mixtral-8x7b.yaml",
+        "--worker_num",
+        "8",
+        "--ranks",
+        "0,1",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     process = subprocess.Popen(words, cwd=repo_root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         wait_for(lambda: len(running(tmp_path / "out")) > 1, 60, "the process that imports")

@@ -75,8 +75,15 @@ def test_the_commands_run_in_their_order(repo_root: Path, tmp_path: Path) -> Non
     environment = dict(os.environ, PATH=f"{repo_root / '.venv' / 'bin'}:{os.environ['PATH']}", GLOG_v="3")
 
     def run(command: str) -> None:
-        result = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True,
-                                timeout=400, check=False)  # fmt: skip
+        result = subprocess.run(
+            ["bash", "-c", command],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
         assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
 
     quickstart = f"bash {repo_root}/scripts/quickstart.sh --steps 20 --max_bytes 500000 --max_loss_ratio 1.0"

@@ -19,13 +19,21 @@ from mindformers_ext.core.config.overrides import apply_overrides
 from tests.cli.docs.test_readme import commands
 from tests.helpers.cluster import MASTER, end, launch_environment, namespaces_missing, start, two_machines, wait_for
 
-SMALL = {"model.model_config.hidden_size": "32", "model.model_config.intermediate_size": "64",
-         "model.model_config.num_layers": "2", "model.model_config.num_heads": "4",
-         "model.model_config.n_kv_heads": "2", "model.model_config.pad_token_id": "3",
-         "model.model_config.vocab_size": "400", "model.model_config.seq_length": "64",
-         "model.model_config.max_decode_length": "40", "model.model_config.compute_dtype": "float32",
-         "model.model_config.softmax_compute_type": "float32", "model.model_config.rotary_dtype": "float32",
-         "model.model_config.param_init_type": "float32"}  # fmt: skip
+SMALL = {
+    "model.model_config.hidden_size": "32",
+    "model.model_config.intermediate_size": "64",
+    "model.model_config.num_layers": "2",
+    "model.model_config.num_heads": "4",
+    "model.model_config.n_kv_heads": "2",
+    "model.model_config.pad_token_id": "3",
+    "model.model_config.vocab_size": "400",
+    "model.model_config.seq_length": "64",
+    "model.model_config.max_decode_length": "40",
+    "model.model_config.compute_dtype": "float32",
+    "model.model_config.softmax_compute_type": "float32",
+    "model.model_config.rotary_dtype": "float32",
+    "model.model_config.param_init_type": "float32",
+}
 DATA_PARALLEL = {"parallel.parallel_mode": "0"}
 RUN_ELSEWHERE = {
     "python tools/transform_ckpt.py": "tests/cli/checkpoint/test_transform_ckpt.py",
@@ -54,8 +62,11 @@ def tree(repo_root: Path, tmp_path_factory) -> Path:
     (data / "wiki.train.tokens").write_text(" = Title = \n\n" + "\n\n".join(sources[:20]), encoding="utf-8")
     records = [{"instruction": f"Count to {number}.", "input": "", "output": "one two"} for number in range(3)]
     (data / "alpaca_data.json").write_text(json.dumps(records), encoding="utf-8")
-    made = run("python tools/make_tiny_model.py --config research/mixtral/mixtral_8x7b/pretrain_mixtral-8x7b.yaml "
-               "--tokenizer data/tokenizer.model --output_dir data/Mixtral-8x7B-v0.1", folder)  # fmt: skip
+    made = run(
+        "python tools/make_tiny_model.py --config research/mixtral/mixtral_8x7b/pretrain_mixtral-8x7b.yaml "
+        "--tokenizer data/tokenizer.model --output_dir data/Mixtral-8x7B-v0.1",
+        folder,
+    )
     assert made.returncode == 0, made.stderr[-2000:]
     return folder
 
@@ -63,8 +74,9 @@ def tree(repo_root: Path, tmp_path_factory) -> Path:
 def run(command: str, folder: Path, **more: str) -> subprocess.CompletedProcess:
     """A command of the README, with this Python first on the PATH."""
     variables = launch_environment() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | more
-    return subprocess.run(["bash", "-c", command], cwd=folder, env=variables, capture_output=True, text=True,
-                          timeout=400, check=False)  # fmt: skip
+    return subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=variables, capture_output=True, text=True, timeout=400, check=False
+    )
 
 
 def readme(repo_root: Path, name: str = "README.md") -> list[str]:
@@ -109,8 +121,23 @@ def start_two_nodes(tree: Path, names: tuple[str, str], words: str, log: str) ->
 
     The machines here share their disk, so each has a log folder of its own.
     """
-    return [start(words, 2, 1, MASTER, 8118, rank, f"output/{log}{rank}", "False", 300, cwd=tree,
-                  log=tree / f"{log}{rank}.out", namespace=name) for rank, name in enumerate(names)]  # fmt: skip
+    return [
+        start(
+            words,
+            2,
+            1,
+            MASTER,
+            8118,
+            rank,
+            f"output/{log}{rank}",
+            "False",
+            300,
+            cwd=tree,
+            log=tree / f"{log}{rank}.out",
+            namespace=name,
+        )
+        for rank, name in enumerate(names)
+    ]
 
 
 def wait_for_jobs(tree: Path, launchers: list[subprocess.Popen], logs: list[str]) -> None:
@@ -143,19 +170,25 @@ def test_the_seed_s_commands_run_on_two_machines(repo_root: Path, tree: Path) ->
     write_rows(tree / "data" / "rows.mindrecord", rows)
     write_rows(tree / "data" / "answers.mindrecord", rows, labels=rows)
     with two_machines() as names:
-        words = (f"run_mindformer.py \\\n --config {on_cpus(tree, 'pretrain')} \\\n --run_mode train \\\n "
-                 "--use_parallel True \\\n --train_data data/rows.mindrecord")  # fmt: skip
+        words = (
+            f"run_mindformer.py \\\n --config {on_cpus(tree, 'pretrain')} \\\n --run_mode train \\\n "
+            "--use_parallel True \\\n --train_data data/rows.mindrecord"
+        )
         wait_for_jobs(tree, start_two_nodes(tree, names, words, "pretrain"), ["pretrain0", "pretrain1"])
         (tree / "output" / "checkpoint").rename(tree / "data" / "model_dir")
-        words = (f"run_mindformer.py \\\n--config {on_cpus(tree, 'finetune')} \\\n--load_checkpoint data/model_dir "
-                 "\\\n--run_mode finetune \\\n--use_parallel True \\\n--train_data data/answers.mindrecord "
-                 "\\\n--output_dir tuned")  # fmt: skip
+        words = (
+            f"run_mindformer.py \\\n--config {on_cpus(tree, 'finetune')} \\\n--load_checkpoint data/model_dir "
+            "\\\n--run_mode finetune \\\n--use_parallel True \\\n--train_data data/answers.mindrecord "
+            "\\\n--output_dir tuned"
+        )
         tuning = start_two_nodes(tree, names, words, "finetune")
         split = {"parallel_config.model_parallel": "2"}
-        words = (f"run_mindformer.py \\\n--config {on_cpus(tree, 'predict', split)} \\\n--run_mode predict \\\n"
-                 "--use_parallel True \\\n--load_checkpoint data/model_dir \\\n--auto_trans_ckpt True \\\n"
-                 "--predict_data \"I love Beijing, because\" \\\n--output_dir told "
-                 "--processor.tokenizer.vocab_file data/tokenizer.model")  # fmt: skip
+        words = (
+            f"run_mindformer.py \\\n--config {on_cpus(tree, 'predict', split)} \\\n--run_mode predict \\\n"
+            "--use_parallel True \\\n--load_checkpoint data/model_dir \\\n--auto_trans_ckpt True \\\n"
+            '--predict_data "I love Beijing, because" \\\n--output_dir told '
+            "--processor.tokenizer.vocab_file data/tokenizer.model"
+        )
         asking = start(words, 2, 8119, "output/predict", "False", 300, cwd=tree, log=tree / "predict.out")
         wait_for_jobs(tree, [*tuning, asking], ["finetune0", "finetune1", "predict"])
     pretrained = steps_of(tree, "output", 1)

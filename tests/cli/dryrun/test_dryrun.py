@@ -36,10 +36,15 @@ SEED = "mixtral_8x7b/pretrain_mixtral-8x7b.yaml"
 R17 = {"data_parallel": 2, "model_parallel": 4, "expert_parallel": 2, "use_seq_parallel": True}
 # two parts of the network on each stage, and two half batches in turn
 INTERLEAVED = {
-    "layers": 2, "model.model_config.pp_interleave_num": 2, "parallel.pipeline_config.pipeline_interleave": True,
-    "micro_batch_interleave_num": 2, "data_parallel": 4, "model_parallel": 2, "expert_parallel": 4,
+    "layers": 2,
+    "model.model_config.pp_interleave_num": 2,
+    "parallel.pipeline_config.pipeline_interleave": True,
+    "micro_batch_interleave_num": 2,
+    "data_parallel": 4,
+    "model_parallel": 2,
+    "expert_parallel": 4,
     "use_seq_parallel": True,
-}  # fmt: skip
+}
 # name: file, devices, ranks, stages, and what of parallel_config differs from the file
 JOBS: dict[str, tuple[str, int, str, int, dict[str, Any]]] = {
     "seed": (SEED, 16, "all", 2, {}),
@@ -80,7 +85,10 @@ def held_as_counted(run: DryRun, facts: RankFacts) -> None:
     assert weights == {item.name: (item.whole, item.local) for item in here}
     memory = stage_memory(spec, settings)[facts.stage]
     assert [facts.nbytes(kind) for kind in ("weight", "gradient", "optimizer")] == [
-        memory.weights, memory.gradients, memory.optimizer]  # fmt: skip
+        memory.weights,
+        memory.gradients,
+        memory.optimizer,
+    ]
 
 
 def sent_as_counted(run: DryRun, facts: RankFacts) -> None:
@@ -99,15 +107,19 @@ def sent_as_counted(run: DryRun, facts: RankFacts) -> None:
     assert sum(row.payload for row in rows) == exchanges * expert_exchange(spec)
     assert {row.kind for row in rows} <= {"AlltoAll"}
 
-    cut = [item for item in placed_parameters(spec, settings.threshold, settings.lora)
-           if item.stage == facts.stage and item.local != item.gathered]  # fmt: skip
+    cut = [
+        item
+        for item in placed_parameters(spec, settings.threshold, settings.lora)
+        if item.stage == facts.stage and item.local != item.gathered
+    ]
     assert not any(".ffn.w" in item.name for item in cut)  # no expert's weight is gathered
     gathers = [row for row in facts.traffic if row.purpose == "weights"]
     width = WIDTH[spec.numerics.compute_dtype]
     as_stored = "embedding_weight"  # gathered in its own type, the others in the one that computes
     assert sum(row.count for row in gathers) == len(cut)
     assert sum(row.payload for row in gathers) == sum(
-        math.prod(item.gathered) * (WIDTH[item.numbers] if item.name.endswith(as_stored) else width) for item in cut)
+        math.prod(item.gathered) * (WIDTH[item.numbers] if item.name.endswith(as_stored) else width) for item in cut
+    )
 
     assert all(len(row.ranks) > 1 for row in facts.traffic)
     assert not [row for row in facts.traffic if row.purpose == "other"]  # the norm tells whether any rank overflowed
@@ -162,16 +174,31 @@ class TestSeed:
         whole = {item.name: rng.normal(size=item.whole).astype(np.float32) for item in placed}
         write_file(tmp_path / "whole" / "rank_0" / "tiny.ckpt", whole)
         strategy = str(seed.out / "strategy")
-        cut = ["--src_ckpt_dir", str(tmp_path / "whole"), "--dst_ckpt_strategy", strategy, "--dst_ckpt_dir",
-               str(tmp_path / "ranks"), "--prefix", "tiny_"]  # fmt: skip
+        cut = [
+            "--src_ckpt_dir",
+            str(tmp_path / "whole"),
+            "--dst_ckpt_strategy",
+            strategy,
+            "--dst_ckpt_dir",
+            str(tmp_path / "ranks"),
+            "--prefix",
+            "tiny_",
+        ]
         assert transform(cut) == 0
         for rank in range(16):
             (path,) = (tmp_path / "ranks" / f"rank_{rank}").glob("*.ckpt")
             infos = open_checkpoint(path).infos
             assert {name: tuple(info.shape) for name, info in infos.items()} == {
-                item.name: item.local for item in placed if item.stage == rank // 8}  # fmt: skip
-        merge = ["--src_ckpt_strategy", strategy, "--src_ckpt_dir", str(tmp_path / "ranks"), "--dst_ckpt_dir",
-                 str(tmp_path / "merged")]  # fmt: skip
+                item.name: item.local for item in placed if item.stage == rank // 8
+            }
+        merge = [
+            "--src_ckpt_strategy",
+            strategy,
+            "--src_ckpt_dir",
+            str(tmp_path / "ranks"),
+            "--dst_ckpt_dir",
+            str(tmp_path / "merged"),
+        ]
         assert transform(merge) == 0
         (path,) = (tmp_path / "merged").rglob("*.ckpt")
         merged = open_checkpoint(path)
@@ -257,5 +284,10 @@ def test_suggest(tmp_path: Path) -> None:
 def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(ROOT / "tools" / "dryrun.py"), "--config", str(RESEARCH / SEED), *words],
-        capture_output=True, text=True, cwd=folder, env=environment(), timeout=120, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment(),
+        timeout=120,
+        check=False,
+    )

@@ -21,13 +21,26 @@ LAYERS, DEVICES = 2, 8
 JOBS = {
     "8x7b": ("8x7b", {}),
     "8x22b": ("8x22b", {}),
-    "batch": ("8x7b", {"model.model_config.batch_size": 5, "model.model_config.max_new_tokens": 20,
-                       "model.model_config.seq_length": 600}),
+    "batch": (
+        "8x7b",
+        {
+            "model.model_config.batch_size": 5,
+            "model.model_config.max_new_tokens": 20,
+            "model.model_config.seq_length": 600,
+        },
+    ),
     "no cache": ("8x7b", {"model.model_config.use_past": False}),
-    "kernels": ("8x7b", {"model.model_config.use_flash_attention": True, "model.model_config.hidden_size": 128,
-                         "moe_config.use_gmm": True, "moe_config.capacity_factor": -1,
-                         "model.model_config.softmax_compute_type": "float16"}),
-}  # fmt: skip
+    "kernels": (
+        "8x7b",
+        {
+            "model.model_config.use_flash_attention": True,
+            "model.model_config.hidden_size": 128,
+            "moe_config.use_gmm": True,
+            "moe_config.capacity_factor": -1,
+            "model.model_config.softmax_compute_type": "float16",
+        },
+    ),
+}
 
 
 @pytest.fixture(scope="module", params=JOBS)
@@ -87,7 +100,8 @@ def test_the_report_speaks_of_a_prediction(job: tuple[str, DryRun]) -> None:
 )
 def test_mistakes_end_the_command_before_it_compiles(words: list[str], message: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools" / "dryrun.py"), "--config", str(RESEARCH / FILES["8x7b"]), *words]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=120,
-                          check=False)  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=120, check=False
+    )
     assert done.returncode == 2 and done.stderr.startswith("error: ") and message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())

@@ -43,8 +43,16 @@ def folder(tmp_path):
 
 def form(*arguments):
     launched = read_launch(["run_mindformer.py", *arguments], {})
-    return (launched.workers, launched.local_workers, launched.master_addr, launched.port, launched.node_rank,
-            str(launched.log_dir), launched.join, launched.timeout)  # fmt: skip
+    return (
+        launched.workers,
+        launched.local_workers,
+        launched.master_addr,
+        launched.port,
+        launched.node_rank,
+        str(launched.log_dir),
+        launched.join,
+        launched.timeout,
+    )
 
 
 def test_the_four_forms():
@@ -52,7 +60,15 @@ def test_the_four_forms():
     assert form("4") == (4, 4, "127.0.0.1", 8118, 0, "output/msrun_log", False, 7200)
     assert form("8", "8200", "logs", "True", "300") == (8, 8, "127.0.0.1", 8200, 0, "logs", True, 300)
     assert form("16", "8", "192.168.1.1", "8118", "1", "output/msrun_log", "False", "300") == (
-        16, 8, "192.168.1.1", 8118, 1, "output/msrun_log", False, 300)  # fmt: skip
+        16,
+        8,
+        "192.168.1.1",
+        8118,
+        1,
+        "output/msrun_log",
+        False,
+        300,
+    )
     launched = read_launch(["run_mindformer.py", "16", "8", "192.168.1.1", "8118", "1", "l", "False", "300"], {})
     assert launched.nodes == 2 and list(launched.ranks) == list(range(8, 16))
     assert read_launch(["run_mindformer.py"], {"MF_LOG_SUFFIX": "a"}).log_dir.name == "msrun_log_a"
@@ -116,8 +132,12 @@ def test_a_wrong_command_is_explained(capsys, command, words):
 
 def test_quotes_reach_the_script_as_written():
     assert split_command('a.py --p "I love Beijing, because"') == ["a.py", "--p", "I love Beijing, because"]
-    assert split_command("a.py 'x; $(y) \"z\"' \"it's | \\\"q\\\"\" b\\ c") == ["a.py", 'x; $(y) "z"', 'it\'s | "q"',
-                                                                              "b c"]  # fmt: skip
+    assert split_command('a.py \'x; $(y) "z"\' "it\'s | \\"q\\"" b\\ c') == [
+        "a.py",
+        'x; $(y) "z"',
+        'it\'s | "q"',
+        "b c",
+    ]
     assert split_command("a.py \\\n  --b 1 \\\n--c 'd\\\ne'") == ["a.py", "--b", "1", "--c", "d\\\ne"]
     assert split_command("a.py --x '' --y=\"[0.9, 0.95]\"") == ["a.py", "--x", "", "--y=[0.9, 0.95]"]
 
@@ -128,12 +148,26 @@ def test_a_script_is_found_from_anywhere(tmp_path, monkeypatch):
 
 
 def test_the_dry_run_shows_the_command_of_the_seed(tmp_path):
-    text = launch('run_mindformer.py --run_mode predict --predict_data "I love Beijing, because"', 16, 8, "192.168.1.1",
-                  8118, 1, "output/msrun_log", "False", 300, cwd=tmp_path, MSRUN_DRY_RUN="1",
-                  MSRUN_BIND_CORE="True")  # fmt: skip
-    for word in ("--bind_core=True --worker_num=16 --local_worker_num=8 --master_addr=192.168.1.1 --node_rank=1 "
-                 "--master_port=8118 --log_dir=output/msrun_log", "--cluster_time_out=300",
-                 "--predict_data 'I love Beijing, because'"):  # fmt: skip
+    text = launch(
+        'run_mindformer.py --run_mode predict --predict_data "I love Beijing, because"',
+        16,
+        8,
+        "192.168.1.1",
+        8118,
+        1,
+        "output/msrun_log",
+        "False",
+        300,
+        cwd=tmp_path,
+        MSRUN_DRY_RUN="1",
+        MSRUN_BIND_CORE="True",
+    )
+    for word in (
+        "--bind_core=True --worker_num=16 --local_worker_num=8 --master_addr=192.168.1.1 --node_rank=1 "
+        "--master_port=8118 --log_dir=output/msrun_log",
+        "--cluster_time_out=300",
+        "--predict_data 'I love Beijing, because'",
+    ):
         assert word in text
     assert not (tmp_path / "output").exists()
 
@@ -239,6 +273,7 @@ def test_an_unreachable_master_is_reported_within_the_timeout(folder):
 @pytest.mark.slow
 def test_help_is_quick(tmp_path):
     started = time.time()
-    text = subprocess.run(launcher("--help"), cwd=tmp_path, env=launch_environment(), capture_output=True, text=True,
-                          check=True).stdout  # fmt: skip
+    text = subprocess.run(
+        launcher("--help"), cwd=tmp_path, env=launch_environment(), capture_output=True, text=True, check=True
+    ).stdout
     assert time.time() - started < 1.5 and "LOCAL_WORKERS" in text and "exit code" in text

@@ -46,16 +46,29 @@ def test_the_tutorials_own_file_and_command(tmp_path, monkeypatch, capsys):
     """Tiny models of the same layout under the tutorial's names; 32 layers, so that the gradients are the real ones."""
     monkeypatch.chdir(tmp_path)
     base = make_model(Path("shenzhi-wang/Llama3-8B-Chinese-Chat"), layers=32, hidden=16, ffn=24)
-    other = make_model(Path("cognitivecomputations/dolphin-2.9-llama3-8b"), layers=32, hidden=16, ffn=24, near=base,
-                       spread=0.05, seed=1)  # fmt: skip
+    other = make_model(
+        Path("cognitivecomputations/dolphin-2.9-llama3-8b"),
+        layers=32,
+        hidden=16,
+        ffn=24,
+        near=base,
+        spread=0.05,
+        seed=1,
+    )
     assert run("yaml", ROOT / "configs/merge/slerp_llama3.yaml", "merge", *SEED_FLAGS) == 0
     assert "peak memory" in capsys.readouterr().out
     got, a, b = (tensors_of(folder) for folder in (Path("merge"), base, other))
     assert set(got) == set(a) and json.loads(Path("merge/config.json").read_text())["num_hidden_layers"] == 32
-    expected = {"model.layers.0.self_attn.q_proj.weight": 0.0, "model.layers.31.self_attn.q_proj.weight": 1.0,
-                "model.layers.8.self_attn.o_proj.weight": 0.5 * 30 / 31 + 0.3 / 31, "model.norm.weight": 0.5,
-                "model.layers.0.mlp.up_proj.weight": 1.0, "model.layers.31.mlp.up_proj.weight": 0.0,
-                "model.layers.5.input_layernorm.weight": 0.5, "lm_head.weight": 0.5}  # fmt: skip
+    expected = {
+        "model.layers.0.self_attn.q_proj.weight": 0.0,
+        "model.layers.31.self_attn.q_proj.weight": 1.0,
+        "model.layers.8.self_attn.o_proj.weight": 0.5 * 30 / 31 + 0.3 / 31,
+        "model.norm.weight": 0.5,
+        "model.layers.0.mlp.up_proj.weight": 1.0,
+        "model.layers.31.mlp.up_proj.weight": 0.0,
+        "model.layers.5.input_layernorm.weight": 0.5,
+        "lm_head.weight": 0.5,
+    }
     for name, t in expected.items():
         want = oracle.slerp(a[name].astype(float), b[name].astype(float), t)
         np.testing.assert_allclose(got[name].astype(float), want, rtol=2**-8, atol=1e-6, err_msg=name)
@@ -105,16 +118,28 @@ def test_a_stack_is_its_inputs_bytes(tmp_path):
 def test_parameters_come_from_the_nearest_scope(tmp_path):
     base, one, _ = family(tmp_path)
     config = {
-        "merge_method": "task_arithmetic", "base_model": str(base), "dtype": "float32",
+        "merge_method": "task_arithmetic",
+        "base_model": str(base),
+        "dtype": "float32",
         "parameters": {"weight": 9.0, "lambda": [{"filter": "mlp", "value": "5e-1"}, {"value": 1}]},
-        "models": [*models(base), {"model": str(one), "parameters": {
-            "weight": [{"filter": "lm_head", "value": 3}, {"filter": "layers", "value": [0, 1]}]}}],
-    }  # fmt: skip
+        "models": [
+            *models(base),
+            {
+                "model": str(one),
+                "parameters": {"weight": [{"filter": "lm_head", "value": 3}, {"filter": "layers", "value": [0, 1]}]},
+            },
+        ],
+    }
     assert merge(tmp_path, config) == 0
     got, b, x = (tensors_of(folder) for folder in (tmp_path / "out", base, one))
-    for name, factor in (("lm_head.weight", 3), ("model.norm.weight", 9), ("model.layers.0.mlp.up_proj.weight", 0),
-                         ("model.layers.3.mlp.up_proj.weight", 0.5), ("model.layers.3.self_attn.q_proj.weight", 1),
-                         ("model.layers.1.self_attn.q_proj.weight", 1 / 3)):  # fmt: skip
+    for name, factor in (
+        ("lm_head.weight", 3),
+        ("model.norm.weight", 9),
+        ("model.layers.0.mlp.up_proj.weight", 0),
+        ("model.layers.3.mlp.up_proj.weight", 0.5),
+        ("model.layers.3.self_attn.q_proj.weight", 1),
+        ("model.layers.1.self_attn.q_proj.weight", 1 / 3),
+    ):
         start, delta = b[name].astype(float), x[name].astype(float) - b[name].astype(float)
         np.testing.assert_allclose(got[name], start + factor * delta, atol=1e-6, err_msg=name)
 
@@ -122,10 +147,14 @@ def test_parameters_come_from_the_nearest_scope(tmp_path):
 def test_gradients_of_old_results_and_of_single_layers(tmp_path):
     base, one, _ = family(tmp_path)
     config = {
-        "merge_method": "slerp", "base_model": str(base), "parameters": {"t": [0, 1]}, "dtype": "bfloat16",
-        "slices": [{"sources": [{"model": str(m), "layer_range": list(r)} for m in (base, one)]}
-                   for r in ((0, 3), (3, 4))],
-    }  # fmt: skip
+        "merge_method": "slerp",
+        "base_model": str(base),
+        "parameters": {"t": [0, 1]},
+        "dtype": "bfloat16",
+        "slices": [
+            {"sources": [{"model": str(m), "layer_range": list(r)} for m in (base, one)]} for r in ((0, 3), (3, 4))
+        ],
+    }
     assert merge(tmp_path, config) == 0
     assert merge(tmp_path, config | {"compat": {"post_gradient": "last"}}, out="old") == 0
     new, old, b, x = (tensors_of(folder) for folder in (tmp_path / "out", tmp_path / "old", base, one))
@@ -209,8 +238,14 @@ def test_the_tokenizer_that_is_copied(tmp_path):
 
 def test_sidecars_of_both_transformers(tmp_path):
     """A config.json of transformers 5 keeps its rotary settings for readers of 4, layer_types follow the layers."""
-    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
     kinds = ["full_attention"] * 3 + ["sliding_attention"]
     base, one, _ = family(tmp_path, kind="qwen2", rope_parameters=rope, layer_types=kinds)
     for folder in (base, one):
@@ -311,8 +346,10 @@ def test_models_downloaded_before_are_found_by_name(tmp_path, monkeypatch):
 
 
 def test_help_is_quick_and_loads_no_framework():
-    code = ("import sys; from mindformers_ext.cli.merge import parser; parser().format_help();"
-            "sys.exit(bool({'torch', 'transformers', 'mindspore', 'numpy'} & set(sys.modules)))")  # fmt: skip
+    code = (
+        "import sys; from mindformers_ext.cli.merge import parser; parser().format_help();"
+        "sys.exit(bool({'torch', 'transformers', 'mindspore', 'numpy'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
     for command in ("yaml", "moe"):
         done = subprocess.run(

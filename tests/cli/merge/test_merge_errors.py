@@ -56,21 +56,38 @@ CASES = {
     "method": (listed("foo"), "merge_method 'foo' is unknown", "linear, slerp"),
     "no method": ({"models": [{"model": "base"}]}, "merge_method is None", "slerp"),
     "top key": (TIES | {"paramters": {}}, "unknown key 'paramters'", "did you mean 'parameters'"),
-    "source key": (slices(([0, 4], [0, 4])) | {"slices": [{"sources": [
-        {"model": "base", "layers_range": [0, 4]}]}]}, "unknown key 'layers_range'", "did you mean 'layer_range'"),
-    "condition key": (slices(([0, 4], [0, 4]), parameters={"t": [{"filtre": "mlp", "value": 1}]}),
-                      "unknown key 'filtre'", "did you mean 'filter'"),
+    "source key": (
+        slices(([0, 4], [0, 4])) | {"slices": [{"sources": [{"model": "base", "layers_range": [0, 4]}]}]},
+        "unknown key 'layers_range'",
+        "did you mean 'layer_range'",
+    ),
+    "condition key": (
+        slices(([0, 4], [0, 4]), parameters={"t": [{"filtre": "mlp", "value": 1}]}),
+        "unknown key 'filtre'",
+        "did you mean 'filter'",
+    ),
     # B2 roles
     "ties without base": (listed(), "ties has no base_model", "trained from"),
     "slerp without base": (slices(([0, 4], [0, 4]), base_model=None), "slerp has no base_model", "t = 0"),
-    "slerp of three": (listed("slerp", base_model="base", parameters={"t": 0.5}), "has 2 models besides the base",
-                       "exactly 1"),
+    "slerp of three": (
+        listed("slerp", base_model="base", parameters={"t": 0.5}),
+        "has 2 models besides the base",
+        "exactly 1",
+    ),
     "no t": (slices(([0, 4], [0, 4]), parameters={}), "slerp needs t", "under parameters"),
     "no weight": (TIES | {"models": [{"model": "ft1"}, {"model": "ft2"}]}, "ties needs weight for 'ft1'", "'ft2'"),
     "unlisted base of linear": (listed("linear", ("ft1", "ft2"), base_model="base"), "needs weight for 'base'", ""),
     "twin": (listed(names=("base", "ft1", "ft1"), base_model="base"), "'ft1' is listed twice", "another one"),
-    "base of a slice": ({"slices": [{"sources": [{"model": "ft1", "layer_range": [0, 4]}]}], "merge_method": "ties",
-                         "base_model": "base", "parameters": {"weight": 1}}, "does not list the base model 'base'", ""),
+    "base of a slice": (
+        {
+            "slices": [{"sources": [{"model": "ft1", "layer_range": [0, 4]}]}],
+            "merge_method": "ties",
+            "base_model": "base",
+            "parameters": {"weight": 1},
+        },
+        "does not list the base model 'base'",
+        "",
+    ),
     # B3 layers
     "beyond": (slices(([0, 5], [0, 5])), "layer_range [0, 5] of 'ft1'", "has 4 layers"),
     "negative": (slices(([-1, 4], [0, 4])), "layer_range is [-1, 4]", "counted from 0"),
@@ -85,22 +102,31 @@ CASES = {
     "classes": (listed("linear", ("base", "mistral")), "'mistral' is a MistralForCausalLM", "--allow-crimes"),
     # B8 values
     "dtype": (TIES | {"dtype": "bfloat"}, "dtype is 'bfloat'", "bfloat16"),
-    "density": (TIES | {"models": [{"model": "ft1", "parameters": {"weight": 1, "density": -0.5}}]}, "density in",
-                "0 to 1"),
+    "density": (
+        TIES | {"models": [{"model": "ft1", "parameters": {"weight": 1, "density": -0.5}}]},
+        "density in",
+        "0 to 1",
+    ),
     "density 2": (TIES | {"parameters": {"density": [0.5, 2]}}, "density in parameters is 2.0", "0 to 1"),
     "not a number": (TIES | {"parameters": {"lambda": "much"}}, "parameters.lambda is 'much'", "a number"),
     "not a switch": (TIES | {"parameters": {"normalize": 0.3}}, "normalize in parameters", "true or false"),
-    "epsilon": (listed("della", base_model="base", parameters={"epsilon": 0.6}), "density 0.5 and epsilon 0.6",
-                "between"),
+    "epsilon": (
+        listed("della", base_model="base", parameters={"epsilon": 0.6}),
+        "density 0.5 and epsilon 0.6",
+        "between",
+    ),
     "template": (TIES | {"chat_template": "chatlm"}, "chat_template is 'chatlm'", "chatml"),
-    "two tokenizers": (TIES | {"tokenizer_source": "base", "tokenizer": {"source": "base"}}, "both tokenizer_source",
-                       ""),
+    "two tokenizers": (
+        TIES | {"tokenizer_source": "base", "tokenizer": {"source": "base"}},
+        "both tokenizer_source",
+        "",
+    ),
     "strange tokenizer": (TIES | {"tokenizer_source": "ft9"}, "tokenizer source 'ft9'", "none of the models"),
     "no folder": (listed("linear", ("base", "some/where")), "'some/where' is not a folder", "huggingface-cli download"),
     "adapter": (listed("linear", ("base", "ft1+lora")), "'ft1+lora'", "merge the adapter"),
     "modules": ({"modules": {"vision": {}}, "merge_method": "linear"}, "modules is", "default"),
     "compat": (TIES | {"compat": {"post_gradient": "end"}}, "compat.post_gradient='end'", "first, last"),
-}  # fmt: skip
+}
 
 
 def refused(config, out, capsys, *flags, command="yaml"):
@@ -195,8 +221,12 @@ def test_damaged_models_are_refused(damage, place, capsys, tmp_path):
     if damage == "outside":
         index = model / "model.safetensors.index.json"
         index.write_text(index.read_text().replace(first[0].name, "../x.safetensors"))
-    found = {"tensor": "'model.layers.2.mlp.up_proj.weight' is missing in", "shard": "is not a file",
-             "cut": "copy or download it again", "outside": "expected names of safetensors files"}[damage]  # fmt: skip
+    found = {
+        "tensor": "'model.layers.2.mlp.up_proj.weight' is missing in",
+        "shard": "is not a file",
+        "cut": "copy or download it again",
+        "outside": "expected names of safetensors files",
+    }[damage]
     assert found in refused(listed("linear", ("base", str(model))), "out", capsys)
 
 

@@ -44,8 +44,10 @@ def _inside(place, monkeypatch):
 
 def config(mode="cheap_embed", experts=("ft1", "ft2", "ft3", "ft4"), **more):
     """Experts whose prompts are words of their own."""
-    items = [{"source_model": name, "positive_prompts": [f"w{10 * n + 3} w{10 * n + 4}", f"w{10 * n + 5}"]}
-             for n, name in enumerate(experts)]  # fmt: skip
+    items = [
+        {"source_model": name, "positive_prompts": [f"w{10 * n + 3} w{10 * n + 4}", f"w{10 * n + 5}"]}
+        for n, name in enumerate(experts)
+    ]
     return {"base_model": "base", "gate_mode": mode, "dtype": "float32", "experts": items} | more
 
 
@@ -134,8 +136,10 @@ def test_the_fused_layout_holds_the_same(tmp_path):
     assert all(np.array_equal(reader.read(name), array) for name, array in plain.items())
     assert np.array_equal(reader.read(EXPERT.format(0, 1, "w3"), (slice(3, 5),)), plain[EXPERT.format(0, 1, "w3")][3:5])
     reader.close()
-    both = {"models": [{"model": str(tmp_path / name), "parameters": {"weight": 1}} for name in ("plain", "fused")],
-            "merge_method": "linear"}  # fmt: skip
+    both = {
+        "models": [{"model": str(tmp_path / name), "parameters": {"weight": 1}} for name in ("plain", "fused")],
+        "merge_method": "linear",
+    }
     Path("both.yml").write_text(yaml.safe_dump(both))  # a dense merge reads both spellings
     assert main(["yaml", "both.yml", str(tmp_path / "both"), "--quiet"]) == 0
     assert all(np.array_equal(array, plain[name]) for name, array in tensors_of(tmp_path / "both").items())
@@ -281,7 +285,7 @@ MISTAKES = {
     "none chosen": (_set(experts_per_token=0), "experts_per_token=0", "above 0"),
     "dtype": (_set(dtype="bf17"), "dtype='bf17' is unknown", "bfloat16"),
     "no base": (_set(base_model=None), "base_model is None", ""),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -296,8 +300,11 @@ def test_a_mistake_is_named(name, tmp_path, capsys):
 
 
 def test_flags_that_cannot_be_had(tmp_path, capsys):
-    for flag, found in (("--load-in-4bit", "not available on CPU"), ("--cuda", "only copies"),
-                        ("--gate-scale=nan", "finite")):  # fmt: skip
+    for flag, found in (
+        ("--load-in-4bit", "not available on CPU"),
+        ("--cuda", "only copies"),
+        ("--gate-scale=nan", "finite"),
+    ):
         assert assemble(config(), tmp_path / "out", flag) == 2
         assert found in capsys.readouterr().err and not any(tmp_path.iterdir())
 

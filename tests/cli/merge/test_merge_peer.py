@@ -45,18 +45,32 @@ for name in sys.argv[1:]:
 def tuned(method, dtype, density=0.5, shared=None):
     own = {} if density is None else {"density": density}
     return {
-        "models": [{"model": "base"}, {"model": "ft1", "parameters": {"weight": 0.5} | own},
-                   {"model": "ft2", "parameters": {"weight": 0.3} | own}],
-        "merge_method": method, "base_model": "base", "dtype": dtype, "parameters": shared or {},
-    }  # fmt: skip
+        "models": [
+            {"model": "base"},
+            {"model": "ft1", "parameters": {"weight": 0.5} | own},
+            {"model": "ft2", "parameters": {"weight": 0.3} | own},
+        ],
+        "merge_method": method,
+        "base_model": "base",
+        "dtype": dtype,
+        "parameters": shared or {},
+    }
 
 
 def between(dtype, **more):
-    t = [{"filter": "self_attn", "value": [0, 0.5, 0.3, 0.7, 1]}, {"filter": "mlp", "value": [1, 0.5, 0.7, 0.3, 0]},
-         {"value": 0.5}]  # fmt: skip
+    t = [
+        {"filter": "self_attn", "value": [0, 0.5, 0.3, 0.7, 1]},
+        {"filter": "mlp", "value": [1, 0.5, 0.7, 0.3, 0]},
+        {"value": 0.5},
+    ]
     sources = [{"model": name, "layer_range": [0, 4]} for name in ("ft1", "base")]
-    return {"slices": [{"sources": sources}], "merge_method": "slerp", "base_model": "base", "parameters": {"t": t},
-            "dtype": dtype}  # fmt: skip
+    return {
+        "slices": [{"sources": sources}],
+        "merge_method": "slerp",
+        "base_model": "base",
+        "parameters": {"t": t},
+        "dtype": dtype,
+    }
 
 
 def weighted(method, dtype, **more):
@@ -65,8 +79,10 @@ def weighted(method, dtype, **more):
 
 
 def moe(mode, **more):
-    experts = [{"source_model": name, "positive_prompts": [f"w{20 * n + 3} w{20 * n + 4}", f"w{20 * n + 5}"]}
-               for n, name in enumerate(("ft1", "ft2"))]  # fmt: skip
+    experts = [
+        {"source_model": name, "positive_prompts": [f"w{20 * n + 3} w{20 * n + 4}", f"w{20 * n + 5}"]}
+        for n, name in enumerate(("ft1", "ft2"))
+    ]
     experts[1]["negative_prompts"] = ["w70 w71", "w72 w73 w74"]
     return {"base_model": "base", "gate_mode": mode, "dtype": "bfloat16", "experts": experts} | more
 
@@ -79,33 +95,82 @@ FILES = {
     **{f"linear_{d}": (weighted("linear", d), "bits") for d in (HALF, SINGLE, BRAIN)},
     **{f"arithmetic_{d}": (tuned("task_arithmetic", d, None, {"lambda": 0.9}), "bits") for d in (HALF, SINGLE, BRAIN)},
     "stack": ({"slices": STACK, "merge_method": "passthrough", "dtype": BRAIN}, "bits"),
-    "scaled": ({"slices": STACK, "merge_method": "passthrough", "dtype": BRAIN, "parameters": {"scale": [
-        {"filter": "o_proj", "value": 0}, {"value": 1}]}}, "bits"),
-    "slerp_bfloat16": (between(BRAIN), "ulp"), "slerp_float32": (between(SINGLE), "float"),
-    **{f"ties_{name}": (tuned("ties", SINGLE, density, {"normalize": norm}), "float")
-       for name, density, norm in (("half", 0.5, True), ("all", 1, False), ("slope", [1, 0.7, 0.1], True),
-                                   ("where", WHERE, True))},
+    "scaled": (
+        {
+            "slices": STACK,
+            "merge_method": "passthrough",
+            "dtype": BRAIN,
+            "parameters": {"scale": [{"filter": "o_proj", "value": 0}, {"value": 1}]},
+        },
+        "bits",
+    ),
+    "slerp_bfloat16": (between(BRAIN), "ulp"),
+    "slerp_float32": (between(SINGLE), "float"),
+    **{
+        f"ties_{name}": (tuned("ties", SINGLE, density, {"normalize": norm}), "float")
+        for name, density, norm in (
+            ("half", 0.5, True),
+            ("all", 1, False),
+            ("slope", [1, 0.7, 0.1], True),
+            ("where", WHERE, True),
+        )
+    },
     "breadcrumbs": (tuned("breadcrumbs", SINGLE, 0.6, {"gamma": 0.05}), "float"),
     "breadcrumbs_ties": (tuned("breadcrumbs_ties", SINGLE, 0.6, {"gamma": 0.05}), "float"),
     "stock": (tuned("model_stock", SINGLE, None) | {"models": [{"model": n} for n in ("ft1", "ft2")]}, "float"),
-    "stock_rows": (tuned("model_stock", SINGLE, None, {"filter_wise": True})
-                   | {"models": [{"model": n} for n in ("ft1", "ft2")]}, "float"),
-    "sce": (tuned("sce", SINGLE, None, {"select_topk": 0.4}) | {"models": [{"model": n} for n in ("ft1", "ft2")]},
-            "float"),
+    "stock_rows": (
+        tuned("model_stock", SINGLE, None, {"filter_wise": True}) | {"models": [{"model": n} for n in ("ft1", "ft2")]},
+        "float",
+    ),
+    "sce": (
+        tuned("sce", SINGLE, None, {"select_topk": 0.4}) | {"models": [{"model": n} for n in ("ft1", "ft2")]},
+        "float",
+    ),
     "nuslerp": (weighted("nuslerp", SINGLE), "float"),
     "nuslerp_base": (weighted("nuslerp", SINGLE, base_model="base"), "float"),
-    **{f"nuslerp_{row}": (weighted("nuslerp", SINGLE, parameters={"nuslerp_flatten": False, "nuslerp_row_wise": row}),
-                          "float") for row in (False, True)},
-    "union": (weighted("linear", SINGLE, tokenizer_source="union", base_model="base", models=[
-        {"model": name, "parameters": {"weight": 1}} for name in ("base", "ft1", "words")]), "float"),
-    "union_mean": (weighted("linear", SINGLE, tokenizer_source="union", models=[
-        {"model": name, "parameters": {"weight": 1}} for name in ("words", "ft1", "other")]), "float"),
-    "words_of_one": (weighted("linear", SINGLE, tokenizer_source="words", base_model="base", models=[
-        {"model": name, "parameters": {"weight": 1}} for name in ("base", "words")]), "float"),
-    "moe_cheap": (moe("cheap_embed"), "bits"), "moe_hidden": (moe("hidden"), "bits"),
-    "moe_shared": (moe("cheap_embed", shared_experts=[
-        {"source_model": "ft1", "positive_prompts": ["w60 w61"]}]), "bits"),
-}  # fmt: skip
+    **{
+        f"nuslerp_{row}": (
+            weighted("nuslerp", SINGLE, parameters={"nuslerp_flatten": False, "nuslerp_row_wise": row}),
+            "float",
+        )
+        for row in (False, True)
+    },
+    "union": (
+        weighted(
+            "linear",
+            SINGLE,
+            tokenizer_source="union",
+            base_model="base",
+            models=[{"model": name, "parameters": {"weight": 1}} for name in ("base", "ft1", "words")],
+        ),
+        "float",
+    ),
+    "union_mean": (
+        weighted(
+            "linear",
+            SINGLE,
+            tokenizer_source="union",
+            models=[{"model": name, "parameters": {"weight": 1}} for name in ("words", "ft1", "other")],
+        ),
+        "float",
+    ),
+    "words_of_one": (
+        weighted(
+            "linear",
+            SINGLE,
+            tokenizer_source="words",
+            base_model="base",
+            models=[{"model": name, "parameters": {"weight": 1}} for name in ("base", "words")],
+        ),
+        "float",
+    ),
+    "moe_cheap": (moe("cheap_embed"), "bits"),
+    "moe_hidden": (moe("hidden"), "bits"),
+    "moe_shared": (
+        moe("cheap_embed", shared_experts=[{"source_model": "ft1", "positive_prompts": ["w60 w61"]}]),
+        "bits",
+    ),
+}
 
 
 @pytest.fixture(scope="module")

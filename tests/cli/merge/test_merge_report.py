@@ -41,8 +41,10 @@ def test_the_report_holds_the_cosines(capsys):
     assert not Path("out").exists() and (Path("report/cosines.png").stat().st_size > 10_000)
     base, one, two = (tensors_of(Path(name)) for name in ("base", "ft1", "ft2"))
     with Path("report/cosines.csv").open() as file:
-        found = {(r["what"], r["tensor"], r["layer"], r["first"], r["second"]): float(r["cosine"])
-                 for r in csv.DictReader(file)}  # fmt: skip
+        found = {
+            (r["what"], r["tensor"], r["layer"], r["first"], r["second"]): float(r["cosine"])
+            for r in csv.DictReader(file)
+        }
     name = "model.layers.2.mlp.up_proj.weight"
     assert found["weights", "up_proj", "2", "base", "ft2"] == pytest.approx(cosine(base[name], two[name]), abs=1e-5)
     deltas = [model[name].astype(np.float32) - base[name].astype(np.float32) for model in (one, two)]
@@ -59,8 +61,16 @@ def test_strangers_are_warned_of_and_mixtures_compare_their_experts(capsys):
     assert main(["yaml", "c.yml", "out", "--report", "report"]) == 0
     assert "little in common" in capsys.readouterr().err and Path("out/model.safetensors").is_file()
     experts = [{"source_model": name} for name in ("one", "two")]
-    assert run({"base_model": "one", "gate_mode": "random", "experts": experts}, "--report", "moe_report",
-               command="moe", out="moe") == 0  # fmt: skip
+    assert (
+        run(
+            {"base_model": "one", "gate_mode": "random", "experts": experts},
+            "--report",
+            "moe_report",
+            command="moe",
+            out="moe",
+        )
+        == 0
+    )
     assert "down_proj" in Path("moe_report/report.md").read_text()
     stack = {"slices": [{"sources": [{"model": "one", "layer_range": [0, 4]}]}], "merge_method": "passthrough"}
     assert run(stack, "--report", "none", out="stack") == 2
@@ -103,7 +113,11 @@ def test_chat_templates_render(name):
     text = template.render(messages=talk, add_generation_prompt=False, **words)
     asked = template.render(messages=talk[:1], add_generation_prompt=True, **words)
     assert text.index("Hi?") < text.index("Yes.") and "Yes." not in asked and "\\n" not in text
-    assert {"chatml": "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n",
-            "llama3": "<s><|start_header_id|>user<|end_header_id|>\n\nHi?<|eot_id|><|start_header_id|>assistant"
-            "<|end_header_id|>\n\n", "mistral": "<s>[INST] Hi? [/INST]",
-            "alpaca": "### Instruction:\nHi?\n\n### Response:\n", "exaone": "[|user|]Hi?\n[|assistant|]"}[name] == asked
+    assert {
+        "chatml": "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n",
+        "llama3": "<s><|start_header_id|>user<|end_header_id|>\n\nHi?<|eot_id|><|start_header_id|>assistant"
+        "<|end_header_id|>\n\n",
+        "mistral": "<s>[INST] Hi? [/INST]",
+        "alpaca": "### Instruction:\nHi?\n\n### Response:\n",
+        "exaone": "[|user|]Hi?\n[|assistant|]",
+    }[name] == asked

@@ -18,8 +18,15 @@ EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def special(number, text):
-    return {"id": number, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-            "special": True}  # fmt: skip
+    return {
+        "id": number,
+        "content": text,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
 
 
 def with_words(folder, words, added=()):
@@ -47,8 +54,14 @@ def place(tmp_path, monkeypatch):
 
 
 def merge(wish, method="linear", names=("base", "ft1", "ft2"), out="out", base="base", **more):
-    config = {"merge_method": method, "models": [{"model": name, "parameters": {"weight": 1.0}} for name in names],
-              "dtype": "float32", **({"base_model": base} if base else {}), **wish, **more}  # fmt: skip
+    config = {
+        "merge_method": method,
+        "models": [{"model": name, "parameters": {"weight": 1.0}} for name in names],
+        "dtype": "float32",
+        **({"base_model": base} if base else {}),
+        **wish,
+        **more,
+    }
     Path("c.yml").write_text(yaml.safe_dump(config))
     return main(["yaml", "c.yml", out, "--quiet"])
 
@@ -85,8 +98,16 @@ def test_the_tokenizer_loads_in_transformers_and_gives_the_new_ids(place):
 
     for name in ("base", "ft1", "ft2"):  # as transformers saves it
         path = Path(name) / "tokenizer_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": {
-            "0": {key: value for key, value in special(0, "<unk>").items() if key != "id"}}}))  # fmt: skip
+        path.write_text(
+            json.dumps(
+                json.loads(path.read_text())
+                | {
+                    "added_tokens_decoder": {
+                        "0": {key: value for key, value in special(0, "<unk>").items() if key != "id"}
+                    }
+                }
+            )
+        )
     (Path("base") / "added_tokens.json").write_text("{}")
     assert merge({"tokenizer_source": "union"}) == 0
     tokenizer = AutoTokenizer.from_pretrained("out")
@@ -129,13 +150,22 @@ def test_unused_rows_stay_unless_trimmed(tmp_path, monkeypatch):
 
 
 def test_rows_of_single_tokens(place):
-    tokens = {"w4": {"source": "ft1", "force": True}, "<x>": {"source": "ft2"}, "extra": {"source": {"kind": "zero"}},
-              "<y>": {"source": {"kind": "model_token", "model": "ft1", "token": "w5"}},
-              "w3": {"source": {"kind": "model_token", "model": "base", "token_id": 7}, "force": True}}  # fmt: skip
+    tokens = {
+        "w4": {"source": "ft1", "force": True},
+        "<x>": {"source": "ft2"},
+        "extra": {"source": {"kind": "zero"}},
+        "<y>": {"source": {"kind": "model_token", "model": "ft1", "token": "w5"}},
+        "w3": {"source": {"kind": "model_token", "model": "base", "token_id": 7}, "force": True},
+    }
     assert merge({"tokenizer": {"source": "union", "tokens": tokens}}) == 0
     got, parts = rows_of("out", words_of("out")), {model: rows_of(model, words) for model, words in place.items()}
-    want = {"w4": parts["ft1"]["w4"], "<y>": parts["ft1"]["w5"], "w3": parts["base"]["w7"], "extra": 0,
-            "<x>": (parts["ft1"]["<x>"] + 2 * parts["ft2"]["<x>"]) / 3}  # fmt: skip
+    want = {
+        "w4": parts["ft1"]["w4"],
+        "<y>": parts["ft1"]["w5"],
+        "w3": parts["base"]["w7"],
+        "extra": 0,
+        "<x>": (parts["ft1"]["<x>"] + 2 * parts["ft2"]["<x>"]) / 3,
+    }
     for word, row in want.items():
         np.testing.assert_allclose(got[word], row, atol=1e-6, err_msg=word)
 

@@ -53,14 +53,42 @@ def conversations(folder: Path, tokenizer: Path, words: Sequence[str]) -> Path:
     data = folder / "train.mindrecord"
     words = ["--data_path", folder / "records.json", "--output_path", folder / "c.json"]
     assert alpaca_converter.main(told(words)) == 0
-    assert preprocess.main(told(["--dataset_type", "qa", "--input_glob", folder / "c.json", "--model_file", tokenizer,
-                                 "--seq_length", SIZES["seq_length"], "--output_file", data])) == 0  # fmt: skip
+    assert (
+        preprocess.main(
+            told(
+                [
+                    "--dataset_type",
+                    "qa",
+                    "--input_glob",
+                    folder / "c.json",
+                    "--model_file",
+                    tokenizer,
+                    "--seq_length",
+                    SIZES["seq_length"],
+                    "--output_file",
+                    data,
+                ]
+            )
+        )
+        == 0
+    )
     return data
 
 
 def train(folder: Path, data: Path, experts: int, steps: int, *more: object) -> list[float]:
-    done = run_job(CONFIG, "--train_data", data, "--output_dir", folder / "run", *sizes(experts),
-                   "--runner_config.epochs", steps // 10, *more, cwd=folder, timeout=600)  # fmt: skip
+    done = run_job(
+        CONFIG,
+        "--train_data",
+        data,
+        "--output_dir",
+        folder / "run",
+        *sizes(experts),
+        "--runner_config.epochs",
+        steps // 10,
+        *more,
+        cwd=folder,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     losses = [row["lm_loss"] for row in rows_of(folder / "run")]
     assert len(losses) == steps
@@ -81,9 +109,19 @@ def chat_models(folder: Path, tokenizer: Path) -> list[Path]:
         train(folder, data, 1, 40, "--callbacks.1.save_checkpoint_steps", 10, "--callbacks.1.keep_checkpoint_max", 4)
         found = sorted((folder / "run/checkpoint/rank_0").glob("*.ckpt"))
     assert len(found) == 4
-    spec = ModelSpec(vocab_size=600, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                     num_key_value_heads=2, head_dim=16, max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=1e6,
-                     pad_token_id=3)  # fmt: skip
+    spec = ModelSpec(
+        vocab_size=600,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        rope_theta=1e6,
+        pad_token_id=3,
+    )
     (folder / "config.json").write_text(json.dumps(hf_config_from_spec(spec)))
     for name, checkpoint in zip(names, found, strict=True):
         words = ["--reversed", "--input_path", checkpoint, "--output_path", folder / f"hf_{name}", "--dtype", "fp32"]
@@ -109,8 +147,10 @@ def test_a_mixture_of_trained_models_is_read_converted_and_trained_on(tmp_path: 
     tokenizer, out, checkpoint = tmp_path / "tokenizer.model", tmp_path / "moe", tmp_path / "moe.ckpt"
     train_sentencepiece(list(standard_library_text(300_000)), tokenizer, 600)
     models = chat_models(tmp_path, tokenizer)
-    experts = [{"source_model": str(model), "positive_prompts": [f"Say {word}." for word in words]}
-               for model, words in zip(models, TOPICS.values(), strict=True)]  # fmt: skip
+    experts = [
+        {"source_model": str(model), "positive_prompts": [f"Say {word}." for word in words]}
+        for model, words in zip(models, TOPICS.values(), strict=True)
+    ]
     config = {"base_model": str(models[0]), "gate_mode": "hidden", "dtype": "float32", "experts": experts}
     (tmp_path / "moe.yml").write_text(yaml.safe_dump(config))
     assert merge.main(told(["moe", tmp_path / "moe.yml", out, "--to-mindspore", checkpoint])) == 0

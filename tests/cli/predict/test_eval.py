@@ -26,15 +26,27 @@ def job(tmp_path_factory):
     path = make_job(tmp_path_factory.mktemp("eval"))
     path.write_text(path.read_text().replace("use_past: False", "use_past: True, init_method_std: 0.4"))
     spec = network_spec_from_yaml(config_of(path)).model
-    make_tiny_model(TinyModelRequest(output_dir=path.parent / "hf", spec=spec, seed=5,
-                                     tokenizer=path.parent / "tokenizer.model"))  # fmt: skip
+    make_tiny_model(
+        TinyModelRequest(output_dir=path.parent / "hf", spec=spec, seed=5, tokenizer=path.parent / "tokenizer.model")
+    )
     (path.parent / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     return path
 
 
 def evaluate(job, tmp_path, *words):
-    code = main(["--config", str(job), "--run_mode", "eval", "--load_checkpoint", str(job.parent / "hf"),
-                 "--output_dir", str(tmp_path), *map(str, words)])  # fmt: skip
+    code = main(
+        [
+            "--config",
+            str(job),
+            "--run_mode",
+            "eval",
+            "--load_checkpoint",
+            str(job.parent / "hf"),
+            "--output_dir",
+            str(tmp_path),
+            *map(str, words),
+        ]
+    )
     return code, json.loads((tmp_path / "eval.json").read_text()) if code == 0 else None
 
 
@@ -46,8 +58,18 @@ def test_rows_count_as_in_training(job, tmp_path, capsys, engine):
     labels = rows.copy()
     labels[1, :10] = -100
     data = write_rows(tmp_path / "labelled.mindrecord", rows, labels=labels)
-    code, found = evaluate(job, tmp_path, "--eval_data", data, "--hf", job.parent / "hf", "--engine", engine,
-                           "--eval_dataset.input_columns", "[input_ids, labels]")  # fmt: skip
+    code, found = evaluate(
+        job,
+        tmp_path,
+        "--eval_data",
+        data,
+        "--hf",
+        job.parent / "hf",
+        "--engine",
+        engine,
+        "--eval_dataset.input_columns",
+        "[input_ids, labels]",
+    )
     shown = capsys.readouterr()
     assert code == 0 and f"windows of up to {SEQ} tokens, stride {SEQ}" in shown.out
     assert found["tokens"] == 6 * SEQ - 12 - 9 and found["windows"] == 6
@@ -64,8 +86,9 @@ def test_rows_count_as_in_training(job, tmp_path, capsys, engine):
 @pytest.mark.slow
 def test_texts_in_windows(job, tmp_path, capsys):
     """A window as long as nearly all texts, and its half as stride: transformers' own loss on whole texts is near."""
-    code, found = evaluate(job, tmp_path, "--eval_data", job.parent / "texts.jsonl", "--hf", job.parent / "hf",
-                           "--eval_stride", 8)  # fmt: skip
+    code, found = evaluate(
+        job, tmp_path, "--eval_data", job.parent / "texts.jsonl", "--hf", job.parent / "hf", "--eval_stride", 8
+    )
     tokenizer = SentencePieceTokenizer(job.parent / "tokenizer.model")
     texts = [[1, *tokenizer.encode(text)] for text in TEXTS]
     assert code == 0 and found["stride"] == 8 and found["window"] == SEQ
@@ -97,7 +120,7 @@ def test_texts_in_windows(job, tmp_path, capsys):
         (["--eval_data", "a.txt", "--model.model_config.vocab_size", "300"], "has 400 pieces"),
         (["--eval_stride", "4"], "a row of MindRecord is a window of its own"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_one_clear_message(job, tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "blank.txt").write_text(" \n")

@@ -38,8 +38,9 @@ def job(tmp_path_factory):
     text = path.read_text().replace("use_past: False", "use_past: True, init_method_std: 0.4")
     path.write_text(text)
     spec = network_spec_from_yaml(config_of(path)).model
-    make_tiny_model(TinyModelRequest(output_dir=path.parent / "hf", spec=spec, seed=5,
-                                     tokenizer=path.parent / "tokenizer.model"))  # fmt: skip
+    make_tiny_model(
+        TinyModelRequest(output_dir=path.parent / "hf", spec=spec, seed=5, tokenizer=path.parent / "tokenizer.model")
+    )
     return path
 
 
@@ -74,8 +75,17 @@ def expected(job):
 
 
 def test_answers_are_shown_and_kept(job, expected, capsys, tmp_path):
-    code = predict(job, "--load_checkpoint", job.parent / "hf", "--predict_data", *PROMPTS, "--output_dir", tmp_path,
-                   "--predict_batch_size", 2)  # fmt: skip
+    code = predict(
+        job,
+        "--load_checkpoint",
+        job.parent / "hf",
+        "--predict_data",
+        *PROMPTS,
+        "--output_dir",
+        tmp_path,
+        "--predict_batch_size",
+        2,
+    )
     shown = capsys.readouterr()
     assert code == 0 and shown.out == "".join(f"{p}{a}\n" for p, a in zip(PROMPTS, expected, strict=True))
     lines, summary = answers(tmp_path)
@@ -91,20 +101,34 @@ def test_answers_are_shown_and_kept(job, expected, capsys, tmp_path):
 
 def converted(job, folder, *words):
     path = folder / "model.ckpt"
-    assert convert.main(["--model", "mixtral", "--input_path", str(job.parent / "hf"), "--output_path", str(path),
-                         *words]) == 0  # fmt: skip
+    assert (
+        convert.main(["--model", "mixtral", "--input_path", str(job.parent / "hf"), "--output_path", str(path), *words])
+        == 0
+    )
     return path
 
 
 def cut(whole, folder):
     """Two ranks with the first axis of every tensor halved, and their strategy."""
     reader = CkptFile(whole)
-    layouts = {name: {"matrix": [2], "tensor_map": [0] + [-1] * (len(info.shape) - 1)}
-               for name, info in reader.infos.items()}  # fmt: skip
+    layouts = {
+        name: {"matrix": [2], "tensor_map": [0] + [-1] * (len(info.shape) - 1)} for name, info in reader.infos.items()
+    }
     reader.close()
     write_strategy(folder / "strategy" / "ckpt_strategy_rank_0.ckpt", layouts)
-    assert transform_ckpt.main(["--src_ckpt_dir", str(whole), "--dst_ckpt_strategy", str(folder / "strategy"),
-                                "--dst_ckpt_dir", str(folder / "ranks")]) == 0  # fmt: skip
+    assert (
+        transform_ckpt.main(
+            [
+                "--src_ckpt_dir",
+                str(whole),
+                "--dst_ckpt_strategy",
+                str(folder / "strategy"),
+                "--dst_ckpt_dir",
+                str(folder / "ranks"),
+            ]
+        )
+        == 0
+    )
     return folder / "ranks"
 
 
@@ -113,8 +137,10 @@ def cut(whole, folder):
 def test_weights_of_every_kind_give_the_same_answers(job, expected, tmp_path, kind):
     if kind == "safetensors":
         weights = tmp_path / "model.safetensors"
-        assert convert.main(["--model", "mixtral", "--input_path", str(job.parent / "hf"), "--output_path",
-                             str(weights)]) == 0  # fmt: skip
+        assert (
+            convert.main(["--model", "mixtral", "--input_path", str(job.parent / "hf"), "--output_path", str(weights)])
+            == 0
+        )
     else:
         weights = converted(job, tmp_path, *(["--use_gmm", "True"] if kind == "gmm" else []))
     if kind == "rank_0":
@@ -138,8 +164,18 @@ def test_prompts_of_every_kind(job, expected, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_sampling_is_reproducible_and_independent_of_the_batch(job, expected, tmp_path):
-    words = ["--load_checkpoint", job.parent / "hf", "--predict_data", *PROMPTS, "--do_sample", "True", "--top_k", 0,
-             "--temperature", 1.5]  # fmt: skip
+    words = [
+        "--load_checkpoint",
+        job.parent / "hf",
+        "--predict_data",
+        *PROMPTS,
+        "--do_sample",
+        "True",
+        "--top_k",
+        0,
+        "--temperature",
+        1.5,
+    ]
     for name, more in {"a": [], "b": ["--predict_batch_size", 1], "c": ["--seed", 99]}.items():
         assert predict(job, *words, "--output_dir", tmp_path / name, *more) == 0
     assert texts(tmp_path / "a") == texts(tmp_path / "b") != expected
@@ -150,8 +186,16 @@ def test_chat_uses_the_tokenizers_template(job, tmp_path, capsys):
     folder = tmp_path / "instruct"
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes((job.parent / "tokenizer.model").read_bytes())
-    words = ["--load_checkpoint", job.parent / "hf", "--predict_data", "hi", "--processor.tokenizer.vocab_file",
-             folder / "tokenizer.model", "--output_dir", tmp_path]  # fmt: skip
+    words = [
+        "--load_checkpoint",
+        job.parent / "hf",
+        "--predict_data",
+        "hi",
+        "--processor.tokenizer.vocab_file",
+        folder / "tokenizer.model",
+        "--output_dir",
+        tmp_path,
+    ]
     assert predict(job, *words, "--chat", "True") == 2
     assert "has no chat template" in capsys.readouterr().err
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "bos_token": "<s>"}))
@@ -173,16 +217,22 @@ def test_chat_uses_the_tokenizers_template(job, tmp_path, capsys):
         (["--predict_data", "none.txt"], "none.txt does not exist"),
         (["--predict_data", "x", "--predict_batch_size", "0"], "predict_batch_size=0"),
         (["--predict_data", "x", "--temperature", "0"], "temperature=0.0"),
-        (["--predict_data", "x", "--model.model_config.theta", "500"],
-         "model.model_config.theta is 500.0, the weights' rope_theta is 10000.0: set it to 10000.0"),
-        (["--predict_data", "x", "--model.model_config.vocab_size", "420"],
-         "vocab_size is 420, the weights' vocab_size is 400"),
+        (
+            ["--predict_data", "x", "--model.model_config.theta", "500"],
+            "model.model_config.theta is 500.0, the weights' rope_theta is 10000.0: set it to 10000.0",
+        ),
+        (
+            ["--predict_data", "x", "--model.model_config.vocab_size", "420"],
+            "vocab_size is 420, the weights' vocab_size is 400",
+        ),
         (["--predict_data", "x", "--model.model_config.vocab_size", "300"], "has 400 pieces"),
         (["--predict_data", "x", "--load_checkpoint", "nothing"], "load_checkpoint nothing does not exist"),
-        (["--predict_data", "x", "--processor.tokenizer.vocab_file", "n.model", "--load_checkpoint", "."],
-         "n.model does not exist"),
+        (
+            ["--predict_data", "x", "--processor.tokenizer.vocab_file", "n.model", "--load_checkpoint", "."],
+            "n.model does not exist",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_one_clear_message(job, capsys, words, message):
     given = words if "--load_checkpoint" in words else ["--load_checkpoint", str(job.parent / "hf"), *words]
     assert predict(job, *given) == 2
@@ -203,10 +253,26 @@ def test_a_batch_larger_than_memory_is_refused_before_it_is_made(job, monkeypatc
 @pytest.mark.slow
 def test_ctrl_c_keeps_what_is_finished(job, tmp_path):
     process = subprocess.Popen(
-        command(job, "--run_mode", "predict", "--load_checkpoint", job.parent / "hf", "--predict_data", "-",
-                "--predict_batch_size", 1, "--output_dir", tmp_path), cwd=ROOT, env=environment(),
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        command(
+            job,
+            "--run_mode",
+            "predict",
+            "--load_checkpoint",
+            job.parent / "hf",
+            "--predict_data",
+            "-",
+            "--predict_batch_size",
+            1,
+            "--output_dir",
+            tmp_path,
+        ),
+        cwd=ROOT,
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     process.stdin.write("import\n" * 50_000)
     process.stdin.close()
     for _ in range(3):
@@ -228,11 +294,27 @@ def test_a_conversation_on_a_terminal(job, tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "bos_token": "<s>"}))
     ours, theirs = pty.openpty()
     before = termios.tcgetattr(theirs)
-    words = ["--run_mode", "predict", "--load_checkpoint", job.parent / "hf", "--predict_data", "-", "--chat", "True",
-             "--max_new_tokens", 3, "--model.model_config.seq_length", 72, "--output_dir", tmp_path,
-             "--processor.tokenizer.vocab_file", folder / "tokenizer.model"]  # fmt: skip
-    process = subprocess.Popen(command(job, *words), cwd=ROOT, env=environment(), stdin=theirs, stdout=theirs,
-                               stderr=theirs)  # fmt: skip
+    words = [
+        "--run_mode",
+        "predict",
+        "--load_checkpoint",
+        job.parent / "hf",
+        "--predict_data",
+        "-",
+        "--chat",
+        "True",
+        "--max_new_tokens",
+        3,
+        "--model.model_config.seq_length",
+        72,
+        "--output_dir",
+        tmp_path,
+        "--processor.tokenizer.vocab_file",
+        folder / "tokenizer.model",
+    ]
+    process = subprocess.Popen(
+        command(job, *words), cwd=ROOT, env=environment(), stdin=theirs, stdout=theirs, stderr=theirs
+    )
     shown = b""
     for turn, keys in enumerate((b"hi\n", b"you\n", b"and a long message\n", b"\x04"), 1):
         while shown.count(b"\n> ") + shown.startswith(b"> ") < turn and select.select([ours], [], [], 100)[0]:

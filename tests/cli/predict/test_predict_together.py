@@ -19,10 +19,15 @@ from tests.helpers.sliced import cut, write_ranks, write_strategy
 from tests.helpers.tiny_run import VOCAB, config_of, make_job
 
 PROMPTS = ("def check(value):", "import the module and return", "x")
-SPLIT = ("--use_parallel True --parallel_config.data_parallel 1 --parallel_config.expert_parallel 1 "
-         "--parallel_config.pipeline_stage 1 --parallel_config.model_parallel 2")  # fmt: skip
-LLAMA = {"expert_num: 4": "expert_num: 1", "LlamaConfig": "PortableLlamaConfig",
-         "LlamaForCausalLM": "PortableLlamaForCausalLM"}  # fmt: skip
+SPLIT = (
+    "--use_parallel True --parallel_config.data_parallel 1 --parallel_config.expert_parallel 1 "
+    "--parallel_config.pipeline_stage 1 --parallel_config.model_parallel 2"
+)
+LLAMA = {
+    "expert_num: 4": "expert_num: 1",
+    "LlamaConfig": "PortableLlamaConfig",
+    "LlamaForCausalLM": "PortableLlamaForCausalLM",
+}
 
 
 def make(folder, **changes):
@@ -49,8 +54,10 @@ def llama(tmp_path_factory):
     """Dense, with a vocabulary that two processes cannot share, as the slices of two ranks."""
     job = make(tmp_path_factory.mktemp("llama"), **LLAMA, **{f"vocab_size: {VOCAB}": f"vocab_size: {VOCAB + 1}"})
     whole = to_mindspore(load_file(job.folder / "hf" / "model.safetensors"), job.spec)
-    layouts = {name: {"matrix": [2], "tensor_map": [0 if "attention.w" in name else -1] + [-1] * (array.ndim - 1)}
-               for name, array in whole.items()}  # fmt: skip
+    layouts = {
+        name: {"matrix": [2], "tensor_map": [0 if "attention.w" in name else -1] + [-1] * (array.ndim - 1)}
+        for name, array in whole.items()
+    }
     strategy = write_strategy(job.folder / "strategy" / "ckpt_strategy_rank_0.ckpt", layouts)
     write_ranks(job.folder / "ranks", cut(read_strategy(strategy), whole))
     return job
@@ -66,8 +73,15 @@ def both(job, *words):
     """The same command in one process and in two; returns the output folders and the launcher's output."""
     line = ["--config", job.yaml, "--run_mode", "predict", "--predict_data", job.folder / "prompts.txt", *words]
     assert main([*map(str, line), "--output_dir", str(job.folder / "one")]) == 0
-    text = launch(f"run_mindformer.py {' '.join(map(str, line))} {SPLIT} --output_dir two", 2, free_port(), "log",
-                  "True", 120, cwd=job.folder)  # fmt: skip
+    text = launch(
+        f"run_mindformer.py {' '.join(map(str, line))} {SPLIT} --output_dir two",
+        2,
+        free_port(),
+        "log",
+        "True",
+        120,
+        cwd=job.folder,
+    )
     assert text.startswith("0\n"), text[-3000:]
     return job.folder / "one", job.folder / "two"
 
@@ -85,9 +99,26 @@ def test_two_processes_answer_as_one(mixtral):
 
 @pytest.mark.slow
 def test_sampled_from_slices_without_a_cache(llama):
-    words = ["--load_checkpoint", llama.folder / "ranks", "--src_strategy_path_or_dir", llama.folder / "strategy",
-             "--do_sample", True, "--top_k", 0, "--top_p", 0.9, "--temperature", 0.7, "--seed", 3,
-             "--model.model_config.use_past", False, "--auto_trans_ckpt", True]  # fmt: skip
+    words = [
+        "--load_checkpoint",
+        llama.folder / "ranks",
+        "--src_strategy_path_or_dir",
+        llama.folder / "strategy",
+        "--do_sample",
+        True,
+        "--top_k",
+        0,
+        "--top_p",
+        0.9,
+        "--temperature",
+        0.7,
+        "--seed",
+        3,
+        "--model.model_config.use_past",
+        False,
+        "--auto_trans_ckpt",
+        True,
+    ]
     one, two = both(llama, *words)
     assert lines(two) == lines(one)
     assert "auto_trans_ckpt is not needed" in (llama.folder / "log" / "worker_0.log").read_text()

@@ -24,14 +24,20 @@ WIKI_TEXT = (
 # sha256 of the input_ids (int32), made by running MindFormers r1.7's tokenize_wiki: WIKI_TEXT three times over at 17
 # tokens a row, and WikiText-2's validation split at 513.
 GOLDEN = {
-    "llama2": ("7cf93099a194bba584c03c338ac76c220bbe28e89d84b2833fe6f74cdd836378",
-               "9ecbb473f7b34001c4b99d4fc3bf0f2865d8d387eafac165a986fdce0a87f0ab"),
-    "mixtral": ("f10cdce064cc1ce90d06fd5f7bfac97728e18713fe9bec346936a1387da4e6c5",
-                "6817ddd234740ce6a4da2b1c5927a93dd4481c64717ae5e606f73e56ab1a36ba"),
-}  # fmt: skip
-TALK = [{"conversations": [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A file."}]},
-        {"conversations": [{"from": "human", "value": "word " * 90}, {"from": "gpt", "value": "lost"}]},
-        {"conversations": [{"from": "gpt", "value": "nobody asked"}]}]  # fmt: skip
+    "llama2": (
+        "7cf93099a194bba584c03c338ac76c220bbe28e89d84b2833fe6f74cdd836378",
+        "9ecbb473f7b34001c4b99d4fc3bf0f2865d8d387eafac165a986fdce0a87f0ab",
+    ),
+    "mixtral": (
+        "f10cdce064cc1ce90d06fd5f7bfac97728e18713fe9bec346936a1387da4e6c5",
+        "6817ddd234740ce6a4da2b1c5927a93dd4481c64717ae5e606f73e56ab1a36ba",
+    ),
+}
+TALK = [
+    {"conversations": [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A file."}]},
+    {"conversations": [{"from": "human", "value": "word " * 90}, {"from": "gpt", "value": "lost"}]},
+    {"conversations": [{"from": "gpt", "value": "nobody asked"}]},
+]
 
 
 @pytest.fixture(scope="module")
@@ -206,10 +212,17 @@ CONFIG = "configs/tiny/mixtral_pretrain.yaml"
     ],
 )
 def test_bad_input_is_named_and_nothing_is_written(
-    kind: str, name: str, content: bytes, more: tuple, message: str,
-    tmp_path: Path, repo_root: Path, large_model: Path, monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    name: str,
+    content: bytes,
+    more: tuple,
+    message: str,
+    tmp_path: Path,
+    repo_root: Path,
+    large_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(repo_root)
     (tmp_path / name).write_bytes(content)
     output = tmp_path / "out" / "x.mindrecord"

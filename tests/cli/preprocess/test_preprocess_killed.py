@@ -33,9 +33,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(folder: Path, repo_root: Path, source: Path, output: Path, *more: str) -> subprocess.Popen:
-    command = [sys.executable, str(repo_root / TOOL), "--dataset_type", "text", "--document", "paragraph",
-               "--model_file", str(folder / "tokenizer.model"), "--input_glob", str(source),
-               "--output_file", str(output), "--workers", "2", *more]  # fmt: skip
+    command = [
+        sys.executable,
+        str(repo_root / TOOL),
+        "--dataset_type",
+        "text",
+        "--document",
+        "paragraph",
+        "--model_file",
+        str(folder / "tokenizer.model"),
+        "--input_glob",
+        str(source),
+        "--output_file",
+        str(output),
+        "--workers",
+        "2",
+        *more,
+    ]
     return subprocess.Popen(command, cwd=repo_root, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 

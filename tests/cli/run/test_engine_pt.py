@@ -35,7 +35,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("--engine", "pt", "--load_checkpoint", "nowhere"), "load_checkpoint nowhere does not exist"),
         (("--engine", "pt", "--model.model_config.seq_length", "16"), "seq_length=16 needs 17"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_done_is_named(job: Path, options: tuple, message: str) -> None:
     found = run_job(job, *options, "--output_dir", job.parent / "wrong", cwd=job.parent)
     assert found.returncode == 2 and message in found.stderr and "Traceback" not in found.stderr, found.stderr
@@ -61,10 +61,26 @@ def test_the_launcher_reads_the_forms_of_msrun(job: Path) -> None:
     assert wrong.returncode == 2 and "torchrun_launcher.sh: 2 problems\n  - WORKERS='none'" in wrong.stderr
 
 
-SIZES = ("--use_parallel", "True", "--parallel_config.data_parallel", "2", "--parallel_config.expert_parallel", "2",
-         "--parallel.enable_alltoall", "True", "--parallel_config.pipeline_stage", "1",
-         "--parallel_config.micro_batch_num", "1", "--batch_size", "2", "--train_dataset.batch_size", "2",
-         "--callbacks.1.save_checkpoint_steps", "4")  # fmt: skip
+SIZES = (
+    "--use_parallel",
+    "True",
+    "--parallel_config.data_parallel",
+    "2",
+    "--parallel_config.expert_parallel",
+    "2",
+    "--parallel.enable_alltoall",
+    "True",
+    "--parallel_config.pipeline_stage",
+    "1",
+    "--parallel_config.micro_batch_num",
+    "1",
+    "--batch_size",
+    "2",
+    "--train_dataset.batch_size",
+    "2",
+    "--callbacks.1.save_checkpoint_steps",
+    "4",
+)
 
 
 def launch(job: Path, *options: object) -> subprocess.Popen:
@@ -74,8 +90,15 @@ def launch(job: Path, *options: object) -> subprocess.Popen:
         port = probe.getsockname()[1]
     text = " ".join(command(job, "--engine", "pt", *SIZES, *options)[1:])
     words = ["bash", str(ROOT / "scripts" / "torchrun_launcher.sh"), text, "2", str(port), "logs", "True", "100"]
-    return subprocess.Popen(words, cwd=job.parent, env=environment() | ONE_THREAD, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, start_new_session=True)  # fmt: skip
+    return subprocess.Popen(
+        words,
+        cwd=job.parent,
+        env=environment() | ONE_THREAD,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 @pytest.mark.slow
@@ -93,16 +116,22 @@ def test_two_processes_killed_and_resumed(job: Path) -> None:
     again = launch(job, "--output_dir", "broken", "--resume_training", "True")
     text = again.communicate(timeout=280)[0]
     assert again.returncode == 0 and "resuming from" in text, text[-3000:]
-    timeless = [[{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in
-                 rows_of(job.parent / name)] for name in ("whole", "broken")]  # fmt: skip
+    timeless = [
+        [
+            {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")}
+            for row in rows_of(job.parent / name)
+        ]
+        for name in ("whole", "broken")
+    ]
     assert len(timeless[0]) == 20 and timeless[0] == timeless[1]
 
 
 @pytest.mark.slow
 def test_benchmarks_run_at_toy_sizes() -> None:
     words = [sys.executable, "tools/bench/gpu.py", "--shapes", "toy", "--tokens", "1", "16", "--reps", "2"]
-    found = subprocess.run(words, cwd=ROOT, env=environment() | ONE_THREAD, capture_output=True, text=True, timeout=250,
-                           check=False)  # fmt: skip
+    found = subprocess.run(
+        words, cwd=ROOT, env=environment() | ONE_THREAD, capture_output=True, text=True, timeout=250, check=False
+    )
     assert found.returncode == 0, found.stderr[-2000:]
     assert re.search(r"roofs: read \d+ GB/s, copy \d+ GB/s, product", found.stdout)
     errors = [float(text) for text in re.findall(r"error (\d\S+)", found.stdout)]

@@ -12,8 +12,18 @@ import pytest
 
 from mindformers_ext.cli import check_parity, convert, plot_run, preprocess, report_run, tiny_corpus, tiny_model
 
-SIZES = ["--hidden_size", "32", "--intermediate_size", "48", "--vocab_size", "600", "--max_position_embeddings", "64",
-         "--num_local_experts", "3"]  # fmt: skip
+SIZES = [
+    "--hidden_size",
+    "32",
+    "--intermediate_size",
+    "48",
+    "--vocab_size",
+    "600",
+    "--max_position_embeddings",
+    "64",
+    "--num_local_experts",
+    "3",
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +48,16 @@ def write_metrics(folder: Path, steps: int, last_loss: float = 4.0, layers: int 
     with (folder / "metrics" / "rank_0.jsonl").open("w", encoding="utf-8") as file:
         for step in range(1, steps + 1):
             loss = 8.0 + (last_loss - 8.0) * step / steps
-            row = {"step": step, "loss": loss, "lm_loss": loss - 0.1, "aux_loss": 0.1, "learning_rate": 1e-3,
-                   "tokens_per_second": 5000.0, "dropped": [0.05] * layers,
-                   "expert_load": generator.integers(1, 99, (layers, experts)).tolist()}  # fmt: skip
+            row = {
+                "step": step,
+                "loss": loss,
+                "lm_loss": loss - 0.1,
+                "aux_loss": 0.1,
+                "learning_rate": 1e-3,
+                "tokens_per_second": 5000.0,
+                "dropped": [0.05] * layers,
+                "expert_load": generator.integers(1, 99, (layers, experts)).tolist(),
+            }
             file.write(json.dumps(row) + "\n")
 
 
@@ -52,7 +69,11 @@ def test_corpus_says_what_it_holds(corpus: Path) -> None:
     digest = sha256((corpus / "tokenizer.model").read_bytes()).hexdigest()
     assert described["tokenizer_sha256"] == digest
     assert sorted(path.name for path in corpus.iterdir()) == [
-        "corpus.json", "eval.jsonl", "tokenizer.model", "train.jsonl"]  # fmt: skip
+        "corpus.json",
+        "eval.jsonl",
+        "tokenizer.model",
+        "train.jsonl",
+    ]
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

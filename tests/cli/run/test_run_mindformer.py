@@ -78,7 +78,7 @@ def refused(capsys, job, *arguments):
         (["--optimizer.beta1", 0.9], ["unknown key 'beta1'", "optimizer (AdamW)"]),
         (["--train_data", "a", "--train_dataset_dir", "b"], ["are one option"]),
     ],
-)  # fmt: skip
+)
 def test_a_bad_input_is_one_clear_message(job, capsys, monkeypatch, arguments, words):
     monkeypatch.chdir(job.parent)
     text = refused(capsys, job, *arguments)
@@ -134,9 +134,20 @@ def test_the_same_seed_gives_the_same_losses(whole, job):
 def kill_while_writing(job, output, at_least):
     """Start the job and kill it while a checkpoint file is half written, after ``at_least`` whole ones."""
     process = subprocess.Popen(
-        command(job, "--output_dir", output, "--callbacks.1.save_checkpoint_steps", 1,
-                "--callbacks.1.keep_checkpoint_max", 30), cwd=job.parent, env=environment(),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        command(
+            job,
+            "--output_dir",
+            output,
+            "--callbacks.1.save_checkpoint_steps",
+            1,
+            "--callbacks.1.keep_checkpoint_max",
+            30,
+        ),
+        cwd=job.parent,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     folder = output / "checkpoint" / "rank_0"
     deadline = time.time() + 240
     try:
@@ -211,8 +222,9 @@ def test_safetensors_are_saved_and_evaluated(job, tmp_path):
     assert run_job(config, "--output_dir", output, "--epochs", 1, cwd=tmp_path).returncode == 0
     resumed = run_job(config, "--output_dir", output, "--resume_training", "True", cwd=tmp_path)
     assert resumed.returncode == 2 and "from .ckpt only" in resumed.stderr
-    result = run_job(config, "--run_mode", "eval", "--output_dir", output, "--load_checkpoint", output / "checkpoint",
-                     cwd=tmp_path)  # fmt: skip
+    result = run_job(
+        config, "--run_mode", "eval", "--output_dir", output, "--load_checkpoint", output / "checkpoint", cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "(loss " in result.stdout
 
@@ -224,9 +236,26 @@ def test_finetuning_starts_from_a_checkpoint_and_counts_labels(whole, job, tmp_p
     labels[:, : SEQ // 2] = -100
     data = write_rows(tmp_path / "labelled.mindrecord", rows, labels=labels)
     output = tmp_path / "finetuned"
-    result = run_job(job, "--run_mode", "finetune", "--load_checkpoint", whole / "checkpoint", "--train_data", data,
-                     "--train_dataset.input_columns", "[input_ids, labels]", "--output_dir", output, "--epochs", 1,
-                     "--do_eval", "True", "--options", "eval_step_interval=5", cwd=tmp_path)  # fmt: skip
+    result = run_job(
+        job,
+        "--run_mode",
+        "finetune",
+        "--load_checkpoint",
+        whole / "checkpoint",
+        "--train_data",
+        data,
+        "--train_dataset.input_columns",
+        "[input_ids, labels]",
+        "--output_dir",
+        output,
+        "--epochs",
+        1,
+        "--do_eval",
+        "True",
+        "--options",
+        "eval_step_interval=5",
+        cwd=tmp_path,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     found = rows_of(output)
     assert len(found) == STEPS // 2

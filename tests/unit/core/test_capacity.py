@@ -18,9 +18,7 @@ def test_mixtral_figures(tokens: int, factor: float, multiple: int, slots: int) 
     assert expert_capacity(2, tokens, factor, 8, multiple) == slots
 
 
-@given(
-    st.integers(1, 8), st.integers(1, 10**6), st.floats(0.01, 16), st.integers(1, 64), st.integers(1, 8)
-)  # fmt: skip
+@given(st.integers(1, 8), st.integers(1, 10**6), st.floats(0.01, 16), st.integers(1, 64), st.integers(1, 8))
 def test_bounds(chosen: int, tokens: int, factor: float, experts: int, multiple: int) -> None:
     slots = expert_capacity(chosen, tokens, factor, experts, multiple)
     wanted = min(math.ceil(chosen * tokens * factor / experts), tokens)

@@ -17,22 +17,55 @@ from tests.helpers.specs import model_specs
 
 # the keys and values of the published Mixtral-8x7B file
 MIXTRAL: dict[str, Any] = {
-    "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
-    "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
-    "max_position_embeddings": 32768, "model_type": "mixtral", "num_attention_heads": 32, "num_experts_per_tok": 2,
-    "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8, "output_router_logits": False,
-    "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None,
-    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.36.0.dev0", "use_cache": True,
+    "architectures": ["MixtralForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mixtral",
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.36.0.dev0",
+    "use_cache": True,
     "vocab_size": 32000,
-}  # fmt: skip
+}
 LLAMA: dict[str, Any] = {
-    "_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1,
-    "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
-    "intermediate_size": 11008, "max_position_embeddings": 4096, "model_type": "llama", "num_attention_heads": 32,
-    "num_hidden_layers": 32, "num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
-    "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16", "transformers_version": "4.31.0.dev0",
-    "use_cache": True, "vocab_size": 32000,
-}  # fmt: skip
+    "_name_or_path": "meta-llama/Llama-2-7b-hf",
+    "architectures": ["LlamaForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.31.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
 MISTRAL = {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
 
 
@@ -51,9 +84,12 @@ def test_mixtral() -> None:
     assert (spec.model_type, spec.head_dim, spec.num_key_value_heads, spec.rope_theta) == ("mixtral", 128, 8, 1e6)
     assert (spec.max_position_embeddings, spec.pad_token_id, spec.tie_word_embeddings) == (32768, -1, False)
     assert spec.moe == MoESpec(
-        num_local_experts=8, num_experts_per_tok=2, capacity_factor=0.0, aux_losses=(("expert", 0.04),),
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        capacity_factor=0.0,
+        aux_losses=(("expert", 0.04),),
         aux_loss_reduce="mean",
-    )  # fmt: skip
+    )
 
 
 def test_llama_and_windowless_mistral_are_the_same_model() -> None:
@@ -108,9 +144,18 @@ def test_head_dim_is_optional_and_free() -> None:
 @given(model_specs())
 def test_round_trip(spec: ModelSpec) -> None:
     if spec.moe:
-        spec = replace(spec, moe=replace(spec.moe, use_gating_sigmoid=False, norm_topk_prob=True, topk_method="greedy",
-                                         routed_scaling_factor=1.0, balance_via_topk_bias=False,
-                                         norm_single_choice=spec.moe.num_experts_per_tok == 1))  # fmt: skip
+        spec = replace(
+            spec,
+            moe=replace(
+                spec.moe,
+                use_gating_sigmoid=False,
+                norm_topk_prob=True,
+                topk_method="greedy",
+                routed_scaling_factor=1.0,
+                balance_via_topk_bias=False,
+                norm_single_choice=spec.moe.num_experts_per_tok == 1,
+            ),
+        )
         factors = tuple((kind, factor / 4) for kind, factor in spec.moe.aux_losses)
         spec = replace(spec, moe=replace(spec.moe, aux_losses=factors))
     if spec.eos_token_id < 0:
@@ -140,8 +185,10 @@ def test_what_transformers_does_not_compute_is_not_written(change: dict[str, Any
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (MIXTRAL | {"num_expert_per_tok": 2},
-         ["unknown key 'num_expert_per_tok'", "did you mean 'num_experts_per_tok'?"]),
+        (
+            MIXTRAL | {"num_expert_per_tok": 2},
+            ["unknown key 'num_expert_per_tok'", "did you mean 'num_experts_per_tok'?"],
+        ),
         (LLAMA | {"num_local_experts": 8}, ["unknown key 'num_local_experts'"]),
         (LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_scaling=", "is not built"]),
         (LLAMA | {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["'llama3' is not built", "factor=8.0"]),
@@ -160,7 +207,7 @@ def test_what_transformers_does_not_compute_is_not_written(change: dict[str, Any
         (MIXTRAL | {"eos_token_id": []}, ["eos_token_id=[]"]),
         ({}, ["model_type=None"]),
     ],
-)  # fmt: skip
+)
 def test_refusals(config: dict[str, Any], words: list[str]) -> None:
     text = refusal(config)
     for word in words:

@@ -28,19 +28,31 @@ from mindformers_ext.core.spec import KernelSpec, ModelSpec, MoESpec, NetworkSpe
 from mindformers_ext.core.stages import layer_stage, open_parts
 
 MODEL = ModelSpec(
-    vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=8, head_dim=128, moe=MoESpec(num_local_experts=8, num_experts_per_tok=2, capacity_factor=1.1),
-)  # fmt: skip
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    moe=MoESpec(num_local_experts=8, num_experts_per_tok=2, capacity_factor=1.1),
+)
 SEED = NetworkSpec(
     model=MODEL,
     seq_length=4096,
     numerics=NumericsSpec(compute_dtype="float16", param_dtype="float32"),
     kernels=KernelSpec(flash_attention=True),
     parallel=ParallelSpec(
-        data_parallel=8, expert_parallel=8, pipeline_stage=2, micro_batch_num=16, enable_alltoall=True,
-        vocab_emb_dp=False, enable_parallel_optimizer=True, device_num=16,
+        data_parallel=8,
+        expert_parallel=8,
+        pipeline_stage=2,
+        micro_batch_num=16,
+        enable_alltoall=True,
+        vocab_emb_dp=False,
+        enable_parallel_optimizer=True,
+        device_num=16,
     ),
-)  # fmt: skip
+)
 ALL_LAYERS = StepSettings(recompute=RecomputeSpec(frozenset(range(32))))
 
 
@@ -153,8 +165,10 @@ def test_half_batches_in_turn_double_the_work() -> None:
 
 def test_operations_do_not_depend_on_the_split() -> None:
     """Model parallel cuts a layer's products; the slots it rounds up are all that it adds."""
-    one, four = layer_operations(cut(data_parallel=8)), layer_operations(cut(data_parallel=2, model_parallel=4,
-                                                                             use_seq_parallel=True))  # fmt: skip
+    one, four = (
+        layer_operations(cut(data_parallel=8)),
+        layer_operations(cut(data_parallel=2, model_parallel=4, use_seq_parallel=True)),
+    )
     assert 4 * four == pytest.approx(one, rel=0.01)
 
 
@@ -167,8 +181,10 @@ def test_splits_that_fit() -> None:
         assert step_rows(split.spec, split.settings) == 128 and split.memory.total <= 64 * 10**9
     assert [split.cost.seconds for split in splits] == sorted(split.cost.seconds for split in splits)
     assert not fitting_splits(SEED, ALL_LAYERS, 8 * 10**9)
-    parts = {(split.spec.parallel.pipeline_stage, split.spec.parallel.pp_interleave_num)
-             for split in fitting_splits(interleaved(4), ALL_LAYERS, 64 * 10**9)}  # fmt: skip
+    parts = {
+        (split.spec.parallel.pipeline_stage, split.spec.parallel.pp_interleave_num)
+        for split in fitting_splits(interleaved(4), ALL_LAYERS, 64 * 10**9)
+    }
     assert {(2, 4), (8, 4)} <= parts <= {(1, 1), (2, 4), (4, 4), (8, 4)}  # 16 stages have no 4 layers each
 
 
@@ -241,14 +257,21 @@ def test_the_readme_s_example_reads(name: str, repo_root: Path) -> None:
 def test_a_whole_layer_has_no_parts_and_feed_forward_holds_its_product() -> None:
     words = {"recompute": [1], "select_recompute": {"feed_forward": True, "feed_forward.mul": True, "attention": [2]}}
     assert [sorted(recompute(words).parts_of(layer)) for layer in range(4)] == [
-        [], ["attention", "feed_forward"], ["feed_forward"], ["feed_forward"]]  # fmt: skip
+        [],
+        ["attention", "feed_forward"],
+        ["feed_forward"],
+        ["feed_forward"],
+    ]
 
 
 def test_grouped_experts_keep_their_product() -> None:
     with pytest.raises(UserError, match="use_gmm makes a part of its experts: select feed_forward"):
         recompute({"select_recompute": True}, gmm=True)
-    for words in ({"select_recompute": [0, 0]}, {"select_recompute": True, "recompute": True},
-                  {"select_recompute": ["feed_forward", "feed_forward.mul"]}):  # fmt: skip
+    for words in (
+        {"select_recompute": [0, 0]},
+        {"select_recompute": True, "recompute": True},
+        {"select_recompute": ["feed_forward", "feed_forward.mul"]},
+    ):
         recompute(words, gmm=True)
 
 
@@ -288,8 +311,10 @@ def test_exchanges_that_are_not_repeated_are_kept() -> None:
 def test_parts_cost_what_they_repeat() -> None:
     every = frozenset(range(32))
     none, whole = split_cost(SEED, StepSettings()), split_cost(SEED, ALL_LAYERS)
-    costs = {part: split_cost(SEED, StepSettings(recompute=RecomputeSpec(selected=((part, every),))))
-             for part in ("attention", "feed_forward", "swiglu")}  # fmt: skip
+    costs = {
+        part: split_cost(SEED, StepSettings(recompute=RecomputeSpec(selected=((part, every),))))
+        for part in ("attention", "feed_forward", "swiglu")
+    }
     more = {part: cost.operations - none.operations for part, cost in costs.items()}
     assert more["swiglu"] == 0 and more["attention"] + more["feed_forward"] == whole.operations - none.operations
     assert more["attention"] == 16 * 16 * 2 * 4096 * (4096 * 2 * (32 + 8) * 128 + 4096 * 4096)  # micro batches, layers

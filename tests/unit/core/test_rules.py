@@ -23,15 +23,28 @@ from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, ParallelS
 from tests.helpers.specs import network_specs
 
 MODEL = ModelSpec(
-    vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=8, head_dim=128, moe=MoESpec(num_local_experts=8, num_experts_per_tok=2),
-)  # fmt: skip
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    moe=MoESpec(num_local_experts=8, num_experts_per_tok=2),
+)
 SEED = NetworkSpec(
     model=MODEL,
     seq_length=4096,
-    parallel=ParallelSpec(data_parallel=8, expert_parallel=8, pipeline_stage=2, micro_batch_num=16,
-                          enable_alltoall=True, vocab_emb_dp=False, device_num=16),
-)  # fmt: skip
+    parallel=ParallelSpec(
+        data_parallel=8,
+        expert_parallel=8,
+        pipeline_stage=2,
+        micro_batch_num=16,
+        enable_alltoall=True,
+        vocab_emb_dp=False,
+        device_num=16,
+    ),
+)
 
 
 BALANCED = MoESpec(num_local_experts=8, num_experts_per_tok=2, balance_via_topk_bias=True)
@@ -54,23 +67,40 @@ def test_the_seed_fits() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"device_num": 8}, ["8*1*2*1 = 16 is not the device count 8",
-                             "data_parallel=8, model_parallel=1, pipeline_stage=1"]),
+        (
+            {"device_num": 8},
+            ["8*1*2*1 = 16 is not the device count 8", "data_parallel=8, model_parallel=1, pipeline_stage=1"],
+        ),
         ({"data_parallel": 3}, ["3*1*2*1 = 6", "data_parallel=8, model_parallel=1, pipeline_stage=2"]),
         ({"expert_parallel": 16}, ["expert_parallel=16 exceeds data_parallel=8", "expert_parallel that fits is 8"]),
-        ({"expert_parallel": 3}, ["data_parallel=8 is not a multiple of expert_parallel=3", "fits is 2",
-                                  "expert_num=8 is not a multiple of expert_parallel=3"]),
+        (
+            {"expert_parallel": 3},
+            [
+                "data_parallel=8 is not a multiple of expert_parallel=3",
+                "fits is 2",
+                "expert_num=8 is not a multiple of expert_parallel=3",
+            ],
+        ),
         ({"context_parallel": 2}, ["context_parallel=2", "set context_parallel: 1"]),
-        ({"model_parallel": 16, "data_parallel": 1, "pipeline_stage": 1, "expert_parallel": 1,
-          "use_seq_parallel": True},
-         ["n_kv_heads=8 is not a multiple of model_parallel=16", "divides every width is 8"]),
+        (
+            {
+                "model_parallel": 16,
+                "data_parallel": 1,
+                "pipeline_stage": 1,
+                "expert_parallel": 1,
+                "use_seq_parallel": True,
+            },
+            ["n_kv_heads=8 is not a multiple of model_parallel=16", "divides every width is 8"],
+        ),
         ({"micro_batch_num": 1}, ["micro_batch_num=1 is below pipeline_stage=2", "at least 2"]),
-        ({"data_parallel": 4, "expert_parallel": 4, "model_parallel": 2},
-         ["model_parallel=2 with experts", "set parallel_config.use_seq_parallel: True"]),
+        (
+            {"data_parallel": 4, "expert_parallel": 4, "model_parallel": 2},
+            ["model_parallel=2 with experts", "set parallel_config.use_seq_parallel: True"],
+        ),
         ({"data_parallel": 0}, ["data_parallel=0"]),
         ({"micro_batch_num": True}, ["micro_batch_num=True"]),
     ],
-)  # fmt: skip
+)
 def test_broken_sizes_are_named(changes: dict[str, Any], words: list[str]) -> None:
     text = refusal(with_sizes(**changes))
     for word in words:
@@ -119,8 +149,15 @@ def test_rules_of_run_modes() -> None:
 def test_experts_on_several_devices_need_their_exchange() -> None:
     spec = with_sizes(enable_alltoall=False)
     assert "set parallel.enable_alltoall: True" in refusal(spec)
-    assert any("enable_alltoall=False" in line for line in check_network(replace(spec, parallel=replace(
-        spec.parallel, pipeline_stage=1, data_parallel=8, device_num=8), batch_size=8), "predict"))  # fmt: skip
+    assert any(
+        "enable_alltoall=False" in line
+        for line in check_network(
+            replace(
+                spec, parallel=replace(spec.parallel, pipeline_stage=1, data_parallel=8, device_num=8), batch_size=8
+            ),
+            "predict",
+        )
+    )
 
 
 @pytest.mark.parametrize(
@@ -128,18 +165,22 @@ def test_experts_on_several_devices_need_their_exchange() -> None:
     [
         (with_sizes(vocab_emb_dp=True), "vocab_emb_dp becomes False"),
         (with_sizes(pipeline_stage=1, device_num=8), "micro_batch_num=16 has no effect"),
-        (with_sizes(data_parallel=3, expert_parallel=1, enable_parallel_optimizer=True, device_num=6),
-         "vocab_size=32000"),
+        (
+            with_sizes(data_parallel=3, expert_parallel=1, enable_parallel_optimizer=True, device_num=6),
+            "vocab_size=32000",
+        ),
         (with_sizes(pipeline_stage=1, device_num=8, pp_interleave_num=2), "pp_interleave_num=2 has no effect"),
         (with_sizes(pipeline_interleave=True), "no stage has several parts"),
         (with_sizes(parallel_mode="data_parallel"), "gradients_mean=False has no effect"),
         (with_sizes(parallel_mode="data_parallel"), "data_parallel=8, pipeline_stage=2, expert_parallel=8"),
         (replace(SEED, model=replace(MODEL, moe=None)), "expert_parallel=8 has no effect"),
         (replace(with_sizes(pipeline_stage=1, device_num=8), model=replace(MODEL, moe=BALANCED)), "never moves"),
-        (replace(SEED, return_extra_loss=False, model=replace(MODEL, moe=replace(MODEL.moe, z_loss_factor=0.1))),
-         "return_extra_loss=False"),
+        (
+            replace(SEED, return_extra_loss=False, model=replace(MODEL, moe=replace(MODEL.moe, z_loss_factor=0.1))),
+            "return_extra_loss=False",
+        ),
     ],
-)  # fmt: skip
+)
 def test_warnings(spec: NetworkSpec, word: str) -> None:
     assert any(word in line for line in check_network(spec))
 
@@ -195,9 +236,16 @@ def test_accepted_means_exactly_the_rules(
     dp: int, mp: int, pp: int, ep: int, micro: int, devices: int, cut: bool
 ) -> None:
     devices = devices or dp * mp * pp
-    sizes = ParallelSpec(data_parallel=dp, model_parallel=mp, pipeline_stage=pp, expert_parallel=ep,
-                         micro_batch_num=micro, use_seq_parallel=cut, enable_alltoall=True,
-                         device_num=devices)  # fmt: skip
+    sizes = ParallelSpec(
+        data_parallel=dp,
+        model_parallel=mp,
+        pipeline_stage=pp,
+        expert_parallel=ep,
+        micro_batch_num=micro,
+        use_seq_parallel=cut,
+        enable_alltoall=True,
+        device_num=devices,
+    )
     fits = (
         dp * mp * pp == devices
         and mp <= 8  # key-value heads
@@ -218,8 +266,14 @@ def test_accepted_means_exactly_the_rules(
 def test_the_suggested_sizes_fit(spec: NetworkSpec) -> None:
     dp, mp, pp = nearest_sizes(spec.parallel, spec.model)
     assert dp * mp * pp == spec.parallel.device_num
-    sizes = ParallelSpec(data_parallel=dp, model_parallel=mp, pipeline_stage=pp, micro_batch_num=pp,
-                         use_seq_parallel=True, device_num=spec.parallel.device_num)  # fmt: skip
+    sizes = ParallelSpec(
+        data_parallel=dp,
+        model_parallel=mp,
+        pipeline_stage=pp,
+        micro_batch_num=pp,
+        use_seq_parallel=True,
+        device_num=spec.parallel.device_num,
+    )
     try:
         check_network(replace(spec, parallel=sizes))
     except UserError as error:  # only rules that no choice of sizes can mend

@@ -44,7 +44,7 @@ def exact(logits: np.ndarray, temperature: float = 1.0, kept: int | None = None)
         ({"repetition_penalty": 2.0}, exact(np.array([1.0, 1.5, 2.5, -2.0, 2.9, 0.0, 2.5, -4.0]))),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_draws_have_the_exact_distribution(words, expected):
     """Chi-square over 20 000 draws; 0.1 percent of right samplers would fail, but the seed is fixed."""
     spec = replace(OPEN, seed=3, **words)
@@ -118,7 +118,7 @@ def test_words_of_a_yaml():
         ({"min_length": -1}, "min_length=-1"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_wrong_words_are_named(words, message):
     with pytest.raises(UserError, match=message.replace("[", r"\[")):
         sampling_from_yaml(words, [2], 0)

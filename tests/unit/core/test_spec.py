@@ -12,9 +12,15 @@ from tests.helpers.specs import model_specs
 
 MOE = MoESpec(num_local_experts=8, num_experts_per_tok=2)
 MODEL = ModelSpec(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, moe=MOE,
-)  # fmt: skip
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    moe=MOE,
+)
 
 
 def broken(spec: MoESpec | ModelSpec | NumericsSpec) -> list[str]:

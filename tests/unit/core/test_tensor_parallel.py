@@ -43,13 +43,31 @@ def networks() -> st.SearchStrategy[NetworkSpec]:
 
     def network(groups: int, shared: int, width: int, ffn: int, vocab: int, experts: int, tied: bool) -> NetworkSpec:
         moe = MoESpec(num_local_experts=experts, num_experts_per_tok=1) if experts else None
-        return NetworkSpec(seq_length=8, model=ModelSpec(
-            vocab_size=vocab, hidden_size=24, intermediate_size=12 * ffn,
-            num_hidden_layers=2, num_attention_heads=12 * groups * shared, num_key_value_heads=12 * groups,
-            head_dim=width, tie_word_embeddings=tied, moe=moe))  # fmt: skip
+        return NetworkSpec(
+            seq_length=8,
+            model=ModelSpec(
+                vocab_size=vocab,
+                hidden_size=24,
+                intermediate_size=12 * ffn,
+                num_hidden_layers=2,
+                num_attention_heads=12 * groups * shared,
+                num_key_value_heads=12 * groups,
+                head_dim=width,
+                tie_word_embeddings=tied,
+                moe=moe,
+            ),
+        )
 
-    return st.builds(network, st.integers(1, 2), st.integers(1, 3), st.sampled_from([2, 4]), st.integers(1, 3),
-                     st.integers(10, 40), st.sampled_from([0, 3, 4]), st.booleans())  # fmt: skip
+    return st.builds(
+        network,
+        st.integers(1, 2),
+        st.integers(1, 3),
+        st.sampled_from([2, 4]),
+        st.integers(1, 3),
+        st.integers(10, 40),
+        st.sampled_from([0, 3, 4]),
+        st.booleans(),
+    )
 
 
 @given(networks(), st.sampled_from([1, 2, 3, 4, 6, 12]))
@@ -73,8 +91,9 @@ def test_parts_make_the_whole_and_are_the_shapes_of_a_smaller_network(spec: Netw
 
 def test_memory_of_a_device_follows_from_the_shapes() -> None:
     model, positions, rows = SPEC.model, 4096, 3
-    found = prediction_memory(replace(SPEC, model=replace(model, moe=replace(model.experts, capacity_factor=0.0))), 8,
-                              rows, 2048, positions)  # fmt: skip
+    found = prediction_memory(
+        replace(SPEC, model=replace(model, moe=replace(model.experts, capacity_factor=0.0))), 8, rows, 2048, positions
+    )
     shared = 32000 * 4096 * 2 + (2 * 32 + 1) * 4096 * 2 + 32 * 8 * 4096 * 4  # embedding, norms, routers
     cut = 32000 * 4096 + 32 * ((2 * 4096 + 2 * 1024) * 4096 + 8 * 3 * 14336 * 4096)
     assert found.weights == shared + 2 * cut // 8
@@ -86,18 +105,20 @@ def test_memory_of_a_device_follows_from_the_shapes() -> None:
     ("changes", "devices", "messages"),
     [
         ({}, 4, ["over all 4 devices by model_parallel", "set data_parallel: 1, model_parallel: 4"]),
-        ({"parallel_config__data_parallel": 2, "parallel_config__model_parallel": 4}, 8,
-         ["here data_parallel=2, model_parallel=4", "set data_parallel: 1, model_parallel: 8"]),
+        (
+            {"parallel_config__data_parallel": 2, "parallel_config__model_parallel": 4},
+            8,
+            ["here data_parallel=2, model_parallel=4", "set data_parallel: 1, model_parallel: 8"],
+        ),
         ({"parallel__parallel_mode": 0}, 8, ["model_parallel=1", "with parallel.parallel_mode: 1"]),
         ({"model__model_config__n_kv_heads": 4}, 8, ["n_kv_heads=4 is not a multiple of model_parallel=8"]),
-        ({"model__model_config__type": "Other", "moe_config__expert_num": 1}, 8,
-         ["predictions of our networks alone"]),
+        ({"model__model_config__type": "Other", "moe_config__expert_num": 1}, 8, ["predictions of our networks alone"]),
         ({"model__model_config__max_decode_length": -4}, 8, ["max_length (max_decode_length)=-4"]),
         ({"predict_batch_size": 0}, 8, ["predict_batch_size=0: give a whole number above 0"]),
         ({"context__max_device_memory": "much"}, 8, ["context.max_device_memory 'much': write a number and a unit"]),
         ({"context__jit_config": "{jit_level: O7}"}, 8, ["write jit_level: one of O0, O1, O2"]),
     ],
-)  # fmt: skip
+)
 def test_refused(changes: dict[str, Any], devices: int, messages: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         plan_dry_run(words(**changes), "predict.yaml", devices, "all", Path("out"))
@@ -109,7 +130,8 @@ def test_too_little_memory_names_the_devices_that_are_enough() -> None:
     with pytest.raises(UserError) as caught:
         plan_dry_run(words(**two), "predict.yaml", 2, "0", Path("out"), "32GB")
     assert "each device needs 46." in str(caught.value) and "4 devices with model_parallel 4 are enough" in str(
-        caught.value)  # fmt: skip
+        caught.value
+    )
     with pytest.raises(UserError, match="no number of devices up to 8 is enough"):
         plan_dry_run(words(**two), "predict.yaml", 2, "0", Path("out"), "8GB")
     warned = plan_dry_run(words(**two, context__max_device_memory="40GB"), "predict.yaml", 2, "0", Path("out"))
@@ -138,7 +160,9 @@ def test_what_has_no_effect_is_said() -> None:
     idle = words(parallel_config__use_seq_parallel=True, parallel__enable_parallel_optimizer=True)
     notes = plan_dry_run(idle, "predict.yaml", 8, "0", Path("out")).notes
     assert [note.partition(" has no effect on prediction")[0] for note in notes if "on prediction" in note] == [
-        "use_seq_parallel=True", "enable_parallel_optimizer=True"]
+        "use_seq_parallel=True",
+        "enable_parallel_optimizer=True",
+    ]
     assert not any("leave its parameters whole" in note for note in notes)
 
 

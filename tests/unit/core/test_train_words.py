@@ -41,14 +41,23 @@ def test_the_order_of_rows_is_mindspores() -> None:
 @pytest.mark.parametrize(
     ("words", "steps", "rates"),
     [
-        ({"type": "CosineWithWarmUpLR", "learning_rate": 1.0, "lr_end": 0.1, "warmup_ratio": 0.1, "total_steps": -1},
-         (0, 1, 2, 11, 20), (0.0, 0.5, 1.0, 0.55, 0.1)),
-        ({"type": "LinearWithWarmUpLR", "learning_rate": 1.0, "warmup_steps": 4, "total_steps": 20},
-         (0, 2, 4, 12, 30), (0.0, 0.5, 1.0, 0.5, 0.0)),
-        ({"type": "ConstantWarmUpLR", "learning_rate": 1.0, "warmup_steps": 4, "warmup_lr_init": 0.2},
-         (0, 2, 4, 30), (0.2, 0.6, 1.0, 1.0)),
+        (
+            {"type": "CosineWithWarmUpLR", "learning_rate": 1.0, "lr_end": 0.1, "warmup_ratio": 0.1, "total_steps": -1},
+            (0, 1, 2, 11, 20),
+            (0.0, 0.5, 1.0, 0.55, 0.1),
+        ),
+        (
+            {"type": "LinearWithWarmUpLR", "learning_rate": 1.0, "warmup_steps": 4, "total_steps": 20},
+            (0, 2, 4, 12, 30),
+            (0.0, 0.5, 1.0, 0.5, 0.0),
+        ),
+        (
+            {"type": "ConstantWarmUpLR", "learning_rate": 1.0, "warmup_steps": 4, "warmup_lr_init": 0.2},
+            (0, 2, 4, 30),
+            (0.2, 0.6, 1.0, 1.0),
+        ),
     ],
-)  # fmt: skip
+)
 def test_schedules(words: dict, steps: tuple, rates: tuple) -> None:
     problems = Problems("test")
     schedule = schedule_from_yaml({"lr_schedule": words}, 20, 10, problems)
@@ -79,8 +88,9 @@ def spec_of(**changes: object) -> tuple[TrainSpec, list[str]]:
 
 def test_an_older_yaml() -> None:
     spec, notes = spec_of()
-    assert spec.schedule == Schedule(kind="CosineWithWarmUpLR", learning_rate=1e-5, lr_end=1e-6, warmup_steps=30,
-                                     total_steps=1000, decay_steps=1000)  # fmt: skip
+    assert spec.schedule == Schedule(
+        kind="CosineWithWarmUpLR", learning_rate=1e-5, lr_end=1e-6, warmup_steps=30, total_steps=1000, decay_steps=1000
+    )
     assert spec.optimizer.betas == (0.9, 0.95) and spec.optimizer.bias_correction and spec.optimizer.weight_decay == 0
     assert (spec.loss_scale.value, spec.loss_scale.window) == (65535, 1000)
     assert spec.max_grad_norm == 1.0 and spec.recompute and spec.steps == 1000

@@ -30,9 +30,21 @@ def test_a_real_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-5", 1e-5), ("1.e-8", 1e-8), ("3e4", 3e4), ("-2.5E+3", -2500.0), ("e5", "e5"), ("1e", "1e"), ("12", 12),
-     ("None", "None"), ("null", None), ("", None), ("a: b", {"a": "b"}), ("yes", True)],
-)  # fmt: skip
+    [
+        ("1e-5", 1e-5),
+        ("1.e-8", 1e-8),
+        ("3e4", 3e4),
+        ("-2.5E+3", -2500.0),
+        ("e5", "e5"),
+        ("1e", "1e"),
+        ("12", 12),
+        ("None", "None"),
+        ("null", None),
+        ("", None),
+        ("a: b", {"a": "b"}),
+        ("yes", True),
+    ],
+)
 def test_values(text: str, value: object) -> None:
     assert parse_yaml(text, "value") == value
 
@@ -68,8 +80,9 @@ def test_broken_files(tmp_path: Path, text: str, words: str) -> None:
 TEXTS = st.text("ae1.-+_: #'\"N") | st.sampled_from(["None", "1e-5", "yes", "0x1F"])
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abe1."), inner, max_size=3), max_leaves=8,
-)  # fmt: skip
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abe1."), inner, max_size=3),
+    max_leaves=8,
+)
 
 
 @settings(max_examples=150, deadline=None)

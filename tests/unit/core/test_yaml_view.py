@@ -64,9 +64,13 @@ def test_the_pretrain_file() -> None:
     assert (model.num_key_value_heads, model.head_dim, model.max_position_embeddings) == (8, 128, 4096)
     assert (model.rope_theta, model.initializer_range, model.model_type) == (1e6, 0.01, "mixtral")
     assert moe == MoESpec(
-        num_local_experts=8, num_experts_per_tok=2, capacity_factor=1.1, enable_sdrop=True,
-        aux_losses=(("expert", 0.05),), topk_bias_update_rate=0.001,
-    )  # fmt: skip
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        capacity_factor=1.1,
+        enable_sdrop=True,
+        aux_losses=(("expert", 0.05),),
+        topk_bias_update_rate=0.001,
+    )
     assert (parallel.data_parallel, parallel.expert_parallel, parallel.pipeline_stage) == (8, 8, 2)
     assert (parallel.parallel_mode, parallel.device_num, parallel.enable_alltoall) == ("semi_auto_parallel", 16, True)
     assert (spec.numerics.compute_dtype, spec.numerics.param_dtype, spec.seq_length) == ("float16", "float32", 4096)
@@ -87,9 +91,13 @@ def test_an_almost_empty_file_takes_mindformers_defaults() -> None:
 )
 def test_feed_forward_width_as_llama_computes_it(hidden: int, multiple: int, factor: float | None, width: int) -> None:
     config = in_model(
-        intermediate_size=None, hidden_size=hidden, multiple_of=multiple, ffn_dim_multiplier=factor, num_heads=4,
+        intermediate_size=None,
+        hidden_size=hidden,
+        multiple_of=multiple,
+        ffn_dim_multiplier=factor,
+        num_heads=4,
         n_kv_heads=4,
-    )  # fmt: skip
+    )
     assert network_spec_from_yaml(config, 16).model.intermediate_size == width
 
 
@@ -222,7 +230,7 @@ def test_parallel_modes(mode: object, name: str) -> None:
         (pretrain(moe_config="experts"), ["moe_config='experts' is not a section"]),
         ({"model": {}}, ["model.model_config is missing"]),
     ],
-)  # fmt: skip
+)
 def test_refusals(config: dict[str, Any], words: list[str]) -> None:
     text = refusal(config)
     for word in words:

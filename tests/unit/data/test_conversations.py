@@ -94,8 +94,9 @@ def test_rows_are_mindformers(real_tokenizer: Path, shared_data: Path, tmp_path:
     rows = encode_conversations(tokenizer, read(tmp_path, as_records(talks)), SPECIAL, 257)
     assert hashes(rows) == golden[2:]
     rows = encode_conversations(tokenizer, read(tmp_path, as_records(talks)), SPECIAL, 3000)
-    assert [answers_of(row, tokenizer) for row in rows] == [[text for who, text in turns if who == "gpt"]
-                                                            for turns in talks]  # fmt: skip
+    assert [answers_of(row, tokenizer) for row in rows] == [
+        [text for who, text in turns if who == "gpt"] for turns in talks
+    ]
 
 
 @pytest.mark.parametrize(

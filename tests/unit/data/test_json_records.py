@@ -19,8 +19,10 @@ TEXTS = ["", "a", '{["]},\\', "é漢\U0001f600", "two\nlines", "x" * 50]
 
 def make_records(count: int) -> list[dict[str, object]]:
     chance = random.Random(count)
-    return [{name: chance.choice(TEXTS) for name in chance.sample(string.ascii_letters, 3)} | {"n": [1.5, None, {}]}
-            for _ in range(count)]  # fmt: skip
+    return [
+        {name: chance.choice(TEXTS) for name in chance.sample(string.ascii_letters, 3)} | {"n": [1.5, None, {}]}
+        for _ in range(count)
+    ]
 
 
 def as_list(records: list[dict[str, object]], **more: object) -> str:

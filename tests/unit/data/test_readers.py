@@ -92,8 +92,7 @@ def test_cutting_loses_nothing(text: str, blank: bool, limit: int) -> None:
 
 
 def test_cuts_stand_between_words_where_there_are_words() -> None:
-    assert list(cut("alpha beta gamma", SHORT)) == [
-        Fragment("alpha", True, False), Fragment("beta gamma", False, True)]  # fmt: skip
+    assert list(cut("alpha beta gamma", SHORT)) == [Fragment("alpha", True, False), Fragment("beta gamma", False, True)]
     assert [item.glued for item in cut("中" * 25, SHORT)] == [False, True, True]
     assert [item.text for item in cut("x" * 8 + "<unk>", SHORT)] == ["x" * 8, "<unk>"]
 

@@ -116,9 +116,18 @@ def header(**words: object) -> bytes:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\x05", b"hello, this is plain text", b"\xff" * 100, header(), header(schema=[]), header(schema=[{"a": 1}]),
-     header(schema=[{"schema": ["input_ids"]}]), header(schema=[{"schema": {"input_ids": 3}}])[:-9]],
-)  # fmt: skip
+    [
+        b"",
+        b"\x05",
+        b"hello, this is plain text",
+        b"\xff" * 100,
+        header(),
+        header(schema=[]),
+        header(schema=[{"a": 1}]),
+        header(schema=[{"schema": ["input_ids"]}]),
+        header(schema=[{"schema": {"input_ids": 3}}])[:-9],
+    ],
+)
 def test_what_is_no_mindrecord_is_told(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "a.mindrecord"
     path.write_bytes(data)

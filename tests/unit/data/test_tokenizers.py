@@ -95,14 +95,27 @@ def test_the_cache_is_bounded(tokenizer: SentencePieceTokenizer, monkeypatch: py
         assert len(encoder._known) <= 101 and max(map(len, encoder._known)) < 30
 
 
-@pytest.mark.parametrize("normal", [{"normalization_rule_name": "nmt_nfkc"}, {"remove_extra_whitespaces": True},
-                                    {"model_type": "unigram"}, {"split_by_whitespace": False},
-                                    {"byte_fallback": False}])  # fmt: skip
+@pytest.mark.parametrize(
+    "normal",
+    [
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"remove_extra_whitespaces": True},
+        {"model_type": "unigram"},
+        {"split_by_whitespace": False},
+        {"byte_fallback": False},
+    ],
+)
 def test_other_models_are_encoded_text_by_text(documents: list[str], tmp_path: Path, normal: dict) -> None:
     import sentencepiece
 
-    settings = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
-                "remove_extra_whitespaces": False, "vocab_size": 700, "minloglevel": 2} | normal  # fmt: skip
+    settings = {
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "vocab_size": 700,
+        "minloglevel": 2,
+    } | normal
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(documents[:200]), model_prefix=str(tmp_path / "other"), **settings
     )
@@ -157,8 +170,9 @@ def hf_folder(tokenizer: SentencePieceTokenizer, tmp_path_factory: pytest.TempPa
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     made = Tokenizer(models.BPE(vocabulary, ordered, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                      decoders.Strip(" ", 1, 0)])  # fmt: skip
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     made.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in pieces[:3]])
     folder = tmp_path_factory.mktemp("hf")
     made.save(str(folder / "tokenizer.json"))

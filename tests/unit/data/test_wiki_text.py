@@ -18,9 +18,11 @@ ALPHABET = "()[]{}\"'  \n=@-.,sN:;?!a\xb0\xa0"
 # What MindFormers r1.7's wikitext_clean and its paragraph rule give for the WikiText-2 validation split: characters of
 # the cleaned text, its hash, paragraphs trained on, their hash (joined by "\0"); made by running that function.
 GOLDEN = (
-    1076890, "690623f8b014db8936214a63f29caee6503f4b9a21f0e883957c278868a9be34",
-    533, "994e526fde3a59ed73a0154a12057ecff56a7972715abbaa6a64759854050a93",
-)  # fmt: skip
+    1076890,
+    "690623f8b014db8936214a63f29caee6503f4b9a21f0e883957c278868a9be34",
+    533,
+    "994e526fde3a59ed73a0154a12057ecff56a7972715abbaa6a64759854050a93",
+)
 
 
 def at_once(text: str) -> str:

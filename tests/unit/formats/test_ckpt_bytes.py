@@ -28,9 +28,12 @@ def same(left, right):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    row=st.sampled_from(TABLE), shape=st.lists(st.integers(1, 6), max_size=4), slice_bytes=st.integers(1, 100),
-    start=st.integers(0, 5), seed=st.integers(0, 9),
-)  # fmt: skip
+    row=st.sampled_from(TABLE),
+    shape=st.lists(st.integers(1, 6), max_size=4),
+    slice_bytes=st.integers(1, 100),
+    start=st.integers(0, 5),
+    seed=st.integers(0, 9),
+)
 def test_round_trip_in_any_slices(tmp_path_factory, row, shape, slice_bytes, start, seed):
     path = tmp_path_factory.mktemp("ckpt") / "x.ckpt"
     rng = np.random.default_rng(seed)
@@ -95,25 +98,32 @@ def value(name, dims, kind, data, crc=False):
     return bytes_field(1, bytes_field(1, name.encode()) + bytes_field(2, tensor))
 
 
-@pytest.mark.parametrize("raw, message", [
-    (b"", "holds no parameters"),
-    (value("a", [2], "Float32", b"1234"), r"'a' \(2,\) of Float32 needs 8 bytes, found 4"),
-    (value("a", [2**40, 2**40], "Float32", b"1234"), "found 4"),
-    (value("a", [1], "Float32", b"12345678"), "needs 4 bytes, found 8"),
-    (value("a", [1], "Float9", b"1234"), "has type Float9"),
-    (value("a", [1], "Float32", b"1234") + value("b", [1], "Float32", b"1234") + value("a", [1], "Float32", b"1234"),
-     "holds 'a' twice"),
-    (value("a", [2], "Float32", b"1234") + value("a", [1], "Float32", b"1234"), "different shapes or types"),
-    (value("a", [1] * 33, "Float32", b"1234"), "more than 32 dimensions"),
-    (value("a" * 5000, [1], "Float32", b"1234"), "5000 bytes that is not text"),
-    (bytes_field(1, bytes_field(1, b"a")), "has no name or no tensor"),
-    (bytes_field(1, bytes_field(1, b"a") * 2), "repeats a field"),
-    (bytes_field(1, bytes_field(1, b"a") + bytes_field(2, b"")), "has no type or no data"),
-    (bytes_field(1, bytes_field(1, b"a") + bytes_field(3, b"")), "hash-table"),
-    (bytes_field(1, bytes_field(1, b"a") + bytes_field(2, varint_field(1, 2**63))), "number out of range"),
-    (b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", "number out of range"),
-    (b"PK\x03\x04 a zip archive", "unknown field"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "raw, message",
+    [
+        (b"", "holds no parameters"),
+        (value("a", [2], "Float32", b"1234"), r"'a' \(2,\) of Float32 needs 8 bytes, found 4"),
+        (value("a", [2**40, 2**40], "Float32", b"1234"), "found 4"),
+        (value("a", [1], "Float32", b"12345678"), "needs 4 bytes, found 8"),
+        (value("a", [1], "Float9", b"1234"), "has type Float9"),
+        (
+            value("a", [1], "Float32", b"1234")
+            + value("b", [1], "Float32", b"1234")
+            + value("a", [1], "Float32", b"1234"),
+            "holds 'a' twice",
+        ),
+        (value("a", [2], "Float32", b"1234") + value("a", [1], "Float32", b"1234"), "different shapes or types"),
+        (value("a", [1] * 33, "Float32", b"1234"), "more than 32 dimensions"),
+        (value("a" * 5000, [1], "Float32", b"1234"), "5000 bytes that is not text"),
+        (bytes_field(1, bytes_field(1, b"a")), "has no name or no tensor"),
+        (bytes_field(1, bytes_field(1, b"a") * 2), "repeats a field"),
+        (bytes_field(1, bytes_field(1, b"a") + bytes_field(2, b"")), "has no type or no data"),
+        (bytes_field(1, bytes_field(1, b"a") + bytes_field(3, b"")), "hash-table"),
+        (bytes_field(1, bytes_field(1, b"a") + bytes_field(2, varint_field(1, 2**63))), "number out of range"),
+        (b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", "number out of range"),
+        (b"PK\x03\x04 a zip archive", "unknown field"),
+    ],
+)
 def test_damage_is_named(tmp_path, raw, message):
     path = tmp_path / "x.ckpt"
     path.write_bytes(raw)

@@ -155,8 +155,18 @@ def test_shards_of_another_model(tmp_path):
         SafetensorsDir(tmp_path)
 
 
-@pytest.mark.parametrize("index", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": "../x.safetensors"}}',
-                                   '{"weight_map": {"a": 1}}', '{"weight_map": {"a": ["x"]}}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "index",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": "../x.safetensors"}}',
+        '{"weight_map": {"a": 1}}',
+        '{"weight_map": {"a": ["x"]}}',
+    ],
+)
 def test_broken_index(tmp_path, index):
     (tmp_path / INDEX).write_text(index)
     with pytest.raises(UserError, match="index"):
@@ -192,16 +202,29 @@ def entry(shape=(2,), kind="F32", offsets=(0, 8)):
     return {"dtype": kind, "shape": list(shape), "data_offsets": list(offsets)}
 
 
-@pytest.mark.parametrize("header, data", [
-    (b"", b""), (b"[1]", b""), (b"\xff\xfe", b""), (b'{"a": 1}', b""), (b'{"a":{},"a":{}}', b""),
-    (b"[" * 5000, b""),
-    ({"a": entry()}, b"1234567"), ({"a": entry()}, b"123456789"), ({"a": entry(offsets=(1, 9))}, b"123456789"),
-    ({"a": entry((2**40, 2**40))}, b"12345678"), ({"a": entry((-2,))}, b"12345678"),
-    ({"a": entry((True, 2))}, b"12345678"),
-    ({"a": entry(kind="F8_E4M3", shape=(8,))}, b"12345678"), ({"a": entry(offsets=(8, 0))}, b"12345678"),
-    ({"a": entry(), "b": entry()}, b"12345678"), ({"a": entry(), "b": entry(offsets=(4, 12))}, b"123456789012"),
-    ({"__metadata__": {"format": 1}, "a": entry()}, b"12345678"), ({"a": entry(offsets=(0, 8, 9))}, b"12345678"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "header, data",
+    [
+        (b"", b""),
+        (b"[1]", b""),
+        (b"\xff\xfe", b""),
+        (b'{"a": 1}', b""),
+        (b'{"a":{},"a":{}}', b""),
+        (b"[" * 5000, b""),
+        ({"a": entry()}, b"1234567"),
+        ({"a": entry()}, b"123456789"),
+        ({"a": entry(offsets=(1, 9))}, b"123456789"),
+        ({"a": entry((2**40, 2**40))}, b"12345678"),
+        ({"a": entry((-2,))}, b"12345678"),
+        ({"a": entry((True, 2))}, b"12345678"),
+        ({"a": entry(kind="F8_E4M3", shape=(8,))}, b"12345678"),
+        ({"a": entry(offsets=(8, 0))}, b"12345678"),
+        ({"a": entry(), "b": entry()}, b"12345678"),
+        ({"a": entry(), "b": entry(offsets=(4, 12))}, b"123456789012"),
+        ({"__metadata__": {"format": 1}, "a": entry()}, b"12345678"),
+        ({"a": entry(offsets=(0, 8, 9))}, b"12345678"),
+    ],
+)
 def test_broken_files_are_user_errors(tmp_path, header, data):
     path = tmp_path / "x.safetensors"
     raw_file(path, header, data)

@@ -41,15 +41,21 @@ def test_what_the_ranks_of_the_real_run_hold():
     w1 = first["model.layers.0.feed_forward.ffn.w1.weight"]  # experts over 2 ranks, ffn width over 4
     assert w1.box((4, 64, 32), 6) == (slice(2, 4), slice(32, 48), slice(0, 32))
     wo = first["model.layers.0.attention.wo.weight"]  # columns over 4 ranks, the optimizer's half over the 2 replicas
-    assert [wo.box((32, 32), rank) for rank in (1, 5)] == [
-        (slice(0, 16), slice(8, 16)), (slice(16, 32), slice(8, 16))]  # fmt: skip
+    assert [wo.box((32, 32), rank) for rank in (1, 5)] == [(slice(0, 16), slice(8, 16)), (slice(16, 32), slice(8, 16))]
 
 
 def test_json_says_what_protobuf_says(tmp_path):
     source = JSON / "ckpt_strategy_rank_0.json"
     rows = json.loads(source.read_text())["parallel_layout_item"]
-    layouts = {name: dict(matrix=row["dev_matrix"], tensor_map=row["tensor_map"], step=row["opt_weight_shard_step"],
-                          size=row["opt_weight_shard_size"]) for name, row in rows.items()}  # fmt: skip
+    layouts = {
+        name: dict(
+            matrix=row["dev_matrix"],
+            tensor_map=row["tensor_map"],
+            step=row["opt_weight_shard_step"],
+            size=row["opt_weight_shard_size"],
+        )
+        for name, row in rows.items()
+    }
     ours = read_strategy(write_strategy(tmp_path / "s.ckpt", layouts))
     theirs = read_strategy(source)
     assert ours.stages == theirs.stages
@@ -71,13 +77,18 @@ def test_a_folder_with_a_file_of_each_rank_or_with_a_merged_one(tmp_path):
     assert read_strategy(tmp_path).stages == expected
     merged = {}
     for stage in (0, 1):
-        merged |= {f"{stage}-{name}": dict(
-            matrix=list(layout.device_matrix), tensor_map=[[*axes] or [-1] for axes in layout.tensor_map])
-            for name, layout in expected[stage].items() if layout.opt_size == 1}  # fmt: skip
+        merged |= {
+            f"{stage}-{name}": dict(
+                matrix=list(layout.device_matrix), tensor_map=[[*axes] or [-1] for axes in layout.tensor_map]
+            )
+            for name, layout in expected[stage].items()
+            if layout.opt_size == 1
+        }
     write_strategy(tmp_path / "alone" / "merged.ckpt", merged)
     alone = read_strategy(tmp_path / "alone")
     assert [len(stage) for stage in alone.stages] == [
-        sum(layout.opt_size == 1 for layout in stage.values()) for stage in expected]  # fmt: skip
+        sum(layout.opt_size == 1 for layout in stage.values()) for stage in expected
+    ]
     write_strategy(tmp_path / "merged_ckpt_strategy.ckpt", merged)  # left by another run: it lacks parameters
     with pytest.raises(UserError, match="'merged_ckpt_strategy.ckpt' and 'ckpt_strategy_rank_0.ckpt' describe stage 0"):
         read_strategy(tmp_path)
@@ -136,7 +147,12 @@ def test_files_that_do_not_belong_together(tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        "[", "[]", "{}", '{"parallel_layout_item": {}, "parallel_strategy_item": {}}', "[" * 100_000, "\xff",
+        "[",
+        "[]",
+        "{}",
+        '{"parallel_layout_item": {}, "parallel_strategy_item": {}}',
+        "[" * 100_000,
+        "\xff",
         '{"parallel_layout_item": {"a": 3}, "parallel_strategy_item": {}}',
         '{"parallel_layout_item": {"a": {"dev_matrix": [2], "tensor_map": [0], "field": 0, "opt_weight_shard_step": 0,'
         ' "opt_weight_shard_size": true}}, "parallel_strategy_item": {"m": {"stage": 0}}}',
@@ -145,7 +161,7 @@ def test_files_that_do_not_belong_together(tmp_path):
         '{"parallel_layout_item": {"a": 1, "a": 2}, "parallel_strategy_item": {}}',
         '{"parallel_layout_item": {}, "parallel_strategy_item": {"m": {"stage": -1}}}',
     ],
-)  # fmt: skip
+)
 def test_json_of_other_kinds_is_refused(tmp_path, text):
     path = tmp_path / "s.json"
     path.write_text(text, encoding="latin-1")

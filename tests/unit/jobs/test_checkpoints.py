@@ -21,12 +21,20 @@ from mindformers_ext.jobs.checkpoint.saved import (
     remove_leftovers,
     saved_in,
     set_aside,
-)  # fmt: skip
+)
 from mindformers_ext.weights.convert import rule_set
 
 MOE = MoESpec(num_local_experts=3, num_experts_per_tok=2)
-MODEL = ModelSpec(vocab_size=20, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=4,
-                  num_key_value_heads=2, head_dim=2, moe=MOE)  # fmt: skip
+MODEL = ModelSpec(
+    vocab_size=20,
+    hidden_size=8,
+    intermediate_size=12,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=2,
+    moe=MOE,
+)
 
 
 def write(path: Path, tensors=None):
@@ -46,7 +54,11 @@ def test_steps_are_ordered_by_number_and_run(tmp_path):
         write(named(tmp_path, label, run=run))
     (tmp_path / "rank_0" / "other.ckpt").write_bytes(b"")
     assert [(saved.run, saved.label) for saved in saved_in(tmp_path / "rank_0")] == [
-        (0, "1_9"), (0, "1_10"), (0, "2_1"), (1, "1_3")]  # fmt: skip
+        (0, "1_9"),
+        (0, "1_10"),
+        (0, "2_1"),
+        (1, "1_3"),
+    ]
     assert choose_resume(tmp_path).saved.path == named(tmp_path, "1_3", run="_1")  # a later run's file is newer
 
 
@@ -109,22 +121,29 @@ def test_setting_aside_leaves_earlier_steps_and_runs(tmp_path):
 
 
 def weights_of(model):
-    return {name: np.zeros(shape, np.float32) for binding in rule_set(model).bindings
-            for name, shape in binding.ms.items()}  # fmt: skip
+    return {
+        name: np.zeros(shape, np.float32) for binding in rule_set(model).bindings for name, shape in binding.ms.items()
+    }
 
 
 def test_shapes_are_compared_and_named(tmp_path):
     weights = weights_of(MODEL)
-    extra = {"adam_m.lm_head.weight": np.zeros(2, np.float32), "global_step": np.zeros(1, np.int32),
-             "model.layers.0.feed_forward.router.router.topk_bias": np.zeros(3, np.float32)}  # fmt: skip
+    extra = {
+        "adam_m.lm_head.weight": np.zeros(2, np.float32),
+        "global_step": np.zeros(1, np.int32),
+        "model.layers.0.feed_forward.router.router.topk_bias": np.zeros(3, np.float32),
+    }
     check_shapes(write(tmp_path / "good.ckpt", weights | extra), MODEL)
     weights["lm_head.weight"] = np.zeros((21, 8), np.float32)
     del weights["model.norm_out.weight"]
     weights["model.layers.2.ffn_norm.weight"] = np.zeros(8, np.float32)
     with pytest.raises(UserError) as error:
         check_shapes(write(tmp_path / "bad.ckpt", weights), MODEL)
-    for words in ("lm_head.weight is (21, 8), the network has (20, 8)", "1 weights missing: model.norm_out.weight",
-                  "model.layers.2.ffn_norm.weight"):  # fmt: skip
+    for words in (
+        "lm_head.weight is (21, 8), the network has (20, 8)",
+        "1 weights missing: model.norm_out.weight",
+        "model.layers.2.ffn_norm.weight",
+    ):
         assert words in str(error.value)
 
 

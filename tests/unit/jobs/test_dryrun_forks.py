@@ -47,8 +47,14 @@ def job(folder: Path, deeds: str = "{}", load: str = "pass", at_once: int = 2, t
     """Ranks 0, 1 and 8 of the seed's 16; ``deeds``: what some of them do, ``load``: what is done before the fork."""
     plan = plan_dry_run(yaml.safe_load(PRETRAIN_YAML), "job.yaml", 16, "0,1,8", folder)
     command = (sys.executable, "-c", SERVER.format(deeds=deeds, load=load))
-    return RankJob(plan=plan, stubs=Stubs(folder, folder / "mindspore"), command=command, folder=folder / "ranks",
-                   at_once=at_once, timeout=timeout)  # fmt: skip
+    return RankJob(
+        plan=plan,
+        stubs=Stubs(folder, folder / "mindspore"),
+        command=command,
+        folder=folder / "ranks",
+        at_once=at_once,
+        timeout=timeout,
+    )
 
 
 def compiled(one: RankJob) -> dict[int, str]:

@@ -76,11 +76,20 @@ def test_graph(graph: Path) -> None:
 
 
 def test_parameters_by_kind(graph: Path) -> None:
-    whole = {"model.w1.weight": (8, 4, 2), "accu_grads.model.w1.weight": (8, 4, 2), "adam_m.model.w1.weight": (8, 4, 2),
-             "global_step": (1,), "model.other_stage.weight": (3,)}  # fmt: skip
+    whole = {
+        "model.w1.weight": (8, 4, 2),
+        "accu_grads.model.w1.weight": (8, 4, 2),
+        "adam_m.model.w1.weight": (8, 4, 2),
+        "global_step": (1,),
+        "model.other_stage.weight": (3,),
+    }
     facts = parameter_facts(read_graph(graph), whole, ["model.w1.weight"])
     assert [(fact.kind, fact.local) for fact in facts] == [
-        ("weight", (1, 4, 2)), ("gradient", (1, 4, 2)), ("optimizer", (1, 4, 2)), ("other", (1,))]  # fmt: skip
+        ("weight", (1, 4, 2)),
+        ("gradient", (1, 4, 2)),
+        ("optimizer", (1, 4, 2)),
+        ("other", (1,)),
+    ]
     assert facts[0].whole == (8, 4, 2) and facts[0].nbytes == 32
     frozen = parameter_facts(read_graph(graph), whole, ["model.lora_a"])
     assert frozen[0].kind == "weight"
@@ -93,9 +102,13 @@ def test_no_graph(tmp_path: Path) -> None:
 
 
 def test_operators_without_a_strategy(tmp_path: Path) -> None:
-    lines = ["subgraph @g() {", "  %1(a) = Add(%0) primitive_attrs: {gen_strategy: ((8, 1), (8, 1))}", "      : ()",
-             "      # Fullname with scope: (Default/net/Add-op0)",
-             "  %2(b) = Mul(%1) {in_strategy: ((8, 1))} {gen_strategy: ((8, 1))}"]  # fmt: skip
+    lines = [
+        "subgraph @g() {",
+        "  %1(a) = Add(%0) primitive_attrs: {gen_strategy: ((8, 1), (8, 1))}",
+        "      : ()",
+        "      # Fullname with scope: (Default/net/Add-op0)",
+        "  %2(b) = Mul(%1) {in_strategy: ((8, 1))} {gen_strategy: ((8, 1))}",
+    ]
     path = tmp_path / "step_parallel_end_0001.ir"
     path.write_text("\n".join(lines), encoding="utf-8")
     (found,) = unplanned_operators(path)
@@ -124,7 +137,9 @@ def test_what_a_collective_is_for(kind: str, instance: str, scope: str, expected
 def test_traffic_adds_up(graph: Path) -> None:
     rows = traffic_facts(read_graph(graph).collectives)
     assert [(row.kind, row.purpose, row.count, row.payload, row.sent) for row in rows] == [
-        ("AlltoAll", "experts", 2, 32, 16), ("Send", "pipeline", 2, 128, 128)]  # fmt: skip
+        ("AlltoAll", "experts", 2, 32, 16),
+        ("Send", "pipeline", 2, 128, 128),
+    ]
 
 
 def test_bytes_by_ring() -> None:
@@ -165,8 +180,18 @@ def test_stand_ins_are_real_libraries(tmp_path: Path) -> None:
         pytest.skip("no C compiler on this machine")
     for name, text in (("all", c_source(["aclInit", "_ZN2ge5GraphC1Ev"])), ("pause", pause_source(["waits"]))):
         (tmp_path / f"{name}.c").write_text(text, encoding="ascii")
-        subprocess.run([compiler, "-shared", "-fPIC", "-nostdlib", "-o", str(tmp_path / f"lib{name}.so"),
-                        str(tmp_path / f"{name}.c")], check=True)  # fmt: skip
+        subprocess.run(
+            [
+                compiler,
+                "-shared",
+                "-fPIC",
+                "-nostdlib",
+                "-o",
+                str(tmp_path / f"lib{name}.so"),
+                str(tmp_path / f"{name}.c"),
+            ],
+            check=True,
+        )
     assert {"aclInit", "_ZN2ge5GraphC1Ev"} <= read_library(tmp_path / "liball.so").defined
     assert ctypes.CDLL(str(tmp_path / "liball.so")).aclInit() == 0
     pause = read_library(tmp_path / "libpause.so")

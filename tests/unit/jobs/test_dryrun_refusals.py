@@ -144,8 +144,13 @@ WRONG: list[tuple[str, dict[str, Any], int, str, str]] = [
     ),
     ("parts 0", {MC + "pp_interleave_num": 0, IL: True}, 16, "pp_interleave_num=0", "above 0"),
     ("schedule", {IL.replace("interleave", "scheduler"): "gpipe"}, 16, "pipeline_scheduler='gpipe'", "'1f1b'"),
-    ("schedule's key", {IL + "d": True}, 16, "unknown key 'parallel.pipeline_config.pipeline_interleaved'",
-     "pipeline_interleave"),
+    (
+        "schedule's key",
+        {IL + "d": True},
+        16,
+        "unknown key 'parallel.pipeline_config.pipeline_interleaved'",
+        "pipeline_interleave",
+    ),
     ("interleave 0", {"micro_batch_interleave_num": 0}, 16, "micro_batch_interleave_num=0", "above 0"),
     (
         "more stages than layers",
@@ -215,8 +220,13 @@ WRONG: list[tuple[str, dict[str, Any], int, str, str]] = [
     ),
     (
         "predict on more devices than heads",
-        {"run_mode": "predict", PC + "data_parallel": 1, PC + "expert_parallel": 1, PC + "pipeline_stage": 1,
-         PC + "model_parallel": 16},
+        {
+            "run_mode": "predict",
+            PC + "data_parallel": 1,
+            PC + "expert_parallel": 1,
+            PC + "pipeline_stage": 1,
+            PC + "model_parallel": 16,
+        },
         16,
         "n_kv_heads=8 is not a multiple of model_parallel=16",
         "the nearest model_parallel that divides every width is 8",
@@ -238,8 +248,10 @@ WRONG: list[tuple[str, dict[str, Any], int, str, str]] = [
     ),
     (
         "recompute parts together",
-        {"recompute_config.recompute": [1],
-         "recompute_config.select_recompute": [".*norm", "attention", "feed_forward.mul"]},
+        {
+            "recompute_config.recompute": [1],
+            "recompute_config.select_recompute": [".*norm", "attention", "feed_forward.mul"],
+        },
         16,
         "names attention, its norm and the gated product of one layer",
         "leave attention_norm out",

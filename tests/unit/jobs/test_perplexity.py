@@ -14,8 +14,9 @@ from mindformers_ext.jobs.predict.evaluate import Window, score, text_windows
 VOCAB = 7
 
 
-@pytest.mark.parametrize(("tokens", "window", "stride"), [(20, 8, 8), (20, 8, 3), (9, 8, 1), (17, 8, 8), (2, 8, 4),
-                                                         (18, 8, 8)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("tokens", "window", "stride"), [(20, 8, 8), (20, 8, 3), (9, 8, 1), (17, 8, 8), (2, 8, 4), (18, 8, 8)]
+)
 def test_each_token_counts_once_with_as_much_context_as_fits(tokens: int, window: int, stride: int) -> None:
     text = np.arange(100, 100 + tokens)
     counted: dict[int, int] = {}

@@ -75,8 +75,15 @@ def test_a_mistake_is_named(argv, words):
         read(*argv)
 
 
-@pytest.mark.parametrize("argv", [["--use_parallel", "yes"], ["--run_mode", "test"], ["--device_target", "TPU"],
-                                  ["--train_data", "a", "--train_dataset_dir", "b"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--use_parallel", "yes"],
+        ["--run_mode", "test"],
+        ["--device_target", "TPU"],
+        ["--train_data", "a", "--train_dataset_dir", "b"],
+    ],
+)
 def test_a_wrong_value_ends_with_code_2(argv, capsys):
     with pytest.raises(SystemExit) as end:
         read(*argv)

@@ -16,8 +16,16 @@ from mindformers_ext.jobs.run.metrics import read_metrics, smoothed
 
 def record(step: int, **changed: Any) -> dict[str, Any]:
     load = [[6.0, 2.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0]]
-    row = {"step": step, "loss": 8.0 - step, "lm_loss": 7.5 - step, "aux_loss": 0.5, "dropped": [0.25, 0.0],
-           "expert_load": load, "learning_rate": 1e-3, "tokens_per_second": 100.0 * step}  # fmt: skip
+    row = {
+        "step": step,
+        "loss": 8.0 - step,
+        "lm_loss": 7.5 - step,
+        "aux_loss": 0.5,
+        "dropped": [0.25, 0.0],
+        "expert_load": load,
+        "learning_rate": 1e-3,
+        "tokens_per_second": 100.0 * step,
+    }
     return row | changed
 
 

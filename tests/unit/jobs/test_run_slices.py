@@ -16,14 +16,22 @@ from tests.helpers.sliced import cut, write_ranks, write_strategy
 from tests.unit.jobs.test_checkpoints import MODEL, write
 
 SPEC = NetworkSpec(model=MODEL, seq_length=8, parallel=ParallelSpec(parallel_mode="data_parallel", device_num=2))
-ARRAYS = {name: np.random.default_rng(0).normal(size=shape).astype(np.float32)
-          for binding in rule_set(MODEL).bindings for name, shape in binding.ms.items()}  # fmt: skip
+ARRAYS = {
+    name: np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    for binding in rule_set(MODEL).bindings
+    for name, shape in binding.ms.items()
+}
 
 
 def settle(path, spec=SPEC, **words):
     """(notes, merge request, the changed configuration)."""
-    config = {"load_checkpoint": str(path), "use_parallel": spec.parallel.device_num > 1, "output_dir": "out",
-              "auto_trans_ckpt": True, **words}  # fmt: skip
+    config = {
+        "load_checkpoint": str(path),
+        "use_parallel": spec.parallel.device_num > 1,
+        "output_dir": "out",
+        "auto_trans_ckpt": True,
+        **words,
+    }
     notes, merge = settle_slices(config, spec, ".ckpt")
     return notes, merge, config
 
@@ -31,8 +39,10 @@ def settle(path, spec=SPEC, **words):
 @pytest.fixture
 def slices(tmp_path):
     """Weights of three ranks that cut the experts, beside state that no layout names."""
-    rows = {name: {"matrix": [3], "tensor_map": [0 if array.ndim == 3 else -1] + [-1] * (array.ndim - 1)}
-            for name, array in ARRAYS.items()}  # fmt: skip
+    rows = {
+        name: {"matrix": [3], "tensor_map": [0 if array.ndim == 3 else -1] + [-1] * (array.ndim - 1)}
+        for name, array in ARRAYS.items()
+    }
     strategy = write_strategy(tmp_path / "strategy" / "ckpt_strategy_rank_0.ckpt", rows)
     ranks = cut(read_strategy(strategy), ARRAYS, {"step_num": np.array([7], np.int32)})
     write_ranks(tmp_path / "saved", ranks)
@@ -41,8 +51,9 @@ def slices(tmp_path):
 
 
 def test_slices_are_merged_by_their_strategy(slices):
-    notes, merge, config = settle(slices / "saved", src_strategy_path_or_dir=str(slices / "strategy"),
-                                  output_dir=str(slices / "out"))  # fmt: skip
+    notes, merge, config = settle(
+        slices / "saved", src_strategy_path_or_dir=str(slices / "strategy"), output_dir=str(slices / "out")
+    )
     assert "the slices of 3 ranks" in notes[0] and not config["auto_trans_ckpt"]
     path = merge_slices(merge, SPEC)
     assert str(path) == config["load_checkpoint"] and path.parent.parent == slices / "out/transformed_checkpoint/saved"

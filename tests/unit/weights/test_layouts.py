@@ -101,17 +101,23 @@ def test_router_state_stays_in_a_relayout_and_training_state_does_not():
 
 @settings(max_examples=150, deadline=None)
 @given(
-    kind=st.sampled_from(["identity", "stack", "halves", "qkv", "rows"]), swap=st.booleans(), n=st.integers(1, 4),
-    sizes=st.tuples(*[st.integers(1, 5)] * 3), rep=st.integers(1, 3), block=st.integers(1, 40),
+    kind=st.sampled_from(["identity", "stack", "halves", "qkv", "rows"]),
+    swap=st.booleans(),
+    n=st.integers(1, 4),
+    sizes=st.tuples(*[st.integers(1, 5)] * 3),
+    rep=st.integers(1, 3),
+    block=st.integers(1, 40),
     strip=st.integers(1, 40),
-)  # fmt: skip
+)
 def test_transforms_have_exact_inverses_in_any_blocks(kind, swap, n, sizes, rep, block, strip):
     a, b, c = sizes
     transform, shapes = {
-        "identity": (Identity(), [(a, b, c)]), "stack": (Stack(), [(a, b)] * n),
-        "halves": (SplitHalves(), [(a, 2 * b, c)]), "rows": (InterleavedRows(), [(a, b)] * 2),
+        "identity": (Identity(), [(a, b, c)]),
+        "stack": (Stack(), [(a, b)] * n),
+        "halves": (SplitHalves(), [(a, 2 * b, c)]),
+        "rows": (InterleavedRows(), [(a, b)] * 2),
         "qkv": (GroupedQkv(n), [(n * rep * a, b), (n * a, b), (n * a, b)]),
-    }[kind]  # fmt: skip
+    }[kind]
     if swap and kind in ("identity", "stack", "halves"):
         transform = Transposed(transform)
     rng = np.random.default_rng(0)

@@ -84,16 +84,20 @@ def test_merging_undoes_cutting_and_any_part_can_be_read(case, data, run):
 def test_cutting_anew_equals_cutting_the_whole(data, arrays_and_source):
     arrays, source = arrays_and_source
     devices = data.draw(st.sampled_from([1, 2, 4, 6]))
-    target = {name: data.draw(layouts(devices).filter(
-        lambda layout, name=name: layout.fault(arrays[name].shape) is None)) for name in arrays}  # fmt: skip
+    target = {
+        name: data.draw(layouts(devices).filter(lambda layout, name=name: layout.fault(arrays[name].shape) is None))
+        for name in arrays
+    }
     strategy = Strategy((target,), devices, "target")
     reader = reader_of(source, arrays)
     plan = plan_reshard(reader.infos, strategy)
     for rank, expected in enumerate(cut(strategy, arrays)):
         got = {part.info.name: reader.read(part.info.name, part.box) for part in plan.ranks[rank]}
         assert got.keys() == expected.keys()
-        assert all(same(got[name], expected[name]) and got[name].shape == part.info.shape
-                   for name, part in zip(got, plan.ranks[rank], strict=True))  # fmt: skip
+        assert all(
+            same(got[name], expected[name]) and got[name].shape == part.info.shape
+            for name, part in zip(got, plan.ranks[rank], strict=True)
+        )
 
 
 @settings(max_examples=100, deadline=None)
@@ -239,8 +243,14 @@ def test_every_tensor_of_both_sides_has_a_place():
     without = {name: info for name, info in infos.items() if not name.startswith("adam_v.")}
     left = plan_reshard(without, strategy).left["state that the target strategy lists and the source lacks"]
     assert sum(name.startswith("adam_v.") for name in left) == 43
-    weights = Strategy(tuple({name: layout for name, layout in stage.items() if name.startswith(("model.", "lm_"))}
-                             for stage in strategy.stages), strategy.devices, "without an optimizer")  # fmt: skip
+    weights = Strategy(
+        tuple(
+            {name: layout for name, layout in stage.items() if name.startswith(("model.", "lm_"))}
+            for stage in strategy.stages
+        ),
+        strategy.devices,
+        "without an optimizer",
+    )
     left = plan_reshard(infos, weights).left["optimizer state, not in the target strategy"]
     assert len(left) == 2 * 43
 

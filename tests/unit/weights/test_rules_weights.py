@@ -28,8 +28,16 @@ from mindformers_ext.weights.transforms import SplitHalves
 
 
 def spec_of(experts=4, layers=2, tied=False, **sizes):
-    base = dict(vocab_size=11, hidden_size=12, intermediate_size=5, num_hidden_layers=layers, num_attention_heads=6,
-                num_key_value_heads=3, head_dim=2, tie_word_embeddings=tied)  # fmt: skip
+    base = dict(
+        vocab_size=11,
+        hidden_size=12,
+        intermediate_size=5,
+        num_hidden_layers=layers,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=2,
+        tie_word_embeddings=tied,
+    )
     moe = MoESpec(num_local_experts=experts, num_experts_per_tok=1) if experts else None
     return ModelSpec(**(base | sizes), moe=moe)
 
@@ -44,9 +52,14 @@ def hf_weights(spec, style="per_expert", dtype=np.float32, seed=0):
         shapes["lm_head.weight"] = (V, D)
     for i in range(spec.num_hidden_layers):
         layer = f"model.layers.{i}."
-        shapes |= {layer + "input_layernorm.weight": (D,), layer + "post_attention_layernorm.weight": (D,),
-                   layer + "self_attn.q_proj.weight": (q, D), layer + "self_attn.k_proj.weight": (kv, D),
-                   layer + "self_attn.v_proj.weight": (kv, D), layer + "self_attn.o_proj.weight": (D, q)}  # fmt: skip
+        shapes |= {
+            layer + "input_layernorm.weight": (D,),
+            layer + "post_attention_layernorm.weight": (D,),
+            layer + "self_attn.q_proj.weight": (q, D),
+            layer + "self_attn.k_proj.weight": (kv, D),
+            layer + "self_attn.v_proj.weight": (kv, D),
+            layer + "self_attn.o_proj.weight": (D, q),
+        }
         if spec.moe is None:
             shapes |= {
                 layer + f"mlp.{n}_proj.weight": s for n, s in (("gate", (F, D)), ("up", (F, D)), ("down", (D, F)))
@@ -86,13 +99,29 @@ def test_round_trip_is_bit_exact(experts, style, dtype):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    experts=st.integers(1, 13), layers=st.integers(1, 12), heads=st.sampled_from([(4, 2), (6, 3), (4, 1), (5, 5)]),
-    head_dim=st.sampled_from([2, 6]), hidden=st.integers(1, 9), ffn=st.integers(1, 7), vocab=st.integers(3, 20),
-    tied=st.booleans(), style=st.sampled_from(sorted(STYLES)), seed=st.integers(0, 99),
-)  # fmt: skip
+    experts=st.integers(1, 13),
+    layers=st.integers(1, 12),
+    heads=st.sampled_from([(4, 2), (6, 3), (4, 1), (5, 5)]),
+    head_dim=st.sampled_from([2, 6]),
+    hidden=st.integers(1, 9),
+    ffn=st.integers(1, 7),
+    vocab=st.integers(3, 20),
+    tied=st.booleans(),
+    style=st.sampled_from(sorted(STYLES)),
+    seed=st.integers(0, 99),
+)
 def test_round_trip_at_any_size(experts, layers, heads, head_dim, hidden, ffn, vocab, tied, style, seed):
-    spec = spec_of(experts, layers, tied, num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=head_dim,
-                   hidden_size=hidden, intermediate_size=ffn, vocab_size=vocab)  # fmt: skip
+    spec = spec_of(
+        experts,
+        layers,
+        tied,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        head_dim=head_dim,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        vocab_size=vocab,
+    )
     weights = hf_weights(spec, style, seed=seed)
     assert detect_style(weights, spec) == style
     assert_same(to_hf(to_mindspore(weights, spec), spec, style), weights)
@@ -112,8 +141,10 @@ def test_names_shapes_and_values_of_mixtral():
             for e in range(12):  # experts.10 is the eleventh expert, not the third
                 np.testing.assert_array_equal(stacked[e], weights[theirs + f"experts.{e}.{name}.weight"])
         for name, attention in (("q", "wq"), ("k", "wk"), ("v", "wv"), ("o", "wo")):
-            np.testing.assert_array_equal(ms[f"model.layers.{layer}.attention.{attention}.weight"],
-                                          weights[f"model.layers.{layer}.self_attn.{name}_proj.weight"])  # fmt: skip
+            np.testing.assert_array_equal(
+                ms[f"model.layers.{layer}.attention.{attention}.weight"],
+                weights[f"model.layers.{layer}.self_attn.{name}_proj.weight"],
+            )
     assert len(ms) == 3 + 11 * 10
 
 
