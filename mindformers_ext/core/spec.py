@@ -8,15 +8,47 @@ A spec holds plain Python values only, so that it can be hashed, compared, print
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mindformers_ext.core.errors import Problems
+from mindformers_ext.core.families import FAMILIES, GATES, Family, implied_family
 from mindformers_ext.core.stages import layer_stage
 
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
 AUX_LOSS_TYPES = ("expert", "device", "comm")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 AUX_LOSS_REDUCTIONS = ("sum", "mean")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """Grouped-query attention. ``qkv_bias``: q, k and v have a bias (Qwen2); ``qk_norm``: q and k of every head are
+    normalised before they are turned (Qwen3; Henry et al. 2020, arXiv:2010.04245)."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseSpec:
+    """A SwiGLU feed-forward layer that every token passes."""
+
+    intermediate_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedExpertSpec:
+    """An expert beside the routed ones that every token passes (DeepSeekMoE, arXiv:2401.06066, section 3.2).
+
+    Its output is multiplied by ``scale`` and, where ``gated``, by the sigmoid of one logit per token (Qwen2-MoE).
+    """
+
+    intermediate_size: int
+    gated: bool = False
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +59,8 @@ class MoESpec:
     ``expert_group_size`` is MindFormers' word for the NUMBER of expert groups of the "device" loss.
     ``use_gmm`` multiplies sorted tokens by a grouped matrix product instead of giving them slots, and drops none.
     ``norm_single_choice`` extends ``norm_topk_prob`` to one chosen expert, whose gate is then 1, as in Hugging Face's
-    Mixtral; MindFormers leaves it its probability, through which the router learns.
+    Mixtral; MindFormers leaves it its probability, through which the router learns. ``intermediate_size``: width of an
+    expert, None where it is the model's. ``gate``: what scores the experts (``core.families.GATES``).
     """
 
     num_local_experts: int
@@ -52,6 +85,9 @@ class MoESpec:
     use_gmm: bool = False
     comp_comm_parallel_degree: int = 1
     max_router_load: int = 131072
+    intermediate_size: int | None = None
+    gate: str = "linear"
+    shared_expert: SharedExpertSpec | None = None
 
     def collect(self, problems: Problems) -> None:
         """Add every broken rule of this spec to ``problems`` (spec section 1)."""
@@ -62,6 +98,11 @@ class MoESpec:
             problems.add(
                 f"num_experts_chosen={chosen} exceeds expert_num={experts}", f"choose at most {experts} experts"
             )
+        problems.one_of("moe_gate", self.gate, tuple(GATES))
+        if self.intermediate_size is not None:
+            problems.positive("moe_intermediate_size", self.intermediate_size)
+        if self.shared_expert:
+            problems.positive("shared_expert_intermediate_size", self.shared_expert.intermediate_size)
         problems.one_of("topk_method", self.topk_method, TOPK_METHODS)
         problems.one_of("router_dense_type", self.router_dtype, DTYPE_NAMES)
         problems.one_of("aux_loss_reduce", self.aux_loss_reduce, AUX_LOSS_REDUCTIONS)
@@ -116,11 +157,26 @@ class MoESpec:
             )
 
 
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one layer of a decoder is. Of a mixture ``intermediate_size`` is never None here."""
+
+    attention: AttentionSpec
+    feed_forward: DenseSpec | MoESpec
+
+    @property
+    def moe(self) -> MoESpec | None:
+        """The mixture of a layer that is one."""
+        return self.feed_forward if isinstance(self.feed_forward, MoESpec) else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """Sizes and constants of a LLaMA-shaped decoder; ``moe`` makes its feed-forward layers Mixtral's experts.
+    """Sizes and constants of a LLaMA-shaped decoder; ``moe`` makes its feed-forward layers mixtures of experts.
 
     A token id of -1 means that the model has no such token. ``more_eos_token_ids`` also end a text (Llama 3).
+    ``dense_layers``: those that stay dense although ``moe`` is there, in rising order. ``family``: a row of
+    ``core.families``, "" where experts or their absence tell it; ``layer`` is what a network is built from.
     """
 
     vocab_size: int
@@ -140,19 +196,52 @@ class ModelSpec:
     pad_token_id: int = 0
     ignore_token_id: int = -100
     more_eos_token_ids: tuple[int, ...] = ()
+    qkv_bias: bool = False
+    qk_norm: bool = False
     moe: MoESpec | None = None
+    dense_layers: tuple[int, ...] = ()
+    family: str = ""
 
     @property
-    def experts(self) -> MoESpec:
+    def routing(self) -> MoESpec:
         """``moe`` of a model that has experts; ``ValueError`` for a dense one."""
         if self.moe is None:
             raise ValueError("a dense model has no experts")
         return self.moe
 
     @property
+    def family_row(self) -> Family:
+        """The row of ``core.families``."""
+        return FAMILIES[self.family] if self.family else implied_family(self.moe is not None)
+
+    @property
     def model_type(self) -> str:
-        """``mixtral`` with experts, ``llama`` without: the stem of every file about this model."""
-        return "mixtral" if self.moe else "llama"
+        """The family's name: the stem of every file about this model."""
+        return self.family_row.name
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that are mixtures."""
+        layers = range(self.num_hidden_layers) if self.moe else ()
+        return tuple(index for index in layers if index not in self.dense_layers)
+
+    @property
+    def expert_size(self) -> int:
+        """Width of a routed expert; of the feed-forward layer in a dense model."""
+        return (self.moe.intermediate_size if self.moe else None) or self.intermediate_size
+
+    def layer(self, index: int) -> LayerSpec:
+        """What layer ``index`` is."""
+        attention = AttentionSpec(
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            qkv_bias=self.qkv_bias,
+            qk_norm=self.qk_norm,
+        )
+        if self.moe is None or index in self.dense_layers:
+            return LayerSpec(attention, DenseSpec(intermediate_size=self.intermediate_size))
+        return LayerSpec(attention, replace(self.moe, intermediate_size=self.expert_size))
 
     def collect(self, problems: Problems) -> None:
         """Add every broken rule of this spec, experts included, to ``problems``."""
@@ -185,6 +274,19 @@ class ModelSpec:
                 )
         if self.moe:
             self.moe.collect(problems)
+        self._collect_family(problems)
+
+    def _collect_family(self, problems: Problems) -> None:
+        if self.family:
+            problems.one_of("family", self.family, tuple(FAMILIES))
+        layers, dense = self.num_hidden_layers, self.dense_layers
+        if dense and (dense != tuple(sorted(set(dense))) or dense[0] < 0 or dense[-1] >= layers > 0):
+            problems.add(f"dense_layers={list(dense)} are not layers of a model of {layers}", "list each once, rising")
+        elif dense and (self.moe is None or len(dense) >= layers):
+            problems.add(f"dense_layers={list(dense)} of {layers} layers leave no mixture", "leave a layer its experts")
+        if self.family in FAMILIES and FAMILIES[self.family].has_experts != (self.moe is not None):
+            wanted = "has experts" if FAMILIES[self.family].has_experts else "is dense"
+            problems.add(f"family '{self.family}' {wanted}, this model is not so", "correct the experts or the family")
 
 
 @dataclass(frozen=True, kw_only=True)
