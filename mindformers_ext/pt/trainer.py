@@ -56,8 +56,7 @@ class TorchTrainer:
     def __init__(self, spec: NetworkSpec, train: TrainSpec, device: torch.device, ranks: Ranks | None = None) -> None:
         self.train_spec, self.device, self.ranks = train, device, ranks or Ranks()
         network = build_empty(self.ranks.local(spec), torch.device("cpu"))
-        model = spec.model
-        left = draw_weights(network, model.num_hidden_layers, model.initializer_range, train.seed)
+        left = draw_weights(network, train.seed)
         self.adapted = add_lora(network, train.lora, left) if train.lora else []
         network.model.recompute = train.recompute
         self.network: CausalLM = network.train()

@@ -22,8 +22,9 @@ from mindformers_ext.ms.models import build_causal_lm as build_ms
 from mindformers_ext.ms.moe.router import TopkRouterV2 as MindSporeRouter
 from mindformers_ext.ms.step import LossNetwork
 from mindformers_ext.pt import names
-from mindformers_ext.pt.models import build_causal_lm
-from mindformers_ext.pt.moe.router import TopkRouterV2
+from mindformers_ext.pt.causal_lm import build_causal_lm
+from mindformers_ext.pt.moe.gate import TopkRouterV2
+from mindformers_ext.pt.moe.slots import apply_slots, slot_rule
 from mindformers_ext.weights.convert import to_hf, to_mindspore
 from tests.helpers.parity import Case, Outcome, compare, reference_of
 from tests.parity.test_llama import FAST as LLAMA
@@ -128,7 +129,7 @@ def test_routing_equals_mindspore(options: dict, factor: float, sdrop: bool) -> 
         _, combine, coeff, _, aux_G, counts_GE, dropped_G = (
             part.asnumpy() for part in theirs.route(Tensor(logits), theirs.bias())
         )
-        found = ours(torch.from_numpy(logits))
+        found = apply_slots(ours(torch.from_numpy(logits)), slot_rule(moe, parallel))
         capacity_1 = combine.max() // 8 + 1 if factor < 0 else None
         expert = found.expert_GNK.numpy()
         kept = np.ones_like(expert, bool) if found.kept_GNK is None else found.kept_GNK.numpy()
@@ -139,7 +140,7 @@ def test_routing_equals_mindspore(options: dict, factor: float, sdrop: bool) -> 
             np.testing.assert_array_equal(expert, combine // capacity_1)
         else:
             np.testing.assert_array_equal(expert, theirs.choose(Tensor(logits))[1].asnumpy())
-        np.testing.assert_allclose(found.coeff_GNK.numpy(), coeff, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(found.weight_GNK.numpy(), coeff, rtol=0, atol=1e-6)
         np.testing.assert_allclose(found.aux_loss_G.numpy(), aux_G, rtol=0, atol=1e-5)
         np.testing.assert_allclose(found.dropped_G.numpy(), dropped_G, rtol=0, atol=1e-6)
 

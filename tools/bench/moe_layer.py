@@ -124,7 +124,7 @@ def serve_pytorch(tokens: int, factor: float, dtype: str) -> None:
         head_dim=64,
         moe=moe,
     )
-    layer = MoE(NetworkSpec(model=model, seq_length=tokens))
+    layer = MoE(NetworkSpec(model=model, seq_length=tokens), moe)
     a = {k: torch.tensor(v) for k, v in arrays(tokens).items()}
     with torch.no_grad():
         layer.router.dense.weight.copy_(a["gate"].to(kind).float())
