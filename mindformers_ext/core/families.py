@@ -95,11 +95,7 @@ _QWEN_MOE: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-_QWEN_EXPERTS = (
-    ConfigWord("norm_topk_prob", "moe", "norm_topk_prob", "bool", False),
-    ConfigWord("max_window_layers", "unused", "", "int", None),
-    ConfigWord("use_sliding_window", "unused", "", "bool", None),
-)
+_NORM_CHOSEN = ConfigWord("norm_topk_prob", "moe", "norm_topk_prob", "bool", False)
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -140,7 +136,7 @@ FAMILIES: dict[str, Family] = {
                 ConfigWord("moe_intermediate_size", "moe", "intermediate_size", "int", 1408),
                 ConfigWord("shared_expert_intermediate_size", "shared", "intermediate_size", "int", 5632),
                 ConfigWord("qkv_bias", "model", "qkv_bias", "bool", True),
-                *_QWEN_EXPERTS,
+                _NORM_CHOSEN,
             ),
             shared={"gated": True},
             chooses_layers=True,
@@ -157,7 +153,7 @@ FAMILIES: dict[str, Family] = {
                 ConfigWord("num_experts", "moe", "num_local_experts", "int", 128),
                 ConfigWord("num_experts_per_tok", "moe", "num_experts_per_tok", "int", 8),
                 ConfigWord("moe_intermediate_size", "moe", "intermediate_size", "int", 768),
-                *_QWEN_EXPERTS,
+                _NORM_CHOSEN,
             ),
             model={"qk_norm": True},
             chooses_layers=True,
@@ -195,6 +191,11 @@ def register_family(family: Family) -> None:
 def implied_family(has_experts: bool) -> Family:
     """The family of a network whose family nothing names."""
     return next(row for row in FAMILIES.values() if row.implied and row.has_experts == has_experts)
+
+
+def defaults_of(model_type: str) -> Mapping[str, Any]:
+    """Defaults of transformers' configuration class, a LLaMA's where the type is unknown."""
+    return FAMILIES.get(model_type, implied_family(False)).defaults
 
 
 def own_families() -> tuple[str, ...]:

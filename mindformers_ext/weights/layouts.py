@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from math import gcd
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.parameters import EMBEDDING, HEAD, ROUTED
 from mindformers_ext.core.spec import ModelSpec, MoESpec
 from mindformers_ext.formats.tensors import TensorInfo
 
 MOST_MATRICES = 10**6  # layers times experts
 DENSE, GMM = "dense", "gmm"
-EMBEDDING, HEAD = "model.tok_embeddings.embedding_weight", "lm_head.weight"
 _LAYER = "model.layers.{}."
 _W1, _DENSE_W1 = _LAYER + "feed_forward.ffn.w1.weight", _LAYER + "feed_forward.w1.weight"
 _WQ, _WK, _QKV = (_LAYER + f"attention.{name}.weight" for name in ("wq", "wk", "w_qkv"))
@@ -144,10 +144,11 @@ def _expert_width(infos: Mapping[str, TensorInfo], hidden: int) -> tuple[int, in
 
 
 def _see_experts(infos: Mapping[str, TensorInfo], spec: ModelSpec) -> str | None:
-    if not spec.moe or spec.hidden_size == spec.intermediate_size:
+    if not spec.moe or spec.hidden_size == spec.expert_size:
         return None
-    shapes = {infos[name].shape[1:] for layer in range(spec.num_hidden_layers) if (name := _W1.format(layer)) in infos}
-    dense, turned = (spec.intermediate_size, spec.hidden_size), (spec.hidden_size, spec.intermediate_size)
+    template = _LAYER + "feed_forward." + (ROUTED if spec.moe.shared_expert else "") + "ffn.w1.weight"
+    shapes = {infos[name].shape[1:] for layer in spec.moe_layers if (name := template.format(layer)) in infos}
+    dense, turned = (spec.expert_size, spec.hidden_size), (spec.hidden_size, spec.expert_size)
     if {dense, turned} <= shapes:
         raise UserError("some layers' experts are dense, others transposed (gmm): they come from different files")
     if shapes == {turned}:
