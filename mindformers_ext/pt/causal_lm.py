@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mindformers_ext.core.spec import LayerSpec, NetworkSpec
-from mindformers_ext.pt.attention import Attention, rotary_tables
-from mindformers_ext.pt.feed_forward import FeedForwardOutput
+from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.pt.attention import rotary_tables
+from mindformers_ext.pt.layer import Layer
 from mindformers_ext.pt.linear import Linear
 from mindformers_ext.pt.loss import next_token_loss, targets
-from mindformers_ext.pt.moe.build import build_feed_forward
 from mindformers_ext.pt.norm import RmsNorm
 from mindformers_ext.pt.ops.dtypes import torch_dtype
 
@@ -45,25 +44,6 @@ class TokenEmbedding(nn.Module):
 
     def forward(self, ids_T: Tensor) -> Tensor:
         return nn.functional.embedding(ids_T, self.embedding_weight)
-
-
-class Layer(nn.Module):
-    """Attention and feed-forward, each behind a norm and added to the residual.
-
-    Input (T, D); output as that of its feed-forward layer, with y (T, D) the state behind this layer.
-    """
-
-    def __init__(self, spec: NetworkSpec, layer: LayerSpec) -> None:
-        super().__init__()
-        self.attention_norm = RmsNorm(spec)
-        self.attention = Attention(spec, layer.attention)
-        self.ffn_norm = RmsNorm(spec)
-        self.feed_forward = build_feed_forward(spec, layer)
-
-    def forward(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> FeedForwardOutput:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), cos_SP, sin_SP)
-        fed = self.feed_forward(self.ffn_norm(x_TD))
-        return FeedForwardOutput(x_TD + fed.y_TD, fed.aux_loss_G, fed.report_GE)
 
 
 class Decoder(nn.Module):

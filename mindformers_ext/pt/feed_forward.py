@@ -45,7 +45,7 @@ class FeedForward(Protocol):
         """Whether ``dropless`` of so many tokens never reads on the host: fit for a CUDA graph."""
 
 
-class DenseFeedForward(nn.Module):
+class SwiGlu(nn.Module):
     """w2(silu(w1 x) * w3 x) (Shazeer 2020, arXiv:2002.05202), ``width`` wide. Input and output (T, D)."""
 
     def __init__(self, spec: NetworkSpec, width: int) -> None:

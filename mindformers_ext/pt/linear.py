@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers, the only ones that LoRA adapts, and those of gates, which it leaves alone."""
+"""Linear layers: those that LoRA may adapt."""
 
 from __future__ import annotations
 
@@ -27,20 +27,3 @@ class Linear(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x_TD.dtype)
         return F.linear(x_TD, self.weight.to(x_TD.dtype), bias)
-
-
-class GateLinear(nn.Module):
-    """x W^T in the router's type. Input (T, in) of any type, output (T, out) and weight (out, in) float32, no bias."""
-
-    def __init__(self, width_in: int, width_out: int, std: float, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width_out, width_in))
-        self.std, self.dtype = std, dtype
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Fresh normal weights."""
-        nn.init.normal_(self.weight, std=self.std)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return F.linear(x_TD.to(self.dtype), self.weight.to(self.dtype)).float()

@@ -23,8 +23,8 @@ from mindformers_ext.ms.moe.router import TopkRouterV2 as MindSporeRouter
 from mindformers_ext.ms.step import LossNetwork
 from mindformers_ext.pt import names
 from mindformers_ext.pt.causal_lm import build_causal_lm
-from mindformers_ext.pt.moe.gate import TopkRouterV2
-from mindformers_ext.pt.moe.slots import apply_slots, slot_rule
+from mindformers_ext.pt.moe.gate import TopkChoice
+from mindformers_ext.pt.moe.slots import apply_slots, build_slots
 from mindformers_ext.weights.convert import to_hf, to_mindspore
 from tests.helpers.parity import Case, Outcome, compare, reference_of
 from tests.parity.test_llama import FAST as LLAMA
@@ -117,7 +117,7 @@ def test_both_spellings_of_hugging_face_are_the_same_weights(style: str) -> None
 def test_routing_equals_mindspore(options: dict, factor: float, sdrop: bool) -> None:
     ms.set_context(mode=ms.PYNATIVE_MODE)
     moe, parallel = moe_of(options, factor, sdrop), ParallelSpec(data_parallel=3, model_parallel=2, expert_parallel=2)
-    theirs, ours = MindSporeRouter(moe, parallel), TopkRouterV2(moe, parallel)
+    theirs, ours = MindSporeRouter(moe, parallel), TopkChoice(moe, parallel)
     generator = np.random.default_rng(4)
     if moe.balance_via_topk_bias:
         bias = generator.uniform(0.0, 0.4, 8).astype(np.float32)
@@ -129,7 +129,7 @@ def test_routing_equals_mindspore(options: dict, factor: float, sdrop: bool) -> 
         _, combine, coeff, _, aux_G, counts_GE, dropped_G = (
             part.asnumpy() for part in theirs.route(Tensor(logits), theirs.bias())
         )
-        found = apply_slots(ours(torch.from_numpy(logits)), slot_rule(moe, parallel))
+        found = apply_slots(ours(torch.from_numpy(logits)), build_slots(moe, parallel))
         capacity_1 = combine.max() // 8 + 1 if factor < 0 else None
         expert = found.expert_GNK.numpy()
         kept = np.ones_like(expert, bool) if found.kept_GNK is None else found.kept_GNK.numpy()

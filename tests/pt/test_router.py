@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from mindformers_ext.core.spec import MoESpec, ParallelSpec
-from mindformers_ext.pt.moe.gate import TopkRouterV2
-from mindformers_ext.pt.moe.slots import Routing, apply_slots, slot_rule
+from mindformers_ext.pt.moe.gate import TopkChoice
+from mindformers_ext.pt.moe.slots import Routing, apply_slots, build_slots
 from tests.helpers.routing import HARD, capacity_of, chosen_experts, hard_logits, route
 
 SIZES = [(4, 2), (7, 3), (16, 1), (5, 5)]
@@ -23,7 +23,7 @@ def routed(moe: MoESpec, logits: np.ndarray, mp: int = 1) -> tuple[Routing, np.n
     """Our decision, and the probabilities it was made from."""
     parallel = ParallelSpec(data_parallel=len(logits), model_parallel=mp)
     tensor = torch.from_numpy(logits)
-    found = apply_slots(TopkRouterV2(moe, parallel)(tensor), slot_rule(moe, parallel))
+    found = apply_slots(TopkChoice(moe, parallel)(tensor), build_slots(moe, parallel))
     return found, torch.softmax(tensor, -1).numpy()
 
 
@@ -79,14 +79,14 @@ def test_choices_equal_plain_loops(words: dict, chosen: int) -> None:
     )
     logits = hard_logits(9, 8)
     parallel = ParallelSpec(data_parallel=len(logits))
-    router = TopkRouterV2(moe, parallel)
+    router = TopkChoice(moe, parallel)
     bias = np.linspace(0.3, 0.0, 8).astype(np.float32)
     if moe.balance_via_topk_bias:
         router.topk_bias.copy_(torch.from_numpy(bias))
     tensor = torch.from_numpy(logits)
     prob = (torch.sigmoid(tensor) if moe.use_gating_sigmoid else torch.softmax(tensor, -1)).numpy()
     index = chosen_experts(prob, moe, bias if moe.balance_via_topk_bias else None)
-    found, expected = apply_slots(router(tensor), slot_rule(moe, parallel)), route(prob, moe, index_GNK=index)
+    found, expected = apply_slots(router(tensor), build_slots(moe, parallel)), route(prob, moe, index_GNK=index)
     np.testing.assert_array_equal(found.expert_GNK.numpy(), index)
     np.testing.assert_array_equal(slots(found, expected.capacity, False), expected.combine)
     np.testing.assert_allclose(found.weight_GNK.numpy(), expected.coeff, atol=1e-6)
@@ -98,16 +98,16 @@ def test_auxiliary_losses_are_their_factors_when_balanced(kind: str) -> None:
     for n in range(8):
         logits[:, n, n % 4] = 20.0
     moe = MoESpec(num_local_experts=4, num_experts_per_tok=1, aux_losses=((kind, 0.03),), expert_group_size=2)
-    router = TopkRouterV2(moe, ParallelSpec(data_parallel=2, expert_parallel=2))
+    router = TopkChoice(moe, ParallelSpec(data_parallel=2, expert_parallel=2))
     np.testing.assert_allclose(router(logits).aux_loss_G.numpy(), 0.03, rtol=1e-6)
-    z = TopkRouterV2(replace(moe, aux_losses=(), z_loss_factor=0.1))(logits + 500.0).aux_loss_G
+    z = TopkChoice(replace(moe, aux_losses=(), z_loss_factor=0.1))(logits + 500.0).aux_loss_G
     assert torch.isfinite(z).all() and float(z[0]) == pytest.approx(0.1 * 520.0**2, rel=1e-4)
 
 
 def test_evaluation_drops_nothing_where_it_shall_not() -> None:
     moe = MoESpec(num_local_experts=4, num_experts_per_tok=2, capacity_factor=0.25)
-    choice = TopkRouterV2(moe)(torch.randn(1, 16, 4))
-    assert float(apply_slots(choice, slot_rule(moe, ParallelSpec()), training=False).dropped_G) > 0.5
-    rule = slot_rule(moe, ParallelSpec(), only_in_training=True)
+    choice = TopkChoice(moe)(torch.randn(1, 16, 4))
+    assert float(apply_slots(choice, build_slots(moe, ParallelSpec()), training=False).dropped_G) > 0.5
+    rule = build_slots(moe, ParallelSpec(), only_in_training=True)
     assert apply_slots(choice, rule, training=False).kept_GNK is None
     assert float(apply_slots(choice, rule, training=True).dropped_G) > 0.5

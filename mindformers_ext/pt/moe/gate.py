@@ -2,8 +2,8 @@
 """Gates score experts, choose some for every token and have a loss of their own; they know nothing of slots.
 
 ``GATES`` holds one by each name of ``core.families.GATES``, with weights of the names that stand there. A routing group
-G is the tokens of one data-parallel slice. "linear" is MindFormers' ``TopkRouterV2`` behind one linear product, whose
-integers are those of the MindSpore engine. Of equal probabilities the lower expert number comes first.
+G is the tokens of one data-parallel slice. "linear" is MindFormers' ``TopkRouterV2``: one linear product, whose
+experts are those of the MindSpore engine. Of equal probabilities the lower expert number comes first.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mindformers_ext.core.spec import MoESpec, NetworkSpec, ParallelSpec
-from mindformers_ext.pt.linear import GateLinear
 from mindformers_ext.pt.moe.aux_loss import AuxiliaryLoss
 from mindformers_ext.pt.ops.dtypes import torch_dtype
 
@@ -42,14 +42,31 @@ class Gate(Protocol):
         """Weights (G, N, K) float32 and experts (G, N, K), without losses and counts: inference."""
 
 
+class RouterGate(nn.Module):
+    """x W^T in the router's type. Input (T, in) of any type, output (T, out) and weight (out, in) float32, no bias."""
+
+    def __init__(self, width_in: int, width_out: int, std: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width_out, width_in))
+        self.std, self.dtype = std, dtype
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fresh normal weights."""
+        nn.init.normal_(self.weight, std=self.std)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return F.linear(x_TD.to(self.dtype), self.weight.to(self.dtype)).float()
+
+
 class LinearGate(nn.Module):
-    """One linear product, then ``TopkRouterV2``: MindFormers' ``router.dense`` and ``router.router``."""
+    """One linear product, then ``TopkChoice``: MindFormers' ``router.dense`` and ``router.router``."""
 
     def __init__(self, spec: NetworkSpec, moe: MoESpec) -> None:
         super().__init__()
         model, dtype = spec.model, torch_dtype(moe.router_dtype)
-        self.dense = GateLinear(model.hidden_size, moe.num_local_experts, model.initializer_range, dtype)
-        self.router = TopkRouterV2(moe, spec.parallel)
+        self.dense = RouterGate(model.hidden_size, moe.num_local_experts, model.initializer_range, dtype)
+        self.router = TopkChoice(moe, spec.parallel)
 
     def logits(self, x_GND: Tensor) -> Tensor:
         """(G, N, E) float32."""
@@ -63,8 +80,9 @@ class LinearGate(nn.Module):
         return self.router.choose(self.logits(x_GND))
 
 
-class TopkRouterV2(nn.Module):
-    """Chooses experts (GShard; DeepSeek-V2 section 2.2 for group limits; DeepSeek-V3 2.1 for the bias).
+class TopkChoice(nn.Module):
+    """Chooses experts as MindFormers' ``TopkRouterV2`` does (GShard, Lepikhin et al. 2020, 3.2; DeepSeek-V2 section 2.2
+    for group limits; DeepSeek-V3 2.1 for the bias).
 
     Input: logits (G, N, E) float32; output: ``Choice``. ``topk_bias`` (E), where the spec has one, chooses and never
     weighs; it is moved by the training loop and is no parameter.

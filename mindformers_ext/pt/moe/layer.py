@@ -13,7 +13,7 @@ from mindformers_ext.pt.feed_forward import FeedForwardOutput
 from mindformers_ext.pt.moe.exchange import ExpertExchange
 from mindformers_ext.pt.moe.experts import Experts
 from mindformers_ext.pt.moe.gate import build_gate
-from mindformers_ext.pt.moe.slots import Routing, apply_slots, slot_rule
+from mindformers_ext.pt.moe.slots import Routing, apply_slots, build_slots
 from mindformers_ext.pt.ops.rows import combine, dispatch, sort_by_expert
 
 
@@ -24,7 +24,7 @@ class MoE(nn.Module):
         super().__init__()
         self.experts, self.groups = moe.num_local_experts, spec.parallel.groups
         self.router = build_gate(spec, moe)
-        self.slots = slot_rule(moe, spec.parallel)
+        self.slots = build_slots(moe, spec.parallel)
         self.ffn = Experts(spec, moe)
         self.exchange: ExpertExchange | None = None  # where the experts are spread over ranks
 

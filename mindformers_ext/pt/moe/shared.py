@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from mindformers_ext.core.spec import MoESpec, NetworkSpec, SharedExpertSpec
-from mindformers_ext.pt.feed_forward import DenseFeedForward, FeedForwardOutput
-from mindformers_ext.pt.linear import GateLinear
+from mindformers_ext.pt.feed_forward import FeedForwardOutput, SwiGlu
+from mindformers_ext.pt.moe.gate import RouterGate
 from mindformers_ext.pt.moe.layer import MoE
 from mindformers_ext.pt.ops.dtypes import torch_dtype
 
 
-class SharedMixture(nn.Module):
+class SharedMoE(nn.Module):
     """routed(x) + scale * sigmoid(w x) * shared(x), ``pt.feed_forward.FeedForward``; no sigmoid where it has no gate.
 
     Loss and report are the routed experts'.
@@ -24,11 +24,11 @@ class SharedMixture(nn.Module):
     def __init__(self, spec: NetworkSpec, moe: MoESpec, shared: SharedExpertSpec) -> None:
         super().__init__()
         self.routed_experts = MoE(spec, moe)
-        self.shared_experts = DenseFeedForward(spec, shared.intermediate_size)
-        self.shared_experts_gate: GateLinear | None = None
+        self.shared_experts = SwiGlu(spec, shared.intermediate_size)
+        self.shared_experts_gate: RouterGate | None = None
         if shared.gated:
             model, dtype = spec.model, torch_dtype(moe.router_dtype)
-            self.shared_experts_gate = GateLinear(model.hidden_size, 1, model.initializer_range, dtype)
+            self.shared_experts_gate = RouterGate(model.hidden_size, 1, model.initializer_range, dtype)
         self.scale = shared.scale
 
     def forward(self, x_TD: Tensor) -> FeedForwardOutput:

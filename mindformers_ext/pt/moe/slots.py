@@ -32,7 +32,7 @@ class SlotRule(Protocol):
 
 
 @dataclass(frozen=True)
-class Capacity:
+class CapacitySlots:
     """The first C assignments of every expert (GShard, Lepikhin et al. 2020, 3.2; ``core.capacity``).
 
     ``multiple``: what C is rounded up to. ``by_token``: in the order of tokens instead of all first choices first
@@ -56,10 +56,10 @@ class Capacity:
         return Slots(kept_GNK, 1.0 - kept_GNK.sum((1, 2)) / max(K * N, 1))
 
 
-def slot_rule(moe: MoESpec, parallel: ParallelSpec, only_in_training: bool = False) -> SlotRule:
+def build_slots(moe: MoESpec, parallel: ParallelSpec, only_in_training: bool = False) -> SlotRule:
     """The rule that a mixture's description asks for."""
     multiple = parallel.router_model_parallel * moe.comp_comm_parallel_degree
-    return Capacity(moe.capacity_factor, multiple, moe.enable_sdrop, only_in_training)
+    return CapacitySlots(moe.capacity_factor, multiple, moe.enable_sdrop, only_in_training)
 
 
 class Routing(NamedTuple):
