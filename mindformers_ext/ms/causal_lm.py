@@ -60,6 +60,13 @@ class AddLosses(nn.Cell):
         return self.add(total_G, loss_G)
 
 
+class PassLosses(nn.Cell):
+    """In the place of ``AddLosses`` at a dense layer."""
+
+    def construct(self, total_G: Tensor | None, loss_G: None) -> Tensor | None:
+        return total_G
+
+
 class ReadReport(nn.Cell):
     """Reports summed over groups, (layers, E + 1), as load (layers, E) and dropped share (layers)."""
 
@@ -90,9 +97,9 @@ class Decoder(nn.Cell):
     def __init__(self, spec: NetworkSpec, operators: Operators) -> None:
         super().__init__()
         model, shards = spec.model, Shards(spec)
-        mixtures, layers = model.moe_layers, model.num_hidden_layers
+        self.mixtures, layers = model.moe_layers, model.num_hidden_layers
         self.compute_dtype = operators.dtype(spec.numerics.compute_dtype)
-        self.aux_scale = 1.0 / len(mixtures) if model.moe and model.moe.aux_loss_reduce == "mean" else 1.0
+        self.aux_scale = 1.0 / len(self.mixtures) if model.moe and model.moe.aux_loss_reduce == "mean" else 1.0
         if shards.stages > 1:
             self.aux_scale *= 2.0  # see AddLosses
         self.seq_length = spec.seq_length
@@ -102,12 +109,16 @@ class Decoder(nn.Cell):
             [shards.stage(Layer(spec, model.layer(index), operators), stage) for index, stage in enumerate(stages)]
         )
         self.norm_out = shards.stage(RmsNorm(spec, operators), shards.stages - 1)
-        self.depth, self.has_experts = layers, bool(mixtures)
-        self.mixture = tuple(mixtures.index(index) if index in mixtures else -1 for index in range(layers))
-        self.add_losses = nn.CellList([shards.stage(AddLosses(shards), stages[index]) for index in mixtures])
+        self.depth, self.has_experts = layers, bool(self.mixtures)
+        self.add_losses = nn.CellList(
+            [
+                shards.stage(AddLosses(shards), stage) if index in self.mixtures else PassLosses()
+                for index, stage in enumerate(stages)
+            ]
+        )
         self.mean = shards.shard(P.ReduceMean(), "group mean")
         self.scale = shards.shard(P.Mul(), "scalars")
-        self.stack = shards.shard_list(P.Stack(), "tok -", len(mixtures))
+        self.stack = shards.shard_list(P.Stack(), "tok -", len(self.mixtures))
         self.total = shards.shard(P.ReduceSum(), "reports")
         self.read_report = shards.local(ReadReport(spec.parallel.groups), "report", _report_shapes, _report_types)
         self.reports = shards.stages == 1
@@ -123,17 +134,23 @@ class Decoder(nn.Cell):
         reports: tuple = ()
         for index in range(self.depth):
             x_TD, layer_aux_G, report_GE = self.layers[index](x_TD, cos_SP, sin_SP)
-            if self.mixture[index] >= 0:
-                aux_loss_G = self.add_losses[self.mixture[index]](aux_loss_G, layer_aux_G)
-                reports = reports + (report_GE,)
+            aux_loss_G = self.add_losses[index](aux_loss_G, layer_aux_G)
+            reports = reports + (report_GE,)
         if not self.has_experts:
             zeros = ops.zeros((1, 1), ms.float32)
             return self.norm_out(x_TD), ops.zeros((), ms.float32), zeros, ops.zeros((1,), ms.float32)
         aux_loss = self.scale(self.mean(aux_loss_G, 0), self.aux_scale)
         if self.reports:
-            load, dropped = self.read_report(self.total(self.stack(reports), 1))
+            load, dropped = self.read_report(self.total(self.stack(self._of_mixtures(reports)), 1))
             return self.norm_out(x_TD), aux_loss, load, dropped
         return self.norm_out(x_TD), aux_loss, aux_loss, aux_loss
+
+    def _of_mixtures(self, reports: tuple) -> tuple:
+        """Without the None of dense layers. No ``if``: a tuple that leaves one has no layout in MindSpore's cut graph."""
+        found: tuple = ()
+        for index in self.mixtures:
+            found = found + (reports[index],)
+        return found
 
 
 def _check_length(length: int, seq_length: int) -> None:
