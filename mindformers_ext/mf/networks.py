@@ -15,9 +15,8 @@ from mindspore import Tensor, ops
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.mf.config import MixtralConfig, PortableLlamaConfig
 from mindformers_ext.mf.generate import CachedGenerator, announce, can_answer, settled_config
+from mindformers_ext.ms.causal_lm import build_causal_lm
 from mindformers_ext.ms.lora import add_lora
-from mindformers_ext.ms.models import build_causal_lm
-from mindformers_ext.ms.moe.router import TopkRouterV2
 from mindformers_ext.ms.ops.select import select_operators
 from mindformers_ext.ms.recompute import recompute_layers
 
@@ -66,9 +65,7 @@ class PortableLlamaForCausalLM(PreTrainedModel):
         self.pad_token_id = spec.model.pad_token_id
         self.ignore_token_id = spec.model.ignore_token_id
         self.argmax = _argmax
-        for _, cell in self.causal_lm.cells_and_names():
-            if isinstance(cell, TopkRouterV2):
-                cell.drops_only_in_training = True
+        self.causal_lm.keep_all_in_evaluation()
         if spec.parallel.pipeline_stage > 1:  # otherwise every micro batch would be compiled anew
             select_operators().reuse(self)
         self.load_checkpoint(config)

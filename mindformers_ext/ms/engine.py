@@ -16,8 +16,8 @@ from mindformers_ext.core.cluster.placement import PlacedParameter
 from mindformers_ext.core.cluster.tensor_parallel import own_part, parted_parameters
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import DeviceSpec, NetworkSpec
+from mindformers_ext.ms.causal_lm import build_causal_lm
 from mindformers_ext.ms.generate import MindSporeSession
-from mindformers_ext.ms.models import build_causal_lm
 from mindformers_ext.ms.tensor_parallel import build_part
 
 STATE = ("topk_bias", "expert_load")  # router state with sensible start values; a weight file need not hold it

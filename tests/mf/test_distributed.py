@@ -66,7 +66,7 @@ def write_start(job):
     """Random weights for all runs."""
     import mindspore as ms
 
-    from mindformers_ext.ms.models import build_causal_lm
+    from mindformers_ext.ms.causal_lm import build_causal_lm
 
     ms.set_seed(3)
     ms.save_checkpoint(build_causal_lm(network_spec_from_yaml(load_yaml(job.yaml))), str(job.start))
@@ -80,7 +80,7 @@ def trained_alone(job, rates):
     """
     import mindspore as ms
 
-    from mindformers_ext.ms.models import build_causal_lm
+    from mindformers_ext.ms.causal_lm import build_causal_lm
     from mindformers_ext.ms.optim import FusedAdamW
     from mindformers_ext.ms.step import LossNetwork, TrainStepCell
 

@@ -19,7 +19,7 @@ from mindformers_ext.mf.load_monitor import load_lines
 from mindformers_ext.mf.metrics import MetricsFile, record_of
 from mindformers_ext.mf.pipeline_step import norm_tells_overflow
 from mindformers_ext.mf.trainer import stand_ins
-from mindformers_ext.ms.models import build_causal_lm
+from mindformers_ext.ms.causal_lm import build_causal_lm
 from tests.helpers.tiny_run import YAML
 
 

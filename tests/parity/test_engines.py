@@ -17,9 +17,8 @@ from mindspore import Tensor
 
 from mindformers_ext.core.capacity import expert_capacity
 from mindformers_ext.core.spec import MoESpec, NetworkSpec, ParallelSpec
+from mindformers_ext.ms.causal_lm import build_causal_lm as build_ms
 from mindformers_ext.ms.engine import MindSporeNetwork
-from mindformers_ext.ms.models import build_causal_lm as build_ms
-from mindformers_ext.ms.moe.router import TopkRouterV2 as MindSporeRouter
 from mindformers_ext.ms.step import LossNetwork
 from mindformers_ext.pt import names
 from mindformers_ext.pt.causal_lm import build_causal_lm
@@ -27,6 +26,7 @@ from mindformers_ext.pt.moe.gate import TopkChoice
 from mindformers_ext.pt.moe.slots import apply_slots, build_slots
 from mindformers_ext.weights.convert import to_hf, to_mindspore
 from tests.helpers.parity import Case, Outcome, compare, reference_of
+from tests.helpers.router import TopkRouterV2 as MindSporeRouter
 from tests.parity.test_llama import FAST as LLAMA
 from tests.parity.test_llama import SLOW as LLAMA_LONG
 from tests.parity.test_mixtral import FAST as MIXTRAL

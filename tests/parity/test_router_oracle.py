@@ -20,7 +20,7 @@ from mindformers.modules.transformer.moe import TopkRouterV2 as OracleRouter
 from mindspore import Tensor, nn
 
 from mindformers_ext.core.spec import MoESpec, ParallelSpec
-from mindformers_ext.ms.moe.router import TopkRouterV2
+from tests.helpers.router import TopkRouterV2
 from tests.helpers.routing import HARD, hard_logits
 
 LOSSES = (("expert", 0.05), ("device", 0.03), ("comm", 0.02))
