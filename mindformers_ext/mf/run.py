@@ -16,35 +16,42 @@ from mindformers.trainer import Trainer
 from mindformers.utils.file_utils import set_output_path
 
 import mindformers_ext.mf.register  # noqa: F401  puts our classes into MindFormers' registry
-from mindformers_ext.core.config.lora import ADAPTER_CONFIG, lora_from_yaml
+from mindformers_ext.core.cluster.build import BuildSpec, build_spec_from_yaml
+from mindformers_ext.core.config.lora import ADAPTER_CONFIG, LoraSpec, lora_from_yaml
+from mindformers_ext.core.config.run import CPU, TRAINING, device_target
 from mindformers_ext.core.config.text import yaml_text
-from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.jobs.checkpoint.transform import TransformRequest
 from mindformers_ext.jobs.run.slices import merge_slices, merged_file
-from mindformers_ext.mf.adapt import upgrade
+from mindformers_ext.mf.adapt import adapt
 from mindformers_ext.mf.barrier import use_cpu_barrier
+from mindformers_ext.mf.config import WRITTEN, remember
 
-TRAINING = ("train", "finetune")
 
-
-def run(config: Mapping[str, Any], extra_notes: tuple[str, ...] = (), merge: TransformRequest | None = None) -> Any:
+def run(
+    config: Mapping[str, Any],
+    extra_notes: tuple[str, ...] = (),
+    build: BuildSpec | None = None,
+    merge: TransformRequest | None = None,
+) -> Any:
     """Train (returns None), evaluate (the metrics by name) or predict (MindFormers' list) as ``run_mode`` says.
 
     Args:
         config: the YAML's content with the command line's options applied.
-        extra_notes: lines for the log besides those about the upgrade.
+        extra_notes: lines for the log besides those about what was adapted.
+        build: what the checks say the network is built from; None reads it from ``config``.
         merge: slices that the first rank puts together before all ranks load them.
 
     The configuration that MindFormers really gets is kept as ``<output_dir>/run_config/<run_mode>.yaml``.
     """
-    full = prepare(config, extra_notes)
+    full = prepare(config, extra_notes, build=build)
     if merge is not None:
-        _merge_once(merge, config)
+        _merge_once(merge, (build or build_spec_from_yaml(config)).network, bool(full.use_parallel))
     trainer = Trainer(full)
     mode = full.run_mode
     if mode in TRAINING:
-        _keep_lora(config, Path(full.output_dir))
+        _keep_lora(build.lora if build else lora_from_yaml(config), Path(full.output_dir))
         return trainer.train()
     if mode == "eval":
         trainer.evaluate(eval_checkpoint=full.load_checkpoint or None)
@@ -59,32 +66,38 @@ def run(config: Mapping[str, Any], extra_notes: tuple[str, ...] = (), merge: Tra
     return result
 
 
-def prepare(config: Mapping[str, Any], extra_notes: tuple[str, ...] = (), native: bool = False) -> MindFormerConfig:
+def prepare(
+    config: Mapping[str, Any],
+    extra_notes: tuple[str, ...] = (),
+    native: bool = False,
+    build: BuildSpec | None = None,
+) -> MindFormerConfig:
     """MindFormers' configuration for ``config``, saved, its device opened and its notes logged.
 
-    ``native`` leaves MindFormers' own classes in place.
+    ``native`` leaves MindFormers' own classes in place; ``build`` as for ``run``.
     """
-    device = (config.get("context") or {}).get("device_target", "Ascend")
-    upgraded, notes = (dict(config), []) if native else upgrade(config, device)
-    full = MindFormerConfig(str(_saved(upgraded)))
+    device = device_target(config)
+    adapted, notes = (dict(config), []) if native else adapt(config, device)
+    if build is not None and (written := adapted["model"]["model_config"].get(WRITTEN)):
+        remember(written, build)
+    full = MindFormerConfig(str(_saved(adapted)))
     set_output_path(full.output_dir)
     _open_device(full, device)
-    if full.use_parallel and device == "CPU":
+    if full.use_parallel and device == CPU:
         use_cpu_barrier()
     for note in (*extra_notes, *notes):
         logger.info("mindformers_ext: %s", note)
     return full
 
 
-def _merge_once(request: TransformRequest, config: Mapping[str, Any]) -> None:
+def _merge_once(request: TransformRequest, spec: NetworkSpec, together: bool) -> None:
     """Merge on rank 0 while the others wait; a failure there ends the job."""
     from mindformers.tools.utils import get_real_rank
     from mindspore.communication import comm_func
 
     if get_real_rank() == 0:
-        spec = network_spec_from_yaml(config)
         logger.info("Merged weights: %s", merge_slices(request, spec))
-    if config.get("use_parallel"):
+    if together:
         comm_func.barrier()
     if not merged_file(request).is_file():
         raise UserError(
@@ -93,9 +106,8 @@ def _merge_once(request: TransformRequest, config: Mapping[str, Any]) -> None:
         )
 
 
-def _keep_lora(config: Mapping[str, Any], folder: Path) -> None:
+def _keep_lora(lora: LoraSpec | None, folder: Path) -> None:
     """What ``tools/merge_lora.py`` must know about the adapters, in PEFT's words."""
-    lora = lora_from_yaml(config)
     if lora:
         beside = folder / f".{ADAPTER_CONFIG}.{os.getpid()}"
         beside.write_text(json.dumps(lora.peft_words(), indent=1) + "\n", encoding="utf-8")
