@@ -12,6 +12,7 @@ from mindformers.models.llama.llama_config import LlamaConfig
 from mindformers_ext.core.cluster.build import BuildSpec, build_spec_from_yaml
 from mindformers_ext.core.config.lora import LoraSpec
 from mindformers_ext.core.config.recompute import RecomputeSpec
+from mindformers_ext.core.families import implied_family
 from mindformers_ext.core.spec import NetworkSpec
 
 # The key of model_config under which ``mf.adapt`` keeps the network's YAML sections as the user wrote them.
@@ -27,7 +28,7 @@ def remember(sections: Mapping[str, Any], build: BuildSpec) -> None:
 
 
 class PortableLlamaConfig(LlamaConfig):
-    """MindFormers' ``LlamaConfig`` plus our own keys (``head_dim``, ``return_extra_loss``, ``aux_loss_reduce``).
+    """MindFormers' ``LlamaConfig`` plus our own keys (see ``core.config.view``), for a family of ``core.families``.
 
     Args:
         network_yaml: the YAML sections that describe the network, as written; None to read them back from the
@@ -35,6 +36,8 @@ class PortableLlamaConfig(LlamaConfig):
             null, and ``aux_loss_factor: 0`` is refused.)
         given: ``model.model_config`` and what MindFormers adds (``moe_config``, ``parallel_config``, ...).
     """
+
+    family = implied_family(has_experts=False)
 
     def __init__(self, network_yaml: Mapping[str, Any] | None = None, **given: Any) -> None:
         super().__init__(**given)
@@ -77,11 +80,9 @@ class PortableLlamaConfig(LlamaConfig):
             moe.pop("aux_loss_types", None), moe.pop("aux_loss_factors", None)
         if moe.get("router_dense_type") is None:  # MindFormers' own default, before its template is applied
             moe.pop("router_dense_type", None)
-        return {"model": {"model_config": words}, "moe_config": moe, "parallel_config": parallel}
-
-
-class MixtralConfig(PortableLlamaConfig):
-    """Configuration of ``MixtralForCausalLM``: a LLaMA whose feed-forward layers are routed experts."""
+        kind, architecture = self.family.yaml_names[0]
+        model = {"model_config": {**words, "type": kind}, "arch": {"type": architecture}}
+        return {"model": model, "moe_config": moe, "parallel_config": parallel}
 
 
 def _digest(sections: Mapping[str, Any]) -> str:

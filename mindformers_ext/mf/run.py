@@ -15,7 +15,6 @@ from mindformers.tools.register import MindFormerConfig
 from mindformers.trainer import Trainer
 from mindformers.utils.file_utils import set_output_path
 
-import mindformers_ext.mf.register  # noqa: F401  puts our classes into MindFormers' registry
 from mindformers_ext.core.cluster.build import BuildSpec, build_spec_from_yaml
 from mindformers_ext.core.config.lora import ADAPTER_CONFIG, LoraSpec, lora_from_yaml
 from mindformers_ext.core.config.run import CPU, TRAINING, device_target
@@ -27,6 +26,9 @@ from mindformers_ext.jobs.run.slices import merge_slices, merged_file
 from mindformers_ext.mf.adapt import adapt
 from mindformers_ext.mf.barrier import use_cpu_barrier
 from mindformers_ext.mf.config import WRITTEN, remember
+from mindformers_ext.mf.register import (
+    register_families,  # the import puts our other classes into MindFormers' registry
+)
 
 
 def run(
@@ -77,6 +79,7 @@ def prepare(
     ``native`` leaves MindFormers' own classes in place; ``build`` as for ``run``.
     """
     device = device_target(config)
+    register_families()  # those that have been added since
     adapted, notes = (dict(config), []) if native else adapt(config, device)
     if build is not None and (written := adapted["model"]["model_config"].get(WRITTEN)):
         remember(written, build)

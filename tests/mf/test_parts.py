@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from mindformers.core import build_optim
 from mindformers.models import build_model_config, build_network
-from mindformers.tools.register import MindFormerConfig
+from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, MindFormerRegister
 from mindspore import Parameter, Tensor
 
-import mindformers_ext.mf.register  # noqa: F401  what a plain MindFormers run imports
 from mindformers_ext.core.config.file import parse_yaml
 from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.families import FAMILIES, Family
+from mindformers_ext.mf import register  # what a plain MindFormers run imports
 from mindformers_ext.mf.adapt import adapt
 from mindformers_ext.mf.balance import moved
 from mindformers_ext.mf.load_monitor import load_lines
@@ -144,8 +145,6 @@ def test_the_load_of_experts_is_shown_per_layer():
 
 
 def test_callbacks_are_ours_only_inside():
-    from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
-
     kind, name = MindFormerModuleType.CALLBACK, "MFLossMonitor"
     before = MindFormerRegister.get_cls(kind, name)
     with pytest.raises(RuntimeError), stand_ins():
@@ -208,3 +207,16 @@ def test_mindformers_builds_the_very_spec_that_the_checks_made(tmp_path, monkeyp
     assert made.network_spec(1) is build.network and len(read) == 1
     made.save_pretrained(str(tmp_path), save_json=True)
     assert json.loads((tmp_path / "config.json").read_text())["network_yaml"]["recompute_config"] == {"recompute": [1]}
+
+
+def test_every_family_has_classes_and_one_that_is_added_gets_them(monkeypatch):
+    added = Family(name="tiny", hf_class="TinyForCausalLM", yaml_names=(("TinyConfig", "TinyForCausalLM"),))
+    monkeypatch.setitem(FAMILIES, "tiny", added)
+    monkeypatch.setattr(register, "CLASSES", dict(register.CLASSES))
+    register.register_families()
+    for family in FAMILIES.values():
+        for config_name, name in family.yaml_names:
+            made = MindFormerRegister.get_cls(MindFormerModuleType.CONFIG, config_name)
+            network_class = MindFormerRegister.get_cls(MindFormerModuleType.MODELS, name)
+            assert made.family == family and network_class.config_class is made
+            assert (made.__name__, network_class.__name__) == family.yaml_names[0]
