@@ -122,7 +122,7 @@ def _mindformers(checked: CheckedRun, _: argparse.Namespace) -> int:
     _prepare(checked.run)
     from mindformers_ext.mf.run import run
 
-    run(checked.config, checked.notes, checked.build, checked.merge)
+    run(checked.config, checked)
     return 0
 
 

@@ -191,17 +191,19 @@ def test_the_norm_tells_overflow_where_it_does(monkeypatch: pytest.MonkeyPatch) 
 def test_mindformers_builds_the_very_spec_that_the_checks_made(tmp_path, monkeypatch):
     """Through the file that MindFormers reads; nothing is read a second time. A file changed by hand is."""
     from mindformers_ext.core.cluster.build import build_spec_from_yaml
+    from mindformers_ext.jobs.run.checks import check_run
     from mindformers_ext.mf import config as mf_config
     from mindformers_ext.mf.run import prepare
 
-    words = config(output_dir=str(tmp_path), recompute_config={"recompute": [1]})
-    build = build_spec_from_yaml(words)
-    read = []
+    elsewhere = {"data_loader": {"type": "Elsewhere"}}  # is nothing that the checks could open
+    words = config(output_dir=str(tmp_path), recompute_config={"recompute": [1]}, train_dataset=elsewhere)
+    checked = check_run(words, "test")
+    build, read = checked.build, []
     monkeypatch.setattr(mf_config, "build_spec_from_yaml", lambda *g: read.append(g) or build_spec_from_yaml(*g))
-    sections = prepare(words, build=build).model
-    made = build_model_config(sections.model_config)
-    assert made.network_spec(1) is build.network and made.recompute_spec() is build.recompute and made.lora() is None
-    assert build_model_config(copy.deepcopy(sections.model_config)).network_spec(1) is build.network and not read
+    sections = prepare(checked.config, checked).model
+    made, copied = (build_model_config(words.model_config) for words in (sections, copy.deepcopy(sections)))
+    assert made.network_spec(1) is copied.network_spec(1) is build.network and not read
+    assert made.recompute_spec() is build.recompute and made.lora() is None
     sections.model_config.network_yaml.model.model_config.num_layers = 3
     assert build_model_config(sections.model_config).network_spec(1).model.num_hidden_layers == 3
     assert made.network_spec(1) is build.network and len(read) == 1

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run read from its YAML once: defaults, who carries it out, and what MindFormers gets of what was settled."""
 
+import ast
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from mindformers_ext.core.config.overrides import apply_overrides
 from mindformers_ext.core.config.run import Runner, run_spec_from_yaml, settled_yaml
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import DeviceSpec
-from tests.helpers.tiny_run import YAML
+from tests.helpers.tiny_run import ROOT, YAML
+
+PACKAGE = ROOT / "mindformers_ext"
 
 
 def read(*options):
@@ -92,3 +95,20 @@ def test_mindformers_gets_what_was_settled_and_nothing_else_new() -> None:
         "resume_training": "x.ckpt",
         "load_ckpt_format": "safetensors",
     }
+
+
+# Who carries a run out, and what judges it: none of them reads the mapping. ``jobs.run.sections`` judges its keys, and
+# ``mf.adapt`` changes them for MindFormers.
+ROAD = ("cli/run_mindformer.py", "cli/evaluate.py", "cli/predict.py", "jobs/run/checks.py", "jobs/run/dataset.py")
+ROAD += ("jobs/run/slices.py", "jobs/run/start.py", "jobs/predict", "jobs/engine", "mf/run.py")
+
+
+def test_the_mapping_is_read_in_one_place() -> None:
+    files = [path for name in ROAD for path in sorted((PACKAGE / name).rglob("*.py")) or [PACKAGE / name]]
+    reads = {
+        f"{path.relative_to(PACKAGE)}:{node.lineno}"
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.Attribute, ast.Subscript)) and ast.unparse(node.value).rpartition(".")[2] == "config"
+    }
+    assert len(files) > len(ROAD) and not reads
