@@ -97,71 +97,68 @@ _QWEN_MOE: dict[str, Any] = {
 }
 _NORM_CHOSEN = ConfigWord("norm_topk_prob", "moe", "norm_topk_prob", "bool", False)
 
-FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (
-        Family(
-            name="llama",
-            hf_class="LlamaForCausalLM",
-            yaml_names=(("PortableLlamaConfig", "PortableLlamaForCausalLM"),),
-            implied=True,
-            defaults=_LLAMA,
-            written={"attention_bias": False, "mlp_bias": False, "rope_scaling": None},
-        ),
-        # without a sliding window a llama in every tensor and formula
-        Family(name="mistral", hf_class="MistralForCausalLM", reads_as="llama", defaults=_MISTRAL, window=4096),
-        Family(
-            name="mixtral",
-            hf_class="MixtralForCausalLM",
-            yaml_names=(("MixtralConfig", "MixtralForCausalLM"),),
-            has_experts=True,
-            implied=True,
-            defaults={**_MISTRAL, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
-            words=(
-                ConfigWord("num_local_experts", "moe", "num_local_experts", "int", 8),
-                ConfigWord("num_experts_per_tok", "moe", "num_experts_per_tok", "int", 2),
-            ),
-            moe={"norm_topk_prob": True},
-            written={"sliding_window": None},
-        ),
-        Family(
-            name="qwen2_moe",
-            hf_class="Qwen2MoeForCausalLM",
-            yaml_names=(("Qwen2MoeConfig", "Qwen2MoeForCausalLM"),),
-            has_experts=True,
-            defaults={**_QWEN_MOE, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 16},
-            words=(
-                ConfigWord("num_experts", "moe", "num_local_experts", "int", 60),
-                ConfigWord("num_experts_per_tok", "moe", "num_experts_per_tok", "int", 4),
-                ConfigWord("moe_intermediate_size", "moe", "intermediate_size", "int", 1408),
-                ConfigWord("shared_expert_intermediate_size", "shared", "intermediate_size", "int", 5632),
-                ConfigWord("qkv_bias", "model", "qkv_bias", "bool", True),
-                _NORM_CHOSEN,
-            ),
-            shared={"gated": True},
-            chooses_layers=True,
-            window_switch="use_sliding_window",
-            written={"use_sliding_window": False, "rope_scaling": None},
-        ),
-        Family(
-            name="qwen3_moe",
-            hf_class="Qwen3MoeForCausalLM",
-            yaml_names=(("Qwen3MoeConfig", "Qwen3MoeForCausalLM"),),
-            has_experts=True,
-            defaults={**_QWEN_MOE, "intermediate_size": 6144, "num_attention_heads": 32, "num_key_value_heads": 4},
-            words=(
-                ConfigWord("num_experts", "moe", "num_local_experts", "int", 128),
-                ConfigWord("num_experts_per_tok", "moe", "num_experts_per_tok", "int", 8),
-                ConfigWord("moe_intermediate_size", "moe", "intermediate_size", "int", 768),
-                _NORM_CHOSEN,
-            ),
-            model={"qk_norm": True},
-            chooses_layers=True,
-            window_switch="use_sliding_window",
-            written={"use_sliding_window": False, "attention_bias": False, "rope_scaling": None},
-        ),
-    )
-}
+LLAMA = Family(
+    name="llama",
+    hf_class="LlamaForCausalLM",
+    yaml_names=(("PortableLlamaConfig", "PortableLlamaForCausalLM"),),
+    implied=True,
+    defaults=_LLAMA,
+    written={"attention_bias": False, "mlp_bias": False, "rope_scaling": None},
+)
+# without a sliding window a llama in every tensor and formula
+MISTRAL = Family(name="mistral", hf_class="MistralForCausalLM", reads_as=LLAMA.name, defaults=_MISTRAL, window=4096)
+MIXTRAL = Family(
+    name="mixtral",
+    hf_class="MixtralForCausalLM",
+    yaml_names=(("MixtralConfig", "MixtralForCausalLM"),),
+    has_experts=True,
+    implied=True,
+    defaults={**_MISTRAL, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
+    words=(
+        ConfigWord("num_local_experts", "moe", "num_local_experts", "int", 8),
+        ConfigWord("num_experts_per_tok", "moe", "num_experts_per_tok", "int", 2),
+    ),
+    moe={"norm_topk_prob": True},
+    written={"sliding_window": None},
+)
+QWEN2_MOE = Family(
+    name="qwen2_moe",
+    hf_class="Qwen2MoeForCausalLM",
+    yaml_names=(("Qwen2MoeConfig", "Qwen2MoeForCausalLM"),),
+    has_experts=True,
+    defaults={**_QWEN_MOE, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 16},
+    words=(
+        ConfigWord("num_experts", "moe", "num_local_experts", "int", 60),
+        ConfigWord("num_experts_per_tok", "moe", "num_experts_per_tok", "int", 4),
+        ConfigWord("moe_intermediate_size", "moe", "intermediate_size", "int", 1408),
+        ConfigWord("shared_expert_intermediate_size", "shared", "intermediate_size", "int", 5632),
+        ConfigWord("qkv_bias", "model", "qkv_bias", "bool", True),
+        _NORM_CHOSEN,
+    ),
+    shared={"gated": True},
+    chooses_layers=True,
+    window_switch="use_sliding_window",
+    written={"use_sliding_window": False, "rope_scaling": None},
+)
+QWEN3_MOE = Family(
+    name="qwen3_moe",
+    hf_class="Qwen3MoeForCausalLM",
+    yaml_names=(("Qwen3MoeConfig", "Qwen3MoeForCausalLM"),),
+    has_experts=True,
+    defaults={**_QWEN_MOE, "intermediate_size": 6144, "num_attention_heads": 32, "num_key_value_heads": 4},
+    words=(
+        ConfigWord("num_experts", "moe", "num_local_experts", "int", 128),
+        ConfigWord("num_experts_per_tok", "moe", "num_experts_per_tok", "int", 8),
+        ConfigWord("moe_intermediate_size", "moe", "intermediate_size", "int", 768),
+        _NORM_CHOSEN,
+    ),
+    model={"qk_norm": True},
+    chooses_layers=True,
+    window_switch="use_sliding_window",
+    written={"use_sliding_window": False, "attention_bias": False, "rope_scaling": None},
+)
+
+FAMILIES: dict[str, Family] = {row.name: row for row in (LLAMA, MISTRAL, MIXTRAL, QWEN2_MOE, QWEN3_MOE)}
 
 # MindFormers' name for any LLaMA-shaped network: with experts, or where MindFormers' own does not run, it means ours.
 GENERIC_NAMES = ("LlamaConfig", "LlamaForCausalLM")

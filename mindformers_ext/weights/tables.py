@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from mindformers_ext.core.families import LLAMA, MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from mindformers_ext.weights import llama, mixtral, qwen2_moe, qwen3_moe
 from mindformers_ext.weights.rules import Rule
 
@@ -24,10 +25,10 @@ class Table:
 
 
 TABLES: dict[str, Table] = {
-    "llama": Table(),
-    "mixtral": Table(mixtral.STYLES),
-    "qwen2_moe": Table(qwen2_moe.STYLES),
-    "qwen3_moe": Table(qwen3_moe.STYLES),
+    LLAMA.name: Table(),
+    MIXTRAL.name: Table(mixtral.STYLES),
+    QWEN2_MOE.name: Table(qwen2_moe.STYLES),
+    QWEN3_MOE.name: Table(qwen3_moe.STYLES),
 }
 
 
