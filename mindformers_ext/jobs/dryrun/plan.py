@@ -11,7 +11,15 @@ from typing import Any
 from mindformers_ext.core.capacity import rows_at_once
 from mindformers_ext.core.cluster.cluster_rules import TOGETHER, check_network, settled
 from mindformers_ext.core.cluster.memory import StageMemory, prediction_memory, stage_memory
-from mindformers_ext.core.config.run import ASCEND, TRAINING, device_target, run_spec_from_yaml
+from mindformers_ext.core.config.run import (
+    ASCEND,
+    MINDFORMERS,
+    MINDSPORE,
+    TRAINER_KEY,
+    TRAINING,
+    device_target,
+    run_spec_from_yaml,
+)
 from mindformers_ext.core.config.values import section_at
 from mindformers_ext.core.config.view import network_spec_from_yaml, yaml_notes
 from mindformers_ext.core.errors import UserError
@@ -157,6 +165,9 @@ def _adapt(words: dict[str, Any], world: int) -> list[str]:
     # the YAML's save_graphs would win over the variable that asks for the two graphs read here
     context = {key: value for key, value in context.items() if key not in ("save_graphs", "save_graphs_path")}
     words["context"] = {**context, "device_target": ASCEND, "device_id": 0}
+    for key, kept in (("engine", MINDSPORE), (TRAINER_KEY, MINDFORMERS)):
+        if words.pop(key, None) not in (None, kept):
+            notes.append(f"{key} becomes {kept}, whose road is compiled")
     for key, off in (
         ("load_checkpoint", ""),
         ("resume_training", False),
