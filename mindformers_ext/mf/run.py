@@ -26,9 +26,7 @@ from mindformers_ext.jobs.run.slices import merge_slices, merged_file
 from mindformers_ext.mf.adapt import adapt
 from mindformers_ext.mf.barrier import use_cpu_barrier
 from mindformers_ext.mf.config import WRITTEN, remember
-from mindformers_ext.mf.register import (
-    register_families,  # the import puts our other classes into MindFormers' registry
-)
+from mindformers_ext.mf.register import register_families  # importing it registers our other classes
 
 
 def run(config: Mapping[str, Any], checked: CheckedRun | None = None) -> Any:
