@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mindformers_ext.core.config.run import ENGINES, MINDSPORE, PYTORCH
 from mindformers_ext.core.config.train import TrainSpec
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import DeviceSpec, NetworkSpec
@@ -176,29 +177,6 @@ class Trainer(Protocol):
         ...
 
 
-ENGINES = ("ms", "pt")
-
-
-def engine_of(config: Mapping[str, Any]) -> str:
-    """The engine a configuration asks for: ``engine`` (``--engine``), else PyTorch on a GPU and MindSpore elsewhere.
-
-    Raises:
-        UserError: no such engine, or one that does not run on the configuration's device.
-    """
-    device = str((config.get("context") or {}).get("device_target", "Ascend"))
-    name = config.get("engine") or ("pt" if device == "GPU" else "ms")
-    if name not in ENGINES:
-        raise UserError(f"engine={name!r} is unknown: choose one of {', '.join(ENGINES)} (--engine)")
-    if name == "pt" and device not in ("GPU", "CPU"):
-        raise UserError(f"--engine pt with device_target {device}: PyTorch runs here on GPU and CPU (--device_target)")
-    if name == "ms" and device == "GPU":
-        raise UserError(
-            "--engine ms with device_target GPU: MindSpore has no kernels for today's GPUs; leave --engine "
-            "out, PyTorch runs there"
-        )
-    return str(name)
-
-
 def open_trainer(spec: NetworkSpec, train: TrainSpec, device: str, device_id: int = 0) -> Trainer:
     """A trainer of the PyTorch engine in this process of the job (``torchrun`` starts several)."""
     from mindformers_ext.pt.engine import PyTorchEngine
@@ -213,11 +191,11 @@ def open_trainer(spec: NetworkSpec, train: TrainSpec, device: str, device_id: in
 
 def open_engine(name: str) -> Engine:
     """The engine called ``name``: "ms" is MindSpore, "pt" PyTorch. Importing it takes seconds; do it once."""
-    if name == "ms":
+    if name == MINDSPORE:
         from mindformers_ext.ms.engine import MindSporeEngine
 
         return MindSporeEngine()
-    if name == "pt":
+    if name == PYTORCH:
         from mindformers_ext.pt.engine import PyTorchEngine
 
         return PyTorchEngine()

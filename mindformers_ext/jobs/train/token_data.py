@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mindformers_ext.core.config.run import DataSpec, data_spec_from_yaml
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.data.row_order import RowOrder
 from mindformers_ext.formats.mindrecord_file import MindRecordFile
@@ -36,7 +37,8 @@ class TokenData:
         loader = words.get("data_loader") or {}
         _check(words, loader, section)
         self.columns = tuple(words.get("input_columns") or ("input_ids",))
-        self.files = [MindRecordFile(path) for path in dataset_files(loader, section)]
+        data = data_spec_from_yaml(config, section) or DataSpec(section=section)
+        self.files = [MindRecordFile(path) for path in dataset_files(data)]
         self._ends = list(accumulate(len(file) for file in self.files))
         limit = loader.get("num_samples")
         self.total = min(self._ends[-1], limit) if isinstance(limit, int) and limit > 0 else self._ends[-1]

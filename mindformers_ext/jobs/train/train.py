@@ -18,6 +18,7 @@ import numpy as np
 
 from mindformers_ext.core.cluster.cluster_rules import settled
 from mindformers_ext.core.config.lora import ADAPTER_CONFIG
+from mindformers_ext.core.config.run import device_target
 from mindformers_ext.core.config.text import yaml_text
 from mindformers_ext.core.config.train import TrainSpec, train_spec_from_yaml
 from mindformers_ext.core.errors import UserError
@@ -80,9 +81,7 @@ def train(config: Mapping[str, Any], spec: NetworkSpec, notes: tuple[str, ...] =
     if spec.numerics.softmax_dtype != "float32":
         more.append(f"softmax_compute_type {spec.numerics.softmax_dtype}: PyTorch's attention sums in float32")
     context = config.get("context") or {}
-    trainer = open_trainer(
-        spec, training, str(context.get("device_target", "Ascend")), int(context.get("device_id") or 0)
-    )
+    trainer = open_trainer(spec, training, device_target(config), int(context.get("device_id") or 0))
     rank = trainer.ranks.rank
     set_up_logging(file=folder / "log" / f"rank_{rank}" / "info.log")
     for note in (*notes, *more):
