@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,16 @@ TINY = {
     "model.model_config.seq_length": 64,
     "parallel.parallel_optimizer_config.parallel_optimizer_threshold": 1,
 }
+# What ranks of one stage may differ in; what a group's members are is checked by itself: they are arithmetic.
+OWN = {
+    "rank": 0,
+    "start_seconds": 0.0,
+    "build_seconds": 0.0,
+    "compile_seconds": 0.0,
+    "peak_rss": 0,
+    "strategy_file": "",
+}
+PIPELINE = ("Send", "Receive")
 TOP = ("micro_batch_interleave_num", "recompute_config")  # have no option on the command line, or no simple value
 
 
@@ -66,6 +77,41 @@ class DryRun:
         return json.loads((self.out / "report.json").read_text(encoding="utf-8"))
 
 
+def chosen_ranks(devices: int, stages: int, commit: str | None) -> tuple[int, ...]:
+    """First and last rank of every stage, and one more that ``commit`` (hexadecimal) names; every rank for None.
+
+    Each commit compiles another one, so that in time all are; the same commit compiles the same ones again.
+    """
+    if commit is None:
+        return tuple(range(devices))
+    inside = devices // stages
+    ends = {rank for first in range(0, devices, inside) for rank in (first, first + inside - 1)}
+    others = [rank for rank in range(devices) if rank not in ends]
+    return tuple(sorted(ends | {others[int(commit, 16) % len(others)]} if others else ends))
+
+
+def members(rank: int, size: int, stride: int, first: int) -> tuple[int, ...]:
+    """Who is in a group of ``size`` ranks ``stride`` apart with ``rank``; ``first`` is the first rank of its stage.
+
+    A stage's ranks are numbered through a box of devices, and a group is a row of that box along one side.
+    """
+    least = rank - (rank - first) // stride % size * stride
+    return tuple(range(least, least + size * stride, stride))
+
+
+def alike(facts: RankFacts) -> RankFacts:
+    """What the ranks of one stage share: everything but their number, seconds, memory, and who is in their groups.
+
+    A group becomes its size and how far its members are apart, sender and receiver become their distance.
+    """
+    rows = []
+    for row in facts.traffic:
+        least, second = sorted(row.ranks)[:2]
+        group = (max(row.ranks) - facts.rank or least - facts.rank,) if row.kind in PIPELINE else (len(row.ranks),)
+        rows.append(replace(row, ranks=(*group, second - least)))
+    return replace(facts, **OWN, traffic=tuple(sorted(rows, key=astuple)))
+
+
 def dry_run(
     out: Path, name: str, devices: int, ranks: str, stages: int, *more: object, layers: int = 1, **changes: object
 ) -> DryRun:
@@ -93,6 +139,8 @@ def dry_run(
         ranks,
         "--out",
         str(out),
+        "--jobs",
+        str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))),
         *map(str, more),
         *words,
     ]

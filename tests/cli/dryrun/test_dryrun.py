@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``tools/dryrun.py``: research/'s files compile for their clusters, and hold and send what the arithmetic says.
 
-One or two layers per pipeline stage, and every rank of the cluster: each compiles its own graph, with its own groups,
-slices and neighbours.
+One or two layers per pipeline stage. Compiled are the first and last rank of every stage and one more that the commit
+chooses, or with ``--all-ranks`` every rank of the cluster: each compiles its own graph, with its own groups, slices and
+neighbours. Those of one stage agree in everything but who is in their groups, and that is arithmetic.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import re
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,8 @@ from mindformers_ext.core.config.lora import LORA_A, LORA_B
 from mindformers_ext.core.stages import stage_messages
 from mindformers_ext.formats.ms_file import open_checkpoint
 from mindformers_ext.jobs.dryrun.facts import RankFacts
-from mindformers_ext.jobs.dryrun.plan import asked_ranks
 from mindformers_ext.jobs.dryrun.ranks import GRAPHS
-from tests.helpers.dryrun import RESEARCH, DryRun, dry_run
+from tests.helpers.dryrun import PIPELINE, RESEARCH, DryRun, alike, chosen_ranks, dry_run, members
 from tests.helpers.sliced import same, write_file
 from tests.helpers.tiny_run import ROOT, environment
 
@@ -45,18 +45,18 @@ INTERLEAVED = {
     "expert_parallel": 4,
     "use_seq_parallel": True,
 }
-# name: file, devices, ranks, stages, and what of parallel_config differs from the file
-JOBS: dict[str, tuple[str, int, str, int, dict[str, Any]]] = {
-    "seed": (SEED, 16, "all", 2, {}),
-    "r17": (SEED, 16, "all", 2, R17),
-    "32k": ("mixtral_8x7b/pretrain_mixtral-8x7b_32k.yaml", 16, "all", 2, {}),
-    "finetune": ("mixtral_8x7b/finetune_mixtral-8x7b.yaml", 16, "all", 2, {}),
-    "lora": ("mixtral_8x7b/finetune_lora_mixtral-8x7b.yaml", 16, "all", 2, {}),
-    "interleave": (SEED, 16, "all", 2, INTERLEAVED),
-    "8x22b": ("mixtral_8x22b/pretrain_mixtral-8x22b.yaml", 64, "all", 8, {}),
-    "8x22b 32k": ("mixtral_8x22b/pretrain_mixtral-8x22b_32k.yaml", 64, "all", 8, {}),
-    "8x22b finetune": ("mixtral_8x22b/finetune_mixtral-8x22b.yaml", 64, "all", 8, {}),
-    "8x22b lora": ("mixtral_8x22b/finetune_lora_mixtral-8x22b.yaml", 16, "all", 2, {}),
+# name: file, devices, stages, and what of parallel_config differs from the file
+JOBS: dict[str, tuple[str, int, int, dict[str, Any]]] = {
+    "seed": (SEED, 16, 2, {}),
+    "r17": (SEED, 16, 2, R17),
+    "32k": ("mixtral_8x7b/pretrain_mixtral-8x7b_32k.yaml", 16, 2, {}),
+    "finetune": ("mixtral_8x7b/finetune_mixtral-8x7b.yaml", 16, 2, {}),
+    "lora": ("mixtral_8x7b/finetune_lora_mixtral-8x7b.yaml", 16, 2, {}),
+    "interleave": (SEED, 16, 2, INTERLEAVED),
+    "8x22b": ("mixtral_8x22b/pretrain_mixtral-8x22b.yaml", 64, 8, {}),
+    "8x22b 32k": ("mixtral_8x22b/pretrain_mixtral-8x22b_32k.yaml", 64, 8, {}),
+    "8x22b finetune": ("mixtral_8x22b/finetune_mixtral-8x22b.yaml", 64, 8, {}),
+    "8x22b lora": ("mixtral_8x22b/finetune_lora_mixtral-8x22b.yaml", 16, 2, {}),
 }
 
 
@@ -67,11 +67,13 @@ def seed(tmp_path_factory: pytest.TempPathFactory) -> DryRun:
 
 
 @pytest.fixture(scope="module", params=JOBS)
-def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DryRun:
+def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, commit: str | None) -> DryRun:
     """The other files and splits, one after the other."""
-    name, devices, ranks, stages, changes = JOBS[request.param]
-    run = dry_run(tmp_path_factory.mktemp("job") / "out", name, devices, ranks, stages, **changes)
-    assert [facts.rank for facts in run.facts()] == list(asked_ranks(ranks, devices, stages)), run.text
+    name, devices, stages, changes = JOBS[request.param]
+    ranks = chosen_ranks(devices, stages, commit)
+    asked = ",".join(map(str, ranks))
+    run = dry_run(tmp_path_factory.mktemp("job") / "out", name, devices, asked, stages, **changes)
+    assert tuple(facts.rank for facts in run.facts()) == ranks, run.text
     return run
 
 
@@ -89,6 +91,17 @@ def held_as_counted(run: DryRun, facts: RankFacts) -> None:
         memory.gradients,
         memory.optimizer,
     ]
+
+
+def grouped_as_counted(run: DryRun, facts: RankFacts) -> None:
+    """Who is in a rank's groups follows from their size and stride; neighbours have the same place in other stages."""
+    inside = run.devices // run.spec().parallel.pipeline_stage
+    for row in facts.traffic:
+        first, second = sorted(row.ranks)[:2]
+        if row.kind in PIPELINE:
+            assert facts.rank in row.ranks and (second - first) % inside == 0
+        else:
+            assert row.ranks == members(facts.rank, len(row.ranks), second - first, facts.stage * inside)
 
 
 def sent_as_counted(run: DryRun, facts: RankFacts) -> None:
@@ -221,6 +234,12 @@ def test_every_file_compiles_as_counted(job: DryRun) -> None:
         assert facts.unplanned == ()
         held_as_counted(job, facts)
         sent_as_counted(job, facts)
+        grouped_as_counted(job, facts)
+    stages = defaultdict(list)
+    for facts in job.facts():
+        stages[facts.stage].append(alike(facts))
+    for first, *others in stages.values():
+        assert others and all(other == first for other in others)
 
 
 @pytest.mark.slow
