@@ -77,17 +77,27 @@ class DryRun:
         return json.loads((self.out / "report.json").read_text(encoding="utf-8"))
 
 
-def chosen_ranks(devices: int, stages: int, commit: str | None) -> tuple[int, ...]:
+def chosen_ranks(devices: int, stages: int, commit: str | None, twin: bool = False) -> tuple[int, ...]:
     """First and last rank of every stage, and one more that ``commit`` (hexadecimal) names; every rank for None.
 
-    Each commit compiles another one, so that in time all are; the same commit compiles the same ones again.
+    Each commit compiles another one, so that in time all are; the same commit compiles the same ones again. A ``twin``
+    is another job but for its number of stages: the first rank of the first stage, of the last and of one between.
     """
     if commit is None:
         return tuple(range(devices))
-    inside = devices // stages
-    ends = {rank for first in range(0, devices, inside) for rank in (first, first + inside - 1)}
-    others = [rank for rank in range(devices) if rank not in ends]
-    return tuple(sorted(ends | {others[int(commit, 16) % len(others)]} if others else ends))
+    number, inside = int(commit, 16), devices // stages
+    firsts = tuple(range(0, devices, inside))
+    if twin:
+        fixed = {firsts[0], firsts[-1], *([firsts[1 + number % (stages - 2)]] if stages > 2 else [])}
+    else:
+        fixed = {rank for first in firsts for rank in (first, first + inside - 1)}
+    others = [rank for rank in range(devices) if rank not in fixed]
+    return tuple(sorted(fixed | {others[number // stages % len(others)]} if others else fixed))
+
+
+def small(stages: int, layers: int = 1) -> dict[str, object]:
+    """Options that make a file's job small: ``layers`` of each stage, as few micro batches as it bears."""
+    return {**TINY, "model.model_config.num_layers": layers * stages, "parallel_config.micro_batch_num": stages}
 
 
 def members(rank: int, size: int, stride: int, first: int) -> tuple[int, ...]:
@@ -119,7 +129,7 @@ def dry_run(
 
     ``layers``: of each of the ``stages``. ``changes``: keys of parallel_config, of ``TOP``, or with dots.
     """
-    settings = {**TINY, "model.model_config.num_layers": layers * stages, "parallel_config.micro_batch_num": stages}
+    settings = small(stages, layers)
     file = RESEARCH / name
     if any(key in TOP for key in changes):
         words = yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -23,12 +23,14 @@ from mindformers_ext.cli.transform_ckpt import main as transform
 from mindformers_ext.core.cluster.memory import stage_memory
 from mindformers_ext.core.cluster.placement import WIDTH, placed_parameters
 from mindformers_ext.core.cluster.split_cost import expert_exchange, layer_sent
+from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.config.lora import LORA_A, LORA_B
+from mindformers_ext.core.config.overrides import apply_overrides
 from mindformers_ext.core.stages import stage_messages
 from mindformers_ext.formats.ms_file import open_checkpoint
 from mindformers_ext.jobs.dryrun.facts import RankFacts
 from mindformers_ext.jobs.dryrun.ranks import GRAPHS
-from tests.helpers.dryrun import PIPELINE, RESEARCH, DryRun, alike, chosen_ranks, dry_run, members
+from tests.helpers.dryrun import PIPELINE, RESEARCH, DryRun, alike, chosen_ranks, dry_run, members, small
 from tests.helpers.sliced import same, write_file
 from tests.helpers.tiny_run import ROOT, environment
 
@@ -58,6 +60,7 @@ JOBS: dict[str, tuple[str, int, int, dict[str, Any]]] = {
     "8x22b finetune": ("mixtral_8x22b/finetune_mixtral-8x22b.yaml", 64, 8, {}),
     "8x22b lora": ("mixtral_8x22b/finetune_lora_mixtral-8x22b.yaml", 16, 2, {}),
 }
+TWINS = {"8x22b 32k": "32k", "8x22b finetune": "finetune", "8x22b lora": "lora"}  # as small as here but one job
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +73,7 @@ def seed(tmp_path_factory: pytest.TempPathFactory) -> DryRun:
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, commit: str | None) -> DryRun:
     """The other files and splits, one after the other."""
     name, devices, stages, changes = JOBS[request.param]
-    ranks = chosen_ranks(devices, stages, commit)
+    ranks = chosen_ranks(devices, stages, commit, twin=request.param in TWINS)
     asked = ",".join(map(str, ranks))
     run = dry_run(tmp_path_factory.mktemp("job") / "out", name, devices, asked, stages, **changes)
     assert tuple(facts.rank for facts in run.facts()) == ranks, run.text
@@ -239,7 +242,36 @@ def test_every_file_compiles_as_counted(job: DryRun) -> None:
     for facts in job.facts():
         stages[facts.stage].append(alike(facts))
     for first, *others in stages.values():
-        assert others and all(other == first for other in others)
+        assert all(other == first for other in others)
+
+
+def test_ranks_are_the_ends_of_stages_and_the_commit_s() -> None:
+    assert chosen_ranks(16, 2, "0") == (0, 1, 7, 8, 15) and chosen_ranks(16, 2, "2") == (0, 2, 7, 8, 15)
+    assert chosen_ranks(4, 2, "5") == (0, 1, 2, 3) and chosen_ranks(4, 2, None) == (0, 1, 2, 3)
+    assert chosen_ranks(64, 8, "0", twin=True) == (0, 1, 8, 56)
+    for twin in (False, True):  # in time every rank is compiled
+        assert {rank for n in range(512) for rank in chosen_ranks(64, 8, f"{n:x}", twin)} == set(range(64))
+
+
+def test_groups_of_one_size_and_stride_share_out_a_stage() -> None:
+    for first, size, stride in [(0, 8, 1), (8, 2, 4), (8, 4, 2), (0, 2, 1), (24, 2, 2)]:
+        groups = {members(rank, size, stride, first) for rank in range(first, first + 8)}
+        assert sorted(rank for group in groups for rank in group) == list(range(first, first + 8))
+        assert all(len(group) == size for group in groups)
+
+
+@pytest.mark.parametrize(("twin", "other"), TWINS.items())
+def test_small_the_larger_model_s_file_is_the_smaller_one_s_job(twin: str, other: str) -> None:
+    """But for its name and its number of stages, so that compiling a few of its ranks is enough."""
+    jobs = []
+    for name in (twin, other):
+        options = [(key, str(value)) for key, value in small(2).items()]
+        words = apply_overrides(
+            load_yaml(RESEARCH / JOBS[name][0]), [*options, ("parallel_config.pipeline_stage", "2")]
+        )
+        words["trainer"]["model_name"] = words["callbacks"][1]["prefix"] = ""
+        jobs.append(words)
+    assert jobs[0] == jobs[1]
 
 
 @pytest.mark.slow
