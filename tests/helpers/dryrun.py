@@ -100,12 +100,12 @@ def small(stages: int, layers: int = 1) -> dict[str, object]:
     return {**TINY, "model.model_config.num_layers": layers * stages, "parallel_config.micro_batch_num": stages}
 
 
-def members(rank: int, size: int, stride: int, first: int) -> tuple[int, ...]:
-    """Who is in a group of ``size`` ranks ``stride`` apart with ``rank``; ``first`` is the first rank of its stage.
+def members(rank: int, size: int, stride: int) -> tuple[int, ...]:
+    """Who is in a group of ``size`` ranks ``stride`` apart with ``rank``.
 
-    A stage's ranks are numbered through a box of devices, and a group is a row of that box along one side.
+    Ranks number a box of devices whose longest step is the stage; a group is a row of that box along one side.
     """
-    least = rank - (rank - first) // stride % size * stride
+    least = rank - rank // stride % size * stride
     return tuple(range(least, least + size * stride, stride))
 
 
