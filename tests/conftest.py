@@ -106,6 +106,8 @@ def scope(nodeid: str) -> str:
         return "tests/mf"  # they share a trained job
     if file.startswith("tests/cli/dryrun/") and test.startswith("test_"):
         return f"{file}[{test.partition('[')[2]}"  # each job has its own ranks
+    if file in ("tests/cli/run/test_quickstart.py", "tests/cli/docs/test_readme.py"):
+        return "quickstart"  # one run for both
     return file
 
 
