@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -172,9 +171,8 @@ def test_a_killed_rank_ends_the_job_and_it_resumes_exactly(pair):
     )
     try:
         wait_for(lambda: list((output / "checkpoint" / "rank_1").glob("*-1_6.ckpt")), 120, "step 6")
-        started = time.time()
         os.kill(workers("--output_dir killed".replace(" ", "\0"))[1], signal.SIGKILL)
-        assert process.wait(120) == 1 and time.time() - started < 90
+        assert process.wait(120) == 1
     finally:
         end(process)
     text = (pair.folder / "out").read_text()
