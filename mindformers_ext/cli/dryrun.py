@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         prog="dryrun.py",
         description="Compile a cluster's job, its training step or the graphs of its prediction, with MindSpore's "
         "Ascend compiler, rank by rank, and "
-        "report whether it compiles, and its memory and traffic per device. Needs a C compiler, no NPU and no CANN.",
+        "report whether it compiles, what each rank holds and what it sends. Needs a C compiler, no NPU and no CANN.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

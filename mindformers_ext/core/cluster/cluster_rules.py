@@ -26,7 +26,7 @@ SIZES = (
     "pp_interleave_num",
 )
 TRAINING = ("train", "finetune")
-TOGETHER = "predict_together"  # each process has its part of the network (core.cluster.tensor_parallel): nothing is cut
+TOGETHER = "predict_together"  # each process has its part of the network (core.tensor_parallel): nothing is cut
 RUN_MODES = (*TRAINING, "eval", "predict", "predict_with_train_model", TOGETHER)
 
 
