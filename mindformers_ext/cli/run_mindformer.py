@@ -32,7 +32,7 @@ examples:
   on a text, with windows that overlap by half, and transformers' on the same tokens:
     python run_mindformer.py --config YAML --run_mode eval --eval_data notes.txt --eval_stride 64 \\
         --load_checkpoint HF_FOLDER --hf HF_FOLDER
-  let it write:
+  generate:
     python run_mindformer.py --config configs/tiny/mixtral_pretrain.yaml --run_mode predict \\
         --load_checkpoint output/checkpoint --predict_data "Return a new" "The file"
   the prompts of a text file, eight at a time, sampled; the weights may be a Hugging Face folder:
