@@ -60,6 +60,12 @@ FLAGS: tuple[Flag, ...] = (
         "ms MindSpore, pt PyTorch (default on GPU, and possible on CPU)",
         choices=("ms", "pt"),
     ),
+    Flag(
+        ("--trainer",),
+        ("loop",),
+        "own: our loop, one device or data parallel, no MindFormers (always so for pt); mindformers (default for ms)",
+        choices=("own", "mindformers"),
+    ),
     Flag(("--device_id",), ("context.device_id",), "number of the device on this machine", int),
     Flag(
         ("--use_parallel",), ("use_parallel",), "run on several devices (start with scripts/msrun_launcher.sh)", boolean

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from mindformers_ext.jobs.run.checks import check_run, evaluates_here, generates_here
+    from mindformers_ext.jobs.run.checks import check_run, evaluates_here, generates_here, runs_here
 
     path = _config_path(arguments.config)
     config = apply_flags(load_yaml(path), arguments)
@@ -96,10 +96,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from mindformers_ext.cli.predict import predict
 
         return predict(checked.config, checked.spec, chat)
-    if checked.engine == "pt":
+    if runs_here(checked.config, checked.engine):
         from mindformers_ext.jobs.train.train import run as run_here
 
-        run_here(checked.config, checked.spec, checked.notes)
+        run_here(checked.config, checked.spec, checked.engine, checked.notes)
         return 0
     _prepare(checked.config)
 
@@ -121,6 +121,7 @@ def _prepare(config: dict[str, Any]) -> None:
     """What must be set before MindFormers is imported: where its log goes, and where the user's classes are."""
     os.environ.setdefault("LOCAL_DEFAULT_PATH", str(config["output_dir"]))
     config.pop("engine", None)
+    config.pop("loop", None)
     folder = config.pop("register_path", None)
     if folder:
         if not Path(folder).is_dir():

@@ -7,7 +7,8 @@ it needs no device register, so it works on CPU, GPU and Ascend alike (MindForme
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
@@ -17,6 +18,7 @@ from mindformers_ext.ms.ops.select import select_operators
 _scaled = ops.MultitypeFuncGraph("scaled")
 _add = ops.MultitypeFuncGraph("add")
 _float32 = ops.MultitypeFuncGraph("float32")
+_signed = ops.MultitypeFuncGraph("signed")
 
 # Names of the step's own state in a checkpoint; a resumed run must restore them (``mf.trainer`` does).
 STEP_STATE = ("scale_sense", "current_iterator_step", "last_overflow_iterator_step")
@@ -36,23 +38,14 @@ def _add_pair(left: Tensor, right: Tensor) -> Tensor:
     return ops.cast(left, ms.float32) + ops.cast(right, ms.float32)
 
 
+@_signed.register("Float32", "Tensor")
+def _with_sign(sign: float, gradient: Tensor) -> Tensor:
+    return gradient * sign
+
+
 @_float32.register("Tensor")
 def _as_float32(gradient: Tensor) -> Tensor:
     return ops.cast(gradient, ms.float32)
-
-
-class StepOutput(NamedTuple):
-    """What a step returns; the first five are MindFormers' order, its callbacks read them by position."""
-
-    loss: Tensor
-    overflow: Tensor
-    loss_scale: Tensor
-    learning_rate: Tensor
-    global_norm: Tensor
-    lm_loss: Tensor
-    aux_loss: Tensor
-    expert_load: Tensor
-    dropped: Tensor
 
 
 class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
@@ -67,13 +60,14 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
         scale_sense: fixed loss scale, or a ``DynamicLossScaleUpdateCell``.
         max_grad_norm: clip the global gradient norm to this; None leaves the gradients alone.
         micro_batches: gradient accumulation steps.
+        signs: -1 by name for parameters that climb the loss instead of descending.
 
     In data parallel (one process per slice of the batch) gradients are averaged over the ranks before the norm is
     taken, whatever ``gradients_mean`` says, so every rank clips alike and takes the same step. Each rank's loss weighs
     the same, as in PyTorch's DDP: with labels, ranks that count fewer tokens count them more.
 
-    Outputs: ``StepOutput`` as a plain tuple; losses are means over micro batches and ranks, ``expert_load`` their sum,
-    and ``loss_scale`` is the one the next step uses. In data parallel all ranks return the same.
+    Outputs: the nine tensors of ``core.figures.StepFigures`` as a plain tuple, which ``figures_of`` reads. In data
+    parallel all ranks return the same.
     """
 
     def __init__(
@@ -83,6 +77,7 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
         scale_sense: float | nn.Cell = 1.0,
         max_grad_norm: float | None = 1.0,
         micro_batches: int = 1,
+        signs: Mapping[str, int] | None = None,
     ) -> None:
         if isinstance(scale_sense, (int, float)):
             scale_sense = Tensor(float(scale_sense), ms.float32)
@@ -96,6 +91,8 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
         self.gradients_of = ops.value_and_grad(self.scaled_loss, None, self.weights, has_aux=True)
         self.all_finite = ops.IsFinite()
         self.square_sum = select_operators().square_sum()
+        self.signs = tuple(float((signs or {}).get(parameter.name, 1)) for parameter in self.weights)
+        self.climbs = min(self.signs, default=1.0) < 0
         self.averages = bool(self.reducer_flag)
         if self.averages:
             self.share = 1.0 / self.degree
@@ -119,6 +116,8 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
             # One pass over the gradients undoes the loss scale and clips.
             unscale = unscale * ops.minimum(self.max_grad_norm / (global_norm + 1e-6), 1.0)
         gradients = self.hyper_map(ops.partial(_scaled, unscale), gradients)
+        if self.climbs:
+            gradients = self.hyper_map(_signed, self.signs, gradients)
         learning_rate = self.current_learning_rate()
         loss = terms[0]
         if not overflow:

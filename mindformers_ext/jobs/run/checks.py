@@ -14,6 +14,7 @@ from mindformers_ext.core.cluster.cluster_rules import TOGETHER, check_network, 
 from mindformers_ext.core.cluster.tensor_parallel import check_tensor_parallel
 from mindformers_ext.core.config.lora import lora_from_yaml
 from mindformers_ext.core.config.recompute import recompute_from_yaml
+from mindformers_ext.core.config.train import TRAINERS
 from mindformers_ext.core.config.view import network_spec_from_yaml, yaml_notes
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec
@@ -54,6 +55,7 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
     if mode not in RUN_MODES:
         raise UserError(f"{where}: run_mode={mode!r}: choose one of {', '.join(RUN_MODES)} (--run_mode)")
     engine = engine_of(result)
+    own = runs_here(result, engine)
     try:
         check_sections(result, mode)
         spec = network_spec_from_yaml(result, device_count(result, engine))
@@ -70,11 +72,11 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
         result["use_parallel"] = False
         script = "torchrun_launcher.sh" if engine == "pt" else "msrun_launcher.sh"
         notes.append(f"use_parallel becomes False: this process was started alone (scripts/{script})")
-        if engine == "pt":  # nothing reads the YAML again
+        if own:  # nothing reads the YAML again
             spec = network_spec_from_yaml(result, 1)
-    if engine == "pt" and not names_our_network(result):
+    if own and not names_our_network(result):
         raise UserError(
-            f"{where}: the PyTorch engine has Mixtral and LLaMA (LlamaForCausalLM, MixtralForCausalLM), "
+            f"{where}: {TRAINERS[engine]} has Mixtral and LLaMA (LlamaForCausalLM, MixtralForCausalLM), "
             f"not {((result.get('model') or {}).get('arch') or {}).get('type')}"
         )
     if mode == "predict" and not result.get("input_data"):
@@ -82,7 +84,7 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
     merge = None
     here = evaluates_here(result)
     if not generates_here(result) and not here:  # jobs.predict and jobs.evaluate judge weights and data themselves
-        found, merge = (_settle_here(result), None) if engine == "pt" else _settle_checkpoint(result, spec)
+        found, merge = (_settle_here(result), None) if own else _settle_checkpoint(result, spec)
         notes += found
         check_tokenizer(result, spec, mode)
     if mode in DATASET and not here:
@@ -106,6 +108,25 @@ def _check_lora(config: Mapping[str, Any], mode: str) -> None:
             "pet_config with resume_training is not built: the checkpoints hold the adapters only; start "
             "again from the base weights"
         )
+
+
+def runs_here(config: Mapping[str, Any], engine: str) -> bool:
+    """Whether our own loop does the run (``jobs.train``): asked for by ``--trainer own``, and always so for PyTorch.
+
+    Raises:
+        UserError: a trainer that does not exist, or has not this engine or run mode.
+    """
+    loop, mode = config.get("loop"), config.get("run_mode")
+    if loop not in (None, "own", "mindformers"):
+        raise UserError(f"loop={loop!r} is unknown: choose own or mindformers (--trainer)")
+    if engine == "pt" and loop == "mindformers":
+        raise UserError("--trainer mindformers runs on MindSpore: leave it out, or use --engine ms")
+    if engine == "ms" and loop == "own" and mode == "eval" and not evaluates_here(config):
+        raise UserError(
+            "--trainer own with run_mode eval measures perplexity on one device, without pet_config: leave out "
+            "--use_parallel, merge adapters first (tools/merge_lora.py), or use --trainer mindformers"
+        )
+    return engine == "pt" or (loop == "own" and mode in TRAINING)
 
 
 def launched(engine: str = "ms") -> bool:
@@ -279,7 +300,7 @@ def _settle_checkpoint(config: dict[str, Any], spec: NetworkSpec) -> tuple[list[
 
 
 def _settle_here(config: dict[str, Any]) -> list[str]:
-    """The same for the PyTorch engine, which judges weights itself, of more kinds. Changes ``config``."""
+    """The same for our own loop, which judges weights itself, of more kinds. Changes ``config``."""
     if config.get("resume_training") and config["run_mode"] in TRAINING:
         return _settle_resume(config, any_kind=True)
     return [] if config.get("load_checkpoint") else ["no load_checkpoint: the network starts from random weights"]
