@@ -8,6 +8,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
 
 NOTHING: Mapping[str, float] = MappingProxyType({})
 
@@ -20,21 +23,21 @@ class StepFigures(NamedTuple):
     figures of a network or a hook. MindFormers' callbacks read the first five by position.
     """
 
-    loss: Any
-    overflow: Any
-    loss_scale: Any
-    learning_rate: Any
-    global_norm: Any
-    lm_loss: Any
-    aux_loss: Any
-    expert_load: Any
-    dropped: Any
+    loss: float
+    overflow: bool
+    loss_scale: float
+    learning_rate: float
+    global_norm: float
+    lm_loss: float
+    aux_loss: float
+    expert_load: Array
+    dropped: Array
     extra: Mapping[str, float] = NOTHING
 
     @property
     def has_load(self) -> bool:
         """Whether the step told how its experts are loaded."""
-        return self.expert_load.ndim == 2 and self.expert_load.shape[1] > 1
+        return bool(self.expert_load.ndim == 2 and self.expert_load.shape[1] > 1)
 
 
 TERMS = 9  # outputs of our train step; MindFormers' own steps stop after the global norm
@@ -65,11 +68,12 @@ def figures_of(outputs: Any) -> StepFigures:
     )
 
 
-def _first(values: Sequence[np.ndarray], place: int, absent: float) -> float:
+def _first(values: Sequence[Array], place: int, absent: float) -> float:
     return float(values[place].reshape(-1)[0]) if len(values) > place else absent
 
 
-def _array(value: Any) -> np.ndarray:
+def _array(value: Any) -> Array:
     if value is None:
         return np.full((1,), np.nan)
-    return np.atleast_1d(value.asnumpy() if hasattr(value, "asnumpy") else np.asarray(value))
+    array: Array = np.atleast_1d(value.asnumpy() if hasattr(value, "asnumpy") else np.asarray(value))
+    return array

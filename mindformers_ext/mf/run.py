@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,11 @@ from mindformers.trainer import Trainer
 from mindformers.utils.file_utils import set_output_path
 
 import mindformers_ext.mf.register  # noqa: F401  puts our classes into MindFormers' registry
-from mindformers_ext.core.config.lora import ADAPTER_CONFIG, lora_from_yaml
-from mindformers_ext.core.config.text import yaml_text
+from mindformers_ext.core.config.lora import lora_from_yaml
 from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.jobs.checkpoint.transform import TransformRequest
+from mindformers_ext.jobs.run.keep import keep_config, keep_lora
 from mindformers_ext.jobs.run.slices import merge_slices, merged_file
 from mindformers_ext.mf.adapt import upgrade
 from mindformers_ext.mf.barrier import use_cpu_barrier
@@ -44,7 +42,7 @@ def run(config: Mapping[str, Any], extra_notes: tuple[str, ...] = (), merge: Tra
     trainer = Trainer(full)
     mode = full.run_mode
     if mode in TRAINING:
-        _keep_lora(config, Path(full.output_dir))
+        keep_lora(lora_from_yaml(config), Path(full.output_dir))
         return trainer.train()
     if mode == "eval":
         trainer.evaluate(eval_checkpoint=full.load_checkpoint or None)
@@ -66,7 +64,7 @@ def prepare(config: Mapping[str, Any], extra_notes: tuple[str, ...] = (), native
     """
     device = (config.get("context") or {}).get("device_target", "Ascend")
     upgraded, notes = (dict(config), []) if native else upgrade(config, device)
-    full = MindFormerConfig(str(_saved(upgraded)))
+    full = MindFormerConfig(str(keep_config(upgraded, Path(upgraded.get("output_dir") or "./output"))))
     set_output_path(full.output_dir)
     _open_device(full, device)
     if full.use_parallel and device == "CPU":
@@ -93,15 +91,6 @@ def _merge_once(request: TransformRequest, config: Mapping[str, Any]) -> None:
         )
 
 
-def _keep_lora(config: Mapping[str, Any], folder: Path) -> None:
-    """What ``tools/merge_lora.py`` must know about the adapters, in PEFT's words."""
-    lora = lora_from_yaml(config)
-    if lora:
-        beside = folder / f".{ADAPTER_CONFIG}.{os.getpid()}"
-        beside.write_text(json.dumps(lora.peft_words(), indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, folder / ADAPTER_CONFIG)
-
-
 def _keep_texts(result: Any, path: Path) -> None:
     """The generated texts as plain text, one after the other; MindFormers' own file holds a printed list."""
     texts = [text for item in result for text in item.get("text_generation_text", ())]
@@ -118,14 +107,3 @@ def _open_device(config: MindFormerConfig, device: str) -> None:
             raise
         first = str(error).splitlines()[0]
         raise UserError(f"device_target {device} cannot be used: {first} Run with --device_target CPU.") from error
-
-
-def _saved(config: Mapping[str, Any]) -> Path:
-    """Write the configuration where the run's other files go; every process of a job writes the same content."""
-    folder = Path(config.get("output_dir") or "./output") / "run_config"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{config.get('run_mode')}.yaml"
-    beside = folder / f".{path.name}.{os.getpid()}"
-    beside.write_text(yaml_text(config), encoding="utf-8")
-    os.replace(beside, path)
-    return path

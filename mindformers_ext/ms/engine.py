@@ -137,7 +137,7 @@ def fill(
         rank: see ``parts``.
 
     Raises:
-        UserError: a tensor that no parameter wants, or whose shape differs, where it comes; what is missing, at the end.
+        UserError: a tensor that no parameter wants, or whose shape differs, where it comes; at the end what is missing.
     """
     parameters = {parameter.name: parameter for parameter in cell.get_parameters()}
     missing = {name for name in parameters if not name.endswith((*STATE, *optional))}

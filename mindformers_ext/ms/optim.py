@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW on MindSpore's fused Adam kernel and of plain operators, Adam without bias correction, and which one a run takes."""
+"""AdamW on MindSpore's fused Adam kernel and of plain operators, Adam without bias correction; whom a run takes."""
 
 from __future__ import annotations
 
@@ -263,8 +263,8 @@ def parameter_groups(
     found: dict[tuple[float, float], list[Parameter]] = {}
     for parameter in parameters:
         group = group_of(parameter.name, groups)
-        decays = len(parameter.shape) > 1 if group.decay is None else group.decay
-        found.setdefault((group.lr_factor, decay if decays else 0.0), []).append(parameter)
+        own = decay if group.decays(len(parameter.shape)) else 0.0
+        found.setdefault((group.lr_factor, own), []).append(parameter)
     has_rates = any(factor != 1.0 for factor, _ in found)
     return [
         {"params": held, "weight_decay": own, **({"lr": rate_of(schedule, factor)} if has_rates else {})}

@@ -132,7 +132,7 @@ class MindSporeTrainer:
                 held[name].set_data(Tensor(np.asarray(array)).astype(held[name].dtype))
 
     def state(self, adapters: bool) -> Iterator[tuple[str, np.ndarray]]:
-        """Weights (with ``adapters`` those of LoRA alone), moments and counters, with a .ckpt's names and in its order."""
+        """Weights (with ``adapters`` those of LoRA alone), moments and counters, by the names of a .ckpt."""
         held = dict(self._held())
         for name, parameter in self.cell.parameters_dict().items():
             if name in held or not adapters or parameter.requires_grad:

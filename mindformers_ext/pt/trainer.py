@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mindformers_ext.core.config.lora import LORA_A, LORA_B
-from mindformers_ext.core.config.train import TrainSpec
+from mindformers_ext.core.config.train import ParameterGroup, TrainSpec, group_of
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.figures import StepFigures
 from mindformers_ext.core.spec import NetworkSpec
@@ -45,6 +45,9 @@ class TorchTrainer:
         model = spec.model
         left = draw_weights(network, model.num_hidden_layers, model.initializer_range, train.seed)
         self.adapted = add_lora(network, train.lora, left) if train.lora else []
+        self._groups = _groups(network, train.groups)
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad = parameter.requires_grad and self._groups[name].trained
         network.model.recompute = train.recompute
         self.network: CausalLM = network.train()
         self.updates = 0
@@ -56,7 +59,8 @@ class TorchTrainer:
         """Cut the network over the ranks and make the optimizer; weights must be loaded before."""
         self.network = self.ranks.cut(self.network, self.device)
         self._named = [(n, p) for n, p in self.network.named_parameters() if p.requires_grad]
-        self._optimizer = Adam([self.ranks.own(p.detach()) for _, p in self._named], self.train_spec.optimizer)
+        groups = [self._groups[name] for name, _ in self._named]
+        self._optimizer = Adam([self.ranks.own(p.detach()) for _, p in self._named], self.train_spec.optimizer, groups)
 
     @property
     def optimizer(self) -> Adam:
@@ -178,3 +182,14 @@ class TorchTrainer:
                         raise UserError(f"cannot resume: the checkpoint has no {prefix}{part} of {tuple(view.shape)}")
                     names.set_view(view, found)
                 self.ranks.take(moment, whole, name, parameter)
+
+
+def _groups(network: nn.Module, groups: tuple[ParameterGroup, ...]) -> dict[str, ParameterGroup]:
+    """The group of each parameter by its own name; the experts' w1 and w3 are one parameter here."""
+    result = {}
+    for name, parameter in network.named_parameters():
+        found = {part: group_of(part, groups) for part in names.split_experts(name, parameter.detach())}
+        if len(set(found.values())) > 1:
+            raise UserError(f"{' and '.join(found)} are one parameter of the PyTorch engine: train them in one group")
+        result[name] = next(iter(found.values()))
+    return result

@@ -127,7 +127,7 @@ def test_two_processes_equal_one_with_the_whole_batch(pair):
 
 
 def test_every_rank_reports_the_whole_job(pair):
-    from mindformers_ext.mf.load_monitor import load_lines
+    from mindformers_ext.jobs.train.hooks import load_lines
 
     other = (pair.folder / "whole" / "metrics" / "rank_1.jsonl").read_text().splitlines()
     for row, line in zip(pair.rows, other, strict=True):

@@ -102,6 +102,10 @@ class ParameterGroup:
                 f"parameters {self.pattern!r}: sign={self.sign} must be 1 or -1, lr_factor={self.lr_factor} 0 or more"
             )
 
+    def decays(self, dimensions: int) -> bool:
+        """Whether a parameter of so many dimensions decays."""
+        return dimensions > 1 if self.decay is None else self.decay
+
 
 def group_of(name: str, groups: tuple[ParameterGroup, ...]) -> ParameterGroup:
     """The first group that takes the parameter ``name``; one with default values where none does."""

@@ -54,4 +54,5 @@ def last_good(folder: Path, suffix: str = ".ckpt") -> str:
 
 def is_finite(values: np.ndarray) -> bool:
     """Whether no value is infinite or NaN: float64 holds any sum of float32 values, so one sum tells."""
-    return bool(np.isfinite(np.sum(values, dtype=np.float64)))
+    with np.errstate(invalid="ignore"):  # of infinities with both signs
+        return bool(np.isfinite(np.sum(values, dtype=np.float64)))

@@ -160,9 +160,9 @@ def hook_state(hooks: Sequence[TrainHook]) -> dict[str, np.ndarray]:
     }
 
 
-def restore_hooks(hooks: Sequence[TrainHook], state: Arrays) -> None:
-    """Give each hook its part of ``state``, a checkpoint's tensors by name."""
-    for place, hook in enumerate(hooks):
+def restore_hooks(hooks: Sequence[TrainHook], state: Arrays, first: int = 0) -> None:
+    """Give each hook its part of ``state``, a checkpoint's tensors by name; ``first``: the place of the first one."""
+    for place, hook in enumerate(hooks, first):
         start = f"{PREFIX}{place}."
         held = {name.removeprefix(start): array for name, array in state.items() if name.startswith(start)}
         if held:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training by our own loop, on either engine and without MindFormers: data, steps, log, metrics, checkpoints, resume."""
+"""Training by our own loop, on either engine, without MindFormers: data, steps, log, metrics, checkpoints, resume."""
 
 from __future__ import annotations
 
@@ -153,15 +153,14 @@ def _steps(run: Run) -> None:
     metrics = MetricsFile(str(run.folder), rank, run.first)
     plan = train.checkpoint
     files = CheckpointFolder(run.folder, plan, data.per_epoch) if plan else None
-    log = get_logger(__name__).info
     watch = Watch(
-        log,
-        files and files.folder,
+        get_logger(__name__).info,
+        files.folder if files else None,
         data.per_epoch,
         train.steps,
         run.first,
         train.print_every,
-        plan.suffix if plan else "",
+        plan.suffix if plan else ".ckpt",
     )
     started = time.perf_counter()
     _set_inputs(run, run.first + 1)
