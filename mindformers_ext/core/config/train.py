@@ -45,12 +45,13 @@ ADVICE = {
     "parallel_config.pipeline_stage": "set it to 1 and use data_parallel and expert_parallel",
     "parallel_config.model_parallel": "set it to 1 and use data_parallel and expert_parallel",
 }
+ON_MINDSPORE = "set it to 1, or use --trainer mindformers"
 PARALLEL_SIZES = ("pipeline_stage", "model_parallel", "context_parallel")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSpec:
-    """AdamW (Loshchilov and Hutter 2019) or, without bias correction, ``FP32StateAdamWeightDecay`` (``mf.optimizer``).
+    """AdamW (Loshchilov and Hutter 2019) or, without bias correction, ``FP32StateAdamWeightDecay`` (``ms.optim``).
 
     Weights of one dimension do not decay.
     """
@@ -226,7 +227,7 @@ def _check_mindspore(config: Mapping[str, Any], parallel: ParallelSpec, problems
         problems.add(
             f"parallel_config.expert_parallel={parallel.expert_parallel}: --trainer own keeps all experts on every "
             "MindSpore device",
-            "set it to 1, or use --trainer mindformers",
+            ON_MINDSPORE,
         )
     if (config.get("parallel") or {}).get("enable_parallel_optimizer") and parallel.parallel_mode != "stand_alone":
         notes.append("enable_parallel_optimizer: --trainer own keeps whole optimizer states on every MindSpore device")
@@ -237,7 +238,10 @@ def _check_off(config: Mapping[str, Any], parallel: ParallelSpec, problems: Prob
         name = path.rpartition(".")[2]
         value = getattr(parallel, name) if name in PARALLEL_SIZES else value_at(config, path)
         if value not in off:
-            problems.add(f"{path}={value!r}: {own} does not build this", ADVICE.get(path, f"set it to {off[0]}"))
+            advice = ADVICE.get(path, f"set it to {off[0]}")
+            if name in PARALLEL_SIZES and own == TRAINERS["ms"]:
+                advice = ON_MINDSPORE
+            problems.add(f"{path}={value!r}: {own} does not build this", advice)
 
 
 def _optimizer(words: Mapping[str, Any], problems: Problems) -> OptimizerSpec:
