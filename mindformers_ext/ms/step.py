@@ -109,9 +109,10 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
             # float32: bfloat16 has no AllReduce on a CPU, and a sum of scaled float16 gradients may overflow
             gradients = self.grad_reducer(self.hyper_map(_float32, gradients))
             terms = self.over_ranks(terms)
+        loss, lm_loss, aux_loss, load, dropped = terms
         unscale = 1.0 / (scale * self.micro_batches)
         global_norm = self.norm(gradients) * unscale
-        overflow = self.process_loss_scale(self.not_finite(global_norm, terms[0]))
+        overflow = self.process_loss_scale(self.not_finite(global_norm, loss))
         if self.clips:
             # One pass over the gradients undoes the loss scale and clips.
             unscale = unscale * ops.minimum(self.max_grad_norm / (global_norm + 1e-6), 1.0)
@@ -119,16 +120,16 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
         if self.climbs:
             gradients = self.hyper_map(_signed, self.signs, gradients)
         learning_rate = self.current_learning_rate()
-        loss = terms[0]
         if not overflow:
             loss = ops.depend(loss, self.optimizer(gradients))
         scale = ops.depend(self.scale_sense, overflow)
-        return loss, overflow, scale, learning_rate, global_norm, terms[1], terms[2], terms[3], terms[4]
+        return loss, overflow, scale, learning_rate, global_norm, lm_loss, aux_loss, load, dropped
 
     def over_ranks(self, terms: Terms) -> Terms:
         """Losses and dropped shares averaged, expert loads summed over the ranks, in one exchange."""
-        losses = ops.stack((terms[0], terms[1], terms[2])).astype(ms.float32) * self.share
-        load, dropped = terms[3].astype(ms.float32), terms[4].astype(ms.float32) * self.share
+        loss, lm_loss, aux_loss, load, dropped = terms
+        losses = ops.stack((loss, lm_loss, aux_loss)).astype(ms.float32) * self.share
+        load, dropped = load.astype(ms.float32), dropped.astype(ms.float32) * self.share
         end = 3 + load.size
         packed = self.allreduce(ops.cat((losses, load.reshape(-1), dropped.reshape(-1))))
         loads, shares = packed[3:end].reshape(load.shape), packed[end:].reshape(dropped.shape)
@@ -156,9 +157,10 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
             scale = ops.depend(scale, gradients)
             more, next_gradients = self.gradients_of_batch(scale, self.micro_batch(batch, index))
             gradients = self.hyper_map(_add, gradients, next_gradients)
-            terms = (terms[0] + more[0], terms[1] + more[1], terms[2] + more[2], terms[3] + more[3], terms[4] + more[4])
+            terms = _sums(terms, more)
         share = 1.0 / self.micro_batches
-        return (terms[0] * share, terms[1] * share, terms[2] * share, terms[3], terms[4] * share), gradients
+        loss, lm_loss, aux_loss, load, dropped = terms
+        return (loss * share, lm_loss * share, aux_loss * share, load, dropped * share), gradients
 
     def micro_batch(self, batch: Batch, index: int) -> Batch:
         """The rows of micro batch ``index`` of every column."""
@@ -186,6 +188,19 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
         if self.has_group_lr:
             return rate[-1]
         return rate
+
+
+def _sums(left: Terms, right: Terms) -> Terms:
+    """Each term of both together."""
+    loss, lm_loss, aux_loss, load, dropped = left
+    more_loss, more_lm_loss, more_aux_loss, more_load, more_dropped = right
+    return (
+        loss + more_loss,
+        lm_loss + more_lm_loss,
+        aux_loss + more_aux_loss,
+        load + more_load,
+        dropped + more_dropped,
+    )
 
 
 class LossNetwork(nn.Cell):

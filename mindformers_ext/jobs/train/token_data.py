@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,6 +18,21 @@ from mindformers_ext.jobs.run.dataset import dataset_files
 COLUMNS = (("input_ids",), ("input_ids", "labels"))
 LOADERS = (None, "MindDataset")
 SHUFFLES = (None, True, False, "global")
+
+
+class BatchSource(Protocol):
+    """Where a run's rows come from; ``rows`` of a step of all processes, ``per_epoch`` steps of one pass."""
+
+    rows: int
+    per_epoch: int
+
+    def batch(self, step: int, part: slice) -> tuple[np.ndarray, ...]:
+        """Columns (rows, width) int32 of step ``step`` (from 0) of the run; ``part`` chooses among its rows."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the files."""
+        ...
 
 
 class TokenData:

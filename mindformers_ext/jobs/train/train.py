@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -25,22 +25,7 @@ from mindformers_ext.jobs.run.metrics_file import MetricsFile, StepRecord, recor
 from mindformers_ext.jobs.run.watch import Watch
 from mindformers_ext.jobs.train.checkpoint_folder import CheckpointFolder, Resumed
 from mindformers_ext.jobs.train.hooks import BIAS, BiasBalance, LoadLog, TrainHook, hook_state, restore_hooks
-from mindformers_ext.jobs.train.token_data import TokenData
-
-
-class BatchSource(Protocol):
-    """Where a run's rows come from; ``rows`` of a step of all processes, ``per_epoch`` steps of one pass."""
-
-    rows: int
-    per_epoch: int
-
-    def batch(self, step: int, part: slice) -> tuple[np.ndarray, ...]:
-        """Columns (rows, width) int32 of step ``step`` (from 0) of the run; ``part`` chooses among its rows."""
-        ...
-
-    def close(self) -> None:
-        """Let go of the files."""
-        ...
+from mindformers_ext.jobs.train.token_data import BatchSource, TokenData
 
 
 @dataclass
@@ -67,15 +52,30 @@ def run(config: Mapping[str, Any], spec: NetworkSpec, engine: str, notes: tuple[
     train(config, spec, engine, notes)
 
 
-def train(config: Mapping[str, Any], spec: NetworkSpec, engine: str, notes: tuple[str, ...] = ()) -> None:
+def train(
+    config: Mapping[str, Any],
+    spec: NetworkSpec,
+    engine: str,
+    notes: tuple[str, ...] = (),
+    source: BatchSource | None = None,
+    hooks: tuple[TrainHook, ...] = (),
+) -> None:
     """Train as the checked ``config`` says; see ``mf.run.run`` for the same through MindFormers.
+
+    Args:
+        config: the YAML's content, checked.
+        spec: its network.
+        engine: which one trains.
+        notes: lines for the log.
+        source: other rows than those of ``train_dataset``.
+        hooks: more than the callbacks ask for.
 
     Raises:
         UserError: a key that the engine cannot do, data or weights that do not fit, a loss that is not a number.
     """
     spec = settled(spec)[0]
     folder = Path(config["output_dir"])
-    data = _open_data(config, spec, engine)
+    data = source or open_rows(config, spec, engine)
     moe = spec.model.moe
     bias_rate = moe.topk_bias_update_rate if moe and moe.balance_via_topk_bias else 0.0
     training, more = train_spec_from_yaml(config, spec.parallel, data.per_epoch, bias_rate, engine)
@@ -93,7 +93,7 @@ def train(config: Mapping[str, Any], spec: NetworkSpec, engine: str, notes: tupl
         keep_config(config, folder)
         keep_lora(training.lora, folder)
     _load(run, spec)
-    run.hooks += hooks_of(training, trainer)
+    run.hooks += [*hooks_of(training, trainer), *hooks]
     restore_hooks(run.hooks, run.left)
     try:
         _steps(run)
@@ -102,7 +102,7 @@ def train(config: Mapping[str, Any], spec: NetworkSpec, engine: str, notes: tupl
     trainer.ranks.close()  # after a failure the other ranks may not come any more
 
 
-def _open_data(config: Mapping[str, Any], spec: NetworkSpec, engine: str) -> TokenData:
+def open_rows(config: Mapping[str, Any], spec: NetworkSpec, engine: str) -> TokenData:
     """The training rows; in data parallel MindRecord deals them out to the processes one by one."""
     mode = spec.parallel.parallel_mode
     processes = 1 if mode == "stand_alone" else spec.parallel.device_num
