@@ -61,7 +61,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag(
         ("--trainer",),
         (TRAINER_KEY,),
-        "who trains: mindformers (its Trainer, default of MindSpore) or own (our loop, the only one of PyTorch)",
+        "who trains: mindformers (its Trainer, default of ms) or own (our loop, on one device or in data parallel, "
+        "without MindFormers; always so for pt)",
         choices=TRAINERS,
     ),
     Flag(("--device_id",), ("context.device_id",), "number of the device on this machine", int),

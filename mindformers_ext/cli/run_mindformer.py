@@ -112,9 +112,9 @@ def _predict(checked: CheckedRun, arguments: argparse.Namespace) -> int:
 
 
 def _own_loop(checked: CheckedRun, _: argparse.Namespace) -> int:
-    from mindformers_ext.jobs.train.train import run
+    from mindformers_ext.jobs.train.train import train
 
-    run(checked.config, checked.build.network, checked.notes)
+    train(checked.run, checked.config, checked.build.network, checked.notes)
     return 0
 
 

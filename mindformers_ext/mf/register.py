@@ -20,11 +20,10 @@ from mindformers_ext.mf.config import PortableLlamaConfig
 from mindformers_ext.mf.load_monitor import MoELoadMonitor
 from mindformers_ext.mf.monitor import MoELossMonitor
 from mindformers_ext.mf.networks import PortableLlamaForCausalLM
-from mindformers_ext.mf.optimizer import FP32StateAdamWeightDecay
 from mindformers_ext.mf.pipeline_step import PortablePipelineStepCell
 from mindformers_ext.mf.step import PortableTrainOneStepCell
 from mindformers_ext.mf.trainer import PortableCausalLanguageModelingTrainer
-from mindformers_ext.ms.optim import FusedAdamW
+from mindformers_ext.ms.optim import FP32StateAdamWeightDecay, FusedAdamW
 
 
 class ObsMonitor(Callback):

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,13 @@ from mindformers.tools.register import MindFormerConfig
 from mindformers.trainer import Trainer
 from mindformers.utils.file_utils import set_output_path
 
-from mindformers_ext.core.config.lora import ADAPTER_CONFIG, LoraSpec, lora_from_yaml
+from mindformers_ext.core.config.lora import lora_from_yaml
 from mindformers_ext.core.config.run import CPU, TRAINING, run_spec_from_yaml
-from mindformers_ext.core.config.text import yaml_text
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.jobs.checkpoint.transform import TransformRequest
 from mindformers_ext.jobs.run.checks import CheckedRun
+from mindformers_ext.jobs.run.keep import keep_config, keep_lora
 from mindformers_ext.jobs.run.slices import merge_slices, merged_file
 from mindformers_ext.mf.adapt import adapt
 from mindformers_ext.mf.barrier import use_cpu_barrier
@@ -44,7 +42,7 @@ def run(config: Mapping[str, Any], checked: CheckedRun | None = None) -> Any:
     trainer = Trainer(full)
     mode = full.run_mode
     if mode in TRAINING:
-        _keep_lora(checked.build.lora if checked else lora_from_yaml(config), Path(full.output_dir))
+        keep_lora(checked.build.lora if checked else lora_from_yaml(config), Path(full.output_dir))
         return trainer.train()
     if mode == "eval":
         trainer.evaluate(eval_checkpoint=full.load_checkpoint or None)
@@ -70,7 +68,7 @@ def prepare(config: Mapping[str, Any], checked: CheckedRun | None = None, native
     adapted, notes = (dict(config), []) if native else adapt(config, device)
     if checked and (written := adapted["model"]["model_config"].get(WRITTEN)):
         remember(written, checked.build)
-    full = MindFormerConfig(str(_saved(adapted, Path(asked.output_dir) / "run_config" / f"{asked.mode}.yaml")))
+    full = MindFormerConfig(str(keep_config(adapted, Path(asked.output_dir))))
     set_output_path(full.output_dir)
     _open_device(full, device)
     if full.use_parallel and device == CPU:
@@ -96,14 +94,6 @@ def _merge_once(request: TransformRequest, spec: NetworkSpec, together: bool) ->
         )
 
 
-def _keep_lora(lora: LoraSpec | None, folder: Path) -> None:
-    """What ``tools/merge_lora.py`` must know about the adapters, in PEFT's words."""
-    if lora:
-        beside = folder / f".{ADAPTER_CONFIG}.{os.getpid()}"
-        beside.write_text(json.dumps(lora.peft_words(), indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, folder / ADAPTER_CONFIG)
-
-
 def _keep_texts(result: Any, path: Path) -> None:
     """The generated texts as plain text, one after the other; MindFormers' own file holds a printed list."""
     texts = [text for item in result for text in item.get("text_generation_text", ())]
@@ -120,12 +110,3 @@ def _open_device(config: MindFormerConfig, device: str) -> None:
             raise
         first = str(error).splitlines()[0]
         raise UserError(f"device_target {device} cannot be used: {first} Run with --device_target CPU.") from error
-
-
-def _saved(config: Mapping[str, Any], path: Path) -> Path:
-    """Write the configuration to ``path``; every process of a job writes the same content."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(yaml_text(config), encoding="utf-8")
-    os.replace(beside, path)
-    return path

@@ -146,7 +146,7 @@ class Decoder(nn.Cell):
         return self.norm_out(x_TD), aux_loss, aux_loss, aux_loss
 
     def _of_mixtures(self, reports: tuple) -> tuple:
-        """Without the None of dense layers. No ``if``: a tuple that leaves one has no layout in MindSpore's cut graph."""
+        """Without the None of dense layers. No ``if``: a tuple that leaves one has no layout in a cut graph."""
         found: tuple = ()
         for index in self.mixtures:
             found = found + (reports[index],)

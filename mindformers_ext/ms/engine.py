@@ -52,25 +52,8 @@ class MindSporeNetwork:
                 _set(parameter, weights[name])
 
     def fill(self, weights: Iterable[tuple[str, np.ndarray]]) -> None:
-        """As ``load``, one tensor at a time: each replaces its parameter and is then forgotten by the caller.
-
-        Raises:
-            UserError: a tensor that no parameter wants, or whose shape differs, where it comes; what is missing, at the
-                end.
-        """
-        parameters = {parameter.name: parameter for parameter in self.cell.get_parameters()}
-        missing = {name for name in parameters if name.split(".")[-1] not in STATE}
-        for name, weight in weights:
-            placed = self._parts.get(name)
-            if name not in parameters or (placed.whole if placed else tuple(parameters[name].shape)) != weight.shape:
-                raise UserError(
-                    f"weight '{name}' {weight.shape} has no place in the network: the checkpoint was made "
-                    "for another model or other sizes"
-                )
-            _set(parameters[name], own_part(weight, placed, self.rank) if placed else weight)
-            missing.discard(name)
-        if missing:
-            raise UserError(f"the checkpoint lacks {', '.join(sorted(missing)[:LISTED])}: give the whole model")
+        """As ``load``, one tensor at a time; see ``fill``."""
+        fill(self.cell, weights, parts=self._parts, rank=self.rank)
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """float32 logits of shape (B, S, V) for token ids of shape (B, S); compiled once per shape."""
@@ -135,6 +118,40 @@ class MindSporeEngine:
             with no_init_parameters():
                 return MindSporeNetwork(build_causal_lm(spec))
         return MindSporeNetwork(build_causal_lm(spec))
+
+
+def fill(
+    cell: nn.Cell,
+    weights: Iterable[tuple[str, np.ndarray]],
+    optional: tuple[str, ...] = (),
+    parts: Mapping[str, PlacedParameter] | None = None,
+    rank: int = 0,
+) -> None:
+    """Each of ``weights`` replaces its parameter of ``cell`` and is then forgotten by the caller.
+
+    Args:
+        cell: the network, built without data or with other data.
+        weights: names and arrays.
+        optional: endings of names that need not come; router state need not either.
+        parts: by name each weight's whole shape and that of process ``rank``'s part.
+        rank: see ``parts``.
+
+    Raises:
+        UserError: a tensor that no parameter wants, or whose shape differs, where it comes; at the end what is missing.
+    """
+    parameters = {parameter.name: parameter for parameter in cell.get_parameters()}
+    missing = {name for name in parameters if not name.endswith((*STATE, *optional))}
+    for name, weight in weights:
+        placed = (parts or {}).get(name)
+        if name not in parameters or (placed.whole if placed else tuple(parameters[name].shape)) != weight.shape:
+            raise UserError(
+                f"weight '{name}' {weight.shape} has no place in the network: the checkpoint was made "
+                "for another model or other sizes"
+            )
+        _set(parameters[name], own_part(weight, placed, rank) if placed else weight)
+        missing.discard(name)
+    if missing:
+        raise UserError(f"the checkpoint lacks {', '.join(sorted(missing)[:LISTED])}: give the whole model")
 
 
 def _set(parameter: Parameter, weight: np.ndarray) -> None:

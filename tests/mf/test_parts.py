@@ -18,9 +18,6 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.families import FAMILIES, Family
 from mindformers_ext.mf import register  # what a plain MindFormers run imports
 from mindformers_ext.mf.adapt import adapt
-from mindformers_ext.mf.balance import moved
-from mindformers_ext.mf.load_monitor import load_lines
-from mindformers_ext.mf.metrics import MetricsFile, record_of
 from mindformers_ext.mf.pipeline_step import norm_tells_overflow
 from mindformers_ext.mf.trainer import stand_ins
 from mindformers_ext.ms.causal_lm import build_causal_lm
@@ -130,20 +127,6 @@ def test_mixtral_without_experts_is_refused():
         plain_network(moe_config={"expert_num": 1})
 
 
-def test_the_bias_goes_against_the_load():
-    bias = moved(np.zeros(4, np.float32), np.array([10.0, 2.0, 4.0, 0.0]), 0.01)
-    np.testing.assert_allclose(bias, [-0.01, 0.01, 0.0, 0.01])
-    np.testing.assert_array_equal(moved(bias, np.zeros(4), 0.01), bias)
-
-
-def test_the_load_of_experts_is_shown_per_layer():
-    lines = load_lines(np.array([[6.0, 2.0, 0.0, 8.0], [4.0, 4.0, 4.0, 4.0]]), np.array([0.25, 0.0]))
-    assert lines == [
-        "layer: 0, drop_rate: 0.25000, fullest expert: 3 (2.00 of an even load), emptiest: 2 (0.00)",
-        "layer: 1, drop_rate: 0.00000, fullest expert: 0 (1.00 of an even load), emptiest: 0 (1.00)",
-    ]
-
-
 def test_callbacks_are_ours_only_inside():
     kind, name = MindFormerModuleType.CALLBACK, "MFLossMonitor"
     before = MindFormerRegister.get_cls(kind, name)
@@ -151,32 +134,6 @@ def test_callbacks_are_ours_only_inside():
         assert MindFormerRegister.get_cls(kind, name).__name__ == "MoELossMonitor"
         raise RuntimeError
     assert MindFormerRegister.get_cls(kind, name) is before
-
-
-def test_a_resumed_metrics_file_reads_as_one_run(tmp_path):
-    outputs = (
-        Tensor(1.5),
-        Tensor(False),
-        Tensor(2.0),
-        Tensor(0.1),
-        Tensor(0.5),
-        Tensor(1.25),
-        Tensor(0.25),
-        Tensor([[3.0, 1.0]]),
-        Tensor([0.5]),
-    )
-    first = MetricsFile(str(tmp_path), 0, 0)
-    for step in range(1, 6):
-        first.append(record_of(outputs, step, 1, 0.5, 100))
-    with first.path.open("a") as file:
-        file.write('{"step": 6, "los')  # a killed run
-    second = MetricsFile(str(tmp_path), 0, 3)
-    second.append(record_of(outputs, 4, 1, 0.25, 100))
-    lines = second.path.read_text().splitlines()
-    assert [line.split(",")[0] for line in lines] == [f'{{"step": {step}' for step in (1, 2, 3, 4)]
-    assert '"tokens_per_second": 400.0' in lines[-1] and '"drop_rate": 0.5' in lines[-1]
-    MetricsFile(str(tmp_path), 0, 0)
-    assert not second.path.exists() and second.path.with_name("rank_0.jsonl.previous").exists()
 
 
 def test_the_norm_tells_overflow_where_it_does(monkeypatch: pytest.MonkeyPatch) -> None:

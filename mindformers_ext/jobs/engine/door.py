@@ -14,9 +14,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mindformers_ext.core.config.run import ENGINES, MINDSPORE, PYTORCH
+from mindformers_ext.core.config.run import ASCEND, ENGINES, MINDSPORE, PYTORCH
 from mindformers_ext.core.config.train import TrainSpec
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.figures import StepFigures
 from mindformers_ext.core.spec import DeviceSpec, NetworkSpec
 from mindformers_ext.formats.mindrecord_file import MindRecordFile
 
@@ -168,8 +169,16 @@ class Trainer(Protocol):
         """Moments and counters of a checkpoint."""
         ...
 
-    def step(self, columns: tuple[np.ndarray, ...]) -> Any:
-        """One update; what it measured has the fields of ``ms.step.StepOutput``."""
+    def step(self, columns: tuple[np.ndarray, ...]) -> StepFigures:
+        """One update from this rank's rows; all ranks return the same figures."""
+        ...
+
+    def values(self, ending: str) -> dict[str, np.ndarray]:
+        """The network's parameters (and buffers) whose name ends in ``ending``, in its order; after ``open``."""
+        ...
+
+    def set_values(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Replace such parameters by name."""
         ...
 
     def state(self, adapters: bool) -> Iterator[tuple[str, np.ndarray]]:
@@ -177,16 +186,24 @@ class Trainer(Protocol):
         ...
 
 
-def open_trainer(spec: NetworkSpec, train: TrainSpec, device: str, device_id: int = 0) -> Trainer:
-    """A trainer of the PyTorch engine in this process of the job (``torchrun`` starts several)."""
+def open_trainer(engine: str, spec: NetworkSpec, train: TrainSpec, device: DeviceSpec) -> Trainer:
+    """A trainer of ``engine`` in this process of the job (``msrun`` or ``torchrun`` start several)."""
+    if engine == MINDSPORE:
+        from mindformers_ext.ms.engine import MindSporeEngine
+        from mindformers_ext.ms.trainer import DataParallel, MindSporeTrainer
+
+        mindspore = MindSporeEngine()
+        mindspore.use(device)
+        group = DataParallel(mindspore.rank, mindspore.count)
+        return MindSporeTrainer(spec, train, group, fused=device.target != ASCEND)
     from mindformers_ext.pt.engine import PyTorchEngine
     from mindformers_ext.pt.sharded import open_ranks
     from mindformers_ext.pt.trainer import TorchTrainer
 
-    engine = PyTorchEngine()
-    ranks = open_ranks(spec.parallel, device)
-    engine.use(DeviceSpec(device, ranks.device_id(device_id)))
-    return TorchTrainer(spec, train, engine.device, ranks)
+    torch = PyTorchEngine()
+    ranks = open_ranks(spec.parallel, device.target)
+    torch.use(DeviceSpec(device.target, ranks.device_id(device.number)))
+    return TorchTrainer(spec, train, torch.device, ranks)
 
 
 def open_engine(name: str) -> Engine:
