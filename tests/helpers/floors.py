@@ -41,7 +41,7 @@ FLOORS = {
     "pt": _floor("core", "numpy torch triton", late_third="transformers"),
     "jobs": _floor("core formats weights data surgery", "numpy tqdm", late_third="matplotlib"),
     "mf": _floor("core data ms jobs", "numpy mindspore mindformers", late_third="tensorboardX"),
-    "cli": _floor("jobs weights core", "rich", late_ours="mf"),
+    "cli": _floor("jobs weights core", late_ours="mf"),
     "scripts": _floor("cli"),  # root scripts and tools/ (tools/bench/ measures, and may import what it measures)
 }
 ENGINE_DOOR = ("jobs", "engine", "door.py")  # the one file of jobs/ that may open ms or pt, inside a function
