@@ -16,8 +16,8 @@ from mindformers.trainer import Trainer
 from mindformers.utils.file_utils import set_output_path
 
 import mindformers_ext.mf.register  # noqa: F401  puts our classes into MindFormers' registry
+from mindformers_ext.core.config.file import dump_yaml
 from mindformers_ext.core.config.lora import ADAPTER_CONFIG, lora_from_yaml
-from mindformers_ext.core.config.text import yaml_text
 from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.jobs.checkpoint.transform import TransformRequest
@@ -126,6 +126,6 @@ def _saved(config: Mapping[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{config.get('run_mode')}.yaml"
     beside = folder / f".{path.name}.{os.getpid()}"
-    beside.write_text(yaml_text(config), encoding="utf-8")
+    beside.write_text(dump_yaml(config), encoding="utf-8")
     os.replace(beside, path)
     return path

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from mindformers_ext.core.cluster.cluster_rules import settled
+from mindformers_ext.core.config.file import dump_yaml
 from mindformers_ext.core.config.lora import ADAPTER_CONFIG
-from mindformers_ext.core.config.text import yaml_text
 from mindformers_ext.core.config.train import TrainSpec, train_spec_from_yaml
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.log import get_logger, set_up_logging
@@ -102,7 +102,7 @@ def _keep_config(run: Run) -> None:
     """What the run was asked to do, and what ``tools/merge_lora.py`` must know about adapters."""
     path = run.folder / "run_config" / f"{run.config['run_mode']}.yaml"
     with fresh_file(path, overwrite=True) as beside:
-        beside.write_text(yaml_text(dict(run.config)), encoding="utf-8")
+        beside.write_text(dump_yaml(dict(run.config)), encoding="utf-8")
     if run.train.lora:
         with fresh_file(run.folder / ADAPTER_CONFIG, overwrite=True) as beside:
             beside.write_text(json.dumps(run.train.lora.peft_words(), indent=1) + "\n", encoding="utf-8")
