@@ -13,6 +13,7 @@ from pathlib import Path
 from mindformers_ext.cli.convert import switch
 from mindformers_ext.cli.outcome import exit_code
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.sizes import size_text
 
 EPILOG = """examples:
   python tools/inspect_ckpt.py mixtral.ckpt
@@ -55,7 +56,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(json.dumps(words, indent=1))
         return 0
     rows = [
-        (info.name, str(info.shape), type_name(info), size(info.nbytes))
+        (info.name, str(info.shape), type_name(info), size_text(info.nbytes))
         for info in found.tensors
         if wanted.search(info.name)
     ]
@@ -67,8 +68,8 @@ def _run(arguments: argparse.Namespace) -> int:
             )
         )
     print(
-        f"{found.path}: {found.kind}, {len(found.tensors)} tensors, {size(found.nbytes)} ("
-        + ", ".join(f"{kind} {size(nbytes)}" for kind, nbytes in found.types().items())
+        f"{found.path}: {found.kind}, {len(found.tensors)} tensors, {size_text(found.nbytes)} ("
+        + ", ".join(f"{kind} {size_text(nbytes)}" for kind, nbytes in found.types().items())
         + ")"
     )
     print(f"layout: {found.layout or 'not told'}; fingerprint: {found.fingerprint[:16]}")
@@ -77,13 +78,3 @@ def _run(arguments: argparse.Namespace) -> int:
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
     return 0
-
-
-def size(nbytes: int) -> str:
-    """Bytes for people."""
-    value = float(nbytes)
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.2f} GB"

@@ -16,13 +16,14 @@ from typing import Any
 
 from mindformers_ext.core.config.hf import model_spec_from_hf
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.sizes import read_size
 from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.formats.atomic import flush, fresh_file, fresh_folder, refuse_existing
 from mindformers_ext.formats.dtypes import BY_NUMPY
 from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.formats.ms_ckpt import CkptFile
 from mindformers_ext.formats.ms_file import CheckpointMeta, check_suffix, open_writer, sidecar
-from mindformers_ext.formats.safetensors_dir import SafetensorsDirWriter, parse_size
+from mindformers_ext.formats.safetensors_dir import SafetensorsDirWriter
 from mindformers_ext.formats.tensors import Array, TensorReader, TensorWriter
 from mindformers_ext.jobs.checkpoint.source import CONFIG, check_model, know, open_hf, open_ms, read_config
 from mindformers_ext.weights.convert import plan_relayout, plan_to_hf, plan_to_mindspore
@@ -154,7 +155,7 @@ def shard_bytes(text: str | None, reverse: bool) -> int:
         return DEFAULT_SHARD
     if not reverse:
         raise UserError("--max_shard_size needs --reversed: a MindSpore checkpoint is one file")
-    return parse_size(text)
+    return read_size(text, "--max_shard_size", bare=True)
 
 
 @contextmanager

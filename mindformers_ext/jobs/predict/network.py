@@ -11,8 +11,8 @@ from typing import Any
 
 from mindformers_ext.core.config.hf import model_spec_from_hf
 from mindformers_ext.core.config.keys import KEYS
-from mindformers_ext.core.config.values import read_amount
 from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.sizes import read_size
 from mindformers_ext.core.spec import DeviceSpec, ModelSpec, NetworkSpec
 from mindformers_ext.formats.rank_dirs import rank_folders
 from mindformers_ext.jobs.checkpoint.saved import checkpoint_file, holds_whole
@@ -167,7 +167,7 @@ def device_of(config: Mapping[str, Any]) -> DeviceSpec:
     if level not in (None, "", *JIT_LEVELS):
         raise UserError(f"context.jit_config is {jit!r}: write jit_level: one of {', '.join(JIT_LEVELS)}")
     if memory:  # MindSpore takes no other unit
-        memory = f"{read_amount(str(memory), 'context.max_device_memory') / 1e9:.3f}".rstrip("0").rstrip(".") + "GB"
+        memory = f"{read_size(str(memory), 'context.max_device_memory') / 1e9:.3f}".rstrip("0").rstrip(".") + "GB"
     return DeviceSpec(
         target,
         int(context.get("device_id") or 0),
