@@ -61,6 +61,11 @@ class Plan:
         """Name, shape and type of every tensor to come, in order."""
         return tuple(step.target for step in self.steps)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data to come."""
+        return sum(info.nbytes for info in self.targets)
+
     def check_copies(self, reader: TensorReader) -> None:
         """Second names of a tensor (tied head) must hold its bits; ``UserError`` otherwise."""
         for name, original in self.copies:

@@ -19,6 +19,7 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.sizes import read_size
 from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.formats.atomic import flush, fresh_file, fresh_folder, refuse_existing
+from mindformers_ext.formats.disk import check_space, free_bytes, refusal
 from mindformers_ext.formats.dtypes import BY_NUMPY
 from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.formats.ms_ckpt import CkptFile
@@ -118,17 +119,16 @@ def convert(request: ConvertRequest) -> ConvertReport:
     try:
         _check_output(request)
         with _opened(request) as job:
-            check_space(request.output_path, job.plan)
+            check_space(request.output_path, job.plan.nbytes)
             started = time.monotonic()
             overflow = Overflow(request.allow_overflow)
             (_write_hf if request.direction == "to_hf" else _write_ms)(request, job, overflow)
             notes = (*job.notes, *_infinite(overflow), *((NO_CONFIG,) if _lacks_config(request, job) else ()))
-            nbytes = sum(info.nbytes for info in job.plan.targets)
             return ConvertReport(
-                len(job.plan.targets), nbytes, time.monotonic() - started, _left_behind(job.plan), notes
+                len(job.plan.targets), job.plan.nbytes, time.monotonic() - started, _left_behind(job.plan), notes
             )
     except OSError as error:
-        raise _refused(request, error) from error
+        raise refusal(error, f"read '{request.input_path}' or to write '{request.output_path}'") from error
 
 
 def plan_only(request: ConvertRequest) -> PlanReport:
@@ -138,15 +138,15 @@ def plan_only(request: ConvertRequest) -> PlanReport:
         with _opened(request) as job:
             return PlanReport(
                 tuple(str(step) for step in job.plan.steps),
-                sum(info.nbytes for info in job.plan.targets),
-                _free(request.output_path),
+                job.plan.nbytes,
+                free_bytes(request.output_path),
                 job.source,
                 "Hugging Face" if request.direction == "to_hf" else f"MindSpore, {request.layout}",
                 _left_behind(job.plan),
                 job.notes,
             )
     except OSError as error:
-        raise _refused(request, error) from error
+        raise refusal(error, f"read '{request.input_path}' or to write '{request.output_path}'") from error
 
 
 def shard_bytes(text: str | None, reverse: bool) -> int:
@@ -274,22 +274,12 @@ def _protect(request: ConvertRequest) -> None:
         )
 
 
-def check_space(path: Path, plan: Plan) -> None:
-    """The disk of ``path`` must have room for all of ``plan``'s targets (old files stay until the new are whole)."""
-    free, needed = _free(path), sum(info.nbytes for info in plan.targets)
-    if needed > free:
-        raise UserError(f"'{path}' needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free: make room there")
-
-
-def _free(path: Path) -> int:
-    return shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
-
-
 def _copy(plan: Plan, reader: TensorReader, writer: TensorWriter, overflow: Overflow) -> None:
     from tqdm import tqdm
 
-    total = sum(info.nbytes for info in plan.targets)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="converting", mininterval=0.5, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=plan.nbytes, unit="B", unit_scale=True, desc="converting", mininterval=0.5, dynamic_ncols=True
+    ) as bar:
         for info, blocks in plan.stream(reader, overflow):
             writer.add_parts(info, _counted(_ahead(blocks) if info.nbytes > LARGE else blocks, bar))
 
@@ -352,11 +342,3 @@ def _left_behind(plan: Plan) -> Mapping[str, tuple[str, ...]]:
     for name, original in plan.copies:
         ignored[f"same data as {original} (tied)"] = (name,)
     return ignored
-
-
-def _refused(request: ConvertRequest, error: OSError) -> UserError:
-    where = f" ('{error.filename}')" if error.filename else ""
-    return UserError(
-        f"the system refused to read '{request.input_path}' or to write '{request.output_path}': "
-        f"{error.strerror}{where}; check the path, its permissions and the room on the disk"
-    )

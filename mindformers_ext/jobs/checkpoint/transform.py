@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.formats.atomic import fresh_file
+from mindformers_ext.formats.disk import check_space, refusal
 from mindformers_ext.formats.ms_file import SUFFIXES
 from mindformers_ext.formats.rank_dirs import checkpoint_files, rank_files, rank_folders, shown
 from mindformers_ext.formats.strategy import read_strategy
@@ -24,7 +24,7 @@ from mindformers_ext.jobs.checkpoint.saved import saved_in
 from mindformers_ext.jobs.checkpoint.source import rank_meta
 from mindformers_ext.jobs.checkpoint.transform_workers import Source, Task, open_source, run_tasks
 from mindformers_ext.weights.reshard import SlicedReader
-from mindformers_ext.weights.reshard_plan import ReshardPlan, Unlisted, plan_reshard
+from mindformers_ext.weights.reshard_plan import Unlisted, plan_reshard
 
 NOTE = ".transform_ckpt.json"
 LAST = "last"
@@ -79,11 +79,7 @@ def transform(request: TransformRequest) -> TransformReport:
     try:
         return _transform(request)
     except OSError as error:
-        where = f" ('{error.filename}')" if error.filename else ""
-        raise UserError(
-            f"the system refused to read '{request.src_ckpt_dir}' or to write '{request.dst_ckpt_dir}': "
-            f"{error.strerror}{where}; check the path, its permissions and the room on the disk"
-        ) from error
+        raise refusal(error, f"read '{request.src_ckpt_dir}' or to write '{request.dst_ckpt_dir}'") from error
 
 
 def _transform(request: TransformRequest) -> TransformReport:
@@ -118,7 +114,7 @@ def _transform(request: TransformRequest) -> TransformReport:
     if len(kept) < len(existing) and not request.overwrite:
         found = next(path for path in existing if path not in kept)
         raise UserError(f"output '{found}' exists: choose another folder, or pass --overwrite to replace it")
-    _check_space(request.dst_ckpt_dir, plan, todo)
+    check_space(request.dst_ckpt_dir, sum(plan.nbytes(task.rank) for task in todo), inside=True)
     files = tuple((task.path, len(task.parts), plan.nbytes(task.rank)) for task in todo)
     if request.dry_run:
         return TransformReport(files, tuple(kept), 0.0, left, tuple(notes))
@@ -277,12 +273,3 @@ def _check_target(request: TransformRequest, source: Source, tasks: list[Task], 
         existing += [task.path] if task.path in found else []
     problems.raise_if_any()
     return existing
-
-
-def _check_space(folder: Path, plan: ReshardPlan, tasks: list[Task]) -> None:
-    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    free, needed = shutil.disk_usage(place).free, sum(plan.nbytes(task.rank) for task in tasks)
-    if needed > free:
-        raise UserError(
-            f"'{folder}' needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free: make room there"
-        )

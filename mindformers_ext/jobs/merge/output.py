@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,21 +80,6 @@ def check_result(request: OutputRequest, config: Mapping[str, Any]) -> None:
         model_spec_from_hf(config)
     except UserError as error:
         raise UserError(f"--to-mindspore cannot be done with this model: {error}") from error
-
-
-def free_bytes(path: Path) -> int:
-    """What the disk of ``path`` has left."""
-    return shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
-
-
-def check_space(path: Path, nbytes: int) -> None:
-    """Room for everything; the old output stays until the new one is whole."""
-    free = free_bytes(path)
-    if nbytes > free:
-        raise UserError(
-            f"'{path}' needs {nbytes} bytes ({nbytes / 1e9:.2f} GB), the disk has {free} "
-            f"({free / 1e9:.2f} GB) available: make room there"
-        )
 
 
 def write_weights(
