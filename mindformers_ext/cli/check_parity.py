@@ -9,9 +9,10 @@ from pathlib import Path
 
 from mindformers_ext.cli.convert import optional_path, switch
 from mindformers_ext.cli.outcome import exit_code
+from mindformers_ext.core.errors import LISTED
 
 DIFFERENT = 1
-LISTED = 20
+
 EPILOG = """examples:
   python tools/check_parity.py --hf Mixtral-8x7B-v0.1 --ckpt mixtral.ckpt --text "I love Beijing, because"
   python tools/check_parity.py --hf Mixtral-8x7B-v0.1 --ckpt gmm.ckpt --weights_only

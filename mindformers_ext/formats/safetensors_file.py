@@ -17,6 +17,7 @@ from typing import Any
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.formats.blocks import Block, NewFile, OpenFile, StoredTensor, checked_bytes, read_stored
 from mindformers_ext.formats.dtypes import BY_NUMPY, BY_SAFETENSORS
+from mindformers_ext.formats.json_pairs import no_twins
 from mindformers_ext.formats.tensors import Array, Index, TensorInfo
 
 MAX_HEADER = 100_000_000  # the library's own limit
@@ -55,23 +56,12 @@ def _header(file: OpenFile) -> tuple[dict[str, Any], int]:
             f"'{file.path}' is not a safetensors file or was cut: {file.size} bytes, header of {length} bytes promised"
         )
     try:
-        header = json.loads(file.bytes_at(8, length).decode("utf-8"), object_pairs_hook=_no_twins)
+        header = json.loads(file.bytes_at(8, length).decode("utf-8"), object_pairs_hook=no_twins)
     except (ValueError, RecursionError) as error:
         raise UserError(f"'{file.path}' is not a safetensors file: its header cannot be read ({error})") from error
     if not isinstance(header, dict):
         raise UserError(f"'{file.path}' is not a safetensors file: its header is no table")
     return header, 8 + length
-
-
-class _TwinError(ValueError):
-    """A JSON object names a key twice."""
-
-
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise _TwinError("a name occurs twice")
-    return result
 
 
 def _metadata(path: Path, header: dict[str, Any]) -> Mapping[str, str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.formats.json_pairs import TwiceError, no_twins
 from mindformers_ext.formats.wire import BYTES, VARINT, VarintError, read_varint
 
 MAX_BYTES = 64 * 2**20
@@ -184,8 +185,8 @@ def _whole(value: Any, what: str) -> int:
 
 def _from_json(data: bytes) -> tuple[int | None, dict[str, RawLayout]]:
     try:
-        content = json.loads(data.decode("utf-8"), object_pairs_hook=_no_twins)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        content = json.loads(data.decode("utf-8"), object_pairs_hook=no_twins)
+    except (UnicodeDecodeError, json.JSONDecodeError, TwiceError, RecursionError) as error:
         raise _FaultError(f"it is not JSON ({error})") from error
     items, rows = (
         content.get(key) if isinstance(content, dict) else None
@@ -200,13 +201,6 @@ def _from_json(data: bytes) -> tuple[int | None, dict[str, RawLayout]]:
     for name, row in rows.items():
         _add(layouts, _text(name.encode("utf-8", "replace")), _layout_from_json(name, row))
     return None if first is None else _whole(first.get("stage"), "stage"), layouts
-
-
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise _FaultError("a name occurs twice")
-    return result
 
 
 def _layout_from_json(name: str, row: Any) -> RawLayout:

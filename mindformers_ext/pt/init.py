@@ -11,9 +11,10 @@ from torch import nn
 from mindformers_ext.core.log import get_logger
 from mindformers_ext.core.philox import normal, seeds
 from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.core.weight_fit import STATE
 from mindformers_ext.pt.causal_lm import CausalLM
 from mindformers_ext.pt.models import build_causal_lm
-from mindformers_ext.pt.names import STATE, named_views
+from mindformers_ext.pt.names import named_views
 from mindformers_ext.pt.norm import RmsNorm
 
 DRAWN_LIMIT = 2_000_000_000  # weights; above it torch's own generator is used, minutes instead of hours

@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.errors import LISTED, Problems, UserError
 from mindformers_ext.formats.dtypes import BY_NUMPY, cast, is_float
 from mindformers_ext.formats.tensors import Array, Index, TensorInfo, TensorReader
 from mindformers_ext.weights.rules import Extras, RuleSet
 from mindformers_ext.weights.views import BLOCK, Shape, View, boxes, describe, leaves, stream, whole
 
 Direction = Literal["to_ms", "to_hf", "relayout"]
-LISTED = 20
+
 HEAP = 31 * 2**20  # just below the size up to which glibc learns (mallopt(3), M_MMAP_THRESHOLD)
 
 

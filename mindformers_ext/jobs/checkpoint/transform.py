@@ -14,11 +14,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.errors import Problems, UserError, listed
 from mindformers_ext.formats.atomic import fresh_file
 from mindformers_ext.formats.disk import check_space, refusal
 from mindformers_ext.formats.ms_file import SUFFIXES
-from mindformers_ext.formats.rank_dirs import checkpoint_files, rank_files, rank_folders, shown
+from mindformers_ext.formats.rank_dirs import checkpoint_files, rank_files, rank_folders
 from mindformers_ext.formats.strategy import read_strategy
 from mindformers_ext.jobs.checkpoint.saved import saved_in
 from mindformers_ext.jobs.checkpoint.source import rank_meta
@@ -195,7 +195,7 @@ def share(request: TransformRequest, world: int) -> tuple[Sequence[int], list[st
     size = world // number
     if request.rank_id % size:
         notes.append(
-            f"rank {request.rank_id} has nothing to do: ranks {shown(list(range(0, world, size)))} transform "
+            f"rank {request.rank_id} has nothing to do: ranks {listed(list(range(0, world, size)))} transform "
             f"{size} each"
         )
         return (), notes
@@ -260,14 +260,14 @@ def _check_target(request: TransformRequest, source: Source, tasks: list[Task], 
     problems = Problems(f"output '{folder}'")
     beyond = [rank for rank in rank_folders(folder) if rank >= world]
     if beyond:
-        problems.add(f"rank_{shown(beyond)} is there", f"the target has {world} ranks: remove what another run left")
+        problems.add(f"rank_{listed(beyond)} is there", f"the target has {world} ranks: remove what another run left")
     existing = []
     for task in tasks:
         found = checkpoint_files(task.path.parent) if task.path.parent.is_dir() else []
         others = [file.name for file in found if file != task.path]
         if others:
             problems.add(
-                f"rank_{task.rank} holds {shown(others)}",
+                f"rank_{task.rank} holds {listed(others)}",
                 "two files in a rank folder confuse every reader; remove it or choose another folder",
             )
         existing += [task.path] if task.path in found else []
