@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import ModelSpec
-from mindformers_ext.formats.atomic import flush
+from mindformers_ext.formats.atomic import flush, write_text
 from mindformers_ext.formats.ms_ckpt import CkptFile
 from mindformers_ext.formats.ms_file import CheckpointMeta, read_meta
 from mindformers_ext.formats.safetensors_file import SafetensorsFile
@@ -157,11 +157,7 @@ def note_size(path: Path) -> None:
     folder = path.parent
     sizes = {name: size for name, size in noted_sizes(folder).items() if (folder / name).exists()}
     sizes[path.name] = path.stat().st_size
-    beside = folder / (SIZES + ".new")
-    beside.write_text(json.dumps(sizes, indent=1), encoding="utf-8")
-    flush(beside)
-    os.replace(beside, folder / SIZES)
-    flush(folder)
+    write_text(folder / SIZES, json.dumps(sizes, indent=1))
 
 
 def checkpoint_file(path: Path, suffix: str = ".ckpt") -> Path | None:

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.formats.atomic import write_text
+
 FOLDER = "metrics"
 
 
@@ -75,9 +77,7 @@ class MetricsFile:
                 break  # the row a killed run was writing
             if json.loads(line)["step"] <= steps:
                 rows.append(line)
-        beside = self.path.with_name(self.path.name + ".new")
-        beside.write_text("".join(rows), encoding="utf-8")
-        os.replace(beside, self.path)
+        write_text(self.path, "".join(rows))
 
 
 def _finite(value: Any) -> Any:
