@@ -7,11 +7,9 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from mindformers_ext.cli.convert import switch
-from mindformers_ext.cli.outcome import exit_code
+from mindformers_ext.cli.command import Command, add_switch
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.sizes import size_text
 
@@ -22,24 +20,11 @@ EPILOG = """examples:
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def _options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    result = argparse.ArgumentParser(
-        prog="inspect_ckpt.py",
-        description="Show names, shapes, types, layout and bytes of a MindSpore .ckpt or .safetensors file, a PyTorch "
-        "file, or a Hugging Face folder. No data is loaded.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    result.add_argument("path", type=Path, help="file or folder")
-    result.add_argument("--grep", help="only tensors whose name matches this regular expression")
-    switch(result, "--json", "print JSON")
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 on success, 2 on a user's mistake."""
-    return exit_code(_run, parser().parse_args(argv))
+    parser.add_argument("path", type=Path, help="file or folder")
+    parser.add_argument("--grep", help="only tensors whose name matches this regular expression")
+    add_switch(parser, "--json", "print JSON")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -78,3 +63,14 @@ def _run(arguments: argparse.Namespace) -> int:
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
     return 0
+
+
+COMMAND = Command(
+    prog="inspect_ckpt.py",
+    description="Show names, shapes, types, layout and bytes of a MindSpore .ckpt or .safetensors file, a PyTorch "
+    "file, or a Hugging Face folder. No data is loaded.",
+    epilog=EPILOG,
+    options=_options,
+    run=_run,
+)
+parser, main = COMMAND.parser, COMMAND.main
