@@ -25,7 +25,8 @@ from mindformers_ext.core.log import get_logger, set_up_logging
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.formats.atomic import fresh_file
 from mindformers_ext.jobs.checkpoint.saved import set_aside
-from mindformers_ext.jobs.engine.door import Trainer, open_trainer
+from mindformers_ext.jobs.engine.door import open_trainer
+from mindformers_ext.jobs.engine.protocols import Trainer
 from mindformers_ext.jobs.predict.network import open_weights
 from mindformers_ext.jobs.run.metrics_file import MetricsFile, StepRecord
 from mindformers_ext.jobs.train.checkpoint_folder import CheckpointFolder, Resumed
