@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from mindformers_ext.cli.command import Command, add_switch
+from mindformers_ext.core.byte_sizes import size_text
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.sizes import size_text
 
 EPILOG = """examples:
   python tools/inspect_ckpt.py mixtral.ckpt

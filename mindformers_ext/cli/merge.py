@@ -82,7 +82,7 @@ def _summary(arguments: argparse.Namespace, report: MergeReport) -> str:
 
 def _output(arguments: argparse.Namespace) -> OutputRequest:
     from mindformers_ext.jobs.merge.output import OutputRequest
-    from mindformers_ext.jobs.merge.sizes import shard_bytes
+    from mindformers_ext.jobs.merge.shard_size import shard_bytes
 
     return OutputRequest(
         folder=Path(arguments.out),

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mindformers_ext.core.byte_sizes import read_size, size_text
 from mindformers_ext.core.cluster.cluster_rules import settled
 from mindformers_ext.core.cluster.memory import StepSettings, prediction_memory, stage_memory
 from mindformers_ext.core.cluster.placement import OPTIMIZER_THRESHOLD
@@ -17,7 +18,6 @@ from mindformers_ext.core.config.recompute import recompute_from_yaml
 from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.errors import Problems, UserError
-from mindformers_ext.core.sizes import read_size, size_text
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.jobs.predict.generate import Shape
 

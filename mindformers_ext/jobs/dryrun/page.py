@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from mindformers_ext.core.byte_sizes import size_text
 from mindformers_ext.core.cluster.memory import StageMemory
-from mindformers_ext.core.sizes import size_text
 from mindformers_ext.formats.atomic import fresh_file
 from mindformers_ext.jobs.dryrun.facts import RankFacts
 from mindformers_ext.jobs.dryrun.plan import LIMITS

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.core.byte_sizes import size_text
 from mindformers_ext.core.cluster.memory import StageMemory
-from mindformers_ext.core.sizes import size_text
 from mindformers_ext.core.spec import ParallelSpec
 from mindformers_ext.formats.atomic import fresh_file
 from mindformers_ext.jobs.dryrun.facts import KINDS, RankFacts

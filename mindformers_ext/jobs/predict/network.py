@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.core.byte_sizes import read_size
 from mindformers_ext.core.config.hf import model_spec_from_hf
 from mindformers_ext.core.config.keys import KEYS
 from mindformers_ext.core.errors import Problems, UserError
-from mindformers_ext.core.sizes import read_size
 from mindformers_ext.core.spec import DeviceSpec, ModelSpec, NetworkSpec
 from mindformers_ext.formats.rank_dirs import rank_folders
 from mindformers_ext.jobs.checkpoint.saved import checkpoint_file, holds_whole

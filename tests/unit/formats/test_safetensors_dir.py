@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from mindformers_ext.core.byte_sizes import read_size
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.sizes import read_size
 from mindformers_ext.formats.atomic import fresh_file, fresh_folder, partial_path
 from mindformers_ext.formats.dtypes import TABLE
 from mindformers_ext.formats.safetensors_dir import (

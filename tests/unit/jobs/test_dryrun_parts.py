@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mindformers_ext.core.byte_sizes import read_size, size_text
 from mindformers_ext.core.cluster.traffic import sent_bytes
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.sizes import read_size, size_text
 from mindformers_ext.formats.elf import read_library
 from mindformers_ext.formats.graph_text import Collective, GraphTensor, read_graph, unplanned_operators
 from mindformers_ext.jobs.dryrun.facts import RankFacts, parameter_facts, purpose, rank_facts_from_json, traffic_facts

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from mindformers_ext.core.byte_sizes import read_size
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.sizes import read_size
 from mindformers_ext.jobs.dryrun.memory import suggestions
 from mindformers_ext.jobs.dryrun.plan import plan_dry_run
 from tests.helpers.specs import PRETRAIN_YAML

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import re
 
+from mindformers_ext.core.byte_sizes import read_size
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.sizes import read_size
 
 SHORT = {"": "", "K": "KB", "M": "MB", "B": "GB"}
 
