@@ -8,119 +8,39 @@ A spec holds plain Python values only, so that it can be hashed, compared, print
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from mindformers_ext.core.errors import Problems
+from mindformers_ext.core.families import FAMILIES, Family, implied_family
+from mindformers_ext.core.layers import (
+    DTYPE_NAMES as DTYPE_NAMES,
+)
+from mindformers_ext.core.layers import (
+    AttentionSpec as AttentionSpec,
+)
+from mindformers_ext.core.layers import (
+    DenseSpec as DenseSpec,
+)
+from mindformers_ext.core.layers import (
+    LayerSpec as LayerSpec,
+)
+from mindformers_ext.core.layers import (
+    MoESpec as MoESpec,
+)
+from mindformers_ext.core.layers import (
+    SharedExpertSpec as SharedExpertSpec,
+)
 from mindformers_ext.core.stages import layer_stage
-
-DTYPE_NAMES = ("float32", "float16", "bfloat16")
-AUX_LOSS_TYPES = ("expert", "device", "comm")
-TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
-AUX_LOSS_REDUCTIONS = ("sum", "mean")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MoESpec:
-    """How tokens are routed to experts (MindFormers' ``TopkRouterV2``; GShard, Lepikhin et al. 2020, section 3.2).
-
-    ``capacity_factor`` <= 0 means dropless. ``aux_losses`` pairs a kind with its factor; a factor of 0 is off.
-    ``expert_group_size`` is MindFormers' word for the NUMBER of expert groups of the "device" loss.
-    ``use_gmm`` multiplies sorted tokens by a grouped matrix product instead of giving them slots, and drops none.
-    ``norm_single_choice`` extends ``norm_topk_prob`` to one chosen expert, whose gate is then 1, as in Hugging Face's
-    Mixtral; MindFormers leaves it its probability, through which the router learns.
-    """
-
-    num_local_experts: int
-    num_experts_per_tok: int
-    capacity_factor: float = 1.1
-    enable_sdrop: bool = False
-    use_gating_sigmoid: bool = False
-    norm_topk_prob: bool = True
-    norm_single_choice: bool = False
-    routed_scaling_factor: float = 1.0
-    topk_method: str = "greedy"
-    n_group: int | None = None
-    topk_group: int | None = None
-    aux_losses: tuple[tuple[str, float], ...] = ()
-    expert_group_size: int | None = None
-    z_loss_factor: float = 0.0
-    aux_loss_reduce: str = "sum"
-    balance_via_topk_bias: bool = False
-    topk_bias_update_rate: float = 0.0
-    router_dtype: str = "float32"
-    use_fused_ops_topkrouter: bool = False
-    use_gmm: bool = False
-    comp_comm_parallel_degree: int = 1
-    max_router_load: int = 131072
-
-    def collect(self, problems: Problems) -> None:
-        """Add every broken rule of this spec to ``problems`` (spec section 1)."""
-        experts, chosen = self.num_local_experts, self.num_experts_per_tok
-        problems.positive("expert_num (num_local_experts)", experts)
-        problems.positive("num_experts_chosen (num_experts_per_tok)", chosen)
-        if chosen > experts > 0:
-            problems.add(
-                f"num_experts_chosen={chosen} exceeds expert_num={experts}", f"choose at most {experts} experts"
-            )
-        problems.one_of("topk_method", self.topk_method, TOPK_METHODS)
-        problems.one_of("router_dense_type", self.router_dtype, DTYPE_NAMES)
-        problems.one_of("aux_loss_reduce", self.aux_loss_reduce, AUX_LOSS_REDUCTIONS)
-        problems.positive("max_router_load", self.max_router_load)
-        problems.positive("comp_comm_parallel_degree", self.comp_comm_parallel_degree)
-        if not self.capacity_factor == self.capacity_factor or self.capacity_factor > max(experts, 1):
-            problems.add(
-                f"capacity_factor={self.capacity_factor} is out of range",
-                f"use a value up to expert_num ({experts}), typically 1.1 to 4.0; <= 0 means dropless",
-            )
-        if self.use_gmm and self.capacity_factor > 0:
-            problems.add(
-                f"use_gmm=True drops no token, but capacity_factor={self.capacity_factor} limits each expert",
-                "set capacity_factor: -1 (dropless), or use_gmm: False",
-            )
-        for kind, factor in self.aux_losses:
-            problems.one_of("aux_loss_types", kind, AUX_LOSS_TYPES)
-            if not 0.0 <= factor < 1.0:
-                problems.add(f"aux loss factor {factor} of '{kind}' is out of range", "use 0 (off) up to below 1")
-            if kind == "device" and not self.expert_group_size:
-                problems.add(
-                    "aux loss 'device' is on but expert_group_size is not set", "set the number of expert groups"
-                )
-        if len({kind for kind, _ in self.aux_losses}) != len(self.aux_losses):
-            problems.add(f"aux_loss_types={[k for k, _ in self.aux_losses]} names a kind twice", "name each kind once")
-        if self.expert_group_size and experts % self.expert_group_size:
-            problems.divides("expert_num", experts, "expert_group_size", self.expert_group_size)
-        if self.z_loss_factor < 0:
-            problems.add(f"z_loss_factor={self.z_loss_factor} is negative", "use 0 (off) or a small positive value")
-        if not 0 <= self.topk_bias_update_rate < 1:
-            problems.add(f"topk_bias_update_rate={self.topk_bias_update_rate} is out of range", "use 0 up to below 1")
-        if self.topk_method != "greedy":
-            self._collect_groups(problems)
-
-    def _collect_groups(self, problems: Problems) -> None:
-        experts, chosen = self.num_local_experts, self.num_experts_per_tok
-        if not self.n_group or not self.topk_group:
-            problems.add(f"topk_method={self.topk_method} needs n_group and topk_group", "set both")
-            return
-        problems.divides("expert_num", experts, "n_group", self.n_group)
-        if not 1 <= self.topk_group <= self.n_group:
-            problems.add(f"topk_group={self.topk_group} is out of range", f"use 1 to n_group ({self.n_group})")
-        elif self.n_group and chosen > self.topk_group * (experts // self.n_group):
-            problems.add(
-                f"num_experts_chosen={chosen} exceeds the {self.topk_group * (experts // self.n_group)} experts "
-                f"of topk_group={self.topk_group} groups",
-                "raise topk_group or lower num_experts_chosen",
-            )
-        if self.topk_method == "noaux_tc" and experts // self.n_group < 2:
-            problems.add(
-                f"noaux_tc scores a group by its two best experts, n_group={self.n_group} leaves one", "lower n_group"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """Sizes and constants of a LLaMA-shaped decoder; ``moe`` makes its feed-forward layers Mixtral's experts.
+    """Sizes and constants of a LLaMA-shaped decoder; ``moe`` makes its feed-forward layers mixtures of experts.
 
     A token id of -1 means that the model has no such token. ``more_eos_token_ids`` also end a text (Llama 3).
+    ``dense_layers``: those that stay dense although ``moe`` is there, in rising order. ``family``: a row of
+    ``core.families``, "" where experts or their absence tell it; ``layer`` is what a network is built from.
     """
 
     vocab_size: int
@@ -140,19 +60,69 @@ class ModelSpec:
     pad_token_id: int = 0
     ignore_token_id: int = -100
     more_eos_token_ids: tuple[int, ...] = ()
+    qkv_bias: bool = False
+    qk_norm: bool = False
     moe: MoESpec | None = None
+    dense_layers: tuple[int, ...] = ()
+    family: str = ""
 
     @property
-    def experts(self) -> MoESpec:
+    def routing(self) -> MoESpec:
         """``moe`` of a model that has experts; ``ValueError`` for a dense one."""
         if self.moe is None:
             raise ValueError("a dense model has no experts")
         return self.moe
 
     @property
+    def family_row(self) -> Family:
+        """The row of ``core.families``."""
+        return FAMILIES[self.family] if self.family else implied_family(self.moe is not None)
+
+    @property
     def model_type(self) -> str:
-        """``mixtral`` with experts, ``llama`` without: the stem of every file about this model."""
-        return "mixtral" if self.moe else "llama"
+        """The family's name: the stem of every file about this model."""
+        return self.family_row.name
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that are mixtures."""
+        layers = range(self.num_hidden_layers) if self.moe else ()
+        return tuple(index for index in layers if index not in self.dense_layers)
+
+    @property
+    def expert_size(self) -> int:
+        """Width of a routed expert; of the feed-forward layer in a dense model."""
+        return (self.moe.intermediate_size if self.moe else None) or self.intermediate_size
+
+    @property
+    def typical_layer(self) -> int:
+        """The first mixture, or the first layer of a dense model."""
+        return next(iter(self.moe_layers), 0)
+
+    @property
+    def cut_widths(self) -> dict[str, int]:
+        """What model parallel cuts, by the YAML's word: heads and the width of every kind of feed-forward layer."""
+        widths = {"num_heads": self.num_attention_heads, "n_kv_heads": self.num_key_value_heads}
+        if len(self.moe_layers) < self.num_hidden_layers or self.expert_size == self.intermediate_size:
+            widths["intermediate_size"] = self.intermediate_size
+        if self.expert_size != self.intermediate_size:
+            widths["moe_intermediate_size"] = self.expert_size
+        if self.moe and self.moe.shared_expert:
+            widths["shared_expert_intermediate_size"] = self.moe.shared_expert.intermediate_size
+        return widths
+
+    def layer(self, index: int) -> LayerSpec:
+        """What layer ``index`` is."""
+        attention = AttentionSpec(
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            qkv_bias=self.qkv_bias,
+            qk_norm=self.qk_norm,
+        )
+        if self.moe is None or index in self.dense_layers:
+            return LayerSpec(attention, DenseSpec(intermediate_size=self.intermediate_size))
+        return LayerSpec(attention, replace(self.moe, intermediate_size=self.expert_size))
 
     def collect(self, problems: Problems) -> None:
         """Add every broken rule of this spec, experts included, to ``problems``."""
@@ -185,6 +155,39 @@ class ModelSpec:
                 )
         if self.moe:
             self.moe.collect(problems)
+        self._collect_family(problems)
+
+    def _collect_family(self, problems: Problems) -> None:
+        if self.family:
+            problems.one_of("family", self.family, tuple(FAMILIES))
+        layers, dense = self.num_hidden_layers, self.dense_layers
+        if dense and (dense != tuple(sorted(set(dense))) or dense[0] < 0 or dense[-1] >= layers > 0):
+            problems.add(f"dense_layers={list(dense)} are not layers of a model of {layers}", "list each once, rising")
+        elif dense and (self.moe is None or len(dense) >= layers):
+            problems.add(f"dense_layers={list(dense)} of {layers} layers leave no mixture", "leave a layer its experts")
+        if self.family in FAMILIES and FAMILIES[self.family].has_experts != (self.moe is not None):
+            wanted = "has experts" if FAMILIES[self.family].has_experts else "is dense"
+            problems.add(f"family '{self.family}' {wanted}, this model is not so", "correct the experts or the family")
+        elif not self.family or self.family in FAMILIES:
+            self._collect_features(problems)
+
+    def _collect_features(self, problems: Problems) -> None:
+        """What the family cannot hold could be trained, but neither exported nor loaded by anything else."""
+        row = self.family_row
+        told = {(word.part, word.field) for word in row.words}
+        found: list[tuple[str, str, Any, Any]] = [
+            ("model", name, getattr(self, name), row.model.get(name, False)) for name in ("qkv_bias", "qk_norm")
+        ]
+        if self.moe:
+            wanted = row.moe.get("gate", "linear"), row.moe.get("intermediate_size")
+            found += [("moe", "gate", self.moe.gate, wanted[0])]
+            found += [("moe", "intermediate_size", self.moe.intermediate_size, wanted[1])]
+            found += [("shared", "shared_expert", self.moe.shared_expert is not None, row.shared is not None)]
+        if not row.chooses_layers:
+            found += [("model", "dense_layers", self.dense_layers, ())]
+        for part, name, value, fixed in found:
+            if (part, name) not in told and value != fixed:
+                problems.add(f"{name}={value!r} of a {row.name}", f"that family has {fixed!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,7 +61,7 @@ class MoELayer(nn.Cell):
         self.attention_norm = RmsNorm(spec, operators)
         self.attention = Attention(spec, operators)
         self.ffn_norm = RmsNorm(spec, operators)
-        self.feed_forward = (GroupedMoE if spec.model.experts.use_gmm else MoE)(spec, operators)
+        self.feed_forward = (GroupedMoE if spec.model.routing.use_gmm else MoE)(spec, operators)
         self.add = Shards(spec).shard(P.Add(), "residual")
 
     def construct(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> tuple[Tensor, Tensor, Tensor]:

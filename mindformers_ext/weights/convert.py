@@ -4,62 +4,81 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.formats.dtypes import float_dtype
 from mindformers_ext.formats.tensors import Array, MappingReader, TensorReader
-from mindformers_ext.weights import llama, mixtral
+from mindformers_ext.weights import llama
 from mindformers_ext.weights.layouts import GMM, Layout, check_count
 from mindformers_ext.weights.plan import Plan, make_plan
 from mindformers_ext.weights.rules import Extras, Rule, RuleSet
-from mindformers_ext.weights.training_state import MS_TRAINING_STATE
+from mindformers_ext.weights.tables import TABLES
+from mindformers_ext.weights.training_state import MS_TRAINING_STATE, ROUTER_STATE
+from mindformers_ext.weights.transforms import Transposed
 
 
 def rule_set(spec: ModelSpec, style: str = "per_expert", layout: Layout | None = None) -> RuleSet:
-    """The table of ``spec``'s model at its sizes.
+    """The table of ``spec``'s family at its sizes.
 
     Args:
-        spec: with ``moe`` it is a Mixtral, without a LLaMA.
-        style: how Hugging Face's side spells the experts, a key of ``weights.mixtral.STYLES``; no matter for LLaMA.
+        spec: the model; its family's row in ``weights.tables`` says what its mixtures are called.
+        style: how Hugging Face's side spells the experts, one of the family's; no matter for a dense model.
         layout: how MindSpore's side lies; None is the dense layout of training.
 
     Raises:
         UserError: an unknown style, or the gmm layout of a model without experts.
     """
     layout = layout or Layout()
-    if style not in mixtral.STYLES:
-        raise UserError(f"style '{style}' is unknown: choose one of {', '.join(mixtral.STYLES)}")
+    table = TABLES[spec.model_type]
+    if spec.moe and style not in table.mixtures:
+        raise UserError(f"style '{style}' is unknown: choose one of {', '.join(table.mixtures)}")
     check_count(spec)
     gmm = layout.experts == GMM
     if gmm and not spec.moe:
         raise UserError("the gmm layout transposes experts and this model has none: leave --use_gmm out")
-    if spec.moe:
-        feed_forward = mixtral.feed_forward(style, transposed=gmm)
-    else:
-        feed_forward = llama.FEED_FORWARD_CONCAT if layout.qkv_concat else llama.FEED_FORWARD
-    attention = llama.attention(layout.qkv_concat, spec.num_key_value_heads)
+    dense = table.dense_concat if layout.qkv_concat else table.dense
+    mixture = _transposed(table.mixtures[style]) if gmm else table.mixtures.get(style, ())
     tied = spec.tie_word_embeddings
     head: tuple[Rule, ...] = () if tied else (llama.HEAD,)
     return RuleSet(
-        (llama.EMBEDDING, *attention, *feed_forward, llama.FINAL_NORM, *head),
+        (
+            llama.EMBEDDING,
+            *llama.attention(spec.layer(0).attention, layout.qkv_concat),
+            *(replace(rule, layers="dense") for rule in dense),
+            *(replace(rule, layers="mixture") for rule in mixture),
+            llama.FINAL_NORM,
+            *head,
+        ),
         spec,
         hf_extras=Extras(llama.HF_BUFFERS, llama.TIED_HF if tied else ()),
         ms_extras=Extras(
-            (*MS_TRAINING_STATE, *mixtral.MS_STATE),
+            (*MS_TRAINING_STATE, *ROUTER_STATE),
             llama.TIED_MS if tied else (),
-            kept=tuple(pattern for pattern, _ in mixtral.MS_STATE),
+            kept=tuple(pattern for pattern, _ in ROUTER_STATE),
         ),
     )
 
 
+def _transposed(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """The rules with what is stacked over experts turned: (E, D, M), (E, M, D), the gmm layout."""
+    return tuple(
+        replace(rule, transform=Transposed(rule.transform)) if _is_of_experts(rule) else rule for rule in rules
+    )
+
+
+def _is_of_experts(rule: Rule) -> bool:
+    return "M" in str(rule.dims)
+
+
 def detect_style(names: Collection[str], spec: ModelSpec) -> str:
-    """The spelling that explains most of ``names``; per-expert where none does, so that the error names those."""
+    """The spelling that explains most of ``names``; the family's first where none does, so that the error names it."""
     if not spec.moe:
         return "per_expert"
     known = {
         style: sum(name in names for binding in rule_set(spec, style).bindings for name in binding.hf)
-        for style in mixtral.STYLES
+        for style in TABLES[spec.model_type].mixtures
     }
     return max(known, key=lambda style: known[style])
 

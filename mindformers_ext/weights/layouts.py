@@ -14,12 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.parameters import ROUTED
 from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.formats.tensors import TensorInfo
 
 MOST_MATRICES = 10**6  # layers times experts
 DENSE, GMM = "dense", "gmm"
-_W1, _QKV = (f"model.layers.{{}}.{name}.weight" for name in ("feed_forward.ffn.w1", "attention.w_qkv"))
+_LAYER = "model.layers.{}."
+_QKV = _LAYER + "attention.w_qkv.weight"
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,11 @@ def resolve_layout(
 
 
 def _see_experts(infos: Mapping[str, TensorInfo], spec: ModelSpec) -> str | None:
-    if not spec.moe or spec.hidden_size == spec.intermediate_size:
+    if not spec.moe or spec.hidden_size == spec.expert_size:
         return None
-    shapes = {infos[name].shape[1:] for layer in range(spec.num_hidden_layers) if (name := _W1.format(layer)) in infos}
-    dense, turned = (spec.intermediate_size, spec.hidden_size), (spec.hidden_size, spec.intermediate_size)
+    template = _LAYER + "feed_forward." + (ROUTED if spec.moe.shared_expert else "") + "ffn.w1.weight"
+    shapes = {infos[name].shape[1:] for layer in spec.moe_layers if (name := template.format(layer)) in infos}
+    dense, turned = (spec.expert_size, spec.hidden_size), (spec.hidden_size, spec.expert_size)
     if {dense, turned} <= shapes:
         raise UserError("some layers' experts are dense, others transposed (gmm): they come from different files")
     if shapes == {turned}:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from mindformers_ext.core.spec import AttentionSpec
 from mindformers_ext.weights.rules import Rule
 from mindformers_ext.weights.transforms import GroupedQkv, InterleavedRows
 
 _HF, _MS = "model.layers.{layer}.", "model.layers.{layer}."
 
 EMBEDDING = Rule("model.embed_tokens.weight", ("model.tok_embeddings.embedding_weight",), "V D")
+ROWS = ("HP", "NP", "NP")  # of q, k and v
 ATTENTION = (
     Rule(_HF + "input_layernorm.weight", (_MS + "attention_norm.weight",), "D"),
     Rule(_HF + "self_attn.q_proj.weight", (_MS + "attention.wq.weight",), "HP D"),
@@ -41,10 +43,28 @@ TIED_MS = (("lm_head.weight", "model.tok_embeddings.embedding_weight"),)
 HF_BUFFERS = ((r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "rotary constants, computed from rope_theta"),)
 
 
-def attention(qkv_concat: bool, kv_heads: int) -> tuple[Rule, ...]:
-    """The attention of one layer, q, k and v apart or in one tensor."""
-    if not qkv_concat:
-        return ATTENTION
-    projections = tuple(_HF + f"self_attn.{name}_proj.weight" for name in "qkv")
-    concat = Rule(projections, (_MS + "attention.w_qkv.weight",), ("HP D", "NP D", "NP D"), GroupedQkv(kv_heads))
-    return ATTENTION[0], concat, *ATTENTION[4:]
+def attention(spec: AttentionSpec, qkv_concat: bool) -> tuple[Rule, ...]:
+    """The attention of one layer: q, k and v apart or in one tensor, with their biases and norms where it has them."""
+    before, *projections, out, behind = ATTENTION
+    if spec.qkv_bias:
+        projections += [
+            Rule(_HF + f"self_attn.{name}_proj.bias", (_MS + f"attention.w{name}.bias",), rows)
+            for name, rows in zip("qkv", ROWS, strict=True)
+        ]
+    if qkv_concat:
+        projections = [
+            Rule(
+                tuple(_HF + f"self_attn.{name}_proj.{kind}" for name in "qkv"),
+                (_MS + f"attention.w_qkv.{kind}",),
+                tuple(rows + width for rows in ROWS),
+                GroupedQkv(spec.num_key_value_heads),
+            )
+            for kind, width in (("weight", " D"), ("bias", ""))
+            if kind == "weight" or spec.qkv_bias
+        ]
+    norms = [
+        Rule(_HF + f"self_attn.{name}_norm.weight", (_MS + f"attention.{name}_norm.weight",), "P")
+        for name in "qk"
+        if spec.qk_norm
+    ]
+    return before, *projections, out, *norms, behind

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from math import gcd
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.parameters import EMBEDDING, HEAD
 from mindformers_ext.core.spec import ModelSpec, MoESpec
 from mindformers_ext.formats.tensors import TensorInfo
 
-EMBEDDING, HEAD = "model.tok_embeddings.embedding_weight", "lm_head.weight"
 _LAYER = "model.layers.0."
 _W1, _DENSE_W1 = _LAYER + "feed_forward.ffn.w1.weight", _LAYER + "feed_forward.w1.weight"
 _WQ, _WK = (_LAYER + f"attention.{name}.weight" for name in ("wq", "wk"))

@@ -12,8 +12,7 @@ from mindformers_ext.core.errors import Problems
 from mindformers_ext.formats.strategy import Box, Strategy
 from mindformers_ext.formats.tensors import TensorInfo
 from mindformers_ext.weights.boxes import sizes, whole_box
-from mindformers_ext.weights.mixtral import MS_STATE
-from mindformers_ext.weights.training_state import MS_TRAINING_STATE
+from mindformers_ext.weights.training_state import MS_TRAINING_STATE, ROUTER_STATE
 
 Unlisted = Literal["error", "copy"]
 
@@ -40,7 +39,7 @@ class ReshardPlan:
 
 def is_state(name: str) -> bool:
     """Whether ``name`` is training or router state, which a checkpoint may lack."""
-    return any(re.fullmatch(pattern, name) for pattern, _ in (*MS_TRAINING_STATE, *MS_STATE))
+    return any(re.fullmatch(pattern, name) for pattern, _ in (*MS_TRAINING_STATE, *ROUTER_STATE))
 
 
 def _of_a_weight(name: str) -> bool:

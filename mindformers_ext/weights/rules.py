@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 
+from mindformers_ext.core.parameters import shape_of, size_letters
 from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.weights.transforms import Identity, Transform
 from mindformers_ext.weights.views import Shape, View, whole
@@ -26,14 +27,15 @@ class Rule:
 
     ``hf`` may hold ``{layer}`` and, when the transform joins one tensor per expert, ``{expert}``; several templates are
     in the transform's order. ``dims`` is the shape of each Hugging Face tensor in size letters ("E 2F D"):
-    V vocabulary, D model, F ffn, E experts, and H, N, P for heads, kv heads, head width; "HP" is a product, "2F" twice
-    F.
+    (``core.parameters``); "HP" is a product, "2M" twice M. ``layers``: all, or those alone whose feed-forward is dense
+    or a mixture.
     """
 
     hf: str | tuple[str, ...]
     ms: tuple[str, ...]
     dims: str | tuple[str, ...]
     transform: Transform = field(default_factory=Identity)
+    layers: str = "all"
 
     @property
     def hf_templates(self) -> tuple[tuple[str, str], ...]:
@@ -110,30 +112,18 @@ class RuleSet:
 
     def _expand(self) -> Iterable[Binding]:
         sizes = size_letters(self.spec)
+        kinds = ["mixture" if self.spec.layer(i).moe else "dense" for i in range(self.spec.num_hidden_layers)]
         for per_layer, group in groupby(self.rules, key=lambda rule: rule.per_layer):
             rules = tuple(group)
             for layer in range(self.spec.num_hidden_layers if per_layer else 1):
-                yield from (bind(rule, layer, sizes) for rule in rules)
-
-
-def size_letters(spec: ModelSpec) -> dict[str, int]:
-    """The sizes behind the letters of ``Rule.dims``."""
-    letters = {
-        "V": spec.vocab_size,
-        "D": spec.hidden_size,
-        "F": spec.intermediate_size,
-        "H": spec.num_attention_heads,
-        "N": spec.num_key_value_heads,
-        "P": spec.head_dim,
-        "2": 2,
-    }
-    return letters | ({"E": spec.moe.num_local_experts} if spec.moe else {})
+                fitting = (rule for rule in rules if not per_layer or rule.layers in ("all", kinds[layer]))
+                yield from (bind(rule, layer, sizes) for rule in fitting)
 
 
 def bind(rule: Rule, layer: int, sizes: Mapping[str, int]) -> Binding:
     """``rule`` at one layer: concrete names and shapes of both sides."""
     listed = [
-        (template.format(layer=layer, expert=expert), tuple(_product(word, sizes) for word in dims.split()))
+        (template.format(layer=layer, expert=expert), shape_of(dims, sizes))
         for template, dims in rule.hf_templates
         for expert in range(sizes["E"] if "{expert}" in template else 1)
     ]
@@ -145,10 +135,3 @@ def bind(rule: Rule, layer: int, sizes: Mapping[str, int]) -> Binding:
     if len(hf) != len(listed) or len(ms) != len(made):
         raise ValueError(f"rule {rule.hf} -> {rule.ms} gives one name to two tensors")
     return Binding(hf, ms, rule.transform)
-
-
-def _product(word: str, sizes: Mapping[str, int]) -> int:
-    result = 1
-    for letter in word:
-        result *= sizes[letter]
-    return result

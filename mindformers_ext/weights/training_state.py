@@ -3,6 +3,16 @@
 
 from __future__ import annotations
 
+import re
+
+from mindformers_ext.core.parameters import ROUTED
+
+_ROUTER = rf"feed_forward\.({re.escape(ROUTED)})?router\.router"
+# Kept by training in every router, unknown to Hugging Face's model.
+ROUTER_STATE = (
+    (rf"model\.layers\.\d+\.{_ROUTER}\.topk_bias", "router bias, unknown to Hugging Face"),
+    (rf"model\.layers\.\d+\.{_ROUTER}\.(expert_load|fi_parameter)", "router statistics"),
+)
 _PARAMETER = r"(model\.|lm_head\.).+"
 
 MS_TRAINING_STATE = (

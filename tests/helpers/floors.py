@@ -48,7 +48,14 @@ ENGINE_DOOR = ("jobs", "engine", "door.py")  # the one file of jobs/ that may op
 STOREYS = ("core", "formats", "weights data", "surgery ms pt", "jobs", "mf", "cli", "scripts")
 # The inner order of a folder, lowest first: what stands on one line never sees each other. Loose files stand as `name`.
 INNER = {
-    "core": ("errors log capacity philox stages", "byte_sizes weight_fit spec", "config", "cluster"),
+    "core": (
+        "errors log capacity philox stages families",
+        "byte_sizes weight_fit layers",
+        "spec",
+        "parameters",
+        "config",
+        "cluster",
+    ),
     "jobs": ("engine", "checkpoint", "run", "preprocess merge predict launch", "train dryrun"),
 }
 INNER_NUMBER = {

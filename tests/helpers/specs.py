@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from mindformers_ext.core.families import FAMILIES
 from mindformers_ext.core.spec import (
     DTYPE_NAMES,
     KernelSpec,
@@ -13,6 +14,7 @@ from mindformers_ext.core.spec import (
     NetworkSpec,
     NumericsSpec,
     ParallelSpec,
+    SharedExpertSpec,
 )
 
 # The sections of the r1.3 to r1.7 files that a network is read from, with the dead keys and the anchor they carry.
@@ -246,4 +248,52 @@ def network_specs(draw: st.DrawFn) -> NetworkSpec:
             swiglu=draw(st.booleans()),
         ),
         return_extra_loss=draw(st.booleans()),
+    )
+
+
+@st.composite
+def family_specs(draw: st.DrawFn, family: str) -> ModelSpec:
+    """Small models of one family that its ``config.json`` can describe, at odd sizes."""
+    row = FAMILIES[family]
+    kv_heads, layers, hidden = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(4, 24))
+    told = {word.field for word in row.words}
+    width, moe, dense = draw(st.integers(1, 20)), None, ()
+    if row.has_experts:
+        experts = draw(st.integers(2, 5))
+        chosen = draw(st.integers(1, experts))
+        normed = draw(st.booleans()) if "norm_topk_prob" in told else row.moe.get("norm_topk_prob", True)
+        factor = draw(st.integers(0, 100)) / 1000 * chosen
+        own_width = draw(st.integers(1, 20)) if "intermediate_size" in told else width
+        shared = None
+        if row.shared is not None:
+            shared = SharedExpertSpec(intermediate_size=draw(st.integers(1, 20)), **row.shared)
+        moe = MoESpec(
+            num_local_experts=experts,
+            num_experts_per_tok=chosen,
+            norm_topk_prob=normed,
+            norm_single_choice=normed and chosen == 1,
+            capacity_factor=0.0,
+            aux_losses=(("expert", float(f"{factor:.12g}")),) if factor else (),
+            aux_loss_reduce="mean",
+            intermediate_size=None if own_width == width else own_width,
+            shared_expert=shared,
+            **{key: value for key, value in row.moe.items() if key != "norm_topk_prob"},
+        )
+        if row.chooses_layers:
+            dense = tuple(sorted(draw(st.sets(st.integers(0, layers - 1), max_size=layers - 1))))
+    return ModelSpec(
+        vocab_size=draw(st.integers(8, 40)),
+        hidden_size=hidden,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=kv_heads * draw(st.integers(1, 3)),
+        num_key_value_heads=kv_heads,
+        head_dim=2 * draw(st.integers(1, 4)),
+        tie_word_embeddings=draw(st.booleans()),
+        pad_token_id=-1,
+        qkv_bias=draw(st.booleans()) if "qkv_bias" in told else row.model.get("qkv_bias", False),
+        qk_norm=row.model.get("qk_norm", False),
+        moe=moe,
+        dense_layers=dense,
+        family="" if row.implied else family,
     )

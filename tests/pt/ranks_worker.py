@@ -72,7 +72,7 @@ def trainer_of(size: int, ep: int, routing: str, alone: bool) -> TorchTrainer:
                 layer.ffn_norm.weight.fill_(1.0)
                 gate = layer.feed_forward.router.dense.weight
                 gate.mul_(1e-3)
-                layer.feed_forward.router.router.moe = replace(spec.model.experts, balance_via_topk_bias=True)
+                layer.feed_forward.router.router.moe = replace(spec.model.routing, balance_via_topk_bias=True)
                 bias = torch.tensor([5.0, 4.0, 0.0, 0.0] if routing == "one" else [-5.0, -5.0, 0.0, 0.0])
                 layer.feed_forward.router.router.register_buffer("topk_bias", bias)
     return trainer

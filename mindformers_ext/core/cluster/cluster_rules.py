@@ -98,7 +98,7 @@ def nearest_sizes(parallel: ParallelSpec, model: ModelSpec) -> tuple[int, int, i
     Nearest: fewest sizes changed, then the smallest sum of their log ratios. Data parallel alone always suits.
     """
     given = (parallel.data_parallel, parallel.model_parallel, parallel.pipeline_stage)
-    widths = math.gcd(model.num_attention_heads, model.num_key_value_heads, model.intermediate_size, model.hidden_size)
+    widths = math.gcd(*model.cut_widths.values(), model.hidden_size)
     stages = max(model.num_hidden_layers // parallel.pp_interleave_num, 1)
     if model.moe and model.moe.use_gmm:
         widths = 1  # grouped experts stand whole on every device
@@ -157,12 +157,7 @@ def _lengths(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: lis
 
 def _widths(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: list[str]) -> None:
     model, mp, parallel = spec.model, spec.parallel.model_parallel, spec.parallel
-    widths = {
-        "num_heads": model.num_attention_heads,
-        "n_kv_heads": model.num_key_value_heads,
-        "intermediate_size": model.intermediate_size,
-        "hidden_size": model.hidden_size,
-    }
+    widths = {**model.cut_widths, "hidden_size": model.hidden_size}
     near = _nearest(mp, _divisors(math.gcd(*widths.values())))
     for name, width in widths.items():
         if width % mp:

@@ -16,7 +16,7 @@ from mindformers_ext.core.cluster.placement import ADAM_STATES, OPTIMIZER_THRESH
 from mindformers_ext.core.cluster.tensor_parallel import part_of, parted_parameters
 from mindformers_ext.core.config.lora import LoraSpec
 from mindformers_ext.core.config.recompute import WHOLE, RecomputeSpec
-from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.core.spec import LayerSpec, NetworkSpec
 from mindformers_ext.core.stages import open_parts
 
 STATISTICS = 16  # floats that fused attention keeps per row: maximum and sum, eight lanes each
@@ -79,9 +79,12 @@ class LayerSizes:
     expert_rows: int
 
 
-def layer_sizes(spec: NetworkSpec) -> LayerSizes:
-    """The sizes for ``spec``, as ``core.cluster.cluster_rules.settled`` leaves it; dropless counts as balanced."""
-    parallel, moe = spec.parallel, spec.model.moe
+def layer_sizes(spec: NetworkSpec, layer: int | None = None) -> LayerSizes:
+    """The sizes of a layer of ``spec``, as ``core.cluster.cluster_rules.settled`` leaves it; dropless counts balanced.
+
+    ``layer``: its number; None here and below is ``ModelSpec.typical_layer``.
+    """
+    parallel, moe = spec.parallel, _layer(spec, layer).moe
     whole = spec.batch_size * spec.seq_length
     cut = parallel.model_parallel if parallel.use_seq_parallel else 1
     tokens = whole // cut
@@ -99,6 +102,10 @@ def layer_sizes(spec: NetworkSpec) -> LayerSizes:
     else:
         slots = moe.num_experts_per_tok * tokens
     return LayerSizes(tokens, whole, slots, slots * cut)
+
+
+def _layer(spec: NetworkSpec, layer: int | None) -> LayerSpec:
+    return spec.model.layer(spec.model.typical_layer if layer is None else layer)
 
 
 def stage_memory(spec: NetworkSpec, settings: StepSettings) -> tuple[StageMemory, ...]:
@@ -138,7 +145,8 @@ def prediction_memory(spec: NetworkSpec, count: int, rows: int, length: int, pos
     cache = 2 * rows * positions * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * compute
     weights = sum(item.nbytes for item in parted_parameters(spec, count))
     # one layer at a time; the logits of a group's last tokens or of one token per text, gathered and in float32
-    activations = layer_activations(replace(part, batch_size=group, seq_length=length))
+    graph = replace(part, batch_size=group, seq_length=length)
+    activations = max(layer_activations(graph, layer) for layer in range(model.num_hidden_layers))
     logits = max(group, rows) * model.vocab_size * (2 * compute + 4)
     return StageMemory(0, weights, 0, 0, activations + logits, 0, cache)
 
@@ -146,64 +154,69 @@ def prediction_memory(spec: NetworkSpec, count: int, rows: int, length: int, pos
 def stage_activations(spec: NetworkSpec, settings: StepSettings, stage: int) -> int:
     """Estimated bytes of activations at the peak of a step: all micro batches that a stage keeps open, the layer whose
     gradient is being computed, and the logits on the last stage."""
-    parallel, parts = spec.parallel, part_activations(spec)
+    parallel = spec.parallel
     kept, once = 0, 0
     for layer in range(spec.model.num_hidden_layers):
         if spec.layer_stage(layer) == stage:
             if layer in settings.recompute.layers:
                 kept += _layer_input(spec, settings.recompute)
-                once, named = layer_activations(spec), frozenset(WHOLE)
+                again, named = [layer_activations(spec, layer)], frozenset(WHOLE)
             else:
-                named = settings.recompute.parts_of(layer)
+                parts, named = part_activations(spec, layer), settings.recompute.parts_of(layer)
                 again = [parts[part] for part in named]
-                kept += layer_activations(spec) - sum(again)
-                once = max([once, *again])
+                kept += layer_activations(spec, layer) - sum(again)
+            once = max([once, *again])
             if not settings.recompute.exchanges:
-                kept += sum(_exchanged(spec, part) for part in named)
+                kept += sum(_exchanged(spec, part, layer) for part in named)
     pieces = parallel.pp_interleave_num
     open_now = open_parts(stage, parallel.pipeline_stage, pieces, max(parallel.micro_batch_num, 1))
     logits = _logits(spec) if stage == parallel.pipeline_stage - 1 else 0
     return parallel.micro_batch_interleave_num * (open_now * kept // pieces + logits) + once
 
 
-def layer_activations(spec: NetworkSpec) -> int:
+def layer_activations(spec: NetworkSpec, layer: int | None = None) -> int:
     """Bytes that one layer keeps of one micro batch for its gradient."""
     residual = 2 * layer_sizes(spec).tokens * spec.model.hidden_size * WIDTH[spec.numerics.compute_dtype]
-    return residual + sum(size for part, size in part_activations(spec).items() if part != "swiglu")
+    return residual + sum(size for part, size in part_activations(spec, layer).items() if part != "swiglu")
 
 
-def part_activations(spec: NetworkSpec) -> dict[str, int]:
+def part_activations(spec: NetworkSpec, layer: int | None = None) -> dict[str, int]:
     """The same of each part of a layer (``core.config.recompute.PARTS``), without what it is given."""
-    model, parallel, sizes = spec.model, spec.parallel, layer_sizes(spec)
-    mp, number = parallel.model_parallel, WIDTH[spec.numerics.compute_dtype]
-    hidden, ffn = model.hidden_size, model.intermediate_size // mp
-    queries = model.num_attention_heads * model.head_dim // mp
-    keys = model.num_key_value_heads * model.head_dim // mp
-    heads = model.num_attention_heads // mp
+    parallel, sizes, here = spec.parallel, layer_sizes(spec, layer), _layer(spec, layer)
+    mp, number, hidden = parallel.model_parallel, WIDTH[spec.numerics.compute_dtype], spec.model.hidden_size
+    queries = here.attention.num_attention_heads * here.attention.head_dim // mp
+    keys = here.attention.num_key_value_heads * here.attention.head_dim // mp
+    heads = here.attention.num_attention_heads // mp
     if spec.kernels.flash_attention:
         softmax = 4 * STATISTICS * heads * sizes.whole_tokens
     else:  # the softmax weights of half the square
         softmax = WIDTH[spec.numerics.softmax_dtype] * heads * sizes.whole_tokens * spec.seq_length // 2
-    rows, feed_forward = sizes.whole_tokens, 3 * sizes.whole_tokens * ffn * number
-    if model.moe is not None:
+    ffn, rows = here.feed_forward.intermediate_size or 0, sizes.whole_tokens
+    feed_forward = 3 * sizes.whole_tokens * ffn // mp * number
+    if here.moe is not None:
         rows = sizes.expert_rows
-        feed_forward = number * (rows * (hidden + 3 * ffn) + 2 * sizes.slots * hidden)
-        feed_forward += 4 * 3 * sizes.tokens * model.moe.num_local_experts  # logits, probabilities, one-hot
+        feed_forward = number * (rows * (hidden + 3 * ffn // mp) + 2 * sizes.slots * hidden)
+        feed_forward += 4 * 3 * sizes.tokens * here.moe.num_local_experts  # logits, probabilities, one-hot
+        if here.moe.shared_expert:  # its hidden rows, its output before the gate, and the gate
+            width = here.moe.shared_expert.intermediate_size // mp
+            feed_forward += number * (3 * sizes.whole_tokens * width + sizes.tokens * (hidden + 1))
     normed = number * sizes.tokens * hidden
+    turned = 2 if here.attention.qk_norm else 1  # q and k before and after their norm are kept too
     return {
         "attention_norm": normed,
-        "attention": number * sizes.whole_tokens * (3 * queries + 3 * keys) + softmax,  # q, k, v, both turned, output
+        # q, k, v, both turned, output
+        "attention": number * sizes.whole_tokens * ((2 + turned) * queries + (2 + turned) * keys) + softmax,
         "ffn_norm": normed,
         "feed_forward": feed_forward,
-        "swiglu": number * rows * ffn,
+        "swiglu": number * rows * (ffn // mp),
     }
 
 
-def _exchanged(spec: NetworkSpec, part: str) -> int:
+def _exchanged(spec: NetworkSpec, part: str, layer: int) -> int:
     """Bytes of what a part has received from other devices, which stays where messages are not repeated."""
-    parallel, sizes = spec.parallel, layer_sizes(spec)
+    parallel, sizes = spec.parallel, layer_sizes(spec, layer)
     numbers, rows, cut = 0, sizes.whole_tokens, sizes.tokens
-    if part == "feed_forward" and spec.model.moe is not None:
+    if part == "feed_forward" and _layer(spec, layer).moe is not None:
         numbers += 2 * sizes.slots if parallel.expert_parallel > 1 else 0
         rows = cut = sizes.expert_rows
     if part in WHOLE and parallel.model_parallel > 1:  # a gather and a sum, or the sum alone

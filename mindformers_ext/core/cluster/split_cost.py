@@ -69,10 +69,11 @@ def _stage_cost(spec: NetworkSpec, settings: StepSettings, stage: int, micro: in
     sent: Counter[str] = Counter()
     for layer in here:
         again = WHOLE if layer in settings.recompute.layers else settings.recompute.parts_of(layer)
-        operations += micro * (3 * layer_operations(spec) + layer_operations(spec, again))  # backward takes two
-        for purpose, size in layer_sent(spec).items():
+        once, repeated = layer_operations(spec, layer=layer), layer_operations(spec, again, layer)
+        operations += micro * (3 * once + repeated)  # backward takes two
+        for purpose, size in layer_sent(spec, layer=layer).items():
             sent[purpose] += micro * 2 * size  # forward, and backward as much again
-        for purpose, size in layer_sent(spec, again if settings.recompute.exchanges else ()).items():
+        for purpose, size in layer_sent(spec, again if settings.recompute.exchanges else (), layer).items():
             sent[purpose] += micro * size
     if stages > 1:
         numbers = layer_sizes(spec).tokens * spec.model.hidden_size * WIDTH[spec.numerics.compute_dtype]
@@ -81,21 +82,26 @@ def _stage_cost(spec: NetworkSpec, settings: StepSettings, stage: int, micro: in
     return operations, sent
 
 
-def layer_operations(spec: NetworkSpec, parts: Collection[str] = WHOLE) -> int:
+def layer_operations(spec: NetworkSpec, parts: Collection[str] = WHOLE, layer: int | None = None) -> int:
     """Two per multiplication and addition of one layer's products, forward, one micro batch, one device; of ``parts``
-    alone."""
-    model, sizes, mp = spec.model, layer_sizes(spec), spec.parallel.model_parallel
-    hidden, ffn = model.hidden_size, model.intermediate_size
+    alone. ``layer``: its number, None is ``ModelSpec.typical_layer``."""
+    model, sizes, mp = spec.model, layer_sizes(spec, layer), spec.parallel.model_parallel
+    here = model.layer(model.typical_layer if layer is None else layer)
+    hidden, ffn = model.hidden_size, here.feed_forward.intermediate_size or 0
     queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
     total = 0
     if "attention" in parts:
         total += 2 * sizes.whole_tokens * hidden * (2 * queries + 2 * keys) // mp
         total += 2 * sizes.whole_tokens * spec.seq_length * queries // mp  # half of the square, twice
-    if "feed_forward" in parts and model.moe is None:
-        total += 2 * 3 * sizes.whole_tokens * hidden * ffn // mp
-    elif "feed_forward" in parts and model.moe is not None:
-        total += 2 * sizes.tokens * hidden * model.moe.num_local_experts
-        total += 2 * 3 * sizes.expert_rows * hidden * ffn // mp
+    if "feed_forward" not in parts:
+        return total
+    if here.moe is None:
+        return total + 2 * 3 * sizes.whole_tokens * hidden * ffn // mp
+    total += 2 * sizes.tokens * hidden * here.moe.num_local_experts
+    total += 2 * 3 * sizes.expert_rows * hidden * ffn // mp
+    if here.moe.shared_expert:
+        total += 2 * 3 * sizes.whole_tokens * hidden * here.moe.shared_expert.intermediate_size // mp
+        total += 2 * sizes.tokens * hidden * here.moe.shared_expert.gated
     return total
 
 
@@ -106,25 +112,29 @@ def head_operations(spec: NetworkSpec) -> int:
     return 2 * rows * model.hidden_size * model.vocab_size
 
 
-def layer_sent(spec: NetworkSpec, parts: Collection[str] = WHOLE) -> dict[str, int]:
-    """Bytes that one device sends in one layer's forward pass of one micro batch, by purpose; for ``parts`` alone."""
-    parallel, sizes, hidden = spec.parallel, layer_sizes(spec), spec.model.hidden_size
+def layer_sent(spec: NetworkSpec, parts: Collection[str] = WHOLE, layer: int | None = None) -> dict[str, int]:
+    """Bytes that one device sends in one layer's forward pass of one micro batch, by purpose; for ``parts`` alone.
+
+    ``layer``: its number, None is ``ModelSpec.typical_layer``.
+    """
+    parallel, sizes, hidden = spec.parallel, layer_sizes(spec, layer), spec.model.hidden_size
     mp, ep, number = parallel.model_parallel, parallel.expert_parallel, WIDTH[spec.numerics.compute_dtype]
+    moe = spec.model.layer(spec.model.typical_layer if layer is None else layer).moe
     sent = {}
-    if spec.model.moe and ep > 1 and "feed_forward" in parts:
-        sent["experts"] = 2 * sent_bytes("AlltoAll", expert_exchange(spec), ep)
+    if moe and ep > 1 and "feed_forward" in parts:
+        sent["experts"] = 2 * sent_bytes("AlltoAll", expert_exchange(spec, layer), ep)
     if mp > 1:
         attention, rows = sizes.whole_tokens * hidden * number, sizes.expert_rows * hidden * number
-        if not spec.model.moe:
-            rows = attention
         # with use_seq_parallel a gather before attention and a scattering sum behind; experts' rows are gathered and
-        # summed everywhere
+        # summed everywhere, a shared expert's as those of attention
         gathers = parallel.use_seq_parallel
+        dense = [("AllGather", attention), ("ReduceScatter", attention)] if gathers else [("AllReduce", attention)]
+        experts = [("AllGather", rows)] * gathers + [("AllReduce", rows)]
+        if moe is None:  # its sum is not scattered
+            experts = [("AllGather", attention)] * gathers + [("AllReduce", attention)]
         rings = {
-            "attention": [("AllGather", attention), ("ReduceScatter", attention)]
-            if gathers
-            else [("AllReduce", attention)],
-            "feed_forward": [("AllGather", rows)] * gathers + [("AllReduce", rows)],
+            "attention": dense,
+            "feed_forward": experts + (dense if moe and moe.shared_expert else []),
         }
         sent["model parallel"] = sum(
             sent_bytes(kind, size, mp) for part in rings if part in parts for kind, size in rings[part]
@@ -132,9 +142,9 @@ def layer_sent(spec: NetworkSpec, parts: Collection[str] = WHOLE) -> dict[str, i
     return sent
 
 
-def expert_exchange(spec: NetworkSpec) -> int:
+def expert_exchange(spec: NetworkSpec, layer: int | None = None) -> int:
     """Bytes of one exchange of expert rows on one device: a routing group's slots in the computing type."""
-    return layer_sizes(spec).slots * spec.model.hidden_size * WIDTH[spec.numerics.compute_dtype]
+    return layer_sizes(spec, layer).slots * spec.model.hidden_size * WIDTH[spec.numerics.compute_dtype]
 
 
 def gradient_sent(spec: NetworkSpec, settings: StepSettings, stage: int) -> int:

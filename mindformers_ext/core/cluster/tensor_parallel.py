@@ -50,12 +50,18 @@ def check_tensor_parallel(spec: NetworkSpec) -> list[str]:
 
 def part_of(spec: NetworkSpec, count: int) -> NetworkSpec:
     """The network of one of ``count`` processes; its vocabulary stays whole (``head_parts`` cuts the output layer)."""
-    model = spec.model
+    model, moe = spec.model, spec.model.moe
+    if moe and moe.intermediate_size is not None:
+        moe = replace(moe, intermediate_size=moe.intermediate_size // count)
+    if moe and moe.shared_expert:
+        shared = replace(moe.shared_expert, intermediate_size=moe.shared_expert.intermediate_size // count)
+        moe = replace(moe, shared_expert=shared)
     part = replace(
         model,
         num_attention_heads=model.num_attention_heads // count,
         num_key_value_heads=model.num_key_value_heads // count,
-        intermediate_size=model.intermediate_size // count,
+        intermediate_size=max(model.intermediate_size // count, 1),  # no layer may have this width
+        moe=moe,
     )
     return replace(spec, model=part, parallel=ParallelSpec())
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face ``config.json`` seen as a ``ModelSpec`` and back, for mixtral, llama and mistral.
+"""A Hugging Face ``config.json`` seen as a ``ModelSpec`` and back; families differ by their rows in ``core.families``.
 
-Defaults are those of transformers 4.57's MixtralConfig, LlamaConfig and MistralConfig. A mistral without a sliding
-window is a llama in every tensor and formula, and reads as one.
+Defaults are those of transformers 4.57's configuration classes.
 
 The routing loss: Hugging Face's ``router_aux_loss_coef`` weighs E * sum_i f_i P_i with f summing to k, ours (as
 MindFormers') has f summing to 1. For one layer theirs is exactly k times ours, so ``coef`` becomes
@@ -18,9 +17,10 @@ from typing import Any
 
 from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.errors import Problems, nearest
-from mindformers_ext.core.spec import ModelSpec, MoESpec
+from mindformers_ext.core.families import FAMILIES, Family
+from mindformers_ext.core.spec import ModelSpec, MoESpec, SharedExpertSpec
 
-# field of ModelSpec = Hugging Face's key -> kind and default by model_type; None: derived below
+# field of ModelSpec = Hugging Face's key -> kind
 _COMMON: dict[str, str] = {
     "vocab_size": "int",
     "hidden_size": "int",
@@ -38,39 +38,22 @@ _COMMON: dict[str, str] = {
     "eos_token_id": "ids",
     "pad_token_id": "int",
 }
-_LLAMA: dict[str, Any] = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.02,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
-_MISTRAL: dict[str, Any] = {
-    **_LLAMA,
-    "intermediate_size": 14336,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-}
-_MIXTRAL: dict[str, Any] = {**_MISTRAL, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
-DEFAULTS: dict[str, dict[str, Any]] = {"llama": _LLAMA, "mistral": _MISTRAL, "mixtral": _MIXTRAL}
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM"}
-
-# field of MoESpec -> Hugging Face's key, kind, default
-_ROUTING: dict[str, tuple[str, str, Any]] = {
-    "num_local_experts": ("num_local_experts", "int", 8),
-    "num_experts_per_tok": ("num_experts_per_tok", "int", 2),
-}
 _AUX_COEF = ("router_aux_loss_coef", "float", 0.001)
+_STEP, _DENSE = "decoder_sparse_step", "mlp_only_layers"
+
+# What a family computes with unless its row or a word of it says otherwise: by part and field.
+_FIXED: dict[str, dict[str, Any]] = {
+    "model": {"qkv_bias": False, "qk_norm": False},
+    "moe": {
+        "gate": "linear",
+        "intermediate_size": None,
+        "use_gating_sigmoid": False,
+        "routed_scaling_factor": 1.0,
+        "topk_method": "greedy",
+        "balance_via_topk_bias": False,
+    },
+    "shared": {"gated": False, "scale": 1.0},
+}
 
 # Keys that would change the result and are not built: the values that leave it as it is.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -86,6 +69,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "add_cross_attention": (False, None),
     "is_encoder_decoder": (False, None),
     "layer_types": (None,),
+    "use_sliding_window": (False, None),
 }
 _HARMLESS = frozenset(
     """architectures model_type torch_dtype dtype transformers_version _name_or_path name_or_path _commit_hash use_cache
@@ -99,7 +83,8 @@ _HARMLESS = frozenset(
     forced_bos_token_id forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size
     num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty
     return_dict_in_generate suppress_tokens temperature top_k top_p typical_p max_sequence_length
-    unsloth_version unsloth_fixed base_model_tp_plan base_model_pp_plan keys_to_ignore_at_inference""".split()
+    max_window_layers unsloth_version unsloth_fixed
+    base_model_tp_plan base_model_pp_plan keys_to_ignore_at_inference""".split()
 )
 
 
@@ -107,34 +92,34 @@ def model_spec_from_hf(config: Mapping[str, Any]) -> ModelSpec:
     """The model that ``config.json`` describes. A token id of null becomes -1 (no such token).
 
     ``enable_sdrop``, capacity and the other words that Hugging Face lacks describe the same function as
-    Hugging Face's block: dropless (``capacity_factor`` 0), probabilities normalised over the chosen.
+    Hugging Face's block: dropless (``capacity_factor`` 0).
 
     Raises:
         UserError: lists every unknown key, wrong value and feature that is not built.
     """
     problems = Problems("config.json")
-    kind = _model_type(config, problems)
+    row = _family(config, problems)
     problems.raise_if_any()
-    _check_keys(config, kind, problems)
+    _check_keys(config, row, problems)
     values = {
-        name: read_value(name, config.get(name), reader, DEFAULTS[kind][name], problems)
+        name: read_value(name, config.get(name), reader, row.defaults[name], problems)
         for name, reader in _COMMON.items()
     }
     values["rope_theta"] = _rope_theta(config, values["rope_theta"], problems)
-    values["moe"] = _routing(config, problems) if kind == "mixtral" else None
+    parts = _words(config, row, problems)
+    problems.raise_if_any()
+    own = FAMILIES[row.reads_as or row.name]
+    values |= {**row.model, **parts["model"], "family": "" if own.implied else own.name}
+    values["moe"] = _routing(config, row, parts, values["intermediate_size"], problems) if row.has_experts else None
+    values["dense_layers"] = _dense_layers(config, row, values["num_hidden_layers"], problems)
     problems.raise_if_any()
     for name in ("bos_token_id", "pad_token_id"):
-        values[name] = -1 if _is_null(config, name, DEFAULTS[kind][name]) else values[name]
-    first, *more = (-1,) if _is_null(config, "eos_token_id", 2) else values["eos_token_id"]
+        values[name] = -1 if _is_null(config, name, row.defaults[name]) else values[name]
+    no_eos = _is_null(config, "eos_token_id", row.defaults["eos_token_id"])
+    first, *more = (-1,) if no_eos else values["eos_token_id"]
     values |= {"eos_token_id": first, "more_eos_token_ids": tuple(more)}
-    heads = values["num_attention_heads"]
-    if _is_null(config, "num_key_value_heads", DEFAULTS[kind]["num_key_value_heads"]):
-        values["num_key_value_heads"] = heads
-    if values["head_dim"] is None:
-        if heads > 0:
-            problems.divides("hidden_size", values["hidden_size"], "num_attention_heads", heads)
-        values["head_dim"] = values["hidden_size"] // max(1, heads)
-    _check_window(config, kind, values["max_position_embeddings"], problems)
+    _complete_heads(config, row, values, problems)
+    _check_window(config, row, values["max_position_embeddings"], problems)
     spec = ModelSpec(**values)
     spec.collect(problems)
     problems.raise_if_any()
@@ -148,36 +133,28 @@ def hf_config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     the dropless model that transformers runs.
 
     Raises:
-        UserError: where transformers would compute something else (sigmoid gating, scaled or unnormalised routing).
+        UserError: where transformers would compute something else (sigmoid gating, scaled routing, ...).
     """
-    kind = spec.model_type
-    result: dict[str, Any] = {"architectures": [ARCHITECTURES[kind]], "model_type": kind, "hidden_act": "silu"}
+    row = spec.family_row
+    _check_expressible(spec, row)
+    result: dict[str, Any] = {"architectures": [row.hf_class], "model_type": row.name, "hidden_act": "silu"}
     result |= {name: getattr(spec, name) for name in _COMMON}
     for name in ("bos_token_id", "pad_token_id", "eos_token_id"):
         result[name] = None if result[name] < 0 else result[name]
     if spec.more_eos_token_ids:
         result["eos_token_id"] = [spec.eos_token_id, *spec.more_eos_token_ids]
     result["attention_dropout"] = 0.0
-    if not spec.moe:
-        return result | {"attention_bias": False, "mlp_bias": False, "rope_scaling": None}
-    problems = Problems("this network as a Hugging Face mixtral")
-    built = {
-        "use_gating_sigmoid": False,
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 1.0,
-        "topk_method": "greedy",
-        "balance_via_topk_bias": False,
-    }
-    if spec.moe.num_experts_per_tok == 1:
-        built["norm_single_choice"] = True  # transformers always divides by the sum over the chosen
-    for name, wanted in built.items():
-        if getattr(spec.moe, name) != wanted:
-            problems.add(f"{name}={getattr(spec.moe, name)!r}", f"transformers' Mixtral computes with {wanted!r} only")
-    problems.raise_if_any()
-    result |= {key: getattr(spec.moe, name) for name, (key, _, _) in _ROUTING.items()}
-    factor = dict(spec.moe.aux_losses).get("expert", 0.0)
-    coef = float(f"{factor / spec.moe.num_experts_per_tok:.15g}")
-    return result | {_AUX_COEF[0]: coef, "sliding_window": None}
+    parts = {"model": spec, "moe": spec.moe, "shared": spec.moe.shared_expert if spec.moe else None}
+    for word in row.words:
+        value = getattr(parts[word.part], word.field)
+        is_width = (word.part, word.field) == ("moe", "intermediate_size")
+        result[word.key] = spec.expert_size if is_width else value
+    if row.chooses_layers:
+        result |= {_STEP: 1, _DENSE: list(spec.dense_layers)}
+    if spec.moe:
+        factor = dict(spec.moe.aux_losses).get("expert", 0.0)
+        result[_AUX_COEF[0]] = float(f"{factor / spec.moe.num_experts_per_tok:.15g}")
+    return result | dict(row.written)
 
 
 def routing_as_hf(moe: MoESpec) -> MoESpec:
@@ -186,39 +163,105 @@ def routing_as_hf(moe: MoESpec) -> MoESpec:
     return MoESpec(
         num_local_experts=moe.num_local_experts,
         num_experts_per_tok=moe.num_experts_per_tok,
+        norm_topk_prob=moe.norm_topk_prob,
         capacity_factor=0.0,
         aux_losses=expert,
         aux_loss_reduce="mean",
-        norm_single_choice=moe.num_experts_per_tok == 1,
+        norm_single_choice=moe.norm_topk_prob and moe.num_experts_per_tok == 1,
+        intermediate_size=moe.intermediate_size,
+        gate=moe.gate,
+        shared_expert=moe.shared_expert,
     )
 
 
-def _model_type(config: Mapping[str, Any], problems: Problems) -> str:
+def _family(config: Mapping[str, Any], problems: Problems) -> Family:
     architectures = config.get("architectures") or []
-    kinds = {kind for kind, name in ARCHITECTURES.items() if name in architectures}
+    kinds = {row.name for row in FAMILIES.values() if row.hf_class in architectures}
     kind = config.get("model_type")
     if kind is None and len(kinds) == 1:
         kind = kinds.pop()
-    if kind not in DEFAULTS:
-        problems.add(f"model_type={kind!r}, architectures={architectures!r}", "known: " + ", ".join(DEFAULTS))
-    elif architectures and ARCHITECTURES[kind] not in architectures:
-        problems.add(
-            f"architectures={architectures!r} of model_type {kind!r}", f"only {ARCHITECTURES[kind]} is converted"
-        )
-    return str(kind)
+    row = FAMILIES.get(str(kind))
+    if row is None:
+        problems.add(f"model_type={kind!r}, architectures={architectures!r}", "known: " + ", ".join(FAMILIES))
+        problems.raise_if_any()
+    assert row is not None
+    if architectures and row.hf_class not in architectures:
+        problems.add(f"architectures={architectures!r} of model_type {kind!r}", f"only {row.hf_class} is converted")
+    return row
 
 
-def _check_keys(config: Mapping[str, Any], kind: str, problems: Problems) -> None:
-    known = {*_COMMON, *_NEUTRAL, *_HARMLESS}
-    if kind == "mixtral":
-        known |= {key for key, _, _ in _ROUTING.values()} | {_AUX_COEF[0]}
+def _check_keys(config: Mapping[str, Any], row: Family, problems: Problems) -> None:
+    own = {word.key for word in row.words}
+    known = {*_COMMON, *_NEUTRAL, *_HARMLESS} | own
+    if row.has_experts:
+        known |= {_AUX_COEF[0]}
+    if row.chooses_layers:
+        known |= {_STEP, _DENSE}
     for key, value in config.items():
         if key not in known:
             problems.add(f"unknown key '{key}'", nearest(key, sorted(known)))
-        elif key in _NEUTRAL and value not in _NEUTRAL[key]:
+        elif key in _NEUTRAL and key not in own and value not in _NEUTRAL[key]:
             if _means_nothing(key, value):
                 continue
             problems.add(f"{key}={value!r} is not built", f"only {_NEUTRAL[key][0]!r} is")
+
+
+def _words(config: Mapping[str, Any], row: Family, problems: Problems) -> dict[str, dict[str, Any]]:
+    """Values of the family's own words, by part and field."""
+    parts: dict[str, dict[str, Any]] = {"model": {}, "moe": {}, "shared": {}}
+    for word in row.words:
+        value = read_value(word.key, config.get(word.key), word.kind, word.default, problems)
+        parts[word.part][word.field] = value
+    return parts
+
+
+def _dense_layers(config: Mapping[str, Any], row: Family, layers: int, problems: Problems) -> tuple[int, ...]:
+    """Layers without experts: transformers' rule ``index in mlp_only_layers or (index + 1) % decoder_sparse_step``."""
+    if not row.chooses_layers:
+        return ()
+    step = read_value(_STEP, config.get(_STEP), "int", 1, problems)
+    listed = config.get(_DENSE) or []
+    if not isinstance(listed, (list, tuple)) or not all(isinstance(item, int) and 0 <= item for item in listed):
+        problems.add(f"{_DENSE}={listed!r}", "a list of layer numbers from 0 is expected")
+        return ()
+    if step < 1:
+        problems.add(f"{_STEP}={step}", "1 (every layer a mixture) or more is expected")
+        return ()
+    return tuple(index for index in range(max(layers, 0)) if index in listed or (index + 1) % step)
+
+
+def _complete_heads(config: Mapping[str, Any], row: Family, values: dict[str, Any], problems: Problems) -> None:
+    """What null means for the heads."""
+    heads, hidden = values["num_attention_heads"], values["hidden_size"]
+    if _is_null(config, "num_key_value_heads", row.defaults["num_key_value_heads"]):
+        values["num_key_value_heads"] = heads
+    if values["head_dim"] is None:
+        if heads > 0:
+            problems.divides("hidden_size", hidden, "num_attention_heads", heads)
+        values["head_dim"] = hidden // max(1, heads)
+
+
+def _check_expressible(spec: ModelSpec, row: Family) -> None:
+    """``UserError`` where the family's ``config.json`` cannot say what ``spec`` is."""
+    problems = Problems(f"this network as a Hugging Face {row.name}")
+    shared = spec.moe.shared_expert if spec.moe else None
+    told = {(word.part, word.field) for word in row.words}
+    rows = {"model": (spec, row.model), "moe": (spec.moe, row.moe), "shared": (shared, row.shared or {})}
+    for part, (values, fixed) in rows.items():
+        if values is None:
+            continue
+        wanted_of = {**_FIXED[part], **fixed}
+        if part == "moe" and spec.routing.num_experts_per_tok == 1:
+            wanted_of["norm_single_choice"] = spec.routing.norm_topk_prob  # transformers divides by the chosen's sum
+        for name, wanted in wanted_of.items():
+            if (part, name) not in told and getattr(values, name) != wanted:
+                problems.add(f"{name}={getattr(values, name)!r}", f"transformers computes with {wanted!r} only")
+    if (shared is not None) != (row.shared is not None):
+        has = "has one" if row.shared is not None else "has none"
+        problems.add(f"shared_expert={shared!r}", f"a {row.name} {has}")
+    if spec.dense_layers and not row.chooses_layers:
+        problems.add(f"dense_layers={list(spec.dense_layers)}", f"every layer of a {row.name} is a mixture")
+    problems.raise_if_any()
 
 
 def _means_nothing(key: str, value: Any) -> bool:
@@ -254,10 +297,11 @@ def _rope_theta(config: Mapping[str, Any], theta: float, problems: Problems) -> 
     return float(inner)
 
 
-def _check_window(config: Mapping[str, Any], kind: str, positions: int, problems: Problems) -> None:
-    """A window narrower than the positions changes attention; transformers' Mistral has one of 4096 by default."""
-    window = config.get("sliding_window", 4096 if kind == "mistral" else None)
-    window = read_value("sliding_window", window, "int", None, problems)
+def _check_window(config: Mapping[str, Any], row: Family, positions: int, problems: Problems) -> None:
+    """A window narrower than the positions changes attention."""
+    if row.window_switch:  # off, or refused by now
+        return
+    window = read_value("sliding_window", config.get("sliding_window", row.window), "int", None, problems)
     if window is not None and window < positions:
         problems.add(
             f"sliding_window={window} is smaller than max_position_embeddings={positions}",
@@ -265,16 +309,18 @@ def _check_window(config: Mapping[str, Any], kind: str, positions: int, problems
         )
 
 
-def _routing(config: Mapping[str, Any], problems: Problems) -> MoESpec | None:
-    fields = {
-        name: read_value(key, config.get(key), kind, default, problems)
-        for name, (key, kind, default) in _ROUTING.items()
-    }
+def _routing(
+    config: Mapping[str, Any], row: Family, parts: Mapping[str, Mapping[str, Any]], width: int, problems: Problems
+) -> MoESpec:
     key, kind, default = _AUX_COEF
     coef = read_value(key, config.get(key), kind, default, problems)
-    if problems.lines:
-        return None
+    fields = {**row.moe, **parts["moe"]}
+    problems.raise_if_any()
+    if row.shared is not None:
+        fields["shared_expert"] = SharedExpertSpec(**{**row.shared, **parts["shared"]})
+    if fields.get("intermediate_size") == width:
+        fields["intermediate_size"] = None  # one width for all: one way to say it
     factor = float(f"{coef * fields['num_experts_per_tok']:.12g}")  # so that / k * k gives the factor back
     moe = MoESpec(**fields, aux_losses=(("expert", factor),) if factor else ())
-    single = moe.num_experts_per_tok == 1
+    single = moe.norm_topk_prob and moe.num_experts_per_tok == 1
     return replace(moe, capacity_factor=0.0, aux_loss_reduce="mean", norm_single_choice=single)

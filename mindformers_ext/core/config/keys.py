@@ -67,6 +67,9 @@ KEYS: tuple[Key, ...] = (
         eos_token_id             eos_token_id             ids    2
         pad_token_id             pad_token_id             int    0
         ignore_token_id          ignore_token_id          int    -100
+        qkv_has_bias             qkv_bias                 bool   False
+        qk_layernorm             qk_norm                  bool   False
+        dense_layers             dense_layers             layers -
     """,
     ),
     *_keys(
@@ -105,6 +108,8 @@ KEYS: tuple[Key, ...] = (
         """
         aux_loss_reduce          aux_loss_reduce          str    sum
         norm_single_choice       norm_single_choice       bool   False
+        moe_intermediate_size    intermediate_size        int    -
+        moe_gate                 gate                     str    linear
     """,
     ),
     *_keys(
@@ -172,6 +177,8 @@ COMPOSED: dict[str, frozenset[str]] = {
             "residual_dtype",
             "embedding_init_type",
             "pet_config",
+            "shared_expert_intermediate_size",
+            "shared_expert_scale",
         }
     ),
     "moe_config": frozenset(
@@ -182,6 +189,8 @@ COMPOSED: dict[str, frozenset[str]] = {
             "aux_loss_factors",
             "comp_comm_parallel",
             "comp_comm_parallel_degree",
+            "shared_expert_num",
+            "use_shared_expert_gating",
         }
     ),
     "runner_config": frozenset({"batch_size", "mini_batch_size"}),
@@ -287,7 +296,6 @@ NOTED: dict[str, dict[str, tuple[object, ...]]] = {
 UNBUILT: dict[str, dict[str, tuple[object, ...]]] = {
     MODEL: {
         "qkv_concat": (False, None),
-        "qkv_has_bias": (False, None),
         "attn_proj_has_bias": (False, None),
         "extend_method": ("None", None),
         "scaling_factor": (1.0, None),
@@ -310,8 +318,6 @@ UNBUILT: dict[str, dict[str, tuple[object, ...]]] = {
         "tp_z": (1, None),
     },
     "moe_config": {
-        "shared_expert_num": (0, None),
-        "use_shared_expert_gating": (False, None),
         "expert_model_parallel": (None,),
         "enable_cold_hot_expert": (False, None),
     },
@@ -337,7 +343,7 @@ OTHER_WORDS: dict[str, str] = {
     "moe_aux_loss_coeff": "moe_config.aux_loss_factors",
     "router_aux_loss_coef": "moe_config.aux_loss_factor",
     "moe_router_load_balancing_type": "moe_config.aux_loss_types",
-    "moe_ffn_hidden_size": "model.model_config.intermediate_size",
+    "moe_ffn_hidden_size": "model.model_config.moe_intermediate_size",
     "moe_router_num_groups": "moe_config.n_group",
     "moe_router_group_topk": "moe_config.topk_group",
     "moe_router_topk_scaling_factor": "moe_config.routed_scaling_factor",

@@ -12,7 +12,7 @@ from mindformers_ext.core.spec import DTYPE_NAMES
 
 
 def read_value(name: str, value: Any, kind: str, default: Any, problems: Problems) -> Any:
-    """``value`` as ``kind`` (int, float, bool, str, dtype, mode, ids); null means ``default``.
+    """``value`` as ``kind`` (int, float, bool, str, dtype, mode, layers, ids); null means ``default``.
 
     Returns the default and records a problem where the value is of another kind. ``ids`` gives a tuple of ints.
     """
@@ -68,6 +68,12 @@ def _ids(value: Any) -> tuple[int, ...] | None:
     return values if values and all(_int(item) is not None for item in values) else None
 
 
+def _layers(value: Any) -> tuple[int, ...] | None:
+    if not isinstance(value, (list, tuple)) or any(_int(item) is None for item in value):
+        return None
+    return tuple(value)
+
+
 _READERS: dict[str, tuple[Any, str]] = {
     "int": (_int, "a whole number"),
     "float": (_float, "a finite number"),
@@ -75,5 +81,6 @@ _READERS: dict[str, tuple[Any, str]] = {
     "str": (_str, "a text"),
     "dtype": (_dtype, "one of " + ", ".join(DTYPE_NAMES)),
     "mode": (_mode, "one of " + ", ".join(f"{number} ({name})" for number, name in MODES.items())),
+    "layers": (_layers, "a list of layer numbers from 0"),
     "ids": (_ids, "a token id or a list of token ids"),
 }

@@ -6,9 +6,11 @@ null follows from ``multiple_of`` and ``ffn_dim_multiplier``, ``max_position_emb
 ``expert_num`` 1 means a dense network, and ``use_parallel: False`` means one device.
 
 Our own keys, all in ``model.model_config`` because MindFormers refuses unknown keys in ``moe_config``:
-``head_dim`` (width of a head where it is not hidden_size / num_heads), ``return_extra_loss`` (default True: the routing
-losses are part of the loss), ``aux_loss_reduce`` (``sum`` or ``mean`` over layers) and ``norm_single_choice`` (a single
-chosen expert gets gate 1, as in Hugging Face's Mixtral; default False, MindFormers' rule).
+``head_dim`` (width of a head where it is not hidden_size / num_heads), ``return_extra_loss`` (default True: the
+routing losses are part of the loss), ``aux_loss_reduce`` (``sum`` or ``mean`` over layers), ``norm_single_choice`` (a
+single chosen expert gets gate 1, as in Hugging Face's Mixtral; default False, MindFormers' rule); and of the families
+``moe_intermediate_size``, ``shared_expert_intermediate_size``, ``shared_expert_scale``, ``dense_layers`` (numbers of
+the layers without experts), ``moe_gate`` and ``qk_layernorm``.
 
 Routing losses: ``aux_loss_types`` with ``aux_loss_factors`` where given (``[]`` means none); where absent or null,
 ``aux_loss_factor`` > 0 means ``expert`` with that factor. MindFormers reads that factor and drops the loss.
@@ -36,7 +38,16 @@ from mindformers_ext.core.config.keys import (
 from mindformers_ext.core.config.recompute import names_without_effect
 from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.errors import Problems, nearest
-from mindformers_ext.core.spec import KernelSpec, ModelSpec, MoESpec, NetworkSpec, NumericsSpec, ParallelSpec
+from mindformers_ext.core.families import FAMILIES, GENERIC_NAMES, Family
+from mindformers_ext.core.spec import (
+    KernelSpec,
+    ModelSpec,
+    MoESpec,
+    NetworkSpec,
+    NumericsSpec,
+    ParallelSpec,
+    SharedExpertSpec,
+)
 
 Sections = dict[str, Mapping[str, Any]]
 ROUTING_POLICY = "TopkRouterV2"
@@ -64,10 +75,12 @@ def network_spec_from_yaml(config: Mapping[str, Any], device_num: int = 1) -> Ne
         parts[key.part][key.field] = read_value(_path(key), value, key.kind, key.default, problems)
     problems.raise_if_any()  # what follows computes with the values
 
+    _complete_family(sections, parts, problems)
     _complete_model(parts["model"], sections[MODEL], parts["network"]["seq_length"], problems)
     _check_types_agree(sections[MODEL], parts["numerics"], problems)
     problems.positive("moe_config.expert_num", parts["moe"]["num_local_experts"])
     parts["moe"] |= _routing(sections, problems)
+    parts["moe"]["shared_expert"] = _shared_expert(sections, parts, problems)
     parts["network"]["batch_size"] = _batch_size(sections, problems)
     if not read_value("use_parallel", sections[TOP].get("use_parallel", False), "bool", False, problems):
         parts["parallel"]["parallel_mode"] = "stand_alone"
@@ -111,13 +124,15 @@ def yaml_from_network_spec(spec: NetworkSpec) -> dict[str, Any]:
             sections[key.section][key.name] = _plain(key, getattr(parts[key.part], key.field))
     if spec.model.more_eos_token_ids:
         sections[MODEL]["eos_token_id"] = [spec.model.eos_token_id, *spec.model.more_eos_token_ids]
-    sections[MODEL] |= {"type": "LlamaConfig", "batch_size": spec.batch_size}
+    kind, architecture = spec.model.family_row.yaml_names[0] if spec.model.family else GENERIC_NAMES
+    sections[MODEL] |= {"type": kind, "batch_size": spec.batch_size}
     sections["runner_config"]["batch_size"] = spec.batch_size
     if spec.model.moe:
         sections["moe_config"] |= _plain_routing(spec.model.moe)
+        sections[MODEL] |= _plain_shared(spec.model.moe.shared_expert)
     if spec.parallel.pipeline_interleave:
         sections["parallel"]["pipeline_config"] = sections[PIPELINE]
-    result["model"] = {"model_config": sections[MODEL], "arch": {"type": "LlamaForCausalLM"}}
+    result["model"] = {"model_config": sections[MODEL], "arch": {"type": architecture}}
     for name in ("moe_config", "parallel_config", "parallel", "runner_config"):
         if sections[name]:
             result[name] = sections[name]
@@ -198,6 +213,58 @@ def advice(section: str, name: str) -> str:
     if homes and section:
         return "it belongs to " + (f"'{homes[0]}'" if homes[0] else "the top level")
     return nearest(name, known_keys(section))
+
+
+def _complete_family(sections: Sections, parts: dict[str, dict[str, Any]], problems: Problems) -> None:
+    """The family that the names mean, and what it fixes: such a key need not be written, and must not contradict.
+
+    A family that experts alone imply (``core.families``) fixes nothing here: training may route otherwise.
+    """
+    parts["model"]["dense_layers"] = parts["model"]["dense_layers"] or ()
+    row = _named_family(sections)
+    if row is None or row.implied:
+        return
+    parts["model"]["family"] = row.name
+    for part, fixed in (("model", row.model), ("moe", row.moe)):
+        for field, value in fixed.items():
+            key = next(key for key in KEYS if (key.part, key.field) == (part, field))
+            written = parts[part][field]
+            if written not in (key.default, value):
+                problems.add(f"{_path(key)}={written!r} of a {row.name}", f"leave it out: it is {value!r}")
+            parts[part][field] = value
+
+
+def _named_family(sections: Sections) -> Family | None:
+    arch = sections["model"].get("arch")
+    names = (sections[MODEL].get("type"), arch.get("type") if isinstance(arch, Mapping) else None)
+    return next((row for row in FAMILIES.values() if names in row.yaml_names), None)
+
+
+def _shared_expert(
+    sections: Sections, parts: Mapping[str, Mapping[str, Any]], problems: Problems
+) -> SharedExpertSpec | None:
+    """``shared_expert_num`` experts in one, as MindFormers builds them: n times an expert's width, unless it is given.
+
+    A family that has a shared expert has it without a word; MindFormers' template fills in 0, which is no word either.
+    """
+    words, model = sections["moe_config"], sections[MODEL]
+    row = _named_family(sections)
+    own = row.shared if row else None
+    count = read_value("moe_config.shared_expert_num", words.get("shared_expert_num", 0), "int", 0, problems)
+    count = count or (1 if own is not None else 0)
+    width_key, scale_key = "shared_expert_intermediate_size", "shared_expert_scale"
+    gated_key = "use_shared_expert_gating"
+    expert = parts["moe"]["intermediate_size"] or parts["model"]["intermediate_size"]
+    width = read_value(f"{MODEL}.{width_key}", model.get(width_key), "int", count * (expert or 0), problems)
+    gated = read_value(f"moe_config.{gated_key}", words.get(gated_key, False), "bool", False, problems)
+    scale = read_value(f"{MODEL}.{scale_key}", model.get(scale_key), "float", 1.0, problems)
+    if count < 1:
+        lost = [name for name, given in ((width_key, model), (scale_key, model)) if given.get(name) is not None]
+        lost += [gated_key] if gated else []
+        if lost or count < 0:
+            problems.add(f"{', '.join(lost)} with shared_expert_num={count}", "set moe_config.shared_expert_num: 1")
+        return None
+    return SharedExpertSpec(intermediate_size=width, gated=gated or bool((own or {}).get("gated")), scale=scale)
 
 
 def _complete_model(model: dict[str, Any], words: Mapping[str, Any], seq_length: int, problems: Problems) -> None:
@@ -290,10 +357,16 @@ def _batch_size(sections: Sections, problems: Problems) -> int:
     return int(read_value(f"runner_config.{name}", runner.get(name, own), "int", 1, problems))
 
 
+def _plain_shared(shared: SharedExpertSpec | None) -> dict[str, Any]:
+    if shared is None:
+        return {}
+    return {"shared_expert_intermediate_size": shared.intermediate_size, "shared_expert_scale": shared.scale}
+
+
 def _plain(key: Key, value: Any) -> Any:
     if key.kind == "mode":
         return next((number for number, name in MODES.items() if name == value), 1)
-    return value
+    return list(value) if key.kind == "layers" else value
 
 
 def _plain_routing(moe: MoESpec) -> dict[str, Any]:
@@ -304,6 +377,7 @@ def _plain_routing(moe: MoESpec) -> dict[str, Any]:
         "aux_loss_types": [kind for kind, _ in moe.aux_losses],
         "aux_loss_factors": [factor for _, factor in moe.aux_losses],
         **overlap,
+        **({"shared_expert_num": 1, "use_shared_expert_gating": moe.shared_expert.gated} if moe.shared_expert else {}),
     }
 
 

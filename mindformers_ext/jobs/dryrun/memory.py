@@ -105,7 +105,7 @@ def check_prediction_memory(
 
     def way_out(limit: int) -> str:
         model = spec.model
-        most = math.gcd(model.num_attention_heads, model.num_key_value_heads, model.intermediate_size)
+        most = math.gcd(*model.cut_widths.values())
         for more in range(count + 1, most + 1):
             if most % more == 0 and prediction_memory(spec, more, *sizes).total <= limit:
                 return f"{more} devices with model_parallel {more} are enough"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mindformers_ext.core.config.hf import ARCHITECTURES, DEFAULTS
+from mindformers_ext.core.families import FAMILIES, defaults_of
 from mindformers_ext.jobs.merge.sidecars import with_both_ropes
 
 GATE, DOWN, UP = "gate_proj", "down_proj", "up_proj"
@@ -53,7 +53,7 @@ class Output:
 
 MIXTRAL = Output(
     "mixtral",
-    ARCHITECTURES["mixtral"],
+    FAMILIES["mixtral"].hf_class,
     "block_sparse_moe.",
     {GATE: "w1", DOWN: "w2", UP: "w3"},
     ("llama", "mistral"),
@@ -61,7 +61,7 @@ MIXTRAL = Output(
 )
 QWEN2_MOE = Output(
     "qwen2_moe",
-    "Qwen2MoeForCausalLM",
+    FAMILIES["qwen2_moe"].hf_class,
     "mlp.",
     {GATE: GATE, DOWN: DOWN, UP: UP},
     ("llama", "mistral", "qwen2"),
@@ -89,7 +89,7 @@ def mixture_config(
 ) -> dict[str, Any]:
     """config.json of the mixture. Everything that the output's defaults would change is written out."""
     kind = str(base.get("model_type"))
-    full = with_both_ropes({**DEFAULTS.get(kind, DEFAULTS["llama"]), **base})
+    full = with_both_ropes({**defaults_of(kind), **base})
     result: dict[str, Any] = {"architectures": [output.name], "model_type": output.kind}
     result |= {key: full.get(key) for key in COPIED}
     heads = result["num_attention_heads"]

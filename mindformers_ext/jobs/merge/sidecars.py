@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mindformers_ext.core.config.hf import DEFAULTS
+from mindformers_ext.core.families import FAMILIES
 from mindformers_ext.jobs.checkpoint.convert import COMPANIONS
 
 TOKENIZER_FILES = (*COMPANIONS, "chat_template.json")
@@ -32,7 +32,7 @@ def with_both_ropes(config: Mapping[str, Any]) -> dict[str, Any]:
         theta = config.get("rope_theta")
         scaling = dict(config.get("rope_scaling") or {})
         rope = scaling.get("rope_type", scaling.get("type", "default"))
-    theta = DEFAULTS.get(kind, {}).get("rope_theta", DEFAULT_THETA) if theta is None else theta
+    theta = (FAMILIES[kind].defaults["rope_theta"] if kind in FAMILIES else DEFAULT_THETA) if theta is None else theta
     result["rope_theta"] = theta
     result["rope_scaling"] = None if rope == "default" else scaling
     result["rope_parameters"] = {**scaling, "rope_theta": theta, "rope_type": rope}

@@ -35,7 +35,7 @@ class CapacityExperts(nn.Cell):
     def __init__(self, spec: NetworkSpec, operators: Operators) -> None:
         super().__init__()
         model, shards = spec.model, Shards(spec)
-        experts, hidden, ffn = model.experts.num_local_experts, model.hidden_size, model.intermediate_size
+        experts, hidden, ffn = model.routing.num_local_experts, model.hidden_size, model.intermediate_size
         std, param_dtype = model.initializer_range, mindspore_dtype(spec.numerics.param_dtype)
         self.w1 = ExpertLinear(experts, hidden, ffn, std, param_dtype, shards, "expert in")
         self.w2 = ExpertLinear(experts, ffn, hidden, std, param_dtype, shards, "expert out")

@@ -42,8 +42,8 @@ class GroupedMoE(MoE):
 
     def __init__(self, spec: NetworkSpec, operators: Operators) -> None:
         super().__init__(spec, operators)
-        experts, shards = spec.model.experts.num_local_experts, Shards(spec)
-        self.experts, self.chosen = experts, spec.model.experts.num_experts_per_tok
+        experts, shards = spec.model.routing.num_local_experts, Shards(spec)
+        self.experts, self.chosen = experts, spec.model.routing.num_experts_per_tok
         if self.groups > 1 and not shards.active:
             raise ValueError(f"grouped experts sort the tokens of one device: one routing group, not {self.groups}")
         self.is_cut = shards.active

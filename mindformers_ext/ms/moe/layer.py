@@ -162,13 +162,13 @@ class Router(nn.Cell):
     def __init__(self, spec: NetworkSpec, operators: Operators) -> None:
         super().__init__()
         model = spec.model
-        router_dtype = operators.router_dtype(model.experts.router_dtype)
-        experts = model.experts.num_local_experts
+        router_dtype = operators.router_dtype(model.routing.router_dtype)
+        experts = model.routing.num_local_experts
         self.dense = RouterGate(model.hidden_size, experts, model.initializer_range, router_dtype)
-        if model.experts.balance_via_topk_bias:  # then every layer has its own bias
-            self.router = TopkRouterV2(model.experts, spec.parallel, False, operators.slots)
+        if model.routing.balance_via_topk_bias:  # then every layer has its own bias
+            self.router = TopkRouterV2(model.routing, spec.parallel, False, operators.slots)
         else:
-            self.router = operators.build(TopkRouterV2, model.experts, spec.parallel, False, operators.slots)
+            self.router = operators.build(TopkRouterV2, model.routing, spec.parallel, False, operators.slots)
         self.groups = spec.parallel.groups
         self.experts = experts
         shards = Shards(spec)
@@ -232,7 +232,7 @@ class MoE(nn.Cell):
 
     def __init__(self, spec: NetworkSpec, operators: Operators) -> None:
         super().__init__()
-        model, chosen, shards = spec.model, spec.model.experts.num_experts_per_tok, Shards(spec)
+        model, chosen, shards = spec.model, spec.model.routing.num_experts_per_tok, Shards(spec)
         self.groups = spec.parallel.groups
         self.router = Router(spec, operators)
         self.ffn = CapacityExperts(spec, operators)

@@ -175,7 +175,7 @@ def rope_unfit(spec: NetworkSpec) -> str:
 
 def router_unfit(spec: NetworkSpec) -> str:
     """Why TopKRouter cannot place this network's tokens; '' when it can."""
-    return "" if spec.model.experts.capacity_factor > 0 else "TopKRouter needs a fixed capacity (capacity_factor > 0)"
+    return "" if spec.model.routing.capacity_factor > 0 else "TopKRouter needs a fixed capacity (capacity_factor > 0)"
 
 
 def fits(spec: NetworkSpec) -> str:

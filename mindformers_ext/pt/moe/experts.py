@@ -26,7 +26,7 @@ class Experts(nn.Module):
     def __init__(self, spec: NetworkSpec, local_experts: int | None = None) -> None:
         super().__init__()
         model, dtype = spec.model, torch_dtype(spec.numerics.param_dtype)
-        experts = local_experts or model.experts.num_local_experts
+        experts = local_experts or model.routing.num_local_experts
         hidden, ffn = model.hidden_size, model.intermediate_size
         self.gate_up = nn.Parameter(torch.empty(experts, 2 * ffn, hidden, dtype=dtype))
         self.down = nn.Parameter(torch.empty(experts, hidden, ffn, dtype=dtype))

@@ -20,7 +20,7 @@ class RouterGate(nn.Module):
 
     def __init__(self, spec: NetworkSpec) -> None:
         super().__init__()
-        moe = spec.model.experts
+        moe = spec.model.routing
         self.weight = nn.Parameter(torch.empty(moe.num_local_experts, spec.model.hidden_size))
         self.std, self.dtype = spec.model.initializer_range, torch_dtype(moe.router_dtype)
         self.reset_parameters()
@@ -39,7 +39,7 @@ class Router(nn.Module):
     def __init__(self, spec: NetworkSpec, groups: int) -> None:
         super().__init__()
         self.dense = RouterGate(spec)
-        self.router = TopkRouterV2(spec.model.experts, spec.parallel)
+        self.router = TopkRouterV2(spec.model.routing, spec.parallel)
         self.groups = groups
 
     def logits(self, x_TD: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class MoE(nn.Module):
 
     def __init__(self, spec: NetworkSpec, groups: int | None = None) -> None:
         super().__init__()
-        self.experts = spec.model.experts.num_local_experts
+        self.experts = spec.model.routing.num_local_experts
         self.router = Router(spec, groups or spec.parallel.groups)
         self.ffn = Experts(spec)
         self.exchange: ExpertExchange | None = None  # where the experts are spread over ranks

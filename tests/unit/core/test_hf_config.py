@@ -200,7 +200,7 @@ def test_what_transformers_does_not_compute_is_not_written(change: dict[str, Any
         (without(MISTRAL, "sliding_window") | {"max_position_embeddings": 8192}, ["sliding_window=4096"]),
         (MIXTRAL | {"quantization_config": {"bits": 4}}, ["quantization_config="]),
         (MIXTRAL | {"layer_types": ["sliding_attention"]}, ["layer_types="]),
-        (MIXTRAL | {"model_type": "qwen2_moe"}, ["model_type='qwen2_moe'", "known: llama, mistral, mixtral"]),
+        (MIXTRAL | {"model_type": "gpt_neox"}, ["model_type='gpt_neox'", "known: llama, mistral, mixtral"]),
         (MIXTRAL | {"architectures": ["MixtralForTokenClassification"]}, ["only MixtralForCausalLM is converted"]),
         (MIXTRAL | {"num_experts_per_tok": 9}, ["num_experts_chosen=9 exceeds expert_num=8"]),
         (MIXTRAL | {"hidden_size": "4096"}, ["hidden_size='4096' is not a whole number"]),

@@ -190,7 +190,7 @@ def test_splits_that_fit() -> None:
 
 def recompute(words: Any, stages: int = 2, gmm: bool = False) -> RecomputeSpec:
     """Of four layers."""
-    moe = replace(SEED.model.experts, use_gmm=gmm)
+    moe = replace(SEED.model.routing, use_gmm=gmm)
     model = replace(SEED.model, num_hidden_layers=4, moe=moe)
     spec = replace(SEED, model=model, parallel=replace(SEED.parallel, pipeline_stage=stages))
     return recompute_from_yaml({"recompute_config": words}, spec)

@@ -92,7 +92,7 @@ def test_parts_make_the_whole_and_are_the_shapes_of_a_smaller_network(spec: Netw
 def test_memory_of_a_device_follows_from_the_shapes() -> None:
     model, positions, rows = SPEC.model, 4096, 3
     found = prediction_memory(
-        replace(SPEC, model=replace(model, moe=replace(model.experts, capacity_factor=0.0))), 8, rows, 2048, positions
+        replace(SPEC, model=replace(model, moe=replace(model.routing, capacity_factor=0.0))), 8, rows, 2048, positions
     )
     shared = 32000 * 4096 * 2 + (2 * 32 + 1) * 4096 * 2 + 32 * 8 * 4096 * 4  # embedding, norms, routers
     cut = 32000 * 4096 + 32 * ((2 * 4096 + 2 * 1024) * 4096 + 8 * 3 * 14336 * 4096)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mindformers_ext.core.config.keys import (
     COMPOSED,
@@ -27,8 +28,9 @@ from mindformers_ext.core.config.keys import (
 )
 from mindformers_ext.core.config.view import network_spec_from_yaml, yaml_from_network_spec, yaml_notes
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.families import FAMILIES, own_families
 from mindformers_ext.core.spec import MoESpec, NetworkSpec
-from tests.helpers.specs import PRETRAIN_YAML, network_specs
+from tests.helpers.specs import PRETRAIN_YAML, family_specs, network_specs
 
 
 def pretrain(**changes: Any) -> dict[str, Any]:
@@ -108,6 +110,25 @@ def test_round_trip(spec: NetworkSpec) -> None:
     if spec.parallel.parallel_mode == "stand_alone":
         config["use_parallel"] = False
     assert network_spec_from_yaml(config, spec.parallel.device_num) == spec
+
+
+@pytest.mark.parametrize("family", [name for name in own_families() if not FAMILIES[name].implied])
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_a_named_family_makes_the_round_trip(family: str, data: st.DataObject) -> None:
+    spec = NetworkSpec(model=data.draw(family_specs(family)), seq_length=8)
+    config = yaml.safe_load(yaml.safe_dump(yaml_from_network_spec(spec)))
+    assert network_spec_from_yaml(config) == spec
+    for key in ("qk_layernorm", "moe_gate"):  # what the name fixes need not be written
+        config["model"]["model_config"].pop(key)
+    assert network_spec_from_yaml(config) == spec
+
+
+def test_a_word_against_the_family_is_named() -> None:
+    config = in_model(type="Qwen2MoeConfig", qk_layernorm=True, theta=1e4)
+    config["model"]["arch"]["type"] = "Qwen2MoeForCausalLM"
+    with pytest.raises(UserError, match=r"qk_norm=True of a qwen2_moe"):
+        network_spec_from_yaml(config, 16)
 
 
 def test_what_yaml_cannot_say_is_refused() -> None:
@@ -215,7 +236,7 @@ def test_parallel_modes(mode: object, name: str) -> None:
         (in_moe(aux_loss_types="expert", aux_loss_factors=0.1), ["both must be lists"]),
         (in_moe(aux_loss_factors=[0.1]), ["without aux_loss_types"]),
         (in_moe(use_gmm=True), ["use_gmm=True drops no token", "set capacity_factor: -1"]),
-        (in_moe(shared_expert_num=1), ["moe_config.shared_expert_num=1 is not built yet"]),
+        (in_moe(shared_expert_num=1), ["shared_expert=True of a mixtral", "that family has False"]),
         (in_model(qkv_concat=True), ["qkv_concat=True is not built yet"]),
         (in_model(extend_method="NTK"), ["extend_method='NTK' is not built yet"]),
         (in_model(residual_dtype="float32"), ["residual_dtype=float32 is not built yet"]),

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model families: one row each, read by checks, conversion, both engines, MindFormers' registry and command lines.
+
+Networks are built from what a ``ModelSpec`` says of each layer, never from a family's name. A row holds what only a
+name can tell: how Hugging Face and MindFormers call the family, which words its ``config.json`` has, and what these
+leave implicit. A new family is a row here (``register_family``) and its table of weight names (``weights.tables``); a
+new way to choose experts is a row of ``GATES`` and a cell in ``ms.moe.gate`` and ``pt.moe.gate``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ConfigWord:
+    """One key of a ``config.json`` beyond those that all families share.
+
+    ``part``: model (``ModelSpec``), moe (``MoESpec``) or shared (``SharedExpertSpec``), whose ``field`` it fills.
+    """
+
+    key: str
+    part: str
+    field: str
+    kind: str
+    default: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One row.
+
+    name: Hugging Face's ``model_type`` and the stem of every file about the family.
+    hf_class: transformers' class.
+    yaml_names: pairs of ``model_config.type`` and ``arch.type`` that mean it in a YAML, the one to write first.
+    has_experts: whether some layers are mixtures.
+    implied: whether experts, or their absence, mean this family where nothing is named.
+    reads_as: a family of the same tensors and formulas under which it is known here; "" for itself.
+    defaults: of transformers' configuration class, by ``ModelSpec`` field (= key); None: derived from other keys.
+    words: further keys.
+    model, moe, shared: what the family's name fixes of each spec, by field.
+    chooses_layers: whether ``decoder_sparse_step`` and ``mlp_only_layers`` make layers dense.
+    window: default of ``sliding_window``; ``window_switch`` a key without which it has no effect.
+    written: constants of a ``config.json`` that transformers wants to see.
+    """
+
+    name: str
+    hf_class: str
+    yaml_names: tuple[tuple[str, str], ...] = ()
+    has_experts: bool = False
+    implied: bool = False
+    reads_as: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    words: tuple[ConfigWord, ...] = ()
+    model: Mapping[str, Any] = field(default_factory=dict)
+    moe: Mapping[str, Any] = field(default_factory=dict)
+    shared: Mapping[str, Any] | None = None
+    chooses_layers: bool = False
+    window: int | None = None
+    window_switch: str = ""
+    written: Mapping[str, Any] = field(default_factory=dict)
+
+
+_LLAMA: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+_MISTRAL: dict[str, Any] = {
+    **_LLAMA,
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+}
+_QWEN_MOE: dict[str, Any] = {
+    **_LLAMA,
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "max_position_embeddings": 32768,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_NORM_CHOSEN = ConfigWord("norm_topk_prob", "moe", "norm_topk_prob", "bool", False)
+
+LLAMA = Family(
+    name="llama",
+    hf_class="LlamaForCausalLM",
+    yaml_names=(("PortableLlamaConfig", "PortableLlamaForCausalLM"),),
+    implied=True,
+    defaults=_LLAMA,
+    written={"attention_bias": False, "mlp_bias": False, "rope_scaling": None},
+)
+# without a sliding window a llama in every tensor and formula
+MISTRAL = Family(name="mistral", hf_class="MistralForCausalLM", reads_as=LLAMA.name, defaults=_MISTRAL, window=4096)
+MIXTRAL = Family(
+    name="mixtral",
+    hf_class="MixtralForCausalLM",
+    yaml_names=(("MixtralConfig", "MixtralForCausalLM"),),
+    has_experts=True,
+    implied=True,
+    defaults={**_MISTRAL, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
+    words=(
+        ConfigWord("num_local_experts", "moe", "num_local_experts", "int", 8),
+        ConfigWord("num_experts_per_tok", "moe", "num_experts_per_tok", "int", 2),
+    ),
+    moe={"norm_topk_prob": True},
+    written={"sliding_window": None},
+)
+QWEN2_MOE = Family(
+    name="qwen2_moe",
+    hf_class="Qwen2MoeForCausalLM",
+    yaml_names=(("Qwen2MoeConfig", "Qwen2MoeForCausalLM"),),
+    has_experts=True,
+    defaults={**_QWEN_MOE, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 16},
+    words=(
+        ConfigWord("num_experts", "moe", "num_local_experts", "int", 60),
+        ConfigWord("num_experts_per_tok", "moe", "num_experts_per_tok", "int", 4),
+        ConfigWord("moe_intermediate_size", "moe", "intermediate_size", "int", 1408),
+        ConfigWord("shared_expert_intermediate_size", "shared", "intermediate_size", "int", 5632),
+        ConfigWord("qkv_bias", "model", "qkv_bias", "bool", True),
+        _NORM_CHOSEN,
+    ),
+    shared={"gated": True},
+    chooses_layers=True,
+    window_switch="use_sliding_window",
+    written={"use_sliding_window": False, "rope_scaling": None},
+)
+QWEN3_MOE = Family(
+    name="qwen3_moe",
+    hf_class="Qwen3MoeForCausalLM",
+    yaml_names=(("Qwen3MoeConfig", "Qwen3MoeForCausalLM"),),
+    has_experts=True,
+    defaults={**_QWEN_MOE, "intermediate_size": 6144, "num_attention_heads": 32, "num_key_value_heads": 4},
+    words=(
+        ConfigWord("num_experts", "moe", "num_local_experts", "int", 128),
+        ConfigWord("num_experts_per_tok", "moe", "num_experts_per_tok", "int", 8),
+        ConfigWord("moe_intermediate_size", "moe", "intermediate_size", "int", 768),
+        _NORM_CHOSEN,
+    ),
+    model={"qk_norm": True},
+    chooses_layers=True,
+    window_switch="use_sliding_window",
+    written={"use_sliding_window": False, "attention_bias": False, "rope_scaling": None},
+)
+
+FAMILIES: dict[str, Family] = {row.name: row for row in (LLAMA, MISTRAL, MIXTRAL, QWEN2_MOE, QWEN3_MOE)}
+
+# MindFormers' name for any LLaMA-shaped network: with experts, or where MindFormers' own does not run, it means ours.
+GENERIC_NAMES = ("LlamaConfig", "LlamaForCausalLM")
+GENERIC_DEVICE = "Ascend"  # where MindFormers' own dense LLaMA runs
+
+
+@dataclass(frozen=True)
+class GateWeight:
+    """A weight of a gate, below ``router.``: name, dimensions in the letters of ``core.parameters``, initial values."""
+
+    name: str
+    dims: str
+    init: str = "normal"
+
+
+# What a gate holds, by the name in ``MoESpec.gate``; always float32 and whole on every device.
+GATES: dict[str, tuple[GateWeight, ...]] = {"linear": (GateWeight("dense.weight", "E D"),)}
+
+
+def register_family(family: Family) -> None:
+    """Add a row; ``ValueError`` where the name is taken."""
+    if family.name in FAMILIES:
+        raise ValueError(f"a family is called '{family.name}' already")
+    FAMILIES[family.name] = family
+
+
+def implied_family(has_experts: bool) -> Family:
+    """The family of a network whose family nothing names."""
+    return next(row for row in FAMILIES.values() if row.implied and row.has_experts == has_experts)
+
+
+def defaults_of(model_type: str) -> Mapping[str, Any]:
+    """Defaults of transformers' configuration class, a LLaMA's where the type is unknown."""
+    return FAMILIES.get(model_type, implied_family(False)).defaults
+
+
+def own_families() -> tuple[str, ...]:
+    """Names of the families that weights are converted to and networks built of."""
+    return tuple(row.name for row in FAMILIES.values() if not row.reads_as)
+
+
+def family_of_yaml(config: Mapping[str, Any], device_target: str | None = None) -> Family | None:
+    """The family of ours that a configuration names; None where it means a network of MindFormers' own.
+
+    Args:
+        config: the YAML's content.
+        device_target: where it runs; None is what the YAML says.
+    """
+    model = config.get("model") or {}
+    words = model.get("model_config") or {}
+    names = (words.get("type"), (model.get("arch") or {}).get("type"))
+    if names == GENERIC_NAMES:
+        experts = (config.get("moe_config") or words.get("moe_config") or {}).get("expert_num", 1) or 1
+        target = device_target or (config.get("context") or {}).get("device_target", GENERIC_DEVICE)
+        is_ours = experts > 1 or target != GENERIC_DEVICE
+        return implied_family(experts > 1) if is_ours else None
+    return next((row for row in FAMILIES.values() if names in row.yaml_names), None)

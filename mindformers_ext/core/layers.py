@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one layer of a network is, as frozen descriptions: attention, dense feed-forward, mixture with its routing.
+
+Field names are Hugging Face's where Hugging Face has a name, and the field's standard term elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mindformers_ext.core.errors import Problems
+from mindformers_ext.core.families import GATES
+
+DTYPE_NAMES = ("float32", "float16", "bfloat16")
+AUX_LOSS_TYPES = ("expert", "device", "comm")
+TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
+AUX_LOSS_REDUCTIONS = ("sum", "mean")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """Grouped-query attention. ``qkv_bias``: q, k and v have a bias (Qwen2); ``qk_norm``: q and k of every head are
+    normalised before they are turned (Qwen3; Henry et al. 2020, arXiv:2010.04245)."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseSpec:
+    """A SwiGLU feed-forward layer that every token passes."""
+
+    intermediate_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedExpertSpec:
+    """An expert beside the routed ones that every token passes (DeepSeekMoE, arXiv:2401.06066, section 3.2).
+
+    Its output is multiplied by ``scale`` and, where ``gated``, by the sigmoid of one logit per token (Qwen2-MoE).
+    """
+
+    intermediate_size: int
+    gated: bool = False
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoESpec:
+    """How tokens are routed to experts (MindFormers' ``TopkRouterV2``; GShard, Lepikhin et al. 2020, section 3.2).
+
+    ``capacity_factor`` <= 0 means dropless. ``aux_losses`` pairs a kind with its factor; a factor of 0 is off.
+    ``expert_group_size`` is MindFormers' word for the NUMBER of expert groups of the "device" loss.
+    ``use_gmm`` multiplies sorted tokens by a grouped matrix product instead of giving them slots, and drops none.
+    ``norm_single_choice`` extends ``norm_topk_prob`` to one chosen expert, whose gate is then 1, as in Hugging Face's
+    Mixtral; MindFormers leaves it its probability, through which the router learns. ``intermediate_size``: width of an
+    expert, None where it is the model's. ``gate``: what scores the experts (``core.families.GATES``).
+    """
+
+    num_local_experts: int
+    num_experts_per_tok: int
+    capacity_factor: float = 1.1
+    enable_sdrop: bool = False
+    use_gating_sigmoid: bool = False
+    norm_topk_prob: bool = True
+    norm_single_choice: bool = False
+    routed_scaling_factor: float = 1.0
+    topk_method: str = "greedy"
+    n_group: int | None = None
+    topk_group: int | None = None
+    aux_losses: tuple[tuple[str, float], ...] = ()
+    expert_group_size: int | None = None
+    z_loss_factor: float = 0.0
+    aux_loss_reduce: str = "sum"
+    balance_via_topk_bias: bool = False
+    topk_bias_update_rate: float = 0.0
+    router_dtype: str = "float32"
+    use_fused_ops_topkrouter: bool = False
+    use_gmm: bool = False
+    comp_comm_parallel_degree: int = 1
+    max_router_load: int = 131072
+    intermediate_size: int | None = None
+    gate: str = "linear"
+    shared_expert: SharedExpertSpec | None = None
+
+    def collect(self, problems: Problems) -> None:
+        """Add every broken rule of this spec to ``problems`` (spec section 1)."""
+        experts, chosen = self.num_local_experts, self.num_experts_per_tok
+        problems.positive("expert_num (num_local_experts)", experts)
+        problems.positive("num_experts_chosen (num_experts_per_tok)", chosen)
+        if chosen > experts > 0:
+            problems.add(
+                f"num_experts_chosen={chosen} exceeds expert_num={experts}", f"choose at most {experts} experts"
+            )
+        problems.one_of("moe_gate", self.gate, tuple(GATES))
+        if self.intermediate_size is not None:
+            problems.positive("moe_intermediate_size", self.intermediate_size)
+        if self.shared_expert:
+            problems.positive("shared_expert_intermediate_size", self.shared_expert.intermediate_size)
+        problems.one_of("topk_method", self.topk_method, TOPK_METHODS)
+        problems.one_of("router_dense_type", self.router_dtype, DTYPE_NAMES)
+        problems.one_of("aux_loss_reduce", self.aux_loss_reduce, AUX_LOSS_REDUCTIONS)
+        problems.positive("max_router_load", self.max_router_load)
+        problems.positive("comp_comm_parallel_degree", self.comp_comm_parallel_degree)
+        if not self.capacity_factor == self.capacity_factor or self.capacity_factor > max(experts, 1):
+            problems.add(
+                f"capacity_factor={self.capacity_factor} is out of range",
+                f"use a value up to expert_num ({experts}), typically 1.1 to 4.0; <= 0 means dropless",
+            )
+        if self.use_gmm and self.capacity_factor > 0:
+            problems.add(
+                f"use_gmm=True drops no token, but capacity_factor={self.capacity_factor} limits each expert",
+                "set capacity_factor: -1 (dropless), or use_gmm: False",
+            )
+        for kind, factor in self.aux_losses:
+            problems.one_of("aux_loss_types", kind, AUX_LOSS_TYPES)
+            if not 0.0 <= factor < 1.0:
+                problems.add(f"aux loss factor {factor} of '{kind}' is out of range", "use 0 (off) up to below 1")
+            if kind == "device" and not self.expert_group_size:
+                problems.add(
+                    "aux loss 'device' is on but expert_group_size is not set", "set the number of expert groups"
+                )
+        if len({kind for kind, _ in self.aux_losses}) != len(self.aux_losses):
+            problems.add(f"aux_loss_types={[k for k, _ in self.aux_losses]} names a kind twice", "name each kind once")
+        if self.expert_group_size and experts % self.expert_group_size:
+            problems.divides("expert_num", experts, "expert_group_size", self.expert_group_size)
+        if self.z_loss_factor < 0:
+            problems.add(f"z_loss_factor={self.z_loss_factor} is negative", "use 0 (off) or a small positive value")
+        if not 0 <= self.topk_bias_update_rate < 1:
+            problems.add(f"topk_bias_update_rate={self.topk_bias_update_rate} is out of range", "use 0 up to below 1")
+        if self.topk_method != "greedy":
+            self._collect_groups(problems)
+
+    def _collect_groups(self, problems: Problems) -> None:
+        experts, chosen = self.num_local_experts, self.num_experts_per_tok
+        if not self.n_group or not self.topk_group:
+            problems.add(f"topk_method={self.topk_method} needs n_group and topk_group", "set both")
+            return
+        problems.divides("expert_num", experts, "n_group", self.n_group)
+        if not 1 <= self.topk_group <= self.n_group:
+            problems.add(f"topk_group={self.topk_group} is out of range", f"use 1 to n_group ({self.n_group})")
+        elif self.n_group and chosen > self.topk_group * (experts // self.n_group):
+            problems.add(
+                f"num_experts_chosen={chosen} exceeds the {self.topk_group * (experts // self.n_group)} experts "
+                f"of topk_group={self.topk_group} groups",
+                "raise topk_group or lower num_experts_chosen",
+            )
+        if self.topk_method == "noaux_tc" and experts // self.n_group < 2:
+            problems.add(
+                f"noaux_tc scores a group by its two best experts, n_group={self.n_group} leaves one", "lower n_group"
+            )
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one layer of a decoder is. Of a mixture ``intermediate_size`` is never None here."""
+
+    attention: AttentionSpec
+    feed_forward: DenseSpec | MoESpec
+
+    @property
+    def moe(self) -> MoESpec | None:
+        """The mixture of a layer that is one."""
+        return self.feed_forward if isinstance(self.feed_forward, MoESpec) else None

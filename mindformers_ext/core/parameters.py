@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every weight of a network: name, dimensions, cut over devices, initial values. The one table of them.
+
+Placement, memory, traffic and initial weights are computed from it; conversion tables and built networks are held
+against it by tests. Names are MindFormers' (r1.3 to r1.7, and its feed-forward with shared experts). Dimensions are
+products of size letters:
+
+    V vocabulary    D model    F dense feed-forward    M routed expert    U shared expert
+    E experts       H heads    N key/value heads       P head width       1
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from mindformers_ext.core.families import GATES
+from mindformers_ext.core.spec import AttentionSpec, LayerSpec, ModelSpec, MoESpec
+
+EMBEDDING, HEAD = "model.tok_embeddings.embedding_weight", "lm_head.weight"
+LAYER = "model.layers.{}."
+ROUTED = "routed_experts."  # before router and experts where a shared expert stands beside them
+INITIAL = ("normal", "ones", "zeros")
+
+
+@dataclass(frozen=True)
+class WeightRow:
+    """One weight.
+
+    ``dims``: its shape in size letters, a word per dimension. ``cut``: what cuts each dimension over devices: ``mp``
+    model parallel, ``ep`` expert parallel, ``head`` model parallel where the vocabulary is cut, ``-`` nothing.
+    ``init``: normal (of ``initializer_range``), ones or zeros. ``fixed``: always float32 and whole on every device.
+    """
+
+    name: str
+    dims: str
+    cut: str
+    init: str = "normal"
+    fixed: bool = False
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A row at one model's sizes. ``layer``: None outside the layers; ``last``: it belongs behind the last layer."""
+
+    name: str
+    shape: tuple[int, ...]
+    row: WeightRow
+    layer: int | None = None
+    last: bool = False
+
+
+_QKV = {"wq": "HP", "wk": "NP", "wv": "NP"}
+_NORM = ("D", "-", "ones")
+
+
+def attention_rows(spec: AttentionSpec) -> Iterator[WeightRow]:
+    """Attention with the norm before it."""
+    yield WeightRow("attention_norm.weight", *_NORM)
+    for name, rows in _QKV.items():
+        yield WeightRow(f"attention.{name}.weight", f"{rows} D", "mp -")
+        if spec.qkv_bias:
+            yield WeightRow(f"attention.{name}.bias", rows, "mp", "zeros")
+    yield WeightRow("attention.wo.weight", "D HP", "- mp")
+    if spec.qk_norm:
+        yield WeightRow("attention.q_norm.weight", "P", "-", "ones")
+        yield WeightRow("attention.k_norm.weight", "P", "-", "ones")
+
+
+def swiglu_rows(prefix: str, width: str) -> Iterator[WeightRow]:
+    """w1 (gate), w2 (down) and w3 (up) of a feed-forward layer whose width has the letter ``width``."""
+    yield WeightRow(f"{prefix}w1.weight", f"{width} D", "mp -")
+    yield WeightRow(f"{prefix}w2.weight", f"D {width}", "- mp")
+    yield WeightRow(f"{prefix}w3.weight", f"{width} D", "mp -")
+
+
+def mixture_rows(spec: MoESpec) -> Iterator[WeightRow]:
+    """Gate, routed experts, and the shared one."""
+    start = "feed_forward." + (ROUTED if spec.shared_expert else "")
+    for weight in GATES[spec.gate]:
+        cut = " ".join("-" for _ in weight.dims.split())
+        yield WeightRow(f"{start}router.{weight.name}", weight.dims, cut, weight.init, fixed=True)
+    yield WeightRow(f"{start}ffn.w1.weight", "E M D", "ep mp -")
+    yield WeightRow(f"{start}ffn.w2.weight", "E D M", "ep - mp")
+    yield WeightRow(f"{start}ffn.w3.weight", "E M D", "ep mp -")
+    if spec.shared_expert:
+        yield from swiglu_rows("feed_forward.shared_experts.", "U")
+        if spec.shared_expert.gated:
+            yield WeightRow("feed_forward.shared_experts_gate.weight", "1 D", "- -", fixed=True)
+
+
+def layer_rows(layer: LayerSpec) -> Iterator[WeightRow]:
+    """All weights of a layer, names below ``model.layers.N.``, in the network's order."""
+    yield from attention_rows(layer.attention)
+    yield WeightRow("ffn_norm.weight", *_NORM)
+    yield from mixture_rows(layer.moe) if layer.moe else swiglu_rows("feed_forward.", "F")
+
+
+def model_weights(model: ModelSpec) -> Iterator[Weight]:
+    """Every weight of the network, in the order in which MindSpore makes them."""
+    sizes = size_letters(model)
+
+    def at_size(row: WeightRow, layer: int | None = None, last: bool = False) -> Weight:
+        name = row.name if layer is None else LAYER.format(layer) + row.name
+        return Weight(name, shape_of(row.dims, sizes), row, layer, last)
+
+    yield at_size(WeightRow(EMBEDDING, "V D", "head -"))
+    for index in range(model.num_hidden_layers):
+        yield from (at_size(row, index) for row in layer_rows(model.layer(index)))
+    yield at_size(WeightRow("model.norm_out.weight", *_NORM), last=True)
+    if not model.tie_word_embeddings:
+        yield at_size(WeightRow(HEAD, "V D", "head -"), last=True)
+
+
+def size_letters(model: ModelSpec) -> dict[str, int]:
+    """The sizes behind the letters; those of experts only where there are any."""
+    letters = {
+        "V": model.vocab_size,
+        "D": model.hidden_size,
+        "F": model.intermediate_size,
+        "H": model.num_attention_heads,
+        "N": model.num_key_value_heads,
+        "P": model.head_dim,
+        "1": 1,
+        "2": 2,
+    }
+    if model.moe:
+        letters |= {"E": model.moe.num_local_experts, "M": model.expert_size}
+        if model.moe.shared_expert:
+            letters["U"] = model.moe.shared_expert.intermediate_size
+    return letters
+
+
+def shape_of(dims: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """``"E M D"`` at the sizes of ``size_letters``."""
+    return tuple(math.prod(sizes[letter] for letter in word) for word in dims.split())
+
+
+def parameter_count(weights: Iterable[Weight]) -> int:
+    """Numbers in all of them."""
+    return sum(math.prod(weight.shape) for weight in weights)

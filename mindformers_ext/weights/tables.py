@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of weight names by family. Attention, norms, embedding and head are called as LLaMA's everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mindformers_ext.core.families import LLAMA, MIXTRAL, QWEN2_MOE, QWEN3_MOE
+from mindformers_ext.weights import llama, mixtral, qwen2_moe, qwen3_moe
+from mindformers_ext.weights.rules import Rule
+
+
+@dataclass(frozen=True)
+class Table:
+    """What one family's files call the feed-forward part of a layer.
+
+    ``mixtures``: by spelling, the rules of a layer with experts; the first spelling is the one written by default.
+    ``dense``: of a layer without; ``dense_concat`` of the same with gate and up in one tensor (``qkv_concat``).
+    """
+
+    mixtures: Mapping[str, tuple[Rule, ...]] = field(default_factory=dict)
+    dense: tuple[Rule, ...] = llama.FEED_FORWARD
+    dense_concat: tuple[Rule, ...] = llama.FEED_FORWARD_CONCAT
+
+
+TABLES: dict[str, Table] = {
+    LLAMA.name: Table(),
+    MIXTRAL.name: Table(mixtral.STYLES),
+    QWEN2_MOE.name: Table(qwen2_moe.STYLES),
+    QWEN3_MOE.name: Table(qwen3_moe.STYLES),
+}
+
+
+def register_table(family: str, table: Table) -> None:
+    """Add the table of a family of ``core.families``; ``ValueError`` where it has one."""
+    if family in TABLES:
+        raise ValueError(f"family '{family}' has a table already")
+    TABLES[family] = table
