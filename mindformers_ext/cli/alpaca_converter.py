@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from mindformers_ext.cli.outcome import exit_code
+from mindformers_ext.cli.command import Command
 
 EPILOG = """\
 input, as a list or one object a line ("input" may be empty or left out):
@@ -25,24 +24,11 @@ Then: llama_preprocess.py --dataset_type qa. Exit code: 0 done, 2 a mistake in t
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def _options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    result = argparse.ArgumentParser(
-        prog="alpaca_converter.py",
-        description="Turn alpaca records (instruction, input, output) into conversations, with Stanford's prompts.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    result.add_argument("--data_path", type=Path, required=True, help="JSON list or JSON lines, UTF-8")
-    result.add_argument("--output_path", type=Path, required=True, help="JSON file to write")
-    result.add_argument("--overwrite", action="store_true", help="replace an output that exists")
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 on success, 2 on a user's mistake."""
-    return exit_code(_run, parser().parse_args(argv))
+    parser.add_argument("--data_path", type=Path, required=True, help="JSON list or JSON lines, UTF-8")
+    parser.add_argument("--output_path", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -60,3 +46,13 @@ def _run(arguments: argparse.Namespace) -> int:
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     return 0
+
+
+COMMAND = Command(
+    prog="alpaca_converter.py",
+    description="Turn alpaca records (instruction, input, output) into conversations, with Stanford's prompts.",
+    epilog=EPILOG,
+    options=_options,
+    run=_run,
+)
+parser, main = COMMAND.parser, COMMAND.main

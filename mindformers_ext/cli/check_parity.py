@@ -4,46 +4,35 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
-from mindformers_ext.cli.convert import optional_path, switch
-from mindformers_ext.cli.outcome import exit_code
+from mindformers_ext.cli.command import Command, add_switch, optional_path
+from mindformers_ext.core.errors import LISTED
 
 DIFFERENT = 1
-LISTED = 20
+
 EPILOG = """examples:
   python tools/check_parity.py --hf Mixtral-8x7B-v0.1 --ckpt mixtral.ckpt --text "I love Beijing, because"
   python tools/check_parity.py --hf Mixtral-8x7B-v0.1 --ckpt gmm.ckpt --weights_only
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def _options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    result = argparse.ArgumentParser(
-        prog="check_parity.py",
-        description="Compare the logits of transformers on a Hugging Face folder with those of our MindSpore network "
-        "on a checkpoint of any layout; or, with --weights_only, every tensor, without loading a framework. Exit code "
-        "1 above the tolerance, or when a tensor differs.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    result.add_argument("--hf", type=Path, required=True, help="Hugging Face model folder")
-    result.add_argument("--ckpt", type=Path, required=True, help="MindSpore checkpoint of the same model")
-    result.add_argument("--text", action="append", default=[], help="text to compare on; may be given several times")
-    result.add_argument("--tolerance", type=float, default=1e-4, help="largest allowed difference (default 1e-4)")
-    result.add_argument(
+    parser.add_argument("--hf", type=Path, required=True, help="Hugging Face model folder")
+    parser.add_argument("--ckpt", type=Path, required=True, help="MindSpore checkpoint of the same model")
+    parser.add_argument("--text", action="append", default=[], help="text to compare on; may be given several times")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest allowed difference (default 1e-4)")
+    parser.add_argument(
         "--strategy_dir",
         type=optional_path,
         help="with --weights_only: strategy files, if --ckpt is the folder above rank_0, rank_1, ...",
     )
-    switch(result, "--weights_only", "compare tensors instead of logits")
-    return result
+    add_switch(parser, "--weights_only", "compare tensors instead of logits")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 within the tolerance, 1 above it, 2 on a user's mistake."""
-    return exit_code(lambda given: (_weights if given.weights_only else _logits)(given), parser().parse_args(argv))
+def _run(arguments: argparse.Namespace) -> int:
+    return (_weights if arguments.weights_only else _logits)(arguments)
 
 
 def _logits(arguments: argparse.Namespace) -> int:
@@ -72,3 +61,15 @@ def _weights(arguments: argparse.Namespace) -> int:
     equal = result.tensors - len(result.different)
     print(f"{equal} of {result.tensors} tensors are bit-equal (checkpoint {result.layout}{cast})")
     return DIFFERENT if result.different else 0
+
+
+COMMAND = Command(
+    prog="check_parity.py",
+    description="Compare the logits of transformers on a Hugging Face folder with those of our MindSpore network "
+    "on a checkpoint of any layout; or, with --weights_only, every tensor, without loading a framework. Exit code "
+    "1 above the tolerance, or when a tensor differs.",
+    epilog=EPILOG,
+    options=_options,
+    run=_run,
+)
+parser, main = COMMAND.parser, COMMAND.main

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mindformers_ext.cli.outcome import exit_code
+from mindformers_ext.cli.command import Command, add_switch, optional_path
 from mindformers_ext.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,27 +28,9 @@ EPILOG = """examples:
         --mindspore_ckpt_path=gmm.ckpt
     python convert_weight.py --use_gmm=True --dtype=fp16 --pre_ckpt_path=mixtral.ckpt --mindspore_ckpt_path=gmm.ckpt
 """
-BOOLEANS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 DTYPES = ("fp16", "bf16", "fp32")
 SEED_DTYPE = "fp16"  # what --mindspore_ckpt_path has always written without --dtype
 MS_SUFFIXES = (".ckpt", ".safetensors")
-
-
-def boolean(text: str) -> bool:
-    """True or False from the words for them; "False" is False."""
-    if text.lower() not in BOOLEANS:
-        raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
-    return BOOLEANS[text.lower()]
-
-
-def optional_path(text: str) -> Path | None:
-    """A path; "None" and "" are none, as MindFormers' scripts have it."""
-    return None if text in ("", "None") else Path(text)
-
-
-def switch(target: argparse.ArgumentParser, name: str, text: str) -> None:
-    """An option that is True, False, or True when given alone."""
-    target.add_argument(name, type=boolean, nargs="?", const=True, default=False, metavar="True|False", help=text)
 
 
 def add_common(target: argparse.ArgumentParser) -> None:
@@ -75,44 +57,34 @@ def add_common(target: argparse.ArgumentParser) -> None:
         help="how the experts of the MindSpore input lie, where neither its description nor its shapes tell",
     )
     target.add_argument("--max_shard_size", help="largest shard of a Hugging Face folder (default 5GB)")
-    switch(target, "--overwrite", "replace an existing output")
-    switch(target, "--allow_overflow", "let values too large for --dtype become infinite, and count them")
-    switch(target, "--dry_run", "check everything and print the plan, write nothing")
+    add_switch(target, "--overwrite", "replace an existing output")
+    add_switch(target, "--allow_overflow", "let values too large for --dtype become infinite, and count them")
+    add_switch(target, "--dry_run", "check everything and print the plan, write nothing")
 
 
-def parser() -> argparse.ArgumentParser:
+def _options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    result = argparse.ArgumentParser(
-        prog="convert_weight.py",
-        description="Convert a Hugging Face model folder to a MindSpore checkpoint, back with --reversed, or one "
-        "MindSpore layout to another. Tensors stream in blocks; outputs appear whole or not at all.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    result.add_argument("--model", choices=("llama", "mixtral"), help="model (default: what the configuration says)")
-    switch(result, "--reversed", "MindSpore to Hugging Face")
-    result.add_argument(
+    parser.add_argument("--model", choices=("llama", "mixtral"), help="model (default: what the configuration says)")
+    add_switch(parser, "--reversed", "MindSpore to Hugging Face")
+    parser.add_argument(
         "--input_path",
         type=Path,
         help="Hugging Face folder; a MindSpore checkpoint with --reversed or to change its layout",
     )
-    result.add_argument("--output_path", type=Path, help="X.ckpt or X.safetensors; a folder with --reversed")
-    result.add_argument("--torch_ckpt_dir", type=Path, help="Hugging Face folder (with --reversed: to write)")
-    result.add_argument("--torch_ckpt_idr", type=Path, help="the same, as an old document spells it")
-    result.add_argument("--pre_ckpt_path", type=Path, help="a MindSpore checkpoint to bring into another layout")
-    result.add_argument(
+    parser.add_argument("--output_path", type=Path, help="X.ckpt or X.safetensors; a folder with --reversed")
+    parser.add_argument("--torch_ckpt_dir", type=Path, help="Hugging Face folder (with --reversed: to write)")
+    parser.add_argument("--torch_ckpt_idr", type=Path, help="the same, as an old document spells it")
+    parser.add_argument("--pre_ckpt_path", type=Path, help="a MindSpore checkpoint to bring into another layout")
+    parser.add_argument(
         "--mindspore_ckpt_path", type=Path, help="X.ckpt or X.safetensors to write (with --reversed: to read)"
     )
-    switch(result, "--use_gmm", "write the experts transposed, as predict with grouped matmul wants them")
-    switch(result, "--qkv_concat", "write q, k, v as one tensor (gate and up of a dense model too)")
-    add_common(result)
-    return result
+    add_switch(parser, "--use_gmm", "write the experts transposed, as predict with grouped matmul wants them")
+    add_switch(parser, "--qkv_concat", "write q, k, v as one tensor (gate and up of a dense model too)")
+    add_common(parser)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 on success, 2 on a user's mistake."""
-    return exit_code(lambda arguments: run(_request(arguments), arguments.dry_run), parser().parse_args(argv))
+def _run(arguments: argparse.Namespace) -> int:
+    return run(_request(arguments), arguments.dry_run)
 
 
 def _request(arguments: argparse.Namespace) -> ConvertRequest:
@@ -204,3 +176,14 @@ def _say(notes: Sequence[str], ignored: Mapping[str, Sequence[str]]) -> None:
     for reason, names in ignored.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         print(f"left behind, {reason}: {names[0]}{more}")
+
+
+COMMAND = Command(
+    prog="convert_weight.py",
+    description="Convert a Hugging Face model folder to a MindSpore checkpoint, back with --reversed, or one "
+    "MindSpore layout to another. Tensors stream in blocks; outputs appear whole or not at all.",
+    epilog=EPILOG,
+    options=_options,
+    run=_run,
+)
+parser, main = COMMAND.parser, COMMAND.main

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
+from mindformers_ext.cli.command import Command
 from mindformers_ext.cli.convert import add_common, run
-from mindformers_ext.cli.outcome import exit_code
 
 EPILOG = """examples:
   python research/mixtral/convert_reversed.py --mindspore_ckpt_path mixtral.ckpt --torch_ckpt_dir mixtral_hf/
@@ -17,25 +16,12 @@ EPILOG = """examples:
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def _options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    result = argparse.ArgumentParser(
-        prog="convert_reversed.py",
-        description="Convert a MindSpore checkpoint of any layout to a Hugging Face folder.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    result.add_argument("--mindspore_ckpt_path", type=Path, required=True, help="checkpoint, or folder of rank folders")
-    result.add_argument("--torch_ckpt_dir", type=Path, required=True, help="folder to write")
-    result.add_argument("--model", choices=("llama", "mixtral"), help="model (default: what the configuration says)")
-    add_common(result)
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 on success, 2 on a user's mistake."""
-    return exit_code(_run, parser().parse_args(argv))
+    parser.add_argument("--mindspore_ckpt_path", type=Path, required=True, help="checkpoint, or folder of rank folders")
+    parser.add_argument("--torch_ckpt_dir", type=Path, required=True, help="folder to write")
+    parser.add_argument("--model", choices=("llama", "mixtral"), help="model (default: what the configuration says)")
+    add_common(parser)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -55,3 +41,13 @@ def _run(arguments: argparse.Namespace) -> int:
         allow_overflow=arguments.allow_overflow,
     )
     return run(request, arguments.dry_run)
+
+
+COMMAND = Command(
+    prog="convert_reversed.py",
+    description="Convert a MindSpore checkpoint of any layout to a Hugging Face folder.",
+    epilog=EPILOG,
+    options=_options,
+    run=_run,
+)
+parser, main = COMMAND.parser, COMMAND.main

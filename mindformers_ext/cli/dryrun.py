@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mindformers_ext.cli.convert import switch
-from mindformers_ext.cli.outcome import exit_code
+from mindformers_ext.cli.command import Command, add_switch
 from mindformers_ext.cli.run_flags import FLAGS, OneValue, apply_flags, read_arguments
 from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.errors import UserError
 
 FAILED = 1
-EXAMPLES = """\
+EPILOG = """\
 examples:
   does it compile on 16 devices, and what does each pipeline stage hold and send?
     python tools/dryrun.py --config research/mixtral/mixtral_8x7b/pretrain_mixtral-8x7b.yaml --worker_num 16
@@ -36,69 +35,54 @@ Every option of run_mindformer.py (--epochs, --section.key, ...) works here as w
 OWN = ("config", "worker_num", "ranks", "out", "memory", "suggest", "jobs", "compare", "keep_graphs", "options")
 
 
-def parser() -> argparse.ArgumentParser:
+def _options(parser: argparse.ArgumentParser) -> None:
     """The command's options: its own, and those of ``run_mindformer.py``."""
-    result = argparse.ArgumentParser(
-        prog="dryrun.py",
-        description="Compile a cluster's job, its training step or the graphs of its prediction, with MindSpore's "
-        "Ascend compiler, rank by rank, and "
-        "report whether it compiles, what each rank holds and what it sends. Needs a C compiler, no NPU and no CANN.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    result.add_argument("--config", required=True, metavar="YAML", help="configuration file of the job")
-    result.add_argument(
+    parser.add_argument("--config", required=True, metavar="YAML", help="configuration file of the job")
+    parser.add_argument(
         "--worker_num",
         type=int,
         metavar="N",
         help="devices of the whole job (needed but with --suggest, where it defaults to those of the file's split)",
     )
-    result.add_argument(
+    parser.add_argument(
         "--ranks",
         default="stages",
         metavar="WHICH",
         help="all, stages (the first rank of each pipeline stage) or numbers such as 0,8 (default stages)",
     )
-    result.add_argument(
+    parser.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
         help="folder for report.html, report.json, strategy/ and "
         "one log per rank (default output/dryrun/<name of the file>)",
     )
-    result.add_argument(
+    parser.add_argument(
         "--memory",
         metavar="SIZE",
         help="of one device, for example 64GB (10^9 bytes) or 64GiB: a job that needs more is refused",
     )
-    switch(
-        result,
+    add_switch(
+        parser,
         "--suggest",
         "list the splits that fit --memory (default context.max_device_memory), the cheapest "
         "first, and compile nothing",
     )
-    result.add_argument("--jobs", type=int, metavar="N", help="ranks compiled at a time (default: one per core)")
-    switch(result, "--compare", "also compile MindFormers' own network for the same file")
-    switch(result, "--keep_graphs", "keep MindSpore's graphs as text (large)")
-    result.set_defaults(output_dir=None)  # here it is --out
+    parser.add_argument("--jobs", type=int, metavar="N", help="ranks compiled at a time (default: one per core)")
+    add_switch(parser, "--compare", "also compile MindFormers' own network for the same file")
+    add_switch(parser, "--keep_graphs", "keep MindSpore's graphs as text (large)")
+    parser.set_defaults(output_dir=None)  # here it is --out
     for flag in (row for row in FLAGS if row.field != "output_dir"):
         more: dict[str, Any] = {"nargs": "+"} if flag.many else {}
         more |= {"choices": flag.choices} if flag.choices else {}
-        result.add_argument(
+        parser.add_argument(
             *flag.names, dest=flag.field, type=flag.reader, action=OneValue, help=argparse.SUPPRESS, **more
         )
-    result.add_argument("--options", nargs="+", metavar="KEY=VALUE", help=argparse.SUPPRESS)
-    return result
+    parser.add_argument("--options", nargs="+", metavar="KEY=VALUE", help=argparse.SUPPRESS)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 when every asked rank compiles, 1 when one does not, 2 on a user's mistake."""
-
-    def read_and_run(_: argparse.Namespace) -> int:
-        return _run(read_arguments(parser(), argv, own=tuple(f"--{name}" for name in OWN)))
-
-    return exit_code(read_and_run, argparse.Namespace())
+def _read(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    return read_arguments(parser, argv, own=tuple(f"--{name}" for name in OWN))
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -164,3 +148,16 @@ def _check_words_of_training(arguments: argparse.Namespace) -> None:
         )
     if arguments.compare:
         raise UserError("--compare compiles MindFormers' training step; leave it out for a prediction")
+
+
+COMMAND = Command(
+    prog="dryrun.py",
+    description="Compile a cluster's job, its training step or the graphs of its prediction, with MindSpore's "
+    "Ascend compiler, rank by rank, and "
+    "report whether it compiles, what each rank holds and what it sends. Needs a C compiler, no NPU and no CANN.",
+    epilog=EPILOG,
+    options=_options,
+    read=_read,
+    run=_run,
+)
+parser, main = COMMAND.parser, COMMAND.main

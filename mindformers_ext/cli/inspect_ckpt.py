@@ -7,11 +7,10 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from mindformers_ext.cli.convert import switch
-from mindformers_ext.cli.outcome import exit_code
+from mindformers_ext.cli.command import Command, add_switch
+from mindformers_ext.core.byte_sizes import size_text
 from mindformers_ext.core.errors import UserError
 
 EPILOG = """examples:
@@ -21,24 +20,11 @@ EPILOG = """examples:
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def _options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    result = argparse.ArgumentParser(
-        prog="inspect_ckpt.py",
-        description="Show names, shapes, types, layout and bytes of a MindSpore .ckpt or .safetensors file, a PyTorch "
-        "file, or a Hugging Face folder. No data is loaded.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    result.add_argument("path", type=Path, help="file or folder")
-    result.add_argument("--grep", help="only tensors whose name matches this regular expression")
-    switch(result, "--json", "print JSON")
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 on success, 2 on a user's mistake."""
-    return exit_code(_run, parser().parse_args(argv))
+    parser.add_argument("path", type=Path, help="file or folder")
+    parser.add_argument("--grep", help="only tensors whose name matches this regular expression")
+    add_switch(parser, "--json", "print JSON")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -55,7 +41,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(json.dumps(words, indent=1))
         return 0
     rows = [
-        (info.name, str(info.shape), type_name(info), size(info.nbytes))
+        (info.name, str(info.shape), type_name(info), size_text(info.nbytes))
         for info in found.tensors
         if wanted.search(info.name)
     ]
@@ -67,8 +53,8 @@ def _run(arguments: argparse.Namespace) -> int:
             )
         )
     print(
-        f"{found.path}: {found.kind}, {len(found.tensors)} tensors, {size(found.nbytes)} ("
-        + ", ".join(f"{kind} {size(nbytes)}" for kind, nbytes in found.types().items())
+        f"{found.path}: {found.kind}, {len(found.tensors)} tensors, {size_text(found.nbytes)} ("
+        + ", ".join(f"{kind} {size_text(nbytes)}" for kind, nbytes in found.types().items())
         + ")"
     )
     print(f"layout: {found.layout or 'not told'}; fingerprint: {found.fingerprint[:16]}")
@@ -79,11 +65,12 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def size(nbytes: int) -> str:
-    """Bytes for people."""
-    value = float(nbytes)
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.2f} GB"
+COMMAND = Command(
+    prog="inspect_ckpt.py",
+    description="Show names, shapes, types, layout and bytes of a MindSpore .ckpt or .safetensors file, a PyTorch "
+    "file, or a Hugging Face folder. No data is loaded.",
+    epilog=EPILOG,
+    options=_options,
+    run=_run,
+)
+parser, main = COMMAND.parser, COMMAND.main

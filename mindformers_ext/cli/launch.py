@@ -1,102 +1,169 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``bash scripts/msrun_launcher.sh``: start a script on the devices of one or several machines with msrun."""
+"""``bash scripts/msrun_launcher.sh`` and ``scripts/torchrun_launcher.sh``: start a script's processes."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from mindformers_ext.cli.outcome import USER_MISTAKE
-from mindformers_ext.core.errors import UserError
-from mindformers_ext.jobs.launch.msrun import (
+from mindformers_ext.cli.outcome import exit_code
+from mindformers_ext.jobs.launch.arguments import (
     DEFAULTS,
+    MSRUN_SCRIPT,
     Launch,
     WrongCountError,
     check_master,
-    command_of,
-    environment_of,
     read_launch,
     usage,
+    with_package,
 )
+from mindformers_ext.jobs.launch.msrun import msrun_command, msrun_environment
+from mindformers_ext.jobs.launch.torchrun import torchrun_command
 
-HELP = f"""\
+FAILED = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackEnd:
+    """The program that starts the processes.
+
+    ``command`` and ``environment`` make its words and variables, ``start`` runs it in this process and returns its exit
+    code. The texts are for ``--help``: what TIMEOUT -1 means, what LOG_DIR/launcher.log gets, the variables read, the
+    code of a job that the user stops, where it is always the same.
+    """
+
+    name: str
+    script: str
+    command: Callable[[Launch, Mapping[str, str]], list[str]]
+    environment: Callable[[Mapping[str, str]], dict[str, str]]
+    start: Callable[[Launch, Sequence[str], Mapping[str, str]], int]
+    forever: str
+    logged: str
+    variables: str
+    stopped: str = ""
+
+    @property
+    def only_shows(self) -> str:
+        """The variable that asks for the command's words alone."""
+        return f"{self.name.upper()}_DRY_RUN"
+
+    def help(self) -> str:
+        """The text of ``--help``."""
+        return f"""\
 usage: 1, 2, 6 or 9 arguments
-{usage()}
+{usage(self.script)}
 
-Starts WORKERS processes of COMMAND with msrun. COMMAND is one quoted argument: a script and its options, cut into words
-as a shell does, with its inner quotes, but nothing in it is expanded or run by a shell.
-  WORKERS        processes of all machines together (default {DEFAULTS["WORKERS"]}); 1 runs the script without msrun
+Starts WORKERS processes of COMMAND with {self.name}. COMMAND is one quoted argument: a script and its options, cut into
+words as a shell does, with its inner quotes, but nothing in it is expanded or run by a shell.
+  WORKERS        processes of all machines together (default {DEFAULTS["WORKERS"]}); 1: the script without {self.name}
   LOCAL_WORKERS  processes of this machine, the same on all (default WORKERS)
   MASTER_ADDR    address of the machine with NODE_RANK 0 (default {DEFAULTS["MASTER_ADDR"]})
-  PORT           of the scheduler on the master, 1024 to 65535 (default {DEFAULTS["PORT"]})
+  PORT           where the master listens, 1024 to 65535 (default {DEFAULTS["PORT"]})
   NODE_RANK      number of this machine, from 0 (default 0)
-  LOG_DIR        folder of scheduler.log and worker_<rank>.log (default {DEFAULTS["LOG_DIR"]})
-  JOIN           True: show the logs and wait for the end; False: run in the background, its end is written to
+  LOG_DIR        folder of the logs (default {DEFAULTS["LOG_DIR"]})
+  JOIN           True: show the logs and wait for the end; False: run in the background, {self.logged} goes to
                  LOG_DIR/launcher.log (default False)
-  TIMEOUT        seconds for all workers to find the master, -1 for ever (default {DEFAULTS["TIMEOUT"]})
+  TIMEOUT        seconds for all workers to find the master, -1 {self.forever} (default {DEFAULTS["TIMEOUT"]})
 environment:
-  MSRUN_DRY_RUN=1          print the command and stop
-  MSRUN_BIND_CORE=False    do not bind workers to cores
-  MF_LOG_SUFFIX=x          folders LOG_DIR_x and output/log_x
-  LOG_MF_PATH, PLOG_REDIRECT_TO_OUTPUT=True   as in MindFormers
+  {self.only_shows + "=1":<24} print the command and stop
+{self.variables}
 exit code: 0 done (JOIN False: started), 1 the job failed or the number of arguments is wrong, 2 a mistake in the
-arguments, 130 stopped.
+arguments{self.stopped}.
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the launcher."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments in (["-h"], ["--help"]):
-        print(HELP, end="")
-        return 0
-    try:
-        launch = read_launch(arguments, os.environ)
-        command, environment = command_of(launch, os.environ), environment_of(os.environ)
-        if os.environ.get("MSRUN_DRY_RUN", "") not in ("", "0", "False"):
-            print(shlex.join(command))
-            return 0
-        if launch.workers > 1:
-            check_master(launch)
-    except WrongCountError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1  # as MindFormers' launcher
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_MISTAKE
-    print(f"Running: {shlex.join(command)}\nLogs: {launch.log_dir.absolute()}", flush=True)
-    if launch.join:
-        return _supervise(launch, command, environment)
-    return _in_background(launch, command, environment)
-
-
-def _supervise(launch: Launch, command: Sequence[str], environment: dict[str, str]) -> int:
+def _supervised(launch: Launch, command: Sequence[str], environment: Mapping[str, str]) -> int:
     from mindformers_ext.jobs.launch.supervise import supervise
 
-    return supervise(launch, command, environment, lambda text: print(text, end="", flush=True))
+    code = supervise(launch, command, environment, lambda text: print(text, end="", flush=True))
+    if not launch.join:
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} the job ended with exit code {code}", flush=True)
+    return code
 
 
-def _in_background(launch: Launch, command: Sequence[str], environment: dict[str, str]) -> int:
-    """Watch the job from a process of its own, which outlives this one and its terminal."""
-    launch.log_dir.mkdir(parents=True, exist_ok=True)
-    log = launch.log_dir / "launcher.log"
-    log.write_text("", encoding="utf-8")
-    sys.stdout.flush()
-    watcher = os.fork()
-    if watcher:
-        print(f"The job runs in the background; how it ends is written to {log.absolute()}. Stop it: kill {watcher}")
+def _replaced(launch: Launch, command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Become torchrun, which ends its workers when it is ended itself."""
+    os.execve(command[0], list(command), dict(environment))
+
+
+MSRUN = BackEnd(
+    name="msrun",
+    script=MSRUN_SCRIPT,
+    command=msrun_command,
+    environment=msrun_environment,
+    start=_supervised,
+    forever="for ever",
+    logged="how it ends",
+    stopped=", 130 stopped",
+    variables="""\
+  MSRUN_BIND_CORE=False    do not bind workers to cores
+  MF_LOG_SUFFIX=x          folders LOG_DIR_x and output/log_x
+  LOG_MF_PATH, PLOG_REDIRECT_TO_OUTPUT=True   as in MindFormers""",
+)
+TORCHRUN = BackEnd(
+    name="torchrun",
+    script="torchrun_launcher.sh",
+    command=torchrun_command,
+    environment=with_package,
+    start=_replaced,
+    forever="for a week",
+    logged="its output",
+    variables="  MF_LOG_SUFFIX=x          folder LOG_DIR_x",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the launcher; ``--torchrun`` in front of the arguments chooses torchrun instead of msrun."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    end = TORCHRUN if arguments[:1] == ["--torchrun"] else MSRUN
+    arguments = arguments[end is TORCHRUN :]
+    if arguments in (["-h"], ["--help"]):
+        print(end.help(), end="")
         return 0
-    os.setsid()
-    with open(os.devnull, "rb") as nothing, open(log, "ab", buffering=0) as file:
-        os.dup2(nothing.fileno(), 0)
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    code = _supervise(launch, command, environment)
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} the job ended with exit code {code}", flush=True)
-    os._exit(code)  # nothing of the caller may run in this copy of it
+    return exit_code(lambda _: _launch(end, arguments), argparse.Namespace(), unwinds=False)
+
+
+def _launch(end: BackEnd, arguments: Sequence[str]) -> int:
+    try:
+        launch = read_launch(arguments, os.environ, end.script)
+    except WrongCountError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED  # as MindFormers' launcher
+    command, environment = end.command(launch, os.environ), end.environment(os.environ)
+    if os.environ.get(end.only_shows, "") not in ("", "0", "False"):
+        print(shlex.join(command))
+        return 0
+    if launch.workers > 1:
+        check_master(launch, end.script)
+    print(f"Running: {shlex.join(command)}\nLogs: {launch.log_dir.absolute()}", flush=True)
+    launch.log_dir.mkdir(parents=True, exist_ok=True)
+    if launch.join:
+        return end.start(launch, command, environment)
+    log = launch.log_dir / "launcher.log"
+    watcher = _fork_away(log)
+    if watcher:
+        print(f"The job runs in the background; {end.logged} goes to {log.absolute()}. Stop it: kill {watcher}")
+        return 0
+    os._exit(end.start(launch, command, environment))  # nothing of the caller may run in this copy of it
+
+
+def _fork_away(log: Path) -> int:
+    """A copy of this process, which outlives it and its terminal and writes to ``log``: its pid, or 0 inside it."""
+    sys.stdout.flush()
+    with open(os.devnull, "rb") as nothing, open(log, "wb", buffering=0) as file:  # there before this process ends
+        watcher = os.fork()
+        if not watcher:
+            os.setsid()
+            os.dup2(nothing.fileno(), 0)
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+    return watcher
 
 
 if __name__ == "__main__":

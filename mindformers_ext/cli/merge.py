@@ -6,12 +6,11 @@ from __future__ import annotations
 import argparse
 import resource
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mindformers_ext.cli.command import Command
 from mindformers_ext.cli.merge_flags import check_flags, common, device_of, switch
-from mindformers_ext.cli.outcome import exit_code
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest
@@ -24,17 +23,9 @@ EPILOG = """examples (mergekit's YAML files and flags work as they are):
 LAYOUTS = ("per_expert", "fused")
 
 
-def parser() -> argparse.ArgumentParser:
+def _options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    result = argparse.ArgumentParser(
-        prog="merge.py",
-        description="Merge Hugging Face models in one pass over their files. Everything is checked before any data is "
-        "read; the output folder appears whole or not at all.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    commands = result.add_subparsers(dest="command", required=True, metavar="yaml|moe")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="yaml|moe")
     commands.add_parser(
         "yaml",
         parents=[common()],
@@ -63,12 +54,6 @@ def parser() -> argparse.ArgumentParser:
     switch(
         moe, "--i-understand-this-is-not-useful-without-training", False, "allow experts that are all the same model"
     )
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 on success, 2 on a user's mistake."""
-    return exit_code(run, parser().parse_args(argv))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -97,7 +82,7 @@ def _summary(arguments: argparse.Namespace, report: MergeReport) -> str:
 
 def _output(arguments: argparse.Namespace) -> OutputRequest:
     from mindformers_ext.jobs.merge.output import OutputRequest
-    from mindformers_ext.jobs.merge.sizes import shard_bytes
+    from mindformers_ext.jobs.merge.shard_size import shard_bytes
 
     return OutputRequest(
         folder=Path(arguments.out),
@@ -143,6 +128,17 @@ def _moe(arguments: argparse.Namespace) -> MergeReport:
         device=device_of(arguments),
     )
     return assemble(request, write=not arguments.dry_run)
+
+
+COMMAND = Command(
+    prog="merge.py",
+    description="Merge Hugging Face models in one pass over their files. Everything is checked before any data is "
+    "read; the output folder appears whole or not at all.",
+    epilog=EPILOG,
+    options=_options,
+    run=run,
+)
+parser, main = COMMAND.parser, COMMAND.main
 
 
 if __name__ == "__main__":

@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
-from mindformers_ext.cli.convert import switch
-from mindformers_ext.cli.outcome import exit_code
+from mindformers_ext.cli.command import Command, add_switch
 
 EPILOG = """examples:
   python tools/merge_lora.py --base data/ms/mixtral.ckpt --adapter output/checkpoint --output data/ms/merged.ckpt
@@ -16,30 +14,17 @@ EPILOG = """examples:
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def _options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    result = argparse.ArgumentParser(
-        prog="merge_lora.py",
-        description="Add the LoRA adapters of a finetuning run to the weights they were trained on: W + lora_alpha / "
-        "lora_rank * B A. The result loads like the base, without pet_config.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    result.add_argument("--base", type=Path, required=True, help="whole checkpoint of the base, dense layout")
-    result.add_argument(
+    parser.add_argument("--base", type=Path, required=True, help="whole checkpoint of the base, dense layout")
+    parser.add_argument(
         "--adapter", type=Path, required=True, help="checkpoint of the run with pet_config, or its folder 'checkpoint'"
     )
-    result.add_argument("--output", type=Path, required=True, help=".ckpt or .safetensors to write")
-    result.add_argument(
+    parser.add_argument("--output", type=Path, required=True, help=".ckpt or .safetensors to write")
+    parser.add_argument(
         "--lora_scaling", type=float, help="lora_alpha / lora_rank (default: from the run's adapter_config.json)"
     )
-    switch(result, "--overwrite", "replace an existing output")
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 on success, 2 on a user's mistake."""
-    return exit_code(_run, parser().parse_args(argv))
+    add_switch(parser, "--overwrite", "replace an existing output")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -48,3 +33,14 @@ def _run(arguments: argparse.Namespace) -> int:
     done = merge_lora(arguments.base, arguments.adapter, arguments.output, arguments.lora_scaling, arguments.overwrite)
     print(f"{arguments.output}: {done.tensors} tensors, adapters added to {len(done.layers)}, factor {done.scale:g}")
     return 0
+
+
+COMMAND = Command(
+    prog="merge_lora.py",
+    description="Add the LoRA adapters of a finetuning run to the weights they were trained on: W + lora_alpha / "
+    "lora_rank * B A. The result loads like the base, without pet_config.",
+    epilog=EPILOG,
+    options=_options,
+    run=_run,
+)
+parser, main = COMMAND.parser, COMMAND.main

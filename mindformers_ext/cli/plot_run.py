@@ -4,26 +4,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
-from mindformers_ext.cli.outcome import exit_code
+from mindformers_ext.cli.command import Command
 
 
-def parser() -> argparse.ArgumentParser:
+def _options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    result = argparse.ArgumentParser(
-        prog="plot_run.py",
-        description="Plot a training run of run_mindformer.py from its metrics: loss.png (loss, LM loss, aux loss, "
-        "learning rate) and, with experts, expert_load.png (share of tokens per expert, imbalance, drops).",
-    )
-    result.add_argument("run_folder", type=Path, help="the run's output_dir; the pictures are written there")
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 on success, 2 on a user's mistake."""
-    return exit_code(_run, parser().parse_args(argv))
+    parser.add_argument("run_folder", type=Path, help="the run's output_dir; the pictures are written there")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -32,3 +20,13 @@ def _run(arguments: argparse.Namespace) -> int:
     for picture in plot_run(arguments.run_folder):
         print(f"wrote {picture}")
     return 0
+
+
+COMMAND = Command(
+    prog="plot_run.py",
+    description="Plot a training run of run_mindformer.py from its metrics: loss.png (loss, LM loss, aux loss, "
+    "learning rate) and, with experts, expert_load.png (share of tokens per expert, imbalance, drops).",
+    options=_options,
+    run=_run,
+)
+parser, main = COMMAND.parser, COMMAND.main

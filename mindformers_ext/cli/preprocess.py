@@ -6,11 +6,10 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mindformers_ext.cli.outcome import exit_code
+from mindformers_ext.cli.command import Command
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.preprocess.preprocess import Summary
@@ -30,29 +29,20 @@ EPILOG = """examples:
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def _options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    result = argparse.ArgumentParser(
-        prog="llama_preprocess.py",
-        description="Turn text into MindRecord files of token rows. Text streams: no file needs to fit into memory. "
-        "The rows are the same for any number of workers; files appear whole or not at all.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    _add_inputs(result)
-    _add_rows(result)
-    result.add_argument("--output_file", type=Path, required=True, help="file to write, best named X.mindrecord")
-    result.add_argument("--file_partition", type=int, default=1, help="files to spread the rows over: X0, X1, ...")
-    result.add_argument("--overwrite", action="store_true", help="replace existing outputs")
-    result.add_argument("--summary", type=Path, help="where the counts go as JSON (default OUTPUT_FILE.summary.json)")
-    result.add_argument(
+    _add_inputs(parser)
+    _add_rows(parser)
+    parser.add_argument("--output_file", type=Path, required=True, help="file to write, best named X.mindrecord")
+    parser.add_argument("--file_partition", type=int, default=1, help="files to spread the rows over: X0, X1, ...")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
+    parser.add_argument("--summary", type=Path, help="where the counts go as JSON (default OUTPUT_FILE.summary.json)")
+    parser.add_argument(
         "--workers",
         type=int,
         default=cores(),
         help="processes that tokenise (default: the cores, here %(default)s; fewer where the input is small)",
     )
-    return result
 
 
 def _add_inputs(target: argparse.ArgumentParser) -> None:
@@ -106,11 +96,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 on success, 2 on a user's mistake."""
-    return exit_code(_run, parser().parse_args(argv))
-
-
 def _run(arguments: argparse.Namespace) -> int:
     from mindformers_ext.jobs.preprocess.preprocess import preprocess
     from mindformers_ext.jobs.preprocess.request import PreprocessRequest
@@ -150,3 +135,14 @@ def report(summary: Summary, seconds: float) -> list[str]:
     if "mindrecord" not in Path(names[0]).name:
         lines.append("note: run_mindformer.py reads files whose names end in .mindrecord")
     return lines
+
+
+COMMAND = Command(
+    prog="llama_preprocess.py",
+    description="Turn text into MindRecord files of token rows. Text streams: no file needs to fit into memory. "
+    "The rows are the same for any number of workers; files appear whole or not at all.",
+    epilog=EPILOG,
+    options=_options,
+    run=_run,
+)
+parser, main = COMMAND.parser, COMMAND.main

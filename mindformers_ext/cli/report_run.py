@@ -4,33 +4,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
-from mindformers_ext.cli.outcome import exit_code
+from mindformers_ext.cli.command import Command
 
 NOT_LEARNED = 1
 
 
-def parser() -> argparse.ArgumentParser:
+def _options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    result = argparse.ArgumentParser(
-        prog="report_run.py",
-        description="Write report.md into a run's folder: losses, speed, drops, balance, pictures. Exit code 1 when "
-        "the loss did not fall enough.",
-    )
-    result.add_argument("run_folder", type=Path, help="the run's output_dir")
-    result.add_argument("--parity", type=Path, help="saved output of check_parity.py; its last line goes in")
-    result.add_argument("--sample", type=Path, help="what the model wrote: text_generation_result.txt")
-    result.add_argument(
+    parser.add_argument("run_folder", type=Path, help="the run's output_dir")
+    parser.add_argument("--parity", type=Path, help="saved output of check_parity.py; its last line goes in")
+    parser.add_argument("--sample", type=Path, help="what the model wrote: text_generation_result.txt")
+    parser.add_argument(
         "--max_loss_ratio", type=float, default=0.75, help="mean loss of the last 20 steps over the first 20 (0.75)"
     )
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 when the run learned, 1 when not, 2 on a user's mistake."""
-    return exit_code(_run, parser().parse_args(argv))
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -43,3 +31,13 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     print(f"wrote {report.path}")
     return 0 if report.learned else NOT_LEARNED
+
+
+COMMAND = Command(
+    prog="report_run.py",
+    description="Write report.md into a run's folder: losses, speed, drops, balance, pictures. Exit code 1 when "
+    "the loss did not fall enough.",
+    options=_options,
+    run=_run,
+)
+parser, main = COMMAND.parser, COMMAND.main

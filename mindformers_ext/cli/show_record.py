@@ -7,11 +7,10 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mindformers_ext.cli.outcome import exit_code
+from mindformers_ext.cli.command import Command
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.preprocess.show import ShownRecord
@@ -29,38 +28,25 @@ GREEN, DIM, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-def parser() -> argparse.ArgumentParser:
+def _options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    result = argparse.ArgumentParser(
-        prog="show_record.py",
-        description="Print records of a MindRecord file as text, with the part that bears loss marked.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    result.add_argument("file", type=Path, help="MindRecord with input_ids, and labels where it is for finetuning")
-    result.add_argument(
+    parser.add_argument("file", type=Path, help="MindRecord with input_ids, and labels where it is for finetuning")
+    parser.add_argument(
         "--model_file",
         type=Path,
         required=True,
         help="the tokenizer the file was made with: tokenizer.model, tokenizer.json, or a folder with one",
     )
-    result.add_argument("--n", type=int, default=3, help="records to show (default 3)")
-    result.add_argument("--skip", type=int, default=0, help="records to pass over first (default 0)")
-    result.add_argument("--pad_id", type=int, help="pad_token_id of the network (default: as llama_preprocess.py)")
-    result.add_argument("--ignore_id", type=int, default=-100, help="label that bears no loss (default -100)")
-    result.add_argument(
+    parser.add_argument("--n", type=int, default=3, help="records to show (default 3)")
+    parser.add_argument("--skip", type=int, default=0, help="records to pass over first (default 0)")
+    parser.add_argument("--pad_id", type=int, help="pad_token_id of the network (default: as llama_preprocess.py)")
+    parser.add_argument("--ignore_id", type=int, default=-100, help="label that bears no loss (default -100)")
+    parser.add_argument(
         "--color",
         choices=("auto", "always", "never"),
         default="auto",
         help="mark by colour, or by [[ ]] (default auto: colour on a terminal)",
     )
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 on success, 2 on a user's mistake."""
-    return exit_code(_run, parser().parse_args(argv))
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -118,3 +104,13 @@ def _print(line: str) -> None:
     """What stdout's encoding cannot write is written as its escape."""
     encoding = sys.stdout.encoding or "utf-8"
     print(line.encode(encoding, errors="backslashreplace").decode(encoding))
+
+
+COMMAND = Command(
+    prog="show_record.py",
+    description="Print records of a MindRecord file as text, with the part that bears loss marked.",
+    epilog=EPILOG,
+    options=_options,
+    run=_run,
+)
+parser, main = COMMAND.parser, COMMAND.main

@@ -4,34 +4,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
-from mindformers_ext.cli.outcome import exit_code
+from mindformers_ext.cli.command import Command
 from mindformers_ext.core.errors import UserError
 
 DEFAULT_VOCAB = 2000
 
 
-def parser() -> argparse.ArgumentParser:
+def _options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    result = argparse.ArgumentParser(
-        prog="make_tiny_corpus.py",
-        description="Make a small corpus from the documentation inside Python's standard library: text for training "
-        "and evaluation as JSON lines, and a SentencePiece tokenizer trained on it. "
-        "tools/dataset_preprocess/llama/llama_preprocess.py turns them into MindRecord files of token rows.",
-    )
-    result.add_argument("--output_dir", type=Path, required=True, help="folder for all files")
-    result.add_argument("--config", type=Path, help="take vocab_size from this MindFormers YAML")
-    result.add_argument("--vocab_size", type=int, help="pieces of the tokenizer (default 2000)")
-    result.add_argument("--max_bytes", type=int, default=3_000_000, help="stop collecting text there (default 3000000)")
-    result.add_argument("--held_out_every", type=int, default=20, help="each n-th document is for eval (default 20)")
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 on success, 2 on a user's mistake."""
-    return exit_code(_run, parser().parse_args(argv))
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for all files")
+    parser.add_argument("--config", type=Path, help="take vocab_size from this MindFormers YAML")
+    parser.add_argument("--vocab_size", type=int, help="pieces of the tokenizer (default 2000)")
+    parser.add_argument("--max_bytes", type=int, default=3_000_000, help="stop collecting text there (default 3000000)")
+    parser.add_argument("--held_out_every", type=int, default=20, help="each n-th document is for eval (default 20)")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -62,3 +49,14 @@ def _vocab_size(arguments: argparse.Namespace) -> int:
     if arguments.vocab_size is not None:
         raise UserError("--config already says vocab_size: give the size in one place")
     return spec_from_yaml_file(arguments.config).model.vocab_size
+
+
+COMMAND = Command(
+    prog="make_tiny_corpus.py",
+    description="Make a small corpus from the documentation inside Python's standard library: text for training "
+    "and evaluation as JSON lines, and a SentencePiece tokenizer trained on it. "
+    "tools/dataset_preprocess/llama/llama_preprocess.py turns them into MindRecord files of token rows.",
+    options=_options,
+    run=_run,
+)
+parser, main = COMMAND.parser, COMMAND.main

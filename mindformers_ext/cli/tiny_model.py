@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mindformers_ext.cli.outcome import exit_code
+from mindformers_ext.cli.command import Command
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import ModelSpec, MoESpec
 
@@ -24,29 +23,18 @@ SIZES = {
 EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
 
 
-def parser() -> argparse.ArgumentParser:
+def _options(parser: argparse.ArgumentParser) -> None:
     """The command's options. Sizes default to None, so that ``--config`` beside a size can be refused."""
-    result = argparse.ArgumentParser(
-        prog="make_tiny_model.py",
-        description="Write a Hugging Face Mixtral (or LLaMA) folder with random weights that transformers loads. "
-        "Sizes come from a training YAML (--config) or from the options below.",
-    )
-    result.add_argument("--output_dir", type=Path, required=True, help="the model folder to write")
-    result.add_argument(
+    parser.add_argument("--output_dir", type=Path, required=True, help="the model folder to write")
+    parser.add_argument(
         "--config", type=Path, help="a MindFormers YAML, for example configs/tiny/mixtral_pretrain.yaml"
     )
-    result.add_argument("--model", choices=("mixtral", "llama"), help="without --config: which model (default mixtral)")
+    parser.add_argument("--model", choices=("mixtral", "llama"), help="without --config: which model (default mixtral)")
     for name, value in {**SIZES, **EXPERTS}.items():
-        result.add_argument(f"--{name}", type=int, help=f"without --config (default {value})")
-    result.add_argument("--tokenizer", type=Path, help="a SentencePiece model (tokenizer.model) to add to the folder")
-    result.add_argument("--seed", type=int, default=0, help="of the random weights (default 0)")
-    result.add_argument("--overwrite", action="store_true", help="replace a folder that exists")
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 on success, 2 on a user's mistake."""
-    return exit_code(_run, parser().parse_args(argv))
+        parser.add_argument(f"--{name}", type=int, help=f"without --config (default {value})")
+    parser.add_argument("--tokenizer", type=Path, help="a SentencePiece model (tokenizer.model) to add to the folder")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights (default 0)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder that exists")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -90,3 +78,13 @@ def _spec(arguments: argparse.Namespace) -> ModelSpec:
 def _chosen(arguments: argparse.Namespace, name: str, default: int) -> int:
     value = getattr(arguments, name)
     return default if value is None else value
+
+
+COMMAND = Command(
+    prog="make_tiny_model.py",
+    description="Write a Hugging Face Mixtral (or LLaMA) folder with random weights that transformers loads. "
+    "Sizes come from a training YAML (--config) or from the options below.",
+    options=_options,
+    run=_run,
+)
+parser, main = COMMAND.parser, COMMAND.main

@@ -5,11 +5,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from mindformers_ext.cli.convert import boolean
-from mindformers_ext.cli.outcome import exit_code
+from mindformers_ext.cli.command import Command, add_switch, optional_path
 from mindformers_ext.core.errors import UserError
 
 EPILOG = """examples:
@@ -31,56 +28,34 @@ NUMBERS = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
+def _options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    result = argparse.ArgumentParser(
-        prog="transform_ckpt.py",
-        description="Merge the ranks of a checkpoint, cut a whole one, or cut ranks anew, by MindSpore's strategy "
-        "files. Tensors stream in pieces; everything is checked before the first byte is written.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
     for name, others, text in PATHS:
-        result.add_argument(name, *others, default="", metavar="PATH", help=text)
-    result.add_argument("--prefix", default="checkpoint_", help="start of the files' names (default checkpoint_)")
+        parser.add_argument(name, *others, type=optional_path, default="", metavar="PATH", help=text)
+    parser.add_argument("--prefix", default="checkpoint_", help="start of the files' names (default checkpoint_)")
     for name, text in NUMBERS:
-        result.add_argument(name, type=int, help=text)
-    result.add_argument(
+        parser.add_argument(name, type=int, help=text)
+    parser.add_argument(
         "--transform_process_num", "--process_num", type=int, default=1, help="processes; must divide the target ranks"
     )
-    _switch(result, "--transform_by_rank", "accepted: files are always made rank by rank here")
-    result.add_argument("--output_format", choices=("ckpt", "safetensors"), help="default: the source's format")
-    result.add_argument("--pick", help="where a rank folder holds several files: last, or the end of the name (3_2)")
-    result.add_argument(
+    add_switch(parser, "--transform_by_rank", "accepted: files are always made rank by rank here")
+    parser.add_argument("--output_format", choices=("ckpt", "safetensors"), help="default: the source's format")
+    parser.add_argument("--pick", help="where a rank folder holds several files: last, or the end of the name (3_2)")
+    parser.add_argument(
         "--unlisted",
         choices=("error", "copy"),
         default="error",
         help="tensors that the target strategy does not list: an error, or whole on every rank",
     )
-    _switch(result, "--check_copies", "compare what several source ranks hold alike (reads every file once more)")
-    _switch(result, "--overwrite", "replace existing outputs")
-    _switch(result, "--dry_run", "check everything and print the plan, write nothing")
-    return result
-
-
-def _switch(target: argparse.ArgumentParser, name: str, text: str) -> None:
-    target.add_argument(name, type=boolean, nargs="?", const=True, default=False, metavar="True|False", help=text)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 on success, 2 on a user's mistake."""
-    return exit_code(_run, parser().parse_args(argv))
-
-
-def _path(text: str) -> Path | None:
-    return Path(text) if text not in ("", "None") else None
+    add_switch(parser, "--check_copies", "compare what several source ranks hold alike (reads every file once more)")
+    add_switch(parser, "--overwrite", "replace existing outputs")
+    add_switch(parser, "--dry_run", "check everything and print the plan, write nothing")
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from mindformers_ext.jobs.checkpoint.transform import TransformRequest, transform
 
-    source, target = _path(arguments.src_ckpt_dir), _path(arguments.dst_ckpt_dir)
+    source, target = arguments.src_ckpt_dir, arguments.dst_ckpt_dir
     if source is None or target is None:
         raise UserError("--src_ckpt_dir and --dst_ckpt_dir are both needed: give the source and the folder to write")
     if not arguments.prefix or "/" in arguments.prefix or arguments.prefix.startswith("."):
@@ -89,8 +64,8 @@ def _run(arguments: argparse.Namespace) -> int:
         TransformRequest(
             src_ckpt_dir=source,
             dst_ckpt_dir=target,
-            src_strategy=_path(arguments.src_ckpt_strategy),
-            dst_strategy=_path(arguments.dst_ckpt_strategy),
+            src_strategy=arguments.src_ckpt_strategy,
+            dst_strategy=arguments.dst_ckpt_strategy,
             prefix=arguments.prefix,
             output_format=arguments.output_format,
             rank_id=arguments.rank_id,
@@ -117,3 +92,14 @@ def _run(arguments: argparse.Namespace) -> int:
     written = f"{report.nbytes / 1e9:.3f} GB in {report.seconds:.1f} s ({speed:.0f} MB/s)"
     print(f"{target}: {len(report.files)} ranks, {written}")
     return 0
+
+
+COMMAND = Command(
+    prog="transform_ckpt.py",
+    description="Merge the ranks of a checkpoint, cut a whole one, or cut ranks anew, by MindSpore's strategy "
+    "files. Tensors stream in pieces; everything is checked before the first byte is written.",
+    epilog=EPILOG,
+    options=_options,
+    run=_run,
+)
+parser, main = COMMAND.parser, COMMAND.main

@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-LISTED = 20  # known words a message lists in full
+LISTED = 20  # names, numbers or known words that a message lists in full
 
 
 class UserError(ValueError):
@@ -44,6 +44,11 @@ class Problems:
                 f"{whole_name}={whole} is not a multiple of {part_name}={part}", f"use {near}, or change {part_name}"
             )
 
+    def add_names(self, noun: str, what: str, names: Sequence[object], advice: str) -> None:
+        """One broken rule of all ``names`` together, if there are any: "3 tensors are missing: a, b, c"."""
+        if names:
+            self.add(f"{len(names)} {noun} {what}: {listed(names)}", advice)
+
     def unknown_keys(self, where: str, given: Iterable[str], known: Iterable[str]) -> None:
         """Every given key must be known; the nearest known key is named."""
         names = sorted(known)
@@ -59,11 +64,17 @@ class Problems:
             raise UserError(f"{self.subject}: {count}\n{listed}")
 
 
+def listed(items: Sequence[object]) -> str:
+    """The first of ``items``, and how many more there are."""
+    more = f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
+    return ", ".join(map(str, items[:LISTED])) + more
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """Advice that names the known word nearest to ``name``."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
         return f"did you mean '{close[0]}'?"
     if len(known) <= LISTED:
-        return "known: " + ", ".join(known)
+        return "known: " + listed(known)
     return "the nearest known are " + ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.0))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.formats.json_pairs import TwiceError, no_twins
 
 CHUNK = 1 << 20  # bytes read at once
 NEAR_END = 16  # characters; an error closer to the end of what is read may be due to the missing rest
@@ -95,24 +96,13 @@ def decoded(path: Path, progress: Callable[[int], object]) -> Iterator[str]:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _TwiceError(next(name for name in names if names.count(name) > 1))
-    return result
-
-
-class _TwiceError(ValueError):
-    """A name that an object holds twice; JSON readers would keep the last and drop the others silently."""
-
-
 def _spoiled(error: Exception) -> str:
-    twice = isinstance(error, _TwiceError)
-    return f"the record holds the name '{error}' twice; leave one" if twice else "the record is nested too deeply"
+    if isinstance(error, TwiceError):
+        return f"the record holds the name '{error.name}' twice; leave one"
+    return "the record is nested too deeply"
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+_DECODER = json.JSONDecoder(object_pairs_hook=no_twins)
 
 
 @dataclass
@@ -198,7 +188,7 @@ class _Scanner:
             value, stop = _DECODER.raw_decode(text)
         except json.JSONDecodeError as error:
             raise self.error(f"not JSON ({error.msg}, column {error.colno}); write one whole object a line") from error
-        except (_TwiceError, RecursionError) as error:
+        except (TwiceError, RecursionError) as error:
             raise self.error(_spoiled(error)) from error
         if text[stop:].strip():
             raise self.error("there is text after the object; write one object a line")
@@ -219,7 +209,7 @@ class _Scanner:
                 bad = line + self.text.count("\n", self.place, error.pos)
                 what = "the file ends inside a record" if cut_off and self.ended else "not JSON"
                 raise self.error(f"{what} ({error.msg}); the record begins in line {line}", bad) from error
-            except (_TwiceError, RecursionError) as error:
+            except (TwiceError, RecursionError) as error:
                 raise self.error(_spoiled(error)) from error
 
     @staticmethod

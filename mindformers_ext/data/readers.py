@@ -19,6 +19,7 @@ from typing import NamedTuple
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.data.json_records import decoded, read_records
 from mindformers_ext.data.wiki_text import clean_stream, count_closers, is_heading
+from mindformers_ext.formats.atomic import fresh_file
 
 FRAGMENT = 4096  # characters; SentencePiece's time per token grows with the text's length
 PENDING = 1 << 18  # characters of an unfinished document that wait for its end
@@ -101,11 +102,9 @@ def read_jsonl(path: Path, field: str, cutting: Cutting, progress: Progress | No
 
 def write_jsonl(path: Path, documents: list[str]) -> None:
     """Write one ``{"text": ...}`` a line, beside ``path`` first and then renamed into place."""
-    beside = path.with_name(path.name + ".part")
-    with beside.open("w", encoding="utf-8", newline="\n") as file:
+    with fresh_file(path, overwrite=True) as beside, beside.open("w", encoding="utf-8", newline="\n") as file:
         for text in documents:
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-    beside.replace(path)
 
 
 def cut(text: str, cutting: Cutting, first: bool = True, last: bool = True, glued: bool = False) -> Iterator[Fragment]:

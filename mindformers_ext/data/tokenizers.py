@@ -18,6 +18,7 @@ import numpy as np
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.data.hf_tokenizer import HuggingFaceTokenizer
 from mindformers_ext.data.word_cache import WordEncoder, is_separable
+from mindformers_ext.formats.atomic import fresh_file
 
 # LLaMA's first three ids, and a padding id of its own: with pad == unk a loss that masks padding also drops every
 # unknown token (found in MindFormers' preprocessing, spec section 6).
@@ -186,7 +187,6 @@ def train_sentencepiece(documents: Iterable[str], path: Path, vocab_size: int) -
         )
     except RuntimeError as error:
         raise UserError(f"cannot train a tokenizer of {vocab_size} pieces: {error}; give more text or fewer") from error
-    beside = path.with_name(path.name + ".part")
-    beside.write_bytes(buffer.getvalue())
-    beside.replace(path)
+    with fresh_file(path, overwrite=True) as beside:
+        beside.write_bytes(buffer.getvalue())
     return SentencePieceTokenizer(path)

@@ -52,6 +52,18 @@ def fresh_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
         os.close(descriptor)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a short file whole, in place of an older one. Several processes may write the same text at once."""
+    beside = path.parent / f".{path.name}.{os.getpid()}"
+    try:
+        beside.write_text(text, encoding="utf-8")
+        flush(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    flush(path.parent)
+
+
 @contextmanager
 def fresh_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a folder to fill; on success it becomes ``path``, on an exception it is removed.

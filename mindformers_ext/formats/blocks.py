@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import TracebackType
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.tensors import Array, Index, TensorInfo
 
 Range = tuple[int, int]
+_Writer = TypeVar("_Writer", bound="NewFile")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,44 @@ def open_new(path: Path) -> BinaryIO:
     if os.fstat(descriptor).st_size:
         os.ftruncate(descriptor, 0)
     return os.fdopen(descriptor, "wb")
+
+
+class NewFile:
+    """What writers of one file share: the file, open and empty, closed when the ``with`` block ends."""
+
+    def __init__(self, path: Path) -> None:
+        """Open ``path`` to write."""
+        self._file = open_new(path)
+
+    def __enter__(self: _Writer) -> _Writer:
+        """The writer itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def checked_bytes(info: TensorInfo, parts: Iterable[Array]) -> Iterator[tuple[int, memoryview]]:
+    """The bytes of consecutive ``parts`` (C order) of one tensor, each with its place among the tensor's bytes.
+
+    A caller that drops what it got before it asks for more keeps one part alive at a time.
+
+    Raises:
+        ValueError: the parts are not of the type or not the ``nbytes`` that ``info`` announces.
+    """
+    done = 0
+    for part in parts:
+        data = byte_view(np.ascontiguousarray(part)).data
+        if part.dtype != info.dtype or done + len(data) > info.nbytes:
+            raise ValueError(f"'{info.name}': a part of {part.dtype}{part.shape} does not fit {info}")
+        yield done, data
+        done += len(data)
+        del part, data  # or it lives on while the next one is made
+    if done != info.nbytes:
+        raise ValueError(f"'{info.name}': {done} bytes came, {info.nbytes} were announced")
 
 
 def read_stored(file: OpenFile, tensor: StoredTensor, index: Index = ()) -> Array:

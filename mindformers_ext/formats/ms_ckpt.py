@@ -13,13 +13,12 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.formats.blocks import Block, OpenFile, StoredTensor, byte_view, open_new, read_stored
+from mindformers_ext.formats.blocks import Block, NewFile, OpenFile, StoredTensor, checked_bytes, read_stored
 from mindformers_ext.formats.dtypes import BY_MINDSPORE, BY_NUMPY
 from mindformers_ext.formats.tensors import Array, Index, TensorInfo
 from mindformers_ext.formats.wire import BYTES, VARINT, Cursor, bytes_field, varint, varint_field
@@ -165,12 +164,12 @@ def _join(path: Path, slices: list[Part]) -> StoredTensor:
     return StoredTensor(TensorInfo(tag, shape, dtype), blocks)
 
 
-class CkptWriter:
+class CkptWriter(NewFile):
     """Appends tensors to a new ``.ckpt``, one at a time; nothing of a tensor is kept or copied."""
 
     def __init__(self, path: Path, slice_bytes: int = SLICE_BYTES) -> None:
         """Tensors above ``slice_bytes`` are cut into slices of that size."""
-        self._file = open_new(path)
+        super().__init__(path)
         self._names: set[str] = set()
         self._slice = slice_bytes
 
@@ -192,11 +191,7 @@ class CkptWriter:
                 f"'{info.name}' {info.shape} is empty: MindSpore's .ckpt cannot hold it; write .safetensors"
             )
         self._names.add(info.name)
-        done = 0
-        for part in parts:
-            data = byte_view(np.ascontiguousarray(part)).data
-            if part.dtype != info.dtype or done + len(data) > info.nbytes:
-                raise ValueError(f"'{info.name}': a part of {part.dtype}{part.shape} does not fit {info}")
+        for done, data in checked_bytes(info, parts):
             while data:
                 if done % self._slice == 0:
                     self._file.write(_slice_head(info, min(self._slice, info.nbytes - done)))
@@ -204,19 +199,7 @@ class CkptWriter:
                 self._file.write(piece)
                 done += len(piece)
                 data = data[len(piece) :]
-            del part, data  # or it lives on while the next one is made
-        if done != info.nbytes:
-            raise ValueError(f"'{info.name}': {done} bytes came, {info.nbytes} were announced")
-
-    def __enter__(self) -> CkptWriter:
-        """The writer itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the file."""
-        self._file.close()
+            del data  # or it lives on while the next one is made
 
 
 def _slice_head(info: TensorInfo, length: int) -> bytes:

@@ -6,17 +6,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.errors import Problems, UserError, listed
 from mindformers_ext.formats.ms_file import SUFFIXES
 
-LISTED = 10
 _RANK = re.compile(r"rank_(\d{1,9})")
-
-
-def shown(items: list[int] | list[str]) -> str:
-    """The first few of ``items`` and how many more there are."""
-    rest = f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
-    return ", ".join(map(str, items[:LISTED])) + rest
 
 
 def rank_folders(folder: Path) -> dict[int, Path]:
@@ -55,7 +48,7 @@ def rank_files(source: Path, label: str | None = None) -> dict[int, Path]:
     problems = Problems(f"checkpoint '{source}'")
     missing = sorted(set(range(max(folders) + 1)) - set(folders)) if max(folders) < 2**20 else [0]
     if missing:
-        problems.add(f"folder rank_{shown(missing)} is missing, rank_{max(folders)} is there", "copy all ranks")
+        problems.add(f"folder rank_{listed(missing)} is missing, rank_{max(folders)} is there", "copy all ranks")
     result = {}
     for rank, folder in folders.items():
         files = checkpoint_files(folder)
@@ -63,7 +56,8 @@ def rank_files(source: Path, label: str | None = None) -> dict[int, Path]:
             chosen = [file for file in files if _ends(file.stem, label)]
             if not chosen:
                 problems.add(
-                    f"rank_{rank} holds no file that ends in '{label}'", f"found {shown([file.name for file in files])}"
+                    f"rank_{rank} holds no file that ends in '{label}'",
+                    f"found {listed([file.name for file in files])}",
                 )
                 continue
             files = chosen
@@ -71,7 +65,7 @@ def rank_files(source: Path, label: str | None = None) -> dict[int, Path]:
             result[rank] = files[0]
         elif files:
             problems.add(
-                f"rank_{rank} holds {len(files)} checkpoint files: {shown([file.name for file in files])}",
+                f"rank_{rank} holds {len(files)} checkpoint files: {listed([file.name for file in files])}",
                 "keep one, or choose with --pick last or --pick ENDING, for example --pick 3_2",
             )
         else:
@@ -95,7 +89,7 @@ def _only_file(folder: Path) -> Path:
         return files[0]
     if files:
         raise UserError(
-            f"'{folder}' holds {len(files)} checkpoint files ({shown([file.name for file in files])}): "
+            f"'{folder}' holds {len(files)} checkpoint files ({listed([file.name for file in files])}): "
             "give the file itself, or a folder with rank_0, rank_1, .."
         )
     raise UserError(

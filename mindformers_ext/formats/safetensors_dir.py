@@ -15,18 +15,6 @@ from mindformers_ext.formats.safetensors_file import SafetensorsFile, Safetensor
 from mindformers_ext.formats.tensors import Array, Index, TensorInfo
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
 
 
 class SafetensorsDir:
@@ -110,15 +98,6 @@ def _check_index(problems: Problems, listed: Mapping[str, list[str] | None], pla
             problems.add(f"'{name}' is not in {file_name}", f"{INDEX} puts it there; copy that shard again")
         for name in sorted(held - set(names)):
             problems.add(f"'{name}' of {file_name} is not in {INDEX}", "index and shards belong to different models")
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "5GB", "500MB", "2GiB" or a plain number; anything else is a ``UserError``."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?", text.strip().upper())
-    size = int(float(match[1]) * UNITS[match[2] or ""]) if match and (match[2] or "") in UNITS else 0
-    if size <= 0:
-        raise UserError(f"size '{text}' is not understood: write a number with a unit, for example 5GB, 500MB or 2GiB")
-    return size
 
 
 def split_shards(targets: Sequence[TensorInfo], max_bytes: int) -> list[list[TensorInfo]]:

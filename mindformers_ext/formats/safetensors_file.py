@@ -14,11 +14,10 @@ from threading import Lock
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
 from mindformers_ext.core.errors import Problems, UserError
-from mindformers_ext.formats.blocks import Block, OpenFile, StoredTensor, byte_view, open_new, read_stored
+from mindformers_ext.formats.blocks import Block, NewFile, OpenFile, StoredTensor, checked_bytes, read_stored
 from mindformers_ext.formats.dtypes import BY_NUMPY, BY_SAFETENSORS
+from mindformers_ext.formats.json_pairs import no_twins
 from mindformers_ext.formats.tensors import Array, Index, TensorInfo
 
 MAX_HEADER = 100_000_000  # the library's own limit
@@ -57,23 +56,12 @@ def _header(file: OpenFile) -> tuple[dict[str, Any], int]:
             f"'{file.path}' is not a safetensors file or was cut: {file.size} bytes, header of {length} bytes promised"
         )
     try:
-        header = json.loads(file.bytes_at(8, length).decode("utf-8"), object_pairs_hook=_no_twins)
+        header = json.loads(file.bytes_at(8, length).decode("utf-8"), object_pairs_hook=no_twins)
     except (ValueError, RecursionError) as error:
         raise UserError(f"'{file.path}' is not a safetensors file: its header cannot be read ({error})") from error
     if not isinstance(header, dict):
         raise UserError(f"'{file.path}' is not a safetensors file: its header is no table")
     return header, 8 + length
-
-
-class _TwinError(ValueError):
-    """A JSON object names a key twice."""
-
-
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise _TwinError("a name occurs twice")
-    return result
 
 
 def _metadata(path: Path, header: dict[str, Any]) -> Mapping[str, str]:
@@ -121,7 +109,7 @@ def _entry_fault(entry: object) -> str | None:
     return None if len(offsets) == 2 and offsets[0] <= offsets[1] else f"has wrong data_offsets: {offsets}"
 
 
-class SafetensorsFileWriter:
+class SafetensorsFileWriter(NewFile):
     """Writes one file from tensors that come one at a time, in any order; names, shapes and types are known before.
 
     Data lies by falling element size, as the library writes it: every tensor stays aligned to its element.
@@ -144,16 +132,12 @@ class SafetensorsFileWriter:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
-        self._file = open_new(path)
+        super().__init__(path)
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def add(self, name: str, array: Array) -> None:
         """Write one tensor to its place."""
-        info, offset = self._waiting.pop(name)
-        if array.shape != info.shape or array.dtype != info.dtype:
-            raise ValueError(f"'{name}' came as {array.dtype}{array.shape}, announced as {info.dtype}{info.shape}")
-        self._file.seek(self._start + offset)
-        self._file.write(byte_view(np.ascontiguousarray(array)).data)
+        self.add_parts(TensorInfo(name, array.shape, array.dtype), (array,))
 
     def add_parts(self, info: TensorInfo, parts: Iterable[Array]) -> None:
         """Write one tensor that comes in consecutive ``parts`` (C order, any shapes); the same bytes as ``add``.
@@ -165,29 +149,19 @@ class SafetensorsFileWriter:
         """
         announced, offset = self._waiting.pop(info.name)
         if info != announced:
-            raise ValueError(f"'{info.name}' came as {info}, announced as {announced}")
-        done = 0
-        for part in parts:
-            data = byte_view(np.ascontiguousarray(part)).data
-            if part.dtype != info.dtype or done + len(data) > info.nbytes:
-                raise ValueError(f"'{info.name}': a part of {part.dtype}{part.shape} does not fit {info}")
+            came, wanted = (f"{item.dtype}{item.shape}" for item in (info, announced))
+            raise ValueError(f"'{info.name}' came as {came}, announced as {wanted}")
+        for done, data in checked_bytes(info, parts):
             with self._turn:
                 self._file.seek(self._start + offset + done)
                 self._file.write(data)
-            done += len(data)
-            del part, data  # or it lives on while the next one is made
-        if done != info.nbytes:
-            raise ValueError(f"'{info.name}': {done} bytes came, {info.nbytes} were announced")
-
-    def __enter__(self) -> SafetensorsFileWriter:
-        """The writer itself."""
-        return self
+            del data  # or it lives on while the next one is made
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close; a tensor that never came is a mistake of the caller (``ValueError``)."""
-        self._file.close()
+        super().__exit__(kind, value, trace)
         if kind is None and self._waiting:
             raise ValueError(
                 f"{len(self._waiting)} announced tensors were not written, first {next(iter(self._waiting))}"

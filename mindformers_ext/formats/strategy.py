@@ -15,13 +15,13 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 
-from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.errors import Problems, UserError, listed
 from mindformers_ext.formats.strategy_file import RawLayout, RawStrategy, read_strategy_file
 
 Box = tuple[slice, ...]
 """A part of a tensor: one slice of step 1 for each axis."""
 SUFFIXES = (".ckpt", ".json")
-LISTED = 10
+
 MAX_DEVICES = 2**20
 _STAGED = re.compile(r"(\d{1,9})-(.+)")
 _RANK = re.compile(r"_rank_(\d{1,9})$")
@@ -136,7 +136,7 @@ def read_strategy(path: Path) -> Strategy:
     beyond = [file.name for file in files if (match := _RANK.search(file.stem)) and int(match[1]) >= total]
     if beyond:
         problems.add(
-            f"files of ranks beyond the {total} that it describes: {', '.join(beyond[:LISTED])}",
+            f"files of ranks beyond the {total} that it describes: {listed(beyond)}",
             "a stage's files are missing, or they belong to another run",
         )
     problems.raise_if_any()

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.formats.json_pairs import TwiceError, no_twins
+from mindformers_ext.formats.wire import BYTES, VARINT, VarintError, read_varint
 
 MAX_BYTES = 64 * 2**20
 MAX_AXES = 32
 MAX_INT, MAX_NAME = 2**31 - 1, 4096
-VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 NUMBERS = ("field", "opt_weight_shard_step", "opt_weight_shard_size")
 LISTS = ("dev_matrix", "tensor_map", "param_split_shape", "indices_offset")
 
@@ -66,9 +67,10 @@ def read_strategy_file(path: Path) -> RawStrategy:
     data = path.read_bytes()
     try:
         stage, layouts = _from_json(data) if path.suffix == ".json" else _from_protobuf(data)
-    except _FaultError as error:
+    except (_FaultError, VarintError) as error:
+        fault = f"it {error}" if isinstance(error, VarintError) else error
         raise UserError(
-            f"'{path}' is not a strategy file that MindSpore writes: {error}. Give the files of output/strategy "
+            f"'{path}' is not a strategy file that MindSpore writes: {fault}. Give the files of output/strategy "
             "(ckpt_strategy_rank_*.ckpt or .json), or a merged one"
         ) from error
     return RawStrategy(path, stage, layouts)
@@ -115,11 +117,11 @@ def _fields(data: bytes, kinds: Mapping[int, int]) -> Iterator[tuple[int, Any]]:
     """Every field (number, bytes or int) of a message; unknown numbers and other wire types are faults."""
     position = 0
     while position < len(data):
-        key, position = _varint(data, position)
+        key, position = read_varint(data, position)
         number, wire = key >> 3, key & 7
         if kinds.get(number) != wire:
             raise _FaultError(f"byte {position} holds an unknown field {number} of wire type {wire}")
-        value, position = _varint(data, position)
+        value, position = read_varint(data, position)
         if wire == VARINT:
             yield number, value
             continue
@@ -129,36 +131,23 @@ def _fields(data: bytes, kinds: Mapping[int, int]) -> Iterator[tuple[int, Any]]:
         position += value
 
 
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    result = 0
-    for shift in range(0, 70, 7):
-        if position >= len(data):
-            raise _FaultError("it ends in the middle of a number")
-        byte = data[position]
-        position += 1
-        result |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return result, position
-    raise _FaultError("a number has more than ten bytes")
-
-
 def _dims(data: bytes) -> Iterator[int]:
     """``repeated int dim = 1``, one by one or packed."""
     if len(data) > MAX_AXES * 11:
         raise _FaultError(f"a list has more than {MAX_AXES} numbers")
     position = 0
     while position < len(data):
-        key, position = _varint(data, position)
+        key, position = read_varint(data, position)
         if key == 1 << 3 | VARINT:
-            value, position = _varint(data, position)
+            value, position = read_varint(data, position)
             yield _small(value)
         elif key == 1 << 3 | BYTES:
-            length, position = _varint(data, position)
+            length, position = read_varint(data, position)
             end = position + length
             if end > len(data):
                 raise _FaultError("a list is cut")
             while position < end:
-                value, position = _varint(data, position)
+                value, position = read_varint(data, position)
                 yield _small(value)
         else:
             raise _FaultError("a list holds something else than numbers")
@@ -196,8 +185,8 @@ def _whole(value: Any, what: str) -> int:
 
 def _from_json(data: bytes) -> tuple[int | None, dict[str, RawLayout]]:
     try:
-        content = json.loads(data.decode("utf-8"), object_pairs_hook=_no_twins)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        content = json.loads(data.decode("utf-8"), object_pairs_hook=no_twins)
+    except (UnicodeDecodeError, json.JSONDecodeError, TwiceError, RecursionError) as error:
         raise _FaultError(f"it is not JSON ({error})") from error
     items, rows = (
         content.get(key) if isinstance(content, dict) else None
@@ -212,13 +201,6 @@ def _from_json(data: bytes) -> tuple[int | None, dict[str, RawLayout]]:
     for name, row in rows.items():
         _add(layouts, _text(name.encode("utf-8", "replace")), _layout_from_json(name, row))
     return None if first is None else _whole(first.get("stage"), "stage"), layouts
-
-
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise _FaultError("a name occurs twice")
-    return result
 
 
 def _layout_from_json(name: str, row: Any) -> RawLayout:

@@ -9,6 +9,7 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.blocks import OpenFile
 
 VARINT, BYTES = 0, 2
+LONGEST = 10  # bytes of a number of 64 bits
 MAX_INT64 = 2**63 - 1
 WINDOW = 4096
 
@@ -30,15 +31,16 @@ class Cursor:
 
     def varint(self) -> int:
         """The next number; negative ones (which no size is) are refused."""
-        result = 0
-        for shift in range(0, 70, 7):
-            byte = self._byte()
-            result |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                if result > MAX_INT64:
-                    break
-                return result
-        raise self.fault("has a number out of range")
+        self._look()
+        at = self.position - self._window_at
+        try:
+            value, behind = read_varint(self._window, at, min(len(self._window), self.end - self._window_at))
+        except VarintError as error:
+            raise self.fault(str(error)) from None
+        if value > MAX_INT64:
+            raise self.fault("has a number out of range")
+        self.position += behind - at
+        return value
 
     def key(self) -> tuple[int, int]:
         """Field number and wire type."""
@@ -73,16 +75,29 @@ class Cursor:
         except UnicodeDecodeError:
             raise self.fault(f"has a name of {length} bytes that is not text") from None
 
-    def _byte(self) -> int:
-        if self.position >= self.end:
-            raise self.fault("ends in the middle of a number")
-        at = self.position - self._window_at
-        if not 0 <= at < len(self._window):
-            self._window, self._window_at, at = self.file.bytes_at(self.position, WINDOW), self.position, 0
-        if not self._window:
-            raise self.fault("ends in the middle of a number")
-        self.position += 1
-        return self._window[at]
+    def _look(self) -> None:
+        """Have the bytes of a whole number in the window, where the file has them."""
+        if not 0 <= self.position - self._window_at <= len(self._window) - LONGEST:
+            self._window, self._window_at = self.file.bytes_at(self.position, WINDOW), self.position
+
+
+class VarintError(ValueError):
+    """What is wrong with a number, as the end of a sentence about the message that holds it."""
+
+
+def read_varint(data: bytes, at: int, end: int | None = None) -> tuple[int, int]:
+    """The number that starts at byte ``at`` of ``data``, as written by ``varint``, and the place behind it.
+
+    Raises:
+        VarintError: it does not end before ``end`` (None: where the data ends), or has more than ten bytes.
+    """
+    end = len(data) if end is None else end
+    result = 0
+    for place, byte in enumerate(data[at : min(at + LONGEST, end)]):
+        result |= (byte & 0x7F) << 7 * place
+        if byte < 0x80:
+            return result, at + place + 1
+    raise VarintError("has a number out of range" if end - at >= LONGEST else "ends in the middle of a number")
 
 
 def varint(value: int) -> bytes:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MindSpore behind the interface that jobs see (``jobs.engine.door``): specs and numpy arrays in, numpy arrays out."""
+"""MindSpore as jobs see it (``jobs.engine.protocols``): specs and numpy arrays in, numpy arrays out."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from mindspore.nn.utils import no_init_parameters
 
 from mindformers_ext.core.cluster.placement import PlacedParameter
 from mindformers_ext.core.cluster.tensor_parallel import own_part, parted_parameters
-from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import DeviceSpec, NetworkSpec
+from mindformers_ext.core.weight_fit import check_weights, fitting
 from mindformers_ext.ms.causal_lm import build_causal_lm
 from mindformers_ext.ms.generate import MindSporeSession
 from mindformers_ext.ms.tensor_parallel import build_part
-
-STATE = ("topk_bias", "expert_load")  # router state with sensible start values; a weight file need not hold it
-LISTED = 10
 
 
 class MindSporeNetwork:
@@ -46,10 +44,9 @@ class MindSporeNetwork:
             UserError: lists what is missing, what no parameter wants, and what has another shape.
         """
         parameters = {parameter.name: parameter for parameter in self.cell.get_parameters()}
-        _check(parameters, weights)
-        for name, parameter in parameters.items():
-            if name in weights:
-                _set(parameter, weights[name])
+        check_weights({name: tuple(parameter.shape) for name, parameter in parameters.items()}, weights)
+        for name, weight in weights.items():
+            _set(parameters[name], weight)
 
     def fill(self, weights: Iterable[tuple[str, np.ndarray]]) -> None:
         """As ``load``, one tensor at a time; see ``fill``."""
@@ -140,18 +137,12 @@ def fill(
         UserError: a tensor that no parameter wants, or whose shape differs, where it comes; at the end what is missing.
     """
     parameters = {parameter.name: parameter for parameter in cell.get_parameters()}
-    missing = {name for name in parameters if not name.endswith((*STATE, *optional))}
-    for name, weight in weights:
+    wanted = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    wanted |= {name: placed.whole for name, placed in (parts or {}).items() if name in wanted}
+    for name, weight in fitting(wanted, weights, [name for name in wanted if name.endswith(optional)]):
         placed = (parts or {}).get(name)
-        if name not in parameters or (placed.whole if placed else tuple(parameters[name].shape)) != weight.shape:
-            raise UserError(
-                f"weight '{name}' {weight.shape} has no place in the network: the checkpoint was made "
-                "for another model or other sizes"
-            )
         _set(parameters[name], own_part(weight, placed, rank) if placed else weight)
-        missing.discard(name)
-    if missing:
-        raise UserError(f"the checkpoint lacks {', '.join(sorted(missing)[:LISTED])}: give the whole model")
+        del weight  # or it lives on while the next one is read
 
 
 def _set(parameter: Parameter, weight: np.ndarray) -> None:
@@ -159,23 +150,3 @@ def _set(parameter: Parameter, weight: np.ndarray) -> None:
     # through float32: numpy's own types cover neither side's bfloat16
     plain = np.ascontiguousarray(weight, dtype=np.float32)
     parameter.set_data(Tensor(plain).astype(parameter.dtype))
-
-
-def _check(parameters: Mapping[str, Parameter], weights: Mapping[str, np.ndarray]) -> None:
-    held = {name: weight.shape for name, weight in weights.items()}
-    wanted = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    problems = Problems("weights for the network")
-    _list(problems, "missing", [f"'{n}'" for n in wanted if n not in held and n.split(".")[-1] not in STATE])
-    _list(problems, "unwanted", [f"'{name}'" for name in held if name not in wanted])
-    wrong = [name for name in wanted if name in held and held[name] != wanted[name]]
-    _list(problems, "misshaped", [f"'{name}' {held[name]} instead of {wanted[name]}" for name in wrong])
-    problems.raise_if_any()
-
-
-def _list(problems: Problems, what: str, names: list[str]) -> None:
-    if names:
-        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-        problems.add(
-            f"{len(names)} tensors are {what}: {', '.join(names[:LISTED])}{more}",
-            "the checkpoint was made for another model or other sizes",
-        )

@@ -68,7 +68,7 @@ def _checked(row: Mapping[str, np.ndarray], fields: tuple[str, ...]) -> dict[str
 
 
 class MindRecordStore:
-    """``write_mindrecord`` and ``read_mindrecord`` as jobs ask for them (``jobs.engine.door.RecordStore``)."""
+    """``write_mindrecord`` and ``read_mindrecord`` as jobs ask for them (``jobs.engine.protocols.RecordStore``)."""
 
     def write(self, path: Path, rows: Iterable[Mapping[str, np.ndarray]], fields: tuple[str, ...]) -> int:
         """See ``write_mindrecord``."""

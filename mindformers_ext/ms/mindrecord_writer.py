@@ -28,7 +28,7 @@ READY, DONE, FAILED = "ready", "done", "failed"
 
 
 class MindRecordWriter:
-    """See ``jobs.engine.door.RecordWriter``."""
+    """See ``jobs.engine.protocols.RecordWriter``."""
 
     def __init__(self, path: Path, fields: tuple[str, ...], shards: int, row_length: int) -> None:
         """Start the process; what it needs is loaded while the caller goes on."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch behind the interface that jobs see (``jobs.engine.door``): specs and numpy arrays in, numpy arrays out."""
+"""PyTorch as jobs see it (``jobs.engine.protocols``): specs and numpy arrays in, numpy arrays out."""
 
 from __future__ import annotations
 

@@ -9,10 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mindformers_ext.core.errors import Problems, UserError
-
-STATE = ("topk_bias", "expert_load")  # router state with sensible start values; a weight file need not hold it
-LISTED = 10
+from mindformers_ext.core.weight_fit import check_weights, fitting
 
 
 def split_experts(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -33,6 +30,11 @@ def named_views(network: nn.Module) -> dict[str, Tensor]:
     return views
 
 
+def shapes(views: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of each view."""
+    return {name: tuple(view.shape) for name, view in views.items()}
+
+
 def load(network: nn.Module, weights: Mapping[str, np.ndarray]) -> None:
     """Fill all parameters from ``weights``, cast to their types.
 
@@ -40,12 +42,7 @@ def load(network: nn.Module, weights: Mapping[str, np.ndarray]) -> None:
         UserError: lists what is missing, what no parameter wants, and what has another shape.
     """
     views = named_views(network)
-    problems = Problems("weights for the network")
-    _list(problems, "missing", [f"'{n}'" for n in views if n not in weights and not _is_state(n)])
-    _list(problems, "unwanted", [f"'{name}'" for name in weights if name not in views])
-    wrong = [name for name in views if name in weights and tuple(views[name].shape) != weights[name].shape]
-    _list(problems, "misshaped", [f"'{n}' {weights[n].shape} instead of {tuple(views[n].shape)}" for n in wrong])
-    problems.raise_if_any()
+    check_weights(shapes(views), weights)
     for name, weight in weights.items():
         set_view(views[name], weight)
 
@@ -58,21 +55,9 @@ def fill(network: nn.Module, weights: Iterable[tuple[str, np.ndarray]], optional
             end.
     """
     views = named_views(network)
-    missing = {name for name in views if not _is_state(name) and not name.endswith(optional)}
-    for name, weight in weights:
-        if name not in views or tuple(views[name].shape) != weight.shape:
-            raise UserError(
-                f"weight '{name}' {weight.shape} has no place in the network: the checkpoint was made "
-                "for another model or other sizes"
-            )
+    for name, weight in fitting(shapes(views), weights, [name for name in views if name.endswith(optional)]):
         set_view(views[name], weight)
-        missing.discard(name)
-    if missing:
-        raise UserError(f"the checkpoint lacks {', '.join(sorted(missing)[:LISTED])}: give the whole model")
-
-
-def _is_state(name: str) -> bool:
-    return name.split(".")[-1] in STATE
+        del weight  # or it lives on while the next one is read
 
 
 def set_view(view: Tensor, weight: np.ndarray) -> None:
@@ -86,12 +71,3 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
     """A copy in main memory; bfloat16 as its bits (uint16), since numpy has no such type."""
     tensor = tensor.detach().cpu().contiguous()
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy().copy()
-
-
-def _list(problems: Problems, what: str, names: list[str]) -> None:
-    if names:
-        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-        problems.add(
-            f"{len(names)} tensors are {what}: {', '.join(names[:LISTED])}{more}",
-            "the checkpoint was made for another model or other sizes",
-        )

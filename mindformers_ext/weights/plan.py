@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.errors import LISTED, Problems, UserError
 from mindformers_ext.formats.dtypes import BY_NUMPY, cast, is_float
 from mindformers_ext.formats.tensors import Array, Index, TensorInfo, TensorReader
 from mindformers_ext.weights.rules import Extras, RuleSet
 from mindformers_ext.weights.views import BLOCK, Shape, View, boxes, describe, leaves, stream, whole
 
 Direction = Literal["to_ms", "to_hf", "relayout"]
-LISTED = 20
+
 HEAP = 31 * 2**20  # just below the size up to which glibc learns (mallopt(3), M_MMAP_THRESHOLD)
 
 
@@ -60,6 +60,11 @@ class Plan:
     def targets(self) -> tuple[TensorInfo, ...]:
         """Name, shape and type of every tensor to come, in order."""
         return tuple(step.target for step in self.steps)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data to come."""
+        return sum(info.nbytes for info in self.targets)
 
     def check_copies(self, reader: TensorReader) -> None:
         """Second names of a tensor (tied head) must hold its bits; ``UserError`` otherwise."""

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.errors import Problems, UserError, listed
 from mindformers_ext.formats.ms_file import open_checkpoint
-from mindformers_ext.formats.rank_dirs import rank_files, shown
+from mindformers_ext.formats.rank_dirs import rank_files
 from mindformers_ext.formats.strategy import Box, Layout, Strategy, read_strategy
 from mindformers_ext.formats.tensors import Array, Index, TensorInfo, TensorReader
 from mindformers_ext.weights.boxes import full_box, overlap, pieces, read_box, shift, sizes, whole_box
@@ -49,7 +49,7 @@ class SlicedReader:
             lacking = sorted(set(range(strategy.world)) - set(readers))
             found = f"{len(readers)} ranks, the strategy describes {strategy.world}"
             problems.add(
-                found + (f"; rank_{shown(lacking)} is missing" if lacking else ""),
+                found + (f"; rank_{listed(lacking)} is missing" if lacking else ""),
                 "give all ranks and all stages of one run",
             )
             problems.raise_if_any()
@@ -120,7 +120,7 @@ class SlicedReader:
         if len(wholes) > 1:
             problems.add(
                 f"'{name}' is {' and '.join(f'{info.dtype}{info.shape}' for info in wholes)} in stages "
-                f"{shown(list(wholes.values()))}",
+                f"{listed(list(wholes.values()))}",
                 "files of different runs are mixed",
             )
         if not wholes:
@@ -140,12 +140,14 @@ class SlicedReader:
             return None
         lacking = [rank for rank in self.strategy.ranks(stage) if rank not in held]
         if lacking:
-            problems.add(f"'{name}' is missing in rank_{shown(lacking)}", "the strategy puts a part of it there")
+            problems.add(f"'{name}' is missing in rank_{listed(lacking)}", "the strategy puts a part of it there")
             return None
         kinds = {(info.dtype, info.shape): rank for rank, info in reversed(held.items())}
         if len(kinds) > 1:
             told = [f"{dtype}{shape} in rank_{rank}" for (dtype, shape), rank in kinds.items()]
-            problems.add(f"'{name}' is {shown(told)}", "parts of a tensor are alike: files of different runs are mixed")
+            problems.add(
+                f"'{name}' is {listed(told)}", "parts of a tensor are alike: files of different runs are mixed"
+            )
             return None
         (dtype, shape), rank = next(iter(kinds.items()))
         if len(shape) != len(layout.tensor_map):
@@ -180,7 +182,7 @@ class SlicedReader:
         lacking = sorted({rank for stage in stages for rank in self.strategy.ranks(stage)} - {first, *others})
         if lacking:
             problems.add(
-                f"'{name}' is in rank_{first}, not in rank_{shown(lacking)}, and not in the strategy",
+                f"'{name}' is in rank_{first}, not in rank_{listed(lacking)}, and not in the strategy",
                 "ranks of a stage hold the same tensors: files of different runs are mixed",
             )
             return

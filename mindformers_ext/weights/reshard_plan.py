@@ -14,7 +14,6 @@ from mindformers_ext.formats.tensors import TensorInfo
 from mindformers_ext.weights.boxes import sizes, whole_box
 from mindformers_ext.weights.training_state import MS_TRAINING_STATE, ROUTER_STATE
 
-LISTED = 20
 Unlisted = Literal["error", "copy"]
 
 
@@ -84,18 +83,18 @@ def plan_reshard(
         [name for name in strangers if name not in copies and _of_a_weight(name)],
     )
     wrong = [name for name in strangers if name not in copies and not _of_a_weight(name)]
-    _add(
-        problems,
-        wrong,
+    problems.add_names(
+        "tensors",
         "not in the target strategy",
+        wrong,
         "give the strategy of this model, or --unlisted copy to put them whole on every rank",
     )
     absent = [name for name in listed if name not in infos]
     _note(left, "state that the target strategy lists and the source lacks", [n for n in absent if is_state(n)])
-    _add(
-        problems,
-        [name for name in absent if not is_state(name)],
+    problems.add_names(
+        "tensors",
         "missing in the source",
+        [name for name in absent if not is_state(name)],
         "the target strategy lists them: it belongs to another model, or the checkpoint is not whole",
     )
     for stage in target.stages:
@@ -126,9 +125,3 @@ def _rank_parts(
 def _note(left: dict[str, tuple[str, ...]], reason: str, names: list[str]) -> None:
     if names:
         left[reason] = tuple(names)
-
-
-def _add(problems: Problems, names: list[str], what: str, advice: str) -> None:
-    if names:
-        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-        problems.add(f"{len(names)} tensors {what}: {', '.join(names[:LISTED])}{more}", advice)

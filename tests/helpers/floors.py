@@ -39,9 +39,9 @@ FLOORS = {
     "surgery": _floor("core weights", "numpy torch"),
     "ms": _floor("core", "numpy mindspore"),
     "pt": _floor("core", "numpy torch triton", late_third="transformers"),
-    "jobs": _floor("core formats weights data surgery", "numpy tqdm", late_third="matplotlib"),
+    "jobs": _floor("core formats weights data surgery", "numpy tqdm psutil", late_third="matplotlib"),
     "mf": _floor("core data ms jobs", "numpy mindspore mindformers", late_third="tensorboardX"),
-    "cli": _floor("jobs weights core", "rich", late_ours="mf"),
+    "cli": _floor("jobs weights core", late_ours="mf"),
     "scripts": _floor("cli"),  # root scripts and tools/ (tools/bench/ measures, and may import what it measures)
 }
 ENGINE_DOOR = ("jobs", "engine", "door.py")  # the one file of jobs/ that may open ms or pt, inside a function
@@ -49,7 +49,14 @@ LEAN = ("mf", "lean.py")  # imports on its first use what MindFormers imports at
 STOREYS = ("core", "formats", "weights data", "surgery ms pt", "jobs", "mf", "cli", "scripts")
 # The inner order of a folder, lowest first: what stands on one line never sees each other. Loose files stand as `name`.
 INNER = {
-    "core": ("errors log capacity philox stages families", "layers", "spec", "parameters", "config", "cluster"),
+    "core": (
+        "errors log capacity philox stages families",
+        "byte_sizes weight_fit layers",
+        "spec",
+        "parameters",
+        "config",
+        "cluster",
+    ),
     "jobs": ("engine", "checkpoint", "run", "preprocess merge predict launch", "train dryrun"),
 }
 INNER_NUMBER = {

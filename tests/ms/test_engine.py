@@ -10,7 +10,8 @@ import pytest
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec
-from mindformers_ext.jobs.engine.door import Network, open_engine
+from mindformers_ext.jobs.engine.door import open_engine
+from mindformers_ext.jobs.engine.protocols import Network
 from mindformers_ext.weights.convert import rule_set
 
 MODEL = ModelSpec(

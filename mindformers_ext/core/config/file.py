@@ -19,6 +19,8 @@ DEPTH_LIMIT = 50
 # YAML 1.2's floats: YAML 1.1, which PyYAML follows, reads 1e-5 and 1.e5 without a sign as text
 _FLOAT = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
 
+_LINE_ENDS = re.compile("[\r\x85\u2028\u2029]")
+
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader that refuses a key given twice in one mapping."""
@@ -38,8 +40,19 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """PyYAML's safe dumper that quotes a text which ``_Loader`` would read as a number."""
+    """PyYAML's safe dumper that quotes a text which ``_Loader`` would read as a number, and writes no anchors."""
 
+    def ignore_aliases(self, data: Any) -> bool:
+        """A section used twice is written twice, so that one can be edited alone; never ``&id001``."""
+        return True
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """``data``; rare line ends are escaped, which PyYAML would write as they are and read as a blank."""
+        style = '"' if _LINE_ENDS.search(data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
@@ -97,12 +110,14 @@ def dump_yaml(config: Mapping[str, Any]) -> str:
     """``config`` as YAML text in its own order; ``parse_yaml`` and any YAML 1.1 reader give it back.
 
     Raises:
-        UserError: a value is no plain YAML value (an object of a framework, for example).
+        UserError: a value is no plain YAML value (an object of a framework, for example), or holds itself.
     """
     try:
-        return yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        return yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
     except yaml.representer.RepresenterError as error:
         raise UserError(f"not a plain YAML value: {error.args[-1]!r}") from error
+    except RecursionError as error:
+        raise UserError("a value holds itself: YAML text cannot say that") from error
 
 
 def _measure(node: yaml.Node, depth: int, left: list[int]) -> None:

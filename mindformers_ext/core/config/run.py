@@ -13,8 +13,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.core.byte_sizes import read_size
 from mindformers_ext.core.config.sampling import SamplingSpec, sampling_from_yaml
-from mindformers_ext.core.config.values import read_amount, read_value, section_at
+from mindformers_ext.core.config.values import read_value, section_at
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.families import Family, family_of_yaml
 from mindformers_ext.core.spec import DeviceSpec
@@ -267,7 +268,7 @@ def _device(config: Mapping[str, Any], target: str, problems: Problems) -> Devic
     if level not in (None, "", *JIT_LEVELS):
         raise UserError(f"context.jit_config is {jit!r}: write jit_level: one of {', '.join(JIT_LEVELS)}")
     if memory:  # MindSpore takes no other unit
-        memory = f"{read_amount(str(memory), 'context.max_device_memory') / 1e9:.3f}".rstrip("0").rstrip(".") + "GB"
+        memory = f"{read_size(str(memory), 'context.max_device_memory') / 1e9:.3f}".rstrip("0").rstrip(".") + "GB"
     return DeviceSpec(
         target,
         read_value("context.device_id", context.get("device_id"), "int", 0, problems),

@@ -4,16 +4,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from mindformers_ext.core.config.keys import MODES
-from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.spec import DTYPE_NAMES
-
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_AMOUNT = re.compile(r"(\d+(?:\.\d+)?) ?([KMG]i?B)", re.IGNORECASE)
 
 
 def read_value(name: str, value: Any, kind: str, default: Any, problems: Problems) -> Any:
@@ -39,18 +35,6 @@ def section_at(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:
     for name in path.split(".") if path else ():
         found = found.get(name) if isinstance(found, Mapping) else None
     return found if isinstance(found, Mapping) else {}
-
-
-def read_amount(text: str, name: str = "--memory") -> int:
-    """``64GB`` (10^9) or ``64GiB`` (2^30) as bytes.
-
-    Raises:
-        UserError: anything else.
-    """
-    match = _AMOUNT.fullmatch(str(text).strip())
-    if match is None or float(match[1]) == 0:
-        raise UserError(f"{name} {text!r}: write a number and a unit, for example 64GB")
-    return round(float(match[1]) * UNITS[match[2].upper()])
 
 
 def _int(value: Any) -> int | None:

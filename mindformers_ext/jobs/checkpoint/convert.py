@@ -5,32 +5,32 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.core.byte_sizes import read_size
 from mindformers_ext.core.config.hf import model_spec_from_hf
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.formats.atomic import flush, fresh_file, fresh_folder, refuse_existing
+from mindformers_ext.formats.disk import check_space, free_bytes, refusal
 from mindformers_ext.formats.dtypes import BY_NUMPY
 from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.formats.ms_ckpt import CkptFile
 from mindformers_ext.formats.ms_file import CheckpointMeta, check_suffix, open_writer, sidecar
-from mindformers_ext.formats.safetensors_dir import SafetensorsDirWriter, parse_size
-from mindformers_ext.formats.tensors import Array, TensorReader, TensorWriter
+from mindformers_ext.formats.safetensors_dir import SafetensorsDirWriter
+from mindformers_ext.formats.tensors import TensorReader
+from mindformers_ext.jobs.checkpoint.copy_tensors import copy_tensors
 from mindformers_ext.jobs.checkpoint.source import CONFIG, check_model, know, open_hf, open_ms, read_config
 from mindformers_ext.weights.convert import plan_relayout, plan_to_hf, plan_to_mindspore
 from mindformers_ext.weights.layouts import GMM, Layout
 from mindformers_ext.weights.plan import Direction, Overflow, Plan
 
 DEFAULT_SHARD = 5 * 10**9
-LARGE = 2**23  # bytes of a tensor for which reading ahead pays
 COMPANIONS = (
     "tokenizer.model",
     "tokenizer.json",
@@ -117,17 +117,16 @@ def convert(request: ConvertRequest) -> ConvertReport:
     try:
         _check_output(request)
         with _opened(request) as job:
-            check_space(request.output_path, job.plan)
+            check_space(request.output_path, job.plan.nbytes)
             started = time.monotonic()
             overflow = Overflow(request.allow_overflow)
             (_write_hf if request.direction == "to_hf" else _write_ms)(request, job, overflow)
             notes = (*job.notes, *_infinite(overflow), *((NO_CONFIG,) if _lacks_config(request, job) else ()))
-            nbytes = sum(info.nbytes for info in job.plan.targets)
             return ConvertReport(
-                len(job.plan.targets), nbytes, time.monotonic() - started, _left_behind(job.plan), notes
+                len(job.plan.targets), job.plan.nbytes, time.monotonic() - started, _left_behind(job.plan), notes
             )
     except OSError as error:
-        raise _refused(request, error) from error
+        raise refusal(error, f"read '{request.input_path}' or to write '{request.output_path}'") from error
 
 
 def plan_only(request: ConvertRequest) -> PlanReport:
@@ -137,15 +136,15 @@ def plan_only(request: ConvertRequest) -> PlanReport:
         with _opened(request) as job:
             return PlanReport(
                 tuple(str(step) for step in job.plan.steps),
-                sum(info.nbytes for info in job.plan.targets),
-                _free(request.output_path),
+                job.plan.nbytes,
+                free_bytes(request.output_path),
                 job.source,
                 "Hugging Face" if request.direction == "to_hf" else f"MindSpore, {request.layout}",
                 _left_behind(job.plan),
                 job.notes,
             )
     except OSError as error:
-        raise _refused(request, error) from error
+        raise refusal(error, f"read '{request.input_path}' or to write '{request.output_path}'") from error
 
 
 def shard_bytes(text: str | None, reverse: bool) -> int:
@@ -154,7 +153,7 @@ def shard_bytes(text: str | None, reverse: bool) -> int:
         return DEFAULT_SHARD
     if not reverse:
         raise UserError("--max_shard_size needs --reversed: a MindSpore checkpoint is one file")
-    return parse_size(text)
+    return read_size(text, "--max_shard_size", bare=True)
 
 
 @contextmanager
@@ -233,7 +232,7 @@ def _write_ms(request: ConvertRequest, job: _Job, overflow: Overflow) -> None:
     )
     with fresh_file(out, request.overwrite) as partial:
         with open_writer(partial, out.suffix, job.plan.targets, CheckpointMeta(**words)) as writer:
-            _copy(job.plan, job.reader, writer, overflow)
+            copy_tensors(job.plan, job.reader, writer, overflow)
         if out.suffix == ".ckpt":
             flush(partial)
             with closing(CkptFile(partial)) as written:
@@ -245,7 +244,7 @@ def _write_ms(request: ConvertRequest, job: _Job, overflow: Overflow) -> None:
 def _write_hf(request: ConvertRequest, job: _Job, overflow: Overflow) -> None:
     with fresh_folder(request.output_path, request.overwrite) as partial:
         with SafetensorsDirWriter(partial, job.plan.targets, request.max_shard_bytes) as writer:
-            _copy(job.plan, job.reader, writer, overflow)
+            copy_tensors(job.plan, job.reader, writer, overflow)
         if job.config:
             text = json.dumps(_with_dtype(job.config, _dtype_of(job.plan)), indent=2) + "\n"
             (partial / CONFIG).write_text(text, encoding="utf-8")
@@ -271,55 +270,6 @@ def _protect(request: ConvertRequest) -> None:
         raise UserError(
             f"output '{request.output_path}' is not a plain model folder: remove it yourself or choose another"
         )
-
-
-def check_space(path: Path, plan: Plan) -> None:
-    """The disk of ``path`` must have room for all of ``plan``'s targets (old files stay until the new are whole)."""
-    free, needed = _free(path), sum(info.nbytes for info in plan.targets)
-    if needed > free:
-        raise UserError(f"'{path}' needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free: make room there")
-
-
-def _free(path: Path) -> int:
-    return shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
-
-
-def _copy(plan: Plan, reader: TensorReader, writer: TensorWriter, overflow: Overflow) -> None:
-    from tqdm import tqdm
-
-    total = sum(info.nbytes for info in plan.targets)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="converting", mininterval=0.5, dynamic_ncols=True) as bar:
-        for info, blocks in plan.stream(reader, overflow):
-            writer.add_parts(info, _counted(_ahead(blocks) if info.nbytes > LARGE else blocks, bar))
-
-
-def _ahead(blocks: Iterator[Array]) -> Iterator[Array]:
-    """The same blocks; the next is made while this one is written."""
-    with ThreadPoolExecutor(1) as pool, _short_turns():
-        coming = pool.submit(next, blocks, None)
-        while (block := coming.result()) is not None:
-            coming = pool.submit(next, blocks, None)
-            yield block
-            del block  # or it lives on while the next one is made
-
-
-@contextmanager
-def _short_turns() -> Iterator[None]:
-    """Threads pass the interpreter on after 0.5 ms instead of 5: longer than that a finished write waits for it."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(5e-4)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
-
-
-def _counted(blocks: Iterator[Array], bar: Any) -> Iterator[Array]:
-    for block in blocks:
-        size = block.nbytes
-        yield block
-        del block  # or it lives on while the next one is made
-        bar.update(size)
 
 
 def _dtype_of(plan: Plan) -> str:
@@ -351,11 +301,3 @@ def _left_behind(plan: Plan) -> Mapping[str, tuple[str, ...]]:
     for name, original in plan.copies:
         ignored[f"same data as {original} (tied)"] = (name,)
     return ignored
-
-
-def _refused(request: ConvertRequest, error: OSError) -> UserError:
-    where = f" ('{error.filename}')" if error.filename else ""
-    return UserError(
-        f"the system refused to read '{request.input_path}' or to write '{request.output_path}': "
-        f"{error.strerror}{where}; check the path, its permissions and the room on the disk"
-    )

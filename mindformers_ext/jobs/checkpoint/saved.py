@@ -11,13 +11,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import ModelSpec
-from mindformers_ext.formats.atomic import flush
+from mindformers_ext.formats.atomic import flush, write_text
 from mindformers_ext.formats.ms_ckpt import CkptFile
 from mindformers_ext.formats.ms_file import CheckpointMeta, read_meta
 from mindformers_ext.formats.safetensors_file import SafetensorsFile
@@ -26,7 +25,7 @@ from mindformers_ext.weights.layouts import DENSE, Layout
 
 SIZES = "sizes.json"
 SUFFIXES = (".ckpt", ".safetensors")
-LISTED = 12
+
 _NAME = re.compile(r"(?P<prefix>.+)_rank_(?P<rank>\d+)(?:_(?P<run>\d+))?-(?P<epoch>\d+)_(?P<step>\d+)$")
 
 
@@ -158,11 +157,7 @@ def note_size(path: Path) -> None:
     folder = path.parent
     sizes = {name: size for name, size in noted_sizes(folder).items() if (folder / name).exists()}
     sizes[path.name] = path.stat().st_size
-    beside = folder / (SIZES + ".new")
-    beside.write_text(json.dumps(sizes, indent=1), encoding="utf-8")
-    flush(beside)
-    os.replace(beside, folder / SIZES)
-    flush(folder)
+    write_text(folder / SIZES, json.dumps(sizes, indent=1))
 
 
 def checkpoint_file(path: Path, suffix: str = ".ckpt") -> Path | None:
@@ -200,16 +195,18 @@ def check_shapes(path: Path, model: ModelSpec, whole: bool = True) -> None:
         for name, shape in needed.items()
         if name in held and held[name] != shape
     ]
-    _add(problems, wrong, "of another shape", "correct the sizes in model.model_config and moe_config")
+    problems.add_names("weights", "of another shape", wrong, "correct the sizes in model.model_config and moe_config")
     if whole:
         missing = [name for name in needed if name not in held]
-        _add(problems, missing, "missing", "give the checkpoint of this model, converted to MindFormers' names")
+        problems.add_names(
+            "weights", "missing", missing, "give the checkpoint of this model, converted to MindFormers' names"
+        )
     extra = [
         name
         for name in held
         if name.startswith("model.layers.") and name not in needed and "router.router." not in name
     ]
-    _add(problems, extra, "that the network does not have", "correct num_layers or moe_config")
+    problems.add_names("weights", "that the network does not have", extra, "correct num_layers or moe_config")
     problems.raise_if_any()
 
 
@@ -229,9 +226,3 @@ def _check_layout(path: Path, meta: CheckpointMeta | None) -> None:
             f"checkpoint {path} lies {Layout(meta.layout, meta.qkv_concat)}, the network reads {DENSE}: bring it back "
             "with convert_weight.py --pre_ckpt_path X --mindspore_ckpt_path Y --use_gmm False"
         )
-
-
-def _add(problems: Problems, names: Sequence[str], what: str, advice: str) -> None:
-    if names:
-        shown = "; ".join(names[:LISTED]) + (f"; and {len(names) - LISTED} more" if len(names) > LISTED else "")
-        problems.add(f"{len(names)} weights {what}: {shown}", advice)

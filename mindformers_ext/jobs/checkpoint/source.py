@@ -20,7 +20,8 @@ from mindformers_ext.formats.rank_dirs import rank_files
 from mindformers_ext.formats.safetensors_dir import SafetensorsDir
 from mindformers_ext.formats.safetensors_file import SafetensorsFile
 from mindformers_ext.formats.tensors import TensorReader
-from mindformers_ext.weights.layouts import Layout, resolve_layout, sizes_from_shapes
+from mindformers_ext.weights.layouts import Layout, resolve_layout
+from mindformers_ext.weights.model_sizes import sizes_from_shapes
 
 CONFIG = "config.json"
 TORCH_SUFFIXES = (".bin", ".pt")

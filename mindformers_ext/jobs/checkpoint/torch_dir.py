@@ -11,7 +11,8 @@ from pathlib import Path
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.formats.dtypes import BFLOAT16, BY_NUMPY
 from mindformers_ext.formats.tensors import Array, Index, TensorInfo
-from mindformers_ext.jobs.engine.door import TensorFile, open_torch_file
+from mindformers_ext.jobs.engine.door import open_torch_file
+from mindformers_ext.jobs.engine.protocols import TensorFile
 
 SINGLE, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|rng_state.*|scaler)\.(bin|pt)")

@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.errors import Problems, UserError, listed
 from mindformers_ext.formats.atomic import fresh_file
+from mindformers_ext.formats.disk import check_space, refusal
 from mindformers_ext.formats.ms_file import SUFFIXES
-from mindformers_ext.formats.rank_dirs import checkpoint_files, rank_files, rank_folders, shown
+from mindformers_ext.formats.rank_dirs import checkpoint_files, rank_files, rank_folders
 from mindformers_ext.formats.strategy import read_strategy
 from mindformers_ext.jobs.checkpoint.saved import saved_in
 from mindformers_ext.jobs.checkpoint.source import rank_meta
 from mindformers_ext.jobs.checkpoint.transform_workers import Source, Task, open_source, run_tasks
 from mindformers_ext.weights.reshard import SlicedReader
-from mindformers_ext.weights.reshard_plan import ReshardPlan, Unlisted, plan_reshard
+from mindformers_ext.weights.reshard_plan import Unlisted, plan_reshard
 
 NOTE = ".transform_ckpt.json"
 LAST = "last"
@@ -79,11 +79,7 @@ def transform(request: TransformRequest) -> TransformReport:
     try:
         return _transform(request)
     except OSError as error:
-        where = f" ('{error.filename}')" if error.filename else ""
-        raise UserError(
-            f"the system refused to read '{request.src_ckpt_dir}' or to write '{request.dst_ckpt_dir}': "
-            f"{error.strerror}{where}; check the path, its permissions and the room on the disk"
-        ) from error
+        raise refusal(error, f"read '{request.src_ckpt_dir}' or to write '{request.dst_ckpt_dir}'") from error
 
 
 def _transform(request: TransformRequest) -> TransformReport:
@@ -118,7 +114,7 @@ def _transform(request: TransformRequest) -> TransformReport:
     if len(kept) < len(existing) and not request.overwrite:
         found = next(path for path in existing if path not in kept)
         raise UserError(f"output '{found}' exists: choose another folder, or pass --overwrite to replace it")
-    _check_space(request.dst_ckpt_dir, plan, todo)
+    check_space(request.dst_ckpt_dir, sum(plan.nbytes(task.rank) for task in todo), inside=True)
     files = tuple((task.path, len(task.parts), plan.nbytes(task.rank)) for task in todo)
     if request.dry_run:
         return TransformReport(files, tuple(kept), 0.0, left, tuple(notes))
@@ -199,7 +195,7 @@ def share(request: TransformRequest, world: int) -> tuple[Sequence[int], list[st
     size = world // number
     if request.rank_id % size:
         notes.append(
-            f"rank {request.rank_id} has nothing to do: ranks {shown(list(range(0, world, size)))} transform "
+            f"rank {request.rank_id} has nothing to do: ranks {listed(list(range(0, world, size)))} transform "
             f"{size} each"
         )
         return (), notes
@@ -264,25 +260,16 @@ def _check_target(request: TransformRequest, source: Source, tasks: list[Task], 
     problems = Problems(f"output '{folder}'")
     beyond = [rank for rank in rank_folders(folder) if rank >= world]
     if beyond:
-        problems.add(f"rank_{shown(beyond)} is there", f"the target has {world} ranks: remove what another run left")
+        problems.add(f"rank_{listed(beyond)} is there", f"the target has {world} ranks: remove what another run left")
     existing = []
     for task in tasks:
         found = checkpoint_files(task.path.parent) if task.path.parent.is_dir() else []
         others = [file.name for file in found if file != task.path]
         if others:
             problems.add(
-                f"rank_{task.rank} holds {shown(others)}",
+                f"rank_{task.rank} holds {listed(others)}",
                 "two files in a rank folder confuse every reader; remove it or choose another folder",
             )
         existing += [task.path] if task.path in found else []
     problems.raise_if_any()
     return existing
-
-
-def _check_space(folder: Path, plan: ReshardPlan, tasks: list[Task]) -> None:
-    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    free, needed = shutil.disk_usage(place).free, sum(plan.nbytes(task.rank) for task in tasks)
-    if needed > free:
-        raise UserError(
-            f"'{folder}' needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free: make room there"
-        )

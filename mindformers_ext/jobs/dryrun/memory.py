@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mindformers_ext.core.byte_sizes import read_size, size_text
 from mindformers_ext.core.cluster.cluster_rules import settled
 from mindformers_ext.core.cluster.memory import StepSettings, prediction_memory, stage_memory
 from mindformers_ext.core.cluster.placement import OPTIMIZER_THRESHOLD
@@ -14,7 +15,7 @@ from mindformers_ext.core.cluster.split_cost import ASSUMPTIONS
 from mindformers_ext.core.cluster.split_search import MACHINE, Split, fitting_splits, step_rows
 from mindformers_ext.core.config.lora import lora_from_yaml
 from mindformers_ext.core.config.recompute import recompute_from_yaml
-from mindformers_ext.core.config.values import read_amount, read_value
+from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import NetworkSpec
@@ -73,9 +74,9 @@ def check_memory(spec: NetworkSpec, settings: StepSettings, memory: str | None, 
     """
     fullest = max(stage_memory(spec, settings), key=lambda stage: stage.total)
     need = (
-        f"stage {fullest.stage} needs {_gb(fullest.total)} on each device: weights {_gb(fullest.weights)}, "
-        f"gradients {_gb(fullest.gradients)}, optimizer {_gb(fullest.optimizer)}, activations about "
-        f"{_gb(fullest.activations)}, gathered weights about {_gb(fullest.gathered)}"
+        f"stage {fullest.stage} needs {size_text(fullest.total)} on each device: weights {size_text(fullest.weights)}, "
+        f"gradients {size_text(fullest.gradients)}, optimizer {size_text(fullest.optimizer)}, activations about "
+        f"{size_text(fullest.activations)}, gathered weights about {size_text(fullest.gathered)}"
     )
     return _judged(
         need,
@@ -98,8 +99,8 @@ def check_prediction_memory(
     sizes = (shape.rows, shape.length, shape.positions)
     here = prediction_memory(spec, count, *sizes)
     need = (
-        f"each device needs {_gb(here.total)}: weights {_gb(here.weights)}, keys and values {_gb(here.cache)}, "
-        f"activations about {_gb(here.activations)}"
+        f"each device needs {size_text(here.total)}: weights {size_text(here.weights)}, keys and values "
+        f"{size_text(here.cache)}, activations about {size_text(here.activations)}"
     )
 
     def way_out(limit: int) -> str:
@@ -118,11 +119,11 @@ def _judged(
 ) -> list[str]:
     """Refuse what needs more than ``memory``; a note where it needs more than ``configured``."""
     if memory is not None:
-        limit = read_amount(memory)
+        limit = read_size(memory, "--memory")
         if total > limit:
             raise UserError(f"{need}; --memory is {memory}: {way_out(limit)}")
         return []
-    if configured is not None and total > read_amount(str(configured), "context.max_device_memory"):
+    if configured is not None and total > read_size(str(configured), "context.max_device_memory"):
         return [f"{need}; context.max_device_memory is {configured}{more}"]
     return []
 
@@ -134,7 +135,9 @@ def _way_out(spec: NetworkSpec, settings: StepSettings, limit: int) -> str:
     everything = fitting_splits(spec, settings)
     least = min((split.memory.total for split in everything), default=0)
     more = "" if settings.recompute.layers else ", or set recompute_config.recompute: True"
-    return f"no split of {spec.parallel.device_num} devices fits (the least is {_gb(least)}): use more devices{more}"
+    return (
+        f"no split of {spec.parallel.device_num} devices fits (the least is {size_text(least)}): use more devices{more}"
+    )
 
 
 def _of_every_layer(spec: NetworkSpec, settings: StepSettings) -> str:
@@ -163,7 +166,7 @@ def suggestions(config: Mapping[str, Any], where: str, world: int | None, memory
     limit_text = memory or (config.get("context") or {}).get("max_device_memory")
     if limit_text is None:
         raise UserError("--suggest needs the memory of one device: add --memory 64GB")
-    limit = read_amount(str(limit_text), "--memory" if memory else "context.max_device_memory")
+    limit = read_size(str(limit_text), "--memory" if memory else "context.max_device_memory")
     try:
         spec = network_spec_from_yaml({**config, "use_parallel": True}, world or 1)
         parallel = spec.parallel
@@ -221,7 +224,3 @@ def suggestion_lines(splits: Sequence[Split], head: str) -> list[str]:
         f"order: {ASSUMPTIONS}. It puts splits in order and predicts no time.",
         f"model_parallel stays within a machine of {MACHINE} devices; above 1 it comes with use_seq_parallel.",
     ]
-
-
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB"

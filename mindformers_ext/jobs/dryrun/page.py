@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from mindformers_ext.core.byte_sizes import size_text
 from mindformers_ext.core.cluster.memory import StageMemory
 from mindformers_ext.formats.atomic import fresh_file
 from mindformers_ext.jobs.dryrun.facts import RankFacts
@@ -14,7 +15,6 @@ from mindformers_ext.jobs.dryrun.plan import LIMITS
 from mindformers_ext.jobs.dryrun.report import (
     LOSS_NOTE,
     DryRunReport,
-    amount,
     compared,
     group_text,
     memory_table,
@@ -124,8 +124,8 @@ def _memory(ranks: Sequence[RankFacts]) -> str:
             f'<i style="background:var(--{COLOURS[kind]});width:{100 * facts.nbytes(kind) / scale:.2f}%"></i>'
             for kind in kinds
         )
-        parts = [_number(amount(facts.nbytes(kind))) for kind in kinds]
-        total = _number(amount(sum(facts.nbytes(kind) for kind in kinds)))
+        parts = [_number(size_text(facts.nbytes(kind))) for kind in kinds]
+        total = _number(size_text(sum(facts.nbytes(kind) for kind in kinds)))
         rows.append(
             (_number(facts.rank), _number(facts.stage), *parts, total, (f'<div class="bar">{pieces}</div>', False))
         )
@@ -148,8 +148,8 @@ def _stage(facts: RankFacts, one_run: str) -> str:
             _text(row.purpose),
             _text(group_text(row.ranks)),
             _number(row.count),
-            _number(amount(row.payload)),
-            _number(amount(row.sent)),
+            _number(size_text(row.payload)),
+            _number(size_text(row.sent)),
             (f'<div class="bar"><i style="background:var(--a);width:{100 * row.sent / most:.2f}%"></i></div>', False),
         )
         for row in sorted(facts.traffic, key=lambda row: -row.sent)
@@ -161,7 +161,7 @@ def _stage(facts: RankFacts, one_run: str) -> str:
             _text(shape_text(row.whole)),
             _text(shape_text(row.local)),
             _text(row.dtype),
-            _number(amount(row.nbytes)),
+            _number(size_text(row.nbytes)),
         )
         for row in facts.largest()
     ]
@@ -186,7 +186,7 @@ def _compilation(ranks: Sequence[RankFacts]) -> str:
     rows = []
     for facts in ranks:
         seconds = (facts.start_seconds, facts.build_seconds, facts.compile_seconds)
-        measured = [*(f"{number:.1f}" for number in seconds), amount(facts.peak_rss)] if facts.compiles else [""] * 4
+        measured = [*(f"{number:.1f}" for number in seconds), size_text(facts.peak_rss)] if facts.compiles else [""] * 4
         rows.append(
             (
                 _number(facts.rank),
@@ -219,7 +219,7 @@ def _comparison(report: DryRunReport) -> list[str]:
         if ours.error or theirs.error:
             continue
         rows = [
-            (_text(kind), _number(mine), _number(other), _number(amount(sent)), _number(amount(other_sent)))
+            (_text(kind), _number(mine), _number(other), _number(size_text(sent)), _number(size_text(other_sent)))
             for kind, mine, other, sent, other_sent in compared(ours, theirs)
         ]
         parts.append(

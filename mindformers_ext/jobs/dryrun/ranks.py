@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.formats.atomic import write_text
 from mindformers_ext.jobs.dryrun.facts import RankFacts, rank_facts_from_json
 from mindformers_ext.jobs.dryrun.forks import LOG, Ended, Request
 from mindformers_ext.jobs.dryrun.plan import DryRunPlan
@@ -146,11 +147,9 @@ def keep_result(folder: Path, request: Request, facts: Mapping[str, Any], **meas
     status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
     result = RankFacts(rank=request["rank"], stage=request["stage"], peak_rss=peak, **facts, **measured)
-    beside = folder / f".{RESULT}"
-    beside.write_text(json.dumps(result.to_json()), encoding="utf-8")
     if not request["keep_graphs"]:
         shutil.rmtree(folder / GRAPHS, ignore_errors=True)
-    os.replace(beside, folder / RESULT)
+    write_text(folder / RESULT, json.dumps(result.to_json()))
 
 
 def _failed(job: RankJob, rank: int, error: str) -> RankFacts:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.core.byte_sizes import size_text
 from mindformers_ext.core.cluster.memory import StageMemory
 from mindformers_ext.core.spec import ParallelSpec
 from mindformers_ext.formats.atomic import fresh_file
@@ -143,7 +144,7 @@ def memory_table(memory: Sequence[StageMemory], mark: str) -> tuple[tuple[str, .
     rows = [
         (
             str(stage.stage),
-            *((mark if estimated else "") + amount(getattr(stage, name)) for name, _, estimated in shown),
+            *((mark if estimated else "") + size_text(getattr(stage, name)) for name, _, estimated in shown),
         )
         for stage in memory
     ]
@@ -159,15 +160,15 @@ def _rank_row(facts: RankFacts, kinds: Mapping[str, str]) -> tuple[str, ...]:
     if not facts.compiles:
         return (str(facts.rank), str(facts.stage), "NO", *[""] * (2 + len(kinds)))
     seconds = facts.start_seconds + facts.build_seconds + facts.compile_seconds
-    parts = [amount(facts.nbytes(kind)) for kind in kinds]
-    return (str(facts.rank), str(facts.stage), "yes", f"{seconds:.0f}", amount(facts.peak_rss), *parts)
+    parts = [size_text(facts.nbytes(kind)) for kind in kinds]
+    return (str(facts.rank), str(facts.stage), "yes", f"{seconds:.0f}", size_text(facts.peak_rss), *parts)
 
 
 def stage_lines(facts: RankFacts, one_run: str) -> list[str]:
     """Collectives (of ``one_run``), largest tensors and generated strategies of one rank."""
     lines = [f"stage {facts.stage} (rank {facts.rank}), collectives of {one_run}"]
     rows = [
-        (row.kind, row.purpose, group_text(row.ranks), f"{row.count}", amount(row.payload), amount(row.sent))
+        (row.kind, row.purpose, group_text(row.ranks), f"{row.count}", size_text(row.payload), size_text(row.sent))
         for row in facts.traffic
     ]
     lines += table(("kind", "for", "ranks", "count", "payload", "sent by this rank"), rows)
@@ -175,7 +176,7 @@ def stage_lines(facts: RankFacts, one_run: str) -> list[str]:
     lines += table(
         ("tensor", "whole", "here", "type", "bytes"),
         (
-            (row.name, shape_text(row.whole), shape_text(row.local), row.dtype, amount(row.nbytes))
+            (row.name, shape_text(row.whole), shape_text(row.local), row.dtype, size_text(row.nbytes))
             for row in facts.largest()
         ),
     )
@@ -191,7 +192,7 @@ def balance_lines(stages: Sequence[RankFacts]) -> list[str]:
     rows = [
         (
             str(facts.stage),
-            amount(facts.nbytes("weight")),
+            size_text(facts.nbytes("weight")),
             f"{facts.matmul_flops / 1e12:.3f}",
             f"{100 * facts.matmul_flops / most:.0f}%",
         )
@@ -228,7 +229,7 @@ def comparison_lines(report: DryRunReport) -> list[str]:
             if ours.error or theirs.error:
                 continue
             rows = [
-                (kind, f"{mine}", f"{other}", amount(sent), amount(other_sent))
+                (kind, f"{mine}", f"{other}", size_text(sent), size_text(other_sent))
                 for kind, mine, other, sent, other_sent in compared(ours, theirs)
             ]
             lines += [f"rank {ours.rank}", *table(("kind", "ours", "theirs", "sent, ours", "sent, theirs"), rows)]
@@ -242,15 +243,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in body
     ]
-
-
-def amount(nbytes: float) -> str:
-    """Bytes for people, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000 or unit == "GB":
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
-        nbytes /= 1000
-    raise AssertionError("unreachable")
 
 
 def shape_text(shape: Sequence[int]) -> str:

@@ -20,7 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from mindformers_ext.jobs.launch.msrun import SCHEDULER_LOG, Launch
+import psutil
+
+from mindformers_ext.jobs.launch.arguments import Launch
+from mindformers_ext.jobs.launch.msrun import SCHEDULER_LOG
 
 GRACE = 120.0  # seconds from a worker's death to the end of the job, at most
 GRACE_ALONE = 5.0  # the same where all workers are on this machine: msrun has ended them, only its scheduler waits
@@ -40,7 +43,7 @@ class _Watched:
 
     died: tuple[int, int] | None = None  # pid and code of the first dead worker
     died_at: float = 0.0
-    ranks: dict[int, int] = field(default_factory=dict)  # pid -> rank
+    ranks: dict[psutil.Process, int] = field(default_factory=dict)  # of every worker
     stopped: bool = False
 
 
@@ -81,7 +84,8 @@ def supervise(launch: Launch, command: Sequence[str], environment: Mapping[str, 
         return 130
     failed = bool(process.returncode or watched.died)
     if failed:
-        show(reason(launch, watched.died, watched.ranks, process.returncode))
+        ranks = {worker.pid: rank for worker, rank in watched.ranks.items()}
+        show(reason(launch, watched.died, ranks, process.returncode))
     return int(failed)
 
 
@@ -100,11 +104,10 @@ def _read(process: subprocess.Popen, watched: _Watched, show: Show, log: Path | 
 def _wait(process: subprocess.Popen, watched: _Watched, grace: float) -> None:
     """Until the job ends, the user stops it, or ``grace`` seconds have passed since a worker died."""
     while process.poll() is None and not watched.stopped:
-        for pid in _children(process.pid):
-            if pid not in watched.ranks:
-                rank = _rank(pid)
-                if rank is not None:
-                    watched.ranks[pid] = rank
+        for child in _children(process.pid):
+            rank = _rank(child) if child not in watched.ranks else None
+            if rank is not None:
+                watched.ranks[child] = rank
         if watched.died and time.monotonic() - watched.died_at > grace:
             return
         time.sleep(0.3)
@@ -119,9 +122,9 @@ def _end(process: subprocess.Popen, watched: _Watched) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    for pid in watched.ranks:
-        if _rank(pid) == watched.ranks[pid]:  # still the same process
-            _kill_group(pid)
+    for worker in watched.ranks:
+        if worker.is_running():  # and no other process has its number now
+            _kill_group(worker.pid)
     _kill_group(process.pid)  # scheduler and log readers are in msrun's group
 
 
@@ -132,20 +135,19 @@ def _kill_group(group: int) -> None:
         return
 
 
-def _children(pid: int) -> list[int]:
+def _children(pid: int) -> list[psutil.Process]:
     try:
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
+        return psutil.Process(pid).children()
+    except psutil.Error:
         return []
 
 
-def _rank(pid: int) -> int | None:
+def _rank(process: psutil.Process) -> int | None:
     """The rank of a worker process; None for any other."""
     try:
-        pairs = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
+        words = process.environ()
+    except psutil.Error:
         return None
-    words = dict(pair.partition("=")[::2] for pair in pairs)
     if words.get("MS_ROLE") == "MS_WORKER" and words.get("RANK_ID", "").isdecimal():
         return int(words["RANK_ID"])
     return None

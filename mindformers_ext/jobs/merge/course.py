@@ -9,16 +9,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.atomic import fresh_folder
+from mindformers_ext.formats.disk import check_space, free_bytes, refusal
 from mindformers_ext.formats.tensors import Array, TensorInfo
 from mindformers_ext.jobs.merge.likeness import write_likeness
 from mindformers_ext.jobs.merge.output import (
     MergeReport,
     OutputRequest,
     chain_mindspore,
-    check_space,
-    free_bytes,
     write_weights,
 )
 from mindformers_ext.jobs.merge.plan import Task, parameters_of
@@ -57,7 +55,7 @@ def carry_out(out: OutputRequest, opening: AbstractContextManager[Prepared], str
                 seconds = time.monotonic() - started
             return _report(out, job, seconds, notes)
     except OSError as error:
-        raise _refused(out.folder, error) from error
+        raise refusal(error, f"read a model or to write '{out.folder}'") from error
 
 
 def _written(out: OutputRequest, job: Prepared, strict: bool) -> list[str]:
@@ -80,13 +78,4 @@ def _report(out: OutputRequest, job: Prepared, seconds: float | None, notes: Seq
         seconds,
         job.lines,
         (*job.notes, *notes),
-    )
-
-
-def _refused(out: Path, error: OSError) -> UserError:
-    """An error of the system as a message."""
-    where = f" ('{error.filename}')" if error.filename else ""
-    return UserError(
-        f"the system refused to read a model or to write '{out}': {error.strerror}{where}; check the "
-        "path, its permissions and the room on the disk"
     )

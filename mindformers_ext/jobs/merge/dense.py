@@ -17,11 +17,12 @@ from mindformers_ext.jobs.merge.config import MergeConfig, need_slices, read_mer
 from mindformers_ext.jobs.merge.course import Prepared, carry_out
 from mindformers_ext.jobs.merge.models import Model, find_model, opened
 from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest, check_output, check_result
-from mindformers_ext.jobs.merge.plan import HEAD, Plan, Task, make_plan
+from mindformers_ext.jobs.merge.plan import Plan, Task, make_plan
 from mindformers_ext.jobs.merge.sidecars import Card, copy_tokenizer, merged_config, write_card, write_json
 from mindformers_ext.jobs.merge.stream import Findings, Runner
 from mindformers_ext.jobs.merge.templates import chosen_template, write_template
 from mindformers_ext.jobs.merge.tokenizer import Tokenizers, choose_tokenizer, write_tokenizer
+from mindformers_ext.surgery.merge.architectures import HEAD
 from mindformers_ext.surgery.merge.settings import Method
 
 CONFIG_COPY = "mergekit_config.yml"
@@ -129,7 +130,7 @@ def _config(
     config: MergeConfig, plan: Plan, models: Mapping[str, Model], base: Model, chosen: Tokenizers
 ) -> dict[str, Any]:
     kinds = {task.info.dtype for task in plan.tasks}
-    written = any(task.info.name == HEAD for task in plan.tasks)
+    written = any(task.info.name == HEAD.name for task in plan.tasks)
     layer_types = []
     for name, layer in plan.layer_sources:
         own = models[name].config.get("layer_types")

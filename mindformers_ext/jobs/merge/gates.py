@@ -17,8 +17,8 @@ from mindformers_ext.formats.dtypes import BFLOAT16, cast
 from mindformers_ext.formats.tensors import Array
 from mindformers_ext.jobs.merge.models import Model
 from mindformers_ext.jobs.merge.moe_config import AVERAGE, CHEAP, UNIFORM, WITHOUT_PROMPTS, Expert, MoEConfig
+from mindformers_ext.surgery.merge.architectures import EMBEDDING
 
-EMBEDDING = "model.embed_tokens.weight"
 ALIKE = 5.0  # condition number of a layer's rows from which on prompts are called too similar
 
 
@@ -52,7 +52,7 @@ class Prompts:
         table = base.folder / "tokenizer.json"
         self._tokenizer: Tokenizer = HuggingFaceTokenizer(table) if table.is_file() else open_tokenizer(base.folder)
         self._bos = _bos_text(base.folder)
-        self._rows = base.reader.infos[EMBEDDING].shape[0]
+        self._rows = base.reader.infos[EMBEDDING.name].shape[0]
         self._name = base.name
 
     def batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +93,7 @@ def _bos_text(folder: Path) -> str:
 def _embeddings(base: Model, ids: np.ndarray) -> Array:
     """The rows of the embedding for ``ids``, (prompts, tokens, hidden), each different row read once."""
     unique, places = np.unique(ids, return_inverse=True)
-    rows = np.stack([base.reader.read(EMBEDDING, (int(token),)) for token in unique])
+    rows = np.stack([base.reader.read(EMBEDDING.name, (int(token),)) for token in unique])
     return rows[places.reshape(ids.shape)]
 
 

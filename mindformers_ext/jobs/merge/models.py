@@ -12,7 +12,7 @@ from typing import Any
 
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.jobs.checkpoint.source import CONFIG, Reader, open_hf, read_config
-from mindformers_ext.jobs.merge.fused import split_experts
+from mindformers_ext.jobs.merge.fused import unfused
 from mindformers_ext.surgery.merge.architectures import Architecture, architecture_of
 
 HUB = "~/.cache/huggingface"
@@ -83,5 +83,5 @@ def _open(name: str) -> Model:
         raise UserError(f"'{folder / CONFIG}' has num_hidden_layers={layers!r}: a whole number above 0 is expected")
     reader = open_hf(folder)
     if architecture.experts:
-        reader = split_experts(reader)
+        reader = unfused(reader)
     return Model(name, folder, config, architecture, layers, reader)

@@ -25,6 +25,7 @@ from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest, check_
 from mindformers_ext.jobs.merge.plan import Part, Task
 from mindformers_ext.jobs.merge.sidecars import Card, copy_tokenizer, write_card, write_json
 from mindformers_ext.jobs.merge.stream import COPIED, Findings, Runner, row_blocks
+from mindformers_ext.surgery.merge.architectures import HEAD
 from mindformers_ext.surgery.merge.settings import Settings
 
 CONFIG_COPY = "mergekit_moe_config.yml"
@@ -118,7 +119,7 @@ def _comparison(job: _Job) -> tuple[Runner, Sequence[Task]]:
     base = job.models[job.config.base_model]
     others = [name for name in job.models if name != base.name]
     rows = [row.name for row in base.architecture.layer_rows() if ".mlp." in row.name and row.name.endswith(".weight")]
-    names = [row.replace("{i}", str(layer)) for layer in range(base.layers) for row in rows]
+    names = [row.replace("{layer}", str(layer)) for layer in range(base.layers) for row in rows]
     tasks = [
         Task(
             base.reader.infos[name],
@@ -139,7 +140,7 @@ def _common_type(targets: list[Target]) -> str:
 
 
 def _tied(targets: list[Target]) -> bool:
-    return all(target.info.name != "lm_head.weight" for target in targets)
+    return all(target.info.name != HEAD.name for target in targets)
 
 
 def _maker(job: _Job, rows: np.ndarray, seed: int, findings: Findings) -> Callable[[int], Iterator[Array]]:

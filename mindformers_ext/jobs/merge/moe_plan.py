@@ -16,7 +16,7 @@ from mindformers_ext.formats.tensors import TensorInfo
 from mindformers_ext.jobs.merge.models import Model
 from mindformers_ext.jobs.merge.moe_config import Expert, MoEConfig
 from mindformers_ext.jobs.merge.moe_outputs import BIASES, DOWN, GATE, UP, WHY_NOT, Output
-from mindformers_ext.surgery.merge.architectures import known_names
+from mindformers_ext.surgery.merge.architectures import EMBEDDING, HEAD, known_names
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def plan_targets(
     if problems.lines:
         return [], []
     wanted = config.dtype or SHORT_NAMES.get(str(base.config.get("torch_dtype")), str(base.config.get("torch_dtype")))
-    embedding = base.reader.infos.get("model.embed_tokens.weight")
+    embedding = base.reader.infos.get(EMBEDDING.name)
     dtype = FLOATS.get(wanted) or (embedding.dtype if embedding else np.dtype(np.float32))
     builder = _Builder(config, models, dtype, problems)
     targets = builder.run(fused)
@@ -134,13 +134,13 @@ class _Builder:
         rows = [row for row in table.layer_rows() if ".mlp." not in row.name and not row.name.endswith(".bias")]
         for layer in range(self.base.layers):
             for row in rows:
-                self._from_base(row.name.replace("{i}", str(layer)), row.optional)
+                self._from_base(row.name.replace("{layer}", str(layer)), row.optional)
             if self.config.output.biased:
                 self._biases(f"model.layers.{layer}.")
             self._moe(layer, fused)
         for row in table.post:
             tied = bool(self.base.config.get("tie_word_embeddings", False))
-            self._from_base(row.name, row.optional and (tied or row.name != "lm_head.weight"))
+            self._from_base(row.name, row.optional and (tied or row.name != HEAD.name))
         return self.targets
 
     def _biases(self, layer: str) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from mindformers_ext.formats.ms_file import check_suffix
 from mindformers_ext.formats.safetensors_dir import SafetensorsDirWriter
 from mindformers_ext.formats.tensors import Array, TensorInfo
 from mindformers_ext.jobs.checkpoint.convert import ConvertRequest, convert
+from mindformers_ext.jobs.checkpoint.copy_tensors import bytes_bar, counted
 from mindformers_ext.jobs.checkpoint.source import CONFIG
 from mindformers_ext.jobs.merge.threads import in_threads, thread_count, until
 
@@ -83,48 +83,21 @@ def check_result(request: OutputRequest, config: Mapping[str, Any]) -> None:
         raise UserError(f"--to-mindspore cannot be done with this model: {error}") from error
 
 
-def free_bytes(path: Path) -> int:
-    """What the disk of ``path`` has left."""
-    return shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
-
-
-def check_space(path: Path, nbytes: int) -> None:
-    """Room for everything; the old output stays until the new one is whole."""
-    free = free_bytes(path)
-    if nbytes > free:
-        raise UserError(
-            f"'{path}' needs {nbytes} bytes ({nbytes / 1e9:.2f} GB), the disk has {free} "
-            f"({free / 1e9:.2f} GB) available: make room there"
-        )
-
-
 def write_weights(
     folder: Path, infos: Sequence[TensorInfo], out: OutputRequest, blocks: Callable[[int], Iterator[Array]]
 ) -> None:
     """Write every tensor from its blocks (by place in ``infos``), with a progress bar of bytes; the largest first."""
-    from tqdm import tqdm
-
     total = sum(info.nbytes for info in infos)
-    words: dict[str, Any] = dict(unit="B", unit_scale=True, desc="merging", mininterval=0.5, dynamic_ncols=True)
     with (
         SafetensorsDirWriter(folder, infos, out.shard_bytes) as writer,
-        tqdm(total=total, disable=out.quiet, **words) as bar,
+        bytes_bar(total, "merging", out.quiet) as bar,
     ):
 
         def write(place: int, stop: Event) -> None:
-            writer.add_parts(infos[place], _counted(until(stop, blocks(place)), bar))
+            writer.add_parts(infos[place], counted(until(stop, blocks(place)), bar))
 
         order = sorted(range(len(infos)), key=lambda place: -infos[place].nbytes)
         in_threads(write, order, thread_count(out.threads))
-
-
-def _counted(blocks: Iterator[Array], bar: Any) -> Iterator[Array]:
-    for block in blocks:
-        size = block.nbytes
-        yield block
-        del block  # or it lives on while the next one is made
-        with bar.get_lock():
-            bar.update(size)
 
 
 def chain_mindspore(request: OutputRequest) -> list[str]:

@@ -20,10 +20,9 @@ from mindformers_ext.formats.tensors import TensorInfo
 from mindformers_ext.jobs.merge.config import MergeConfig, Slice, Source
 from mindformers_ext.jobs.merge.models import Model
 from mindformers_ext.jobs.merge.parameters import Resolver
-from mindformers_ext.surgery.merge.architectures import Row, known_names
+from mindformers_ext.surgery.merge.architectures import HEAD, Row, known_names
 from mindformers_ext.surgery.merge.settings import Method, Settings
 
-HEAD = "lm_head.weight"
 SHOWN = 8  # problems of one kind that are listed
 
 
@@ -169,7 +168,7 @@ class _Planner:
         self.count: dict[str, int] = {}
         names = config.models()
         self.donor = models[config.base_model or names[0]]
-        self.with_head = any(HEAD in models[name].reader.infos for name in names)
+        self.with_head = any(HEAD.name in models[name].reader.infos for name in names)
 
     def run(self, slices: list[Slice]) -> Plan:
         table, last = self.donor.architecture, 1.0 if self.config.compat["post_gradient"] == "last" else 0.0
@@ -182,7 +181,7 @@ class _Planner:
                 first = part.sources[0]
                 self.plan.layer_sources.append((first.model, (first.layers or (0, 0))[0] + layer))
                 for row in table.layer_rows():
-                    self._add(row, part, row.name.replace("{i}", str(self.plan.layers)), layer, t)
+                    self._add(row, part, row.name.replace("{layer}", str(self.plan.layers)), layer, t)
                 self.plan.layers += 1
         for row in table.post:
             self._add(row, slices[-1], row.name, None, last)
@@ -200,10 +199,10 @@ class _Planner:
         """The task of one output tensor, where it exists at all."""
         parts: dict[str, Part] = {}
         for source in part.sources:
-            name = row.name if layer is None else row.name.replace("{i}", str((source.layers or (0, 0))[0] + layer))
+            name = row.name if layer is None else row.name.replace("{layer}", str((source.layers or (0, 0))[0] + layer))
             if name in self.models[source.model].reader.infos:
                 parts[source.model] = Part(source.model, name)
-        if not parts and row.optional and not (row.name == HEAD and self.with_head):
+        if not parts and row.optional and not (row.name == HEAD.name and self.with_head):
             return
         for source in part.sources:  # a tied tensor stands in
             if source.model not in parts and row.tied in self.models[source.model].reader.infos:

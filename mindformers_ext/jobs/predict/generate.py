@@ -11,7 +11,7 @@ import numpy as np
 
 from mindformers_ext.core.capacity import round_up
 from mindformers_ext.core.config.sampling import SamplingSpec, choose, generator_of
-from mindformers_ext.jobs.engine.door import Network, Session
+from mindformers_ext.jobs.engine.protocols import Network, Session
 
 OnToken = Callable[[int, int], None]  # prompt, token
 

@@ -17,7 +17,8 @@ from mindformers_ext.core.spec import DeviceSpec, ModelSpec, NetworkSpec
 from mindformers_ext.formats.rank_dirs import rank_folders
 from mindformers_ext.jobs.checkpoint.saved import checkpoint_file, holds_whole
 from mindformers_ext.jobs.checkpoint.source import CONFIG, Reader, described_layout, open_hf, open_ms, read_config
-from mindformers_ext.jobs.engine.door import Network, open_engine
+from mindformers_ext.jobs.engine.door import open_engine
+from mindformers_ext.jobs.engine.protocols import Network
 from mindformers_ext.weights.convert import plan_relayout, plan_to_mindspore
 from mindformers_ext.weights.layouts import Layout, resolve_layout
 from mindformers_ext.weights.plan import Plan

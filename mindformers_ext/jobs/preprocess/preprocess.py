@@ -19,7 +19,8 @@ from mindformers_ext.data.parquet import read_parquet
 from mindformers_ext.data.readers import Cutting, Fragment, Progress, read_jsonl, read_text, read_wiki
 from mindformers_ext.data.tokenizers import Tokenizer, puts_blank
 from mindformers_ext.formats.atomic import fresh_file, fresh_group
-from mindformers_ext.jobs.engine.door import RecordWriter, open_record_writer
+from mindformers_ext.jobs.engine.door import open_record_writer
+from mindformers_ext.jobs.engine.protocols import RecordWriter
 from mindformers_ext.jobs.preprocess.encode import QaBatch, Setup, TextBatch, Tokens, encode_all
 from mindformers_ext.jobs.preprocess.request import SAMPLES, Checked, PreprocessRequest, check_request
 

@@ -4,39 +4,33 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mindformers_ext.core.config.file import dump_yaml
 from mindformers_ext.core.config.lora import ADAPTER_CONFIG, LoraSpec
-from mindformers_ext.core.config.text import yaml_text
+from mindformers_ext.formats.atomic import write_text
 from mindformers_ext.jobs.checkpoint.saved import last_whole
 
 WEIGHTS = ("model.", "lm_head.")  # of the network; the step's and the optimizer's own state has other names
 
 
-def write_together(path: Path, text: str) -> None:
-    """Write ``path`` whole; several processes of a job may write the same text at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
-
-
 def keep_config(config: Mapping[str, Any], folder: Path) -> Path:
     """What the run was asked to do: ``<folder>/run_config/<run_mode>.yaml``."""
     path = folder / "run_config" / f"{config.get('run_mode')}.yaml"
-    write_together(path, yaml_text(dict(config)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, dump_yaml(dict(config)))
     return path
 
 
 def keep_lora(lora: LoraSpec | None, folder: Path) -> None:
     """What ``tools/merge_lora.py`` must know about the adapters, in PEFT's words."""
     if lora:
-        write_together(folder / ADAPTER_CONFIG, json.dumps(lora.peft_words(), indent=1) + "\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / ADAPTER_CONFIG, json.dumps(lora.peft_words(), indent=1) + "\n")
 
 
 def surplus(files: Iterable[Path], keep: int, newest: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.figures import StepFigures
+from mindformers_ext.formats.atomic import write_text
 
 FOLDER = "metrics"
 
@@ -101,9 +102,7 @@ class MetricsFile:
                 break  # the row a killed run was writing
             if json.loads(line)["step"] <= steps:
                 rows.append(line)
-        beside = self.path.with_name(self.path.name + ".new")
-        beside.write_text("".join(rows), encoding="utf-8")
-        os.replace(beside, self.path)
+        write_text(self.path, "".join(rows))
 
 
 def _finite(value: Any) -> Any:

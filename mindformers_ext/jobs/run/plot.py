@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mindformers_ext.formats.atomic import fresh_file
 from mindformers_ext.jobs.run.metrics import EDGE, RunMetrics, read_metrics, smoothed
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8C8C8C"
@@ -52,10 +53,9 @@ def open_pyplot() -> Any:
 
 def save_figure(figure: Any, path: Path) -> Path:
     """Write the PNG ``path`` whole, and forget the figure."""
-    beside = path.with_name(f".{path.name}.part")
-    figure.savefig(beside, format="png")
+    with fresh_file(path, overwrite=True) as beside:
+        figure.savefig(beside, format="png")
     open_pyplot().close(figure)
-    beside.replace(path)
     return path
 
 

@@ -18,9 +18,11 @@ from mindformers_ext.core.config.run import MINDSPORE, RunSpec
 from mindformers_ext.core.config.train import TrainSpec, train_spec_from_yaml
 from mindformers_ext.core.log import get_logger, set_up_logging
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.jobs.engine.door import Trainer, open_trainer
+from mindformers_ext.formats.atomic import write_text
+from mindformers_ext.jobs.engine.door import open_trainer
+from mindformers_ext.jobs.engine.protocols import Trainer
 from mindformers_ext.jobs.predict.network import open_weights
-from mindformers_ext.jobs.run.keep import keep_config, keep_lora, write_together
+from mindformers_ext.jobs.run.keep import keep_config, keep_lora
 from mindformers_ext.jobs.run.metrics_file import MetricsFile, StepRecord, record_of
 from mindformers_ext.jobs.run.watch import Watch
 from mindformers_ext.jobs.train.checkpoint_folder import CheckpointFolder, Resumed
@@ -199,4 +201,4 @@ def _save(run: Run, files: CheckpointFolder, record: StepRecord) -> None:
         "last_step": (record.step - 1) % run.data.per_epoch + 1,
         "last_ckpt_file": path.name,
     }
-    write_together(files.folder / "meta.json", json.dumps(words))
+    write_text(files.folder / "meta.json", json.dumps(words))

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tensors a Hugging Face model has, as tables of rows; the plan of a merge is made from them.
 
-``{i}`` is the layer, ``{e}`` the expert. A row may be optional (stored by some models only); ``tied`` names the tensor
-that stands in for it where a model ties the two; ``vocab`` rows have one row per token.
+Names that a conversion knows come from its tables (``weights.llama``, ``weights.mixtral``). ``{layer}`` is the layer,
+``{expert}`` the expert. A row may be optional (stored by some models only); ``tied`` names the tensor that stands in
+for it where a model ties the two; ``vocab`` rows have one row per token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.weights import llama, mixtral
+from mindformers_ext.weights.rules import Rule
 
 PRE, LAYER, POST = "pre", "layer", "post"
 
@@ -38,37 +41,34 @@ class Architecture:
     experts: int = 0
 
     def layer_rows(self) -> Iterator[Row]:
-        """The rows of a layer, one per expert where they have experts; ``{i}`` stays open."""
+        """The rows of a layer, one per expert where they have experts; ``{layer}`` stays open."""
         for row in self.layer:
-            if "{e}" in row.name:
-                yield from (Row(row.name.replace("{e}", str(e)), row.optional) for e in range(self.experts))
+            if "{expert}" in row.name:
+                yield from (Row(row.name.replace("{expert}", str(e)), row.optional) for e in range(self.experts))
             else:
                 yield row
 
 
-EMBEDDING = Row("model.embed_tokens.weight", vocab=True)
-NORM = Row("model.norm.weight")
-HEAD = Row("lm_head.weight", optional=True, tied="model.embed_tokens.weight", vocab=True)
-_L = "model.layers.{i}."
+def _rows(*rules: Rule) -> tuple[Row, ...]:
+    return tuple(Row(name) for rule in rules for name, _ in rule.hf_templates)
 
 
-def _rows(text: str, optional: bool = False) -> tuple[Row, ...]:
-    return tuple(Row(_L + name, optional) for name in text.split())
+def _biases(rows: tuple[Row, ...], *words: str, optional: bool = False) -> tuple[Row, ...]:
+    """The biases of those ``rows`` whose names hold one of ``words``."""
+    stems = [row.name.removesuffix("weight") for row in rows if any(word in row.name for word in words)]
+    return tuple(Row(stem + "bias", optional) for stem in stems)
 
 
-NORMS = _rows("input_layernorm.weight post_attention_layernorm.weight")
-PROJECTIONS = _rows("self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight self_attn.o_proj.weight")
-BIASES = _rows("self_attn.q_proj.bias self_attn.k_proj.bias self_attn.v_proj.bias")
-DENSE = _rows("mlp.gate_proj.weight mlp.up_proj.weight mlp.down_proj.weight")
-# with attention_bias or mlp_bias of LlamaConfig
-LLAMA_BIASES = (
-    *_rows("self_attn.q_proj.bias self_attn.k_proj.bias self_attn.v_proj.bias self_attn.o_proj.bias", True),
-    *_rows("mlp.gate_proj.bias mlp.up_proj.bias mlp.down_proj.bias", True),
-)
-MIXTRAL = _rows(
-    "block_sparse_moe.gate.weight block_sparse_moe.experts.{e}.w1.weight "
-    "block_sparse_moe.experts.{e}.w2.weight block_sparse_moe.experts.{e}.w3.weight"
-)
+EMBEDDING = replace(*_rows(llama.EMBEDDING), vocab=True)
+(NORM,) = _rows(llama.FINAL_NORM)
+HEAD = replace(*_rows(llama.HEAD), optional=True, tied=EMBEDDING.name, vocab=True)
+ATTENTION = _rows(*llama.ATTENTION)  # with the layer's norms
+DENSE = _rows(*llama.FEED_FORWARD)
+EXPERTS = _rows(*mixtral.PER_EXPERT)
+BIASES = _biases(ATTENTION, "q_proj", "k_proj", "v_proj")
+LLAMA_BIASES = _biases((*ATTENTION, *DENSE), "_proj", optional=True)  # with attention_bias or mlp_bias of LlamaConfig
+_PHI3 = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+PHI3 = tuple(Row(f"model.layers.{{layer}}.{name}.weight") for name in _PHI3)
 
 
 def _model(model_type: str, name: str, *layer: Row) -> Architecture:
@@ -76,16 +76,11 @@ def _model(model_type: str, name: str, *layer: Row) -> Architecture:
 
 
 TABLE = (
-    _model("llama", "LlamaForCausalLM", *NORMS, *PROJECTIONS, *DENSE, *LLAMA_BIASES),
-    _model("mistral", "MistralForCausalLM", *NORMS, *PROJECTIONS, *DENSE),
-    _model("qwen2", "Qwen2ForCausalLM", *NORMS, *PROJECTIONS, *BIASES, *DENSE),
-    _model("mixtral", "MixtralForCausalLM", *NORMS, *PROJECTIONS, *MIXTRAL),
-    _model(
-        "phi3",
-        "Phi3ForCausalLM",
-        *NORMS,
-        *_rows("self_attn.qkv_proj.weight self_attn.o_proj.weight mlp.gate_up_proj.weight mlp.down_proj.weight"),
-    ),
+    _model("llama", "LlamaForCausalLM", *ATTENTION, *DENSE, *LLAMA_BIASES),
+    _model("mistral", "MistralForCausalLM", *ATTENTION, *DENSE),
+    _model("qwen2", "Qwen2ForCausalLM", *ATTENTION, *BIASES, *DENSE),
+    _model("mixtral", "MixtralForCausalLM", *ATTENTION, *EXPERTS),
+    _model("phi3", "Phi3ForCausalLM", *(row for row in ATTENTION if "norm" in row.name), *PHI3),
 )
 
 
@@ -105,4 +100,4 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
 def known_names(architecture: Architecture, layers: int) -> Collection[str]:
     """Every name that the table explains for a model of ``layers`` layers."""
     names = {row.name for row in (*architecture.pre, *architecture.post)}
-    return names | {row.name.replace("{i}", str(i)) for row in architecture.layer_rows() for i in range(layers)}
+    return names | {row.name.replace("{layer}", str(i)) for row in architecture.layer_rows() for i in range(layers)}

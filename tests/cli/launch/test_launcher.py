@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from mindformers_ext.cli.launch import main
-from mindformers_ext.jobs.launch.msrun import find_script, read_launch, split_command
+from mindformers_ext.jobs.launch.arguments import find_script, read_launch, split_command
 from tests.helpers.cluster import (
     MASTER,
     SUM_SCRIPT,

@@ -239,10 +239,10 @@ def test_other_architectures_work_only_when_told(capsys):
 
 
 def test_a_full_disk_is_seen_before_the_work(capsys, monkeypatch):
-    from mindformers_ext.jobs.merge import output as merge_output
+    from mindformers_ext.formats import disk
 
-    monkeypatch.setattr(merge_output, "free_bytes", lambda path: 1000)
-    assert "available" in refused(TIES, "out", capsys)
+    monkeypatch.setattr(disk, "free_bytes", lambda path: 1000)
+    assert "the disk has 1000 (0.00 GB) free" in refused(TIES, "out", capsys)
 
 
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path, place):

@@ -21,7 +21,7 @@ import yaml
 
 from mindformers_ext.cli.merge import main
 from mindformers_ext.formats.safetensors_dir import SafetensorsDir
-from mindformers_ext.jobs.merge.fused import split_experts
+from mindformers_ext.jobs.merge.fused import unfused
 from tests.helpers.merge_models import family, make_model, tensors_of, tokenizer_json
 
 PEER = os.environ.get("MERGEKIT_PYTHON")
@@ -200,7 +200,7 @@ def place(tmp_path_factory):
 
 
 def read(folder):
-    reader = split_experts(SafetensorsDir(folder))
+    reader = unfused(SafetensorsDir(folder))
     result = {name: reader.read(name) for name in reader.infos}
     reader.close()
     return result

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mindformers_ext.core.config.file import SIZE_LIMIT, dump_yaml, load_yaml, parse_yaml
@@ -77,7 +77,59 @@ def test_broken_files(tmp_path: Path, text: str, words: str) -> None:
     assert str(path) in str(caught.value)
 
 
-TEXTS = st.text("ae1.-+_: #'\"N") | st.sampled_from(["None", "1e-5", "yes", "0x1F"])
+NOT_TEXT = [
+    "1e-5",
+    "1.e5",
+    "-.5E3",
+    "+1",
+    "1_000",
+    "0x1F",
+    "0o17",
+    "017",
+    "0b1",
+    "1:30",
+    "1:30.5",
+    ".inf",
+    "-.INF",
+    ".nan",
+]
+NOT_TEXT += [
+    "2024-01-01",
+    "2024-01-01 10:00:00",
+    "2024-01-01T10:00:00Z",
+    "yes",
+    "No",
+    "ON",
+    "true",
+    "y",
+    "~",
+    "null",
+    "Null",
+    "None",
+    "",
+]
+NOT_TEXT += [
+    "=",
+    "<<",
+    "&a",
+    "*a",
+    "!!int 1",
+    "- a",
+    "? a",
+    "a: b",
+    "# a",
+    "%a",
+    "@a",
+    "`a",
+    "---",
+    "...",
+    "{",
+    "]",
+    "\ufeffa",
+    "\x85",
+    "a\nb ",
+]
+TEXTS = st.text("ae1.-+_: #'\"N") | st.text(max_size=5) | st.sampled_from(NOT_TEXT)
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abe1."), inner, max_size=3),
@@ -87,10 +139,28 @@ PLAIN = st.recursive(
 
 @settings(max_examples=150, deadline=None)
 @given(st.dictionaries(st.text("abe1."), PLAIN, max_size=4))
+@example(dict(enumerate(NOT_TEXT)) | {text: text for text in NOT_TEXT})
+@example({"name": "1e-5", "lr": 1e-5, "small": 1e-300, "large": -float("inf"), "whole": 10**30})
 def test_what_is_written_is_read_back(config: dict[str, Any]) -> None:
     text = dump_yaml(config)
-    assert (parse_yaml(text, "text") or {}) == config
-    assert (yaml.safe_load(text) or {}) == config  # MindFormers reads with PyYAML's own rules
+    for read in (parse_yaml(text, "text"), yaml.safe_load(text)):  # MindFormers reads with PyYAML's own rules
+        assert read == config
+        assert kinds(read) == kinds(config)  # 1 == 1.0 == True
+
+
+def kinds(value: Any) -> Any:
+    """The types of a nested value."""
+    if isinstance(value, dict):
+        return {(type(key), key): kinds(item) for key, item in value.items()}
+    return [kinds(item) for item in value] if isinstance(value, list) else type(value)
+
+
+def test_a_section_used_twice_is_written_twice() -> None:
+    shared = {"path": "a"}
+    assert dump_yaml({"a": shared, "b": [shared]}) == "a:\n  path: a\nb:\n- path: a\n"
+    shared["path"] = shared  # type: ignore[assignment]
+    with pytest.raises(UserError, match="holds itself"):
+        dump_yaml(shared)
 
 
 def test_only_plain_values_are_written() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from mindformers_ext.core.byte_sizes import read_size
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.atomic import fresh_file, fresh_folder, partial_path
 from mindformers_ext.formats.dtypes import TABLE
@@ -20,7 +21,6 @@ from mindformers_ext.formats.safetensors_dir import (
     SINGLE,
     SafetensorsDir,
     SafetensorsDirWriter,
-    parse_size,
     split_shards,
 )
 from mindformers_ext.formats.safetensors_file import SafetensorsFile, SafetensorsFileWriter
@@ -121,13 +121,13 @@ def test_shards_hold_everything_in_order_and_no_more_than_asked(sizes, limit):
 
 @pytest.mark.parametrize("text, size", [("5GB", 5 * 10**9), ("2GiB", 2**31), ("500 mb", 5 * 10**8), ("12", 12)])
 def test_sizes(text, size):
-    assert parse_size(text) == size
+    assert read_size(text, "--max_shard_size", bare=True) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "0", "-1GB", "5 parsecs", "5IB", "1e3"])
 def test_wrong_sizes(text):
     with pytest.raises(UserError, match="5GB"):
-        parse_size(text)
+        read_size(text, "--max_shard_size", bare=True)
 
 
 def sharded(folder):

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mindformers_ext.core.byte_sizes import read_size, size_text
 from mindformers_ext.core.cluster.traffic import sent_bytes
-from mindformers_ext.core.config.values import read_amount
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.elf import read_library
 from mindformers_ext.formats.graph_text import Collective, GraphTensor, read_graph, unplanned_operators
@@ -23,7 +23,7 @@ from mindformers_ext.jobs.dryrun.facts import RankFacts, parameter_facts, purpos
 from mindformers_ext.jobs.dryrun.page import page
 from mindformers_ext.jobs.dryrun.plan import asked_ranks, plan_dry_run
 from mindformers_ext.jobs.dryrun.ranks import error_text
-from mindformers_ext.jobs.dryrun.report import DryRunReport, amount, group_text, report_text
+from mindformers_ext.jobs.dryrun.report import DryRunReport, group_text, report_text
 from mindformers_ext.jobs.dryrun.stubs import Stubs, c_source, pause_source
 from tests.helpers.specs import PRETRAIN_YAML
 
@@ -158,7 +158,7 @@ def test_facts_to_json_and_back(graph: Path, tmp_path: Path) -> None:
 
 def test_asked_ranks() -> None:
     assert asked_ranks("stages", 16, 4) == (0, 4, 8, 12) and asked_ranks("8, 0,8", 16, 2) == (0, 8)
-    assert read_amount("1.5GB") == 1_500_000_000
+    assert read_size("1.5GB", "--memory") == 1_500_000_000
 
 
 def test_the_last_exception_of_a_log(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_the_last_exception_of_a_log(tmp_path: Path) -> None:
 
 def test_words() -> None:
     assert group_text((0, 8)) == "0,8" and group_text(range(0, 16, 2)) == "0-14 by 2" and group_text(range(8)) == "0-7"
-    assert amount(999) == "999 B" and amount(1_500_000) == "1.50 MB"
+    assert size_text(999) == "999 B" and size_text(1_500_000) == "1.50 MB"
 
 
 def test_stand_ins_are_real_libraries(tmp_path: Path) -> None:

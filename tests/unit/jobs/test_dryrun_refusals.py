@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mindformers_ext.core.config.values import read_amount
+from mindformers_ext.core.byte_sizes import read_size
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.jobs.dryrun.memory import suggestions
 from mindformers_ext.jobs.dryrun.plan import plan_dry_run
@@ -347,13 +347,13 @@ def test_the_yamls_own_limit_only_warns() -> None:
 
 @pytest.mark.parametrize("text, nbytes", [("64GB", 64 * 10**9), ("64GiB", 64 * 2**30), ("512 MB", 512 * 10**6)])
 def test_amounts(text: str, nbytes: int) -> None:
-    assert read_amount(text) == nbytes
+    assert read_size(text, "--memory") == nbytes
 
 
 @pytest.mark.parametrize("text", ["64", "GB", "-1GB", "0GB", "lots"])
 def test_wrong_amounts(text: str) -> None:
     with pytest.raises(UserError, match="for example 64GB"):
-        read_amount(text)
+        read_size(text, "--memory")
 
 
 def test_suggestions_of_a_file_whose_own_split_is_wrong() -> None:

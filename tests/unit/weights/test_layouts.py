@@ -18,7 +18,8 @@ from mindformers_ext.weights.convert import (
     plan_to_mindspore,
     rule_set,
 )
-from mindformers_ext.weights.layouts import Layout, Seen, resolve_layout, see_layout, sizes_from_shapes
+from mindformers_ext.weights.layouts import Layout, Seen, resolve_layout, see_layout
+from mindformers_ext.weights.model_sizes import sizes_from_shapes
 from mindformers_ext.weights.transforms import GroupedQkv, Identity, InterleavedRows, SplitHalves, Stack, Transposed
 from tests.unit.weights.test_rules_weights import assert_same, hf_weights, spec_of
 

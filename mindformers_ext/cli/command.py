@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A command line: its options, what runs with them, and kinds of options that several commands have."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mindformers_ext.cli.outcome import exit_code
+
+WIDTH = 100  # columns of the description; examples keep their lines
+BOOLEANS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+
+
+def read_plainly(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments as argparse reads them."""
+    return parser.parse_args(argv)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One command. ``options`` adds them to a parser, ``run`` does the work and returns the exit code.
+
+    ``epilog`` stands below the options with its lines as they are. ``read`` makes the arguments where options are more
+    than argparse knows. ``unwinds``: see ``cli.outcome.exit_code``. An option is never known by its beginning alone.
+    """
+
+    prog: str
+    description: str
+    options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    epilog: str = ""
+    usage: str | None = None
+    read: Callable[[argparse.ArgumentParser, Sequence[str] | None], argparse.Namespace] = read_plainly
+    unwinds: bool = True
+
+    def parser(self) -> argparse.ArgumentParser:
+        """A parser that knows the command's options."""
+        result = argparse.ArgumentParser(
+            prog=self.prog,
+            usage=self.usage,
+            description=textwrap.fill(self.description, WIDTH),
+            epilog=self.epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.options(result)
+        return result
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        """Run with ``argv`` (default: the process's): what ``run`` returns, 2 on a user's mistake."""
+        return exit_code(lambda _: self.run(self.read(self.parser(), argv)), argparse.Namespace(), self.unwinds)
+
+
+def boolean(text: str) -> bool:
+    """True or False from the words for them; "False" is False."""
+    if text.lower() not in BOOLEANS:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
+    return BOOLEANS[text.lower()]
+
+
+def optional_path(text: str) -> Path | None:
+    """A path; "None" and "" are none, as MindFormers' scripts have it."""
+    return None if text in ("", "None") else Path(text)
+
+
+def add_switch(target: argparse.ArgumentParser, name: str, text: str) -> None:
+    """An option that is True, False, or True when given alone."""
+    target.add_argument(name, type=boolean, nargs="?", const=True, default=False, metavar="True|False", help=text)
