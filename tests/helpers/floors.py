@@ -50,7 +50,7 @@ STOREYS = ("core", "formats", "weights data", "surgery ms pt", "jobs", "mf", "cl
 # The inner order of a folder, lowest first: what stands on one line never sees each other. Loose files stand as `name`.
 INNER = {
     "core": (
-        "errors log capacity philox stages families",
+        "errors log capacity philox stages families figures",
         "byte_sizes weight_fit layers",
         "spec",
         "parameters",
