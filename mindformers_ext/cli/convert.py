@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from mindformers_ext.cli.command import Command, add_switch, optional_path
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.families import own_families
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.checkpoint.convert import ConvertRequest
@@ -64,7 +65,7 @@ def add_common(target: argparse.ArgumentParser) -> None:
 
 def _options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--model", choices=("llama", "mixtral"), help="model (default: what the configuration says)")
+    parser.add_argument("--model", choices=own_families(), help="model (default: what the configuration says)")
     add_switch(parser, "--reversed", "MindSpore to Hugging Face")
     parser.add_argument(
         "--input_path",

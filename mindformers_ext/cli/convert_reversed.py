@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mindformers_ext.cli.command import Command
 from mindformers_ext.cli.convert import add_common, run
+from mindformers_ext.core.families import own_families
 
 EPILOG = """examples:
   python research/mixtral/convert_reversed.py --mindspore_ckpt_path mixtral.ckpt --torch_ckpt_dir mixtral_hf/
@@ -20,7 +21,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("--mindspore_ckpt_path", type=Path, required=True, help="checkpoint, or folder of rank folders")
     parser.add_argument("--torch_ckpt_dir", type=Path, required=True, help="folder to write")
-    parser.add_argument("--model", choices=("llama", "mixtral"), help="model (default: what the configuration says)")
+    parser.add_argument("--model", choices=own_families(), help="model (default: what the configuration says)")
     add_common(parser)
 
 

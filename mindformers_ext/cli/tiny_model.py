@@ -9,7 +9,9 @@ from typing import Any
 
 from mindformers_ext.cli.command import Command
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.spec import ModelSpec, MoESpec
+from mindformers_ext.core.families import FAMILIES, MIXTRAL, own_families
+from mindformers_ext.core.layers import MoESpec, SharedExpertSpec
+from mindformers_ext.core.spec import ModelSpec
 
 SIZES = {
     "vocab_size": 2000,
@@ -29,7 +31,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", type=Path, help="a MindFormers YAML, for example configs/tiny/mixtral_pretrain.yaml"
     )
-    parser.add_argument("--model", choices=("mixtral", "llama"), help="without --config: which model (default mixtral)")
+    parser.add_argument(
+        "--model", choices=own_families(), help=f"without --config: which model (default {MIXTRAL.name})"
+    )
     for name, value in {**SIZES, **EXPERTS}.items():
         parser.add_argument(f"--{name}", type=int, help=f"without --config (default {value})")
     parser.add_argument("--tokenizer", type=Path, help="a SentencePiece model (tokenizer.model) to add to the folder")
@@ -65,13 +69,21 @@ def _spec(arguments: argparse.Namespace) -> ModelSpec:
         return spec_from_yaml_file(arguments.config).model
     sizes: dict[str, Any] = {name: _chosen(arguments, name, value) for name, value in SIZES.items()}
     routing: dict[str, Any] = {name: _chosen(arguments, name, value) for name, value in EXPERTS.items()}
-    if arguments.model == "llama" and any(getattr(arguments, name) is not None for name in EXPERTS):
-        raise UserError("a llama has no experts: leave out --num_local_experts and --num_experts_per_tok")
+    row = FAMILIES[arguments.model or MIXTRAL.name]
+    if not row.has_experts and any(getattr(arguments, name) is not None for name in EXPERTS):
+        raise UserError(f"a {row.name} has no experts: leave out --num_local_experts and --num_experts_per_tok")
+    shared = None
+    if row.shared is not None:
+        shared = SharedExpertSpec(intermediate_size=sizes["intermediate_size"], **row.shared)
+    told = {word.field: word.default for word in row.words if word.part == "model"}
     return ModelSpec(
         **sizes,
+        **told,
+        **row.model,
         head_dim=sizes["hidden_size"] // max(1, sizes["num_attention_heads"]),
         pad_token_id=3,
-        moe=None if arguments.model == "llama" else MoESpec(**routing),
+        moe=MoESpec(**routing, **row.moe, shared_expert=shared) if row.has_experts else None,
+        family="" if row.implied else row.name,
     )
 
 
@@ -82,7 +94,7 @@ def _chosen(arguments: argparse.Namespace, name: str, default: int) -> int:
 
 COMMAND = Command(
     prog="make_tiny_model.py",
-    description="Write a Hugging Face Mixtral (or LLaMA) folder with random weights that transformers loads. "
+    description="Write a Hugging Face folder of random weights that transformers loads, a Mixtral or another family. "
     "Sizes come from a training YAML (--config) or from the options below.",
     options=_options,
     run=_run,

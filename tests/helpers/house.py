@@ -134,19 +134,31 @@ def check_parameter_names(root: Path) -> list[str]:
     ]
 
 
-def _stems(folder: Path) -> set[str]:
-    return {path.stem for path in folder.glob("*.py") if not path.name.startswith("_")}
+FAMILY_HOMES = {f"{PACKAGE}/core/families.py"}
+# the same words with another meaning: a kind of tokenizer, and a chat template, as users of other tools name them
+OTHER_MEANING = {(f"{PACKAGE}/cli/preprocess.py", "llama"), (f"{PACKAGE}/jobs/merge/templates.py", "mistral")}
 
 
-def check_stems(root: Path) -> list[str]:
-    """A model has one stem everywhere: each network has its weight table, under the same name."""
-    tables = _stems(root / PACKAGE / "weights")
-    if not tables:
-        return []
+def family_words() -> frozenset[str]:
+    """Every name under which a family is known somewhere, from its row."""
+    from mindformers_ext.core.families import FAMILIES, GENERIC_NAMES
+
+    rows = FAMILIES.values()
+    pairs = [*(pair for row in rows for pair in row.yaml_names), GENERIC_NAMES]
+    return frozenset(
+        {*(row.name for row in rows), *(row.hf_class for row in rows), *(n for pair in pairs for n in pair)}
+    )
+
+
+def check_family_names(root: Path) -> list[str]:
+    """A family's names stand in ``core.families`` alone; everything else reads its row."""
+    words = family_words()
     return [
-        f"{PACKAGE}/{engine}/models/{stem}.py: no {PACKAGE}/weights/{stem}.py of the same stem"
-        for engine in ENGINES
-        for stem in sorted(_stems(root / PACKAGE / engine / "models") - tables)
+        f"{where}:{node.lineno}: the family name {node.value!r} outside core/families.py: read its row"
+        for where, tree in trees(root, PACKAGE)
+        if where not in FAMILY_HOMES
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value in words and (where, node.value) not in OTHER_MEANING
     ]
 
 

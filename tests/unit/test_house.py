@@ -24,7 +24,7 @@ CHECKS: list[Check] = [
     house.check_spdx,
     house.check_shape_letters,
     house.check_parameter_names,
-    house.check_stems,
+    house.check_family_names,
     house.check_bare_except,
     house.check_print,
     house.check_machine_paths,
@@ -86,6 +86,8 @@ PLANTED: list[tuple[Check, str, str, str]] = [
     (house.check_parameter_names, "ms/a.py", "class A:\n    def f(self):\n        self.w_DF = Parameter(1)", "w_DF"),
     (house.check_parameter_names, "pt/a.py", 'def f(m):\n    m.register_buffer("load_E", 1)', "load_E"),
     (house.check_parameter_names, "ms/a.py", 'def f(x):\n    return ms.Parameter(x, name="w_ED")', "w_ED"),
+    (house.check_family_names, "jobs/run/a.py", 'ours = name == "mixtral"', "family name 'mixtral'"),
+    (house.check_family_names, "mf/a.py", 'NAMES = ("LlamaConfig", "LlamaForCausalLM")', "'LlamaForCausalLM'"),
     (house.check_bare_except, "core/a.py", "try:\n    x = 1\nexcept:\n    x = 2", "bare except"),
     (house.check_print, "jobs/a.py", 'print("hello")', "print outside"),
     (house.check_machine_paths, "core/a.py", f'DATA = "/{"home"}/me/data"', "machine path"),
@@ -127,15 +129,6 @@ def test_what_is_allowed_is_not_named(tmp_path: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"{house.SPDX}\n{text}", encoding="utf-8")
     assert [line for check in CHECKS for line in check(tmp_path)] == []
-
-
-def test_a_network_without_a_table_of_its_stem_is_named(tmp_path: Path) -> None:
-    for path in ("weights/mixtral.py", "ms/models/mixtral.py", "pt/models/mistral.py"):
-        file = tmp_path / PACKAGE / path
-        file.parent.mkdir(parents=True)
-        file.touch()
-    (problem,) = house.check_stems(tmp_path)
-    assert "pt/models/mistral.py" in problem
 
 
 def loaded_by(modules: list[str], root: Path) -> dict[str, list[str]]:

@@ -25,7 +25,7 @@ RANDOM, UNIFORM, CHEAP, HIDDEN, LAST, AVERAGE = (
 )
 GATE_MODES = (HIDDEN, LAST, AVERAGE, CHEAP, RANDOM, UNIFORM)
 WITHOUT_PROMPTS = (RANDOM, UNIFORM)
-MIXTRAL_WORDS, QWEN_WORDS = ("mixtral",), ("qwen moe", "qwen2 moe", "qwen2_moe")
+MIXTRAL_WORDS, QWEN_WORDS = (MIXTRAL.kind,), ("qwen moe", "qwen2 moe", QWEN2_MOE.kind)
 NOT_BUILT = ("deepseek", "qwen3")
 
 

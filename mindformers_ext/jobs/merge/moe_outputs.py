@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mindformers_ext.core.families import FAMILIES, defaults_of
+from mindformers_ext.core import families
 from mindformers_ext.jobs.merge.sidecars import with_both_ropes
 
 GATE, DOWN, UP = "gate_proj", "down_proj", "up_proj"
@@ -51,20 +51,21 @@ class Output:
     shared: int = 0
 
 
+LLAMA_LIKE = (families.LLAMA.name, families.MISTRAL.name)
 MIXTRAL = Output(
-    "mixtral",
-    FAMILIES["mixtral"].hf_class,
+    families.MIXTRAL.name,
+    families.MIXTRAL.hf_class,
     "block_sparse_moe.",
     {GATE: "w1", DOWN: "w2", UP: "w3"},
-    ("llama", "mistral"),
+    LLAMA_LIKE,
     {"router_jitter_noise": 0.0},
 )
 QWEN2_MOE = Output(
-    "qwen2_moe",
-    FAMILIES["qwen2_moe"].hf_class,
+    families.QWEN2_MOE.name,
+    families.QWEN2_MOE.hf_class,
     "mlp.",
     {GATE: GATE, DOWN: DOWN, UP: UP},
-    ("llama", "mistral", "qwen2"),
+    (*LLAMA_LIKE, "qwen2"),
     {
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
@@ -80,7 +81,7 @@ OUTPUTS = (MIXTRAL, QWEN2_MOE)
 WHY_NOT = {
     "phi3": "its attention and feed-forward are stored and sized differently, so its experts fit no other model",
     "qwen2": "its attention has biases, and a Mixtral has none; with one shared_experts entry a Qwen2-MoE is written",
-    "mixtral": "it is a mixture already",
+    families.MIXTRAL.name: "it is a mixture already",
 }
 
 
@@ -89,7 +90,7 @@ def mixture_config(
 ) -> dict[str, Any]:
     """config.json of the mixture. Everything that the output's defaults would change is written out."""
     kind = str(base.get("model_type"))
-    full = with_both_ropes({**defaults_of(kind), **base})
+    full = with_both_ropes({**families.defaults_of(kind), **base})
     result: dict[str, Any] = {"architectures": [output.name], "model_type": output.kind}
     result |= {key: full.get(key) for key in COPIED}
     heads = result["num_attention_heads"]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.families import LLAMA, MISTRAL, MIXTRAL, Family
 from mindformers_ext.weights import llama, mixtral
 from mindformers_ext.weights.rules import Rule
 
@@ -75,11 +76,15 @@ def _model(model_type: str, name: str, *layer: Row) -> Architecture:
     return Architecture(model_type, (name,), layer, (EMBEDDING,), (NORM, HEAD))
 
 
+def _family(family: Family, *layer: Row) -> Architecture:
+    return _model(family.name, family.hf_class, *layer)
+
+
 TABLE = (
-    _model("llama", "LlamaForCausalLM", *ATTENTION, *DENSE, *LLAMA_BIASES),
-    _model("mistral", "MistralForCausalLM", *ATTENTION, *DENSE),
+    _family(LLAMA, *ATTENTION, *DENSE, *LLAMA_BIASES),
+    _family(MISTRAL, *ATTENTION, *DENSE),
     _model("qwen2", "Qwen2ForCausalLM", *ATTENTION, *BIASES, *DENSE),
-    _model("mixtral", "MixtralForCausalLM", *ATTENTION, *EXPERTS),
+    _family(MIXTRAL, *ATTENTION, *EXPERTS),
     _model("phi3", "Phi3ForCausalLM", *(row for row in ATTENTION if "norm" in row.name), *PHI3),
 )
 
@@ -89,7 +94,7 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
     classes = config.get("architectures") or []
     for entry in TABLE:
         if set(entry.classes) & set(classes) or (not classes and config.get("model_type") == entry.model_type):
-            experts = int(config.get("num_local_experts", 8)) if entry.model_type == "mixtral" else 0
+            experts = int(config.get("num_local_experts", 8)) if entry.model_type == MIXTRAL.name else 0
             return Architecture(entry.model_type, entry.classes, entry.layer, entry.pre, entry.post, experts)
     raise UserError(
         f"'{where}' is a {classes or config.get('model_type')}: models merged here are "
