@@ -260,15 +260,19 @@ def parameter_groups(
 
     Rates of their own have only groups whose ``lr_factor`` is not 1; where there is one, every group has.
     """
-    found: dict[tuple[float, float], list[Parameter]] = {}
+    found: dict[tuple[float, bool], list[Parameter]] = {}
     for parameter in parameters:
         group = group_of(parameter.name, groups)
-        own = decay if group.decays(len(parameter.shape)) else 0.0
-        found.setdefault((group.lr_factor, own), []).append(parameter)
+        # two groups even where nothing decays: the order of parameters is that in which their norms are added
+        found.setdefault((group.lr_factor, group.decays(len(parameter.shape))), []).append(parameter)
     has_rates = any(factor != 1.0 for factor, _ in found)
     return [
-        {"params": held, "weight_decay": own, **({"lr": rate_of(schedule, factor)} if has_rates else {})}
-        for (factor, own), held in found.items()
+        {
+            "params": held,
+            "weight_decay": decay if decays else 0.0,
+            **({"lr": rate_of(schedule, factor)} if has_rates else {}),
+        }
+        for (factor, decays), held in found.items()
     ]
 
 
