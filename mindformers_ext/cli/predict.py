@@ -13,7 +13,7 @@ from typing import Any
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.jobs.predict.predict import Predictor, Prompt, Written, keep, open_predictor, read_prompts
+from mindformers_ext.jobs.predict.predict import Predictor, Prompt, Written, open_predictor, read_prompts, write_results
 
 INTERRUPTED = 130
 SAVED_EVERY = 10.0  # seconds
@@ -29,14 +29,16 @@ def predict(config: Mapping[str, Any], spec: NetworkSpec, chat: bool) -> int:
     _tell(predictor)
     done: list[Written] = []
     together = bool(config.get("use_parallel"))
-    code = _answer(predictor, prompts, done, (lambda: keep(done, config, predictor.timing)) if together else None)
+    code = _answer(
+        predictor, prompts, done, (lambda: write_results(done, config, predictor.timing)) if together else None
+    )
     if predictor.rank:
         print(
             f"note: process {predictor.rank} of those that answer together: the first one has the answers",
             file=sys.stderr,
         )
         return code
-    path = keep(done, config, predictor.timing)
+    path = write_results(done, config, predictor.timing)
     timing = predictor.timing
     print(
         f"note: {len(done)} of {len(prompts)} prompts answered: {timing.prompt_tokens} prompt tokens, "
