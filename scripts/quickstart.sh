@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # The whole job on any machine with two cores: text -> tiny Mixtral -> train -> predict -> back to Hugging Face -> compare.
-# Every command is printed before it runs and can be copied. Results: output/quickstart/report.md. A second run keeps
-# .venv and makes everything in the output folder anew.
+# Every command is printed before it runs and can be copied. Results: output/quickstart/report.md. Safe to run again:
+# .venv stays, and everything in the output folder is made anew.
 #   bash scripts/quickstart.sh [--steps N] [--output DIR] [--max_bytes N] [--max_loss_ratio R]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

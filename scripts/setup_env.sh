@@ -2,16 +2,32 @@
 # SPDX-License-Identifier: Apache-2.0
 # Creates .venv from requirements.lock and installs this project into it (editable). Nothing is done when .venv is already in step
 # with requirements.lock and pyproject.toml. PYTHON=/path/to/python3.11 chooses the interpreter.
+# With --next it makes .venv-next, the newest MindSpore without MindFormers: requirements.lock as requirements-next.lock changes it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-venv=.venv
+venv=.venv locks=(requirements.lock)
+case "$*" in
+    "") ;;
+    --next) venv=.venv-next locks+=(requirements-next.lock) ;;
+    *) echo "setup_env: given '$*'; it takes nothing (makes .venv) or --next (makes .venv-next)." >&2; exit 2 ;;
+esac
+lock=$venv/requirements.lock  # all that is installed: the first of $locks as the second, if any, changes it
 stamp=$venv/.setup_done   # written last: the environment is whole
 busy=$venv/.setup_busy    # there while pip runs; left behind only by a run that was killed
 min=3.10 max=3.12
 
 want() {  # what the environment was made from, and where: an environment that was moved is made again
-    { cat requirements.lock pyproject.toml; pwd -P; } | sha256sum | cut -d' ' -f1
+    { cat "${locks[@]}" pyproject.toml; pwd -P; } | sha256sum | cut -d' ' -f1
+}
+
+merged() {  # the first of the locks $@ without the packages that a later one names, then what the later ones install
+    awk -v first="$1" '
+        function name(line) { sub(/^#[a-z-]+ /, "", line); sub(/[=; ].*/, "", line); return tolower(line) }
+        /^(# |$)/ { next }
+        FILENAME != first { named[name($0)]; if ($0 !~ /^#without /) later = later $0 "\n"; next }
+        { lines[++count] = $0 }
+        END { for (i = 1; i <= count; i++) if (!(name(lines[i]) in named)) print lines[i]; printf "%s", later }' "$@"
 }
 
 fits() {  # python at $1 runs, has venv, and its version is between $min and $max
@@ -67,7 +83,7 @@ fi
 
 clear=""
 if [ -e $busy ]; then
-    echo "setup_env: an earlier run was killed while installing; .venv is made anew"
+    echo "setup_env: an earlier run was killed while installing; $venv is made anew"
     clear="--clear"
 fi
 touch $busy
@@ -86,13 +102,14 @@ rm -f $stamp
 touch $busy  # again: --clear took it away
 
 echo "setup_env: installing into $venv; the first time takes minutes"
-torch=$(grep -E '^torch==' requirements.lock)
+merged "${locks[@]}" > "$lock"
+torch=$(grep -E '^torch==' "$lock")
 step $pip "$torch"
-step $pip -r requirements.lock
-for package in $(sed -n 's/^#no-deps //p' requirements.lock); do
+step $pip -r "$lock"
+for package in $(sed -n 's/^#no-deps //p' "$lock"); do
     step $pip --no-deps "$package"  # its own list of dependencies does not build
 done
-for package in $(sed -n 's/^#if-missing //p' requirements.lock); do
+for package in $(sed -n 's/^#if-missing //p' "$lock"); do
     "$venv/bin/python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('${package%%==*}') is None)" && continue
     step $pip --no-deps "$package" || echo "setup_env: no $package for this machine; the tests that need it are skipped"
 done
@@ -101,3 +118,4 @@ check_mindspore
 want > $stamp.new
 mv $stamp.new $stamp
 echo "setup_env: done, $("$venv/bin/python" --version) in $venv"
+[ $venv = .venv ] || echo "setup_env: the networks' tests on it: $venv/bin/python -m pytest tests/ms tests/parity"

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Sets up what is missing, then ruff, mypy and pytest; stops at the first that fails. Arguments go to pytest:
 #   bash scripts/test.sh -m "not slow"
-# Two processes share the tests (tests/conftest.py says how); "-n 0" runs them in one.
+# --all (first): dry runs compile every rank, not only those that tests/conftest.py names. As many processes as there are
+# cores, at most 8, share the tests; "-n 0" runs them in one. The 30 slowest tests are listed at the end.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=.venv/bin/python
@@ -16,5 +17,7 @@ step bash scripts/setup_env.sh
 step $python -m ruff check .
 step $python -m ruff format --check --quiet .
 step $python -m mypy
-printf '+ %s\n' "$python -m pytest -n 2 $*"
-exec $python -m pytest -n 2 "$@"
+words=(-n auto --maxprocesses 8 --durations=30)
+if [ "${1:-}" = --all ]; then shift; words+=(--all-ranks); fi
+printf '+ %s\n' "$python -m pytest ${words[*]} $*"
+exec $python -m pytest "${words[@]}" "$@"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +52,83 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("no CUDA device on this machine")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What the suite has beyond pytest's own options."""
+    parser.addoption(
+        "--all-ranks",
+        action="store_true",
+        help="dry runs compile every rank, not only the first and last of each stage and one that the commit chooses",
+    )
+
+
+@pytest.fixture(scope="session")
+def commit(request: pytest.FixtureRequest, repo_root: Path) -> str | None:
+    """The tree's commit, which chooses a rank that dry runs compile beside the fixed ones; None: all of them."""
+    return None if request.config.getoption("--all-ranks") else commit_of(repo_root)
+
+
+def commit_of(root: Path) -> str:
+    """The hash of the commit that is checked out; "0" where there is none, as in an unpacked archive."""
+    words = ["git", "-C", str(root), "rev-parse", "--verify", "--quiet", "HEAD"]
+    try:
+        found = subprocess.run(words, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git
+        return "0"
+    return found.stdout.strip() or "0"
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Which ranks dry runs compile."""
+    if config.getoption("--all-ranks"):
+        return "dry runs compile every rank"
+    return (
+        f"dry runs compile the first and last rank of each stage and one chosen by commit {commit_of(config.rootpath)}"
+    )
+
+
+# Folders in the order in which they start, the longest files first, so that short ones fill the end.
+ORDER = (
+    "tests/mf",
+    "tests/cli/dryrun",
+    "tests/parity",
+    "tests/cli",
+    "tests/ms",
+    "tests/pt",
+    "tests/surgery",
+    "tests/unit",
+)
+
+
+def scope(nodeid: str) -> str:
+    """Tests with the same scope run in one process, one after the other: those of one file, or what is said here."""
+    file, _, test = nodeid.partition("::")
+    if file.startswith("tests/mf/"):
+        return "tests/mf"  # they share a trained job
+    if file.startswith("tests/cli/dryrun/") and test.startswith("test_"):
+        return f"{file}[{test.partition('[')[2]}"  # each job has its own ranks
+    if file in ("tests/cli/run/test_quickstart.py", "tests/cli/docs/test_readme.py"):
+        return "quickstart"  # one run for both
+    return file
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Folders in the order of ``ORDER``; inside, everything keeps its place."""
+    items.sort(
+        key=lambda item: next((n for n, folder in enumerate(ORDER) if item.nodeid.startswith(folder)), len(ORDER))
+    )
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With ``-n 2`` one process takes the dry runs, which only compile, and the other all other tests, in order."""
+    """With ``-n``: whoever is free takes the next scope."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class TwoLanes(LoadScopeScheduling):
+    class ByScope(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "dry runs" if nodeid.startswith("tests/cli/test_dryrun") else "others"
+            return scope(nodeid)
 
         def remove_node(self, node: Any) -> str | None:
-            """A test that ends its process has failed: the other tests of its lane go on without it."""
+            """A test that ends its process has failed: the other tests of its scope go on without it."""
             for tests in self.assigned_work[node].values():
                 for name, is_done in tests.items():
                     if not is_done:
@@ -70,4 +137,4 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
                         return name
             return super().remove_node(node)
 
-    return TwoLanes(config, log)
+    return ByScope(config, log)

@@ -4,17 +4,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from mindformers_ext.core.config.run import RunSpec
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.jobs.predict.evaluate import Perplexity, open_evaluation, write_results
 
 
-def evaluate(config: Mapping[str, Any], spec: NetworkSpec, stride: int | None, folder: str | None) -> int:
-    """Score the data of ``config``; 0 when done."""
-    job = open_evaluation(config, spec, stride, Path(folder) if folder else None)
+def evaluate(run: RunSpec, spec: NetworkSpec, stride: int | None, folder: str | None) -> int:
+    """Score the data of ``run``; 0 when done."""
+    job = open_evaluation(run, spec, stride, Path(folder) if folder else None)
     ours = job.run()
     for note in job.notes:
         print(f"note: {note}", file=sys.stderr)

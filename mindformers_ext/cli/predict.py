@@ -6,39 +6,45 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
-from typing import Any
 
+from mindformers_ext.core.config.run import RunSpec
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.jobs.predict.predict import Predictor, Prompt, Written, open_predictor, read_prompts, write_results
+from mindformers_ext.jobs.predict.predict import (
+    STANDARD_INPUT,
+    Predictor,
+    Prompt,
+    Written,
+    open_predictor,
+    read_prompts,
+    write_results,
+)
 
 INTERRUPTED = 130
 SAVED_EVERY = 10.0  # seconds
 
 
-def predict(config: Mapping[str, Any], spec: NetworkSpec, chat: bool) -> int:
-    """Answer every prompt of ``config``; 0 when all are answered, 130 after Ctrl-C."""
-    predictor = open_predictor(config, spec, chat)
-    if chat and config["input_data"] == "-" and sys.stdin.isatty():
+def predict(run: RunSpec, spec: NetworkSpec, chat: bool) -> int:
+    """Answer every prompt of ``run``; 0 when all are answered, 130 after Ctrl-C."""
+    predictor = open_predictor(run, spec, chat)
+    if chat and run.prompts == (STANDARD_INPUT,) and sys.stdin.isatty():
         return _talk(predictor)
-    prompts = predictor.prompts(read_prompts(config["input_data"]))
+    prompts = predictor.prompts(read_prompts(run.prompts))
     predictor.load()
     _tell(predictor)
     done: list[Written] = []
-    together = bool(config.get("use_parallel"))
-    code = _answer(
-        predictor, prompts, done, (lambda: write_results(done, config, predictor.timing)) if together else None
-    )
+    save = (lambda: write_results(done, run, predictor.timing)) if run.use_parallel else None
+    code = _answer(predictor, prompts, done, save)
     if predictor.rank:
         print(
             f"note: process {predictor.rank} of those that answer together: the first one has the answers",
             file=sys.stderr,
         )
         return code
-    path = write_results(done, config, predictor.timing)
+    path = write_results(done, run, predictor.timing)
     timing = predictor.timing
     print(
         f"note: {len(done)} of {len(prompts)} prompts answered: {timing.prompt_tokens} prompt tokens, "

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.config.overrides import apply_overrides, parse_dotted
+from mindformers_ext.core.config.run import DEVICES, ENGINES, RUN_MODES, TRAINER_KEY, TRAINERS
 from mindformers_ext.core.errors import Problems, UserError, nearest
-
-RUN_MODES = ("train", "finetune", "eval", "predict")
-DEVICES = ("Ascend", "CPU", "GPU")
 
 
 def boolean(text: str) -> bool:
@@ -58,7 +56,14 @@ FLAGS: tuple[Flag, ...] = (
         ("--engine",),
         ("engine",),
         "ms MindSpore, pt PyTorch (default on GPU, and possible on CPU)",
-        choices=("ms", "pt"),
+        choices=ENGINES,
+    ),
+    Flag(
+        ("--trainer",),
+        (TRAINER_KEY,),
+        "who trains: mindformers (its Trainer, default of ms) or own (our loop, on one device or in data parallel, "
+        "without MindFormers; always so for pt)",
+        choices=TRAINERS,
     ),
     Flag(("--device_id",), ("context.device_id",), "number of the device on this machine", int),
     Flag(

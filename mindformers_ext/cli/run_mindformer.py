@@ -6,14 +6,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mindformers_ext.cli.outcome import exit_code
 from mindformers_ext.cli.run_flags import FLAGS, OneValue, apply_flags, read_arguments
 from mindformers_ext.core.config.file import load_yaml
+from mindformers_ext.core.config.run import Runner, RunSpec
 from mindformers_ext.core.errors import UserError
+
+if TYPE_CHECKING:
+    from mindformers_ext.jobs.run.checks import CheckedRun
 
 EXAMPLES = """\
 examples:
@@ -28,7 +32,7 @@ examples:
   on a text, with windows that overlap by half, and transformers' on the same tokens:
     python run_mindformer.py --config YAML --run_mode eval --eval_data notes.txt --eval_stride 64 \\
         --load_checkpoint HF_FOLDER --hf HF_FOLDER
-  let it write:
+  generate:
     python run_mindformer.py --config configs/tiny/mixtral_pretrain.yaml --run_mode predict \\
         --load_checkpoint output/checkpoint --predict_data "Return a new" "The file"
   the prompts of a text file, eight at a time, sampled; the weights may be a Hugging Face folder:
@@ -74,39 +78,60 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from mindformers_ext.jobs.run.checks import check_run, evaluates_here, generates_here
+    from mindformers_ext.jobs.run.checks import check_run
 
     path = _config_path(arguments.config)
     config = apply_flags(load_yaml(path), arguments)
     checked = check_run(config, str(path))
     for line in checked.notes:
         print(f"note: {line}", file=sys.stderr)
-    if evaluates_here(checked.config):
-        from mindformers_ext.cli.evaluate import evaluate
+    _check_options(arguments, checked.run.runner)
+    return RUNNERS[checked.run.runner](checked, arguments)
 
-        return evaluate(checked.config, checked.spec, arguments.eval_stride, arguments.hf)
-    if arguments.hf or arguments.eval_stride is not None:
+
+def _check_options(arguments: argparse.Namespace, runner: Runner) -> None:
+    """Options that one runner alone obeys."""
+    if runner is not Runner.OWN_EVALUATION and (arguments.hf or arguments.eval_stride is not None):
         raise UserError(
             "--hf and --eval_stride belong to --run_mode eval of our networks on one device: leave them out"
         )
-    chat = bool(arguments.chat)
-    if chat and not generates_here(checked.config):
+    if runner is not Runner.OWN_PREDICTION and arguments.chat:
         raise UserError("--chat belongs to --run_mode predict of our networks: leave it out")
-    if generates_here(checked.config):
-        from mindformers_ext.cli.predict import predict
 
-        return predict(checked.config, checked.spec, chat)
-    if checked.engine == "pt":
-        from mindformers_ext.jobs.train.train import run as run_here
 
-        run_here(checked.config, checked.spec, checked.notes)
-        return 0
-    _prepare(checked.config)
+def _evaluate(checked: CheckedRun, arguments: argparse.Namespace) -> int:
+    from mindformers_ext.cli.evaluate import evaluate
 
+    return evaluate(checked.run, checked.build.network, arguments.eval_stride, arguments.hf)
+
+
+def _predict(checked: CheckedRun, arguments: argparse.Namespace) -> int:
+    from mindformers_ext.cli.predict import predict
+
+    return predict(checked.run, checked.build.network, bool(arguments.chat))
+
+
+def _own_loop(checked: CheckedRun, _: argparse.Namespace) -> int:
+    from mindformers_ext.jobs.train.train import train
+
+    train(checked.run, checked.config, checked.build.network, checked.notes)
+    return 0
+
+
+def _mindformers(checked: CheckedRun, _: argparse.Namespace) -> int:
+    _prepare(checked.run)
     from mindformers_ext.mf.run import run
 
-    run(checked.config, checked.notes, checked.merge)
+    run(checked.config, checked)
     return 0
+
+
+RUNNERS: dict[Runner, Callable[[CheckedRun, argparse.Namespace], int]] = {
+    Runner.OWN_EVALUATION: _evaluate,
+    Runner.OWN_PREDICTION: _predict,
+    Runner.OWN_LOOP: _own_loop,
+    Runner.MINDFORMERS: _mindformers,
+}
 
 
 def _config_path(name: str) -> Path:
@@ -117,13 +142,13 @@ def _config_path(name: str) -> Path:
     return path
 
 
-def _prepare(config: dict[str, Any]) -> None:
+def _prepare(run: RunSpec) -> None:
     """What must be set before MindFormers is imported: where its log goes, and where the user's classes are."""
-    os.environ.setdefault("LOCAL_DEFAULT_PATH", str(config["output_dir"]))
-    config.pop("engine", None)
-    folder = config.pop("register_path", None)
-    if folder:
-        if not Path(folder).is_dir():
-            raise UserError(f"--register_path {folder} is not a folder: give the folder that holds your module")
-        os.environ["REGISTER_PATH"] = str(folder)
-        sys.path.append(str(folder))
+    os.environ.setdefault("LOCAL_DEFAULT_PATH", run.output_dir)
+    if run.register_path:
+        if not Path(run.register_path).is_dir():
+            raise UserError(
+                f"--register_path {run.register_path} is not a folder: give the folder that holds your module"
+            )
+        os.environ["REGISTER_PATH"] = run.register_path
+        sys.path.append(run.register_path)

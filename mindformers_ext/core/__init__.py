@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The words: specs, YAML views, dtypes, capacity arithmetic, errors, log."""
+"""The words: families, specs, YAML views, the table of weights, arithmetic of clusters, errors, log."""

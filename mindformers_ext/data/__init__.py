@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text to samples: readers, prompt templates, tokenizers, packing."""
+"""Text to rows of tokens: readers, conversations, tokenizers, packing, the order of rows."""

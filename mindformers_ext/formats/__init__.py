@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files: safetensors folders, MindSpore checkpoints, strategy files, artifacts."""
+"""The files: safetensors, MindSpore checkpoints, strategies, MindRecord; docs/formats.md has their bytes."""

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One file per job: the only place where files, engines and surgery meet."""
+"""What the commands do, in folders by subject: the only place where files, engines and surgery meet."""

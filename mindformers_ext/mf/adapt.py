@@ -9,8 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from mindformers_ext.core.config.keys import MODES
+from mindformers_ext.core.config.run import ASCEND, CPU, TRAINER_KEY
+from mindformers_ext.core.families import GENERIC_NAMES, Family, family_of_yaml
 from mindformers_ext.mf.config import WRITTEN
 
+NOT_THEIRS = ("engine", TRAINER_KEY, "register_path")  # obeyed before MindFormers is opened
 # Sections that describe the network; kept as written for ``mf.config``.
 DESCRIBING = (
     "model",
@@ -31,11 +34,11 @@ CALLBACK_NOTES = {
 }
 
 
-def upgrade(config: Mapping[str, Any], device_target: str) -> tuple[dict[str, Any], list[str]]:
+def adapt(config: Mapping[str, Any], device_target: str) -> tuple[dict[str, Any], list[str]]:
     """The configuration that MindFormers gets, and one line per change.
 
-    - ``LlamaConfig`` and ``LlamaForCausalLM`` with ``moe_config.expert_num`` > 1 become our Mixtral; dense ones become
-      our LLaMA wherever MindFormers' own cannot run, that is not on Ascend.
+    - What MindFormers calls any LLaMA becomes a family of ours where ``core.families`` says so: with experts, and dense
+      wherever MindFormers' own cannot run, that is not on Ascend.
     - ``MFTrainOneStepCell`` becomes our train step and ``CausalLanguageModelingTrainer`` our trainer, which puts our
       callbacks behind MindFormers' names.
     - ``AdamW`` becomes our ``FusedAdamW``, the same numbers in one kernel, off Ascend and with float32 weights.
@@ -44,18 +47,20 @@ def upgrade(config: Mapping[str, Any], device_target: str) -> tuple[dict[str, An
 
     ``config`` itself is not changed.
     """
-    result: dict[str, Any] = copy.deepcopy(dict(config))
+    result: dict[str, Any] = copy.deepcopy({key: value for key, value in config.items() if key not in NOT_THEIRS})
     notes: list[str] = []
-    if _upgrade_network(result, config, device_target, notes):
-        _upgrade_run(result, notes)
-        _upgrade_optimizer(result, device_target, notes)
+    family = family_of_yaml(config, device_target)
+    if family is not None:
+        _adapt_network(result, config, family, device_target, notes)
+        _adapt_run(result, notes)
+        _adapt_optimizer(result, device_target, notes)
     for section in ("train_dataset", "eval_dataset"):
         if result.get(section):
             result.setdefault(f"{section}_task", {"type": "CausalLanguageModelDataset"})
             result[f"{section}_task"]["dataset_config"] = result[section]
             _limit_workers(result[section], section, notes)
-    _upgrade_parallel(result, device_target, notes)
-    if device_target == "CPU":
+    _adapt_parallel(result, device_target, notes)
+    if device_target == CPU:
         runner = result.setdefault("runner_config", {})
         if runner.get("sink_mode", True):
             runner["sink_mode"] = False
@@ -64,12 +69,12 @@ def upgrade(config: Mapping[str, Any], device_target: str) -> tuple[dict[str, An
     return result, notes
 
 
-def _upgrade_parallel(result: dict[str, Any], device: str, notes: list[str]) -> None:
+def _adapt_parallel(result: dict[str, Any], device: str, notes: list[str]) -> None:
     """Between CPU processes only whole optimizers exist: MindSpore cuts their states on Ascend alone."""
     parallel = result.get("parallel") or {}
     mode = MODES.get(parallel.get("parallel_mode", 1), parallel.get("parallel_mode"))
     cut = result.get("use_parallel") and parallel.get("enable_parallel_optimizer")
-    if cut and device != "Ascend" and str(mode) in ("0", "data_parallel"):
+    if cut and device != ASCEND and str(mode) in ("0", "data_parallel"):
         parallel["enable_parallel_optimizer"] = False
         notes.append(f"enable_parallel_optimizer becomes False: data parallel on {device} keeps whole optimizer states")
     if parallel.get("pipeline_config"):  # MindSpore wants both keys
@@ -88,21 +93,17 @@ def _limit_workers(dataset: dict[str, Any], section: str, notes: list[str]) -> N
         notes.append(f"{section}.num_parallel_workers becomes {cores}: this machine has no more cores")
 
 
-def _upgrade_network(result: dict[str, Any], written: Mapping[str, Any], device: str, notes: list[str]) -> bool:
-    """Our network where it is wanted; True when the run is ours."""
+def _adapt_network(
+    result: dict[str, Any], written: Mapping[str, Any], family: Family, device: str, notes: list[str]
+) -> None:
+    """Our network of ``family``, which the YAML names or means."""
     model = result["model"]
     words, arch = model["model_config"], model.setdefault("arch", {})
-    experts = (result.get("moe_config") or words.get("moe_config") or {}).get("expert_num", 1) or 1
-    names = (words.get("type"), arch.get("type"))
-    wanted = (
-        ("MixtralConfig", "MixtralForCausalLM") if experts > 1 else ("PortableLlamaConfig", "PortableLlamaForCausalLM")
-    )
-    if names == ("LlamaConfig", "LlamaForCausalLM") and (experts > 1 or device != "Ascend"):
-        why = f"it has {experts} experts" if experts > 1 else f"MindFormers' LLaMA does not run on {device}"
-        words["type"], arch["type"] = wanted
-        notes.append(f"LlamaForCausalLM becomes {wanted[1]}: {why}")
-    elif names != wanted:
-        return False
+    if (words.get("type"), arch.get("type")) == GENERIC_NAMES:
+        experts = (result.get("moe_config") or words.get("moe_config") or {}).get("expert_num")
+        why = f"it has {experts} experts" if family.has_experts else f"MindFormers' own does not run on {device}"
+        words["type"], arch["type"] = family.yaml_names[0]
+        notes.append(f"{GENERIC_NAMES[1]} becomes {arch['type']}: {why}")
     words[WRITTEN] = copy.deepcopy({key: written[key] for key in DESCRIBING if key in written})
     words.pop("pet_config", None)  # MindFormers would look for its own linear layers; ``mf.networks`` reads the copy
     words["use_flash_attention"] = False  # ours is chosen by device; MindFormers refuses it without use_past
@@ -113,10 +114,9 @@ def _upgrade_network(result: dict[str, Any], written: Mapping[str, Any], device:
     for section in (result.get("moe_config"), words.get("moe_config")):
         if section and section.get("aux_loss_factor") == 0:
             section.pop("aux_loss_factor")  # off for us; MindFormers' own check refuses 0
-    return True
 
 
-def _upgrade_run(result: dict[str, Any], notes: list[str]) -> None:
+def _adapt_run(result: dict[str, Any], notes: list[str]) -> None:
     wrapper = result.get("runner_wrapper")
     if wrapper and wrapper.get("type", "MFTrainOneStepCell") == "MFTrainOneStepCell":
         wrapper["type"] = "PortableTrainOneStepCell"
@@ -130,12 +130,12 @@ def _upgrade_run(result: dict[str, Any], notes: list[str]) -> None:
                 notes.append(f"callback {name} becomes {CALLBACK_NOTES[name]}")
 
 
-def _upgrade_optimizer(result: dict[str, Any], device: str, notes: list[str]) -> None:
+def _adapt_optimizer(result: dict[str, Any], device: str, notes: list[str]) -> None:
     """Ours computes what MindFormers' AdamW does and keeps its checkpoint names; see ``ms.optim``."""
     optimizer = result.get("optimizer") or {}
     weights = result["model"]["model_config"].get("param_init_type", "float16")
     plain = not optimizer.get("swap") and not optimizer.get("use_fused")
-    if optimizer.get("type") == "AdamW" and device != "Ascend" and weights == "float32" and plain:
+    if optimizer.get("type") == "AdamW" and device != ASCEND and weights == "float32" and plain:
         for off in ("swap", "use_fused"):
             optimizer.pop(off, None)
         optimizer["type"] = "FusedAdamW"

@@ -3,22 +3,21 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import mindspore as ms
-import numpy as np
 from mindformers.core.callback.callback import CheckpointMonitor
 from mindformers.tools.logger import logger
 from mindspore import nn
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.jobs.checkpoint.saved import last_whole, note_size
+from mindformers_ext.jobs.checkpoint.saved import note_size
+from mindformers_ext.jobs.run.keep import WEIGHTS, is_finite, last_good, surplus
+from mindformers_ext.jobs.train.hooks import hook_state
+from mindformers_ext.mf.hooks import HOOKS, figures_at
 from mindformers_ext.ms.lora import adapter_parameters
-
-WEIGHTS = ("model.", "lm_head.")  # of the network; the step's and the optimizer's own state has other names
 
 
 class WholeCheckpointMonitor(CheckpointMonitor):
@@ -78,9 +77,10 @@ class WholeCheckpointMonitor(CheckpointMonitor):
         network = self._config.saved_network or cb_params.train_network
         wrong = not_finite(network)
         if wrong:
+            found = last_good(Path(self._directory), f".{self._config.format}")
             raise UserError(
                 f"step {step}: the weights {', '.join(wrong[:5])} are not finite, nothing was saved and training "
-                f"stops. {self._last_good()} Lower the learning rate or warm up longer."
+                f"stops. {found} Lower the learning rate or warm up longer."
             )
         self.save_info_list[cb_params.cur_step_num]["ckpt"]["save_start_time"] = started
         self._last_triggered_step = cb_params.cur_step_num
@@ -111,9 +111,9 @@ class WholeCheckpointMonitor(CheckpointMonitor):
         """What a resume reads besides the parameters."""
         owner = cb_params if cb_params.optimizer is not None else cb_params.network
         values = {"epoch_num": epoch, "step_num": step, "global_step": owner.optimizer.global_step}
-        outputs = cb_params.net_outputs
-        if isinstance(outputs, (tuple, list)) and len(outputs) >= 3:
-            values["loss_scale"] = outputs[2]
+        if isinstance(cb_params.net_outputs, (tuple, list)):
+            values["loss_scale"] = ms.Tensor(figures_at(cb_params).loss_scale, ms.float32)
+        values |= {name: ms.Tensor(array) for name, array in hook_state(cb_params.get(HOOKS, [])).items()}
         if self.global_batch_size is not None:
             values["global_batch_size"] = self.global_batch_size
         self._append_dict.update(values)
@@ -123,18 +123,11 @@ class WholeCheckpointMonitor(CheckpointMonitor):
         newest, self._newest = self._newest, None
         if newest is None:
             return
-        keep = self._config.keep_checkpoint_max or 0
         self._manager.update_ckpoint_filelist(self._directory, self._prefix)
-        while 0 < keep < self._manager.ckpoint_num:
-            oldest = min(self._manager.ckpoint_filelist, key=os.path.getmtime)
-            if Path(oldest) == newest:
-                break
-            self._manager.remove_ckpoint_file(oldest)
+        files = map(Path, self._manager.ckpoint_filelist)
+        for path in surplus(files, self._config.keep_checkpoint_max or 0, newest):
+            self._manager.remove_ckpoint_file(str(path))
             self.need_remove_extra_ckpt = True
-
-    def _last_good(self) -> str:
-        found = last_whole(Path(self._directory), f".{self._config.format}")
-        return f"The last good checkpoint is {found.path} (step {found.label})." if found else "No checkpoint exists."
 
 
 def not_finite(network: nn.Cell) -> list[str]:
@@ -144,7 +137,6 @@ def not_finite(network: nn.Cell) -> list[str]:
         if parameter.has_init:
             continue
         values = parameter.astype(ms.float32) if parameter.dtype == ms.bfloat16 else parameter
-        # one sum tells: float64 holds any sum of float32 values, so it is finite exactly when all of them are
-        if not np.isfinite(np.sum(values.asnumpy(), dtype=np.float64)):
+        if not is_finite(values.asnumpy()):
             wrong.append(parameter.name)
     return wrong

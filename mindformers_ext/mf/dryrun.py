@@ -24,9 +24,10 @@ from mindspore.common.initializer import Initializer
 
 from mindformers_ext.core.cluster.cluster_rules import settled
 from mindformers_ext.core.cluster.tensor_parallel import parted_parameters
+from mindformers_ext.core.config.run import run_spec_from_yaml
 from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.jobs.predict.generate import Shape
-from mindformers_ext.jobs.predict.network import device_of, dropless_spec, uses_cache
+from mindformers_ext.jobs.predict.network import dropless_spec
 from mindformers_ext.mf.run import prepare
 from mindformers_ext.mf.trainer import PortableCausalLanguageModelingTrainer
 from mindformers_ext.ms.engine import MindSporeEngine
@@ -108,15 +109,16 @@ def compile_prediction(config: Mapping[str, Any], shape: Shape, world: int) -> C
     MindFormers has no part in it: ``jobs.predict.predict`` answers without.
     """
     started = time.time()
-    spec = dropless_spec(config, settled(network_spec_from_yaml(config, world))[0])
+    run = run_spec_from_yaml(config)
+    spec = dropless_spec(settled(network_spec_from_yaml(config, world))[0], run.device)
     engine = MindSporeEngine()
-    engine.use(device_of(config))
+    engine.use(run.device)
     network = engine.build(spec, empty=True)
     built = time.time()
     with weights_left_out():
-        network.session(shape.rows, shape.length, shape.positions, uses_cache(config))
+        network.session(shape.rows, shape.length, shape.positions, run.cached)
     shapes = {item.name: item.whole for item in parted_parameters(spec, world)}
-    graphs = ("prompt", "token") if uses_cache(config) else ("prompt",)
+    graphs = ("prompt", "token") if run.cached else ("prompt",)
     return CompiledPrediction(shapes, graphs, built - started, time.time() - built)
 
 

@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections import deque
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +12,9 @@ from mindformers.tools.logger import logger
 from mindformers.tools.utils import get_output_root_path, get_real_rank
 from mindformers.utils.tensorboard import get_tensorboard_writer
 
-from mindformers_ext.core.errors import UserError
-from mindformers_ext.jobs.checkpoint.saved import last_whole, set_aside
-from mindformers_ext.mf.metrics import MetricsFile, StepRecord, record_of
+from mindformers_ext.jobs.run.metrics_file import MetricsFile, StepRecord, record_of
+from mindformers_ext.jobs.run.watch import Watch
+from mindformers_ext.mf.hooks import figures_at
 
 SCALARS = (
     "loss",
@@ -29,8 +26,6 @@ SCALARS = (
     "loss_scale",
     "tokens_per_second",
 )
-PATIENCE = 50  # steps in a row whose gradients overflow before the run gives up
-SHORT_PATIENCE = 5  # the same while the loss scale stands still: then no later step can differ
 
 
 class MoELossMonitor(MFLossMonitor):
@@ -43,24 +38,30 @@ class MoELossMonitor(MFLossMonitor):
         given: MindFormers' arguments of ``MFLossMonitor``.
 
     Raises:
-        UserError: while training, when the loss is not finite, or when gradients overflow 50 steps in a row (5 while
-            the loss scale is fixed or at its floor).
+        UserError: while training, see ``jobs.run.watch``.
     """
 
     def __init__(self, per_print_times: int = 1, tensorboard: bool = True, **given: Any) -> None:
         super().__init__(per_print_times=per_print_times, **given)
         self.wants_tensorboard = tensorboard
         self.metrics: MetricsFile | None = None
+        self.watch: Watch | None = None
         self.writer: Any = None
-        self.started = time.time()
         self.owns_writer = False
-        self.recent: deque[float] = deque(maxlen=20)
-        self.overflowed: list[float] = []  # loss scale of each step of the present streak
 
     def on_train_begin(self, run_context: Any) -> None:
         """Open the metrics file and the TensorBoard writer."""
         output_dir, rank = get_output_root_path(), get_real_rank()
         self.metrics = MetricsFile(output_dir, rank, self.initial_step)
+        steps = self.steps_per_epoch or run_context.original_args().batch_num
+        self.watch = Watch(
+            logger.info,
+            Path(output_dir) / "checkpoint" / f"rank_{rank}",
+            steps,
+            (self.origin_epochs or 1) * steps,
+            self.initial_step,
+            self.per_print_times,
+        )
         if self.wants_tensorboard:
             self.writer = get_tensorboard_writer()
             if self.writer is None:
@@ -72,22 +73,17 @@ class MoELossMonitor(MFLossMonitor):
 
     def on_train_step_end(self, run_context: Any) -> None:
         """Record, show and judge the step."""
+        assert self.watch is not None and self.metrics is not None
         parameters = run_context.original_args()
-        steps = self.steps_per_epoch or parameters.batch_num
-        step = self.initial_step + parameters.cur_step_num
-        outputs = parameters.net_outputs
-        outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs, False, 1.0, float("nan"), float("nan"))
-        loss = outputs[0].asnumpy()  # waits for the device; only then is the step's time known
+        figures = figures_at(parameters)  # waits for the device; only then is the step's time known
         done = parameters.batch_num if parameters.dataset_sink_mode else 1
         seconds = (time.time() - self.step_time) / done
+        step = self.initial_step + parameters.cur_step_num
         tokens = self._tokens(parameters.train_dataset_element)
-        record = record_of((loss, *outputs[1:]), step, (step - 1) // steps + 1, seconds, tokens)
-        self._keep(record)
-        if parameters.cur_step_num > 1:  # the first step compiles
-            self.recent.append(seconds)
-        if (parameters.cur_step_num - 1) % self.per_print_times == 0 or not record.is_finite:
-            self._show(record, steps)
-        self._judge(record, steps)
+        record = record_of(figures, step, self.watch.per_epoch, seconds, tokens)
+        self.metrics.append(record)
+        self._draw(record)
+        self.watch.see(record)
 
     def on_train_end(self, run_context: Any) -> None:
         """Close the TensorBoard writer if it is ours."""
@@ -101,9 +97,7 @@ class MoELossMonitor(MFLossMonitor):
         rows, width = batch[0].shape[:2]
         return int(rows) * (int(width) - 1)
 
-    def _keep(self, record: StepRecord) -> None:
-        if self.metrics is not None:
-            self.metrics.append(record)
+    def _draw(self, record: StepRecord) -> None:
         if self.writer is None:
             return
         for name in SCALARS:
@@ -112,62 +106,3 @@ class MoELossMonitor(MFLossMonitor):
             for layer, load in enumerate(record.expert_load):
                 shares = {f"expert_{expert}": count / max(sum(load), 1.0) for expert, count in enumerate(load)}
                 self.writer.add_scalars(f"expert_load/layer_{layer}", shares, global_step=record.step)
-
-    def _show(self, record: StepRecord, steps: int) -> None:
-        epochs = self.origin_epochs or 1
-        left = (epochs * steps - record.step) * (statistics.median(self.recent) if self.recent else record.seconds)
-        logger.info(
-            "{ Epoch:[%3d/%3d], step:[%5d/%5d], loss: %.6f, lm_loss: %.6f, aux_loss: %.6f, drop_rate: %.2f%%, "
-            "per_step_time: %dms, lr: %.4e, overflow cond: %s, loss_scale: %s, global_norm: %.4f, tokens/s: %d, "
-            "remaining: %s }",
-            record.epoch,
-            epochs,
-            (record.step - 1) % steps + 1,
-            steps,
-            record.loss,
-            record.lm_loss,
-            record.aux_loss,
-            100 * record.drop_rate,
-            int(1000 * record.seconds),
-            record.learning_rate,
-            record.overflow,
-            record.loss_scale,
-            record.global_norm,
-            int(record.tokens_per_second),
-            timedelta(seconds=int(max(left, 0))),
-        )
-
-    def _judge(self, record: StepRecord, steps: int) -> None:
-        if not record.is_finite:
-            raise UserError(
-                f"step {record.step}: the loss is {record.loss} (LM loss {record.lm_loss}), training stops. "
-                f"{self._last_good(record, steps)} Lower the learning rate, warm up longer, or check the data."
-            )
-        if not record.overflow:
-            self.overflowed.clear()
-            return
-        self.overflowed.append(record.loss_scale)
-        recent = self.overflowed[-SHORT_PATIENCE:]
-        stuck = len(recent) == SHORT_PATIENCE and len(set(recent)) == 1
-        if stuck or len(self.overflowed) >= PATIENCE:
-            raise UserError(
-                f"step {record.step}: gradients overflowed {len(self.overflowed)} steps in a row, now at loss scale "
-                f"{record.loss_scale}; none of these steps changed the weights. {self._last_good(record, steps)} "
-                "Lower the learning rate or the loss scale."
-            )
-
-    def _last_good(self, record: StepRecord, steps: int) -> str:
-        """Sets aside the checkpoints that hold the weights of this failure, and names the newest of the others."""
-        folder = Path(get_output_root_path()) / "checkpoint" / f"rank_{get_real_rank()}"
-        failing = record.step - 1 - self._streak_before(record)
-        place = (failing - 1) // steps + 1, (failing - 1) % steps + 1
-        moved = set_aside(folder, place, self.started) if failing > 0 else []
-        found = last_whole(folder)
-        text = f"The last good checkpoint is {found.path} (step {found.label})." if found else "No checkpoint is left."
-        if moved:
-            text += f" {', '.join(path.name for path in moved)} holds the weights that led here."
-        return text
-
-    def _streak_before(self, record: StepRecord) -> int:
-        """Steps before this one that changed nothing because their gradients overflowed."""
-        return len(self.overflowed) - (1 if record.is_finite else 0)

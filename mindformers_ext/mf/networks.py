@@ -13,17 +13,19 @@ from mindformers.tools.utils import get_predict_run_mode, get_real_group_size
 from mindspore import Tensor, ops
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.mf.config import MixtralConfig, PortableLlamaConfig
+from mindformers_ext.core.families import implied_family
+from mindformers_ext.mf.config import PortableLlamaConfig
 from mindformers_ext.mf.generate import CachedGenerator, announce, can_answer, settled_config
+from mindformers_ext.ms.causal_lm import build_causal_lm
 from mindformers_ext.ms.lora import add_lora
-from mindformers_ext.ms.models import build_causal_lm
-from mindformers_ext.ms.moe.router import TopkRouterV2
 from mindformers_ext.ms.ops.select import select_operators
 from mindformers_ext.ms.recompute import recompute_layers
 
 
 class PortableLlamaForCausalLM(PreTrainedModel):
-    """A LLaMA or Mixtral of portable operators; MindFormers' own runs on Ascend alone.
+    """A network of a family of ours, of portable operators; MindFormers' own run on Ascend alone.
+
+    ``mf.register`` names a class after each family (``core.families``).
 
     Parameter names are MindFormers' (``model.layers.0.attention.wq.weight``): this class adds no prefix.
 
@@ -46,6 +48,11 @@ class PortableLlamaForCausalLM(PreTrainedModel):
         config.use_past = False  # MindFormers' own cache needs Ascend's paged attention
         super().__init__(config, auto_prefix=False)
         spec = config.network_spec(get_real_group_size())
+        if config.family.has_experts and spec.model.moe is None:
+            raise UserError(
+                f"{type(self).__name__} needs experts, moe_config.expert_num is 1: set expert_num and "
+                f"num_experts_chosen, or use {implied_family(has_experts=False).yaml_names[0][1]} for a dense network"
+            )
         self.spec = spec
         self.causal_lm = build_causal_lm(spec)
         lora = config.lora()
@@ -66,9 +73,7 @@ class PortableLlamaForCausalLM(PreTrainedModel):
         self.pad_token_id = spec.model.pad_token_id
         self.ignore_token_id = spec.model.ignore_token_id
         self.argmax = _argmax
-        for _, cell in self.causal_lm.cells_and_names():
-            if isinstance(cell, TopkRouterV2):
-                cell.drops_only_in_training = True
+        self.causal_lm.keep_all_in_evaluation()
         if spec.parallel.pipeline_stage > 1:  # otherwise every micro batch would be compiled anew
             select_operators().reuse(self)
         self.load_checkpoint(config)
@@ -159,20 +164,6 @@ class PortableLlamaForCausalLM(PreTrainedModel):
     def get_model_parameters(self, only_trainable: bool = True) -> set[Any]:
         """The network's parameters, as MindFormers lists them before training."""
         return set(self.trainable_params() if only_trainable else self.get_parameters())
-
-
-class MixtralForCausalLM(PortableLlamaForCausalLM):
-    """Mixtral (Jiang et al. 2024, arXiv:2401.04088): ``PortableLlamaForCausalLM`` with routed experts."""
-
-    config_class = MixtralConfig
-
-    def __init__(self, config: MixtralConfig) -> None:
-        super().__init__(config)
-        if self.spec.model.moe is None:
-            raise UserError(
-                "MixtralForCausalLM needs experts, moe_config.expert_num is 1: set expert_num and num_experts_chosen, "
-                "or use PortableLlamaForCausalLM for a dense network"
-            )
 
 
 def _argmax(logits: Tensor, axis: int) -> Tensor:

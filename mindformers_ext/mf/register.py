@@ -13,17 +13,17 @@ from mindformers.tools.register import MindFormerModuleType as Kind
 from mindformers.tools.register import MindFormerRegister
 from mindspore.train import Callback
 
+from mindformers_ext.core.families import FAMILIES, Family
 from mindformers_ext.mf.balance import MoETopkBiasBalanceCallback
 from mindformers_ext.mf.checkpoint import WholeCheckpointMonitor
-from mindformers_ext.mf.config import MixtralConfig, PortableLlamaConfig
+from mindformers_ext.mf.config import PortableLlamaConfig
 from mindformers_ext.mf.load_monitor import MoELoadMonitor
 from mindformers_ext.mf.monitor import MoELossMonitor
-from mindformers_ext.mf.networks import MixtralForCausalLM, PortableLlamaForCausalLM
-from mindformers_ext.mf.optimizer import FP32StateAdamWeightDecay
+from mindformers_ext.mf.networks import PortableLlamaForCausalLM
 from mindformers_ext.mf.pipeline_step import PortablePipelineStepCell
 from mindformers_ext.mf.step import PortableTrainOneStepCell
 from mindformers_ext.mf.trainer import PortableCausalLanguageModelingTrainer
-from mindformers_ext.ms.optim import FusedAdamW
+from mindformers_ext.ms.optim import FP32StateAdamWeightDecay, FusedAdamW
 
 
 class ObsMonitor(Callback):
@@ -35,10 +35,6 @@ class ObsMonitor(Callback):
 
 
 REGISTERED: tuple[tuple[str, type], ...] = (
-    (Kind.CONFIG, MixtralConfig),
-    (Kind.CONFIG, PortableLlamaConfig),
-    (Kind.MODELS, MixtralForCausalLM),
-    (Kind.MODELS, PortableLlamaForCausalLM),
     (Kind.WRAPPER, PortableTrainOneStepCell),
     (Kind.WRAPPER, PortablePipelineStepCell),
     (Kind.OPTIMIZER, FP32StateAdamWeightDecay),
@@ -51,5 +47,29 @@ REGISTERED: tuple[tuple[str, type], ...] = (
     (Kind.TRAINER, PortableCausalLanguageModelingTrainer),
 )
 
+CLASSES: dict[str, tuple[type[PortableLlamaConfig], type[PortableLlamaForCausalLM]]] = {}  # by the family's name
+
+
+def register_families() -> None:
+    """Give MindFormers a configuration and a network class under every name of our families; safe to call again."""
+    for family in FAMILIES.values():
+        if not family.yaml_names or family.name in CLASSES:
+            continue
+        CLASSES[family.name] = config, network = _classes(family)
+        for config_name, name in family.yaml_names:
+            MindFormerRegister.register_cls(config, Kind.CONFIG, config_name)
+            MindFormerRegister.register_cls(network, Kind.MODELS, name)
+
+
+def _classes(family: Family) -> tuple[type[PortableLlamaConfig], type[PortableLlamaForCausalLM]]:
+    if family == PortableLlamaConfig.family:
+        return PortableLlamaConfig, PortableLlamaForCausalLM
+    config_name, name = family.yaml_names[0]
+    config = type(config_name, (PortableLlamaConfig,), {"family": family, "__module__": __name__})
+    network = type(name, (PortableLlamaForCausalLM,), {"config_class": config, "__module__": __name__})
+    return config, network
+
+
 for _kind, _class in REGISTERED:
     MindFormerRegister.register_cls(_class, _kind)
+register_families()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import mindspore as ms
+from mindformers.core.callback.callback import CheckpointMonitor
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindformers.tools.utils import get_output_root_path, get_real_rank
@@ -17,8 +18,10 @@ from mindformers.trainer.causal_language_modeling import CausalLanguageModelingT
 from mindspore import nn
 
 from mindformers_ext.jobs.checkpoint.saved import checkpoint_file
+from mindformers_ext.jobs.train.hooks import PREFIX
 from mindformers_ext.mf.balance import MoETopkBiasBalanceCallback
 from mindformers_ext.mf.checkpoint import WholeCheckpointMonitor
+from mindformers_ext.mf.hooks import HookCallback
 from mindformers_ext.mf.load_monitor import MoELoadMonitor
 from mindformers_ext.mf.monitor import MoELossMonitor
 from mindformers_ext.mf.networks import PortableLlamaForCausalLM
@@ -83,9 +86,19 @@ class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
             words.type = PortablePipelineStepCell.__name__
             logger.info("MFPipelineWithLossScaleCell becomes %s: the clipping norm tells overflow", words.type)
         wrapper = super().create_model_wrapper(network, optimizer)
+        wrapper.first_step = int(self.config.runner_config.initial_step or 0)
         if isinstance(wrapper, TrainStepCell) and self.config.resume_training and self.config.checkpoint.load_path:
             restore_step_state(wrapper, self._resume_file())
         return wrapper
+
+    @staticmethod
+    def sort_callbacks(default_callbacks: list[Any]) -> list[Any]:
+        """MindFormers' order, with hooks before the checkpoint, which holds what they set for the next step."""
+        found = CausalLanguageModelingTrainer.sort_callbacks(default_callbacks)
+        hooks = [item for item in found if isinstance(item, HookCallback)]
+        others = [item for item in found if not isinstance(item, HookCallback)]
+        place = next((i for i, item in enumerate(others) if isinstance(item, CheckpointMonitor)), len(others))
+        return [*others[:place], *hooks, *others[place:]]
 
     def _step_accumulates(self) -> bool:
         wrapper = self.config.runner_wrapper
@@ -106,7 +119,9 @@ def restore_step_state(cell: TrainStepCell, path: Path | None) -> None:
     if path is None:
         return
     kind = path.suffix.removeprefix(".")
-    held = ms.load_checkpoint(str(path), choice_func=lambda name: name in STEP_STATE, format=kind)
+    wanted = (*STEP_STATE, PREFIX)
+    held = ms.load_checkpoint(str(path), choice_func=lambda name: name.startswith(wanted), format=kind)
+    cell.hook_state = {name: held[name].asnumpy() for name in held if name.startswith(PREFIX)}
     for name, parameter in step_state(cell).items():
         if name in held:
             parameter.set_data(ms.Tensor(held[name].asnumpy().reshape(parameter.shape), parameter.dtype))

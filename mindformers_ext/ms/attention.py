@@ -9,25 +9,43 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
-from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.core.spec import AttentionSpec, NetworkSpec
+from mindformers_ext.ms.norm import HeadNorm
 from mindformers_ext.ms.ops.dtypes import mindspore_dtype
 from mindformers_ext.ms.ops.select import Operators
 from mindformers_ext.ms.strategies import Shards
 
 
 class Linear(nn.Cell):
-    """x W^T without bias. Input (T, in), output (T, out), weight (out, in). ``row``: its strategy on many devices."""
+    """x W^T, plus a bias where asked. Input (T, in), output (T, out), weight (out, in), bias (out).
+
+    ``row``: the product's strategy on many devices; with a bias "project in".
+    """
 
     def __init__(
-        self, width_in: int, width_out: int, std: float, param_dtype: ms.Type, shards: Shards, row: str
+        self,
+        width_in: int,
+        width_out: int,
+        std: float,
+        param_dtype: ms.Type,
+        shards: Shards,
+        row: str,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         weight = initializer(Normal(sigma=std), (width_out, width_in), param_dtype)
         self.weight = Parameter(weight, name="weight")
         self.product = shards.shard(P.MatMul(transpose_b=True), row)
+        self.has_bias = bias
+        if bias:
+            self.bias = Parameter(initializer("zeros", (width_out,), param_dtype), name="bias")
+            self.add = shards.shard(P.BiasAdd(), "bias")
 
     def construct(self, x_TD: Tensor) -> Tensor:
-        return self.product(x_TD, ops.cast(self.weight, x_TD.dtype))
+        y_TD = self.product(x_TD, ops.cast(self.weight, x_TD.dtype))
+        if self.has_bias:
+            return self.add(y_TD, ops.cast(self.bias, x_TD.dtype))
+        return y_TD
 
 
 def rotary_tables(positions: int, head_dim: int, theta: float, dtype: ms.Type) -> tuple[Tensor, Tensor]:
@@ -41,38 +59,47 @@ def rotary_tables(positions: int, head_dim: int, theta: float, dtype: ms.Type) -
 class Attention(nn.Cell):
     """Causal self-attention. Input (B*S, D) and the rotary tables (1, S, 1, P); output (B*S, D)."""
 
-    def __init__(self, spec: NetworkSpec, operators: Operators) -> None:
+    def __init__(self, spec: NetworkSpec, attention: AttentionSpec, operators: Operators) -> None:
         super().__init__()
-        model = spec.model
-        self.heads, self.kv_heads, self.head_dim = (
-            model.num_attention_heads,
-            model.num_key_value_heads,
-            model.head_dim,
-        )
+        self.heads, self.kv_heads = attention.num_attention_heads, attention.num_key_value_heads
+        self.head_dim, self.qk_norm = attention.head_dim, attention.qk_norm
         width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        std, dtype = model.initializer_range, mindspore_dtype(spec.numerics.param_dtype)
-        shards = Shards(spec)
-        self.wq = Linear(model.hidden_size, width, std, dtype, shards, "project in")
-        self.wk = Linear(model.hidden_size, kv_width, std, dtype, shards, "project in")
-        self.wv = Linear(model.hidden_size, kv_width, std, dtype, shards, "project in")
-        self.wo = Linear(width, model.hidden_size, std, dtype, shards, "project out")
+        hidden, std = spec.model.hidden_size, spec.model.initializer_range
+        dtype, bias, shards = mindspore_dtype(spec.numerics.param_dtype), attention.qkv_bias, Shards(spec)
+        self.wq = Linear(hidden, width, std, dtype, shards, "project in", bias)
+        self.wk = Linear(hidden, kv_width, std, dtype, shards, "project in", bias)
+        self.wv = Linear(hidden, kv_width, std, dtype, shards, "project in", bias)
+        self.wo = Linear(width, hidden, std, dtype, shards, "project out")
+        if self.qk_norm:
+            self.q_norm = HeadNorm(spec, self.head_dim, operators)
+            self.k_norm = HeadNorm(spec, self.head_dim, operators)
         rotary = operators.build(operators.rotary, operators.dtype(spec.numerics.rotary_dtype))
         self.rotary = shards.local(rotary, "rotary")
-        softmax_dtype = operators.dtype(spec.numerics.softmax_dtype)
+        self.softmax_dtype = operators.dtype(spec.numerics.softmax_dtype)
         attend = operators.build(
             operators.causal_attention,
             self.heads // shards.mp,
             self.kv_heads // shards.mp,
             self.head_dim,
             spec.seq_length,
-            softmax_dtype,
+            self.softmax_dtype,
         )
         self.attend = shards.local(attend, "attend")
 
+    def query(self, x_TD: Tensor, length: int) -> Tensor:
+        """(B, S, H, P) of rows of ``length`` S tokens, not yet turned."""
+        q_BSHP = ops.reshape(self.wq(x_TD), (-1, length, self.heads, self.head_dim))
+        return self.q_norm(q_BSHP) if self.qk_norm else q_BSHP
+
+    def key(self, x_TD: Tensor, length: int) -> Tensor:
+        """(B, S, N, P), as ``query``."""
+        k_BSNP = ops.reshape(self.wk(x_TD), (-1, length, self.kv_heads, self.head_dim))
+        return self.k_norm(k_BSNP) if self.qk_norm else k_BSNP
+
     def construct(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
         S = cos_SP.shape[1]
-        q = self.rotary(ops.reshape(self.wq(x_TD), (-1, S, self.heads, self.head_dim)), cos_SP, sin_SP)
-        k = self.rotary(ops.reshape(self.wk(x_TD), (-1, S, self.kv_heads, self.head_dim)), cos_SP, sin_SP)
+        q = self.rotary(self.query(x_TD, S), cos_SP, sin_SP)
+        k = self.rotary(self.key(x_TD, S), cos_SP, sin_SP)
         v = ops.reshape(self.wv(x_TD), (-1, S, self.kv_heads * self.head_dim))
         mixed = self.attend(
             ops.reshape(q, (-1, S, self.heads * self.head_dim)),

@@ -24,8 +24,8 @@ class LayerCache(nn.Cell):
 
     def __init__(self, layer: int, rows: int, positions: int, spec: NetworkSpec) -> None:
         super().__init__(auto_prefix=False)
-        model, dtype = spec.model, mindspore_dtype(spec.numerics.compute_dtype)
-        shape = (rows * model.num_key_value_heads * positions, model.head_dim)
+        attention, dtype = spec.model.layer(layer).attention, mindspore_dtype(spec.numerics.compute_dtype)
+        shape = (rows * attention.num_key_value_heads * positions, attention.head_dim)
         self.key = Parameter(ops.zeros(shape, dtype), name=f"cache.{layer}.key", requires_grad=False)
         self.value = Parameter(ops.zeros(shape, dtype), name=f"cache.{layer}.value", requires_grad=False)
 
@@ -37,21 +37,13 @@ class PromptAttention(nn.Cell):
     shorter than S are padded on the right, where causality hides the padding from every real token.
     """
 
-    def __init__(
-        self, attention: Attention, cache: LayerCache, shape: tuple[int, int], spec: NetworkSpec, operators: Operators
-    ) -> None:
+    def __init__(self, attention: Attention, cache: LayerCache, shape: tuple[int, int], operators: Operators) -> None:
         super().__init__(auto_prefix=False)
-        model = spec.model
         self.attention, self.cache = attention, cache
         self.rows, self.length = shape
-        self.heads, self.kv_heads, self.head_dim = (
-            model.num_attention_heads,
-            model.num_key_value_heads,
-            model.head_dim,
-        )
-        softmax_dtype = operators.dtype(spec.numerics.softmax_dtype)
+        self.heads, self.kv_heads, self.head_dim = attention.heads, attention.kv_heads, attention.head_dim
         self.attend = operators.build(
-            operators.causal_attention, self.heads, self.kv_heads, self.head_dim, self.length, softmax_dtype
+            operators.causal_attention, self.heads, self.kv_heads, self.head_dim, self.length, attention.softmax_dtype
         )
         self.transpose, self.update = P.Transpose(), P.ScatterUpdate()
 
@@ -61,8 +53,8 @@ class PromptAttention(nn.Cell):
 
     def construct(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor, places: Tensor) -> Tensor:
         B, S, own = self.rows, self.length, self.attention
-        q = own.rotary(ops.reshape(own.wq(x_TD), (B, S, self.heads, self.head_dim)), cos_SP, sin_SP)
-        k = own.rotary(ops.reshape(own.wk(x_TD), (B, S, self.kv_heads, self.head_dim)), cos_SP, sin_SP)
+        q = own.rotary(own.query(x_TD, S), cos_SP, sin_SP)
+        k = own.rotary(own.key(x_TD, S), cos_SP, sin_SP)
         v = ops.reshape(own.wv(x_TD), (B, S, self.kv_heads, self.head_dim))
         self.update(self.cache.key, places, self._laid_out(k))
         self.update(self.cache.value, places, self._laid_out(v))
@@ -106,19 +98,12 @@ class TokenAttention(nn.Cell):
     that hides what lies behind each row's position. Output (B, D).
     """
 
-    def __init__(
-        self, attention: Attention, cache: LayerCache, positions: int, spec: NetworkSpec, operators: Operators
-    ) -> None:
+    def __init__(self, attention: Attention, cache: LayerCache, positions: int) -> None:
         super().__init__(auto_prefix=False)
-        model = spec.model
         self.attention, self.cache = attention, cache
-        self.heads, self.kv_heads, self.head_dim = (
-            model.num_attention_heads,
-            model.num_key_value_heads,
-            model.head_dim,
-        )
-        self.positions, self.scale, self.by_matrix = positions, model.head_dim**-0.5, are_matrices()
-        self.softmax_dtype = operators.dtype(spec.numerics.softmax_dtype)
+        self.heads, self.kv_heads, self.head_dim = attention.heads, attention.kv_heads, attention.head_dim
+        self.positions, self.scale, self.by_matrix = positions, attention.head_dim**-0.5, are_matrices()
+        self.softmax_dtype = attention.softmax_dtype
         self.update, self.softmax = P.ScatterUpdate(), P.Softmax(axis=-1)
         self.product, self.product_nt = P.BatchMatMul(), P.BatchMatMul(transpose_b=True)
 
@@ -126,14 +111,12 @@ class TokenAttention(nn.Cell):
         """Queries, scaled, and keys, per head."""
         own, first, second = self.attention, tables[0], tables[1]
         B = x_BD.shape[0]
-        q, k = own.wq(x_BD), own.wk(x_BD)
+        q, k = own.query(x_BD, 1), own.key(x_BD, 1)
         if self.by_matrix:
             q = self.product(ops.cast(ops.reshape(q, (B, self.heads, self.head_dim)), first.dtype), first)
             k = self.product(ops.cast(ops.reshape(k, (B, self.kv_heads, self.head_dim)), second.dtype), second)
             return ops.cast(q, x_BD.dtype), ops.cast(k, x_BD.dtype)
-        q = own.rotary(ops.reshape(q, (B, 1, self.heads, self.head_dim)), first, second)
-        k = own.rotary(ops.reshape(k, (B, 1, self.kv_heads, self.head_dim)), first, second)
-        return q * self.scale, k
+        return own.rotary(q, first, second) * self.scale, own.rotary(k, first, second)
 
     def construct(self, x_BD: Tensor, tables: tuple[Tensor, Tensor], places: Tensor, mask_BS: Tensor) -> Tensor:
         own, M = self.attention, self.positions

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decoder-only language model that LLaMA and Mixtral share. Parameter names are MindFormers'."""
+"""The decoder-only language model of all families, built from what its spec says of each layer.
+
+Parameter names are MindFormers'; ``core.parameters`` lists them.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,9 @@ from mindspore.common.initializer import Normal, initializer
 
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.core.stages import layer_stage
-from mindformers_ext.ms.attention import Attention, Linear, rotary_tables
-from mindformers_ext.ms.feed_forward import FeedForward
+from mindformers_ext.ms.attention import Linear, rotary_tables
+from mindformers_ext.ms.layer import Layer
 from mindformers_ext.ms.loss import NextTokenLoss, ShiftedTokens, Targets, token_shape
-from mindformers_ext.ms.moe.grouped import GroupedMoE
-from mindformers_ext.ms.moe.layer import MoE
 from mindformers_ext.ms.norm import RmsNorm
 from mindformers_ext.ms.ops.dtypes import mindspore_dtype
 from mindformers_ext.ms.ops.select import Operators, select_operators
@@ -35,39 +36,6 @@ class TokenEmbedding(nn.Cell):
 
     def construct(self, ids_T: Tensor) -> Tensor:
         return self.gather(self.embedding_weight, ids_T, 0)
-
-
-class DenseLayer(nn.Cell):
-    """Attention and dense feed-forward, each behind a norm and added to the residual. Input and output (T, D)."""
-
-    def __init__(self, spec: NetworkSpec, operators: Operators) -> None:
-        super().__init__()
-        self.attention_norm = RmsNorm(spec, operators)
-        self.attention = Attention(spec, operators)
-        self.ffn_norm = RmsNorm(spec, operators)
-        self.feed_forward = FeedForward(spec, operators)
-        self.add = Shards(spec).shard(P.Add(), "residual")
-
-    def construct(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
-        x_TD = self.add(x_TD, self.attention(self.attention_norm(x_TD), cos_SP, sin_SP))
-        return self.add(x_TD, self.feed_forward(self.ffn_norm(x_TD)))
-
-
-class MoELayer(nn.Cell):
-    """As ``DenseLayer`` with experts. Outputs (T, D), aux_loss (G), report (G, E + 1); see ``ms.moe.layer``."""
-
-    def __init__(self, spec: NetworkSpec, operators: Operators) -> None:
-        super().__init__()
-        self.attention_norm = RmsNorm(spec, operators)
-        self.attention = Attention(spec, operators)
-        self.ffn_norm = RmsNorm(spec, operators)
-        self.feed_forward = (GroupedMoE if spec.model.routing.use_gmm else MoE)(spec, operators)
-        self.add = Shards(spec).shard(P.Add(), "residual")
-
-    def construct(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x_TD = self.add(x_TD, self.attention(self.attention_norm(x_TD), cos_SP, sin_SP))
-        y_TD, aux_loss_G, report_GE = self.feed_forward(self.ffn_norm(x_TD))
-        return self.add(x_TD, y_TD), aux_loss_G, report_GE
 
 
 class AddLosses(nn.Cell):
@@ -92,6 +60,13 @@ class AddLosses(nn.Cell):
         return self.add(total_G, loss_G)
 
 
+class PassLosses(nn.Cell):
+    """In the place of ``AddLosses`` at a dense layer."""
+
+    def construct(self, total_G: Tensor | None, loss_G: None) -> Tensor | None:
+        return total_G
+
+
 class ReadReport(nn.Cell):
     """Reports summed over groups, (layers, E + 1), as load (layers, E) and dropped share (layers)."""
 
@@ -114,33 +89,38 @@ def _report_types(report: ms.Type) -> tuple:
 class Decoder(nn.Cell):
     """Embedding, layers, final norm.
 
-    Input (B, S) int32. Outputs: hidden (B*S, D), aux_loss (), load (layers, E) and dropped (layers),
-    float32; a dense model has no experts and returns load (1, 1) and dropped (1) of zeros. In a pipeline no stage sees
-    all layers, so load and dropped are not reported: aux_loss stands in their place.
+    Input (B, S) int32. Outputs: hidden (B*S, D), aux_loss (), load (mixtures, E) and dropped (mixtures), float32, a
+    mixture being a layer with experts; a dense model has none and returns load (1, 1) and dropped (1) of zeros. In a
+    pipeline no stage sees all layers, so load and dropped are not reported: aux_loss stands in their place.
     """
 
     def __init__(self, spec: NetworkSpec, operators: Operators) -> None:
         super().__init__()
-        model = spec.model
+        model, shards = spec.model, Shards(spec)
+        self.mixtures, layers = model.moe_layers, model.num_hidden_layers
         self.compute_dtype = operators.dtype(spec.numerics.compute_dtype)
-        self.has_experts = model.moe is not None
-        self.aux_scale = 1.0 / model.num_hidden_layers if model.moe and model.moe.aux_loss_reduce == "mean" else 1.0
-        if Shards(spec).stages > 1:
+        self.aux_scale = 1.0 / len(self.mixtures) if model.moe and model.moe.aux_loss_reduce == "mean" else 1.0
+        if shards.stages > 1:
             self.aux_scale *= 2.0  # see AddLosses
         self.seq_length = spec.seq_length
-        layer = MoELayer if self.has_experts else DenseLayer
-        shards, layers = Shards(spec), model.num_hidden_layers
         self.tok_embeddings = shards.stage(TokenEmbedding(spec), 0)
         stages = [layer_stage(index, layers, shards.stages, shards.interleave) for index in range(layers)]
-        self.layers = nn.CellList([shards.stage(layer(spec, operators), stage) for stage in stages])
+        self.layers = nn.CellList(
+            [shards.stage(Layer(spec, model.layer(index), operators), stage) for index, stage in enumerate(stages)]
+        )
         self.norm_out = shards.stage(RmsNorm(spec, operators), shards.stages - 1)
-        self.add_losses = nn.CellList([shards.stage(AddLosses(shards), stage) for stage in stages])
+        self.depth, self.has_experts = layers, bool(self.mixtures)
+        self.add_losses = nn.CellList(
+            [
+                shards.stage(AddLosses(shards), stage) if index in self.mixtures else PassLosses()
+                for index, stage in enumerate(stages)
+            ]
+        )
         self.mean = shards.shard(P.ReduceMean(), "group mean")
         self.scale = shards.shard(P.Mul(), "scalars")
-        self.stack = shards.shard_list(P.Stack(), "tok -", layers)
+        self.stack = shards.shard_list(P.Stack(), "tok -", len(self.mixtures))
         self.total = shards.shard(P.ReduceSum(), "reports")
         self.read_report = shards.local(ReadReport(spec.parallel.groups), "report", _report_shapes, _report_types)
-        self.depth = layers
         self.reports = shards.stages == 1
         self.cos_SP, self.sin_SP = rotary_tables(
             spec.seq_length, model.head_dim, model.rope_theta, operators.dtype(spec.numerics.rotary_dtype)
@@ -150,23 +130,27 @@ class Decoder(nn.Cell):
         _check_length(ids_BS.shape[1], self.seq_length)
         cos_SP, sin_SP = self.cos_SP, self.sin_SP
         x_TD = ops.cast(self.tok_embeddings(ops.reshape(ids_BS, (-1,))), self.compute_dtype)
-        if self.has_experts:
-            x_TD, layer_aux_G, report_GE = self.layers[0](x_TD, cos_SP, sin_SP)
-            aux_loss_G = self.add_losses[0](None, layer_aux_G)
-            reports: tuple = (report_GE,)
-            for index in range(1, self.depth):
-                x_TD, layer_aux_G, report_GE = self.layers[index](x_TD, cos_SP, sin_SP)
-                aux_loss_G = self.add_losses[index](aux_loss_G, layer_aux_G)
-                reports = reports + (report_GE,)
-            aux_loss = self.scale(self.mean(aux_loss_G, 0), self.aux_scale)
-            if self.reports:
-                load, dropped = self.read_report(self.total(self.stack(reports), 1))
-                return self.norm_out(x_TD), aux_loss, load, dropped
-            return self.norm_out(x_TD), aux_loss, aux_loss, aux_loss
-        for layer in self.layers:
-            x_TD = layer(x_TD, cos_SP, sin_SP)
-        zeros = ops.zeros((1, 1), ms.float32)
-        return self.norm_out(x_TD), ops.zeros((), ms.float32), zeros, ops.zeros((1,), ms.float32)
+        aux_loss_G = None
+        reports: tuple = ()
+        for index in range(self.depth):
+            x_TD, layer_aux_G, report_GE = self.layers[index](x_TD, cos_SP, sin_SP)
+            aux_loss_G = self.add_losses[index](aux_loss_G, layer_aux_G)
+            reports = reports + (report_GE,)
+        if not self.has_experts:
+            zeros = ops.zeros((1, 1), ms.float32)
+            return self.norm_out(x_TD), ops.zeros((), ms.float32), zeros, ops.zeros((1,), ms.float32)
+        aux_loss = self.scale(self.mean(aux_loss_G, 0), self.aux_scale)
+        if self.reports:
+            load, dropped = self.read_report(self.total(self.stack(self._of_mixtures(reports)), 1))
+            return self.norm_out(x_TD), aux_loss, load, dropped
+        return self.norm_out(x_TD), aux_loss, aux_loss, aux_loss
+
+    def _of_mixtures(self, reports: tuple) -> tuple:
+        """Without the None of dense layers. No ``if``: a tuple that leaves one has no layout in a cut graph."""
+        found: tuple = ()
+        for index in self.mixtures:
+            found = found + (reports[index],)
+        return found
 
 
 def _check_length(length: int, seq_length: int) -> None:
@@ -182,7 +166,7 @@ class CausalLM(nn.Cell):
     """Decoder and head.
 
     ``construct(ids (B, S)) -> logits (B, S, V)`` float32; ``losses(ids (B, S+1), labels=None)`` -> (loss, lm_loss,
-    aux_loss, load (layers, E), dropped (layers)) with loss = lm_loss + aux_loss, or lm_loss alone when
+    aux_loss, load (mixtures, E), dropped (mixtures)) with loss = lm_loss + aux_loss, or lm_loss alone when
     ``return_extra_loss`` is off.
     """
 
@@ -208,6 +192,11 @@ class CausalLM(nn.Cell):
         self.next_token_loss = shards.stage(NextTokenLoss(shards), last)
         self.add = shards.shard(P.Add(), "scalars")
 
+    def keep_all_in_evaluation(self) -> None:
+        """From now on tokens are dropped in training only."""
+        for layer in self.model.layers:
+            layer.feed_forward.keep_all_in_evaluation()
+
     def _head(self, x_TD: Tensor) -> Tensor:
         if self.tied:
             return self.product(x_TD, ops.cast(self.model.tok_embeddings.embedding_weight, x_TD.dtype))
@@ -225,3 +214,8 @@ class CausalLM(nn.Cell):
         lm_loss = self.next_token_loss(self._head(x_TD), target_T, weight_T)
         loss = self.add(lm_loss, aux_loss) if self.add_aux_loss else lm_loss
         return loss, lm_loss, aux_loss, load, dropped
+
+
+def build_causal_lm(spec: NetworkSpec) -> CausalLM:
+    """The network of ``spec`` with fresh random weights."""
+    return CausalLM(spec)

@@ -17,8 +17,8 @@ from mindformers_ext.core.cluster.tensor_parallel import own_part, parted_parame
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import DeviceSpec, NetworkSpec
 from mindformers_ext.core.weight_fit import check_weights, fitting
+from mindformers_ext.ms.causal_lm import build_causal_lm
 from mindformers_ext.ms.generate import MindSporeSession
-from mindformers_ext.ms.models import build_causal_lm
 from mindformers_ext.ms.tensor_parallel import build_part
 
 
@@ -49,19 +49,8 @@ class MindSporeNetwork:
             _set(parameters[name], weight)
 
     def fill(self, weights: Iterable[tuple[str, np.ndarray]]) -> None:
-        """As ``load``, one tensor at a time: each replaces its parameter and is then forgotten by the caller.
-
-        Raises:
-            UserError: a tensor that no parameter wants, or whose shape differs, where it comes; what is missing, at the
-                end.
-        """
-        parameters = {parameter.name: parameter for parameter in self.cell.get_parameters()}
-        wanted = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        wanted |= {name: placed.whole for name, placed in self._parts.items() if name in wanted}
-        for name, weight in fitting(wanted, weights):
-            placed = self._parts.get(name)
-            _set(parameters[name], own_part(weight, placed, self.rank) if placed else weight)
-            del weight  # or it lives on while the next one is read
+        """As ``load``, one tensor at a time; see ``fill``."""
+        fill(self.cell, weights, parts=self._parts, rank=self.rank)
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """float32 logits of shape (B, S, V) for token ids of shape (B, S); compiled once per shape."""
@@ -126,6 +115,34 @@ class MindSporeEngine:
             with no_init_parameters():
                 return MindSporeNetwork(build_causal_lm(spec))
         return MindSporeNetwork(build_causal_lm(spec))
+
+
+def fill(
+    cell: nn.Cell,
+    weights: Iterable[tuple[str, np.ndarray]],
+    optional: tuple[str, ...] = (),
+    parts: Mapping[str, PlacedParameter] | None = None,
+    rank: int = 0,
+) -> None:
+    """Each of ``weights`` replaces its parameter of ``cell`` and is then forgotten by the caller.
+
+    Args:
+        cell: the network, built without data or with other data.
+        weights: names and arrays.
+        optional: endings of names that need not come; router state need not either.
+        parts: by name each weight's whole shape and that of process ``rank``'s part.
+        rank: see ``parts``.
+
+    Raises:
+        UserError: a tensor that no parameter wants, or whose shape differs, where it comes; at the end what is missing.
+    """
+    parameters = {parameter.name: parameter for parameter in cell.get_parameters()}
+    wanted = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    wanted |= {name: placed.whole for name, placed in (parts or {}).items() if name in wanted}
+    for name, weight in fitting(wanted, weights, [name for name in wanted if name.endswith(optional)]):
+        placed = (parts or {}).get(name)
+        _set(parameters[name], own_part(weight, placed, rank) if placed else weight)
+        del weight  # or it lives on while the next one is read
 
 
 def _set(parameter: Parameter, weight: np.ndarray) -> None:

@@ -24,24 +24,20 @@ from mindformers_ext.ms.cache import (
     hidden_addend,
     positions_tensor,
 )
-from mindformers_ext.ms.causal_lm import CausalLM, DenseLayer, MoELayer
-from mindformers_ext.ms.moe.dropless import dropless
+from mindformers_ext.ms.causal_lm import CausalLM
+from mindformers_ext.ms.layer import Layer
 from mindformers_ext.ms.ops.select import Operators, select_operators
 
 
-class _FeedForward(nn.Cell):
-    """A layer's second half. Inputs: x (T, D), valid (T) int32 (0 = padding); output (T, D), without the residual."""
+class _SecondHalf(nn.Cell):
+    """Of a layer. Inputs: x (T, D), valid (T) int32 (0 = padding); output (T, D), without the residual."""
 
-    def __init__(self, layer: DenseLayer | MoELayer, tokens: int) -> None:
+    def __init__(self, layer: Layer, tokens: int) -> None:
         super().__init__(auto_prefix=False)
-        self.norm = layer.ffn_norm
-        self.routed = isinstance(layer, MoELayer)
-        self.feed_forward = dropless(layer.feed_forward, tokens) if self.routed else layer.feed_forward
+        self.norm, self.feed_forward = layer.ffn_norm, layer.feed_forward.for_inference(tokens)
 
     def construct(self, x_TD: Tensor, valid_T: Tensor) -> Tensor:
-        if self.routed:
-            return self.feed_forward(self.norm(x_TD), valid_T)
-        return self.feed_forward(self.norm(x_TD))
+        return self.feed_forward(self.norm(x_TD), valid_T)
 
 
 class _Graph(nn.Cell):
@@ -59,7 +55,7 @@ class _Graph(nn.Cell):
         self.layers = range(len(network.model.layers))
         self.norms = nn.CellList([layer.attention_norm for layer in self.decoder.layers], auto_prefix=False)
         self.feed_forwards = nn.CellList(
-            [_FeedForward(layer, rows * length) for layer in self.decoder.layers], auto_prefix=False
+            [_SecondHalf(layer, rows * length) for layer in self.decoder.layers], auto_prefix=False
         )
         model = spec.model
         self.cos, self.sin = rotary_tables(
@@ -109,7 +105,7 @@ class PromptGraph(_Graph):
         super().__init__(network, shape, operators, count)
         layers = zip(self.decoder.layers, caches, strict=True)
         self.attentions = nn.CellList(
-            [PromptAttention(layer.attention, cache, shape[:2], network.spec, operators) for layer, cache in layers],
+            [PromptAttention(layer.attention, cache, shape[:2], operators) for layer, cache in layers],
             auto_prefix=False,
         )
         self.place_S = Tensor(np.arange(self.length, dtype=np.int32)[None])
@@ -141,7 +137,7 @@ class TokenGraph(_Graph):
         spec, positions = network.spec, self.positions
         layers = zip(self.decoder.layers, caches, strict=True)
         self.attentions = nn.CellList(
-            [TokenAttention(layer.attention, cache, positions, spec, operators) for layer, cache in layers],
+            [TokenAttention(layer.attention, cache, positions) for layer, cache in layers],
             auto_prefix=False,
         )
         heads = self.rows * spec.model.num_key_value_heads

@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW on MindSpore's fused Adam kernel."""
+"""AdamW on MindSpore's fused Adam kernel and of plain operators, Adam without bias correction; whom a run takes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import mindspore as ms
 import mindspore.ops.operations as P
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+from mindspore.common.initializer import initializer
+from mindspore.ops.operations import AdamWeightDecay
 
+from mindformers_ext.core.config.schedule import Schedule
+from mindformers_ext.core.config.train import OptimizerSpec, ParameterGroup, group_of
 from mindformers_ext.core.errors import Problems
+from mindformers_ext.ms.schedule import ScheduledRate
 
 _adam = P.Adam()
 _update = ops.MultitypeFuncGraph("fused_adamw")
@@ -107,3 +113,184 @@ class FusedAdamW(nn.Optimizer):
             return self.hyper_map(update, weight_decay, *state)
         update = ops.partial(_update, beta1_power, beta2_power, self.beta1, self.beta2, eps, lr, weight_decay)
         return self.hyper_map(update, *state)
+
+
+_composite = ops.MultitypeFuncGraph("composite_adamw")
+
+
+@_composite.register(
+    "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Bool", "Tensor", "Tensor", "Tensor", "Tensor"
+)
+def _update_composite(
+    beta1: Tensor,
+    beta2: Tensor,
+    eps: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    weight_decay: Tensor,
+    decays: bool,
+    parameter: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    gradient: Tensor,
+) -> bool:
+    """AdamW of one parameter of any type, in float32."""
+    gradient = ops.cast(gradient, ms.float32)
+    value = ops.cast(parameter, ms.float32)
+    if decays:
+        value = value * (1.0 - lr * weight_decay)
+    new_mean = mean * beta1 + gradient * (1.0 - beta1)
+    new_square = square * beta2 + gradient * gradient * (1.0 - beta2)
+    size = lr / (1.0 - ops.pow(beta1, step))
+    bottom = ops.sqrt(new_square / (1.0 - ops.pow(beta2, step))) + eps
+    value = value - new_mean / bottom * size
+    done = ops.depend(ops.assign(mean, new_mean), ops.assign(square, new_square))
+    return ops.depend(True, ops.depend(ops.assign(parameter, ops.cast(value, parameter.dtype)), done))
+
+
+class CompositeAdamW(nn.Optimizer):
+    """AdamW as ``FusedAdamW`` computes it, of plain operators: weights of any type, float32 moments, every device.
+
+    Arguments as ``FusedAdamW``.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        learning_rate: Any = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(learning_rate, params, weight_decay)
+        self.beta1, self.beta2 = (Tensor(beta, ms.float32) for beta in betas)
+        self.eps = Tensor(eps, ms.float32)
+        self.means, self.squares = (float32_states(self._parameters, prefix) for prefix in ("adam_m", "adam_v"))
+        self.decays = tuple(self.exec_weight_decay and bool(flag) for flag in self.decay_flags)
+        self.increase = Tensor(np.ones(1, np.int32))
+
+    def construct(self, gradients: tuple[Tensor, ...]) -> tuple:
+        weight_decay = self.get_weight_decay()
+        lr = self.get_lr()
+        self.assignadd(self.global_step, self.increase)
+        step = ops.cast(self.global_step, ms.float32).reshape(())
+        state = (self.decays, self._parameters, self.means, self.squares, gradients)
+        if self.is_group_lr:
+            update = ops.partial(_composite, self.beta1, self.beta2, self.eps, step)
+            return self.hyper_map(update, lr, weight_decay, *state)
+        update = ops.partial(_composite, self.beta1, self.beta2, self.eps, step, lr)
+        if self.is_group:
+            return self.hyper_map(update, weight_decay, *state)
+        return self.hyper_map(ops.partial(update, weight_decay), *state)
+
+
+def float32_states(parameters: Iterable[Parameter], prefix: str) -> ParameterTuple:
+    """Float32 zeros named ``<prefix>.<parameter>``, sharded like their parameter."""
+    states = []
+    for parameter in parameters:
+        state = Parameter(initializer("zeros", parameter.shape, ms.float32), name=f"{prefix}.{parameter.name}")
+        state.param_info = parameter.param_info.clone()
+        if hasattr(parameter.param_info, "cloned_obj"):
+            parameter.param_info.cloned_obj.append(state)
+        else:
+            parameter.param_info.cloned_obj = [state]
+        state.is_init = False
+        state.set_data(initializer("zeros", parameter.shape, ms.float32))
+        state.name = f"{prefix}.{parameter.name}"
+        states.append(state)
+    return ParameterTuple(states)
+
+
+class FP32StateAdamWeightDecay(nn.AdamWeightDecay):
+    """Adam with decoupled weight decay, WITHOUT bias correction, and float32 moments whatever the weights' type.
+
+    As in MindFormers r1.3-r1.5 (MindSpore's ``AdamWeightDecay`` with float32 state), for each parameter p with
+    gradient g::
+
+        m = beta1 m + (1 - beta1) g
+        v = beta2 v + (1 - beta2) g^2
+        p = p - lr * (m / (sqrt(v) + eps) + weight_decay p)
+
+    It is not AdamW: m and v are not divided by 1 - beta^t, so the first steps are (1 - beta1) / sqrt(1 - beta2)
+    of AdamW's size (3.2 times with 0.9 and 0.999, 0.45 times with 0.9 and 0.95). New YAMLs should use ``AdamW``.
+
+    Args:
+        params: parameters or groups, as every MindSpore optimizer takes them.
+        learning_rate: number or schedule. Default 1e-3.
+        beta1: decay of m, in (0, 1). Default 0.9.
+        beta2: decay of v, in (0, 1). Default 0.999.
+        eps: above 0. Default 1e-6.
+        weight_decay: at least 0. Default 0.
+
+    Raises:
+        UserError: lists every value out of range.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        learning_rate: Any = 1e-3,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+    ) -> None:
+        problems = Problems("optimizer FP32StateAdamWeightDecay")
+        for name, value in (("beta1", beta1), ("beta2", beta2)):
+            if not 0.0 < value < 1.0:
+                problems.add(f"{name}={value} is out of range", "use a value between 0 and 1, both excluded")
+        if not eps > 0.0:
+            problems.add(f"eps={eps} is out of range", "use a value above 0")
+        problems.raise_if_any()
+        super(nn.AdamWeightDecay, self).__init__(learning_rate, params, weight_decay)
+        self.beta1 = Tensor(np.array([beta1], np.float32))
+        self.beta2 = Tensor(np.array([beta2], np.float32))
+        self.eps = Tensor(np.array([eps], np.float32))
+        self.moments1 = float32_states(self._parameters, "adam_m")
+        self.moments2 = float32_states(self._parameters, "adam_v")
+        self.fused_opt = AdamWeightDecay()
+        # The fused kernel of the CPU takes float32 weights only; the composite form computes the same in float32.
+        self.use_fused_opt = all(parameter.dtype == ms.float32 for parameter in self._parameters)
+
+
+def parameter_groups(
+    parameters: Iterable[Parameter], groups: tuple[ParameterGroup, ...], decay: float, schedule: Schedule
+) -> list[dict[str, Any]]:
+    """MindSpore's groups of trainable parameters, in the order in which each kind first comes.
+
+    Rates of their own have only groups whose ``lr_factor`` is not 1; where there is one, every group has.
+    """
+    found: dict[tuple[float, float], list[Parameter]] = {}
+    for parameter in parameters:
+        group = group_of(parameter.name, groups)
+        own = decay if group.decays(len(parameter.shape)) else 0.0
+        found.setdefault((group.lr_factor, own), []).append(parameter)
+    has_rates = any(factor != 1.0 for factor, _ in found)
+    return [
+        {"params": held, "weight_decay": own, **({"lr": rate_of(schedule, factor)} if has_rates else {})}
+        for (factor, own), held in found.items()
+    ]
+
+
+def rate_of(schedule: Schedule, factor: float = 1.0) -> float | ScheduledRate:
+    """What a MindSpore optimizer takes as its learning rate."""
+    if schedule.kind == "ConstantWarmUpLR" and not schedule.warmup_steps:
+        return schedule.learning_rate * factor
+    return ScheduledRate(schedule, factor)
+
+
+def build_optimizer(
+    parameters: list[Parameter],
+    spec: OptimizerSpec,
+    schedule: Schedule,
+    groups: tuple[ParameterGroup, ...] = (),
+    fused: bool = True,
+) -> nn.Optimizer:
+    """The optimizer of a run over trainable ``parameters``; ``fused``: take one kernel where the weights allow it."""
+    held = parameter_groups(parameters, groups, spec.weight_decay, schedule)
+    rate = rate_of(schedule)
+    if not spec.bias_correction:
+        beta1, beta2 = spec.betas
+        return FP32StateAdamWeightDecay(held, rate, beta1, beta2, spec.eps, spec.weight_decay)
+    fits = fused and all(parameter.dtype == ms.float32 for parameter in parameters)
+    return (FusedAdamW if fits else CompositeAdamW)(held, rate, spec.betas, spec.eps, spec.weight_decay)

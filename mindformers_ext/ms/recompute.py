@@ -5,27 +5,21 @@ builds it."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from mindspore import nn
 
 from mindformers_ext.core.config.recompute import RecomputeSpec
 from mindformers_ext.ms.causal_lm import CausalLM
+from mindformers_ext.ms.layer import Layer
 
-
-def _swiglu(layer: Any) -> nn.Cell:
-    """Of the experts, or of a dense layer."""
-    return getattr(layer.feed_forward, "ffn", layer.feed_forward).swiglu
-
-
-# The cell of each part, and whether it computes its output again too: that of a norm or of the gated product is what
-# the next product keeps, whereas nobody keeps the output of attention or feed_forward.
-CELLS: dict[str, tuple[Callable[[Any], nn.Cell], bool]] = {
-    "attention_norm": (lambda layer: layer.attention_norm, True),
-    "attention": (lambda layer: layer.attention, False),
-    "ffn_norm": (lambda layer: layer.ffn_norm, True),
-    "feed_forward": (lambda layer: layer.feed_forward, False),
-    "swiglu": (_swiglu, True),
+# The cells of each part, and whether they compute their outputs again too: that of a norm or of the gated product is
+# what the next product keeps, whereas nobody keeps the output of attention or feed_forward.
+CELLS: dict[str, tuple[Callable[[Layer], tuple[nn.Cell, ...]], bool]] = {
+    "attention_norm": (lambda layer: (layer.attention_norm,), True),
+    "attention": (lambda layer: (layer.attention,), False),
+    "ffn_norm": (lambda layer: (layer.ffn_norm,), True),
+    "feed_forward": (lambda layer: (layer.feed_forward,), False),
+    "swiglu": (lambda layer: layer.feed_forward.gated_products(), True),
 }
 
 
@@ -42,5 +36,6 @@ def recompute_layers(network: CausalLM, spec: RecomputeSpec) -> None:
         if index in spec.layers:
             layer.recompute(mp_comm_recompute=spec.exchanges, recompute_slice_activation=spec.cut_inputs and alike)
         for part in spec.parts_of(index):
-            cell, with_output = CELLS[part]
-            cell(layer).recompute(output_recompute=with_output, mp_comm_recompute=spec.exchanges)
+            cells, with_output = CELLS[part]
+            for cell in cells(layer):
+                cell.recompute(output_recompute=with_output, mp_comm_recompute=spec.exchanges)

@@ -7,7 +7,8 @@ it needs no device register, so it works on CPU, GPU and Ascend alike (MindForme
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
@@ -17,6 +18,7 @@ from mindformers_ext.ms.ops.select import select_operators
 _scaled = ops.MultitypeFuncGraph("scaled")
 _add = ops.MultitypeFuncGraph("add")
 _float32 = ops.MultitypeFuncGraph("float32")
+_signed = ops.MultitypeFuncGraph("signed")
 
 # Names of the step's own state in a checkpoint; a resumed run must restore them (``mf.trainer`` does).
 STEP_STATE = ("scale_sense", "current_iterator_step", "last_overflow_iterator_step")
@@ -36,23 +38,14 @@ def _add_pair(left: Tensor, right: Tensor) -> Tensor:
     return ops.cast(left, ms.float32) + ops.cast(right, ms.float32)
 
 
+@_signed.register("Float32", "Tensor")
+def _with_sign(sign: float, gradient: Tensor) -> Tensor:
+    return gradient * sign
+
+
 @_float32.register("Tensor")
 def _as_float32(gradient: Tensor) -> Tensor:
     return ops.cast(gradient, ms.float32)
-
-
-class StepOutput(NamedTuple):
-    """What a step returns; the first five are MindFormers' order, its callbacks read them by position."""
-
-    loss: Tensor
-    overflow: Tensor
-    loss_scale: Tensor
-    learning_rate: Tensor
-    global_norm: Tensor
-    lm_loss: Tensor
-    aux_loss: Tensor
-    expert_load: Tensor
-    dropped: Tensor
 
 
 class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
@@ -67,13 +60,14 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
         scale_sense: fixed loss scale, or a ``DynamicLossScaleUpdateCell``.
         max_grad_norm: clip the global gradient norm to this; None leaves the gradients alone.
         micro_batches: gradient accumulation steps.
+        signs: -1 by name for parameters that climb the loss instead of descending.
 
     In data parallel (one process per slice of the batch) gradients are averaged over the ranks before the norm is
     taken, whatever ``gradients_mean`` says, so every rank clips alike and takes the same step. Each rank's loss weighs
     the same, as in PyTorch's DDP: with labels, ranks that count fewer tokens count them more.
 
-    Outputs: ``StepOutput`` as a plain tuple; losses are means over micro batches and ranks, ``expert_load`` their sum,
-    and ``loss_scale`` is the one the next step uses. In data parallel all ranks return the same.
+    Outputs: the nine tensors of ``core.figures.StepFigures`` as a plain tuple, which ``figures_of`` reads. In data
+    parallel all ranks return the same.
     """
 
     def __init__(
@@ -83,6 +77,7 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
         scale_sense: float | nn.Cell = 1.0,
         max_grad_norm: float | None = 1.0,
         micro_batches: int = 1,
+        signs: Mapping[str, int] | None = None,
     ) -> None:
         if isinstance(scale_sense, (int, float)):
             scale_sense = Tensor(float(scale_sense), ms.float32)
@@ -96,6 +91,8 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
         self.gradients_of = ops.value_and_grad(self.scaled_loss, None, self.weights, has_aux=True)
         self.all_finite = ops.IsFinite()
         self.square_sum = select_operators().square_sum()
+        self.signs = tuple(float((signs or {}).get(parameter.name, 1)) for parameter in self.weights)
+        self.climbs = min(self.signs, default=1.0) < 0
         self.averages = bool(self.reducer_flag)
         if self.averages:
             self.share = 1.0 / self.degree
@@ -112,24 +109,27 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
             # float32: bfloat16 has no AllReduce on a CPU, and a sum of scaled float16 gradients may overflow
             gradients = self.grad_reducer(self.hyper_map(_float32, gradients))
             terms = self.over_ranks(terms)
+        loss, lm_loss, aux_loss, load, dropped = terms
         unscale = 1.0 / (scale * self.micro_batches)
         global_norm = self.norm(gradients) * unscale
-        overflow = self.process_loss_scale(self.not_finite(global_norm, terms[0]))
+        overflow = self.process_loss_scale(self.not_finite(global_norm, loss))
         if self.clips:
             # One pass over the gradients undoes the loss scale and clips.
             unscale = unscale * ops.minimum(self.max_grad_norm / (global_norm + 1e-6), 1.0)
         gradients = self.hyper_map(ops.partial(_scaled, unscale), gradients)
+        if self.climbs:
+            gradients = self.hyper_map(_signed, self.signs, gradients)
         learning_rate = self.current_learning_rate()
-        loss = terms[0]
         if not overflow:
             loss = ops.depend(loss, self.optimizer(gradients))
         scale = ops.depend(self.scale_sense, overflow)
-        return loss, overflow, scale, learning_rate, global_norm, terms[1], terms[2], terms[3], terms[4]
+        return loss, overflow, scale, learning_rate, global_norm, lm_loss, aux_loss, load, dropped
 
     def over_ranks(self, terms: Terms) -> Terms:
         """Losses and dropped shares averaged, expert loads summed over the ranks, in one exchange."""
-        losses = ops.stack((terms[0], terms[1], terms[2])).astype(ms.float32) * self.share
-        load, dropped = terms[3].astype(ms.float32), terms[4].astype(ms.float32) * self.share
+        loss, lm_loss, aux_loss, load, dropped = terms
+        losses = ops.stack((loss, lm_loss, aux_loss)).astype(ms.float32) * self.share
+        load, dropped = load.astype(ms.float32), dropped.astype(ms.float32) * self.share
         end = 3 + load.size
         packed = self.allreduce(ops.cat((losses, load.reshape(-1), dropped.reshape(-1))))
         loads, shares = packed[3:end].reshape(load.shape), packed[end:].reshape(dropped.shape)
@@ -157,9 +157,10 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
             scale = ops.depend(scale, gradients)
             more, next_gradients = self.gradients_of_batch(scale, self.micro_batch(batch, index))
             gradients = self.hyper_map(_add, gradients, next_gradients)
-            terms = (terms[0] + more[0], terms[1] + more[1], terms[2] + more[2], terms[3] + more[3], terms[4] + more[4])
+            terms = _sums(terms, more)
         share = 1.0 / self.micro_batches
-        return (terms[0] * share, terms[1] * share, terms[2] * share, terms[3], terms[4] * share), gradients
+        loss, lm_loss, aux_loss, load, dropped = terms
+        return (loss * share, lm_loss * share, aux_loss * share, load, dropped * share), gradients
 
     def micro_batch(self, batch: Batch, index: int) -> Batch:
         """The rows of micro batch ``index`` of every column."""
@@ -187,6 +188,19 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
         if self.has_group_lr:
             return rate[-1]
         return rate
+
+
+def _sums(left: Terms, right: Terms) -> Terms:
+    """Each term of both together."""
+    loss, lm_loss, aux_loss, load, dropped = left
+    more_loss, more_lm_loss, more_aux_loss, more_load, more_dropped = right
+    return (
+        loss + more_loss,
+        lm_loss + more_lm_loss,
+        aux_loss + more_aux_loss,
+        load + more_load,
+        dropped + more_dropped,
+    )
 
 
 class LossNetwork(nn.Cell):

@@ -34,6 +34,8 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "embedding": (("table -", "rows"), ()),
     "norm": (("tok -", "-"), ("tok -",)),
     "project in": (("dp -", "mp -"), ()),
+    "bias": (("dp mp", "mp"), ()),
+    "head norm": (("dp - mp -", "-"), ("dp - mp -",)),
     "rotary": (("dp - mp -", "- - - -", "- - - -"), ("dp - mp -",)),
     "attend": (("dp - mp", "dp - mp", "dp - mp"), ("dp - mp",)),
     "project out": (("dp mp", "- mp"), ("tok -",)),
@@ -49,9 +51,11 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # summed over mp on every device: with a cut output MindSpore would scatter the experts and not the rows
     "expert out": (("ep outer mp", "ep - mp"), ()),
     "from experts": (("ep outer mp - - -",), ()),
+    # the shared expert's rows
+    "gated rows": (("tok -", "tok -"), ("tok -",)),
+    "scaled rows": (("tok -",), ("tok -",)),
     "combine": (("tok - - -", "tok - -", "tok - -", "tok - -", "tok - -"), ("tok - -",)),
-    # experts without slots stand whole on every device, each of which multiplies its own sorted rows
-    "sorted rows": (("tok - -", "-"), ("tok - -", "tok - -", "tok - -", "tok - -", "tok - -", "tok -", "tok", "tok -")),
+    # experts of sorted slots stand whole on every device, each of which multiplies its own rows
     "grouped experts": (("tok - - -", "tok -", "- - -", "- - -", "- - -"), ("tok - - -",)),
     "group mean": (("tok",), ()),
     "groups": (("tok", "tok"), ()),

@@ -6,8 +6,7 @@ from __future__ import annotations
 from mindformers_ext.core.cluster.tensor_parallel import head_parts, part_of
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.attention import Linear
-from mindformers_ext.ms.causal_lm import CausalLM
-from mindformers_ext.ms.models import build_causal_lm
+from mindformers_ext.ms.causal_lm import CausalLM, build_causal_lm
 from mindformers_ext.ms.strategies import Shards
 
 

@@ -8,25 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.core.spec import AttentionSpec, NetworkSpec
+from mindformers_ext.pt.linear import Linear
+from mindformers_ext.pt.norm import RmsNorm
 from mindformers_ext.pt.ops.dtypes import torch_dtype
-
-
-class Linear(nn.Module):
-    """x W^T without bias. Input (T, in), output (T, out), weight (out, in)."""
-
-    def __init__(self, width_in: int, width_out: int, std: float, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width_out, width_in, dtype=dtype))
-        self.std = std
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Fresh normal weights."""
-        nn.init.normal_(self.weight, std=self.std)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return F.linear(x_TD, self.weight.to(x_TD.dtype))
 
 
 def rotary_tables(
@@ -54,29 +39,28 @@ class Attention(nn.Module):
     The softmax runs in float32 inside torch's kernel, whatever ``softmax_compute_type`` says.
     """
 
-    def __init__(self, spec: NetworkSpec) -> None:
+    def __init__(self, spec: NetworkSpec, attention: AttentionSpec) -> None:
         super().__init__()
-        model = spec.model
-        self.heads, self.kv_heads, self.head_dim = (
-            model.num_attention_heads,
-            model.num_key_value_heads,
-            model.head_dim,
-        )
-        width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        std, dtype = model.initializer_range, torch_dtype(spec.numerics.param_dtype)
-        self.wq = Linear(model.hidden_size, width, std, dtype)
-        self.wk = Linear(model.hidden_size, kv_width, std, dtype)
-        self.wv = Linear(model.hidden_size, kv_width, std, dtype)
-        self.wo = Linear(width, model.hidden_size, std, dtype)
+        self.heads, self.kv_heads = attention.num_attention_heads, attention.num_key_value_heads
+        self.head_dim = attention.head_dim
+        hidden, width, kv_width = spec.model.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        std, dtype, bias = spec.model.initializer_range, torch_dtype(spec.numerics.param_dtype), attention.qkv_bias
+        self.wq = Linear(hidden, width, std, dtype, bias)
+        self.wk = Linear(hidden, kv_width, std, dtype, bias)
+        self.wv = Linear(hidden, kv_width, std, dtype, bias)
+        self.wo = Linear(width, hidden, std, dtype)
+        self.q_norm = RmsNorm(spec, self.head_dim) if attention.qk_norm else None
+        self.k_norm = RmsNorm(spec, self.head_dim) if attention.qk_norm else None
 
     def project(self, x_TD: Tensor, length: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, H, S, P), k and v (B, N, S, P), q and k turned by tables that broadcast to (B, H, S, P)."""
 
-        def heads(x: Tensor, count: int) -> Tensor:
-            return x.view(-1, length, count, self.head_dim).transpose(1, 2)
+        def heads(x: Tensor, count: int, norm: RmsNorm | None = None) -> Tensor:
+            x = x.view(-1, length, count, self.head_dim)
+            return (x if norm is None else norm(x)).transpose(1, 2)
 
-        q = rotate(heads(self.wq(x_TD), self.heads), cos, sin)
-        k = rotate(heads(self.wk(x_TD), self.kv_heads), cos, sin)
+        q = rotate(heads(self.wq(x_TD), self.heads, self.q_norm), cos, sin)
+        k = rotate(heads(self.wk(x_TD), self.kv_heads, self.k_norm), cos, sin)
         return q, k, heads(self.wv(x_TD), self.kv_heads)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

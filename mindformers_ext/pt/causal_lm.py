@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decoder-only language model that LLaMA and Mixtral share. Module names are MindFormers'."""
+"""The decoder-only language model of every family, layer by layer as its spec says. Module names are MindFormers'."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.pt.attention import Attention, Linear, rotary_tables
-from mindformers_ext.pt.feed_forward import FeedForward
+from mindformers_ext.pt.attention import rotary_tables
+from mindformers_ext.pt.layer import Layer
+from mindformers_ext.pt.linear import Linear
 from mindformers_ext.pt.loss import next_token_loss, targets
-from mindformers_ext.pt.moe.layer import MoE
 from mindformers_ext.pt.norm import RmsNorm
 from mindformers_ext.pt.ops.dtypes import torch_dtype
 
 
 class Terms(NamedTuple):
-    """What a training step reports, as ``ms.step``: losses (), expert_load (L, E), dropped (L); all float32."""
+    """What a training step reports, as ``ms.step``: losses (), load (L, E) and dropped (L) of L mixtures; float32."""
 
     loss: Tensor
     lm_loss: Tensor
@@ -46,31 +46,10 @@ class TokenEmbedding(nn.Module):
         return nn.functional.embedding(ids_T, self.embedding_weight)
 
 
-class Layer(nn.Module):
-    """Attention and feed-forward, each behind a norm and added to the residual.
-
-    Input (T, D); outputs (T, D), and of a layer with experts aux_loss (G) and report (G, E + 1), see ``pt.moe.layer``.
-    """
-
-    def __init__(self, spec: NetworkSpec) -> None:
-        super().__init__()
-        self.attention_norm = RmsNorm(spec)
-        self.attention = Attention(spec)
-        self.ffn_norm = RmsNorm(spec)
-        self.feed_forward = MoE(spec) if spec.model.moe else FeedForward(spec)
-
-    def forward(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), cos_SP, sin_SP)
-        if isinstance(self.feed_forward, FeedForward):
-            return x_TD + self.feed_forward(self.ffn_norm(x_TD)), None, None
-        y_TD, aux_loss_G, report_GE = self.feed_forward(self.ffn_norm(x_TD))
-        return x_TD + y_TD, aux_loss_G, report_GE
-
-
 class Decoder(nn.Module):
     """Embedding, layers, final norm.
 
-    Input (B, S) int. Outputs: hidden (B*S, D), aux_loss (), load (layers, E) and dropped (layers); a dense model
+    Input (B, S) int. Outputs: hidden (B*S, D), aux_loss (), load (mixtures, E) and dropped (mixtures); a dense model
     returns load (1, 1) and dropped (1) of zeros. ``recompute``: layers that compute their activations again.
     """
 
@@ -78,9 +57,9 @@ class Decoder(nn.Module):
         super().__init__()
         model = spec.model
         self.compute_dtype = torch_dtype(spec.numerics.compute_dtype)
-        self.aux_scale = 1.0 / model.num_hidden_layers if model.moe and model.moe.aux_loss_reduce == "mean" else 1.0
+        self.aux_scale = 1.0 / len(model.moe_layers) if model.moe and model.moe.aux_loss_reduce == "mean" else 1.0
         self.tok_embeddings = TokenEmbedding(spec)
-        self.layers = nn.ModuleList([Layer(spec) for _ in range(model.num_hidden_layers)])
+        self.layers = nn.ModuleList([Layer(spec, model.layer(index)) for index in range(model.num_hidden_layers)])
         self.norm_out = RmsNorm(spec)
         self.rotary = (model.head_dim, model.rope_theta, torch_dtype(spec.numerics.rotary_dtype))
         self.recompute = False
@@ -154,3 +133,8 @@ class CausalLM(nn.Module):
         lm_loss = total / (count if tokens is None else tokens).clamp(min=1)
         loss = lm_loss + aux_loss if self.add_aux_loss else lm_loss
         return Terms(loss, lm_loss, aux_loss, load, dropped)
+
+
+def build_causal_lm(spec: NetworkSpec) -> CausalLM:
+    """The network of ``spec`` with fresh random weights."""
+    return CausalLM(spec)

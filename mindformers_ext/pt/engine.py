@@ -11,10 +11,9 @@ import torch
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import DeviceSpec, NetworkSpec
 from mindformers_ext.pt import names
-from mindformers_ext.pt.causal_lm import CausalLM
+from mindformers_ext.pt.causal_lm import CausalLM, build_causal_lm
 from mindformers_ext.pt.generate import PyTorchSession
 from mindformers_ext.pt.init import build_empty
-from mindformers_ext.pt.models import build_causal_lm
 from mindformers_ext.pt.ops.memory import keep_freed_memory
 
 

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from mindformers_ext.core.log import get_logger
 from mindformers_ext.pt.causal_lm import CausalLM
-from mindformers_ext.pt.feed_forward import FeedForward
-from mindformers_ext.pt.ops.select import select_backend
 
 WARM_UP = 3  # steps before a capture: libraries allocate and choose kernels in them
 
@@ -25,11 +23,10 @@ class PyTorchSession:
     def __init__(self, network: CausalLM, rows: int, length: int, positions: int, device: torch.device) -> None:
         self.network, self.device = network, device
         self.rows, self.length, self.positions = rows, length, positions
-        model = network.spec.model
-        shape = (model.num_hidden_layers, rows, model.num_key_value_heads, positions, model.head_dim)
-        kind = network.model.compute_dtype
-        self.keys = torch.zeros(shape, dtype=kind, device=device)
-        self.values = torch.zeros(shape, dtype=kind, device=device)
+        kind, attentions = network.model.compute_dtype, [layer.attention for layer in network.model.layers]
+        shapes = [(rows, attention.kv_heads, positions, attention.head_dim) for attention in attentions]
+        self.keys = [torch.zeros(shape, dtype=kind, device=device) for shape in shapes]
+        self.values = [torch.zeros(shape, dtype=kind, device=device) for shape in shapes]
         self.place = torch.arange(positions, device=device)
         self.row = torch.arange(rows, device=device)
         self.token_B = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -41,9 +38,9 @@ class PyTorchSession:
         """Capture the step of a token where that is possible."""
         if self.device.type != "cuda" or not use_cache:
             return
-        model, kind = self.network.spec.model, self.network.model.compute_dtype
-        sizes = model.hidden_size, model.intermediate_size
-        if model.moe and not select_backend(self.device, kind, *sizes, self.rows).capturable:
+        decoder = self.network.model
+        asked = self.rows, decoder.compute_dtype, self.device
+        if not all(layer.feed_forward.capturable(*asked) for layer in decoder.layers):
             get_logger(__name__).info("no CUDA graph: the experts' back end reads counts on the host")
             return
         stream = torch.cuda.Stream(self.device)
@@ -66,7 +63,7 @@ class PyTorchSession:
             x_TD = decoder.tok_embeddings(ids_BS.reshape(-1)).to(decoder.compute_dtype)
             for index, layer in enumerate(decoder.layers):
                 q, k, v = layer.attention.project(layer.attention_norm(x_TD), S, cos_SP[:S], sin_SP[:S])
-                self.keys[index, :, :, :S], self.values[index, :, :, :S] = k, v
+                self.keys[index][:, :, :S], self.values[index][:, :, :S] = k, v
                 x_TD = self._fed(layer, x_TD + layer.attention.mix(q, k, v))
             return self._scores(x_TD.view(B, S, -1)[self.row, last_B]).cpu().numpy()
 
@@ -95,9 +92,7 @@ class PyTorchSession:
         return self._scores(x_BD)
 
     def _fed(self, layer: torch.nn.Module, x_TD: Tensor) -> Tensor:
-        normed = layer.ffn_norm(x_TD)
-        dense = isinstance(layer.feed_forward, FeedForward)
-        return x_TD + (layer.feed_forward(normed) if dense else layer.feed_forward.dropless(normed))
+        return x_TD + layer.feed_forward.dropless(layer.ffn_norm(x_TD))
 
     def _scores(self, x_BD: Tensor) -> Tensor:
         return self.network.head(self.network.model.norm_out(x_BD)).float()

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from mindformers_ext.core.config.lora import LoraSpec
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.philox import normal
-from mindformers_ext.pt.attention import Linear
+from mindformers_ext.pt.linear import Linear
 
 INIT_STD = 0.01  # of A; B starts at zero, so that training starts from the base network
 
 
 class LoraLinear(nn.Module):
-    """W x + scale * B A dropout(x). Input (T, in), output (T, out); W is the adapted layer's own, and stays."""
+    """W x + b + scale * B A dropout(x). Input (T, in), output (T, out); W and b are the layer's own, and stay."""
 
     def __init__(self, linear: Linear, lora: LoraSpec, seed: int) -> None:
         super().__init__()
-        self.weight = linear.weight
+        self.weight, self.bias = linear.weight, linear.bias
         rows, width = linear.weight.shape
         drawn = torch.from_numpy(normal(seed, lora.rank * width, INIT_STD)).view(lora.rank, width)
         self.mindpet_delta_lora_a = nn.Parameter(drawn.to(linear.weight))
@@ -31,7 +31,8 @@ class LoraLinear(nn.Module):
         self.scale, self.dropout = lora.scale, lora.dropout
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        base = F.linear(x_TD, self.weight.to(x_TD.dtype))
+        bias = None if self.bias is None else self.bias.to(x_TD.dtype)
+        base = F.linear(x_TD, self.weight.to(x_TD.dtype), bias)
         x_TD = F.dropout(x_TD, self.dropout, self.training)
         narrow = F.linear(x_TD, self.mindpet_delta_lora_a.to(x_TD.dtype)) * self.scale
         return base + F.linear(narrow, self.mindpet_delta_lora_b.to(x_TD.dtype))

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from mindformers_ext.core.config.train import OptimizerSpec
+from mindformers_ext.core.config.train import DEFAULT_GROUP, OptimizerSpec, ParameterGroup
 
 
 class Adam:
@@ -16,21 +18,29 @@ class Adam:
         AdamW:           p = p (1 - lr decay) - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
         no correction:   p = p (1 - lr decay) - lr m / (sqrt(v) + eps)
 
-    Parameters of one dimension do not decay. ``means`` and ``squares`` belong to ``parameters`` by place.
+    ``means`` and ``squares`` belong to ``parameters`` by place, and so do ``groups``: how each parameter is trained, by
+    default as all others; lr is then lr times the group's factor, and g its sign times g.
     """
 
-    def __init__(self, parameters: list[Tensor], spec: OptimizerSpec) -> None:
+    def __init__(
+        self, parameters: list[Tensor], spec: OptimizerSpec, groups: Sequence[ParameterGroup] | None = None
+    ) -> None:
         self.parameters, self.spec = parameters, spec
         self.means = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
         self.squares = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        self._alike: dict[tuple[float, int, bool], list[int]] = {}
+        for place, parameter in enumerate(parameters):
+            group = groups[place] if groups else DEFAULT_GROUP
+            kind = group.lr_factor, group.sign, group.decays(parameter.dim())
+            self._alike.setdefault(kind, []).append(place)
 
     @torch.no_grad()
     def step(self, gradients: list[Tensor], rate: float, number: int) -> None:
         """One update; ``number`` counts from 1. Gradients are float32 and may be used up."""
-        for decays in (True, False):
-            chosen = [i for i, p in enumerate(self.parameters) if (p.dim() > 1) == decays]
-            if chosen:
-                self._update(chosen, gradients, rate, number, self.spec.weight_decay if decays else 0.0)
+        for (factor, sign, decays), chosen in self._alike.items():
+            if sign < 0:
+                torch._foreach_neg_([gradients[i] for i in chosen])
+            self._update(chosen, gradients, rate * factor, number, self.spec.weight_decay if decays else 0.0)
 
     def _update(self, chosen: list[int], every_gradient: list[Tensor], rate: float, number: int, decay: float) -> None:
         parameters, gradients, means, squares = (

@@ -73,6 +73,6 @@ class Ranks:
     def average(self, terms: list[Terms]) -> tuple[float, float, float, np.ndarray, np.ndarray]:
         """(loss, lm_loss, aux_loss, expert_load, dropped): means over micro batches and ranks, the load their sum."""
         count = len(terms)
-        loss, lm_loss, aux_loss = (float(sum(term[i] for term in terms)) / count for i in range(3))
-        load, dropped = sum(term[3] for term in terms), sum(term[4] for term in terms)
-        return loss, lm_loss, aux_loss, load.cpu().numpy(), dropped.cpu().numpy() / count
+        total = Terms(*(sum(values[1:], values[0]) for values in zip(*terms, strict=True)))
+        loss, lm_loss, aux_loss = (float(value) / count for value in (total.loss, total.lm_loss, total.aux_loss))
+        return loss, lm_loss, aux_loss, total.expert_load.cpu().numpy(), total.dropped.cpu().numpy() / count

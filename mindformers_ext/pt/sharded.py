@@ -78,8 +78,9 @@ class ShardedRanks(Ranks):
     def cut(self, network: CausalLM, device: torch.device) -> CausalLM:
         for layer in network.model.layers:
             ignored: set[nn.Parameter] = set()
-            if self.grid is not None and isinstance(layer.feed_forward, MoE):
-                ignored = self._spread(layer.feed_forward, self.grid, device)
+            if self.grid is not None:
+                for mixture in layer.feed_forward.mixtures():
+                    ignored |= self._spread(mixture, self.grid, device)
             fully_shard(layer, mesh=self.mesh, ignored_params=ignored or None)
         ignored = {p for n, p in network.named_parameters() if n.endswith(EXPERT) and not isinstance(p, DTensor)}
         fully_shard(network, mesh=self.mesh, ignored_params=ignored if self.grid is not None else None)

@@ -8,15 +8,15 @@ engine continues what the other began.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mindformers_ext.core.config.lora import LORA_A, LORA_B
-from mindformers_ext.core.config.train import TrainSpec
+from mindformers_ext.core.config.train import ParameterGroup, TrainSpec, group_of
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.figures import StepFigures
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.pt import names
 from mindformers_ext.pt.causal_lm import CausalLM, Terms
@@ -27,20 +27,6 @@ from mindformers_ext.pt.ranks import Ranks
 
 MEANS, SQUARES = "adam_m.", "adam_v."
 COUNTERS = ("scale_sense", "global_step", "current_iterator_step", "last_overflow_iterator_step")
-
-
-class StepFigures(NamedTuple):
-    """What a step has measured; ``loss_scale`` is the one the next step uses, expert_load (L, E), dropped (L)."""
-
-    loss: float
-    overflow: bool
-    loss_scale: float
-    learning_rate: float
-    global_norm: float
-    lm_loss: float
-    aux_loss: float
-    expert_load: np.ndarray
-    dropped: np.ndarray
 
 
 class TorchTrainer:
@@ -56,9 +42,11 @@ class TorchTrainer:
     def __init__(self, spec: NetworkSpec, train: TrainSpec, device: torch.device, ranks: Ranks | None = None) -> None:
         self.train_spec, self.device, self.ranks = train, device, ranks or Ranks()
         network = build_empty(self.ranks.local(spec), torch.device("cpu"))
-        model = spec.model
-        left = draw_weights(network, model.num_hidden_layers, model.initializer_range, train.seed)
+        left = draw_weights(network, train.seed)
         self.adapted = add_lora(network, train.lora, left) if train.lora else []
+        self._groups = _groups(network, train.groups)
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad = parameter.requires_grad and self._groups[name].trained
         network.model.recompute = train.recompute
         self.network: CausalLM = network.train()
         self.updates = 0
@@ -69,9 +57,9 @@ class TorchTrainer:
     def open(self) -> None:
         """Cut the network over the ranks and make the optimizer; weights must be loaded before."""
         self.network = self.ranks.cut(self.network, self.device)
-        self._biases = [buffer for name, buffer in self.network.named_buffers() if name.endswith("topk_bias")]
         self._named = [(n, p) for n, p in self.network.named_parameters() if p.requires_grad]
-        self._optimizer = Adam([self.ranks.own(p.detach()) for _, p in self._named], self.train_spec.optimizer)
+        groups = [self._groups[name] for name, _ in self._named]
+        self._optimizer = Adam([self.ranks.own(p.detach()) for _, p in self._named], self.train_spec.optimizer, groups)
 
     @property
     def optimizer(self) -> Adam:
@@ -102,8 +90,6 @@ class TorchTrainer:
             self._update(gradients, unscale, norm, rate)
         self.network.zero_grad(set_to_none=True)
         self._next_scale(not finite)
-        if finite and self.train_spec.bias_rate:
-            self._move_biases(load)
         return StepFigures(loss, not finite, self.scale, rate, norm, lm_loss, aux_loss, load, dropped)
 
     def _backward(self, tensors: list[Tensor]) -> list[Terms]:
@@ -141,12 +127,21 @@ class TorchTrainer:
                 self._last_overflow = self._iteration
         self._iteration += 1
 
-    def _move_biases(self, load: np.ndarray) -> None:
-        """bias += rate * sign(mean load - load) of every layer (Wang et al. 2024, arXiv:2408.15664)."""
-        for bias, counts in zip(self._biases, load, strict=True):
-            share = counts / max(float(counts.sum()), 1.0)
-            moves = self.train_spec.bias_rate * np.sign(1.0 / len(share) - share)
-            bias += torch.from_numpy(moves.astype(np.float32)).to(bias.device)
+    def values(self, ending: str) -> dict[str, np.ndarray]:
+        """The network's parameters and buffers whose name ends in ``ending``, in its order."""
+        named = [*self.network.named_parameters(), *self.network.named_buffers()]
+        return {
+            part: array
+            for name, tensor in named
+            if name.endswith(ending)
+            for part, array in self._parts("", name, tensor.detach())
+        }
+
+    def set_values(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Replace buffers by name, the same on every rank."""
+        held = dict(self.network.named_buffers()) if arrays else {}
+        for name, array in arrays.items():
+            names.set_view(held[name], array)
 
     def state(self, adapters: bool) -> Iterator[tuple[str, np.ndarray]]:
         """Weights (with ``adapters`` those of LoRA alone), moments and counters; every rank must ask for all of it."""
@@ -186,3 +181,14 @@ class TorchTrainer:
                         raise UserError(f"cannot resume: the checkpoint has no {prefix}{part} of {tuple(view.shape)}")
                     names.set_view(view, found)
                 self.ranks.take(moment, whole, name, parameter)
+
+
+def _groups(network: nn.Module, groups: tuple[ParameterGroup, ...]) -> dict[str, ParameterGroup]:
+    """The group of each parameter by its own name; the experts' w1 and w3 are one parameter here."""
+    result = {}
+    for name, parameter in network.named_parameters():
+        found = {part: group_of(part, groups) for part in names.split_experts(name, parameter.detach())}
+        if len(set(found.values())) > 1:
+            raise UserError(f"{' and '.join(found)} are one parameter of the PyTorch engine: train them in one group")
+        result[name] = next(iter(found.values()))
+    return result

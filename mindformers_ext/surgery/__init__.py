@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints in, checkpoints out: merge, experts, prune; torch tensors and no files."""
+"""Methods that make new weights out of others: merging; torch tensors and no files."""

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,16 @@ TINY = {
     "model.model_config.seq_length": 64,
     "parallel.parallel_optimizer_config.parallel_optimizer_threshold": 1,
 }
+# What ranks of one stage may differ in; what a group's members are is checked by itself: they are arithmetic.
+OWN = {
+    "rank": 0,
+    "start_seconds": 0.0,
+    "build_seconds": 0.0,
+    "compile_seconds": 0.0,
+    "peak_rss": 0,
+    "strategy_file": "",
+}
+PIPELINE = ("Send", "Receive")
 TOP = ("micro_batch_interleave_num", "recompute_config")  # have no option on the command line, or no simple value
 
 
@@ -66,6 +77,51 @@ class DryRun:
         return json.loads((self.out / "report.json").read_text(encoding="utf-8"))
 
 
+def chosen_ranks(devices: int, stages: int, commit: str | None, twin: bool = False) -> tuple[int, ...]:
+    """First and last rank of every stage, and one more that ``commit`` (hexadecimal) names; every rank for None.
+
+    Each commit compiles another one, so that in time all are; the same commit compiles the same ones again. A ``twin``
+    is another job but for its number of stages: the first rank of the first stage, of the last and of one between.
+    """
+    if commit is None:
+        return tuple(range(devices))
+    number, inside = int(commit, 16), devices // stages
+    firsts = tuple(range(0, devices, inside))
+    if twin:
+        fixed = {firsts[0], firsts[-1], *([firsts[1 + number % (stages - 2)]] if stages > 2 else [])}
+    else:
+        fixed = {rank for first in firsts for rank in (first, first + inside - 1)}
+    others = [rank for rank in range(devices) if rank not in fixed]
+    return tuple(sorted(fixed | {others[number // stages % len(others)]} if others else fixed))
+
+
+def small(stages: int, layers: int = 1) -> dict[str, object]:
+    """Options that make a file's job small: ``layers`` of each stage, as few micro batches as it bears."""
+    return {**TINY, "model.model_config.num_layers": layers * stages, "parallel_config.micro_batch_num": stages}
+
+
+def members(rank: int, size: int, stride: int) -> tuple[int, ...]:
+    """Who is in a group of ``size`` ranks ``stride`` apart with ``rank``.
+
+    Ranks number a box of devices whose longest step is the stage; a group is a row of that box along one side.
+    """
+    least = rank - rank // stride % size * stride
+    return tuple(range(least, least + size * stride, stride))
+
+
+def alike(facts: RankFacts) -> RankFacts:
+    """What the ranks of one stage share: everything but their number, seconds, memory, and who is in their groups.
+
+    A group becomes its size and how far its members are apart, sender and receiver become their distance.
+    """
+    rows = []
+    for row in facts.traffic:
+        least, second = sorted(row.ranks)[:2]
+        group = (max(row.ranks) - facts.rank or least - facts.rank,) if row.kind in PIPELINE else (len(row.ranks),)
+        rows.append(replace(row, ranks=(*group, second - least)))
+    return replace(facts, **OWN, traffic=tuple(sorted(rows, key=astuple)))
+
+
 def dry_run(
     out: Path, name: str, devices: int, ranks: str, stages: int, *more: object, layers: int = 1, **changes: object
 ) -> DryRun:
@@ -73,7 +129,7 @@ def dry_run(
 
     ``layers``: of each of the ``stages``. ``changes``: keys of parallel_config, of ``TOP``, or with dots.
     """
-    settings = {**TINY, "model.model_config.num_layers": layers * stages, "parallel_config.micro_batch_num": stages}
+    settings = small(stages, layers)
     file = RESEARCH / name
     if any(key in TOP for key in changes):
         words = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -93,6 +149,8 @@ def dry_run(
         ranks,
         "--out",
         str(out),
+        "--jobs",
+        str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))),
         *map(str, more),
         *words,
     ]

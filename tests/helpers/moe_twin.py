@@ -12,9 +12,7 @@ import torch
 from mindspore import Tensor, nn
 
 from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, ParallelSpec
-from mindformers_ext.ms.feed_forward import FeedForward
-from mindformers_ext.ms.moe.grouped import GroupedMoE
-from mindformers_ext.ms.moe.layer import MoE
+from mindformers_ext.ms.layer import build_feed_forward
 from mindformers_ext.ms.ops.select import select_operators
 from tests.helpers.routing import Routing, route
 
@@ -113,7 +111,7 @@ class ProjectedDense(nn.Cell):
         self.layer = layer
 
     def construct(self, x_TD: Tensor, weight_TD: Tensor) -> tuple[Tensor, Tensor]:
-        y_TD = self.layer(x_TD)
+        y_TD, _, _ = self.layer(x_TD)
         return (y_TD * weight_TD).sum(), y_TD
 
 
@@ -132,12 +130,18 @@ def spec_of(moe: MoESpec | None, groups: int = 1) -> NetworkSpec:
     return NetworkSpec(model=model, seq_length=TOKENS, parallel=ParallelSpec(data_parallel=groups))
 
 
+def layer_of(moe: MoESpec | None, groups: int = 1) -> nn.Cell:
+    """Our layer with fresh weights."""
+    spec = spec_of(moe, groups)
+    return build_feed_forward(spec, spec.model.layer(0), select_operators())
+
+
 Run = Callable[[np.ndarray, np.ndarray], Result]
 
 
 def layer_runner(moe: MoESpec, weights: dict[str, np.ndarray], groups: int = 1) -> Run:
     """Our layer in the current mode, as a function of x and weight; one graph per shape."""
-    layer = (GroupedMoE if moe.use_gmm else MoE)(spec_of(moe, groups), select_operators())
+    layer = layer_of(moe, groups)
     step = _step(layer, Projected(layer), weights)
 
     def run(x: np.ndarray, weight: np.ndarray) -> Result:
@@ -149,7 +153,7 @@ def layer_runner(moe: MoESpec, weights: dict[str, np.ndarray], groups: int = 1) 
 
 def run_dense(x: np.ndarray, weights: dict[str, np.ndarray], weight: np.ndarray) -> Result:
     """LLaMA's dense feed-forward layer, named as ``w1.weight``, ..."""
-    layer = FeedForward(spec_of(None), select_operators())
+    layer = layer_of(None)
     (_, output), gradients = _step(layer, ProjectedDense(layer), weights)(x, weight)
     return Result(output.asnumpy(), gradients)
 

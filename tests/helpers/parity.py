@@ -15,9 +15,10 @@ import torch
 from mindspore import Tensor, nn
 
 from mindformers_ext.core.config.hf import hf_config_from_spec, model_spec_from_hf
-from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec
+from mindformers_ext.core.families import FAMILIES
+from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, SharedExpertSpec
+from mindformers_ext.ms.causal_lm import build_causal_lm
 from mindformers_ext.ms.engine import MindSporeNetwork
-from mindformers_ext.ms.models import build_causal_lm
 from mindformers_ext.ms.step import LossNetwork
 from mindformers_ext.weights.convert import to_mindspore
 
@@ -29,7 +30,9 @@ NO_GRADIENT = 1e-6
 
 @dataclass(frozen=True)
 class Case:
-    """A tiny model and its input. ``capacity_factor`` 0 is dropless."""
+    """A tiny model and its input. ``capacity_factor`` 0 is dropless; ``family`` "" is Mixtral or LLaMA, ``ffn`` their
+    width and that of dense layers, ``expert`` that of routed experts where it is another, ``shared`` the shared one's.
+    """
 
     name: str
     heads: int
@@ -49,13 +52,22 @@ class Case:
     theta: float = 1e4
     std: float = 0.3
     aux_coefficient: float = 0.0
+    family: str = ""
+    expert: int | None = None
+    shared: int = 0
+    dense_layers: tuple[int, ...] = ()
+    normalised: bool = True
 
     def model(self, dropless: bool = False) -> ModelSpec:
         """The model as its own config.json describes it, then with the case's capacity."""
-        moe = (
-            MoESpec(num_local_experts=self.experts, num_experts_per_tok=self.chosen, norm_single_choice=True)
-            if self.experts
-            else None
+        row = FAMILIES.get(self.family)
+        moe = MoESpec(
+            num_local_experts=self.experts,
+            num_experts_per_tok=self.chosen,
+            norm_topk_prob=self.normalised,
+            norm_single_choice=self.normalised,
+            intermediate_size=self.expert,
+            shared_expert=SharedExpertSpec(intermediate_size=self.shared, **row.shared) if row and row.shared else None,
         )
         spec = ModelSpec(
             vocab_size=self.vocab,
@@ -68,7 +80,11 @@ class Case:
             rope_theta=self.theta,
             tie_word_embeddings=self.tied,
             pad_token_id=-1,
-            moe=moe,
+            moe=moe if self.experts else None,
+            dense_layers=self.dense_layers,
+            family=self.family,
+            qkv_bias=self.family == "qwen2_moe",
+            **(row.model if row else {}),
         )
         config = hf_config_from_spec(spec)
         spec = model_spec_from_hf(config | ({"router_aux_loss_coef": self.aux_coefficient} if self.experts else {}))
@@ -105,12 +121,10 @@ def reference_model(case: Case) -> torch.nn.Module:
     """transformers' model with large random weights: logits of order 1 to 5, norms away from 1."""
     import transformers
 
-    config = hf_config_from_spec(case.model(dropless=True))
-    kind = "Mixtral" if case.experts else "Llama"
+    spec = case.model(dropless=True)
+    kind = getattr(transformers, spec.family_row.hf_class)
     torch.manual_seed(3)
-    model = getattr(transformers, f"{kind}ForCausalLM")(
-        getattr(transformers, f"{kind}Config")(**config, attn_implementation="eager")
-    )
+    model = kind(kind.config_class(**hf_config_from_spec(spec), attn_implementation="eager"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:

@@ -12,7 +12,7 @@ from mindformers_ext.core.spec import MoESpec
 
 @dataclass(frozen=True)
 class Routing:
-    """What a router decides; the shapes and meanings are those of ``ms.moe.router.TopkRouterV2``."""
+    """What a router decides; the shapes and meanings are those of ``tests.helpers.router.TopkRouterV2``."""
 
     dispatch: np.ndarray
     combine: np.ndarray

@@ -38,9 +38,9 @@ register_family(
 def register_mindspore_gate() -> None:
     """The gate as a cell of MindSpore, with the cut of its one operator."""
     import mindspore.ops.operations as P
-    from mindformers_ext.ms.moe.gate import GATES, LinearGate
     from mindspore import Parameter, Tensor, ops
 
+    from mindformers_ext.ms.moe.gate import GATES, LinearGate
     from mindformers_ext.ms.strategies import STRATEGIES, Shards
 
     class OffsetGate(LinearGate):
@@ -59,6 +59,7 @@ def register_mindspore_gate() -> None:
 def register_torch_gate() -> None:
     """The gate as a module of PyTorch."""
     import torch
+
     from mindformers_ext.pt.moe.gate import GATES, LinearGate
 
     class OffsetGate(LinearGate):

@@ -19,10 +19,10 @@ from mindformers_ext.core.config.file import dump_yaml, load_yaml
 from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.spec import MoESpec, ParallelSpec
 from mindformers_ext.ms.attention import rotary_tables
-from mindformers_ext.ms.moe.router import TopkRouterV2
 from mindformers_ext.ms.ops import ascend, portable
 from mindformers_ext.ms.ops.portable_attention import CausalAttentionOp
 from mindformers_ext.ms.ops.select import select_operators
+from tests.helpers.router import TopkRouterV2
 from tests.helpers.routing import drop_order, hard_logits
 from tests.helpers.tiny_run import ROOT, config_of, environment
 
@@ -301,14 +301,14 @@ def test_topk_router_fills_the_slots_as_sorting_does(sequence_order, bias):
     logits = Tensor(hard_logits(9, 4))
     parallel = ParallelSpec(data_parallel=len(logits))
     cell, plain = TopkRouterV2(moe, parallel, slots=ascend.TopKRouterSlots), TopkRouterV2(moe, parallel)
-    with_formula(cell.kernel, "topkrouter", topk_router)
+    with_formula(cell.slots.kernel, "topkrouter", topk_router)
     offset = Tensor(np.array([0.0, 0.2, 0.0, -0.2], np.float32))
     for one, other in zip(cell.route(logits, offset), plain.route(logits, offset), strict=True):
         np.testing.assert_array_equal(one.asnumpy(), other.asnumpy())
     assert float(plain.route(logits, offset)[6].mean().asnumpy()) > 0.1  # tokens were dropped
-    cell.drops_only_in_training = True
+    cell.slots.keep_all_in_evaluation()
     cell.set_train(False)
-    cell.kernel.topkrouter = None  # evaluation drops nothing: its capacity follows the load, tokens are sorted
+    cell.slots.kernel.topkrouter = None  # evaluation drops nothing: its capacity follows the load, tokens are sorted
     assert float(cell.route(logits, offset)[6].max().asnumpy()) == 0.0
 
 

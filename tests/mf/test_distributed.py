@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,6 +16,7 @@ import pytest
 
 from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.config.view import network_spec_from_yaml
+from mindformers_ext.formats.ms_ckpt import CkptFile
 from mindformers_ext.formats.strategy import read_strategy
 from tests.helpers.cluster import (
     MASTER,
@@ -66,7 +66,7 @@ def write_start(job):
     """Random weights for all runs."""
     import mindspore as ms
 
-    from mindformers_ext.ms.models import build_causal_lm
+    from mindformers_ext.ms.causal_lm import build_causal_lm
 
     ms.set_seed(3)
     ms.save_checkpoint(build_causal_lm(network_spec_from_yaml(load_yaml(job.yaml))), str(job.start))
@@ -80,7 +80,7 @@ def trained_alone(job, rates):
     """
     import mindspore as ms
 
-    from mindformers_ext.ms.models import build_causal_lm
+    from mindformers_ext.ms.causal_lm import build_causal_lm
     from mindformers_ext.ms.optim import FusedAdamW
     from mindformers_ext.ms.step import LossNetwork, TrainStepCell
 
@@ -127,7 +127,7 @@ def test_two_processes_equal_one_with_the_whole_batch(pair):
 
 
 def test_every_rank_reports_the_whole_job(pair):
-    from mindformers_ext.mf.load_monitor import load_lines
+    from mindformers_ext.jobs.train.hooks import load_lines
 
     other = (pair.folder / "whole" / "metrics" / "rank_1.jsonl").read_text().splitlines()
     for row, line in zip(pair.rows, other, strict=True):
@@ -157,6 +157,23 @@ def test_ranks_hold_the_same_weights(pair):
         np.testing.assert_array_equal(value.asnumpy(), held[1][name].asnumpy(), err_msg=name)
 
 
+def test_our_own_loop_gives_the_same_bits(pair):
+    """Rows, reduced gradients and figures; the first rank's checkpoint, which alone is written, holds the same."""
+    text = launch(
+        f"{pair.fresh} --trainer own --output_dir own", 2, free_port(), "log_own", "True", 120, cwd=pair.folder
+    )
+    assert text.startswith("0\n"), text[-3000:]
+    timeless = [
+        [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows_of(folder)]
+        for folder in (pair.folder / "own", pair.folder / "whole")
+    ]
+    assert len(timeless[0]) == STEPS and timeless[0] == timeless[1]
+    last = [max((pair.folder / name / "checkpoint" / "rank_0").glob("*-2_10.ckpt")) for name in ("own", "whole")]
+    ours, theirs = map(CkptFile, last)
+    assert list(ours.infos) == list(theirs.infos)
+    assert all(np.array_equal(ours.read(name), theirs.read(name)) for name in ours.infos)
+
+
 def test_a_killed_rank_ends_the_job_and_it_resumes_exactly(pair):
     output = pair.folder / "killed"
     slice_weights(pair)
@@ -172,9 +189,8 @@ def test_a_killed_rank_ends_the_job_and_it_resumes_exactly(pair):
     )
     try:
         wait_for(lambda: list((output / "checkpoint" / "rank_1").glob("*-1_6.ckpt")), 120, "step 6")
-        started = time.time()
         os.kill(workers("--output_dir killed".replace(" ", "\0"))[1], signal.SIGKILL)
-        assert process.wait(120) == 1 and time.time() - started < 90
+        assert process.wait(120) == 1
     finally:
         end(process)
     text = (pair.folder / "out").read_text()

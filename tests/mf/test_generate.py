@@ -9,8 +9,8 @@ import pytest
 from mindformers.generation.streamers import BaseStreamer
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.mf.config import MixtralConfig
-from mindformers_ext.mf.networks import MixtralForCausalLM
+from mindformers_ext.mf.networks import PortableLlamaForCausalLM
+from mindformers_ext.mf.register import CLASSES
 
 PAD, END = 3, 2
 PROMPTS = np.array([[1, 40, 41, 42, 43, 44], [1, 90, 7, PAD, PAD, PAD], [1, 5, 60, 61, PAD, PAD]])
@@ -32,12 +32,13 @@ class Heard(BaseStreamer):
         self.ended = True
 
 
-def network(use_past: bool) -> MixtralForCausalLM:
+def network(use_past: bool) -> PortableLlamaForCausalLM:
     from mindformers.modules.transformer.moe import MoEConfig
 
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_seed(3)
-    config = MixtralConfig(
+    config_class, network_class = CLASSES["mixtral"]
+    config = config_class(
         batch_size=1,
         seq_length=24,
         hidden_size=32,
@@ -60,7 +61,7 @@ def network(use_past: bool) -> MixtralForCausalLM:
         init_method_std=0.4,
         moe_config=MoEConfig(expert_num=4, num_experts_chosen=2, capacity_factor=0.5, routing_policy="TopkRouterV2"),
     )
-    model = MixtralForCausalLM(config)
+    model = network_class(config)
     generator = np.random.default_rng(0)
     for parameter in model.get_parameters():
         if len(parameter.shape) > 1:

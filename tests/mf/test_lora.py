@@ -14,8 +14,8 @@ from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.jobs.run.checks import check_run
 from mindformers_ext.mf.run import run
+from mindformers_ext.ms.causal_lm import build_causal_lm
 from mindformers_ext.ms.lora import add_lora
-from mindformers_ext.ms.models import build_causal_lm
 from tests.helpers.tiny_run import config_of, rows_of, token_rows
 
 PET = {"pet_type": "lora", "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.05, "target_modules": ".*wq|.*wo|lm_head"}

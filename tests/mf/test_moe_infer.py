@@ -15,10 +15,7 @@ from mindspore import Tensor, nn, ops
 
 from mindformers_ext.core.spec import MoESpec
 from mindformers_ext.ms.moe.dropless import ChosenExperts, EveryExpert, SlicedExperts, SortedRows
-from mindformers_ext.ms.moe.grouped import GroupedMoE
-from mindformers_ext.ms.moe.layer import MoE
-from mindformers_ext.ms.ops.select import select_operators
-from tests.helpers.moe_twin import GATE, HIDDEN, W1, W2, W3, random_rows, random_weights, spec_of
+from tests.helpers.moe_twin import GATE, HIDDEN, W1, W2, W3, layer_of, random_rows, random_weights
 
 EXPERTS, CHOSEN = 5, 2
 
@@ -90,7 +87,7 @@ def test_our_experts_equal_moe_infer(moe_infer, crowded: bool) -> None:
     assert expected.shape == x.shape and np.abs(expected).max() > 0.1
     for form, grouped in ((ChosenExperts, False), (EveryExpert, False), (SlicedExperts, False), (SortedRows, True)):
         spec = MoESpec(num_local_experts=EXPERTS, num_experts_per_tok=CHOSEN, capacity_factor=0.0, use_gmm=grouped)
-        cell = (GroupedMoE if grouped else MoE)(spec_of(spec), select_operators())
+        cell = layer_of(spec)
         for parameter in cell.get_parameters():
             parameter.set_data(Tensor(weights[parameter.name]))
         cell.set_train(False)

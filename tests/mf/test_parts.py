@@ -1,25 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts that MindFormers sees of us, one by one."""
 
+import copy
+import json
+
 import mindspore as ms
 import numpy as np
 import pytest
 from mindformers.core import build_optim
-from mindformers.models import build_network
-from mindformers.tools.register import MindFormerConfig
+from mindformers.models import build_model_config, build_network
+from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, MindFormerRegister
 from mindspore import Parameter, Tensor
 
-import mindformers_ext.mf.register  # noqa: F401  what a plain MindFormers run imports
 from mindformers_ext.core.config.file import parse_yaml
 from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.mf.adapt import upgrade
-from mindformers_ext.mf.balance import moved
-from mindformers_ext.mf.load_monitor import load_lines
-from mindformers_ext.mf.metrics import MetricsFile, record_of
+from mindformers_ext.core.families import FAMILIES, Family
+from mindformers_ext.mf import register  # what a plain MindFormers run imports
+from mindformers_ext.mf.adapt import adapt
 from mindformers_ext.mf.pipeline_step import norm_tells_overflow
 from mindformers_ext.mf.trainer import stand_ins
-from mindformers_ext.ms.models import build_causal_lm
+from mindformers_ext.ms.causal_lm import build_causal_lm
 from tests.helpers.tiny_run import YAML
 
 
@@ -64,7 +65,7 @@ def test_fp32_state_adam_weight_decay_refuses_wrong_values():
 
 def test_an_older_yaml_becomes_ours_and_stays_as_it_was():
     before = config()
-    result, notes = upgrade(before, "CPU")
+    result, notes = adapt(before, "CPU")
     assert before == config()
     assert result["model"]["model_config"]["type"] == "MixtralConfig"
     assert result["model"]["arch"]["type"] == "MixtralForCausalLM"
@@ -80,7 +81,7 @@ def test_an_older_yaml_becomes_ours_and_stays_as_it_was():
     [("CPU", "PortableLlamaForCausalLM"), ("GPU", "PortableLlamaForCausalLM"), ("Ascend", "LlamaForCausalLM")],
 )
 def test_a_dense_yaml_is_left_to_mindformers_where_that_runs(device, arch):
-    result, notes = upgrade(config(moe_config=None), device)
+    result, notes = adapt(config(moe_config=None), device)
     assert result["model"]["arch"]["type"] == arch
     assert (result["trainer"]["type"] == "CausalLanguageModelingTrainer") == (device == "Ascend")
     assert any(device in note for note in notes) == (device != "Ascend")
@@ -126,55 +127,13 @@ def test_mixtral_without_experts_is_refused():
         plain_network(moe_config={"expert_num": 1})
 
 
-def test_the_bias_goes_against_the_load():
-    bias = moved(np.zeros(4, np.float32), np.array([10.0, 2.0, 4.0, 0.0]), 0.01)
-    np.testing.assert_allclose(bias, [-0.01, 0.01, 0.0, 0.01])
-    np.testing.assert_array_equal(moved(bias, np.zeros(4), 0.01), bias)
-
-
-def test_the_load_of_experts_is_shown_per_layer():
-    lines = load_lines(np.array([[6.0, 2.0, 0.0, 8.0], [4.0, 4.0, 4.0, 4.0]]), np.array([0.25, 0.0]))
-    assert lines == [
-        "layer: 0, drop_rate: 0.25000, fullest expert: 3 (2.00 of an even load), emptiest: 2 (0.00)",
-        "layer: 1, drop_rate: 0.00000, fullest expert: 0 (1.00 of an even load), emptiest: 0 (1.00)",
-    ]
-
-
 def test_callbacks_are_ours_only_inside():
-    from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
-
     kind, name = MindFormerModuleType.CALLBACK, "MFLossMonitor"
     before = MindFormerRegister.get_cls(kind, name)
     with pytest.raises(RuntimeError), stand_ins():
         assert MindFormerRegister.get_cls(kind, name).__name__ == "MoELossMonitor"
         raise RuntimeError
     assert MindFormerRegister.get_cls(kind, name) is before
-
-
-def test_a_resumed_metrics_file_reads_as_one_run(tmp_path):
-    outputs = (
-        Tensor(1.5),
-        Tensor(False),
-        Tensor(2.0),
-        Tensor(0.1),
-        Tensor(0.5),
-        Tensor(1.25),
-        Tensor(0.25),
-        Tensor([[3.0, 1.0]]),
-        Tensor([0.5]),
-    )
-    first = MetricsFile(str(tmp_path), 0, 0)
-    for step in range(1, 6):
-        first.append(record_of(outputs, step, 1, 0.5, 100))
-    with first.path.open("a") as file:
-        file.write('{"step": 6, "los')  # a killed run
-    second = MetricsFile(str(tmp_path), 0, 3)
-    second.append(record_of(outputs, 4, 1, 0.25, 100))
-    lines = second.path.read_text().splitlines()
-    assert [line.split(",")[0] for line in lines] == [f'{{"step": {step}' for step in (1, 2, 3, 4)]
-    assert '"tokens_per_second": 400.0' in lines[-1] and '"drop_rate": 0.5' in lines[-1]
-    MetricsFile(str(tmp_path), 0, 0)
-    assert not second.path.exists() and second.path.with_name("rank_0.jsonl.previous").exists()
 
 
 def test_the_norm_tells_overflow_where_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,3 +143,39 @@ def test_the_norm_tells_overflow_where_it_does(monkeypatch: pytest.MonkeyPatch) 
     assert not norm_tells_overflow({}, {"use_skip_data_by_global_norm": True})
     monkeypatch.setenv("MS_ASCEND_CHECK_OVERFLOW_MODE", "SATURATION_MODE")  # no infinity is left behind
     assert not norm_tells_overflow({}, {})
+
+
+def test_mindformers_builds_the_very_spec_that_the_checks_made(tmp_path, monkeypatch):
+    """Through the file that MindFormers reads; nothing is read a second time. A file changed by hand is."""
+    from mindformers_ext.core.cluster.build import build_spec_from_yaml
+    from mindformers_ext.jobs.run.checks import check_run
+    from mindformers_ext.mf import config as mf_config
+    from mindformers_ext.mf.run import prepare
+
+    elsewhere = {"data_loader": {"type": "Elsewhere"}}  # is nothing that the checks could open
+    words = config(output_dir=str(tmp_path), recompute_config={"recompute": [1]}, train_dataset=elsewhere)
+    checked = check_run(words, "test")
+    build, read = checked.build, []
+    monkeypatch.setattr(mf_config, "build_spec_from_yaml", lambda *g: read.append(g) or build_spec_from_yaml(*g))
+    sections = prepare(checked.config, checked).model
+    made, copied = (build_model_config(words.model_config) for words in (sections, copy.deepcopy(sections)))
+    assert made.network_spec(1) is copied.network_spec(1) is build.network and not read
+    assert made.recompute_spec() is build.recompute and made.lora() is None
+    sections.model_config.network_yaml.model.model_config.num_layers = 3
+    assert build_model_config(sections.model_config).network_spec(1).model.num_hidden_layers == 3
+    assert made.network_spec(1) is build.network and len(read) == 1
+    made.save_pretrained(str(tmp_path), save_json=True)
+    assert json.loads((tmp_path / "config.json").read_text())["network_yaml"]["recompute_config"] == {"recompute": [1]}
+
+
+def test_every_family_has_classes_and_one_that_is_added_gets_them(monkeypatch):
+    added = Family(name="tiny", hf_class="TinyForCausalLM", yaml_names=(("TinyConfig", "TinyForCausalLM"),))
+    monkeypatch.setitem(FAMILIES, "tiny", added)
+    monkeypatch.setattr(register, "CLASSES", dict(register.CLASSES))
+    register.register_families()
+    for family in FAMILIES.values():
+        for config_name, name in family.yaml_names:
+            made = MindFormerRegister.get_cls(MindFormerModuleType.CONFIG, config_name)
+            network_class = MindFormerRegister.get_cls(MindFormerModuleType.MODELS, name)
+            assert made.family == family and network_class.config_class is made
+            assert (made.__name__, network_class.__name__) == family.yaml_names[0]

@@ -13,7 +13,7 @@ from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.jobs.checkpoint.saved import checkpoint_file
 from mindformers_ext.jobs.run.metrics import read_metrics
 from mindformers_ext.mf.run import run
-from mindformers_ext.ms.models import build_causal_lm
+from mindformers_ext.ms.causal_lm import build_causal_lm
 from tests.helpers.tiny_run import BATCH, SEQ, STEPS, config_of, rows_of, token_rows, write_rows
 
 

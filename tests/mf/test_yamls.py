@@ -15,7 +15,7 @@ from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.config.overrides import apply_overrides
 from mindformers_ext.core.config.view import network_spec_from_yaml, yaml_notes
 from mindformers_ext.jobs.run.sections import check_sections
-from mindformers_ext.mf.adapt import upgrade
+from mindformers_ext.mf.adapt import adapt
 
 ROOT = Path(__file__).resolve().parents[2]
 RESEARCH = sorted((ROOT / "research").rglob("*.yaml"))
@@ -89,7 +89,7 @@ def test_a_file_is_accepted_for_its_devices(path):
 def test_a_network_is_built_from_it(path):
     config = load_yaml(path) | {"use_parallel": False}
     pairs = [(f"model.model_config.{name}", value) for name, value in TINY.items()]
-    config, _ = upgrade(apply_overrides(config, pairs), "CPU")
+    config, _ = adapt(apply_overrides(config, pairs), "CPU")
     full = MindFormerConfig(**config)
     build_parallel_config(full)
     network = build_network(

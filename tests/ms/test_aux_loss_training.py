@@ -11,8 +11,7 @@ import pytest
 from mindspore import Tensor, nn
 
 from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec
-from mindformers_ext.ms.causal_lm import CausalLM
-from mindformers_ext.ms.models import build_causal_lm
+from mindformers_ext.ms.causal_lm import CausalLM, build_causal_lm
 from mindformers_ext.ms.optim import FusedAdamW
 from mindformers_ext.ms.step import LossNetwork, TrainStepCell
 

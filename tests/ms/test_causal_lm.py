@@ -12,9 +12,8 @@ import torch
 from mindspore import Tensor
 
 from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, NumericsSpec
-from mindformers_ext.ms.causal_lm import CausalLM
+from mindformers_ext.ms.causal_lm import CausalLM, build_causal_lm
 from mindformers_ext.ms.engine import MindSporeNetwork
-from mindformers_ext.ms.models import build_causal_lm
 from mindformers_ext.ms.step import LossNetwork
 from mindformers_ext.weights.convert import rule_set
 

@@ -19,10 +19,8 @@ from mindformers_ext.ms.moe.dropless import (
     dropless,
     shared_parts,
 )
-from mindformers_ext.ms.moe.grouped import GroupedMoE
 from mindformers_ext.ms.moe.layer import MoE
-from mindformers_ext.ms.ops.select import select_operators
-from tests.helpers.moe_twin import GATE, HIDDEN, W1, W2, W3, random_rows, random_weights, spec_of
+from tests.helpers.moe_twin import GATE, HIDDEN, W1, W2, W3, layer_of, random_rows, random_weights
 
 FORMS = [ChosenExperts, EveryExpert, SlicedExperts, SortedRows]
 # A capacity factor that would drop nearly everything: inference does not look at it.
@@ -45,7 +43,7 @@ def loop(x: np.ndarray, weights: dict[str, np.ndarray], chosen: int, normal: boo
 
 
 def layer(moe: MoESpec, weights: dict[str, np.ndarray]) -> MoE:
-    cell = (GroupedMoE if moe.use_gmm else MoE)(spec_of(moe), select_operators())
+    cell = layer_of(moe)
     for parameter in cell.get_parameters():
         parameter.set_data(Tensor(weights[parameter.name]))
     cell.set_train(False)

@@ -15,10 +15,10 @@ from mindformers_ext.core.spec import MoESpec
 from mindformers_ext.ms.attention import rotary_tables
 from mindformers_ext.ms.loss import NextTokenLoss
 from mindformers_ext.ms.moe.aux_loss import AuxiliaryLoss
-from mindformers_ext.ms.moe.router import TopkRouterV2
 from mindformers_ext.ms.ops import portable, portable_attention
 from mindformers_ext.ms.ops.portable_attention import CausalAttentionOp
 from mindformers_ext.ms.ops.select import select_operators
+from tests.helpers.router import TopkRouterV2
 
 # What rounding leaves, relative to the largest value: of inputs and results in the type, sums in float32.
 TOLERANCE = {ms.float32: 3e-6, ms.float16: 3e-3}

@@ -16,7 +16,8 @@ from mindspore import Tensor
 
 from mindformers_ext.core.capacity import expert_capacity
 from mindformers_ext.core.spec import MoESpec, ParallelSpec
-from mindformers_ext.ms.moe.router import ExpertOrder, TopkRouterV2
+from mindformers_ext.ms.moe.order import ExpertOrder
+from tests.helpers.router import TopkRouterV2
 from tests.helpers.routing import Routing, capacity_of, chosen_experts, hard_logits, route, softmax
 
 

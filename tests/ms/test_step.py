@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
+from mindformers_ext.core.figures import figures_of
 from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec
-from mindformers_ext.ms.models import build_causal_lm
-from mindformers_ext.ms.step import LossNetwork, StepOutput, TrainStepCell, step_state
+from mindformers_ext.ms.causal_lm import build_causal_lm
+from mindformers_ext.ms.step import LossNetwork, TrainStepCell, step_state
 
 MODEL = ModelSpec(
     vocab_size=50,
@@ -40,7 +41,7 @@ def weights_of(network):
 
 
 def run(cell, ids=IDS):
-    return StepOutput(*(value.asnumpy() if hasattr(value, "asnumpy") else value for value in cell(Tensor(ids))))
+    return figures_of(cell(Tensor(ids)))
 
 
 @pytest.fixture(params=[ms.GRAPH_MODE, ms.PYNATIVE_MODE], ids=["graph", "pynative"])

@@ -8,7 +8,7 @@ import pytest
 
 from mindformers_ext.core.config.hf import hf_config_from_spec
 from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec
-from mindformers_ext.ms.models import build_causal_lm
+from mindformers_ext.ms.causal_lm import build_causal_lm
 from mindformers_ext.weights.convert import rule_set
 
 

@@ -17,15 +17,16 @@ from mindspore import Tensor
 
 from mindformers_ext.core.capacity import expert_capacity
 from mindformers_ext.core.spec import MoESpec, NetworkSpec, ParallelSpec
+from mindformers_ext.ms.causal_lm import build_causal_lm as build_ms
 from mindformers_ext.ms.engine import MindSporeNetwork
-from mindformers_ext.ms.models import build_causal_lm as build_ms
-from mindformers_ext.ms.moe.router import TopkRouterV2 as MindSporeRouter
 from mindformers_ext.ms.step import LossNetwork
 from mindformers_ext.pt import names
-from mindformers_ext.pt.models import build_causal_lm
-from mindformers_ext.pt.moe.router import TopkRouterV2
+from mindformers_ext.pt.causal_lm import build_causal_lm
+from mindformers_ext.pt.moe.gate import TopkChoice
+from mindformers_ext.pt.moe.slots import apply_slots, build_slots
 from mindformers_ext.weights.convert import to_hf, to_mindspore
 from tests.helpers.parity import Case, Outcome, compare, reference_of
+from tests.helpers.router import TopkRouterV2 as MindSporeRouter
 from tests.parity.test_llama import FAST as LLAMA
 from tests.parity.test_llama import SLOW as LLAMA_LONG
 from tests.parity.test_mixtral import FAST as MIXTRAL
@@ -116,7 +117,7 @@ def test_both_spellings_of_hugging_face_are_the_same_weights(style: str) -> None
 def test_routing_equals_mindspore(options: dict, factor: float, sdrop: bool) -> None:
     ms.set_context(mode=ms.PYNATIVE_MODE)
     moe, parallel = moe_of(options, factor, sdrop), ParallelSpec(data_parallel=3, model_parallel=2, expert_parallel=2)
-    theirs, ours = MindSporeRouter(moe, parallel), TopkRouterV2(moe, parallel)
+    theirs, ours = MindSporeRouter(moe, parallel), TopkChoice(moe, parallel)
     generator = np.random.default_rng(4)
     if moe.balance_via_topk_bias:
         bias = generator.uniform(0.0, 0.4, 8).astype(np.float32)
@@ -128,7 +129,7 @@ def test_routing_equals_mindspore(options: dict, factor: float, sdrop: bool) -> 
         _, combine, coeff, _, aux_G, counts_GE, dropped_G = (
             part.asnumpy() for part in theirs.route(Tensor(logits), theirs.bias())
         )
-        found = ours(torch.from_numpy(logits))
+        found = apply_slots(ours(torch.from_numpy(logits)), build_slots(moe, parallel))
         capacity_1 = combine.max() // 8 + 1 if factor < 0 else None
         expert = found.expert_GNK.numpy()
         kept = np.ones_like(expert, bool) if found.kept_GNK is None else found.kept_GNK.numpy()
@@ -139,7 +140,7 @@ def test_routing_equals_mindspore(options: dict, factor: float, sdrop: bool) -> 
             np.testing.assert_array_equal(expert, combine // capacity_1)
         else:
             np.testing.assert_array_equal(expert, theirs.choose(Tensor(logits))[1].asnumpy())
-        np.testing.assert_allclose(found.coeff_GNK.numpy(), coeff, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(found.weight_GNK.numpy(), coeff, rtol=0, atol=1e-6)
         np.testing.assert_allclose(found.aux_loss_G.numpy(), aux_G, rtol=0, atol=1e-5)
         np.testing.assert_allclose(found.dropped_G.numpy(), dropped_G, rtol=0, atol=1e-6)
 

@@ -15,8 +15,8 @@ from mindformers_ext.core import capacity
 from mindformers_ext.core.config.sampling import SamplingSpec
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.jobs.predict.generate import Generation
+from mindformers_ext.ms.causal_lm import build_causal_lm
 from mindformers_ext.ms.engine import MindSporeNetwork
-from mindformers_ext.ms.models import build_causal_lm
 from mindformers_ext.weights.convert import to_mindspore
 from tests.helpers.parity import Case, reference_model
 

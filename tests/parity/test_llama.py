@@ -66,6 +66,6 @@ def test_equals_transformers(case: Case, mode: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", SLOW, ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "mode"), zip(SLOW, ("GRAPH", "PYNATIVE"), strict=True), ids=["GRAPH", "PYNATIVE"])
 def test_equals_transformers_more(case: Case, mode: str) -> None:
     check(case, mode)

@@ -146,8 +146,13 @@ def test_equals_transformers(case: Case, mode: str) -> None:
     check(case, mode)
 
 
+# one mode each, and a cheap one in the other as well: FAST has already held the modes against each other
+MORE = [(case, "PYNATIVE" if case.name == "halved attention, dropless" else "GRAPH") for case in SLOW]
+MORE += [(case, "PYNATIVE") for case in SLOW if case.seq_length == 1]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", SLOW, ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "mode"), MORE, ids=[f"{case.name}-{mode}" for case, mode in MORE])
 def test_equals_transformers_more(case: Case, mode: str) -> None:
     check(case, mode)
 

@@ -16,7 +16,7 @@ import torch
 
 from mindformers_ext.core.config.schedule import Schedule
 from mindformers_ext.core.config.train import OptimizerSpec, TrainSpec
-from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, ParallelSpec
+from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, ParallelSpec, SharedExpertSpec
 from mindformers_ext.pt.sharded import open_ranks
 from mindformers_ext.pt.trainer import TorchTrainer
 
@@ -34,6 +34,14 @@ MODEL = ModelSpec(
     initializer_range=0.2,
     moe=MOE,
 )
+QWEN = replace(
+    MODEL,
+    num_hidden_layers=3,
+    qkv_bias=True,
+    dense_layers=(1,),
+    moe=replace(MOE, intermediate_size=12, shared_expert=SharedExpertSpec(intermediate_size=20, gated=True)),
+    family="qwen2_moe",
+)
 TRAIN = TrainSpec(
     optimizer=OptimizerSpec(weight_decay=0.1),
     steps=9,
@@ -42,18 +50,20 @@ TRAIN = TrainSpec(
     schedule=Schedule(kind="ConstantWarmUpLR", learning_rate=5e-3),
 )
 ROWS = 4
+FIXED = ("one", "empty")  # routings by a bias, dropless
 
 
 def spec_of(size: int, ep: int, routing: str, alone: bool) -> NetworkSpec:
     """The network; ``alone`` computes the routing groups of all ranks in one process."""
-    moe = replace(MOE, capacity_factor=1.0 if routing == "capacity" else 0.0)
+    model = QWEN if routing == "qwen" else MODEL
+    model = replace(model, moe=replace(model.routing, capacity_factor=0.0 if routing in FIXED else 1.0))
     parallel = ParallelSpec(
         data_parallel=size,
         expert_parallel=ep,
         device_num=size,
         parallel_mode="stand_alone" if alone else "semi_auto_parallel",
     )
-    return NetworkSpec(model=replace(MODEL, moe=moe), seq_length=8, batch_size=2, parallel=parallel)
+    return NetworkSpec(model=model, seq_length=8, batch_size=2, parallel=parallel)
 
 
 def rows(step: int) -> np.ndarray:
@@ -66,7 +76,7 @@ def trainer_of(size: int, ep: int, routing: str, alone: bool) -> TorchTrainer:
     torch.set_num_threads(1)
     spec = spec_of(size, ep, routing, alone)
     trainer = TorchTrainer(spec, TRAIN, torch.device("cpu"), open_ranks(spec.parallel, "CPU"))
-    if routing in ("one", "empty"):  # all tokens to one expert of the first rank, or none to those of the first
+    if routing in FIXED:  # all tokens to one expert of the first rank, or none to those of the first
         with torch.no_grad():
             for layer in trainer.network.model.layers:
                 layer.ffn_norm.weight.fill_(1.0)

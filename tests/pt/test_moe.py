@@ -50,15 +50,15 @@ def spec_of(
 
 def layer_of(spec: NetworkSpec, backend: str) -> MoE:
     torch.manual_seed(1)
-    layer = MoE(spec)
+    layer = MoE(spec, spec.model.routing)
     layer.ffn.backend = BACKENDS[backend]
     return layer
 
 
 def plain(layer: MoE, x_TD: Tensor) -> Tensor:
     """The same by a loop over tokens and choices."""
-    routing = layer.router.router(layer.router.logits(x_TD))
-    experts, weights = routing.expert_GNK.flatten(0, 1), routing.coeff_GNK.flatten(0, 1)
+    routing = layer.route(x_TD)
+    experts, weights = routing.expert_GNK.flatten(0, 1), routing.weight_GNK.flatten(0, 1)
     rows = []
     for t, x in enumerate(x_TD):
         total = torch.zeros_like(x)
@@ -186,8 +186,8 @@ def test_half_precision_is_as_good_as_the_loop() -> None:
     """Indices fixed: a bfloat16 router would flip some, and one flip hides every other error."""
     spec = replace(spec_of(hidden=32, ffn=48), numerics=NumericsSpec(compute_dtype="bfloat16"))
     layer, x = layer_of(spec, "gmm").requires_grad_(False), torch.randn(64, 32)
-    routing = layer.router.router(layer.router.logits(x))
-    fixed = routing.expert_GNK[0], routing.coeff_GNK[0], None
+    routing = layer.route(x)
+    fixed = routing.expert_GNK[0], routing.weight_GNK[0], None
     exact = layer.computed(x, *fixed)
     errors = {}
     for name in NAMES:

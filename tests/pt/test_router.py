@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from mindformers_ext.core.spec import MoESpec, ParallelSpec
-from mindformers_ext.pt.moe.router import Routing, TopkRouterV2
+from mindformers_ext.pt.moe.gate import TopkChoice
+from mindformers_ext.pt.moe.slots import Routing, apply_slots, build_slots
 from tests.helpers.routing import HARD, capacity_of, chosen_experts, hard_logits, route
 
 SIZES = [(4, 2), (7, 3), (16, 1), (5, 5)]
@@ -20,9 +21,10 @@ FACTORS = (0.5, 1.0, 1.1, 2.0, -1.0)
 
 def routed(moe: MoESpec, logits: np.ndarray, mp: int = 1) -> tuple[Routing, np.ndarray]:
     """Our decision, and the probabilities it was made from."""
-    router = TopkRouterV2(moe, ParallelSpec(data_parallel=len(logits), model_parallel=mp))
+    parallel = ParallelSpec(data_parallel=len(logits), model_parallel=mp)
     tensor = torch.from_numpy(logits)
-    return router(tensor), torch.softmax(tensor, -1).numpy()
+    found = apply_slots(TopkChoice(moe, parallel)(tensor), build_slots(moe, parallel))
+    return found, torch.softmax(tensor, -1).numpy()
 
 
 def slots(found: Routing, capacity: int, sdrop: bool) -> np.ndarray:
@@ -52,7 +54,7 @@ def test_equals_plain_loops(factor: float, sdrop: bool, mp: int) -> None:
         assert expected.capacity == capacity_of(moe, 11, largest, mp)
         for g, name in enumerate(HARD):
             np.testing.assert_array_equal(slots(found, expected.capacity, sdrop)[g], expected.combine[g], err_msg=name)
-        np.testing.assert_allclose(found.coeff_GNK.numpy(), expected.coeff, atol=1e-7)
+        np.testing.assert_allclose(found.weight_GNK.numpy(), expected.coeff, atol=1e-7)
         np.testing.assert_array_equal(found.counts_GE.sum(0).numpy(), expected.load)
         np.testing.assert_allclose(found.dropped_G.mean(), expected.dropped, atol=1e-6)
 
@@ -76,17 +78,18 @@ def test_choices_equal_plain_loops(words: dict, chosen: int) -> None:
         num_local_experts=8, num_experts_per_tok=chosen, capacity_factor=0.7, n_group=4, topk_group=2, **words
     )
     logits = hard_logits(9, 8)
-    router = TopkRouterV2(moe, ParallelSpec(data_parallel=len(logits)))
+    parallel = ParallelSpec(data_parallel=len(logits))
+    router = TopkChoice(moe, parallel)
     bias = np.linspace(0.3, 0.0, 8).astype(np.float32)
     if moe.balance_via_topk_bias:
         router.topk_bias.copy_(torch.from_numpy(bias))
     tensor = torch.from_numpy(logits)
     prob = (torch.sigmoid(tensor) if moe.use_gating_sigmoid else torch.softmax(tensor, -1)).numpy()
     index = chosen_experts(prob, moe, bias if moe.balance_via_topk_bias else None)
-    found, expected = router(tensor), route(prob, moe, index_GNK=index)
+    found, expected = apply_slots(router(tensor), build_slots(moe, parallel)), route(prob, moe, index_GNK=index)
     np.testing.assert_array_equal(found.expert_GNK.numpy(), index)
     np.testing.assert_array_equal(slots(found, expected.capacity, False), expected.combine)
-    np.testing.assert_allclose(found.coeff_GNK.numpy(), expected.coeff, atol=1e-6)
+    np.testing.assert_allclose(found.weight_GNK.numpy(), expected.coeff, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["expert", "device", "comm"])
@@ -95,17 +98,16 @@ def test_auxiliary_losses_are_their_factors_when_balanced(kind: str) -> None:
     for n in range(8):
         logits[:, n, n % 4] = 20.0
     moe = MoESpec(num_local_experts=4, num_experts_per_tok=1, aux_losses=((kind, 0.03),), expert_group_size=2)
-    router = TopkRouterV2(moe, ParallelSpec(data_parallel=2, expert_parallel=2))
+    router = TopkChoice(moe, ParallelSpec(data_parallel=2, expert_parallel=2))
     np.testing.assert_allclose(router(logits).aux_loss_G.numpy(), 0.03, rtol=1e-6)
-    z = TopkRouterV2(replace(moe, aux_losses=(), z_loss_factor=0.1))(logits + 500.0).aux_loss_G
+    z = TopkChoice(replace(moe, aux_losses=(), z_loss_factor=0.1))(logits + 500.0).aux_loss_G
     assert torch.isfinite(z).all() and float(z[0]) == pytest.approx(0.1 * 520.0**2, rel=1e-4)
 
 
 def test_evaluation_drops_nothing_where_it_shall_not() -> None:
     moe = MoESpec(num_local_experts=4, num_experts_per_tok=2, capacity_factor=0.25)
-    router = TopkRouterV2(moe)
-    logits = torch.randn(1, 16, 4)
-    assert float(router(logits).dropped_G) > 0.5
-    router.drops_only_in_training = True
-    assert router.eval()(logits).kept_GNK is None
-    assert float(router.train()(logits).dropped_G) > 0.5
+    choice = TopkChoice(moe)(torch.randn(1, 16, 4))
+    assert float(apply_slots(choice, build_slots(moe, ParallelSpec()), training=False).dropped_G) > 0.5
+    rule = build_slots(moe, ParallelSpec(), only_in_training=True)
+    assert apply_slots(choice, rule, training=False).kept_GNK is None
+    assert float(apply_slots(choice, rule, training=True).dropped_G) > 0.5

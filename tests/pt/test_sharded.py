@@ -57,7 +57,7 @@ def largest(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
     return max(float(np.abs(a[name] - b[name]).max()) for name in a)
 
 
-@pytest.mark.parametrize(("ep", "routing"), [(1, "capacity"), (2, "capacity"), (2, "one"), (2, "empty")])
+@pytest.mark.parametrize(("ep", "routing"), [(1, "capacity"), (2, "capacity"), (2, "one"), (2, "empty"), (2, "qwen")])
 def test_two_processes_equal_one(tmp_path: Path, ep: int, routing: str) -> None:
     """Moments are sums of gradients, so equal state is equal gradients; capacity drops per rank."""
     output = tmp_path / "two.npz"

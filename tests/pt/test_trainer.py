@@ -11,9 +11,10 @@ import torch
 
 from mindformers_ext.core.config.lora import LoraSpec
 from mindformers_ext.core.config.schedule import Schedule
-from mindformers_ext.core.config.train import LossScale, OptimizerSpec, TrainSpec
+from mindformers_ext.core.config.train import LossScale, OptimizerSpec, ParameterGroup, TrainSpec
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, NumericsSpec
+from mindformers_ext.jobs.train.train import hooks_of
 from mindformers_ext.pt.trainer import TorchTrainer
 
 MOE = MoESpec(num_local_experts=4, num_experts_per_tok=2, capacity_factor=0.0, aux_losses=(("expert", 0.05),))
@@ -38,6 +39,7 @@ TRAIN = TrainSpec(
     schedule=Schedule(kind="ConstantWarmUpLR", learning_rate=1e-2),
 )
 CPU = torch.device("cpu")
+W13 = ("w1", "w3")
 
 
 def rows(step: int, count: int = 4) -> np.ndarray:
@@ -171,12 +173,36 @@ def test_half_precision_weights_have_float32_moments() -> None:
 
 
 def test_biases_follow_the_load() -> None:
-    moe = replace(MOE, balance_via_topk_bias=True)
-    trainer = TorchTrainer(replace(SPEC, model=replace(MODEL, moe=moe)), replace(TRAIN, bias_rate=0.01), CPU)
+    moe, train = replace(MOE, balance_via_topk_bias=True), replace(TRAIN, bias_rate=0.01)
+    trainer = TorchTrainer(replace(SPEC, model=replace(MODEL, moe=moe)), train, CPU)
     trainer.open()
-    load = trainer.step((rows(0),)).expert_load
-    biases = weights(trainer)
+    (hook,) = hooks_of(train, trainer)
+    figures = trainer.step((rows(0),))
+    hook.after_step(1, figures)
+    trainer.set_values(hook.inputs(2))
+    load, biases = figures.expert_load, weights(trainer)
     for layer in range(2):
         found = biases[f"model.layers.{layer}.feed_forward.router.router.topk_bias"]
         share = load[layer] / load[layer].sum()
         np.testing.assert_allclose(found, 0.01 * np.sign(0.25 - share), atol=1e-7)
+
+
+def test_groups_of_parameters_go_their_own_way() -> None:
+    """One is frozen, one learns twice as fast, one climbs; the others do what they did without groups."""
+    groups = (
+        ParameterGroup(pattern=r".*\.wq\.weight", trained=False),
+        ParameterGroup(pattern="lm_head.*", lr_factor=2.0, decay=False),
+        ParameterGroup(pattern=r".*ffn\.w[13]\.weight", sign=-1, decay=False),
+    )
+    plain = replace(TRAIN, optimizer=OptimizerSpec(), max_grad_norm=None)
+    start, alike = (weights(trained(train=plain, steps=steps)[0]) for steps in (0, 1))
+    trainer, _ = trained(train=replace(plain, groups=groups), steps=1)
+    own = weights(trainer)
+    for name, before in start.items():
+        if not name.startswith(("model.", "lm_head.")):
+            continue
+        factor = 0.0 if ".wq." in name else 2.0 if name == "lm_head.weight" else -1.0 if name[-9:-7] in W13 else 1.0
+        np.testing.assert_allclose(own[name] - before, factor * (alike[name] - before), atol=1e-7, err_msg=name)
+    assert "adam_m.model.layers.0.attention.wq.weight" not in own and "adam_m.lm_head.weight" in own
+    with pytest.raises(UserError, match="w1.weight and .*w3.weight are one parameter"):
+        TorchTrainer(SPEC, replace(TRAIN, groups=(ParameterGroup(pattern=".*w1.weight", sign=-1),)), CPU)

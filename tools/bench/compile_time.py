@@ -24,7 +24,7 @@ def first_step(layers: int) -> None:
     import mindspore as ms
 
     from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec
-    from mindformers_ext.ms.models import build_causal_lm
+    from mindformers_ext.ms.causal_lm import build_causal_lm
     from mindformers_ext.ms.optim import FusedAdamW
     from mindformers_ext.ms.step import LossNetwork, TrainStepCell
 

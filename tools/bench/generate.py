@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from peers import THREADS, compare, machine, serve
 
-from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec
+from mindformers_ext.core.spec import DeviceSpec, ModelSpec, MoESpec, NetworkSpec
 
 VOCABULARY, FULL = 4000, dict(hidden=512, ffn=1024, layers=7)
 
@@ -80,11 +80,11 @@ def serve_mindspore(options: argparse.Namespace) -> None:
     from mindformers_ext.jobs.predict.network import open_network, open_weights
 
     model = model_spec(options.hidden, options.ffn, options.layers)
-    spec, config = NetworkSpec(model=model, seq_length=4096), {"context": {"device_target": "CPU"}}
+    spec = NetworkSpec(model=model, seq_length=4096)
     import mindspore  # noqa: F401  so that its own memory is known
 
     before, started = peak_memory(), time.perf_counter()
-    network = open_network(config, spec, open_weights(Path(options.folder), model))
+    network = open_network("ms", DeviceSpec("CPU"), spec, open_weights(Path(options.folder), model))
     facts = {"load": time.perf_counter() - started, "loaded": peak_memory() - before}
     greedy = {new: SamplingSpec(do_sample=False, max_new_tokens=new) for new in (1, options.new)}
     jobs = {batch: Generation(network, greedy[1], 4096, batch) for batch in options.batches}

@@ -55,7 +55,7 @@ def ours(layer: Layer, backend: str, chosen: int) -> Run:
         moe=moe,
     )
     with torch.device("meta"):
-        module = MoE(NetworkSpec(model=model, seq_length=1, numerics=NumericsSpec()))
+        module = MoE(NetworkSpec(model=model, seq_length=1, numerics=NumericsSpec()), moe)
     module.ffn.gate_up = torch.nn.Parameter(layer.gate_up.detach())
     module.ffn.down = torch.nn.Parameter(layer.down.detach())
     layer.gate_up, layer.down = module.ffn.gate_up, module.ffn.down

@@ -74,7 +74,7 @@ def serve_mindspore(tokens: int, factor: float, dtype: str) -> None:
     from bench_cells import ForwardBackward
 
     from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec
-    from mindformers_ext.ms.moe.layer import MoE
+    from mindformers_ext.ms.layer import build_feed_forward
     from mindformers_ext.ms.ops.select import select_operators
 
     ms.set_context(mode=ms.GRAPH_MODE)
@@ -90,7 +90,8 @@ def serve_mindspore(tokens: int, factor: float, dtype: str) -> None:
         head_dim=64,
         moe=moe,
     )
-    layer = MoE(NetworkSpec(model=model, seq_length=tokens), select_operators())
+    spec = NetworkSpec(model=model, seq_length=tokens)
+    layer = build_feed_forward(spec, model.layer(0), select_operators())
     a = {k: ms.Tensor(v) for k, v in arrays(tokens).items()}
     layer.router.dense.weight.set_data(a["gate"])
     for name in ("w1", "w2", "w3"):
@@ -124,7 +125,7 @@ def serve_pytorch(tokens: int, factor: float, dtype: str) -> None:
         head_dim=64,
         moe=moe,
     )
-    layer = MoE(NetworkSpec(model=model, seq_length=tokens))
+    layer = MoE(NetworkSpec(model=model, seq_length=tokens), moe)
     a = {k: torch.tensor(v) for k, v in arrays(tokens).items()}
     with torch.no_grad():
         layer.router.dense.weight.copy_(a["gate"].to(kind).float())

@@ -13,6 +13,7 @@ from itertools import product
 from typing import Any
 
 from mindformers_ext.core.config.keys import SHARDED_MODES
+from mindformers_ext.core.config.run import RUN_MODES, TRAINING
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec, ParallelSpec
 
@@ -25,13 +26,12 @@ SIZES = (
     "micro_batch_num",
     "pp_interleave_num",
 )
-TRAINING = ("train", "finetune")
 TOGETHER = "predict_together"  # each process has its part of the network (core.tensor_parallel): nothing is cut
-RUN_MODES = (*TRAINING, "eval", "predict", "predict_with_train_model", TOGETHER)
+JUDGED_MODES = (*RUN_MODES, "predict_with_train_model", TOGETHER)
 
 
 def check_network(spec: NetworkSpec, run_mode: str = "train") -> list[str]:
-    """Check ``spec`` for ``run_mode`` (of ``RUN_MODES``) and return the warnings, one line each.
+    """Check ``spec`` for ``run_mode`` (of ``JUDGED_MODES``) and return the warnings, one line each.
 
     The sizes are judged as ``settled`` leaves them.
 
@@ -39,7 +39,7 @@ def check_network(spec: NetworkSpec, run_mode: str = "train") -> list[str]:
         UserError: lists every broken rule with its numbers and the nearest valid choice.
     """
     problems = Problems("these settings do not fit together")
-    problems.one_of("run_mode", run_mode, RUN_MODES)
+    problems.one_of("run_mode", run_mode, JUDGED_MODES)
     spec.model.collect(problems)
     spec.numerics.collect(problems)
     problems.positive("seq_length", spec.seq_length)

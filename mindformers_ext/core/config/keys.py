@@ -250,10 +250,10 @@ PASSED: dict[str, frozenset[str]] = {
     ),
     "model": frozenset({"model_config", "arch"}),
     TOP: frozenset(
-        """seed engine output_dir resume_training print_separate_loss load_checkpoint load_ckpt_format auto_trans_ckpt
-        transform_process_num transform_by_rank src_strategy_path_or_dir only_save_strategy load_ckpt_async
-        use_legacy_format pretrained_model_dir balanced_load reshard_worker_num remove_redundancy checkpoint
-        do_eval eval_step_interval eval_epoch_interval ignore_data_skip data_skip_steps
+        """seed engine loop output_dir resume_training print_separate_loss load_checkpoint load_ckpt_format
+        auto_trans_ckpt transform_process_num transform_by_rank src_strategy_path_or_dir only_save_strategy
+        load_ckpt_async use_legacy_format pretrained_model_dir balanced_load reshard_worker_num remove_redundancy
+        checkpoint do_eval eval_step_interval eval_epoch_interval ignore_data_skip data_skip_steps
         profile profile_communication profile_memory init_start_profile profile_start_step profile_stop_step
         profile_rank_ids profile_pipeline profile_level profile_output profiler_level with_stack mstx
         data_simplification layer_scale layer_decay lr_scale lr_scale_factor remote_save_url save_file

@@ -7,7 +7,7 @@ The order is transformers': repetition penalty, minimum length, then temperature
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,10 @@ class SamplingSpec:
     min_new_tokens: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     seed: int = 0
+
+    def ended_by(self, *token_ids: int) -> SamplingSpec:
+        """The same with the tokens that end an answer; negative ids mean none."""
+        return replace(self, eos_token_ids=tuple(token for token in token_ids if token >= 0))
 
     def collect(self, problems: Problems) -> None:
         """Add every value out of range to ``problems``."""

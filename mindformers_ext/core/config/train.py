@@ -6,19 +6,20 @@ What such an engine cannot do is an error that names the key; nothing is left ou
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mindformers_ext.core.config.lora import LoraSpec, lora_from_yaml
-from mindformers_ext.core.config.recompute import recompute_asked
+from mindformers_ext.core.config.recompute import RecomputeSpec, recompute_asked
 from mindformers_ext.core.config.schedule import Schedule, schedule_from_yaml
-from mindformers_ext.core.errors import Problems
+from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import ParallelSpec
 
-ENGINE = "the PyTorch engine"
+TRAINERS = {"pt": "the PyTorch engine", "ms": "--trainer own"}  # our own loop by its engine, in errors and notes
 OPTIMIZERS = {"AdamW": True, "FusedAdamW": True, "FP32StateAdamWeightDecay": False}  # with bias correction?
-CALLBACKS = ("MFLossMonitor", "CheckpointMonitor", "TopkBiasBalanceCallback", "ObsMonitor")
+CALLBACKS = ("MFLossMonitor", "CheckpointMonitor", "TopkBiasBalanceCallback", "MoEDropRateCallback", "ObsMonitor")
 # Keys that would change the result, with the values that mean off.
 OFF: dict[str, tuple[object, ...]] = {
     "runner_wrapper.local_norm": (False, None),
@@ -44,12 +45,13 @@ ADVICE = {
     "parallel_config.pipeline_stage": "set it to 1 and use data_parallel and expert_parallel",
     "parallel_config.model_parallel": "set it to 1 and use data_parallel and expert_parallel",
 }
+ON_MINDSPORE = "set it to 1, or use --trainer mindformers"
 PARALLEL_SIZES = ("pipeline_stage", "model_parallel", "context_parallel")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSpec:
-    """AdamW (Loshchilov and Hutter 2019) or, without bias correction, ``FP32StateAdamWeightDecay`` (``mf.optimizer``).
+    """AdamW (Loshchilov and Hutter 2019) or, without bias correction, ``FP32StateAdamWeightDecay`` (``ms.optim``).
 
     Weights of one dimension do not decay.
     """
@@ -81,8 +83,46 @@ class CheckpointPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParameterGroup:
+    """Parameters whose name, MindFormers', ``pattern`` matches as a whole, and how they are trained.
+
+    ``lr_factor`` multiplies the schedule's rate, ``sign`` -1 climbs the loss (multipliers of a Lagrangian), ``decay``
+    None lets a parameter decay that has more than one dimension, and one that is not ``trained`` stays as it is.
+    """
+
+    pattern: str = ".*"
+    lr_factor: float = 1.0
+    sign: int = 1
+    decay: bool | None = None
+    trained: bool = True
+
+    def __post_init__(self) -> None:
+        re.compile(self.pattern)
+        if self.sign not in (1, -1) or self.lr_factor < 0:
+            raise UserError(
+                f"parameters {self.pattern!r}: sign={self.sign} must be 1 or -1, lr_factor={self.lr_factor} 0 or more"
+            )
+
+    def decays(self, dimensions: int) -> bool:
+        """Whether a parameter of so many dimensions decays."""
+        return dimensions > 1 if self.decay is None else self.decay
+
+
+def group_of(name: str, groups: tuple[ParameterGroup, ...]) -> ParameterGroup:
+    """The first group that takes the parameter ``name``; one with default values where none does."""
+    return next((group for group in groups if re.fullmatch(group.pattern, name)), DEFAULT_GROUP)
+
+
+DEFAULT_GROUP = ParameterGroup()
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainSpec:
-    """How a network is trained: everything but the network and the data."""
+    """How a network is trained: everything but the network and the data.
+
+    ``recompute``: every layer computes its activations again; ``recomputed`` says it layer by layer, for an engine that
+    can. ``groups``: parameters that are trained in another way than the rest.
+    """
 
     optimizer: OptimizerSpec
     schedule: Schedule
@@ -91,15 +131,18 @@ class TrainSpec:
     micro_batches: int = 1
     loss_scale: LossScale = LossScale()
     recompute: bool = False
+    recomputed: RecomputeSpec | None = None
     seed: int = 0
     bias_rate: float = 0.0
+    load_every: int = 0
     print_every: int = 1
     checkpoint: CheckpointPlan | None = None
     lora: LoraSpec | None = None
+    groups: tuple[ParameterGroup, ...] = ()
 
 
 def train_spec_from_yaml(
-    config: Mapping[str, Any], parallel: ParallelSpec, per_epoch: int, bias_rate: float
+    config: Mapping[str, Any], parallel: ParallelSpec, per_epoch: int, bias_rate: float, engine: str = "pt"
 ) -> tuple[TrainSpec, list[str]]:
     """The run that ``config`` describes, and notes about keys that have no effect here.
 
@@ -108,13 +151,17 @@ def train_spec_from_yaml(
         parallel: its sizes, settled.
         per_epoch: steps of one pass over the data.
         bias_rate: ``moe_config.topk_bias_update_rate``, where the router has a bias.
+        engine: which one trains.
 
     Raises:
         UserError: lists every key that asks for what is not built, and every value out of range.
     """
     problems = Problems("the configuration")
     notes: list[str] = []
-    _check_off(config, parallel, problems)
+    own = TRAINERS[engine]
+    _check_off(config, parallel, problems, own)
+    if engine == "ms":
+        _check_mindspore(config, parallel, problems, notes)
     runner, wrapper = config.get("runner_config") or {}, config.get("runner_wrapper") or {}
     epochs = int(runner.get("epochs") or 1)
     steps = epochs * per_epoch
@@ -124,13 +171,13 @@ def train_spec_from_yaml(
     for name in callbacks:
         if name not in CALLBACKS:
             problems.add(
-                f"callback {name} belongs to MindFormers' trainer, {ENGINE} has {', '.join(CALLBACKS)}", "remove it"
+                f"callback {name} belongs to MindFormers' trainer, {own} has {', '.join(CALLBACKS)}", "remove it"
             )
     monitor = callbacks.get("MFLossMonitor") or {}
     if monitor.get("tensorboard", "MFLossMonitor" in callbacks):
-        notes.append(f"{ENGINE} writes no TensorBoard events; python tools/plot_run.py draws its metrics")
+        notes.append(f"{own} writes no TensorBoard events; python tools/plot_run.py draws its metrics")
     clips = bool(wrapper.get("use_clip_grad", False))
-    recompute = _recompute(config.get("recompute_config"), problems, notes)
+    recompute = engine == "pt" and _recompute(config.get("recompute_config"), problems, notes, own)
     if "TopkBiasBalanceCallback" in callbacks:
         bias_rate = float(callbacks["TopkBiasBalanceCallback"].get("topk_bias_update_rate") or bias_rate)
     elif bias_rate:
@@ -146,8 +193,9 @@ def train_spec_from_yaml(
         recompute=recompute,
         seed=int(config.get("seed") or 0),
         bias_rate=bias_rate,
+        load_every=_load_every(callbacks.get("MoEDropRateCallback")),
         print_every=int(monitor.get("per_print_times") or 1),
-        checkpoint=_checkpoint(callbacks.get("CheckpointMonitor"), problems, notes),
+        checkpoint=_checkpoint(callbacks.get("CheckpointMonitor"), problems, notes, own),
         lora=lora_from_yaml(config),
     )
     problems.raise_if_any()
@@ -162,12 +210,38 @@ def value_at(config: Mapping[str, Any], path: str) -> Any:
     return found
 
 
-def _check_off(config: Mapping[str, Any], parallel: ParallelSpec, problems: Problems) -> None:
+def _load_every(words: Mapping[str, Any] | None) -> int:
+    """Steps between the lines that show the experts' load, 0 for none."""
+    return 0 if words is None else max(1, int(words.get("per_print_times") or 1))
+
+
+def _check_mindspore(config: Mapping[str, Any], parallel: ParallelSpec, problems: Problems, notes: list[str]) -> None:
+    """Sizes that only MindFormers' road does on MindSpore."""
+    if parallel.parallel_mode not in ("stand_alone", "data_parallel"):
+        problems.add(
+            f"parallel.parallel_mode={parallel.parallel_mode}: --trainer own trains on MindSpore on one device or in "
+            "data parallel",
+            "set it to 0 (data_parallel) and full_batch to False, or use --trainer mindformers",
+        )
+    if parallel.expert_parallel > 1:
+        problems.add(
+            f"parallel_config.expert_parallel={parallel.expert_parallel}: --trainer own keeps all experts on every "
+            "MindSpore device",
+            ON_MINDSPORE,
+        )
+    if (config.get("parallel") or {}).get("enable_parallel_optimizer") and parallel.parallel_mode != "stand_alone":
+        notes.append("enable_parallel_optimizer: --trainer own keeps whole optimizer states on every MindSpore device")
+
+
+def _check_off(config: Mapping[str, Any], parallel: ParallelSpec, problems: Problems, own: str) -> None:
     for path, off in OFF.items():
         name = path.rpartition(".")[2]
         value = getattr(parallel, name) if name in PARALLEL_SIZES else value_at(config, path)
         if value not in off:
-            problems.add(f"{path}={value!r}: {ENGINE} does not build this", ADVICE.get(path, f"set it to {off[0]}"))
+            advice = ADVICE.get(path, f"set it to {off[0]}")
+            if name in PARALLEL_SIZES and own == TRAINERS["ms"]:
+                advice = ON_MINDSPORE
+            problems.add(f"{path}={value!r}: {own} does not build this", advice)
 
 
 def _optimizer(words: Mapping[str, Any], problems: Problems) -> OptimizerSpec:
@@ -207,28 +281,30 @@ def _loss_scale(words: Any, problems: Problems) -> LossScale:
     )
 
 
-def _recompute(words: Any, problems: Problems, notes: list[str]) -> bool:
+def _recompute(words: Any, problems: Problems, notes: list[str], own: str) -> bool:
     """Whole layers are computed again, or none."""
     whole, parts = recompute_asked(words, problems)
     if parts:
-        notes.append(f"recompute_config.select_recompute: {ENGINE} recomputes whole layers")
+        notes.append(f"recompute_config.select_recompute: {own} recomputes whole layers")
     asked = words.get("recompute") if isinstance(words, Mapping) else words
     if whole and asked is not True:
-        notes.append(f"recompute_config.recompute={asked}: {ENGINE} recomputes every layer")
+        notes.append(f"recompute_config.recompute={asked}: {own} recomputes every layer")
     return whole or parts
 
 
-def _checkpoint(words: Mapping[str, Any] | None, problems: Problems, notes: list[str]) -> CheckpointPlan | None:
+def _checkpoint(
+    words: Mapping[str, Any] | None, problems: Problems, notes: list[str], own: str
+) -> CheckpointPlan | None:
     if words is None:
         return None
     for name in ("save_checkpoint_seconds", "keep_checkpoint_per_n_minutes"):
         if words.get(name):
             problems.add(
-                f"CheckpointMonitor.{name}={words[name]}: {ENGINE} counts steps",
+                f"CheckpointMonitor.{name}={words[name]}: {own} counts steps",
                 "use save_checkpoint_steps and keep_checkpoint_max",
             )
     if words.get("async_save"):
-        notes.append(f"async_save: {ENGINE} writes a checkpoint before the next step")
+        notes.append(f"async_save: {own} writes a checkpoint before the next step")
     form = words.get("checkpoint_format") or "ckpt"
     problems.one_of("CheckpointMonitor.checkpoint_format", form, ("ckpt", "safetensors"))
     return CheckpointPlan(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from mindformers_ext.core.config.keys import MODES
@@ -26,6 +27,14 @@ def read_value(name: str, value: Any, kind: str, default: Any, problems: Problem
         problems.add(f"{name}={value!r} is not {wanted}", "correct it or leave the key out")
         return reader(default) if default is not None else None
     return found
+
+
+def section_at(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    """The section with this dotted path ("" = all); empty where there is none."""
+    found: Any = config
+    for name in path.split(".") if path else ():
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
 
 
 def _int(value: Any) -> int | None:

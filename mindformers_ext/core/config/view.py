@@ -36,6 +36,7 @@ from mindformers_ext.core.config.keys import (
     known_keys,
 )
 from mindformers_ext.core.config.recompute import names_without_effect
+from mindformers_ext.core.config.run import RUN_MODES
 from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.errors import Problems, nearest
 from mindformers_ext.core.families import FAMILIES, GENERIC_NAMES, Family
@@ -51,7 +52,7 @@ from mindformers_ext.core.spec import (
 
 Sections = dict[str, Mapping[str, Any]]
 ROUTING_POLICY = "TopkRouterV2"
-RUN_MODES = ("train", "finetune", "eval", "predict", "predict_with_train_model", None)
+READ_MODES = (*RUN_MODES, "predict_with_train_model", None)  # MindFormers' own templates leave it out
 
 
 def network_spec_from_yaml(config: Mapping[str, Any], device_num: int = 1) -> NetworkSpec:
@@ -191,7 +192,7 @@ def _mapping(name: str, value: Any, problems: Problems) -> Mapping[str, Any]:
 
 def _check_keys(sections: Sections, problems: Problems) -> None:
     """Unknown keys, and known keys whose value asks for what is not built."""
-    problems.one_of("run_mode", sections[TOP].get("run_mode"), RUN_MODES)
+    problems.one_of("run_mode", sections[TOP].get("run_mode"), READ_MODES)
     for section, content in sections.items():
         known = known_keys(section)
         for name in content:

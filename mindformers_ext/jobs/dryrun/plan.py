@@ -11,6 +11,16 @@ from typing import Any
 from mindformers_ext.core.capacity import rows_at_once
 from mindformers_ext.core.cluster.cluster_rules import TOGETHER, check_network, settled
 from mindformers_ext.core.cluster.memory import StageMemory, prediction_memory, stage_memory
+from mindformers_ext.core.config.run import (
+    ASCEND,
+    MINDFORMERS,
+    MINDSPORE,
+    TRAINER_KEY,
+    TRAINING,
+    device_target,
+    run_spec_from_yaml,
+)
+from mindformers_ext.core.config.values import section_at
 from mindformers_ext.core.config.view import network_spec_from_yaml, yaml_notes
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec
@@ -20,7 +30,6 @@ from mindformers_ext.jobs.predict.generate import Shape
 from mindformers_ext.jobs.predict.network import dropless_spec
 from mindformers_ext.jobs.run.sections import check_sections
 
-TRAINING = ("train", "finetune")
 PREDICT = "predict"
 # What a level-0 simulation cannot tell; every report says it.
 LIMITS = (
@@ -119,21 +128,22 @@ def plan_dry_run(
         )
     notes = _adapt(words, world)
     try:
+        run = run_spec_from_yaml(words)
         check_sections(words, mode)
         spec = network_spec_from_yaml(words, world)
         if mode == PREDICT:
-            notes += check_prediction(words, spec)
+            notes += check_prediction(run, spec)
         notes += [*yaml_notes(words), *check_network(spec, TOGETHER if mode == PREDICT and world > 1 else mode)]
         spec = settled(spec)[0]
         asked = asked_ranks(ranks, world, spec.parallel.pipeline_stage)
-        shape = prediction_shape(words, spec) if mode == PREDICT else None
-        limits = memory, (words.get("context") or {}).get("max_device_memory")
+        shape = prediction_shape(run, spec) if mode == PREDICT else None
+        limits = memory, section_at(words, "context").get("max_device_memory")
         if shape is None:
             settings = step_settings(words, spec)
             notes += check_memory(spec, settings, *limits)
             stages = stage_memory(spec, settings)
         else:
-            spec = dropless_spec(words, spec, spec.seq_length)
+            spec = dropless_spec(spec, run.device, spec.seq_length)
             notes += check_prediction_memory(spec, world, shape, *limits)
             stages = (prediction_memory(spec, world, shape.rows, shape.length, shape.positions),)
     except UserError as error:
@@ -148,13 +158,16 @@ def _adapt(words: dict[str, Any], world: int) -> list[str]:
         words["use_parallel"] = world > 1
         notes.append(f"use_parallel becomes {world > 1}: --worker_num {world}")
     context = dict(words.get("context") or {})
-    if context.get("device_target", "Ascend") != "Ascend":
+    if device_target(words) != ASCEND:
         notes.append(f"context.device_target {context['device_target']} becomes Ascend")
     if context.get("mode", 0) not in (0, "GRAPH_MODE"):
         raise UserError("context.mode is 1 (pynative): only graph mode is compiled, set --mode 0")
     # the YAML's save_graphs would win over the variable that asks for the two graphs read here
     context = {key: value for key, value in context.items() if key not in ("save_graphs", "save_graphs_path")}
-    words["context"] = {**context, "device_target": "Ascend", "device_id": 0}
+    words["context"] = {**context, "device_target": ASCEND, "device_id": 0}
+    for key, kept in (("engine", MINDSPORE), (TRAINER_KEY, MINDFORMERS)):
+        if words.pop(key, None) not in (None, kept):
+            notes.append(f"{key} becomes {kept}, whose road is compiled")
     for key, off in (
         ("load_checkpoint", ""),
         ("resume_training", False),

@@ -10,10 +10,10 @@ import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from mindformers_ext.core.config.run import ASCEND, ENGINES, MINDSPORE, PYTORCH
 from mindformers_ext.core.config.train import TrainSpec
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import DeviceSpec, NetworkSpec
@@ -28,48 +28,34 @@ from mindformers_ext.jobs.engine.protocols import (
     Trainer,
 )
 
-ENGINES = ("ms", "pt")
 
+def open_trainer(engine: str, spec: NetworkSpec, train: TrainSpec, device: DeviceSpec) -> Trainer:
+    """A trainer of ``engine`` in this process of the job (``msrun`` or ``torchrun`` start several)."""
+    if engine == MINDSPORE:
+        from mindformers_ext.ms.engine import MindSporeEngine
+        from mindformers_ext.ms.trainer import DataParallel, MindSporeTrainer
 
-def engine_of(config: Mapping[str, Any]) -> str:
-    """The engine a configuration asks for: ``engine`` (``--engine``), else PyTorch on a GPU and MindSpore elsewhere.
-
-    Raises:
-        UserError: no such engine, or one that does not run on the configuration's device.
-    """
-    device = str((config.get("context") or {}).get("device_target", "Ascend"))
-    name = config.get("engine") or ("pt" if device == "GPU" else "ms")
-    if name not in ENGINES:
-        raise UserError(f"engine={name!r} is unknown: choose one of {', '.join(ENGINES)} (--engine)")
-    if name == "pt" and device not in ("GPU", "CPU"):
-        raise UserError(f"--engine pt with device_target {device}: PyTorch runs here on GPU and CPU (--device_target)")
-    if name == "ms" and device == "GPU":
-        raise UserError(
-            "--engine ms with device_target GPU: MindSpore has no kernels for today's GPUs; leave --engine "
-            "out, PyTorch runs there"
-        )
-    return str(name)
-
-
-def open_trainer(spec: NetworkSpec, train: TrainSpec, device: str, device_id: int = 0) -> Trainer:
-    """A trainer of the PyTorch engine in this process of the job (``torchrun`` starts several)."""
+        mindspore = MindSporeEngine()
+        mindspore.use(device)
+        group = DataParallel(mindspore.rank, mindspore.count)
+        return MindSporeTrainer(spec, train, group, fused=device.target != ASCEND)
     from mindformers_ext.pt.engine import PyTorchEngine
     from mindformers_ext.pt.sharded import open_ranks
     from mindformers_ext.pt.trainer import TorchTrainer
 
-    engine = PyTorchEngine()
-    ranks = open_ranks(spec.parallel, device)
-    engine.use(DeviceSpec(device, ranks.device_id(device_id)))
-    return TorchTrainer(spec, train, engine.device, ranks)
+    torch = PyTorchEngine()
+    ranks = open_ranks(spec.parallel, device.target)
+    torch.use(DeviceSpec(device.target, ranks.device_id(device.number)))
+    return TorchTrainer(spec, train, torch.device, ranks)
 
 
 def open_engine(name: str) -> Engine:
     """The engine called ``name``: "ms" is MindSpore, "pt" PyTorch. Importing it takes seconds; do it once."""
-    if name == "ms":
+    if name == MINDSPORE:
         from mindformers_ext.ms.engine import MindSporeEngine
 
         return MindSporeEngine()
-    if name == "pt":
+    if name == PYTORCH:
         from mindformers_ext.pt.engine import PyTorchEngine
 
         return PyTorchEngine()

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mindformers_ext.core.figures import StepFigures
 from mindformers_ext.core.spec import DeviceSpec, NetworkSpec
 
 
@@ -159,8 +160,16 @@ class Trainer(Protocol):
         """Moments and counters of a checkpoint."""
         ...
 
-    def step(self, columns: tuple[np.ndarray, ...]) -> Any:
-        """One update; what it measured has the fields of ``ms.step.StepOutput``."""
+    def step(self, columns: tuple[np.ndarray, ...]) -> StepFigures:
+        """One update from this rank's rows; all ranks return the same figures."""
+        ...
+
+    def values(self, ending: str) -> dict[str, np.ndarray]:
+        """The network's parameters (and buffers) whose name ends in ``ending``, in its order; after ``open``."""
+        ...
+
+    def set_values(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Replace such parameters by name."""
         ...
 
     def state(self, adapters: bool) -> Iterator[tuple[str, np.ndarray]]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mindformers_ext.core.config.run import PERPLEXITY, RunSpec
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.data.packing import check_ids
@@ -25,12 +26,11 @@ from mindformers_ext.data.tokenizers import Tokenizer, encode_glued, puts_blank
 from mindformers_ext.formats.atomic import fresh_file
 from mindformers_ext.jobs.checkpoint.source import read_config
 from mindformers_ext.jobs.engine.door import open_records, open_reference
-from mindformers_ext.jobs.predict.network import check_same_model, open_network, open_weights
+from mindformers_ext.jobs.predict.network import asked_weights, check_same_model, open_network
 from mindformers_ext.jobs.predict.predict import open_own_tokenizer
 from mindformers_ext.jobs.run.dataset import check_dataset, dataset_files
 
 RESULT = "eval.json"
-METRIC = "PerplexityMetric"
 TOKENS_AT_ONCE = 2048  # of all rows that a network sees together
 JSON, MINDRECORD = (".jsonl", ".json"), "mindrecord"
 Logits = Callable[[np.ndarray], np.ndarray]  # ids (B, S) -> (B, S, V)
@@ -62,7 +62,7 @@ class Perplexity:
 class Evaluation:
     """A checked job: the data as windows, and the networks that score it. Nothing is loaded yet but headers."""
 
-    config: Mapping[str, Any]
+    asked: RunSpec
     spec: NetworkSpec
     what: str
     stride: int
@@ -77,13 +77,9 @@ class Evaluation:
 
     def run(self) -> Perplexity:
         """Our network's perplexity."""
-        name = self.config.get("load_checkpoint")
-        strategies = self.config.get("src_strategy_path_or_dir")
-        weights = open_weights(Path(name), self.spec.model, Path(strategies) if strategies else None) if name else None
-        self.notes.append(
-            f"weights: {weights.what}" if weights else "no load_checkpoint: the network keeps its random weights"
-        )
-        network = open_network(self.config, self.spec, weights, self.window)
+        weights, note = asked_weights(self.asked, self.spec.model)
+        self.notes.append(note)
+        network = open_network(self.asked.engine, self.asked.device, self.spec, weights, self.window)
         return score(network.logits, self.windows(), self.window)
 
     def reference(self) -> Perplexity:
@@ -94,9 +90,9 @@ class Evaluation:
 
 
 def open_evaluation(
-    config: Mapping[str, Any], spec: NetworkSpec, stride: int | None = None, folder: Path | None = None
+    run: RunSpec, spec: NetworkSpec, stride: int | None = None, folder: Path | None = None
 ) -> Evaluation:
-    """The job of a checked configuration; the window is ``seq_length``.
+    """The job of a checked run; the window is ``seq_length``.
 
     Args:
         stride: tokens from one window of a text to the next; the default is the window, so that no token is context
@@ -108,28 +104,26 @@ def open_evaluation(
     """
     if folder is not None:
         check_same_model(spec.model, read_config(folder), folder)
-    loader = (config.get("eval_dataset") or {}).get("data_loader") or {}
-    name = loader.get("dataset_dir") or loader.get("dataset_files")
-    if isinstance(name, str) and Path(name).is_file() and MINDRECORD not in Path(name).name:
-        tokenizer = open_own_tokenizer(config, spec.model)[0]
-        return _of_text(config, spec, Path(name), tokenizer, spec.seq_length if stride is None else stride, folder)
+    named = run.data.named if run.data else ()
+    if len(named) == 1 and named[0].is_file() and MINDRECORD not in named[0].name:
+        tokenizer = open_own_tokenizer(run, spec.model)[0]
+        return _of_text(run, spec, named[0], tokenizer, spec.seq_length if stride is None else stride, folder)
     if stride is not None:
         raise UserError("--eval_stride belongs to text: a row of MindRecord is a window of its own; leave it out")
-    check_dataset(config, "eval_dataset", spec, "eval")
-    files = dataset_files(loader, "eval_dataset")
-    columns = tuple(config["eval_dataset"].get("input_columns") or ("input_ids",))
-    rows = loader.get("num_samples")
-    limit = rows if isinstance(rows, int) and rows > 0 else None
+    check_dataset(run, spec)
+    data = run.data
+    assert data is not None
+    files = dataset_files(data)
 
     def windows() -> Iterator[Window]:
-        return _row_windows(files, columns, spec.model, limit)
+        return _row_windows(files, data.columns, spec.model, data.limit)
 
     what = f"{', '.join(map(str, files[:3]))}{' ...' if len(files) > 3 else ''}"
-    return Evaluation(config, spec, f"rows of {what}", spec.seq_length, windows, folder)
+    return Evaluation(run, spec, f"rows of {what}", spec.seq_length, windows, folder)
 
 
 def _of_text(
-    config: Mapping[str, Any], spec: NetworkSpec, path: Path, tokenizer: Tokenizer, stride: int, folder: Path | None
+    run: RunSpec, spec: NetworkSpec, path: Path, tokenizer: Tokenizer, stride: int, folder: Path | None
 ) -> Evaluation:
     if not 1 <= stride <= spec.seq_length:
         raise UserError(
@@ -144,7 +138,7 @@ def _of_text(
 
     if next(windows(), None) is None:
         raise UserError(f"--eval_data {path} holds no token to predict: give a text of two tokens or more")
-    return Evaluation(config, spec, f"text of {path}", stride, windows, folder)
+    return Evaluation(run, spec, f"text of {path}", stride, windows, folder)
 
 
 def documents(path: Path, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
@@ -231,9 +225,9 @@ def _nats(logits: Logits, batch: list[Window], rows: int, length: int) -> float:
 
 def write_results(evaluation: Evaluation, ours: Perplexity, reference: Perplexity | None) -> Path:
     """Write eval.json into ``output_dir``: MindFormers' own result first, then how it was taken."""
-    path = Path(evaluation.config["output_dir"]) / RESULT
+    path = Path(evaluation.asked.output_dir) / RESULT
     content = {
-        METRIC: {"loss": ours.loss, "PPL": ours.perplexity},
+        PERPLEXITY: {"loss": ours.loss, "PPL": ours.perplexity},
         "data": evaluation.what,
         "window": evaluation.window,
         "stride": evaluation.stride,

@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mindformers_ext.core.byte_sizes import read_size
 from mindformers_ext.core.config.hf import model_spec_from_hf
 from mindformers_ext.core.config.keys import KEYS
+from mindformers_ext.core.config.run import ASCEND, RunSpec
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import DeviceSpec, ModelSpec, NetworkSpec
 from mindformers_ext.formats.rank_dirs import rank_folders
 from mindformers_ext.jobs.checkpoint.saved import checkpoint_file, holds_whole
 from mindformers_ext.jobs.checkpoint.source import CONFIG, Reader, described_layout, open_hf, open_ms, read_config
-from mindformers_ext.jobs.engine.door import engine_of, open_engine
+from mindformers_ext.jobs.engine.door import open_engine
 from mindformers_ext.jobs.engine.protocols import Network
 from mindformers_ext.weights.convert import plan_relayout, plan_to_mindspore
 from mindformers_ext.weights.layouts import Layout, resolve_layout
@@ -37,7 +37,6 @@ COMPARED = (
 )
 COMPARED_MOE = ("num_local_experts", "num_experts_per_tok")
 SUFFIXES = (".ckpt", ".safetensors")
-JIT_LEVELS = ("O0", "O1", "O2")
 MEMORY = Path("/proc/meminfo")
 
 
@@ -139,70 +138,38 @@ def check_same_model(spec: ModelSpec, config: Mapping[str, Any], where: Path) ->
     problems.raise_if_any()
 
 
-def open_network(config: Mapping[str, Any], spec: NetworkSpec, weights: Weights | None, length: int = 1) -> Network:
-    """The network on the configuration's device, with ``weights`` streamed in, or with random ones.
+def open_network(
+    engine: str, device: DeviceSpec, spec: NetworkSpec, weights: Weights | None, length: int = 1
+) -> Network:
+    """The network on ``device``, with ``weights`` streamed in, or with random ones.
 
     It drops no token, whatever the capacity in training was. ``length``: tokens per row of the network's own graph;
     generation does not run it, for it has graphs of its own, of the prompts' lengths.
     """
-    opened = open_engine(engine_of(config))
-    opened.use(device_of(config))
-    network = opened.build(dropless_spec(config, spec, length), empty=weights is not None)
+    opened = open_engine(engine)
+    opened.use(device)
+    network = opened.build(dropless_spec(spec, device, length), empty=weights is not None)
     if weights is not None:
         with closing(weights):
             network.fill(weights.plan.run(weights.reader))
     return network
 
 
-def device_of(config: Mapping[str, Any]) -> DeviceSpec:
-    """The device of a checked configuration.
-
-    Raises:
-        UserError: ``max_device_memory`` or ``jit_config`` of Ascend is not understood.
-    """
-    context = config.get("context") or {}
-    target = str(context.get("device_target", "Ascend"))
-    own = context if target == "Ascend" else {}
-    memory, jit = own.get("max_device_memory"), own.get("jit_config") or {}
-    level = jit.get("jit_level") if isinstance(jit, Mapping) else jit
-    if level not in (None, "", *JIT_LEVELS):
-        raise UserError(f"context.jit_config is {jit!r}: write jit_level: one of {', '.join(JIT_LEVELS)}")
-    if memory:  # MindSpore takes no other unit
-        memory = f"{read_size(str(memory), 'context.max_device_memory') / 1e9:.3f}".rstrip("0").rstrip(".") + "GB"
-    return DeviceSpec(
-        target,
-        int(context.get("device_id") or 0),
-        context.get("mode") in (1, "1", "PYNATIVE_MODE"),
-        bool(config.get("use_parallel")),
-        memory or None,
-        level or None,
-    )
-
-
-def dropless_spec(config: Mapping[str, Any], spec: NetworkSpec, length: int = 1) -> NetworkSpec:
+def dropless_spec(spec: NetworkSpec, device: DeviceSpec, length: int = 1) -> NetworkSpec:
     """``spec`` as prediction builds it: no token is dropped; grouped products where they are asked for and exist."""
     model = spec.model
     if model.moe:  # weights of either layout become dense ones (open_weights), which grouped experts take too
-        grouped = model.moe.use_gmm and (config.get("context") or {}).get("device_target", "Ascend") == "Ascend"
+        grouped = model.moe.use_gmm and device.target == ASCEND
         model = replace(model, moe=replace(model.moe, capacity_factor=0.0, use_gmm=grouped))
     return replace(spec, model=model, seq_length=length)
 
 
-def uses_cache(config: Mapping[str, Any]) -> bool:
-    """Whether keys and values are kept (``use_past``, which prediction takes for granted)."""
-    return config["model"]["model_config"].get("use_past", True) is not False
-
-
-def asked_batch(config: Mapping[str, Any]) -> int | None:
-    """``predict_batch_size``, None where it is left out.
-
-    Raises:
-        UserError: no whole number above 0.
-    """
-    batch = config.get("predict_batch_size")
-    if batch is not None and (not isinstance(batch, int) or isinstance(batch, bool) or batch < 1):
-        raise UserError(f"predict_batch_size={batch!r}: give a whole number above 0")
-    return batch
+def asked_weights(run: RunSpec, spec: ModelSpec) -> tuple[Weights | None, str]:
+    """What ``run`` loads, None where it names nothing; and a note about it."""
+    if not run.load:
+        return None, "no load_checkpoint: the network keeps its random weights"
+    weights = open_weights(Path(run.load), spec, run.strategies)
+    return weights, f"weights: {weights.what}"
 
 
 def check_memory(spec: NetworkSpec, rows: int, positions: int, available: int | None = None) -> int:

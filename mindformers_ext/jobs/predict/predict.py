@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from mindformers_ext.core.config.sampling import SamplingSpec, sampling_from_yaml
+from mindformers_ext.core.config.run import RunSpec
+from mindformers_ext.core.config.sampling import SamplingSpec
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.data.chat_template import ChatTemplate
@@ -19,7 +19,7 @@ from mindformers_ext.data.packing import check_ids
 from mindformers_ext.data.tokenizers import Tokenizer, open_tokenizer
 from mindformers_ext.formats.atomic import fresh_file
 from mindformers_ext.jobs.predict.generate import Answer, Generation, Timing, bucket
-from mindformers_ext.jobs.predict.network import asked_batch, check_memory, open_network, open_weights, uses_cache
+from mindformers_ext.jobs.predict.network import asked_weights, check_memory, open_network
 
 STANDARD_INPUT = "-"
 LONGEST_NAME = 256  # bytes of a file's name
@@ -52,7 +52,7 @@ class Written:
 class Predictor:
     """A checked job. ``notes`` are for the user; nothing has been loaded yet but the tokenizer and headers."""
 
-    config: Mapping[str, Any]
+    run: RunSpec
     spec: NetworkSpec
     tokenizer: Tokenizer
     template: ChatTemplate | None
@@ -72,21 +72,16 @@ class Predictor:
 
     def load(self) -> None:
         """Check the weights, build the network and stream them in."""
-        name = self.config.get("load_checkpoint")
-        strategies = self.config.get("src_strategy_path_or_dir")
-        weights = open_weights(Path(name), self.spec.model, Path(strategies) if strategies else None) if name else None
-        if self.config.get("auto_trans_ckpt"):
+        weights, note = asked_weights(self.run, self.spec.model)
+        if self.run.auto_transform:
             self.notes.append("auto_trans_ckpt is not needed here: every process reads its own part of any checkpoint")
-        self.notes.append(
-            f"weights: {weights.what}" if weights else "no load_checkpoint: the network keeps its random weights"
-        )
-        network = open_network(self.config, self.spec, weights)
-        cached = uses_cache(self.config)
-        if not cached:
+        self.notes.append(note)
+        network = open_network(self.run.engine, self.run.device, self.spec, weights)
+        if not self.run.cached:
             self.notes.append(
                 "use_past is False: the whole text is computed anew for every token; True gives the same answer sooner"
             )
-        self._generation = Generation(network, self.sampling, self.spec.seq_length, 1, cached)
+        self._generation = Generation(network, self.sampling, self.spec.seq_length, 1, self.run.cached)
 
     def prompts(self, texts: Sequence[str], history: Sequence[Mapping[str, str]] = ()) -> list[Prompt]:
         """Tokens of each text; with a chat template each is a user's message behind ``history``.
@@ -136,8 +131,7 @@ class Predictor:
             self.load()
         generation = self._generation
         assert generation is not None
-        wanted = self.config.get("predict_batch_size")
-        generation.batch_size = min(int(wanted), len(prompts)) if wanted else len(prompts)
+        generation.batch_size = min(self.run.rows or len(prompts), len(prompts))
         longest = max(min(self.spec.seq_length, self.sampling.longest(len(p.tokens))) for p in prompts)
         check_memory(self.spec, generation.batch_size, bucket(longest))
         asked = repr(([p.tokens for p in prompts], self.sampling, generation.batch_size, self.spec.seq_length))
@@ -198,24 +192,23 @@ def answer_text(tokenizer: Tokenizer, prompt: Sequence[int], answer: Sequence[in
     return tokenizer.decode([token for token in (*prompt, *answer) if token < size])[len(before) :]
 
 
-def open_predictor(config: Mapping[str, Any], spec: NetworkSpec, chat: bool = False) -> Predictor:
-    """The job of a checked configuration.
+def open_predictor(run: RunSpec, spec: NetworkSpec, chat: bool = False) -> Predictor:
+    """The job of a checked run.
 
     Raises:
-        UserError: wrong generation keys, no tokenizer, or one that does not fit the network or has no template.
+        UserError: no tokenizer, or one that does not fit the network or has no template.
     """
-    words = config["model"]["model_config"]
     model = spec.model
-    sampling = sampling_from_yaml(words, (model.eos_token_id, *model.more_eos_token_ids), int(config.get("seed") or 0))
-    tokenizer, path = open_own_tokenizer(config, model)
-    asked_batch(config)
+    assert run.sampling is not None
+    sampling = run.sampling.ended_by(model.eos_token_id, *model.more_eos_token_ids)
+    tokenizer, path = open_own_tokenizer(run, model)
     template = ChatTemplate(path if path.is_dir() else path.parent) if chat else None
-    return Predictor(config, spec, tokenizer, template, sampling)
+    return Predictor(run, spec, tokenizer, template, sampling)
 
 
-def open_own_tokenizer(config: Mapping[str, Any], model: ModelSpec) -> tuple[Tokenizer, Path]:
+def open_own_tokenizer(run: RunSpec, model: ModelSpec) -> tuple[Tokenizer, Path]:
     """The tokenizer of ``tokenizer_path``, whose pieces must all be rows of the embedding, and where it lies."""
-    path = tokenizer_path(config)
+    path = tokenizer_path(run)
     tokenizer = open_tokenizer(path)
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
@@ -225,11 +218,9 @@ def open_own_tokenizer(config: Mapping[str, Any], model: ModelSpec) -> tuple[Tok
     return tokenizer, path
 
 
-def tokenizer_path(config: Mapping[str, Any]) -> Path:
+def tokenizer_path(run: RunSpec) -> Path:
     """The configured tokenizer, or the one in the Hugging Face folder that the weights come from."""
-    section = (config.get("processor") or {}).get("tokenizer") or {}
-    name = section.get("vocab_file") or section.get("tokenizer_file")
-    folder = Path(config.get("load_checkpoint") or "")
+    name, folder = run.tokenizer, Path(run.load or "")
     if name and Path(name).exists():
         return Path(name)
     if any((folder / file).is_file() for file in ("tokenizer.model", "tokenizer.json")):
@@ -242,9 +233,8 @@ def tokenizer_path(config: Mapping[str, Any]) -> Path:
     )
 
 
-def read_prompts(given: Any) -> list[str]:
+def read_prompts(items: Sequence[str]) -> list[str]:
     """The prompts of ``--predict_data``: texts, one text file (a prompt a line), or - for standard input."""
-    items = [given] if isinstance(given, str) else [str(item) for item in given]
     if len(items) == 1 and items[0] == STANDARD_INPUT:
         return _lines(sys.stdin.read(), "standard input")
     if len(items) == 1 and len(items[0].encode()) < LONGEST_NAME and "\n" not in items[0]:
@@ -256,7 +246,7 @@ def read_prompts(given: Any) -> list[str]:
                 raise UserError(f"--predict_data {path} is not UTF-8 text: {error}") from error
         if path.suffix == ".txt" and " " not in items[0]:
             raise UserError(f"--predict_data {path} does not exist: give a text file, or the prompt itself")
-    return items
+    return list(items)
 
 
 def _lines(text: str, where: str) -> list[str]:
@@ -266,19 +256,19 @@ def _lines(text: str, where: str) -> list[str]:
     return lines
 
 
-def write_results(written: Sequence[Written], config: Mapping[str, Any], timing: Timing) -> Path:
+def write_results(written: Sequence[Written], run: RunSpec, timing: Timing) -> Path:
     """Write the answers: predictions.jsonl, sample.txt (texts with their prompts) and MindFormers' result file.
 
     The last line of predictions.jsonl holds the run's token counts and seconds. Returns its path.
     """
-    folder = Path(config["output_dir"])
+    folder = Path(run.output_dir)
     path = folder / ANSWERS
     summary = {"summary": asdict(timing) | {"tokens_per_second": timing.tokens_per_second}}
     lines = [json.dumps(line, ensure_ascii=False) for line in [*map(asdict, written), summary]]
     texts = [item.prompt + item.answer for item in written]
     contents = {path: "\n".join(lines) + "\n", folder / TEXTS: "".join(f"{text}\n" for text in texts)}
-    if config.get("save_file"):
-        contents[Path(config["save_file"])] = str([{"text_generation_text": [text]} for text in texts])
+    if run.save_file:
+        contents[Path(run.save_file)] = str([{"text_generation_text": [text]} for text in texts])
     for target, content in contents.items():
         with fresh_file(target, overwrite=True) as beside:
             beside.write_text(content, encoding="utf-8")

@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from collections.abc import Mapping
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 
+from mindformers_ext.core.config.run import DATA_OF, MINDRECORD, PYTORCH, DataSpec, RunSpec
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.jobs.engine.door import open_records
@@ -23,8 +22,8 @@ SAMPLE_FILES = 4
 _MINDRECORD = re.compile(r"mindrecord\d*$")
 
 
-def check_dataset(config: Mapping[str, Any], section: str, spec: NetworkSpec, mode: str, engine: str = "ms") -> None:
-    """Check the MindRecord files of ``section`` against the network.
+def check_dataset(run: RunSpec, spec: NetworkSpec) -> None:
+    """Check the MindRecord files that ``run`` reads against the network.
 
     Training rows hold seq_length + 1 tokens (the network predicts the next one), evaluation rows seq_length or
     seq_length + 1. The ids of the first 2000 rows of up to four files are read.
@@ -32,35 +31,30 @@ def check_dataset(config: Mapping[str, Any], section: str, spec: NetworkSpec, mo
     Raises:
         UserError: no file, too few rows, a missing column, another row length, or an id without an embedding.
     """
-    data = config.get(section)
-    if not data:
-        raise UserError(f"run_mode {mode} needs the section {section}: add it to the file")
-    loader = data.get("data_loader") or {}
-    if loader.get("type", "MindDataset") != "MindDataset":
+    data = run.data
+    if data is None:
+        raise UserError(f"run_mode {run.mode} needs the section {DATA_OF[run.mode]}: add it to the file")
+    if data.loader != MINDRECORD:
         return
-    files = dataset_files(loader, section)
-    columns = tuple(data.get("input_columns") or ("input_ids",))
+    files = dataset_files(data)
     rows = sum(row_count(path) for path in files)
-    limit = loader.get("num_samples")
-    rows = min(rows, limit) if isinstance(limit, int) and limit > 0 else rows
-    _check_count(config, rows, section, mode)
+    _check_count(run, data, rows if data.limit is None else min(rows, data.limit))
     for path in files[:SAMPLE_FILES]:
-        _check_rows(path, columns, spec, mode, engine)
+        _check_rows(path, data.columns, spec, run)
 
 
-def dataset_files(loader: Mapping[str, Any], section: str) -> list[Path]:
+def dataset_files(data: DataSpec) -> list[Path]:
     """The files that MindFormers would read.
 
     Raises:
         UserError: none is named, or a named one does not exist.
     """
+    section = data.section
     option = f"--{'train' if section.startswith('train') else 'eval'}_data"
-    name = loader.get("dataset_dir") or loader.get("dataset_files")
-    if not name:
+    if not data.named:
         raise UserError(f"{section}.data_loader names no data: give {option} FILE")
-    names = [Path(item) for item in (name if isinstance(name, (list, tuple)) else [name])]
     files = []
-    for path in names:
+    for path in data.named:
         if not path.exists():
             raise UserError(
                 f"the data set {path} ({section}.data_loader.dataset_dir) does not exist: give {option} FILE, or make "
@@ -85,30 +79,31 @@ def row_count(path: Path) -> int:
         raise UserError(f"the index {path.name}.db of {path} cannot be read ({error}): write the data again") from error
 
 
-def _check_count(config: Mapping[str, Any], rows: int, section: str, mode: str) -> None:
-    runner = config.get("runner_config") or {}
-    batch = int(runner.get("batch_size", 1)) * int(runner.get("gradient_accumulation_steps") or 1)
-    if mode == "eval":
-        batch = int(runner.get("batch_size", 1)) if (config[section] or {}).get("drop_remainder", True) else 1
+def _check_count(run: RunSpec, data: DataSpec, rows: int) -> None:
+    if run.mode == "eval":
+        batch = run.batch_size if data.drop_remainder else 1
+    else:
+        batch = run.batch_size * run.accumulation
     if rows < batch:
         raise UserError(
-            f"{section} holds {rows} rows, one step takes {batch} (batch_size x "
+            f"{data.section} holds {rows} rows, one step takes {batch} (batch_size x "
             "gradient_accumulation_steps): give more data or a smaller batch_size"
         )
 
 
-def _check_rows(path: Path, columns: tuple[str, ...], spec: NetworkSpec, mode: str, engine: str) -> None:
+def _check_rows(path: Path, columns: tuple[str, ...], spec: NetworkSpec, run: RunSpec) -> None:
     seq, vocab = spec.seq_length, spec.model.vocab_size
-    allowed = (seq, seq + 1) if mode == "eval" else (seq + 1,)
+    evaluates = run.mode == "eval"
+    allowed = (seq, seq + 1) if evaluates else (seq + 1,)
     problems = Problems(f"data set {path}")
     try:
-        sample = list(islice(open_records(plain=engine == "pt").read(path, columns), SAMPLE_ROWS))
+        sample = list(islice(open_records(plain=run.engine == PYTORCH).read(path, columns), SAMPLE_ROWS))
     except RuntimeError as error:
         line = " ".join(str(error).split())[:300]
         raise UserError(f"data set {path} cannot be read with the columns {', '.join(columns)}: {line}") from error
     lengths = sorted({len(row[columns[0]]) for row in sample})
     if any(length not in allowed for length in lengths):
-        wanted = f"{seq} or {seq + 1}" if mode == "eval" else f"{seq + 1} (seq_length + 1)"
+        wanted = f"{seq} or {seq + 1}" if evaluates else f"{seq + 1} (seq_length + 1)"
         problems.add(
             f"rows of {', '.join(map(str, lengths))} tokens, model_config.seq_length={seq} needs {wanted}",
             f"set model.model_config.seq_length to {lengths[-1] - 1}, or write the data for {seq}",

@@ -6,10 +6,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.core.figures import StepFigures
 from mindformers_ext.formats.atomic import write_text
 
 FOLDER = "metrics"
@@ -19,7 +20,8 @@ FOLDER = "metrics"
 class StepRecord:
     """Figures of one step. ``expert_load`` (L, E) counts assignments before dropping; ``dropped`` (L) is their share.
 
-    ``loss_scale`` is the scale the next step will use. Times are in seconds.
+    ``extra`` figures follow in the row under their own names; ``loss_scale`` is the scale the next step will use. Times
+    are in seconds.
     """
 
     step: int
@@ -36,6 +38,7 @@ class StepRecord:
     tokens_per_second: float
     dropped: list[float]
     expert_load: list[list[float]]
+    extra: dict[str, float] = field(default_factory=dict)
 
     @property
     def is_finite(self) -> bool:
@@ -44,8 +47,30 @@ class StepRecord:
 
     def line(self) -> str:
         """The record as one line of JSON; values that are not finite are written as null."""
-        row = {name: _finite(value) for name, value in asdict(self).items()}
+        row = {name: value for name, value in asdict(self).items() if name != "extra"} | self.extra
+        row = {name: _finite(value) for name, value in row.items()}
         return json.dumps(row) + "\n"
+
+
+def record_of(figures: StepFigures, step: int, per_epoch: int, seconds: float, tokens: int) -> StepRecord:
+    """The record of step ``step`` (from 1), which took ``seconds`` for ``tokens`` of this process."""
+    return StepRecord(
+        step=step,
+        epoch=(step - 1) // per_epoch + 1,
+        loss=figures.loss,
+        lm_loss=figures.lm_loss,
+        aux_loss=figures.aux_loss,
+        drop_rate=float(figures.dropped.mean()),
+        learning_rate=figures.learning_rate,
+        global_norm=figures.global_norm,
+        loss_scale=figures.loss_scale,
+        overflow=figures.overflow,
+        seconds=seconds,
+        tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
+        dropped=[float(share) for share in figures.dropped],
+        expert_load=figures.expert_load.astype(float).tolist(),
+        extra=dict(figures.extra),
+    )
 
 
 class MetricsFile:

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mindformers_ext.core.config.run import TRAINING
+from mindformers_ext.core.config.values import section_at
 from mindformers_ext.core.errors import Problems
 
 # Arguments of MindFormers 1.9.0's classes; a section whose ``type`` is not here is left to MindFormers.
@@ -45,7 +47,6 @@ CALLBACKS: dict[str, str] = {
         ("MoEDropRateCallback", "MoELoadMonitor"), "expert_num capacity_factor num_layers mtp_depth per_print_times"
     ),
 }
-TRAINING = ("train", "finetune")
 
 
 def check_sections(config: Mapping[str, Any], mode: str) -> None:
@@ -59,11 +60,7 @@ def check_sections(config: Mapping[str, Any], mode: str) -> None:
         problems.raise_if_any()
         return
     for path, kinds in ARGUMENTS.items():
-        section: Any = config
-        for step in path.split("."):
-            section = section.get(step) if isinstance(section, Mapping) else None
-        if isinstance(section, Mapping):
-            _check(path, section, kinds, problems)
+        _check(path, section_at(config, path), kinds, problems)
     for place, callback in enumerate(config.get("callbacks") or []):
         if not isinstance(callback, Mapping) or "type" not in callback:
             problems.add(f"callbacks.{place}={callback!r} has no type", "write '- type: MFLossMonitor'")

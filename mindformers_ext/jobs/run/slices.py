@@ -8,10 +8,11 @@ and every rank loads the one whole file.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from mindformers_ext.core.config.keys import SHARDED_MODES
+from mindformers_ext.core.config.run import RunSpec
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.formats.rank_dirs import checkpoint_files, rank_folders
@@ -21,30 +22,31 @@ from mindformers_ext.jobs.checkpoint.transform import LAST, TransformRequest, tr
 FOLDER = "transformed_checkpoint"  # below output_dir, as MindFormers
 
 
-def settle_slices(config: dict[str, Any], spec: NetworkSpec, suffix: str) -> tuple[list[str], TransformRequest | None]:
-    """Decide what every rank loads: notes, and what must be merged first (None: nothing). Changes ``config``.
+def settle_slices(run: RunSpec, spec: NetworkSpec) -> tuple[RunSpec, list[str], TransformRequest | None]:
+    """Decide what every rank loads of ``run.load``: the run that does so, notes, and what must be merged first (None:
+    nothing).
 
     Leaves alone what semi-auto parallel loads: MindFormers cuts that by the strategy it has compiled.
 
     Raises:
         UserError: slices without their strategy files, or a resume from slices.
     """
-    parallel, path = spec.parallel, Path(config["load_checkpoint"])
-    cuts = config.get("use_parallel") and parallel.parallel_mode in SHARDED_MODES
-    if cuts or (config.get("resume_training") and not config.get("auto_trans_ckpt")):
-        return [], None
+    assert run.load is not None
+    parallel, path, asked = spec.parallel, Path(run.load), run.auto_transform
+    cuts = run.use_parallel and parallel.parallel_mode in SHARDED_MODES
+    if cuts or (run.resume and not asked):
+        return run, [], None
     ranks = rank_folders(path) if path.is_dir() else {}
-    asked = bool(config.get("auto_trans_ckpt"))
-    config["auto_trans_ckpt"] = False
-    file = checkpoint_file(path, suffix)
+    run = replace(run, auto_transform=False)
+    file = checkpoint_file(path, run.suffix)
     if len(ranks) > 1 and file is not None and not holds_whole(file, spec.model):
-        return _merge(config, path, len(ranks), asked)
+        return _merge(run, path, len(ranks), asked)
     notes = [f"auto_trans_ckpt: {path} holds whole weights, which every device loads: nothing is transformed"] * asked
     missing = [rank for rank in range(parallel.device_num) if ranks and rank not in ranks]
-    if file is not None and missing and config.get("use_parallel") and not config.get("resume_training"):
-        config["load_checkpoint"] = str(file)
+    if file is not None and missing and run.use_parallel and not run.resume:
+        run = replace(run, load=str(file))
         notes.append(f"{path} was saved by {len(ranks)} processes, this run has {parallel.device_num}: all load {file}")
-    return notes, None
+    return run, notes, None
 
 
 def merge_slices(request: TransformRequest, spec: NetworkSpec) -> Path:
@@ -64,14 +66,13 @@ def merged_file(request: TransformRequest) -> Path:
     return request.dst_ckpt_dir / "rank_0" / f"{request.prefix}0.{request.output_format}"
 
 
-def _merge(config: dict[str, Any], path: Path, ranks: int, asked: bool) -> tuple[list[str], TransformRequest]:
-    if config.get("resume_training"):
+def _merge(run: RunSpec, path: Path, ranks: int, asked: bool) -> tuple[RunSpec, list[str], TransformRequest]:
+    if run.resume:
         raise UserError(
             f"cannot resume from {path}, which holds the slices of {ranks} ranks: resume with the devices "
             "that saved it, or merge it (tools/transform_ckpt.py) and start from its weights"
         )
-    strategies = config.get("src_strategy_path_or_dir")
-    if not asked or not strategies:
+    if not asked or not run.strategies:
         raise UserError(
             f"load_checkpoint {path} holds the slices of {ranks} ranks, and every device of this run holds the whole "
             "network: set auto_trans_ckpt: True and src_strategy_path_or_dir to the folder output/strategy of the run "
@@ -79,12 +80,12 @@ def _merge(config: dict[str, Any], path: Path, ranks: int, asked: bool) -> tuple
         )
     request = TransformRequest(
         src_ckpt_dir=path,
-        dst_ckpt_dir=Path(config["output_dir"]) / FOLDER / path.name,
-        src_strategy=Path(strategies),
+        dst_ckpt_dir=Path(run.output_dir) / FOLDER / path.name,
+        src_strategy=run.strategies,
         pick=LAST if any(len(checkpoint_files(folder)) > 1 for folder in rank_folders(path).values()) else None,
         output_format="ckpt",
         unlisted="copy",
         overwrite=True,
     )
-    config["load_checkpoint"], config["load_ckpt_format"] = str(merged_file(request)), "ckpt"
-    return [f"auto_trans_ckpt: the slices of {ranks} ranks in {path} are merged to {merged_file(request)}"], request
+    run = replace(run, load=str(merged_file(request)), load_format="ckpt")
+    return run, [f"auto_trans_ckpt: the slices of {ranks} ranks in {path} are merged to {run.load}"], request

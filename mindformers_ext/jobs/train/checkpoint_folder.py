@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of the PyTorch engine: the files of MindFormers' monitor, with the same names and tensors."""
+"""Checkpoints of our own loop: the files of MindFormers' monitor, with the same names and tensors."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from mindformers_ext.formats.dtypes import float_dtype
 from mindformers_ext.formats.ms_ckpt import CkptFile, CkptWriter
 from mindformers_ext.formats.safetensors_file import SafetensorsFile, SafetensorsFileWriter
 from mindformers_ext.formats.tensors import TensorInfo
-from mindformers_ext.jobs.checkpoint.saved import last_whole, note_size, saved_in
+from mindformers_ext.jobs.checkpoint.saved import note_size, saved_in
+from mindformers_ext.jobs.run.keep import WEIGHTS, is_finite, last_good, surplus
+from mindformers_ext.jobs.train.hooks import PREFIX
 
 TRAINED = ("adam_m.", "adam_v.")  # moments
 COUNTERS = ("scale_sense", "global_step", "current_iterator_step", "last_overflow_iterator_step")
-WEIGHTS = ("model.", "lm_head.")
 State = Iterable[tuple[str, np.ndarray]]
 
 
@@ -68,16 +69,9 @@ class CheckpointFolder:
         """A step was good: remove the oldest files above the plan's number, never the newest."""
         if self.pending is None:
             return
-        self.pending = None
-        files = [saved.path for saved in saved_in(self.folder, self.plan.suffix)]
-        files.sort(key=lambda path: path.stat().st_mtime)
-        for path in files[: max(0, len(files) - self.plan.keep)] if self.plan.keep else ():
+        newest, self.pending = self.pending, None
+        for path in surplus((saved.path for saved in saved_in(self.folder, self.plan.suffix)), self.plan.keep, newest):
             path.unlink()
-
-    def last_good(self) -> str:
-        """The newest whole file, as a sentence."""
-        found = last_whole(self.folder, self.plan.suffix)
-        return f"The last good checkpoint is {found.path} (step {found.label})." if found else "No checkpoint exists."
 
 
 def _checked(state: State, step: int, folder: CheckpointFolder) -> Iterator[tuple[str, np.ndarray]]:
@@ -85,11 +79,10 @@ def _checked(state: State, step: int, folder: CheckpointFolder) -> Iterator[tupl
     for name, array in state:
         if array.dtype == np.uint16:  # an engine's bfloat16
             array = array.view(float_dtype("bf16"))
-        # one sum tells: float64 holds any sum of float32 values, so it is finite exactly when all of them are
-        if name.startswith(WEIGHTS) and not np.isfinite(np.sum(array, dtype=np.float64)):
+        if name.startswith(WEIGHTS) and not is_finite(array):
             raise UserError(
                 f"step {step}: the weight {name} is not finite, nothing was saved and training stops. "
-                f"{folder.last_good()} Lower the learning rate or warm up longer."
+                f"{last_good(folder.folder, folder.plan.suffix)} Lower the learning rate or warm up longer."
             )
         yield name, array
 
@@ -133,6 +126,11 @@ class Resumed:
     def state(self) -> dict[str, np.ndarray]:
         """Moments and counters."""
         names = [n for n in self._reader.infos if n.startswith(TRAINED) or n in COUNTERS]
+        return {name: np.asarray(self._reader.read(name)) for name in names}
+
+    def hooks(self) -> dict[str, np.ndarray]:
+        """The own state of the run's hooks."""
+        names = [name for name in self._reader.infos if name.startswith(PREFIX)]
         return {name: np.asarray(self._reader.read(name)) for name in names}
 
     def close(self) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from mindformers_ext.core.config.run import DataSpec, data_spec_from_yaml
+from mindformers_ext.core.config.train import TRAINERS
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.data.row_order import RowOrder
 from mindformers_ext.formats.mindrecord_file import MindRecordFile
@@ -19,6 +21,21 @@ LOADERS = (None, "MindDataset")
 SHUFFLES = (None, True, False, "global")
 
 
+class BatchSource(Protocol):
+    """Where a run's rows come from; ``rows`` of a step of all processes, ``per_epoch`` steps of one pass."""
+
+    rows: int
+    per_epoch: int
+
+    def batch(self, step: int, part: slice) -> tuple[np.ndarray, ...]:
+        """Columns (rows, width) int32 of step ``step`` (from 0) of the run; ``part`` chooses among its rows."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the files."""
+        ...
+
+
 class TokenData:
     """Batches of token rows in MindSpore's order.
 
@@ -26,25 +43,32 @@ class TokenData:
         config: the YAML's content.
         section: ``train_dataset`` or ``eval_dataset``.
         rows: rows of one step, of all processes together.
+        shards: processes that MindRecord deals the rows out to, one by one: process r has r, r + shards, ... of an
+            epoch's order, and the first rows again where they do not come out even.
+        engine: whose words an error uses.
 
     Raises:
         UserError: keys that are not built, no data, too few rows, or rows of another length than ``width``.
     """
 
-    def __init__(self, config: Mapping[str, Any], section: str, rows: int) -> None:
+    def __init__(self, config: Mapping[str, Any], section: str, rows: int, shards: int = 1, engine: str = "pt") -> None:
         words = config.get(section) or {}
         loader = words.get("data_loader") or {}
-        _check(words, loader, section)
+        _check(words, loader, section, TRAINERS[engine])
         self.columns = tuple(words.get("input_columns") or ("input_ids",))
-        self.files = [MindRecordFile(path) for path in dataset_files(loader, section)]
+        data = data_spec_from_yaml(config, section) or DataSpec(section=section)
+        self.files = [MindRecordFile(path) for path in dataset_files(data)]
         self._ends = list(accumulate(len(file) for file in self.files))
-        limit = loader.get("num_samples")
-        self.total = min(self._ends[-1], limit) if isinstance(limit, int) and limit > 0 else self._ends[-1]
+        held, limit = self._ends[-1], loader.get("num_samples")
+        each = -(-held // shards)
+        if isinstance(limit, int) and limit > 0:  # shuffled first, then cut
+            each = min(each, limit // shards)
+        self.total = min(held, each * shards)
         training = section == "train_dataset"
         shuffles, seed = loader.get("shuffle", training), int(words.get("seed") or config.get("seed") or 0)
-        self.order = RowOrder(self.total, training if shuffles is None else bool(shuffles), seed)
-        self.rows = rows
-        self.per_epoch = self.total // rows
+        self.order = RowOrder(held, training if shuffles is None else bool(shuffles), seed)
+        self.rows, self.shards = rows, shards
+        self.per_epoch = each // (rows // shards)
         if training and not self.per_epoch:
             raise UserError(
                 f"{section} holds {self.total} rows, one step takes {rows}: give more data or a smaller batch_size"
@@ -53,7 +77,9 @@ class TokenData:
     def batch(self, step: int, part: slice) -> tuple[np.ndarray, ...]:
         """Columns (rows, width) int32 of step ``step`` (from 0) of the run; ``part`` chooses among its rows."""
         epoch, place = divmod(step, self.per_epoch)
-        return self.read(self.order.epoch(epoch)[place * self.rows : (place + 1) * self.rows][part])
+        numbers = np.arange(place * self.rows, (place + 1) * self.rows) % self._ends[-1]
+        by_process = numbers.reshape(-1, self.shards).T.reshape(-1)
+        return self.read(self.order.epoch(epoch)[by_process][part])
 
     def read(self, rows: np.ndarray) -> tuple[np.ndarray, ...]:
         """Columns (rows, width) int32 of the rows with these numbers, of all files one after the other."""
@@ -72,26 +98,22 @@ class TokenData:
             file.close()
 
 
-def _check(words: Mapping[str, Any], loader: Mapping[str, Any], section: str) -> None:
+def _check(words: Mapping[str, Any], loader: Mapping[str, Any], section: str, trainer: str) -> None:
     problems = Problems(section)
     if loader.get("type") not in LOADERS:
         problems.add(
-            f"data_loader.type={loader.get('type')!r}: the PyTorch engine reads MindRecord files",
+            f"data_loader.type={loader.get('type')!r}: {trainer} reads MindRecord files",
             "set MindDataset and give the files of llama_preprocess.py",
         )
     if tuple(words.get("input_columns") or ("input_ids",)) not in COLUMNS:
         problems.add(f"input_columns={words['input_columns']!r}", "give ['input_ids'] or ['input_ids', 'labels']")
     if words.get("repeat") not in (None, 1):
-        problems.add(f"repeat={words['repeat']!r} is not built in the PyTorch engine", "raise runner_config.epochs")
+        problems.add(f"repeat={words['repeat']!r} is not built in {trainer}", "raise runner_config.epochs")
     if section == "train_dataset" and words.get("drop_remainder", True) is False:
-        problems.add(
-            "drop_remainder=False: every step of the PyTorch engine has the same number of rows", "set it to True"
-        )
+        problems.add(f"drop_remainder=False: every step of {trainer} has the same number of rows", "set it to True")
     if loader.get("shuffle") not in SHUFFLES:
-        problems.add(
-            f"data_loader.shuffle={loader['shuffle']!r} is not built in the PyTorch engine", "set True or False"
-        )
+        problems.add(f"data_loader.shuffle={loader['shuffle']!r} is not built in {trainer}", "set True or False")
     for name in ("eod_reset", "dynamic_batch"):
         if words.get(name):
-            problems.add(f"{name}={words[name]!r} is not built in the PyTorch engine", "set it to False")
+            problems.add(f"{name}={words[name]!r} is not built in {trainer}", "set it to False")
     problems.raise_if_any()

@@ -16,6 +16,8 @@ fast as rows on the left while an expert has less than a hundred tokens, and nev
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import mindspore as ms
 import mindspore.ops.operations as P
 import numpy as np
@@ -23,42 +25,58 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 from mindspore.ops.auto_generate import TensorToScalar, select_ext_view_op
 
-from mindformers_ext.ms.moe.grouped import GroupedMoE
-from mindformers_ext.ms.moe.layer import MoE, WeightedRows
-from mindformers_ext.ms.moe.router import ExpertOrder
+from mindformers_ext.ms.feed_forward import FeedForwardOutput
+from mindformers_ext.ms.moe.experts import Experts
+from mindformers_ext.ms.moe.gate import Gate
+from mindformers_ext.ms.moe.order import ExpertOrder
+from mindformers_ext.ms.moe.rows import WeightedRows
 
 EVERY_EXPERT_UP_TO = 32  # tokens; above it the products computed in vain outweigh the sorting
 COPY_COST = 3  # reading, writing and reading again a weight that is copied
 
 
-def dropless(moe: MoE, tokens: int) -> nn.Cell:
+class Mixture(Protocol):
+    """What is read of a trained ``MoE``: its gate, its experts, how many there are and a token has, whether slots
+    are sorted."""
+
+    router: Gate
+    ffn: Experts
+    experts: int
+    chosen: int
+    is_sorted: bool
+
+    def __call__(self, x_TD: Tensor) -> FeedForwardOutput:
+        """Rows (T, D)."""
+
+
+def dropless(moe: Mixture, tokens: int) -> nn.Cell:
     """The cheapest of the forms for graphs of ``tokens`` rows; see ``SlicedExperts`` for inputs and output."""
-    experts, chosen = moe.router.experts, moe.router.router.chosen
-    if tokens == 1 and COPY_COST * chosen <= experts:
+    if tokens == 1 and COPY_COST * moe.chosen <= moe.experts:
         return ChosenExperts(moe)
     if tokens <= EVERY_EXPERT_UP_TO:
         return EveryExpert(moe)
-    return SortedRows(moe) if isinstance(moe, GroupedMoE) else SlicedExperts(moe)
+    return SortedRows(moe) if moe.is_sorted else SlicedExperts(moe)
 
 
 class _Routed(nn.Cell):
     """Routing and weights of a trained ``MoE``, whose parameters keep their names."""
 
-    def __init__(self, moe: MoE) -> None:
+    def __init__(self, moe: Mixture) -> None:
         super().__init__(auto_prefix=False)
-        self.gate, self.router, self.ffn = moe.router.dense, moe.router.router, moe.ffn
-        self.experts, self.chosen = moe.router.experts, moe.router.router.chosen
+        self.router, self.ffn = moe.router, moe.ffn
+        self.experts, self.chosen = moe.experts, moe.chosen
 
     def _choose(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and experts (T, K) of each token."""
-        gate_GTK, index_GTK = self.router.choose(ops.expand_dims(self.gate(x_TD), 0))
-        return ops.squeeze(gate_GTK, 0), ops.cast(ops.squeeze(index_GTK, 0), ms.int32)
+        scores_GTS = ops.expand_dims(self.router.scores(x_TD), 0)
+        expert_GTK, weight_GTK, _ = self.router.choose(scores_GTS, self.router.bias())
+        return ops.squeeze(weight_GTK, 0), ops.cast(ops.squeeze(expert_GTK, 0), ms.int32)
 
 
 class ChosenExperts(_Routed):
     """As ``SlicedExperts``, for one token."""
 
-    def __init__(self, moe: MoE) -> None:
+    def __init__(self, moe: Mixture) -> None:
         super().__init__(moe)
         self.gather, self.batched_nt, self.product = P.Gather(), P.BatchMatMul(transpose_b=True), P.MatMul()
 
@@ -80,7 +98,7 @@ class ChosenExperts(_Routed):
 class EveryExpert(_Routed):
     """As ``SlicedExperts``."""
 
-    def __init__(self, moe: MoE) -> None:
+    def __init__(self, moe: Mixture) -> None:
         super().__init__(moe)
         self.expert_E = Tensor(np.arange(self.experts, dtype=np.int32)[None, None])
         self.batched, self.transpose = P.BatchMatMul(), P.Transpose()
@@ -102,7 +120,7 @@ class EveryExpert(_Routed):
 class SortedRows(nn.Cell):
     """As ``SlicedExperts``."""
 
-    def __init__(self, moe: GroupedMoE) -> None:
+    def __init__(self, moe: Mixture) -> None:
         super().__init__(auto_prefix=False)
         self.moe = moe
 
@@ -118,7 +136,7 @@ class SlicedExperts(_Routed):
     other forms, where rows cannot disturb each other, let it through). Output (T, D).
     """
 
-    def __init__(self, moe: MoE) -> None:
+    def __init__(self, moe: Mixture) -> None:
         super().__init__(moe)
         self.order = ExpertOrder(self.experts + 1)  # padding goes to one behind the last, which computes nothing
         self.weighted_rows = WeightedRows(self.chosen)

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SwiGLU experts on slots: one batched matrix product over all experts."""
+"""SwiGLU experts: w2(silu(w1 x) * w3 x) of every slot (Mixtral of Experts, section 2.1).
+
+``SlotExperts`` multiplies equal numbers of slots in one batched product over all experts; ``SortedExperts`` unequal
+ones in one grouped product (MegaBlocks, Gale et al. 2022, section 4). Their parameters are the same.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import mindspore.ops.operations as P
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
-from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.core.spec import MoESpec, NetworkSpec
 from mindformers_ext.ms.ops.dtypes import mindspore_dtype
 from mindformers_ext.ms.ops.select import Operators
 from mindformers_ext.ms.strategies import Shards
@@ -29,18 +33,26 @@ class ExpertLinear(nn.Cell):
         return self.product(x_ECD, ops.cast(self.weight, x_ECD.dtype))
 
 
-class CapacityExperts(nn.Cell):
-    """w2(silu(w1 x) * w3 x) for every slot (Mixtral of Experts, section 2.1). Input and output (G, E, C, D)."""
+class Experts(nn.Cell):
+    """The weights w1, w3 (E, M, D) and w2 (E, D, M), M the width of an expert."""
 
-    def __init__(self, spec: NetworkSpec, operators: Operators) -> None:
+    def __init__(self, spec: NetworkSpec, moe: MoESpec, operators: Operators) -> None:
         super().__init__()
         model, shards = spec.model, Shards(spec)
-        experts, hidden, ffn = model.routing.num_local_experts, model.hidden_size, model.intermediate_size
+        experts, hidden, width = moe.num_local_experts, model.hidden_size, moe.intermediate_size or model.expert_size
         std, param_dtype = model.initializer_range, mindspore_dtype(spec.numerics.param_dtype)
-        self.w1 = ExpertLinear(experts, hidden, ffn, std, param_dtype, shards, "expert in")
-        self.w2 = ExpertLinear(experts, ffn, hidden, std, param_dtype, shards, "expert out")
-        self.w3 = ExpertLinear(experts, hidden, ffn, std, param_dtype, shards, "expert in")
+        self.w1 = ExpertLinear(experts, hidden, width, std, param_dtype, shards, "expert in")
+        self.w2 = ExpertLinear(experts, width, hidden, std, param_dtype, shards, "expert out")
+        self.w3 = ExpertLinear(experts, hidden, width, std, param_dtype, shards, "expert in")
         self.swiglu = shards.local(operators.build(operators.swiglu), "expert")
+
+
+class SlotExperts(Experts):
+    """Input and output (G, E, C, D); the report is not looked at."""
+
+    def __init__(self, spec: NetworkSpec, moe: MoESpec, operators: Operators) -> None:
+        super().__init__(spec, moe, operators)
+        shards = Shards(spec)
         self.transpose = P.Transpose()
         self.exchanges = shards.active
         self.box = (shards.outer, shards.ep, spec.parallel.groups // shards.dp)
@@ -61,7 +73,7 @@ class CapacityExperts(nn.Cell):
         y = self.from_experts(ops.reshape(y_ECD, (E, outer, mp, ep, C, D)), (1, 3, 2, 0, 4, 5))
         return ops.reshape(y, x_GECD.shape)
 
-    def construct(self, x_GECD: Tensor) -> Tensor:
+    def construct(self, x_GECD: Tensor, report_GE: Tensor) -> Tensor:
         if self.exchanges:
             return self._exchanged(x_GECD)
         G, E, C, D = x_GECD.shape
@@ -75,3 +87,40 @@ class CapacityExperts(nn.Cell):
         """(G, E, C, D) -> (E, G*C, D)."""
         x_EGCD = self.transpose(x_GECD, (1, 0, 2, 3))
         return ops.reshape(x_EGCD, (x_EGCD.shape[0], -1, x_EGCD.shape[3]))
+
+
+class SortedExperts(Experts):
+    """Input and output: rows (G, 1, kN, D) sorted by expert; the report (G, E + 1) says how many each has.
+
+    Raises:
+        ValueError: several routing groups on one device.
+    """
+
+    def __init__(self, spec: NetworkSpec, moe: MoESpec, operators: Operators) -> None:
+        super().__init__(spec, moe, operators)
+        shards, groups = Shards(spec), spec.parallel.groups
+        if groups > 1 and not shards.active:
+            raise ValueError(f"grouped experts sort the tokens of one device: one routing group, not {groups}")
+        self.grouped = shards.local(GroupedProducts(operators, moe.num_local_experts), "grouped experts")
+
+    def construct(self, x_GETD: Tensor, report_GE: Tensor) -> Tensor:
+        return self.grouped(x_GETD, report_GE, self.w1.weight, self.w3.weight, self.w2.weight)
+
+
+class GroupedProducts(nn.Cell):
+    """Each row by the weights of its expert. Inputs: rows (1, 1, kN, D), report (1, E + 1), w1, w3 and w2."""
+
+    def __init__(self, operators: Operators, experts: int) -> None:
+        super().__init__()
+        self.product = operators.build(operators.grouped_product, experts)
+        self.swiglu = operators.build(operators.swiglu)
+        self.sum_up = P.CumSum()
+
+    def construct(self, x_GETD: Tensor, report_GE: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+        kind = x_GETD.dtype
+        x_TD = ops.reshape(x_GETD, (-1, x_GETD.shape[3]))
+        count_E = ops.cast(ops.reshape(report_GE[:, :-1], (-1,)), ms.int32)
+        end_E = ops.cast(self.sum_up(count_E, 0), ms.int64)
+        gate, up = self.product(x_TD, ops.cast(w1, kind), end_E), self.product(x_TD, ops.cast(w3, kind), end_E)
+        y_TD = self.product(self.swiglu(gate, up), ops.cast(w2, kind), end_E)
+        return ops.reshape(y_TD, x_GETD.shape)

@@ -107,7 +107,11 @@ class FlashAttentionOp(nn.Cell):
 
 
 class TopKRouterSlots(nn.Cell):
-    """As ``ms.moe.router.SortedSlots``, by TopKRouter, which fills the slots in one kernel."""
+    """Slots of a fixed capacity by TopKRouter, in one kernel; see ``ms.moe.slots.CapacitySlots``.
+
+    Inputs: experts (G, N, K) int32, slots per expert C. Outputs: dispatch (G, E, C); combine (G, N, K), which is
+    expert * (1 + C) + 1 + position, position part 0 where dropped; assignment (G, E, C).
+    """
 
     def __init__(self, experts: int, chosen: int, sequence_order: bool) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.core.spec import MoESpec, NetworkSpec
 from mindformers_ext.pt.ops.dtypes import torch_dtype
 from mindformers_ext.pt.ops.gathered import gathered_experts
 from mindformers_ext.pt.ops.grouped import Backend, grouped_product
@@ -23,11 +23,11 @@ class Experts(nn.Module):
     are undefined.
     """
 
-    def __init__(self, spec: NetworkSpec, local_experts: int | None = None) -> None:
+    def __init__(self, spec: NetworkSpec, moe: MoESpec) -> None:
         super().__init__()
         model, dtype = spec.model, torch_dtype(spec.numerics.param_dtype)
-        experts = local_experts or model.routing.num_local_experts
-        hidden, ffn = model.hidden_size, model.intermediate_size
+        experts, hidden = moe.num_local_experts, model.hidden_size
+        ffn = moe.intermediate_size or model.intermediate_size
         self.gate_up = nn.Parameter(torch.empty(experts, 2 * ffn, hidden, dtype=dtype))
         self.down = nn.Parameter(torch.empty(experts, hidden, ffn, dtype=dtype))
         self.std, self.hidden, self.ffn = model.initializer_range, hidden, ffn
@@ -39,14 +39,18 @@ class Experts(nn.Module):
         nn.init.normal_(self.gate_up, std=self.std)
         nn.init.normal_(self.down, std=self.std)
 
+    def selected(self, tokens: int | None, dtype: torch.dtype, device: torch.device) -> Backend:
+        """The back end for so many tokens, all of them here; None for rows that came sorted from other ranks."""
+        return self.backend or select_backend(device, dtype, self.hidden, self.ffn, tokens)
+
     def forward(self, x: Tensor, offs_E: Tensor, backend: Backend | None = None) -> Tensor:
-        backend = backend or self.backend or select_backend(x.device, x.dtype, self.hidden, self.ffn)
+        backend = backend or self.selected(None, x.dtype, x.device)
         both = grouped_product(x, self.gate_up.to(x.dtype), offs_E, backend)
         return grouped_product(swiglu(both), self.down.to(x.dtype), offs_E, backend)
 
     def of_tokens(self, x_TD: Tensor, weight_TK: Tensor, place: Sorted) -> Tensor:
         """The weighted sum (T, D) of each token's experts, all of which are here."""
-        backend = self.backend or select_backend(x_TD.device, x_TD.dtype, self.hidden, self.ffn, x_TD.shape[0])
+        backend = self.selected(x_TD.shape[0], x_TD.dtype, x_TD.device)
         if not backend.gathers:
             return combine(self(dispatch(x_TD, place), place.offs_E, backend), weight_TK, place)
         kind = x_TD.dtype

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -17,7 +18,7 @@ FINETUNE = "tests/cli/run/test_finetune.py, with its own records and tokenizer"
 RUN_ELSEWHERE = {
     "bash scripts/setup_env.sh": "scripts/test.sh, before the suite",
     "source .venv/bin/activate": "every command of this test has the environment's PATH",
-    "bash scripts/quickstart.sh": "tests/cli/run/test_quickstart.py, and the shorter run below",
+    "bash scripts/quickstart.sh": "tests/cli/conftest.py, shortened",
     "bash scripts/test.sh": "the suite",
     "python tools/bench/moe_layer.py": "tests/cli/docs/test_bench.py, with fewer rounds",
     "python tools/bench/train_step.py": "tests/cli/docs/test_bench.py, with fewer rounds",
@@ -67,8 +68,8 @@ def test_every_named_file_exists(repo_root: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_commands_run_in_their_order(repo_root: Path, tmp_path: Path) -> None:
-    """In a folder whose ``output`` is the test's own: a short quickstart, then the README's commands as written."""
+def test_the_commands_run_in_their_order(repo_root: Path, tmp_path: Path, quickstart: tuple[Path, str]) -> None:
+    """In a folder whose ``output`` holds a short quickstart's: the README's commands as written."""
     for name in os.listdir(repo_root):
         if name not in ("output", ".git"):
             (tmp_path / name).symlink_to(repo_root / name)
@@ -86,8 +87,7 @@ def test_the_commands_run_in_their_order(repo_root: Path, tmp_path: Path) -> Non
         )
         assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
 
-    quickstart = f"bash {repo_root}/scripts/quickstart.sh --steps 20 --max_bytes 500000 --max_loss_ratio 1.0"
-    run(f"{quickstart} --output {tmp_path}/output/quickstart")
+    shutil.copytree(quickstart[0], tmp_path / "output" / "quickstart")
     for command in commands((repo_root / "README.md").read_text("utf-8")):
         if command not in RUN_ELSEWHERE:
             run(command)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``tools/dryrun.py``: research/'s files compile for their clusters, and hold and send what the arithmetic says.
 
-One or two layers per pipeline stage, and every rank of the cluster: each compiles its own graph, with its own groups,
-slices and neighbours.
+One or two layers per pipeline stage. Compiled are the first and last rank of every stage and one more that the commit
+chooses, or with ``--all-ranks`` every rank of the cluster: each compiles its own graph, with its own groups, slices and
+neighbours. Those of one stage agree in everything but who is in their groups, and that is arithmetic.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import re
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from mindformers_ext.cli.transform_ckpt import main as transform
 from mindformers_ext.core.cluster.memory import stage_memory
 from mindformers_ext.core.cluster.placement import WIDTH, placed_parameters
 from mindformers_ext.core.cluster.split_cost import expert_exchange, layer_sent
+from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.config.lora import LORA_A, LORA_B
+from mindformers_ext.core.config.overrides import apply_overrides
 from mindformers_ext.core.stages import stage_messages
 from mindformers_ext.formats.ms_file import open_checkpoint
 from mindformers_ext.jobs.dryrun.facts import RankFacts
-from mindformers_ext.jobs.dryrun.plan import asked_ranks
 from mindformers_ext.jobs.dryrun.ranks import GRAPHS
-from tests.helpers.dryrun import RESEARCH, DryRun, dry_run
+from tests.helpers.dryrun import PIPELINE, RESEARCH, DryRun, alike, chosen_ranks, dry_run, members, small
 from tests.helpers.sliced import same, write_file
 from tests.helpers.tiny_run import ROOT, environment
 
@@ -45,19 +47,20 @@ INTERLEAVED = {
     "expert_parallel": 4,
     "use_seq_parallel": True,
 }
-# name: file, devices, ranks, stages, and what of parallel_config differs from the file
-JOBS: dict[str, tuple[str, int, str, int, dict[str, Any]]] = {
-    "seed": (SEED, 16, "all", 2, {}),
-    "r17": (SEED, 16, "all", 2, R17),
-    "32k": ("mixtral_8x7b/pretrain_mixtral-8x7b_32k.yaml", 16, "all", 2, {}),
-    "finetune": ("mixtral_8x7b/finetune_mixtral-8x7b.yaml", 16, "all", 2, {}),
-    "lora": ("mixtral_8x7b/finetune_lora_mixtral-8x7b.yaml", 16, "all", 2, {}),
-    "interleave": (SEED, 16, "all", 2, INTERLEAVED),
-    "8x22b": ("mixtral_8x22b/pretrain_mixtral-8x22b.yaml", 64, "all", 8, {}),
-    "8x22b 32k": ("mixtral_8x22b/pretrain_mixtral-8x22b_32k.yaml", 64, "all", 8, {}),
-    "8x22b finetune": ("mixtral_8x22b/finetune_mixtral-8x22b.yaml", 64, "all", 8, {}),
-    "8x22b lora": ("mixtral_8x22b/finetune_lora_mixtral-8x22b.yaml", 16, "all", 2, {}),
+# name: file, devices, stages, and what of parallel_config differs from the file
+JOBS: dict[str, tuple[str, int, int, dict[str, Any]]] = {
+    "seed": (SEED, 16, 2, {}),
+    "r17": (SEED, 16, 2, R17),
+    "32k": ("mixtral_8x7b/pretrain_mixtral-8x7b_32k.yaml", 16, 2, {}),
+    "finetune": ("mixtral_8x7b/finetune_mixtral-8x7b.yaml", 16, 2, {}),
+    "lora": ("mixtral_8x7b/finetune_lora_mixtral-8x7b.yaml", 16, 2, {}),
+    "interleave": (SEED, 16, 2, INTERLEAVED),
+    "8x22b": ("mixtral_8x22b/pretrain_mixtral-8x22b.yaml", 64, 8, {}),
+    "8x22b 32k": ("mixtral_8x22b/pretrain_mixtral-8x22b_32k.yaml", 64, 8, {}),
+    "8x22b finetune": ("mixtral_8x22b/finetune_mixtral-8x22b.yaml", 64, 8, {}),
+    "8x22b lora": ("mixtral_8x22b/finetune_lora_mixtral-8x22b.yaml", 16, 2, {}),
 }
+TWINS = {"8x22b 32k": "32k", "8x22b finetune": "finetune", "8x22b lora": "lora"}  # as small as here but one job
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +70,13 @@ def seed(tmp_path_factory: pytest.TempPathFactory) -> DryRun:
 
 
 @pytest.fixture(scope="module", params=JOBS)
-def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DryRun:
+def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, commit: str | None) -> DryRun:
     """The other files and splits, one after the other."""
-    name, devices, ranks, stages, changes = JOBS[request.param]
-    run = dry_run(tmp_path_factory.mktemp("job") / "out", name, devices, ranks, stages, **changes)
-    assert [facts.rank for facts in run.facts()] == list(asked_ranks(ranks, devices, stages)), run.text
+    name, devices, stages, changes = JOBS[request.param]
+    ranks = chosen_ranks(devices, stages, commit, twin=request.param in TWINS)
+    asked = ",".join(map(str, ranks))
+    run = dry_run(tmp_path_factory.mktemp("job") / "out", name, devices, asked, stages, **changes)
+    assert tuple(facts.rank for facts in run.facts()) == ranks, run.text
     return run
 
 
@@ -89,6 +94,17 @@ def held_as_counted(run: DryRun, facts: RankFacts) -> None:
         memory.gradients,
         memory.optimizer,
     ]
+
+
+def grouped_as_counted(run: DryRun, facts: RankFacts) -> None:
+    """Who is in a rank's groups follows from their size and stride; neighbours have the same place in other stages."""
+    inside = run.devices // run.spec().parallel.pipeline_stage
+    for row in facts.traffic:
+        first, second = sorted(row.ranks)[:2]
+        if row.kind in PIPELINE:
+            assert facts.rank in row.ranks and (second - first) % inside == 0
+        else:
+            assert row.ranks == members(facts.rank, len(row.ranks), second - first)
 
 
 def sent_as_counted(run: DryRun, facts: RankFacts) -> None:
@@ -221,6 +237,41 @@ def test_every_file_compiles_as_counted(job: DryRun) -> None:
         assert facts.unplanned == ()
         held_as_counted(job, facts)
         sent_as_counted(job, facts)
+        grouped_as_counted(job, facts)
+    stages = defaultdict(list)
+    for facts in job.facts():
+        stages[facts.stage].append(alike(facts))
+    for first, *others in stages.values():
+        assert all(other == first for other in others)
+
+
+def test_ranks_are_the_ends_of_stages_and_the_commit_s() -> None:
+    assert chosen_ranks(16, 2, "0") == (0, 1, 7, 8, 15) and chosen_ranks(16, 2, "2") == (0, 2, 7, 8, 15)
+    assert chosen_ranks(4, 2, "5") == (0, 1, 2, 3) and chosen_ranks(4, 2, None) == (0, 1, 2, 3)
+    assert chosen_ranks(64, 8, "0", twin=True) == (0, 1, 8, 56)
+    for twin in (False, True):  # in time every rank is compiled
+        assert {rank for n in range(512) for rank in chosen_ranks(64, 8, f"{n:x}", twin)} == set(range(64))
+
+
+def test_groups_of_one_size_and_stride_share_out_a_stage() -> None:
+    for first, size, stride in [(0, 8, 1), (8, 2, 4), (8, 4, 2), (0, 2, 1), (24, 2, 2)]:
+        groups = {members(rank, size, stride) for rank in range(first, first + 8)}
+        assert sorted(rank for group in groups for rank in group) == list(range(first, first + 8))
+        assert all(len(group) == size for group in groups)
+
+
+@pytest.mark.parametrize(("twin", "other"), TWINS.items())
+def test_small_the_larger_model_s_file_is_the_smaller_one_s_job(twin: str, other: str) -> None:
+    """But for its name and its number of stages, so that compiling a few of its ranks is enough."""
+    jobs = []
+    for name in (twin, other):
+        options = [(key, str(value)) for key, value in small(2).items()]
+        words = apply_overrides(
+            load_yaml(RESEARCH / JOBS[name][0]), [*options, ("parallel_config.pipeline_stage", "2")]
+        )
+        words["trainer"]["model_name"] = words["callbacks"][1]["prefix"] = ""
+        jobs.append(words)
+    assert jobs[0] == jobs[1]
 
 
 @pytest.mark.slow

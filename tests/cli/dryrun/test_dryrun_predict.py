@@ -12,7 +12,7 @@ import pytest
 from mindformers_ext.core.cluster.memory import prediction_memory
 from mindformers_ext.core.cluster.tensor_parallel import head_parts, parted_parameters
 from mindformers_ext.jobs.dryrun.plan import plan_dry_run
-from tests.helpers.dryrun import RESEARCH, DryRun, dry_run
+from tests.helpers.dryrun import RESEARCH, DryRun, alike, chosen_ranks, dry_run
 from tests.helpers.tiny_run import ROOT, environment
 
 FILES = {size: f"mixtral_{size}/predict_mixtral-{size}.yaml" for size in ("8x7b", "8x22b")}
@@ -43,17 +43,24 @@ JOBS = {
 }
 
 
+def asked(name: str, commit: str | None) -> tuple[int, ...]:
+    """The ranks that are compiled: of the files as they are, as for training, and one where something differs."""
+    return chosen_ranks(DEVICES, 1, commit) if name in FILES else (5,)
+
+
 @pytest.fixture(scope="module", params=JOBS)
-def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, DryRun]:
+def job(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, commit: str | None
+) -> tuple[str, DryRun]:
     size, changes = JOBS[request.param]
-    ranks = "all" if request.param in FILES else "5"
+    ranks = ",".join(map(str, asked(request.param, commit)))
     out = tmp_path_factory.mktemp("predict") / "out"
     return request.param, dry_run(out, FILES[size], DEVICES, ranks, 1, layers=LAYERS, **changes)
 
 
 @pytest.mark.slow
 @pytest.mark.dryrun
-def test_every_rank_compiles_as_counted(job: tuple[str, DryRun]) -> None:
+def test_every_rank_compiles_as_counted(job: tuple[str, DryRun], commit: str | None) -> None:
     name, run = job
     assert run.code == 0, run.text
     plan = plan_dry_run(run.config(), "job", DEVICES, "all", run.out)
@@ -61,7 +68,7 @@ def test_every_rank_compiles_as_counted(job: tuple[str, DryRun]) -> None:
     assert shape is not None and head_parts(spec, DEVICES) == DEVICES
     memory = prediction_memory(spec, DEVICES, shape.rows, shape.length, shape.positions)
     ranks = run.facts()
-    assert [facts.rank for facts in ranks] == (list(range(DEVICES)) if name in FILES else [5])
+    assert [facts.rank for facts in ranks] == list(asked(name, commit))
     group = {"batch": 1}.get(name, shape.rows)  # prompts of 600 tokens are read one by one
     width = spec.model.hidden_size * 2
     for facts in ranks:
@@ -73,6 +80,7 @@ def test_every_rank_compiles_as_counted(job: tuple[str, DryRun]) -> None:
             counted += [("token: logits", 1, shape.rows * 512 * 2), ("token: sums", 2 * LAYERS, shape.rows * width)]
         assert [(row.purpose, row.count, row.payload // row.count) for row in facts.traffic] == counted
         assert all(row.ranks == tuple(range(DEVICES)) for row in facts.traffic)
+    assert all(alike(facts) == alike(ranks[0]) for facts in ranks)
 
 
 @pytest.mark.slow

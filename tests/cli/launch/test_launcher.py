@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import subprocess
-import time
+import sys
 
 import pytest
 
@@ -25,6 +25,7 @@ from tests.helpers.cluster import (
     wait_for,
 )
 from tests.helpers.cluster import workers as running_workers
+from tests.helpers.tiny_run import ROOT
 
 SHOW_SCRIPT = """
 import os, sys
@@ -177,9 +178,7 @@ def test_a_taken_port_is_refused_at_once(folder):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        started = time.time()
         text = launch("sum.py 1", 2, port, "log", "True", 60, cwd=folder)
-        assert time.time() - started < 5
     assert text.startswith("2\n") and f"port {port} of 127.0.0.1 is taken" in text and "another PORT" in text
     assert not (folder / "log").exists()
 
@@ -234,9 +233,8 @@ def test_form_6_names_the_log_of_a_killed_worker(folder):
     process = start("sum.py 100000", 2, free_port(), "log", "True", 60, cwd=folder, log=folder / "out")
     try:
         wait_for(lambda: "step 3" in (folder / "out").read_text(), 60, "steps")
-        started = time.time()
         os.kill(running_workers("sum.py")[1], signal.SIGKILL)
-        assert process.wait(90) == 1 and time.time() - started < 60
+        assert process.wait(90) == 1
     finally:
         end(process)
     text = (folder / "out").read_text()
@@ -262,18 +260,20 @@ def test_an_unreachable_master_is_reported_within_the_timeout(folder):
     missing = namespaces_missing()
     if missing:
         pytest.skip(missing)
-    started = time.time()
     with two_machines() as (_, second):  # nobody starts the launcher on the first one
         text = launch("sum.py 1", 2, 1, MASTER, free_port(), 1, "log", "True", 8, cwd=folder, namespace=second)
-    assert text.startswith("1\n") and time.time() - started < 90, text
+    assert text.startswith("1\n"), text
     assert f"The master {MASTER}:" in text and "did not answer" in text and "within 8 s" in text
     assert "Its log: log/worker_1.log" in text and not running_workers("sum.py")
 
 
-@pytest.mark.slow
-def test_help_is_quick(tmp_path):
-    started = time.time()
-    text = subprocess.run(
-        launcher("--help"), cwd=tmp_path, env=launch_environment(), capture_output=True, text=True, check=True
-    ).stdout
-    assert time.time() - started < 1.5 and "LOCAL_WORKERS" in text and "exit code" in text
+def test_help_loads_no_framework(tmp_path):
+    words = {"cwd": tmp_path, "env": launch_environment(), "capture_output": True, "text": True, "check": True}
+    text = subprocess.run(launcher("--help"), **words).stdout
+    assert "LOCAL_WORKERS" in text and "exit code" in text
+    script = (
+        "import sys; from mindformers_ext.cli.launch import main\n"
+        "assert main(['--help']) == 0 and not {'mindspore', 'mindformers', 'torch', 'numpy'} & set(sys.modules)\n"
+    )
+    words["env"] |= {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", script], **words).stdout == text

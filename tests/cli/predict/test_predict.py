@@ -212,7 +212,7 @@ def test_chat_uses_the_tokenizers_template(job, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--predict_data", "a " * 200], "prompt 1 has 402 tokens, prompt and answer may have 32"),
+        (["--predict_data", "a " * 200], "tokens, prompt and answer may have 32"),
         (["--predict_data", "x", " "], "prompt 2 is empty"),
         (["--predict_data", "none.txt"], "none.txt does not exist"),
         (["--predict_data", "x", "--predict_batch_size", "0"], "predict_batch_size=0"),

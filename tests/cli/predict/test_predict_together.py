@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 
 from mindformers_ext.cli import predict as command
 from mindformers_ext.cli.run_mindformer import main
+from mindformers_ext.core.config.run import run_spec_from_yaml
 from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.formats.strategy import read_strategy
 from mindformers_ext.jobs.checkpoint.tiny_model import TinyModelRequest, make_tiny_model
@@ -150,8 +151,9 @@ def test_processes_with_different_prompts_notice_it(tmp_path):
 def test_answers_are_kept_while_others_are_awaited(mixtral, monkeypatch):
     """The launcher kills its processes at Ctrl-C: what the first one has by then has to be on the disk."""
     monkeypatch.setattr(command, "SAVED_EVERY", -1.0)
-    config = config_of(mixtral.yaml, f"load_checkpoint={mixtral.folder / 'hf'}", "predict_batch_size=1")
-    predictor = open_predictor(config, network_spec_from_yaml(config))
+    options = "run_mode=predict", f"load_checkpoint={mixtral.folder / 'hf'}", "predict_batch_size=1"
+    config = config_of(mixtral.yaml, *options)
+    predictor = open_predictor(run_spec_from_yaml(config), network_spec_from_yaml(config))
     saves, done = [], []
     assert command._answer(predictor, predictor.prompts(PROMPTS), done, lambda: saves.append(len(done))) == 0
     assert saves == [1, 2, 3]

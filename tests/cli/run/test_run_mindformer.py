@@ -110,16 +110,23 @@ def test_a_checkpoint_of_another_shape_is_refused(whole, job, capsys):
 def test_mistakes_and_help_cost_no_framework(job):
     script = (
         "import sys; from mindformers_ext.cli.run_mindformer import main\n"
-        "code = main(sys.argv[1:])\n"
-        "assert code == 2, code\n"
+        "try:\n"
+        "    code = main(sys.argv[1:])\n"
+        "except SystemExit as end:\n"
+        "    code = end.code\n"
+        "assert code == (0 if '--help' in sys.argv else 2), code\n"
         "assert not {'mindspore', 'mindformers', 'torch'} & set(sys.modules)\n"
     )
-    arguments = ["--config", str(job), "--moe_config.capacity_factor", "9"]
-    subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, check=True, env=environment(), timeout=60)
-    started = time.time()
-    help_text = subprocess.run(command(job, "--help"), capture_output=True, text=True, check=True, timeout=60).stdout
+
+    def shown(*arguments):
+        words = [sys.executable, "-c", script, "--config", str(job), *arguments]
+        return subprocess.run(
+            words, cwd=ROOT, check=True, env=environment(), capture_output=True, text=True, timeout=60
+        ).stdout
+
+    shown("--moe_config.capacity_factor", "9")
+    help_text = shown("--help")
     assert "examples:" in help_text and "--resume_training" in help_text
-    assert time.time() - started < 5
 
 
 @pytest.mark.slow

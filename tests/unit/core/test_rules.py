@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindformers_ext.core.cluster.cluster_rules import (
-    RUN_MODES,
+    JUDGED_MODES,
     TOGETHER,
     check_network,
     nearest_sizes,
@@ -201,7 +201,7 @@ def test_outside_semi_auto_every_size_is_one() -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(network_specs(), st.sampled_from(RUN_MODES))
+@given(network_specs(), st.sampled_from(JUDGED_MODES))
 def test_what_is_accepted_keeps_every_product(spec: NetworkSpec, run_mode: str) -> None:
     try:
         check_network(spec, run_mode)

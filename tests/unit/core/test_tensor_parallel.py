@@ -20,12 +20,13 @@ from mindformers_ext.core.cluster.memory import prediction_memory
 from mindformers_ext.core.cluster.placement import placed_parameters
 from mindformers_ext.core.cluster.tensor_parallel import head_parts, own_part, part_of, parted_parameters
 from mindformers_ext.core.config.overrides import apply_overrides
+from mindformers_ext.core.config.run import run_spec_from_yaml
 from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import DeviceSpec, ModelSpec, MoESpec, NetworkSpec
 from mindformers_ext.jobs.dryrun.plan import plan_dry_run
 from mindformers_ext.jobs.predict.generate import Shape
-from mindformers_ext.jobs.predict.network import check_memory, device_of
+from mindformers_ext.jobs.predict.network import check_memory
 
 ROOT = Path(__file__).resolve().parents[3]
 PREDICT = ROOT / "research" / "mixtral" / "mixtral_8x7b" / "predict_mixtral-8x7b.yaml"
@@ -150,10 +151,10 @@ def test_the_shapes_of_the_graphs() -> None:
 
 def test_the_device_of_a_configuration() -> None:
     """Of Ascend all that the file says; a CPU has no memory pool to limit and one way to compile."""
-    assert device_of(words()) == DeviceSpec("Ascend", 0, False, True, "59GB", "O0")
-    assert device_of(words(context__max_device_memory="32.5 GiB")).max_memory == "34.897GB"
+    assert run_spec_from_yaml(words()).device == DeviceSpec("Ascend", 0, False, True, "59GB", "O0")
+    assert run_spec_from_yaml(words(context__max_device_memory="32.5 GiB")).device.max_memory == "34.897GB"
     alone = words(use_parallel=False, context__device_target="CPU", context__mode=1, context__device_id=3)
-    assert device_of(alone) == DeviceSpec("CPU", 3, pynative=True)
+    assert run_spec_from_yaml(alone).device == DeviceSpec("CPU", 3, pynative=True)
 
 
 def test_what_has_no_effect_is_said() -> None:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from mindformers_ext.core.config.schedule import Schedule, schedule_from_yaml
-from mindformers_ext.core.config.train import TrainSpec, train_spec_from_yaml
+from mindformers_ext.core.config.train import ParameterGroup, TrainSpec, group_of, train_spec_from_yaml
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.philox import CHUNK, normal, seeds
 from mindformers_ext.core.spec import ParallelSpec
@@ -143,3 +143,36 @@ def test_recompute_is_of_whole_layers(words: dict, is_on: bool, noted: list[str]
 def test_recompute_words_are_checked(words: dict) -> None:
     with pytest.raises(UserError, match="is no part of a layer here|is not understood"):
         spec_of(recompute_config=words)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        (
+            ParallelSpec(parallel_mode="semi_auto_parallel", device_num=2),
+            "parallel_mode=semi_auto_parallel: .*set it to 0",
+        ),
+        (ParallelSpec(parallel_mode="data_parallel", device_num=2, expert_parallel=2), "keeps all experts on every"),
+        (
+            ParallelSpec(model_parallel=2),
+            "model_parallel=2: --trainer own does not build this: .*--trainer mindformers",
+        ),
+        (
+            ParallelSpec(pipeline_stage=2),
+            "pipeline_stage=2: --trainer own does not build this: .*--trainer mindformers",
+        ),
+    ],
+)
+def test_what_our_loop_leaves_to_mindformers_is_named(parallel: ParallelSpec, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        train_spec_from_yaml(yaml.safe_load(PRETRAIN_YAML), parallel, 100, 0.0, "ms")
+
+
+def test_the_first_group_that_matches_the_whole_name_decides() -> None:
+    groups = (ParameterGroup(pattern=r"lm_head\..*", decay=False), ParameterGroup(pattern=r".*weight", lr_factor=0.5))
+    assert group_of("lm_head.weight", groups) is groups[0] and group_of("model.norm.weight", groups) is groups[1]
+    default = group_of("model.norm.bias", groups)
+    assert default.trained and (default.lr_factor, default.sign) == (1.0, 1)
+    assert default.decays(2) and not default.decays(1) and not groups[0].decays(2)
+    with pytest.raises(UserError, match="sign=0 must be 1 or -1"):
+        ParameterGroup(sign=0)

@@ -109,10 +109,9 @@ def test_a_rank_that_dies_leaves_the_others(deed: str, message: str, tmp_path: P
 
 
 def test_a_rank_that_takes_too_long_is_ended_alone(tmp_path: Path) -> None:
-    started = time.monotonic()
-    errors = compiled(job(tmp_path, "{0: lambda: time.sleep(60)}", timeout=1.0))
+    errors = compiled(job(tmp_path, "{0: lambda: time.sleep(3600)}", timeout=1.0))
     assert "did not end within 1 s" in errors[0] and errors[1] == errors[8] == ""
-    assert time.monotonic() - started < 30 and gone(tmp_path / "ranks" / "rank_0" / "log.txt")
+    assert gone(tmp_path / "ranks" / "rank_0" / "log.txt")
 
 
 def test_imports_that_fail_are_every_ranks_error(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mindformers_ext.core.config.run import run_spec_from_yaml, settled_yaml
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec, ParallelSpec
 from mindformers_ext.formats.ms_ckpt import CkptFile
@@ -32,8 +33,9 @@ def settle(path, spec=SPEC, **words):
         "auto_trans_ckpt": True,
         **words,
     }
-    notes, merge = settle_slices(config, spec, ".ckpt")
-    return notes, merge, config
+    asked = run_spec_from_yaml({"run_mode": "train", **config})
+    settled, notes, merge = settle_slices(asked, spec)
+    return notes, merge, settled_yaml(config, asked, settled)
 
 
 @pytest.fixture

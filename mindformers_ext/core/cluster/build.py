@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All that a network is built from, made once: by the checks of a run, or where MindFormers builds without them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mindformers_ext.core.cluster.cluster_rules import settled
+from mindformers_ext.core.config.lora import LoraSpec, lora_from_yaml
+from mindformers_ext.core.config.recompute import RecomputeSpec, recompute_from_yaml
+from mindformers_ext.core.config.view import network_spec_from_yaml
+from mindformers_ext.core.spec import NetworkSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildSpec:
+    """``network``: with the sizes that are really built (``settled``); ``lora``: adapters beside its layers;
+    ``recompute``: layers whose activations are computed again, none where nothing is learnt."""
+
+    network: NetworkSpec
+    lora: LoraSpec | None = None
+    recompute: RecomputeSpec = RecomputeSpec()
+
+
+def build_spec(read: NetworkSpec, config: Mapping[str, Any], recompute: bool = True) -> BuildSpec:
+    """What is built of the network ``read`` from ``config``; ``recompute``: by an engine that recomputes parts.
+
+    Raises:
+        UserError: ``pet_config`` or ``recompute_config`` does not fit it.
+    """
+    network = settled(read)[0]
+    wanted = recompute and config.get("run_mode") != "predict"
+    return BuildSpec(
+        network=network,
+        lora=lora_from_yaml(config),
+        recompute=recompute_from_yaml(config, network) if wanted else RecomputeSpec(),
+    )
+
+
+def build_spec_from_yaml(config: Mapping[str, Any], device_num: int = 1) -> BuildSpec:
+    """The same from ``config`` alone, by a job of ``device_num`` devices.
+
+    Raises:
+        UserError: lists every key or value the network cannot be built from.
+    """
+    return build_spec(network_spec_from_yaml(config, device_num), config)

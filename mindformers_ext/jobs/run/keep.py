@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training run leaves in its folder: which checkpoints stay, what the adapters were, what it was asked to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mindformers_ext.core.config.file import dump_yaml
+from mindformers_ext.core.config.lora import ADAPTER_CONFIG, LoraSpec
+from mindformers_ext.formats.atomic import write_text
+from mindformers_ext.jobs.checkpoint.saved import last_whole
+
+WEIGHTS = ("model.", "lm_head.")  # of the network; the step's and the optimizer's own state has other names
+
+
+def keep_config(config: Mapping[str, Any], folder: Path) -> Path:
+    """What the run was asked to do: ``<folder>/run_config/<run_mode>.yaml``."""
+    path = folder / "run_config" / f"{config.get('run_mode')}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, dump_yaml(dict(config)))
+    return path
+
+
+def keep_lora(lora: LoraSpec | None, folder: Path) -> None:
+    """What ``tools/merge_lora.py`` must know about the adapters, in PEFT's words."""
+    if lora:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / ADAPTER_CONFIG, json.dumps(lora.peft_words(), indent=1) + "\n")
+
+
+def surplus(files: Iterable[Path], keep: int, newest: Path) -> list[Path]:
+    """The oldest ``files`` above the number ``keep`` (0: all stay), by time of writing; never the ``newest``."""
+    held = sorted(files, key=lambda path: path.stat().st_mtime)
+    too_many = max(0, len(held) - keep) if keep else 0
+    return [path for path in held[:too_many] if path != newest]
+
+
+def last_good(folder: Path, suffix: str = ".ckpt") -> str:
+    """The newest whole checkpoint of a rank's folder, as a sentence."""
+    found = last_whole(folder, suffix)
+    return f"The last good checkpoint is {found.path} (step {found.label})." if found else "No checkpoint exists."
+
+
+def is_finite(values: np.ndarray) -> bool:
+    """Whether no value is infinite or NaN: float64 holds any sum of float32 values, so one sum tells."""
+    with np.errstate(invalid="ignore"):  # of infinities with both signs
+        return bool(np.isfinite(np.sum(values, dtype=np.float64)))

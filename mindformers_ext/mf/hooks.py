@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one adapter from MindFormers' callbacks to ``jobs.train.hooks``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn
+from mindspore.train import Callback
+
+from mindformers_ext.core.figures import StepFigures, figures_of
+from mindformers_ext.jobs.train.hooks import TrainHook, restore_hooks
+from mindformers_ext.mf.step import real_model
+
+FIGURES = "step_figures"  # attributes of MindSpore's callback parameters, where callbacks leave things to each other
+HOOKS = "train_hooks"
+
+
+def figures_at(parameters: Any) -> StepFigures:
+    """The figures of the step just done, read from the device once for all callbacks."""
+    known = parameters.get(FIGURES)
+    if known is None or known[0] is not parameters.net_outputs:
+        known = parameters.net_outputs, figures_of(parameters.net_outputs)
+        parameters[FIGURES] = known
+    return known[1]
+
+
+class HookCallback(Callback):
+    """Runs hooks between MindFormers' training steps; one that has ``make`` builds its hook from the network."""
+
+    def __init__(self, *hooks: TrainHook) -> None:
+        super().__init__()
+        self.hooks = list(hooks)
+        self.parameters: dict[str, Parameter] = {}
+        self.first = 0  # steps done before this process started; our trainer leaves them at the train step
+
+    def make(self, model: nn.Cell) -> list[TrainHook]:
+        """Further hooks, for the network that is trained."""
+        return []
+
+    def on_train_begin(self, run_context: Any) -> None:
+        """Give the hooks their state of a resumed run, and the network what they want in it."""
+        parameters = run_context.original_args()
+        network = parameters.train_network
+        model = real_model(network)
+        self.parameters = {item.name: item for item in model.get_parameters()}
+        self.hooks += self.make(model)
+        known: list[TrainHook] = parameters.setdefault(HOOKS, [])
+        restore_hooks(self.hooks, getattr(network, "hook_state", {}), len(known))
+        known += self.hooks
+        self.first = int(getattr(network, "first_step", 0))
+        self._set_inputs(self.first + 1)
+
+    def on_train_step_end(self, run_context: Any) -> None:
+        """Tell the hooks of the step just done, and set what they want for the next."""
+        parameters = run_context.original_args()
+        figures, step = figures_at(parameters), self.first + parameters.cur_step_num
+        for hook in self.hooks:
+            hook.after_step(step, figures)
+        self._set_inputs(step + 1)
+
+    def after_eval(self, step: int, domain_losses: Mapping[str, float]) -> None:
+        """Pass an evaluation on."""
+        for hook in self.hooks:
+            hook.after_eval(step, domain_losses)
+
+    def _set_inputs(self, step: int) -> None:
+        for hook in self.hooks:
+            for name, array in hook.inputs(step).items():
+                held = self.parameters[name]
+                held.set_data(Tensor(np.asarray(array)).astype(held.dtype))

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layer of the decoder, built from its ``LayerSpec``."""
+
+from __future__ import annotations
+
+import mindspore.ops.operations as P
+from mindspore import Tensor, nn
+
+from mindformers_ext.core.spec import LayerSpec, NetworkSpec
+from mindformers_ext.ms.attention import Attention
+from mindformers_ext.ms.feed_forward import FeedForward, FeedForwardOutput, SwiGlu
+from mindformers_ext.ms.moe.layer import MoE
+from mindformers_ext.ms.moe.shared import SharedMoE
+from mindformers_ext.ms.norm import RmsNorm
+from mindformers_ext.ms.ops.select import Operators
+from mindformers_ext.ms.strategies import Shards
+
+
+def build_feed_forward(spec: NetworkSpec, layer: LayerSpec, operators: Operators) -> FeedForward:
+    """The second half of ``layer`` with fresh random weights: dense, experts, or experts with a shared one."""
+    if layer.moe is None:
+        return SwiGlu(spec, layer.feed_forward.intermediate_size or spec.model.intermediate_size, operators)
+    return (SharedMoE if layer.moe.shared_expert else MoE)(spec, layer.moe, operators)
+
+
+class Layer(nn.Cell):
+    """Attention and feed-forward, each behind a norm and added to the residual.
+
+    Inputs: x (T, D), the rotary tables. Outputs: ``FeedForwardOutput``.
+    """
+
+    def __init__(self, spec: NetworkSpec, layer: LayerSpec, operators: Operators) -> None:
+        super().__init__()
+        self.attention_norm = RmsNorm(spec, operators)
+        self.attention = Attention(spec, layer.attention, operators)
+        self.ffn_norm = RmsNorm(spec, operators)
+        self.feed_forward = build_feed_forward(spec, layer, operators)
+        self.add = Shards(spec).shard(P.Add(), "residual")
+
+    def construct(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> FeedForwardOutput:
+        x_TD = self.add(x_TD, self.attention(self.attention_norm(x_TD), cos_SP, sin_SP))
+        y_TD, aux_loss_G, report_GE = self.feed_forward(self.ffn_norm(x_TD))
+        return self.add(x_TD, y_TD), aux_loss_G, report_GE

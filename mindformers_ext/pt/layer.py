@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layer of the decoder, built from its ``LayerSpec``."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mindformers_ext.core.spec import DenseSpec, LayerSpec, NetworkSpec
+from mindformers_ext.pt.attention import Attention
+from mindformers_ext.pt.feed_forward import FeedForward, FeedForwardOutput, SwiGlu
+from mindformers_ext.pt.moe.layer import MoE
+from mindformers_ext.pt.moe.shared import SharedMoE
+from mindformers_ext.pt.norm import RmsNorm
+
+
+def build_feed_forward(spec: NetworkSpec, layer: LayerSpec) -> FeedForward:
+    """Dense, a mixture, or a mixture with a shared expert; with fresh random weights."""
+    wanted = layer.feed_forward
+    if isinstance(wanted, DenseSpec):
+        return SwiGlu(spec, wanted.intermediate_size)
+    return SharedMoE(spec, wanted, wanted.shared_expert) if wanted.shared_expert else MoE(spec, wanted)
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each behind a norm and added to the residual.
+
+    Input (T, D); output as that of its feed-forward layer, with y (T, D) the state behind this layer.
+    """
+
+    def __init__(self, spec: NetworkSpec, layer: LayerSpec) -> None:
+        super().__init__()
+        self.attention_norm = RmsNorm(spec)
+        self.attention = Attention(spec, layer.attention)
+        self.ffn_norm = RmsNorm(spec)
+        self.feed_forward = build_feed_forward(spec, layer)
+
+    def forward(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> FeedForwardOutput:
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), cos_SP, sin_SP)
+        fed = self.feed_forward(self.ffn_norm(x_TD))
+        return FeedForwardOutput(x_TD + fed.y_TD, fed.aux_loss_G, fed.report_GE)

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear layers: those that LoRA may adapt."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Module):
+    """x W^T, plus b where ``bias``. Input (T, in), output (T, out), weight (out, in), bias (out)."""
+
+    def __init__(self, width_in: int, width_out: int, std: float, dtype: torch.dtype, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width_out, width_in, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(width_out, dtype=dtype)) if bias else None
+        self.std = std
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fresh normal weights, no bias."""
+        nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x_TD.dtype)
+        return F.linear(x_TD, self.weight.to(x_TD.dtype), bias)
