@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mindformers_ext.core.config.run import RunSpec
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.jobs.predict.evaluate import Perplexity, keep, open_evaluation
+from mindformers_ext.jobs.predict.evaluate import Perplexity, open_evaluation, write_results
 
 
 def evaluate(run: RunSpec, spec: NetworkSpec, stride: int | None, folder: str | None) -> int:
@@ -27,7 +27,7 @@ def evaluate(run: RunSpec, spec: NetworkSpec, stride: int | None, folder: str | 
         print(_line("transformers", reference))
         difference = abs(ours.perplexity / reference.perplexity - 1)
         print(f"relative difference of the perplexities: {difference:.1e}")
-    print(f"note: kept in {keep(job, ours, reference)}", file=sys.stderr)
+    print(f"note: kept in {write_results(job, ours, reference)}", file=sys.stderr)
     return 0
 
 

@@ -18,9 +18,9 @@ from mindformers_ext.jobs.predict.predict import (
     Predictor,
     Prompt,
     Written,
-    keep,
     open_predictor,
     read_prompts,
+    write_results,
 )
 
 INTERRUPTED = 130
@@ -36,7 +36,7 @@ def predict(run: RunSpec, spec: NetworkSpec, chat: bool) -> int:
     predictor.load()
     _tell(predictor)
     done: list[Written] = []
-    save = (lambda: keep(done, run, predictor.timing)) if run.use_parallel else None
+    save = (lambda: write_results(done, run, predictor.timing)) if run.use_parallel else None
     code = _answer(predictor, prompts, done, save)
     if predictor.rank:
         print(
@@ -44,7 +44,7 @@ def predict(run: RunSpec, spec: NetworkSpec, chat: bool) -> int:
             file=sys.stderr,
         )
         return code
-    path = keep(done, run, predictor.timing)
+    path = write_results(done, run, predictor.timing)
     timing = predictor.timing
     print(
         f"note: {len(done)} of {len(prompts)} prompts answered: {timing.prompt_tokens} prompt tokens, "

@@ -35,7 +35,7 @@ class Conversation(NamedTuple):
     where: str
 
 
-class Part(NamedTuple):
+class TurnPart(NamedTuple):
     """What is encoded on its own: a text that ends with EOS, and how it begins before the answer.
 
     ``lead`` is None where all of the part is answer, and the part's own text where none of it is.
@@ -128,13 +128,13 @@ def _rendered(messages: Sequence[str], where: str) -> Conversation:
     return Conversation(template.get_prompt(), tuple(answers), where)
 
 
-def _parts(conversation: Conversation) -> list[Part]:
+def _parts(conversation: Conversation) -> list[TurnPart]:
     """The text between the separators. An answer that holds a separator itself spreads over several parts."""
     mark, start, parts = separator(), 0, []
     for text in conversation.text.split(mark):
         end = start + len(text)
         if text:
-            parts.append(Part(text, _lead(conversation, start, end)))
+            parts.append(TurnPart(text, _lead(conversation, start, end)))
         start = end + len(mark)
     return parts
 
@@ -147,7 +147,9 @@ def _lead(conversation: Conversation, start: int, end: int) -> str | None:
     return conversation.text[start:end]
 
 
-def _row(parts: Iterable[Part], encoded: Iterator[Any], leads: Iterator[Any], special: Specials, length: int) -> QaRow:
+def _row(
+    parts: Iterable[TurnPart], encoded: Iterator[Any], leads: Iterator[Any], special: Specials, length: int
+) -> QaRow:
     ids, labels = [np.array([special.bos], np.int32)], [np.array([IGNORED], np.int32)]
     for part in parts:
         own = np.append(np.asarray(next(encoded), np.int32), np.int32(special.eos))

@@ -28,7 +28,7 @@ _RANK = re.compile(r"_rank_(\d{1,9})$")
 
 
 @dataclass(frozen=True)
-class Layout:
+class SliceLayout:
     """One parameter over the ranks of its stage. ``tensor_map``: per tensor axis the device axes, slowest first."""
 
     device_matrix: tuple[int, ...]
@@ -90,7 +90,7 @@ class Layout:
 class Strategy:
     """All stages of one run: by stage, the layout of each parameter it holds. Stage i has ranks i*devices and on."""
 
-    stages: tuple[Mapping[str, Layout], ...]
+    stages: tuple[Mapping[str, SliceLayout], ...]
     devices: int
     source: str
 
@@ -207,7 +207,7 @@ def _check_ranks(problems: Problems, files: list[Path], stages: Mapping[int, obj
         problems.add(f"{len(files)} files without a layout", "they are empty; save the strategies again")
 
 
-def _layouts(problems: Problems, stage: int, raw: tuple[Path, Mapping[str, RawLayout]]) -> dict[str, Layout]:
+def _layouts(problems: Problems, stage: int, raw: tuple[Path, Mapping[str, RawLayout]]) -> dict[str, SliceLayout]:
     result = {}
     for name, row in raw[1].items():
         layout, wrong = _layout(row)
@@ -218,7 +218,7 @@ def _layouts(problems: Problems, stage: int, raw: tuple[Path, Mapping[str, RawLa
     return result
 
 
-def _layout(raw: RawLayout) -> tuple[Layout | None, str]:
+def _layout(raw: RawLayout) -> tuple[SliceLayout | None, str]:
     """The layout, or why there is none."""
     matrix, tensor_map = raw.dev_matrix, tuple(tuple(axis for axis in axes if axis != -1) for axes in raw.tensor_map)
     used = [axis for axes in tensor_map for axis in axes]
@@ -235,7 +235,7 @@ def _layout(raw: RawLayout) -> tuple[Layout | None, str]:
     if size < 0 or raw.opt_step < 0 or (size > 1 and (raw.opt_step == 0 or twins % size or not tensor_map)):
         return None, told
     if raw.opt_step == 0 or size <= 1:
-        return Layout(matrix, tensor_map), ""
+        return SliceLayout(matrix, tensor_map), ""
     if len(free) == 1 and raw.opt_step != prod(matrix[free[0] + 1 :]):
         return None, f"{told}, which are {prod(matrix[free[0] + 1 :])} apart"
-    return Layout(matrix, tensor_map, size), ""
+    return SliceLayout(matrix, tensor_map, size), ""

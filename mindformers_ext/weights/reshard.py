@@ -17,14 +17,14 @@ import numpy as np
 from mindformers_ext.core.errors import Problems, UserError, listed
 from mindformers_ext.formats.ms_file import open_checkpoint
 from mindformers_ext.formats.rank_dirs import rank_files
-from mindformers_ext.formats.strategy import Box, Layout, Strategy, read_strategy
+from mindformers_ext.formats.strategy import Box, SliceLayout, Strategy, read_strategy
 from mindformers_ext.formats.tensors import Array, Index, TensorInfo, TensorReader
 from mindformers_ext.weights.boxes import full_box, overlap, pieces, read_box, shift, sizes, whole_box
 from mindformers_ext.weights.reshard_plan import is_state
 
 
 @dataclass(frozen=True)
-class Part:
+class SourcePart:
     """What one rank holds of a tensor: the box ``box`` of the whole, as the whole tensor of ``reader``."""
 
     rank: int
@@ -42,7 +42,7 @@ class SlicedReader:
         """``readers``: every rank's file. Tensors missing, misshaped or of two types are one ``UserError``."""
         problems = Problems(f"ranks of the checkpoint against strategy '{strategy.source}'")
         self._readers, self.strategy = readers, strategy
-        self._parts: dict[str, tuple[Part, ...]] = {}
+        self._parts: dict[str, tuple[SourcePart, ...]] = {}
         self.infos: dict[str, TensorInfo] = {}
         self.absent: tuple[str, ...] = ()
         if sorted(readers) != list(range(strategy.world)):
@@ -128,12 +128,12 @@ class SlicedReader:
             return
         info, stage = next(iter(wholes.items()))
         layout = self.strategy.stages[stage][name]
-        boxes: dict[tuple[int, ...], Part] = {}
+        boxes: dict[tuple[int, ...], SourcePart] = {}
         for local, rank in enumerate(self.strategy.ranks(stage)):
-            boxes.setdefault(layout.place(local), Part(rank, layout.box(info.shape, local)))
+            boxes.setdefault(layout.place(local), SourcePart(rank, layout.box(info.shape, local)))
         self.infos[name], self._parts[name] = info, tuple(boxes.values())
 
-    def _whole(self, problems: Problems, name: str, stage: int, layout: Layout) -> TensorInfo | None:
+    def _whole(self, problems: Problems, name: str, stage: int, layout: SliceLayout) -> TensorInfo | None:
         """The whole tensor as the ranks of one stage tell it; None (and a problem, unless state) if they do not."""
         held = {rank: info for rank in self.strategy.ranks(stage) if (info := self._readers[rank].infos.get(name))}
         if not held and is_state(name):
@@ -171,7 +171,7 @@ class SlicedReader:
         for name, ranks in found.items():
             info = self._readers[ranks[0]].infos[name]
             self.infos[name] = info
-            self._parts[name] = (Part(ranks[0], whole_box(info.shape)),)
+            self._parts[name] = (SourcePart(ranks[0], whole_box(info.shape)),)
         self._holders = found
         return tuple(found)
 

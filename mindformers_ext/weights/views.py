@@ -87,7 +87,7 @@ class Interleaved:
 View: TypeAlias = "Slab | Stacked | Joined | Interleaved"
 
 
-class Source(Protocol):
+class BlockSource(Protocol):
     """Where a stream takes its data from."""
 
     def read(self, name: str, index: Index) -> Array:
@@ -213,7 +213,7 @@ def describe(view: View) -> str:
     return f"{kind}{first}{', transposed' if slabs[0].swapped else ''}"
 
 
-def stream(view: View, source: Source, scratch: list[Array] | None = None) -> Iterator[Array]:
+def stream(view: View, source: BlockSource, scratch: list[Array] | None = None) -> Iterator[Array]:
     """The data in C order, in blocks of at most ``BLOCK`` (turned: ``TURNED``) elements, or one row.
 
     ``scratch`` is memory that the matrices of one tensor share.
@@ -270,7 +270,7 @@ def _neighbours(left: View, right: View) -> Slab | None:
     return replace(left, ranges=_with(left.ranges, axis, (start, stop, 1)))
 
 
-def _read(view: Slab, source: Source, box: Sequence[tuple[int, int]]) -> Array:
+def _read(view: Slab, source: BlockSource, box: Sequence[tuple[int, int]]) -> Array:
     """The part ``box`` of a slab that is not swapped, in its stored type."""
     index: list[int | slice] = [start for start, _, _ in view.ranges[: view.dropped]]
     kept = view.ranges[view.dropped :]
@@ -280,7 +280,7 @@ def _read(view: Slab, source: Source, box: Sequence[tuple[int, int]]) -> Array:
     return array[:: kept[0][2]] if kept and kept[0][2] != 1 else array
 
 
-def _turned(view: Slab, source: Source, scratch: list[Array]) -> Iterator[Array]:
+def _turned(view: Slab, source: BlockSource, scratch: list[Array]) -> Iterator[Array]:
     """A swapped slab: strips of the stored columns are read into ``scratch`` and leave it turned, block by block."""
     plain = replace(view, swapped=False)
     *outer, rows, columns = plain.shape

@@ -25,7 +25,14 @@ from mindformers_ext.formats.ms_file import CheckpointMeta, check_suffix, open_w
 from mindformers_ext.formats.safetensors_dir import SafetensorsDirWriter
 from mindformers_ext.formats.tensors import TensorReader
 from mindformers_ext.jobs.checkpoint.copy_tensors import copy_tensors
-from mindformers_ext.jobs.checkpoint.source import CONFIG, check_model, know, open_hf, open_ms, read_config
+from mindformers_ext.jobs.checkpoint.source import (
+    CONFIG,
+    check_model,
+    describe_checkpoint,
+    open_hf,
+    open_ms,
+    read_config,
+)
 from mindformers_ext.weights.convert import plan_relayout, plan_to_hf, plan_to_mindspore
 from mindformers_ext.weights.layouts import GMM, Layout
 from mindformers_ext.weights.plan import Direction, Overflow, Plan
@@ -169,7 +176,7 @@ def _opened(request: ConvertRequest) -> Iterator[_Job]:
         return
     reader, meta = open_ms(request.input_path, request.strategy_dir)
     with closing(reader):
-        known = know(reader, meta, request.config, request.model, request.input_layout)
+        known = describe_checkpoint(reader, meta, request.config, request.model, request.input_layout)
         if request.direction == "to_hf":
             plan = plan_to_hf(reader, known.spec, dtype=request.dtype, layout=known.layout)
         else:

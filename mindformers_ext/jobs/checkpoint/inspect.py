@@ -17,7 +17,7 @@ from mindformers_ext.formats.ms_ckpt import CkptFile
 from mindformers_ext.formats.ms_file import read_meta, sidecar
 from mindformers_ext.formats.safetensors_file import SafetensorsFile
 from mindformers_ext.formats.tensors import TensorInfo, TensorReader
-from mindformers_ext.jobs.checkpoint.source import described_layout, know, open_hf
+from mindformers_ext.jobs.checkpoint.source import describe_checkpoint, described_layout, open_hf
 
 MINDSPORE = "model.tok_embeddings.embedding_weight"
 
@@ -107,7 +107,7 @@ def _inspect(path: Path, kind: str, reader: TensorReader) -> Inspection:
             meta = None
         if MINDSPORE in reader.infos:
             try:
-                known = know(reader, meta)
+                known = describe_checkpoint(reader, meta)
                 layout = str(known.layout)
                 notes += known.notes
             except UserError as error:

@@ -111,7 +111,7 @@ class Known:
     notes: tuple[str, ...]
 
 
-def know(
+def describe_checkpoint(
     reader: TensorReader,
     meta: CheckpointMeta | None,
     config: Path | None = None,

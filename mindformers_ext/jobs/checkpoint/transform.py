@@ -22,7 +22,7 @@ from mindformers_ext.formats.rank_dirs import checkpoint_files, rank_files, rank
 from mindformers_ext.formats.strategy import read_strategy
 from mindformers_ext.jobs.checkpoint.saved import saved_in
 from mindformers_ext.jobs.checkpoint.source import rank_meta
-from mindformers_ext.jobs.checkpoint.transform_workers import Source, Task, open_source, run_tasks
+from mindformers_ext.jobs.checkpoint.transform_workers import RankFiles, RankTask, open_source, run_tasks
 from mindformers_ext.weights.reshard import SlicedReader
 from mindformers_ext.weights.reshard_plan import Unlisted, plan_reshard
 
@@ -104,7 +104,7 @@ def _transform(request: TransformRequest) -> TransformReport:
         reader.close()
     suffix = f".{request.output_format}" if request.output_format else source.files[0].suffix
     tasks = [
-        Task(rank, request.dst_ckpt_dir / f"rank_{rank}" / f"{request.prefix}{rank}{suffix}", plan.ranks[rank])
+        RankTask(rank, request.dst_ckpt_dir / f"rank_{rank}" / f"{request.prefix}{rank}{suffix}", plan.ranks[rank])
         for rank in ranks
     ]
     note = _Note(request, _fingerprint(request, source, suffix))
@@ -127,7 +127,7 @@ def _transform(request: TransformRequest) -> TransformReport:
     return TransformReport(files, tuple(kept), seconds, left, tuple(notes))
 
 
-def find_source(request: TransformRequest) -> Source:
+def find_source(request: TransformRequest) -> RankFiles:
     """The source's files and strategy, which fit each other in number.
 
     Raises:
@@ -144,14 +144,14 @@ def find_source(request: TransformRequest) -> Source:
                 f"'{path}' holds {len(files)} ranks and no --src_ckpt_strategy is given: without it the parts cannot "
                 "be put together; give the folder output/strategy of the run"
             )
-        return Source(files, None)
+        return RankFiles(files, None)
     strategy = read_strategy(request.src_strategy)
     if len(files) == 1 < strategy.world:
         raise UserError(
             f"'{path}' holds one rank, --src_ckpt_strategy describes {strategy.world}: leave the strategy away for a "
             "whole checkpoint, or give all ranks"
         )
-    return Source(files, strategy)
+    return RankFiles(files, strategy)
 
 
 def _label(path: Path, pick: str) -> str:
@@ -234,7 +234,7 @@ def _stamp(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _fingerprint(request: TransformRequest, source: Source, suffix: str) -> str:
+def _fingerprint(request: TransformRequest, source: RankFiles, suffix: str) -> str:
     """Changes when the command, the source's files or a strategy change."""
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in source.files.values()]
     strategies = [_digest(path) for path in (request.src_strategy, request.dst_strategy)]
@@ -247,7 +247,7 @@ def _digest(path: Path | None) -> list[str]:
     return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
 
 
-def _check_target(request: TransformRequest, source: Source, tasks: list[Task], world: int) -> list[Path]:
+def _check_target(request: TransformRequest, source: RankFiles, tasks: list[RankTask], world: int) -> list[Path]:
     """The files of ``tasks`` that are there already; anything else in the way is a ``UserError``."""
     folder = request.dst_ckpt_dir
     if folder.exists() and not folder.is_dir():

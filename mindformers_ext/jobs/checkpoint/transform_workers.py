@@ -35,7 +35,7 @@ SPARE_FILES = 64
 
 
 @dataclass(frozen=True)
-class Source:
+class RankFiles:
     """The file of every rank, and how they are cut; a strategy of None is one whole file."""
 
     files: Mapping[int, Path]
@@ -43,7 +43,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Task:
+class RankTask:
     """One target rank: its file and what goes into it."""
 
     rank: int
@@ -51,7 +51,7 @@ class Task:
     parts: tuple[RankPart, ...]
 
 
-def open_source(source: Source, check_crc: bool = True) -> SlicedReader | CkptFile | SafetensorsFile:
+def open_source(source: RankFiles, check_crc: bool = True) -> SlicedReader | CkptFile | SafetensorsFile:
     """A reader of the source's whole tensors. Files with a CRC are read once through unless ``check_crc`` is False."""
     _allow_open_files(len(source.files) + SPARE_FILES)
     with ExitStack() as stack:
@@ -75,7 +75,7 @@ def _allow_open_files(needed: int) -> None:
         raise UserError(f"{needed} files must be open at once, the system allows {hard}: raise 'ulimit -n'")
 
 
-def run_tasks(source: Source, tasks: Sequence[Task], processes: int, overwrite: bool) -> float:
+def run_tasks(source: RankFiles, tasks: Sequence[RankTask], processes: int, overwrite: bool) -> float:
     """Write every task's file; returns the seconds.
 
     Raises:
@@ -101,7 +101,7 @@ def run_tasks(source: Source, tasks: Sequence[Task], processes: int, overwrite: 
 
 def write_rank(
     reader: SlicedReader | CkptFile | SafetensorsFile,
-    task: Task,
+    task: RankTask,
     meta: CheckpointMeta | None,
     overwrite: bool,
     count: Count,
@@ -129,7 +129,7 @@ def _describe(path: Path, partial: Path, meta: CheckpointMeta | None) -> None:
         beside.write_text(replace(meta, hash=mark).to_text(), encoding="utf-8")
 
 
-def _writer(partial: Path, task: Task, meta: CheckpointMeta | None) -> CkptWriter | SafetensorsFileWriter:
+def _writer(partial: Path, task: RankTask, meta: CheckpointMeta | None) -> CkptWriter | SafetensorsFileWriter:
     targets = [part.info for part in task.parts]
     if meta is not None:
         return open_writer(partial, task.path.suffix, targets, replace(meta, hash=""))
@@ -155,7 +155,7 @@ def _data(reader: SlicedReader | CkptFile | SafetensorsFile, part: RankPart, cou
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(source: Source, overwrite: bool, queue: Any, parent: int) -> None:
+def _start_worker(source: RankFiles, overwrite: bool, queue: Any, parent: int) -> None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     reader = open_source(source, check_crc=False)
     _worker.update(reader=reader, meta=rank_meta(source.files[0]), overwrite=overwrite, queue=queue)
@@ -168,11 +168,13 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _work(task: Task) -> None:
+def _work(task: RankTask) -> None:
     write_rank(_worker["reader"], task, _worker["meta"], _worker["overwrite"], _worker["queue"].put)
 
 
-def _run_in_processes(source: Source, tasks: Sequence[Task], processes: int, overwrite: bool, count: Count) -> None:
+def _run_in_processes(
+    source: RankFiles, tasks: Sequence[RankTask], processes: int, overwrite: bool, count: Count
+) -> None:
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     pool = ProcessPoolExecutor(processes, context, _start_worker, (source, overwrite, queue, os.getpid()))

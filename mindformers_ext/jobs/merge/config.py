@@ -39,7 +39,7 @@ Scope = Mapping[str, Setting]
 
 
 @dataclass(frozen=True)
-class Source:
+class LayerSource:
     """One model of a slice. ``layers`` None: all of them."""
 
     model: str
@@ -51,7 +51,7 @@ class Source:
 class Slice:
     """Consecutive output layers that come from the same models."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[LayerSource, ...]
     parameters: Scope = field(default_factory=dict)
     base_model: str | None = None
 
@@ -139,7 +139,7 @@ def _slices(raw: Mapping[str, Any], base: str | None, problems: Problems) -> tup
         return tuple(_slice(item, f"slices[{place}]", problems) for place, item in enumerate(items))
     sources = [_source(item, f"models[{place}]", MODEL_KEYS, problems) for place, item in enumerate(items)]
     if base is not None and base not in [source.model for source in sources]:
-        sources.append(Source(base))
+        sources.append(LayerSource(base))
     _no_twins(sources, "models", problems)
     return (Slice(tuple(sources)),)
 
@@ -163,11 +163,11 @@ def _slice(raw: Mapping[str, Any], where: str, problems: Problems) -> Slice:
     )
 
 
-def _source(raw: Mapping[str, Any], where: str, keys: tuple[str, ...], problems: Problems) -> Source:
+def _source(raw: Mapping[str, Any], where: str, keys: tuple[str, ...], problems: Problems) -> LayerSource:
     problems.unknown_keys(where, map(str, raw), keys)
     model = _reference(raw.get("model"), f"{where}.model", problems)
     layers = _layers(raw["layer_range"], f"{where}.layer_range", problems) if "layer_range" in raw else None
-    return Source(model, layers, parse_settings(raw.get("parameters"), f"{where}.parameters", problems))
+    return LayerSource(model, layers, parse_settings(raw.get("parameters"), f"{where}.parameters", problems))
 
 
 def _layers(raw: Any, where: str, problems: Problems) -> tuple[int, int] | None:
@@ -182,7 +182,7 @@ def _layers(raw: Any, where: str, problems: Problems) -> tuple[int, int] | None:
     return first, end
 
 
-def _no_twins(sources: list[Source], where: str, problems: Problems) -> None:
+def _no_twins(sources: list[LayerSource], where: str, problems: Problems) -> None:
     names = [source.model for source in sources]
     for name in dict.fromkeys(name for name in names if names.count(name) > 1):
         problems.add(f"'{name}' is listed twice in {where}", "every model of a slice is another one")

@@ -19,7 +19,7 @@ from mindformers_ext.jobs.merge.output import (
     chain_mindspore,
     write_weights,
 )
-from mindformers_ext.jobs.merge.plan import Task, parameters_of
+from mindformers_ext.jobs.merge.plan import TensorTask, parameters_of
 from mindformers_ext.jobs.merge.stream import Findings, Runner
 
 
@@ -35,10 +35,10 @@ class Prepared:
     notes: Sequence[str]
     start: Callable[[Findings, list[str]], Callable[[int], Iterator[Array]]]
     beside: Callable[[Path], list[str]]
-    comparison: Callable[[], tuple[Runner, Sequence[Task]]]
+    comparison: Callable[[], tuple[Runner, Sequence[TensorTask]]]
 
 
-def carry_out(out: OutputRequest, opening: AbstractContextManager[Prepared], strict: bool, write: bool) -> MergeReport:
+def run_merge(out: OutputRequest, opening: AbstractContextManager[Prepared], strict: bool, write: bool) -> MergeReport:
     """Run the merge that ``opening`` prepares, or with ``write`` false only say what it would do.
 
     Raises:

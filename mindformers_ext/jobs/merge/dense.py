@@ -14,10 +14,10 @@ from mindformers_ext.formats.dtypes import BY_NUMPY
 from mindformers_ext.formats.tensors import Array
 from mindformers_ext.jobs.checkpoint.source import CONFIG
 from mindformers_ext.jobs.merge.config import MergeConfig, need_slices, read_merge_config
-from mindformers_ext.jobs.merge.course import Prepared, carry_out
+from mindformers_ext.jobs.merge.course import Prepared, run_merge
 from mindformers_ext.jobs.merge.models import Model, find_model, opened
 from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest, check_output, check_result
-from mindformers_ext.jobs.merge.plan import Plan, Task, make_plan
+from mindformers_ext.jobs.merge.plan import MergePlan, TensorTask, make_plan
 from mindformers_ext.jobs.merge.sidecars import Card, copy_tokenizer, merged_config, write_card, write_json
 from mindformers_ext.jobs.merge.stream import Findings, Runner
 from mindformers_ext.jobs.merge.templates import chosen_template, write_template
@@ -47,7 +47,7 @@ def merge(request: MergeRequest, write: bool = True) -> MergeReport:
     Raises:
         UserError: anything wrong with the configuration, the models or the output path; nothing is left half-written.
     """
-    return carry_out(request.output, _opened(request), request.strict, write)
+    return run_merge(request.output, _opened(request), request.strict, write)
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def _prepared(
     request: MergeRequest,
     config: MergeConfig,
     method: Method,
-    plan: Plan,
+    plan: MergePlan,
     chosen: Tokenizers,
     result: Mapping[str, Any],
     notes: list[str],
@@ -127,7 +127,7 @@ def _prepare_torch(request: MergeRequest) -> None:
 
 
 def _config(
-    config: MergeConfig, plan: Plan, models: Mapping[str, Model], base: Model, chosen: Tokenizers
+    config: MergeConfig, plan: MergePlan, models: Mapping[str, Model], base: Model, chosen: Tokenizers
 ) -> dict[str, Any]:
     kinds = {task.info.dtype for task in plan.tasks}
     written = any(task.info.name == HEAD.name for task in plan.tasks)
@@ -166,7 +166,7 @@ def _write_beside(
     return notes
 
 
-def _line(method: Method, task: Task) -> str:
+def _line(method: Method, task: TensorTask) -> str:
     """One tensor of the plan: what comes out and what goes in."""
     kind = BY_NUMPY[task.info.dtype].long
     names = ", ".join(f"{part.model}:{part.name}" for part in (*([task.base] if task.base else []), *task.inputs))

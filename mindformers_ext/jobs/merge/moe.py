@@ -15,14 +15,14 @@ from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.formats.dtypes import BY_NUMPY, cast
 from mindformers_ext.formats.tensors import Array, TensorInfo
 from mindformers_ext.jobs.checkpoint.source import CONFIG
-from mindformers_ext.jobs.merge.course import Prepared, carry_out
+from mindformers_ext.jobs.merge.course import Prepared, run_merge
 from mindformers_ext.jobs.merge.gates import gate_rows
 from mindformers_ext.jobs.merge.models import Model, find_model, opened
 from mindformers_ext.jobs.merge.moe_config import MoEConfig, read_moe_config
 from mindformers_ext.jobs.merge.moe_outputs import mixture_config
 from mindformers_ext.jobs.merge.moe_plan import CopyFrom, GateRows, Target, Zeros, plan_targets
 from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest, check_output, check_result
-from mindformers_ext.jobs.merge.plan import Part, Task
+from mindformers_ext.jobs.merge.plan import MergePart, TensorTask
 from mindformers_ext.jobs.merge.sidecars import Card, copy_tokenizer, write_card, write_json
 from mindformers_ext.jobs.merge.stream import COPIED, Findings, Runner, row_blocks
 from mindformers_ext.surgery.merge.architectures import HEAD
@@ -53,7 +53,7 @@ def assemble(request: MoERequest, write: bool = True) -> MergeReport:
     Raises:
         UserError: anything wrong with the configuration, the models or the output path; nothing is left half-written.
     """
-    return carry_out(request.output, _opened(request), request.strict, write)
+    return run_merge(request.output, _opened(request), request.strict, write)
 
 
 @contextmanager
@@ -79,11 +79,11 @@ def _opened(request: MoERequest) -> Iterator[Prepared]:
             tied=_tied(targets),
         )
         check_result(request.output, result)
-        yield _prepared(request, _Job(config, models, targets), result, notes)
+        yield _prepared(request, _Assembly(config, models, targets), result, notes)
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Assembly:
     """An assembly that is open and checked."""
 
     config: MoEConfig
@@ -91,7 +91,7 @@ class _Job:
     targets: list[Target]
 
 
-def _prepared(request: MoERequest, job: _Job, result: Mapping[str, Any], notes: list[str]) -> Prepared:
+def _prepared(request: MoERequest, job: _Assembly, result: Mapping[str, Any], notes: list[str]) -> Prepared:
     def start(findings: Findings, said: list[str]) -> Callable[[int], Iterator[Array]]:
         rows, more = gate_rows(job.config, job.models[job.config.base_model], request.seed)
         said += more
@@ -112,7 +112,7 @@ def _prepared(request: MoERequest, job: _Job, result: Mapping[str, Any], notes: 
     )
 
 
-def _comparison(job: _Job) -> tuple[Runner, Sequence[Task]]:
+def _comparison(job: _Assembly) -> tuple[Runner, Sequence[TensorTask]]:
     """The feed-forward matrices of the base and of every model that gives an expert."""
     from mindformers_ext.surgery.merge.passthrough import PASSTHROUGH
 
@@ -121,10 +121,10 @@ def _comparison(job: _Job) -> tuple[Runner, Sequence[Task]]:
     rows = [row.name for row in base.architecture.layer_rows() if ".mlp." in row.name and row.name.endswith(".weight")]
     names = [row.replace("{layer}", str(layer)) for layer in range(base.layers) for row in rows]
     tasks = [
-        Task(
+        TensorTask(
             base.reader.infos[name],
-            Part(base.name, name),
-            tuple(Part(other, name) for other in others),
+            MergePart(base.name, name),
+            tuple(MergePart(other, name) for other in others),
             Settings(),
             "float32",
         )
@@ -143,7 +143,7 @@ def _tied(targets: list[Target]) -> bool:
     return all(target.info.name != HEAD.name for target in targets)
 
 
-def _maker(job: _Job, rows: np.ndarray, seed: int, findings: Findings) -> Callable[[int], Iterator[Array]]:
+def _maker(job: _Assembly, rows: np.ndarray, seed: int, findings: Findings) -> Callable[[int], Iterator[Array]]:
     """The blocks of each target."""
 
     def blocks(place: int) -> Iterator[Array]:
@@ -159,13 +159,13 @@ def _maker(job: _Job, rows: np.ndarray, seed: int, findings: Findings) -> Callab
     return blocks
 
 
-def _copied(job: _Job, source: CopyFrom, info: TensorInfo, seed: int, findings: Findings) -> Iterator[Array]:
+def _copied(job: _Assembly, source: CopyFrom, info: TensorInfo, seed: int, findings: Findings) -> Iterator[Array]:
     """The blocks of a matrix, with the expert's noise and scale, in the type of ``info``."""
     reader = job.models[source.model].reader
     random = np.random.Generator(np.random.Philox(key=[seed, source.stream])) if source.noise else None
     for index, _ in row_blocks(reader.infos[source.name].shape, COPIED):
         array = reader.read(source.name, index)
-        findings.look(array, Part(source.model, source.name))
+        findings.look(array, MergePart(source.model, source.name))
         if random is not None or source.scale != 1.0:
             wide = array.astype(np.float32)
             if random is not None:
@@ -178,7 +178,7 @@ def _copied(job: _Job, source: CopyFrom, info: TensorInfo, seed: int, findings: 
         yield array
 
 
-def _write_beside(folder: Path, out: OutputRequest, job: _Job, result: Mapping[str, Any]) -> list[str]:
+def _write_beside(folder: Path, out: OutputRequest, job: _Assembly, result: Mapping[str, Any]) -> list[str]:
     base = job.models[job.config.base_model]
     write_json(folder / CONFIG, result)
     notes = copy_tokenizer(base.name, base.folder, folder) if out.copy_tokenizer else []
@@ -188,7 +188,7 @@ def _write_beside(folder: Path, out: OutputRequest, job: _Job, result: Mapping[s
     return notes
 
 
-def _origin(job: _Job, target: Target) -> str:
+def _origin(job: _Assembly, target: Target) -> str:
     first, count = target.sources[0], len(target.sources)
     if isinstance(first, GateRows):
         return f"gate, {job.config.gate_mode}"

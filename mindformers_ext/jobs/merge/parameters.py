@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mindformers_ext.core.errors import Problems, nearest
-from mindformers_ext.jobs.merge.config import MergeConfig, Scope, Slice, Source
+from mindformers_ext.jobs.merge.config import LayerSource, MergeConfig, Scope, Slice
 from mindformers_ext.jobs.merge.values import Scalar, lookup, numbers_of
 from mindformers_ext.surgery.merge.settings import Method, Parameter, Settings
 
@@ -37,7 +37,7 @@ class Resolver:
                 self._check(name, where, own, numbers_of(setting))
 
     def settings(
-        self, out: str, part: Slice, sources: Sequence[Source], names: Mapping[str, str], t: float
+        self, out: str, part: Slice, sources: Sequence[LayerSource], names: Mapping[str, str], t: float
     ) -> Settings:
         """All parameters of output tensor ``out``; ``names`` are the tensors of the sources by model."""
         outer = [part.parameters, *self._config.parameters]

@@ -17,17 +17,17 @@ import numpy as np
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.formats.dtypes import BY_NUMPY, FLOATS, is_float
 from mindformers_ext.formats.tensors import TensorInfo
-from mindformers_ext.jobs.merge.config import MergeConfig, Slice, Source
+from mindformers_ext.jobs.merge.config import LayerSource, MergeConfig, Slice
 from mindformers_ext.jobs.merge.models import Model
 from mindformers_ext.jobs.merge.parameters import Resolver
-from mindformers_ext.surgery.merge.architectures import HEAD, Row, known_names
+from mindformers_ext.surgery.merge.architectures import HEAD, TensorRow, known_names
 from mindformers_ext.surgery.merge.settings import Method, Settings
 
 SHOWN = 8  # problems of one kind that are listed
 
 
 @dataclass(frozen=True)
-class Part:
+class MergePart:
     """A tensor of a model."""
 
     model: str
@@ -35,25 +35,25 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Task:
+class TensorTask:
     """One tensor to write. ``math`` is the type of the arithmetic; ``rows`` cuts the inputs to so many rows.
 
     ``copied``: the first input is written as it is, but for its type.
     """
 
     info: TensorInfo
-    base: Part | None
-    inputs: tuple[Part, ...]
+    base: MergePart | None
+    inputs: tuple[MergePart, ...]
     settings: Settings
     math: str
     copied: bool = False
 
 
 @dataclass
-class Plan:
+class MergePlan:
     """Every tensor in file order, and what the run should say. ``vocab`` is set where rows were cut away."""
 
-    tasks: list[Task] = field(default_factory=list)
+    tasks: list[TensorTask] = field(default_factory=list)
     layers: int = 0
     layer_sources: list[tuple[str, int]] = field(default_factory=list)
     vocab: int | None = None
@@ -74,7 +74,7 @@ def make_plan(
     truncate: bool,
     seed: int,
     strict: bool,
-) -> Plan:
+) -> MergePlan:
     """The plan, or one ``UserError`` with everything that is wrong."""
     problems = Problems("the merge cannot be planned")
     _check_classes(config, models, allow_crimes, problems)
@@ -122,7 +122,7 @@ def _ranged(config: MergeConfig, models: Mapping[str, Model], problems: Problems
     return result
 
 
-def _length(source: Source) -> int:
+def _length(source: LayerSource) -> int:
     first, end = source.layers or (0, 0)
     return end - first
 
@@ -164,13 +164,13 @@ class _Planner:
         self.config, self.method, self.models = config, method, models
         self.truncate, self.problems = truncate, problems
         self.resolver = Resolver(config, method, seed, problems)
-        self.plan = Plan()
+        self.plan = MergePlan()
         self.count: dict[str, int] = {}
         names = config.models()
         self.donor = models[config.base_model or names[0]]
         self.with_head = any(HEAD.name in models[name].reader.infos for name in names)
 
-    def run(self, slices: list[Slice]) -> Plan:
+    def run(self, slices: list[Slice]) -> MergePlan:
         table, last = self.donor.architecture, 1.0 if self.config.compat["post_gradient"] == "last" else 0.0
         for row in table.pre:
             self._add(row, slices[0], row.name, None, 0.0)
@@ -195,18 +195,18 @@ class _Planner:
         if self.count[kind] <= SHOWN:
             self.problems.add(found, advice)
 
-    def _add(self, row: Row, part: Slice, out: str, layer: int | None, t: float) -> None:
+    def _add(self, row: TensorRow, part: Slice, out: str, layer: int | None, t: float) -> None:
         """The task of one output tensor, where it exists at all."""
-        parts: dict[str, Part] = {}
+        parts: dict[str, MergePart] = {}
         for source in part.sources:
             name = row.name if layer is None else row.name.replace("{layer}", str((source.layers or (0, 0))[0] + layer))
             if name in self.models[source.model].reader.infos:
-                parts[source.model] = Part(source.model, name)
+                parts[source.model] = MergePart(source.model, name)
         if not parts and row.optional and not (row.name == HEAD.name and self.with_head):
             return
         for source in part.sources:  # a tied tensor stands in
             if source.model not in parts and row.tied in self.models[source.model].reader.infos:
-                parts[source.model] = Part(source.model, str(row.tied))
+                parts[source.model] = MergePart(source.model, str(row.tied))
         missing = [source.model for source in part.sources if source.model not in parts]
         if missing and row.optional and parts and self.method.lone == "copy":
             only = next(iter(parts.values()))
@@ -223,7 +223,13 @@ class _Planner:
         self._append(out, row, parts[base] if base in parts else None, inputs, settings, copied)
 
     def _append(
-        self, out: str, row: Row, base: Part | None, inputs: tuple[Part, ...], settings: Settings, copied: bool
+        self,
+        out: str,
+        row: TensorRow,
+        base: MergePart | None,
+        inputs: tuple[MergePart, ...],
+        settings: Settings,
+        copied: bool,
     ) -> None:
         parts = [*([base] if base else []), *inputs]
         infos = [self.models[part.model].reader.infos[part.name] for part in parts]
@@ -238,9 +244,11 @@ class _Planner:
         own = BY_NUMPY[infos[0].dtype].long
         math = self.config.dtype or own
         stored: np.dtype[Any] = FLOATS[self.config.out_dtype or math]
-        self.plan.tasks.append(Task(TensorInfo(out, shape, stored), base, inputs, settings, math, copied))
+        self.plan.tasks.append(TensorTask(TensorInfo(out, shape, stored), base, inputs, settings, math, copied))
 
-    def _shape(self, out: str, row: Row, parts: list[Part], infos: list[TensorInfo]) -> tuple[int, ...] | None:
+    def _shape(
+        self, out: str, row: TensorRow, parts: list[MergePart], infos: list[TensorInfo]
+    ) -> tuple[int, ...] | None:
         shapes = {info.shape for info in infos}
         if len(shapes) == 1:
             return infos[0].shape
@@ -260,7 +268,7 @@ class _Planner:
         return (self.plan.vocab, *infos[0].shape[1:])
 
 
-def _note_extras(models: Mapping[str, Model], plan: Plan) -> None:
+def _note_extras(models: Mapping[str, Model], plan: MergePlan) -> None:
     for model in models.values():
         known = known_names(model.architecture, model.layers)
         extra = [name for name in model.reader.infos if name not in known]

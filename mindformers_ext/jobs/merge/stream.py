@@ -13,7 +13,7 @@ import numpy as np
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.dtypes import BFLOAT16, BY_NUMPY, cast
 from mindformers_ext.formats.tensors import Array, Index, TensorReader
-from mindformers_ext.jobs.merge.plan import Part, Task
+from mindformers_ext.jobs.merge.plan import MergePart, TensorTask
 from mindformers_ext.surgery.merge.settings import Method
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Findings:
     broken: dict[str, None] = field(default_factory=dict)
     overflown: dict[str, int] = field(default_factory=dict)
 
-    def look(self, array: Array, part: Part) -> None:
+    def look(self, array: Array, part: MergePart) -> None:
         """Note a NaN or an infinite value; with ``strict`` a ``UserError``."""
         if finite(array):
             return
@@ -94,11 +94,11 @@ class Runner:
         """``readers`` by the name of the model."""
         self._method, self._readers, self._device, self._findings = method, readers, device, findings
 
-    def blocks(self, task: Task) -> Iterator[Array]:
+    def blocks(self, task: TensorTask) -> Iterator[Array]:
         """The task's output in consecutive blocks of its own type."""
         return self._copy(task) if task.copied else self._merge(task)
 
-    def _copy(self, task: Task) -> Iterator[Array]:
+    def _copy(self, task: TensorTask) -> Iterator[Array]:
         part = task.inputs[0]
         for index, _ in row_blocks(task.info.shape, COPIED):
             array = self._readers[part.model].read(part.name, index)
@@ -109,7 +109,7 @@ class Runner:
                 self._findings.overflown[task.info.name] = self._findings.overflown.get(task.info.name, 0) + lost
             yield array
 
-    def _merge(self, task: Task) -> Iterator[Array]:
+    def _merge(self, task: TensorTask) -> Iterator[Array]:
         from mindformers_ext.surgery.merge.bridge import array_of
 
         target = BY_NUMPY[task.info.dtype].long
@@ -117,7 +117,7 @@ class Runner:
             array = array_of(tensor, target)
             yield array.view(BFLOAT16) if target == "bfloat16" else array
 
-    def stream(self, task: Task) -> Stream:
+    def stream(self, task: TensorTask) -> Stream:
         """The task's inputs in chunks, on the device."""
         from mindformers_ext.surgery.merge.bridge import tensor_of
         from mindformers_ext.surgery.merge.stream import Chunk, Stream, in_rows

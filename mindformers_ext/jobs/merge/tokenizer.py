@@ -20,7 +20,7 @@ from mindformers_ext.jobs.merge.vocab import (
     write_vocabulary,
 )
 from mindformers_ext.jobs.merge.vocab_config import BASE, UNION, VocabularyWish
-from mindformers_ext.surgery.merge.architectures import Row
+from mindformers_ext.surgery.merge.architectures import TensorRow
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _all_alike(models: Mapping[str, Model]) -> bool:
     return first[0] is not None and all(other == first for other in others)
 
 
-def _vocab_rows(model: Model) -> list[Row]:
+def _vocab_rows(model: Model) -> list[TensorRow]:
     return [row for row in (*model.architecture.pre, *model.architecture.post) if row.vocab]
 
 

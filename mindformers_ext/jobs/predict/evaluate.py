@@ -223,7 +223,7 @@ def _nats(logits: Logits, batch: list[Window], rows: int, length: int) -> float:
     return total
 
 
-def keep(evaluation: Evaluation, ours: Perplexity, reference: Perplexity | None) -> Path:
+def write_results(evaluation: Evaluation, ours: Perplexity, reference: Perplexity | None) -> Path:
     """Write eval.json into ``output_dir``: MindFormers' own result first, then how it was taken."""
     path = Path(evaluation.asked.output_dir) / RESULT
     content = {

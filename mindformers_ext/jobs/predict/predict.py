@@ -256,7 +256,7 @@ def _lines(text: str, where: str) -> list[str]:
     return lines
 
 
-def keep(written: Sequence[Written], run: RunSpec, timing: Timing) -> Path:
+def write_results(written: Sequence[Written], run: RunSpec, timing: Timing) -> Path:
     """Write the answers: predictions.jsonl, sample.txt (texts with their prompts) and MindFormers' result file.
 
     The last line of predictions.jsonl holds the run's token counts and seconds. Returns its path.

@@ -21,7 +21,7 @@ PRE, LAYER, POST = "pre", "layer", "post"
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorRow:
     """One tensor of a model, or one per layer (and expert)."""
 
     name: str
@@ -36,28 +36,28 @@ class Architecture:
 
     model_type: str
     classes: tuple[str, ...]
-    layer: tuple[Row, ...]
-    pre: tuple[Row, ...]
-    post: tuple[Row, ...]
+    layer: tuple[TensorRow, ...]
+    pre: tuple[TensorRow, ...]
+    post: tuple[TensorRow, ...]
     experts: int = 0
 
-    def layer_rows(self) -> Iterator[Row]:
+    def layer_rows(self) -> Iterator[TensorRow]:
         """The rows of a layer, one per expert where they have experts; ``{layer}`` stays open."""
         for row in self.layer:
             if "{expert}" in row.name:
-                yield from (Row(row.name.replace("{expert}", str(e)), row.optional) for e in range(self.experts))
+                yield from (TensorRow(row.name.replace("{expert}", str(e)), row.optional) for e in range(self.experts))
             else:
                 yield row
 
 
-def _rows(*rules: Rule) -> tuple[Row, ...]:
-    return tuple(Row(name) for rule in rules for name, _ in rule.hf_templates)
+def _rows(*rules: Rule) -> tuple[TensorRow, ...]:
+    return tuple(TensorRow(name) for rule in rules for name, _ in rule.hf_templates)
 
 
-def _biases(rows: tuple[Row, ...], *words: str, optional: bool = False) -> tuple[Row, ...]:
+def _biases(rows: tuple[TensorRow, ...], *words: str, optional: bool = False) -> tuple[TensorRow, ...]:
     """The biases of those ``rows`` whose names hold one of ``words``."""
     stems = [row.name.removesuffix("weight") for row in rows if any(word in row.name for word in words)]
-    return tuple(Row(stem + "bias", optional) for stem in stems)
+    return tuple(TensorRow(stem + "bias", optional) for stem in stems)
 
 
 EMBEDDING = replace(*_rows(llama.EMBEDDING), vocab=True)
@@ -69,10 +69,10 @@ EXPERTS = _rows(*mixtral.PER_EXPERT)
 BIASES = _biases(ATTENTION, "q_proj", "k_proj", "v_proj")
 LLAMA_BIASES = _biases((*ATTENTION, *DENSE), "_proj", optional=True)  # with attention_bias or mlp_bias of LlamaConfig
 _PHI3 = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
-PHI3 = tuple(Row(f"model.layers.{{layer}}.{name}.weight") for name in _PHI3)
+PHI3 = tuple(TensorRow(f"model.layers.{{layer}}.{name}.weight") for name in _PHI3)
 
 
-def _model(model_type: str, name: str, *layer: Row) -> Architecture:
+def _model(model_type: str, name: str, *layer: TensorRow) -> Architecture:
     return Architecture(model_type, (name,), layer, (EMBEDDING,), (NORM, HEAD))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.formats.strategy import Layout, read_strategy
+from mindformers_ext.formats.strategy import SliceLayout, read_strategy
 from tests.helpers.sliced import DP4, DP8, JSON, PP2, PP4, shape_of, strategy_bytes, write_strategy
 
 ROW = dict(matrix=[2, 2], tensor_map=[1, -1])
@@ -64,7 +64,7 @@ def test_json_says_what_protobuf_says(tmp_path):
 
 
 def test_several_device_axes_cut_one_tensor_axis():
-    layout = Layout((2, 3, 2), ((0, 2), ()))
+    layout = SliceLayout((2, 3, 2), ((0, 2), ()))
     assert layout.parts == (4, 1)
     # rank 7 = (1, 0, 1): device axis 0 (the fastest) is the slower of the two cuts
     assert layout.place(7) == (3, 0) and layout.place(1) == (2, 0) and layout.place(6) == (1, 0)

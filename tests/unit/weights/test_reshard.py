@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.ms_ckpt import CkptFile, CkptWriter
 from mindformers_ext.formats.safetensors_file import SafetensorsFile, SafetensorsFileWriter
-from mindformers_ext.formats.strategy import Layout, Strategy, read_strategy
+from mindformers_ext.formats.strategy import SliceLayout, Strategy, read_strategy
 from mindformers_ext.formats.tensors import MappingReader, TensorInfo
 from mindformers_ext.weights import boxes
 from mindformers_ext.weights.boxes import pieces, read_box, sizes, whole_box
@@ -40,7 +40,7 @@ def layouts(draw, devices):
     used = {axis for item in tensor_map for axis in item}
     twins = int(np.prod([size for place, size in enumerate(matrix) if len(matrix) - 1 - place not in used]))
     size = draw(st.sampled_from([size for size in range(1, twins + 1) if twins % size == 0]))
-    return Layout(tuple(matrix), tuple(map(tuple, tensor_map)), size)
+    return SliceLayout(tuple(matrix), tuple(map(tuple, tensor_map)), size)
 
 
 @st.composite
@@ -182,7 +182,7 @@ def test_ranks_that_contradict_the_strategy_are_named(edits, texts):
 
 def test_a_tensor_that_two_stages_share():
     """Tied embeddings: the first stage's parts are taken; stages of different shape are refused."""
-    rows, columns = Layout((4,), ((0,), ())), Layout((2, 2), ((), (0,)))
+    rows, columns = SliceLayout((4,), ((0,), ())), SliceLayout((2, 2), ((), (0,)))
     strategy = Strategy(({"tied": rows}, {"tied": columns}), 4, "drawn")
     arrays = {"tied": np.arange(64, dtype=np.float32).reshape(8, 8)}
     reader = reader_of(strategy, arrays)
