@@ -32,6 +32,7 @@ examples:
         --memory 64GB
 Every option of run_mindformer.py (--epochs, --section.key, ...) works here as well.
 """
+RANK_COMMAND = (sys.executable, "-m", "mindformers_ext.cli.dryrun_rank")  # each process that compiles
 OWN = ("config", "worker_num", "ranks", "out", "memory", "suggest", "jobs", "compare", "keep_graphs", "options")
 
 
@@ -121,7 +122,7 @@ def _run(arguments: argparse.Namespace) -> int:
         job = RankJob(
             plan=plan,
             stubs=stubs,
-            command=(sys.executable, "-m", "mindformers_ext.cli.dryrun_rank"),
+            command=RANK_COMMAND,
             folder=out / ("native" if native else "ranks"),
             native=native,
             keep_graphs=arguments.keep_graphs,

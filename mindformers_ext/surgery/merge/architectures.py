@@ -76,7 +76,7 @@ def _model(model_type: str, name: str, *layer: TensorRow) -> Architecture:
     return Architecture(model_type, (name,), layer, (EMBEDDING,), (NORM, HEAD))
 
 
-def _family(family: Family, *layer: Row) -> Architecture:
+def _family(family: Family, *layer: TensorRow) -> Architecture:
     return _model(family.name, family.hf_class, *layer)
 
 
