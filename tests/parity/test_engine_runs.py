@@ -73,7 +73,8 @@ def test_the_same_curve(mindspore: Path, pytorch: Path) -> None:
 
 
 def test_the_same_curve_of_other_options(job: Path) -> None:
-    """The other optimizer, accumulated gradients, sigmoid gates of limited groups, a bias that follows the load."""
+    """The other optimizer, accumulated gradients, sigmoid gates of limited groups, a bias that follows the load; and a
+    Qwen2-MoE: a dense layer, biases, a gated shared expert."""
     text = job.read_text(encoding="utf-8")
     for old, new in {
         "enable_sdrop: True": "enable_sdrop: False, use_gating_sigmoid: True, balance_via_topk_bias: True, "
@@ -81,6 +82,10 @@ def test_the_same_curve_of_other_options(job: Path) -> None:
         "type: AdamW, betas: [0.9, 0.95], eps: 1.0e-8": "type: FP32StateAdamWeightDecay, beta2: 0.95, eps: 1.0e-6",
         "- {type: ObsMonitor}\nmetric": "- {type: TopkBiasBalanceCallback}\nmetric",
         "batch_size: 4": "batch_size: 2",
+        "type: LlamaConfig,": "type: Qwen2MoeConfig, moe_intermediate_size: 24, shared_expert_intermediate_size: 40, "
+        "qkv_has_bias: True, dense_layers: [1],",
+        "type: LlamaForCausalLM": "type: Qwen2MoeForCausalLM",
+        "num_layers: 2": "num_layers: 3",
     }.items():
         assert old in text
         text = text.replace(old, new)
