@@ -31,7 +31,7 @@ def job(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tinymoe")
     path = make_job(folder)
     text = path.read_text(encoding="utf-8").replace("type: LlamaConfig", WORDS)
-    text = text.replace("num_layers: 2", "num_layers: 4")
+    text = text.replace("num_layers: 2", "num_layers: 4").replace("use_past: False", "use_past: True")
     path.write_text(text.replace("type: LlamaForCausalLM", f"type: {tinymoe.CLASS}"), encoding="utf-8")
     spec = network_spec_from_yaml(config_of(path)).model
     make_tiny_model(TinyModelRequest(output_dir=folder / "hf", spec=spec, seed=3))
@@ -80,10 +80,10 @@ def test_both_engines_train_it_alike(trained) -> None:
 def test_both_engines_predict_the_same_with_a_cache(job: Path, trained, tmp_path: Path) -> None:
     answers = {}
     for engine in ("ms", "pt"):
-        answers[engine] = tmp_path / f"{engine}.txt"
+        answers[engine] = tmp_path / engine / "text_generation_result.txt"
         words = ["--config", job, "--run_mode", "predict", "--engine", engine, "--predict_data", "the word of"]
-        words += ["--load_checkpoint", trained["ms"] / "checkpoint", "--use_past", "True"]
-        command(run_mindformer.main, *words, "--output_dir", tmp_path / engine, "--save_file", answers[engine])
+        words += ["--load_checkpoint", trained["ms"] / "checkpoint"]
+        command(run_mindformer.main, *words, "--output_dir", tmp_path / engine)
     texts = [path.read_text(encoding="utf-8") for path in answers.values()]
     assert texts[0] == texts[1] and len(texts[0]) > len("the word of")
 
@@ -105,9 +105,13 @@ raise SystemExit(dryrun_rank.main())
 def test_a_cluster_compiles_it(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Data, model, expert and pipeline parallel, for Ascend."""
     monkeypatch.setattr(dryrun, "RANK_COMMAND", (sys.executable, "-c", RANK, str(ROOT)))
-    split = ["data_parallel=2", "model_parallel=2", "expert_parallel=2", "pipeline_stage=2", "micro_batch_num=2"]
+    sizes = ["data_parallel=2", "model_parallel=2", "expert_parallel=2", "pipeline_stage=2", "micro_batch_num=2"]
+    split = [
+        *(f"parallel_config.{size}" for size in (*sizes, "use_seq_parallel=True")),
+        "parallel.enable_alltoall=True",
+    ]
     words = ["--config", job, "--worker_num", 8, "--ranks", "stages", "--out", tmp_path / "dry", "--device_target"]
-    words += ["Ascend", "--use_parallel", "True", "--options", *(f"parallel_config.{item}" for item in split)]
+    words += ["Ascend", "--use_parallel", "True", "--options", *split]
     command(dryrun.main, *words)
     report = json.loads((tmp_path / "dry" / "report.json").read_text(encoding="utf-8"))
     assert all(rank["compiles"] for rank in report["ranks"]) and len(report["ranks"]) == 2
