@@ -67,6 +67,19 @@ class PassLosses(nn.Cell):
         return total_G
 
 
+class MeanLoss(nn.Cell):
+    """The auxiliary loss () of sums (G): their mean times ``scale``. A cell of the last stage for the same reason."""
+
+    def __init__(self, shards: Shards, scale: float) -> None:
+        super().__init__(auto_prefix=False)
+        self.factor = scale
+        self.mean = shards.shard(P.ReduceMean(), "group mean")
+        self.scale = shards.shard(P.Mul(), "scalars")
+
+    def construct(self, total_G: Tensor) -> Tensor:
+        return self.scale(self.mean(total_G, 0), self.factor)
+
+
 class ReadReport(nn.Cell):
     """Reports summed over groups, (layers, E + 1), as load (layers, E) and dropped share (layers)."""
 
@@ -99,9 +112,9 @@ class Decoder(nn.Cell):
         model, shards = spec.model, Shards(spec)
         self.mixtures, layers = model.moe_layers, model.num_hidden_layers
         self.compute_dtype = operators.dtype(spec.numerics.compute_dtype)
-        self.aux_scale = 1.0 / len(self.mixtures) if model.moe and model.moe.aux_loss_reduce == "mean" else 1.0
+        aux_scale = 1.0 / len(self.mixtures) if model.moe and model.moe.aux_loss_reduce == "mean" else 1.0
         if shards.stages > 1:
-            self.aux_scale *= 2.0  # see AddLosses
+            aux_scale *= 2.0  # see AddLosses
         self.seq_length = spec.seq_length
         self.tok_embeddings = shards.stage(TokenEmbedding(spec), 0)
         stages = [layer_stage(index, layers, shards.stages, shards.interleave) for index in range(layers)]
@@ -116,8 +129,7 @@ class Decoder(nn.Cell):
                 for index, stage in enumerate(stages)
             ]
         )
-        self.mean = shards.shard(P.ReduceMean(), "group mean")
-        self.scale = shards.shard(P.Mul(), "scalars")
+        self.mean_loss = shards.stage(MeanLoss(shards, aux_scale), shards.stages - 1)
         self.stack = shards.shard_list(P.Stack(), "tok -", len(self.mixtures))
         self.total = shards.shard(P.ReduceSum(), "reports")
         self.read_report = shards.local(ReadReport(spec.parallel.groups), "report", _report_shapes, _report_types)
@@ -139,14 +151,14 @@ class Decoder(nn.Cell):
         if not self.has_experts:
             zeros = ops.zeros((1, 1), ms.float32)
             return self.norm_out(x_TD), ops.zeros((), ms.float32), zeros, ops.zeros((1,), ms.float32)
-        aux_loss = self.scale(self.mean(aux_loss_G, 0), self.aux_scale)
+        aux_loss = self.mean_loss(aux_loss_G)
         if self.reports:
             load, dropped = self.read_report(self.total(self.stack(self._of_mixtures(reports)), 1))
             return self.norm_out(x_TD), aux_loss, load, dropped
         return self.norm_out(x_TD), aux_loss, aux_loss, aux_loss
 
     def _of_mixtures(self, reports: tuple) -> tuple:
-        """Without the None of dense layers. No ``if``: a tuple that leaves one has no layout in a cut graph."""
+        """Without the None of dense layers. A tuple that leaves an ``if`` has no layout in MindSpore's cut graph."""
         found: tuple = ()
         for index in self.mixtures:
             found = found + (reports[index],)
