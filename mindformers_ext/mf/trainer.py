@@ -86,7 +86,8 @@ class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
             words.type = PortablePipelineStepCell.__name__
             logger.info("MFPipelineWithLossScaleCell becomes %s: the clipping norm tells overflow", words.type)
         wrapper = super().create_model_wrapper(network, optimizer)
-        wrapper.first_step = int(self.config.runner_config.initial_step or 0)
+        if wrapper is not None:
+            wrapper.first_step = int(self.config.runner_config.initial_step or 0)
         if isinstance(wrapper, TrainStepCell) and self.config.resume_training and self.config.checkpoint.load_path:
             restore_step_state(wrapper, self._resume_file())
         return wrapper

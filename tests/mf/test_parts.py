@@ -10,16 +10,22 @@ import pytest
 from mindformers.core import build_optim
 from mindformers.models import build_model_config, build_network
 from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, MindFormerRegister
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, nn
+from mindspore.train import RunContext
+from mindspore.train.callback._callback import InternalCallbackParam
 
 from mindformers_ext.core.config.file import parse_yaml
 from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.families import FAMILIES, Family
+from mindformers_ext.jobs.train.hooks import QuietHook, hook_state
 from mindformers_ext.mf import register  # what a plain MindFormers run imports
 from mindformers_ext.mf.adapt import adapt
+from mindformers_ext.mf.checkpoint import WholeCheckpointMonitor
+from mindformers_ext.mf.hooks import HookCallback
+from mindformers_ext.mf.monitor import MoELossMonitor
 from mindformers_ext.mf.pipeline_step import norm_tells_overflow
-from mindformers_ext.mf.trainer import stand_ins
+from mindformers_ext.mf.trainer import PortableCausalLanguageModelingTrainer, stand_ins
 from mindformers_ext.ms.causal_lm import build_causal_lm
 from tests.helpers.tiny_run import YAML
 
@@ -179,3 +185,44 @@ def test_every_family_has_classes_and_one_that_is_added_gets_them(monkeypatch):
             network_class = MindFormerRegister.get_cls(MindFormerModuleType.MODELS, name)
             assert made.family == family and network_class.config_class is made
             assert (made.__name__, network_class.__name__) == family.yaml_names[0]
+
+
+class Counted(QuietHook):
+    """A hook with a state of its own that sets a weight to the number of the step it is for."""
+
+    def __init__(self) -> None:
+        self.seen = []
+
+    def inputs(self, step: int) -> dict:
+        return {"weight": np.full(2, step, np.float32)}
+
+    def after_step(self, step: int, figures) -> None:
+        self.seen.append((step, figures.loss))
+
+    def state(self) -> dict:
+        return {"seen": np.array(len(self.seen))}
+
+    def restore(self, state: dict) -> None:
+        self.seen = [None] * int(state["seen"])
+
+
+def test_hooks_see_mindformers_steps_and_their_state_is_in_its_checkpoint() -> None:
+    network = nn.Cell()
+    network.weight = Parameter(Tensor(np.zeros(2, np.float32)), name="weight")
+    network.first_step, network.hook_state = 4, {"hook.1.seen": np.array(3)}
+    parameters = InternalCallbackParam(train_network=network, train_hooks=[QuietHook()], cur_step_num=1)
+    context, hook = RunContext(parameters), Counted()
+    callback = HookCallback(hook)
+    callback.on_train_begin(context)
+    assert len(hook.seen) == 3 and network.weight.asnumpy().tolist() == [5, 5]
+    parameters.net_outputs = (Tensor(1.5), Tensor(False), Tensor(2.0), Tensor(0.1), Tensor(0.5))
+    callback.on_train_step_end(context)
+    assert hook.seen[-1] == (5, 1.5) and network.weight.asnumpy().tolist() == [6, 6]
+    assert hook_state(parameters.train_hooks) == {"hook.1.seen": np.array(4)}
+
+
+def test_hooks_stand_before_the_checkpoint_and_behind_the_monitor() -> None:
+    order = [WholeCheckpointMonitor, HookCallback, MoELossMonitor]
+    callbacks = [cls.__new__(cls) for cls in order]
+    found = PortableCausalLanguageModelingTrainer.sort_callbacks(callbacks)
+    assert [type(item) for item in found] == [MoELossMonitor, HookCallback, WholeCheckpointMonitor]
