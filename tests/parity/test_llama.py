@@ -65,7 +65,10 @@ def test_equals_transformers(case: Case, mode: str) -> None:
     check(case, mode)
 
 
+MORE = list(zip(SLOW, ("GRAPH", "PYNATIVE"), strict=True))  # FAST has held the modes against each other
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "mode"), zip(SLOW, ("GRAPH", "PYNATIVE"), strict=True), ids=["GRAPH", "PYNATIVE"])
+@pytest.mark.parametrize(("case", "mode"), MORE, ids=[f"{case.name}-{mode}" for case, mode in MORE])
 def test_equals_transformers_more(case: Case, mode: str) -> None:
     check(case, mode)
