@@ -36,9 +36,9 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--grep '{arguments.grep}' is no regular expression: {error}") from error
     found = inspect_ckpt(arguments.path)
     if arguments.json:
-        words = found.to_json()
-        words["tensors"] = [row for row in words["tensors"] if wanted.search(row["name"])]
-        print(json.dumps(words, indent=1))
+        table = found.to_json()
+        table["tensors"] = [row for row in table["tensors"] if wanted.search(row["name"])]
+        print(json.dumps(table, indent=1))
         return 0
     rows = [
         (info.name, str(info.shape), type_name(info), size_text(info.nbytes))

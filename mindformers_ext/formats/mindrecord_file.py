@@ -40,7 +40,7 @@ def record_fields(path: Path) -> dict[str, str]:
         raise UserError(f"{path} is the index of a MindRecord: give {path.stem}")
     try:
         described = _header(path)["schema"][0]["schema"]
-        return {str(name): str(words["type"]) for name, words in described.items()}
+        return {str(name): str(field["type"]) for name, field in described.items()}
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not a MindRecord (its header cannot be read): give a file that llama_preprocess.py wrote"

@@ -22,7 +22,7 @@ from mindformers.trainer import Trainer
 from mindspore import Tensor, nn
 from mindspore.common.initializer import Initializer
 
-from mindformers_ext.core.cluster.cluster_rules import settled
+from mindformers_ext.core.cluster.cluster_rules import effective_spec
 from mindformers_ext.core.cluster.tensor_parallel import parted_parameters
 from mindformers_ext.core.config.run import run_spec_from_yaml
 from mindformers_ext.core.config.view import network_spec_from_yaml
@@ -110,7 +110,7 @@ def compile_prediction(config: Mapping[str, Any], shape: Shape, world: int) -> C
     """
     started = time.time()
     run = run_spec_from_yaml(config)
-    spec = dropless_spec(settled(network_spec_from_yaml(config, world))[0], run.device)
+    spec = dropless_spec(effective_spec(network_spec_from_yaml(config, world))[0], run.device)
     engine = MindSporeEngine()
     engine.use(run.device)
     network = engine.build(spec, empty=True)

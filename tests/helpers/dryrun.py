@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from mindformers_ext.core.cluster.cluster_rules import settled
+from mindformers_ext.core.cluster.cluster_rules import effective_spec
 from mindformers_ext.core.cluster.memory import StepSettings
 from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.spec import NetworkSpec
@@ -66,7 +66,7 @@ class DryRun:
 
     def spec(self) -> NetworkSpec:
         """The network as the arithmetic of core/ sees it."""
-        return settled(network_spec_from_yaml(self.config(), self.devices))[0]
+        return effective_spec(network_spec_from_yaml(self.config(), self.devices))[0]
 
     def settings(self) -> StepSettings:
         """What else decides about memory and traffic."""

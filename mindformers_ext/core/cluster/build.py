@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mindformers_ext.core.cluster.cluster_rules import settled
+from mindformers_ext.core.cluster.cluster_rules import effective_spec
 from mindformers_ext.core.config.lora import LoraSpec, lora_from_yaml
 from mindformers_ext.core.config.recompute import RecomputeSpec, recompute_from_yaml
 from mindformers_ext.core.config.view import network_spec_from_yaml
@@ -16,7 +16,7 @@ from mindformers_ext.core.spec import NetworkSpec
 
 @dataclass(frozen=True, kw_only=True)
 class BuildSpec:
-    """``network``: with the sizes that are really built (``settled``); ``lora``: adapters beside its layers;
+    """``network``: with the sizes that are really built (``effective_spec``); ``lora``: adapters beside its layers;
     ``recompute``: layers whose activations are computed again, none where nothing is learnt."""
 
     network: NetworkSpec
@@ -30,7 +30,7 @@ def build_spec(read: NetworkSpec, config: Mapping[str, Any], recompute: bool = T
     Raises:
         UserError: ``pet_config`` or ``recompute_config`` does not fit it.
     """
-    network = settled(read)[0]
+    network = effective_spec(read)[0]
     wanted = recompute and config.get("run_mode") != "predict"
     return BuildSpec(
         network=network,

@@ -33,7 +33,7 @@ JUDGED_MODES = (*RUN_MODES, "predict_with_train_model", TOGETHER)
 def check_network(spec: NetworkSpec, run_mode: str = "train") -> list[str]:
     """Check ``spec`` for ``run_mode`` (of ``JUDGED_MODES``) and return the warnings, one line each.
 
-    The sizes are judged as ``settled`` leaves them.
+    The sizes are judged as ``effective_spec`` leaves them.
 
     Raises:
         UserError: lists every broken rule with its numbers and the nearest valid choice.
@@ -48,7 +48,7 @@ def check_network(spec: NetworkSpec, run_mode: str = "train") -> list[str]:
         problems.positive(name, getattr(spec.parallel, name))
     if problems.lines:  # products of wrong numbers would only repeat the mistakes
         problems.raise_if_any()
-    kept, warnings = settled(spec)
+    kept, warnings = effective_spec(spec)
     for check in (_product, _lengths, _widths, _pipeline, _experts, _router_load):
         check(kept, run_mode, problems, warnings)
     _quiet_losses(kept, run_mode, warnings)
@@ -56,7 +56,7 @@ def check_network(spec: NetworkSpec, run_mode: str = "train") -> list[str]:
     return warnings
 
 
-def settled(spec: NetworkSpec) -> tuple[NetworkSpec, list[str]]:
+def effective_spec(spec: NetworkSpec) -> tuple[NetworkSpec, list[str]]:
     """The spec that is really built, and what changed: build from this one, not from the one read.
 
     Outside ``semi_auto_parallel`` and ``auto_parallel`` MindFormers resets every size to 1; with a pipeline it gives up

@@ -80,7 +80,7 @@ class LayerSizes:
 
 
 def layer_sizes(spec: NetworkSpec, layer: int | None = None) -> LayerSizes:
-    """The sizes of a layer of ``spec``, as ``core.cluster.cluster_rules.settled`` leaves it; dropless counts balanced.
+    """The sizes of a layer of ``spec``, as ``cluster_rules.effective_spec`` leaves it; dropless counts as balanced.
 
     ``layer``: its number; None here and below is ``ModelSpec.typical_layer``.
     """

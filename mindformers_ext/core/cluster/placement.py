@@ -55,7 +55,7 @@ def placed_parameters(
     """Every weight of the network with its stage and its slice on one device of that stage.
 
     Args:
-        spec: as ``core.cluster.cluster_rules.settled`` leaves it.
+        spec: as ``core.cluster.cluster_rules.effective_spec`` leaves it.
         threshold: KB; smaller slices are not cut by the optimizer (``parallel_optimizer_threshold``).
         lora: its adapters are added, and they alone are trained.
     """

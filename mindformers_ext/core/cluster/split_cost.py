@@ -49,7 +49,7 @@ class SplitCost:
 
 
 def split_cost(spec: NetworkSpec, settings: StepSettings) -> SplitCost:
-    """The cost of the split of ``spec``, as ``core.cluster.cluster_rules.settled`` leaves it."""
+    """The cost of the split of ``spec``, as ``core.cluster.cluster_rules.effective_spec`` leaves it."""
     parallel = spec.parallel
     stages = parallel.pipeline_stage
     micro = parallel.micro_batch_num if stages > 1 else settings.accumulation_steps

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from mindformers_ext.core.cluster.cluster_rules import check_network, settled
+from mindformers_ext.core.cluster.cluster_rules import check_network, effective_spec
 from mindformers_ext.core.cluster.memory import StageMemory, StepSettings, stage_memory
 from mindformers_ext.core.cluster.split_cost import SplitCost, split_cost
 from mindformers_ext.core.errors import UserError
@@ -17,7 +17,7 @@ MACHINE = 8  # devices of one machine: model parallel sends in every layer and s
 
 @dataclass(frozen=True)
 class Split:
-    """One way to cut the job: the settled spec, its settings, the fullest stage and the cost."""
+    """One way to cut the job: the effective spec, its settings, the fullest stage and the cost."""
 
     spec: NetworkSpec
     settings: StepSettings
@@ -100,7 +100,7 @@ def _candidates(spec: NetworkSpec, settings: StepSettings, rows: int) -> Iterato
                 candidate = replace(spec, parallel=parallel)
                 if _is_valid(candidate):
                     steps = 1 if pp > 1 else batches
-                    yield settled(candidate)[0], replace(settings, recompute=again, accumulation_steps=steps)
+                    yield effective_spec(candidate)[0], replace(settings, recompute=again, accumulation_steps=steps)
 
 
 def _is_valid(spec: NetworkSpec) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mindformers_ext.core.cluster.cluster_rules import settled
+from mindformers_ext.core.cluster.cluster_rules import effective_spec
 from mindformers_ext.core.cluster.placement import PlacedParameter, placed_parameters
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec, ParallelSpec
@@ -29,7 +29,7 @@ def check_tensor_parallel(spec: NetworkSpec) -> list[str]:
     Raises:
         UserError: another split than model_parallel over all devices.
     """
-    parallel, devices = settled(spec)[0].parallel, spec.parallel.device_num
+    parallel, devices = effective_spec(spec)[0].parallel, spec.parallel.device_num
     given = {
         name: getattr(parallel, name)
         for name in ("data_parallel", "model_parallel", "expert_parallel", "pipeline_stage")

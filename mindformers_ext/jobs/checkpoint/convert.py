@@ -228,7 +228,7 @@ def _write_ms(request: ConvertRequest, job: _Job, overflow: Overflow) -> None:
     """The description of a ``.ckpt`` comes first: its fingerprint makes readers refuse an older file with it."""
     out = request.output_path
     experts = job.spec.moe.num_local_experts if job.spec.moe else 0
-    words: dict[str, Any] = dict(
+    told: dict[str, Any] = dict(
         config=job.config,
         dtype=_dtype_of(job.plan),
         source=str(request.input_path),
@@ -238,12 +238,12 @@ def _write_ms(request: ConvertRequest, job: _Job, overflow: Overflow) -> None:
         source_hash=fingerprint(job.reader),
     )
     with fresh_file(out, request.overwrite) as partial:
-        with open_writer(partial, out.suffix, job.plan.targets, CheckpointMeta(**words)) as writer:
+        with open_writer(partial, out.suffix, job.plan.targets, CheckpointMeta(**told)) as writer:
             copy_tensors(job.plan, job.reader, writer, overflow)
         if out.suffix == ".ckpt":
             flush(partial)
             with closing(CkptFile(partial)) as written:
-                meta = CheckpointMeta(**words, hash=fingerprint(written))
+                meta = CheckpointMeta(**told, hash=fingerprint(written))
             with fresh_file(sidecar(out), overwrite=True) as description:
                 description.write_text(meta.to_text(), encoding="utf-8")
 

@@ -87,8 +87,8 @@ def scale_of(file: Path) -> float:
             "(lora_alpha / lora_rank of the run)"
         )
     try:
-        words = json.loads(found.read_text(encoding="utf-8"))
-        return float(words["lora_alpha"]) / float(words["r"])
+        adapter = json.loads(found.read_text(encoding="utf-8"))
+        return float(adapter["lora_alpha"]) / float(adapter["r"])
     except (json.JSONDecodeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{found} holds no lora_alpha and r: give --lora_scaling") from error
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mindformers_ext.core.byte_sizes import read_size, size_text
-from mindformers_ext.core.cluster.cluster_rules import settled
+from mindformers_ext.core.cluster.cluster_rules import effective_spec
 from mindformers_ext.core.cluster.memory import StepSettings, prediction_memory, stage_memory
 from mindformers_ext.core.cluster.placement import OPTIMIZER_THRESHOLD
 from mindformers_ext.core.cluster.split_cost import ASSUMPTIONS
@@ -64,7 +64,7 @@ def check_memory(spec: NetworkSpec, settings: StepSettings, memory: str | None, 
     """Refuse a job that needs more than ``memory``; notes where it needs more than ``configured``.
 
     Args:
-        spec: settled.
+        spec: as ``effective_spec`` leaves it.
         settings: of the step.
         memory: what the user says a device has.
         configured: ``context.max_device_memory`` of the YAML.
@@ -172,7 +172,7 @@ def suggestions(config: Mapping[str, Any], where: str, world: int | None, memory
         parallel = spec.parallel
         devices = world or parallel.data_parallel * parallel.model_parallel * parallel.pipeline_stage
         spec = network_spec_from_yaml({**config, "use_parallel": True}, devices)
-        rows = step_rows(spec, settings := step_settings(config, settled(spec)[0]))
+        rows = step_rows(spec, settings := step_settings(config, effective_spec(spec)[0]))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     splits = fitting_splits(spec, settings, limit, rows)

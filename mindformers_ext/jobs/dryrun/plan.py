@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.capacity import rows_at_once
-from mindformers_ext.core.cluster.cluster_rules import TOGETHER, check_network, settled
+from mindformers_ext.core.cluster.cluster_rules import TOGETHER, check_network, effective_spec
 from mindformers_ext.core.cluster.memory import StageMemory, prediction_memory, stage_memory
 from mindformers_ext.core.config.run import (
     ASCEND,
@@ -134,7 +134,7 @@ def plan_dry_run(
         if mode == PREDICT:
             notes += check_prediction(run, spec)
         notes += [*yaml_notes(words), *check_network(spec, TOGETHER if mode == PREDICT and world > 1 else mode)]
-        spec = settled(spec)[0]
+        spec = effective_spec(spec)[0]
         asked = asked_ranks(ranks, world, spec.parallel.pipeline_stage)
         shape = prediction_shape(run, spec) if mode == PREDICT else None
         limits = memory, section_at(words, "context").get("max_device_memory")

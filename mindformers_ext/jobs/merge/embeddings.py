@@ -54,11 +54,11 @@ def plan_rows(
 
     ``base`` is the number of the base among ``members``.
     """
-    words = vocabulary.words
+    ids = vocabulary.ids
     own = np.full((len(members), size), -1, np.int64)
     for number, member in enumerate(members):
-        for word, place in words.items():
-            found = member.vocabulary.words.get(word, -1)
+        for word, place in ids.items():
+            found = member.vocabulary.ids.get(word, -1)
             own[number, place] = found if found < member.rows else -1
     common = _defaults(own, base)
     plans = []
@@ -67,10 +67,10 @@ def plan_rows(
         here = own[number] >= 0
         donor[here], row[here] = number, own[number][here]
         for word, source in wish.tokens.items():
-            if source.forced or own[number, words[word]] < 0:
-                donor[words[word]], row[words[word]] = _wished(word, source, members)
+            if source.forced or own[number, ids[word]] < 0:
+                donor[ids[word]], row[ids[word]] = _wished(word, source, members)
         givers = [] if wish.trim else [item for item in (base, number) if item is not None]  # the own has the last word
-        plans.append(_with_unused(RowPlan(donor, row), words, members, givers))
+        plans.append(_with_unused(RowPlan(donor, row), ids, members, givers))
     return plans, own
 
 
@@ -93,19 +93,19 @@ def _wished(word: str, source: TokenSource, members: Sequence[Member]) -> tuple[
     number = [member.name for member in members].index(source.model)
     member = members[number]
     wanted = word if source.token is None else source.token
-    row = wanted if isinstance(wanted, int) else member.vocabulary.words.get(wanted, -1)
+    row = wanted if isinstance(wanted, int) else member.vocabulary.ids.get(wanted, -1)
     if not 0 <= row < member.rows:
         raise UserError(f"tokenizer.tokens.{word}: '{source.model}' has no token {wanted!r}: name one that it has")
     return number, row
 
 
-def _with_unused(plan: RowPlan, words: Mapping[str, int], members: Sequence[Member], givers: Sequence[int]) -> RowPlan:
+def _with_unused(plan: RowPlan, ids: Mapping[str, int], members: Sequence[Member], givers: Sequence[int]) -> RowPlan:
     """The plan with the rows that no token of the merge has; of ``givers`` the last one that has such a row."""
     free = np.ones(len(plan.donor), bool)
-    free[list(words.values())] = False
+    free[list(ids.values())] = False
     plan.donor[free] = FILL
     for giver in givers:
-        used = set(members[giver].vocabulary.words.values())
+        used = set(members[giver].vocabulary.ids.values())
         rows = [place for place in np.flatnonzero(free) if place < members[giver].rows and place not in used]
         plan.donor[rows], plan.row[rows] = giver, rows
     return plan

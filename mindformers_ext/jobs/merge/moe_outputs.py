@@ -34,7 +34,7 @@ COPIED = (
 
 @dataclass(frozen=True)
 class Output:
-    """One kind of mixture. ``moe`` stands between the layer's name and its parts, ``words`` names an expert's matrices.
+    """One kind of mixture. ``moe`` stands between the layer's name and its parts, ``matrices``: those of an expert.
 
     ``fits``: the kinds of model that can go in, which with ``one_kind`` must all be the same. ``biased``: q, k and v
     have biases. ``shared``: how many shared experts it has.
@@ -43,7 +43,7 @@ class Output:
     kind: str
     name: str
     moe: str
-    words: Mapping[str, str]
+    matrices: Mapping[str, str]
     fits: tuple[str, ...]
     config: Mapping[str, Any]
     one_kind: bool = False

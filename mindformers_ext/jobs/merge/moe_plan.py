@@ -184,10 +184,10 @@ class _Builder:
             self._append(new + "experts.down_proj", (count, hidden, width), *downs)
         else:
             for place in range(count):
-                for kind, word in output.words.items():
+                for kind, word in output.matrices.items():
                     self._append(f"{new}experts.{place}.{word}.weight", shapes[kind], found[place, kind])
         if self.config.shared:
-            for kind, word in output.words.items():
+            for kind, word in output.matrices.items():
                 self._append(f"{new}shared_expert.{word}.weight", shapes[kind], found[count, kind])
             self._append(new + "shared_expert_gate.weight", (1, hidden), GateRows(layer, count, count + 1))
 

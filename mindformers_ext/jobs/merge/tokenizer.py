@@ -85,7 +85,7 @@ def _rebuilt(
     else:
         vocabulary = start
     vocabulary = with_texts(vocabulary, wish.tokens)
-    least = max(vocabulary.words.values(), default=-1) + 1
+    least = max(vocabulary.ids.values(), default=-1) + 1
     size = least if wish.trim else max(least, by_name[donor.name].rows)
     size = -(-size // wish.multiple) * wish.multiple
     place = list(models).index(base.name) if has_base else None
@@ -94,8 +94,8 @@ def _rebuilt(
     rebuilt = {
         name: replace(model, reader=reader) for (name, model), reader in zip(models.items(), readers, strict=True)
     }
-    new = len(vocabulary.words) - len(start.words)
-    note = f"the vocabulary has {len(vocabulary.words)} tokens in {size} rows, {new} more than that of '{donor.name}'"
+    new = len(vocabulary.ids) - len(start.ids)
+    note = f"the vocabulary has {len(vocabulary.ids)} tokens in {size} rows, {new} more than that of '{donor.name}'"
     changed = vocabulary.table != read_vocabulary(donor.folder).table
     return Tokenizers(rebuilt, donor, vocabulary if changed else None, size, (note,))
 

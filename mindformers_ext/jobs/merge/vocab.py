@@ -25,7 +25,7 @@ class Vocabulary:
     """A tokenizer.json: its whole ``table``, and the number of every token."""
 
     table: Mapping[str, Any]
-    words: Mapping[str, int]
+    ids: Mapping[str, int]
 
     @property
     def added(self) -> dict[str, Mapping[str, Any]]:
@@ -47,11 +47,11 @@ def read_vocabulary(folder: Path) -> Vocabulary:
 def _parsed(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-        words = table["model"]["vocab"]
-        if isinstance(words, list):
-            words = {item[0]: place for place, item in enumerate(words)}
+        ids = table["model"]["vocab"]
+        if isinstance(ids, list):
+            ids = {item[0]: place for place, item in enumerate(ids)}
         added = {item["content"]: item["id"] for item in table.get("added_tokens") or []}
-        result = {**words, **added}
+        result = {**ids, **added}
         if not all(isinstance(word, str) and type(number) is int for word, number in result.items()):
             raise TypeError("a token without a number")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -62,14 +62,14 @@ def _parsed(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
 def identity(folder: Path) -> object:
     """What decides the numbers of a folder's tokens: equal for equal vocabularies, None where it has no tokenizer."""
     if (folder / TABLE).is_file():
-        return read_vocabulary(folder).words
+        return read_vocabulary(folder).ids
     model = folder / "tokenizer.model"
     return model.read_bytes() if model.is_file() else None
 
 
 def limited(vocabulary: Vocabulary, rows: int, where: str) -> Vocabulary:
     """Without the added tokens that have no row in an embedding of ``rows`` rows."""
-    beyond = {word for word, number in vocabulary.words.items() if number >= rows}
+    beyond = {word for word, number in vocabulary.ids.items() if number >= rows}
     if not beyond:
         return vocabulary
     if beyond - set(vocabulary.added):
@@ -78,41 +78,41 @@ def limited(vocabulary: Vocabulary, rows: int, where: str) -> Vocabulary:
             "embedding of that model first"
         )
     kept = [item for item in vocabulary.table["added_tokens"] if item["content"] not in beyond]
-    words = {word: number for word, number in vocabulary.words.items() if word not in beyond}
-    return Vocabulary({**vocabulary.table, "added_tokens": kept}, words)
+    ids = {word: number for word, number in vocabulary.ids.items() if word not in beyond}
+    return Vocabulary({**vocabulary.table, "added_tokens": kept}, ids)
 
 
 def united(base: Vocabulary, others: Sequence[Vocabulary]) -> Vocabulary:
     """The tokens of all."""
     special = {word for vocabulary in (base, *others) for word in vocabulary.added}
-    plain = [word for other in others for word in _in_order(other.words) if word not in special]
+    plain = [word for other in others for word in _in_order(other.ids) if word not in special]
     result = with_tokens(base, [_entry(word) for word in plain])
     return with_tokens(result, [item for other in others for item in other.added.values()])
 
 
 def with_tokens(vocabulary: Vocabulary, entries: Iterable[Mapping[str, Any]]) -> Vocabulary:
     """``vocabulary`` with added tokens; those it has keep their number, and their settings where they are added."""
-    words, added = dict(vocabulary.words), dict(vocabulary.added)
-    free = max(words.values(), default=-1) + 1
+    ids, added = dict(vocabulary.ids), dict(vocabulary.added)
+    free = max(ids.values(), default=-1) + 1
     for entry in entries:
         word = entry["content"]
         if word in added:
             continue
-        if word not in words:
-            words[word] = free
+        if word not in ids:
+            ids[word] = free
             free += 1
-        added[word] = {**entry, "id": words[word]}
+        added[word] = {**entry, "id": ids[word]}
     table = {**vocabulary.table, "added_tokens": sorted(added.values(), key=lambda item: item["id"])}
-    return Vocabulary(table, words)
+    return Vocabulary(table, ids)
 
 
 def with_texts(vocabulary: Vocabulary, texts: Iterable[str]) -> Vocabulary:
     """``vocabulary`` with ``texts`` as ordinary added tokens where it lacks them."""
-    return with_tokens(vocabulary, [_entry(text) for text in texts if text not in vocabulary.words])
+    return with_tokens(vocabulary, [_entry(text) for text in texts if text not in vocabulary.ids])
 
 
-def _in_order(words: Mapping[str, int]) -> list[str]:
-    return sorted(words, key=words.__getitem__)
+def _in_order(ids: Mapping[str, int]) -> list[str]:
+    return sorted(ids, key=ids.__getitem__)
 
 
 def _entry(word: str) -> dict[str, Any]:

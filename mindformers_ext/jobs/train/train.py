@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mindformers_ext.core.cluster.cluster_rules import settled
+from mindformers_ext.core.cluster.cluster_rules import effective_spec
 from mindformers_ext.core.config.recompute import recompute_from_yaml
 from mindformers_ext.core.config.run import MINDSPORE, RunSpec
 from mindformers_ext.core.config.train import TrainSpec, train_spec_from_yaml
@@ -65,7 +65,7 @@ def train(
     Raises:
         UserError: a key that the engine cannot do, data or weights that do not fit, a loss that is not a number.
     """
-    spec, engine = settled(spec)[0], asked.engine
+    spec, engine = effective_spec(spec)[0], asked.engine
     folder = Path(asked.output_dir)
     data = source or open_rows(asked, config, spec)
     moe = spec.model.moe

@@ -14,9 +14,9 @@ from mindformers_ext.core.cluster.cluster_rules import (
     JUDGED_MODES,
     TOGETHER,
     check_network,
+    effective_spec,
     nearest_sizes,
     router_tokens,
-    settled,
 )
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, ParallelSpec
@@ -192,12 +192,12 @@ def test_an_uneven_vocabulary_is_only_warned_about() -> None:
 
 
 def test_outside_semi_auto_every_size_is_one() -> None:
-    kept, warnings = settled(with_sizes(parallel_mode="stand_alone", model_parallel=4, use_seq_parallel=True))
+    kept, warnings = effective_spec(with_sizes(parallel_mode="stand_alone", model_parallel=4, use_seq_parallel=True))
     sizes = kept.parallel
     assert (sizes.data_parallel, sizes.model_parallel, sizes.pipeline_stage, sizes.expert_parallel) == (1, 1, 1, 1)
     assert (sizes.use_seq_parallel, sizes.full_batch, sizes.groups) == (False, False, 1)
     assert len(warnings) == 1 and "use_seq_parallel=True" in warnings[0]
-    assert settled(kept) == (kept, [])
+    assert effective_spec(kept) == (kept, [])
 
 
 @settings(max_examples=300, deadline=None)
@@ -207,7 +207,7 @@ def test_what_is_accepted_keeps_every_product(spec: NetworkSpec, run_mode: str) 
         check_network(spec, run_mode)
     except UserError:
         return
-    kept, _ = settled(spec)
+    kept, _ = effective_spec(spec)
     model, sizes = kept.model, kept.parallel
     dp, mp, pp, ep = sizes.data_parallel, sizes.model_parallel, sizes.pipeline_stage, sizes.expert_parallel
     if sizes.parallel_mode == "semi_auto_parallel":

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.formats.atomic import fresh_group
+from mindformers_ext.formats.atomic import fresh_group, write_text
 
 
 def fill(folder: Path, text: str, names: tuple[str, ...]) -> None:
@@ -61,3 +61,15 @@ def test_what_a_killed_run_left_is_cleared_and_two_runs_are_kept_apart(tmp_path:
             pass
         fill(folder, "new", ("x",))
     assert [item.name for item in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "meta.json"
+    write_text(path, "old")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+    with pytest.raises(OSError, match="no space"):
+        write_text(path, "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    monkeypatch.undo()
+    write_text(path, "new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
