@@ -90,6 +90,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 ORDER = (
     "tests/mf",
     "tests/cli/dryrun",
+    "tests/families",
     "tests/parity",
     "tests/cli",
     "tests/ms",
