@@ -3,7 +3,8 @@
 
 One or two layers per pipeline stage. Compiled are the first and last rank of every stage and one more that the commit
 chooses, or with ``--all-ranks`` every rank of the cluster: each compiles its own graph, with its own groups, slices and
-neighbours. Those of one stage agree in everything but who is in their groups, and that is arithmetic.
+neighbours. Those of one stage agree in everything but who is in their groups, and that is arithmetic: every run
+compares those it compiles; once all 16 of "r17" (model parallel) were, and ranks 0 to 9, 12, 15 of "interleave".
 """
 
 from __future__ import annotations
