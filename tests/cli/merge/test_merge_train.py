@@ -16,11 +16,14 @@ import pytest
 import yaml
 
 from mindformers_ext.cli import alpaca_converter, check_parity, convert, merge, preprocess
-from mindformers_ext.core.config.hf import hf_config_from_spec
-from mindformers_ext.core.spec import ModelSpec
+from mindformers_ext.core.config.file import parse_yaml
+from mindformers_ext.core.config.hf import hf_config_from_spec, model_spec_from_hf
+from mindformers_ext.core.config.view import yaml_from_network_spec
+from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.data.corpus import standard_library_text
 from mindformers_ext.data.tokenizers import train_sentencepiece
-from tests.helpers.tiny_run import ROOT, rows_of, run_job
+from tests.helpers.merge_models import family
+from tests.helpers.tiny_run import BATCH, ROOT, ROWS, SEQ, YAML, rows_of, run_job, token_rows, write_rows
 
 CONFIG = ROOT / "configs" / "tiny" / "finetune_mixtral.yaml"
 TOPICS = {"colours": ["red", "blue"], "numbers": ["one", "seven"], "animals": ["cat", "bird"], "tools": ["saw", "nail"]}
@@ -172,3 +175,39 @@ def test_a_mixture_of_trained_models_is_read_converted_and_trained_on(tmp_path: 
     losses = train(tmp_path / "more", data, 4, 50, "--load_checkpoint", checkpoint)
     print(f"loss {losses[0]:.3f} at first, {np.mean(losses[-5:]):.3f} over the last five steps")
     assert np.isfinite(losses).all() and np.mean(losses[-5:]) < 0.5 * losses[0]
+
+
+def mixture_job(folder: Path, hf: Path, steps: int) -> Path:
+    """A training YAML whose network is that of a Hugging Face folder, and rows of its vocabulary."""
+    spec = model_spec_from_hf(json.loads((hf / "config.json").read_text(encoding="utf-8")))
+    data = write_rows(folder / "train.mindrecord", token_rows(high=spec.vocab_size - 4))
+    network = NetworkSpec(model=spec, seq_length=SEQ, batch_size=BATCH)
+    words = parse_yaml(YAML.replace("dataset_dir: ''", f"dataset_dir: {data}"), "YAML") | yaml_from_network_spec(
+        network
+    )
+    words["runner_config"] |= {"epochs": steps * BATCH // ROWS}
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(words | {"use_parallel": False, "processor": None}), encoding="utf-8")
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ms", "pt"])
+def test_a_mixture_with_a_shared_expert_trains(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Qwen2-MoE out of Qwen2 models, biases included: our own loop trains what tools/merge.py has written."""
+    family(tmp_path, count=2, kind="qwen2", dtype="float32")
+    monkeypatch.chdir(tmp_path)
+    expert = {"positive_prompts": ["w60 w61"]}
+    experts = [{"source_model": name, **expert} for name in ("ft1", "ft2")]
+    config = {"base_model": "base", "gate_mode": "random", "dtype": "float32", "experts": experts}
+    Path("moe.yml").write_text(yaml.safe_dump(config | {"shared_experts": [{"source_model": "base", **expert}]}))
+    flags = ["--i-understand-this-is-not-useful-without-training"]
+    assert merge.main(["moe", "moe.yml", "moe", "--to-mindspore", "moe.ckpt", *flags]) == 0
+    if engine == "ms":
+        assert check_parity.main(["--hf", "moe", "--ckpt", "moe.ckpt", "--text", "w1 w2 w3 w40 w50"]) == 0
+    job = mixture_job(tmp_path, tmp_path / "moe", 50)
+    words = ["--trainer", "own", "--engine", engine, "--load_checkpoint", "moe.ckpt", "--output_dir", "run"]
+    done = run_job(job, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [row["lm_loss"] for row in rows_of(tmp_path / "run")]
+    assert len(losses) == 50 and np.isfinite(losses).all() and np.mean(losses[-5:]) < losses[0] - 0.3
