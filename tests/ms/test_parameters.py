@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import mindspore as ms
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mindformers_ext.core.parameters import model_weights
+from mindformers_ext.core.parameters import ROUTED, model_weights
 from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, NumericsSpec, SharedExpertSpec
+from mindformers_ext.jobs.train.hooks import BIAS
 from mindformers_ext.ms.causal_lm import build_causal_lm
 
 
@@ -62,9 +64,10 @@ def test_parameters_are_the_table_of_weights(model: ModelSpec) -> None:
         assert expected.all() and (weight.row.init != "normal" or np.ptp(value) > 0), weight.name
 
 
-def test_a_bias_of_the_choice_stands_beside_them() -> None:
-    """In every mixture, under MindFormers' name, and with no gradient."""
-    moe = MoESpec(num_local_experts=4, num_experts_per_tok=2, balance_via_topk_bias=True)
+@pytest.mark.parametrize("shared", [None, SharedExpertSpec(intermediate_size=11)], ids=["routed", "shared"])
+def test_a_bias_of_the_choice_stands_beside_them(shared: SharedExpertSpec | None) -> None:
+    """In every mixture, under MindFormers' name and where training looks for it, and with no gradient."""
+    moe = MoESpec(num_local_experts=4, num_experts_per_tok=2, balance_via_topk_bias=True, shared_expert=shared)
     model = ModelSpec(
         vocab_size=20,
         hidden_size=12,
@@ -79,5 +82,6 @@ def test_a_bias_of_the_choice_stands_beside_them() -> None:
     network = build_causal_lm(NetworkSpec(model=model, seq_length=4))
     listed = {weight.name for weight in model_weights(model)}
     more = [parameter for parameter in network.get_parameters() if parameter.name not in listed]
-    assert [p.name for p in more] == ["model.layers.1.feed_forward.router.router.topk_bias"]
+    start = f"model.layers.1.feed_forward.{ROUTED if shared else ''}"
+    assert [p.name for p in more] == [f"{start}router.router.topk_bias"] and more[0].name.endswith(BIAS)
     assert tuple(more[0].shape) == (4,) and not more[0].requires_grad

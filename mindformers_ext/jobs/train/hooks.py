@@ -12,7 +12,7 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.figures import StepFigures
 
 Arrays = Mapping[str, np.ndarray]
-BIAS = ".feed_forward.router.router.topk_bias"
+BIAS = ".router.router.topk_bias"
 PREFIX = "hook."  # of hooks' own state in a checkpoint: hook.<place>.<name>
 
 
