@@ -99,7 +99,7 @@ class CrossEntropyRows(nn.Cell):
         return (ops.softmax(logits_TV, -1) - target_TV) * dout, ops.zeros_like(label_T)
 
 
-class WeightedRows(nn.Cell):
+class WeightedLosses(nn.Cell):
     """Loss of each row (T) times its weight. Inputs as ``NextTokenLoss``."""
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ class NextTokenLoss(nn.Cell):
     def __init__(self, shards: Shards | None = None) -> None:
         super().__init__()
         shards = shards or Shards()
-        self.rows = shards.local(WeightedRows(), "rows", _row_shape, _row_type)
+        self.rows = shards.local(WeightedLosses(), "rows", _row_shape, _row_type)
         self.sum = P.ReduceSum()
         self.together = shards.active
         self.stack = shards.shard_list(P.Stack(), "rest", 2)

@@ -31,7 +31,7 @@ class Overflow:
 
 
 @dataclass(frozen=True)
-class Step:
+class PlannedTensor:
     """One target and where its data comes from."""
 
     target: TensorInfo
@@ -50,7 +50,7 @@ class Plan:
     ``recast`` is the type of every target but those in ``kept``; None keeps all types.
     """
 
-    steps: tuple[Step, ...]
+    steps: tuple[PlannedTensor, ...]
     ignored: tuple[tuple[str, str], ...]
     copies: tuple[tuple[str, str], ...]
     recast: np.dtype[Any] | None
@@ -174,9 +174,9 @@ def make_plan(
     steps = []
     for name, view in views.items():
         kind = dtype or infos[next(leaves(view)).name].dtype
-        steps.append(Step(TensorInfo(name, view.shape, kind), view))
+        steps.append(PlannedTensor(TensorInfo(name, view.shape, kind), view))
     kept = _kept(rules.ms_extras, direction, ignored)
-    steps += [Step(infos[name], whole(name, infos[name].shape)) for name in kept]
+    steps += [PlannedTensor(infos[name], whole(name, infos[name].shape)) for name in kept]
     return Plan(tuple(steps), tuple(ignored.items()), copies, dtype, frozenset(kept))
 
 

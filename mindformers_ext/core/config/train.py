@@ -73,7 +73,7 @@ class LossScale:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointPlan:
+class CheckpointSchedule:
     """When checkpoints are written (every ``steps`` steps, 0 = at the end only) and how many stay."""
 
     prefix: str = "CKP"
@@ -136,7 +136,7 @@ class TrainSpec:
     bias_rate: float = 0.0
     load_every: int = 0
     print_every: int = 1
-    checkpoint: CheckpointPlan | None = None
+    checkpoint: CheckpointSchedule | None = None
     lora: LoraSpec | None = None
     groups: tuple[ParameterGroup, ...] = ()
 
@@ -294,7 +294,7 @@ def _recompute(words: Any, problems: Problems, notes: list[str], own: str) -> bo
 
 def _checkpoint(
     words: Mapping[str, Any] | None, problems: Problems, notes: list[str], own: str
-) -> CheckpointPlan | None:
+) -> CheckpointSchedule | None:
     if words is None:
         return None
     for name in ("save_checkpoint_seconds", "keep_checkpoint_per_n_minutes"):
@@ -307,7 +307,7 @@ def _checkpoint(
         notes.append(f"async_save: {own} writes a checkpoint before the next step")
     form = words.get("checkpoint_format") or "ckpt"
     problems.one_of("CheckpointMonitor.checkpoint_format", form, ("ckpt", "safetensors"))
-    return CheckpointPlan(
+    return CheckpointSchedule(
         prefix=str(words.get("prefix") or "CKP"),
         steps=int(words.get("save_checkpoint_steps", 1)),
         keep=int(words.get("keep_checkpoint_max", 5)),

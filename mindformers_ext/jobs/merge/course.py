@@ -20,7 +20,7 @@ from mindformers_ext.jobs.merge.output import (
     write_weights,
 )
 from mindformers_ext.jobs.merge.plan import TensorTask, parameters_of
-from mindformers_ext.jobs.merge.stream import Findings, Runner
+from mindformers_ext.jobs.merge.stream import Findings, TaskRunner
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Prepared:
     notes: Sequence[str]
     start: Callable[[Findings, list[str]], Callable[[int], Iterator[Array]]]
     beside: Callable[[Path], list[str]]
-    comparison: Callable[[], tuple[Runner, Sequence[TensorTask]]]
+    comparison: Callable[[], tuple[TaskRunner, Sequence[TensorTask]]]
 
 
 def run_merge(out: OutputRequest, opening: AbstractContextManager[Prepared], strict: bool, write: bool) -> MergeReport:

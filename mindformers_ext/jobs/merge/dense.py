@@ -19,7 +19,7 @@ from mindformers_ext.jobs.merge.models import Model, find_model, opened
 from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest, check_output, check_result
 from mindformers_ext.jobs.merge.plan import MergePlan, TensorTask, make_plan
 from mindformers_ext.jobs.merge.sidecars import Card, copy_tokenizer, merged_config, write_card, write_json
-from mindformers_ext.jobs.merge.stream import Findings, Runner
+from mindformers_ext.jobs.merge.stream import Findings, TaskRunner
 from mindformers_ext.jobs.merge.templates import chosen_template, write_template
 from mindformers_ext.jobs.merge.tokenizer import Tokenizers, choose_tokenizer, write_tokenizer
 from mindformers_ext.surgery.merge.architectures import HEAD
@@ -88,9 +88,9 @@ def _prepared(
     result: Mapping[str, Any],
     notes: list[str],
 ) -> Prepared:
-    def runner(findings: Findings) -> Runner:
+    def runner(findings: Findings) -> TaskRunner:
         readers = {name: model.reader for name, model in chosen.models.items()}
-        return Runner(method, readers, request.device, findings)
+        return TaskRunner(method, readers, request.device, findings)
 
     def start(findings: Findings, _: list[str]) -> Callable[[int], Iterator[Array]]:
         running = runner(findings)

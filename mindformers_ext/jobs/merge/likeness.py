@@ -18,7 +18,7 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.atomic import fresh_folder
 from mindformers_ext.jobs.merge.output import OutputRequest
 from mindformers_ext.jobs.merge.plan import TensorTask
-from mindformers_ext.jobs.merge.stream import Runner
+from mindformers_ext.jobs.merge.stream import TaskRunner
 from mindformers_ext.jobs.merge.threads import in_threads, thread_count
 from mindformers_ext.jobs.run.plot import open_pyplot, save_figure
 
@@ -43,7 +43,7 @@ class Line:
     matrix: bool
 
 
-def write_likeness(out: OutputRequest, runner: Runner, tasks: Sequence[TensorTask]) -> list[str]:
+def write_likeness(out: OutputRequest, runner: TaskRunner, tasks: Sequence[TensorTask]) -> list[str]:
     """Compare the inputs of every task and write the folder ``out.report``; returns notes.
 
     Raises:
@@ -73,7 +73,7 @@ def write_likeness(out: OutputRequest, runner: Runner, tasks: Sequence[TensorTas
     return notes
 
 
-def _measured(runner: Runner, tasks: Sequence[TensorTask], out: OutputRequest) -> list[Line]:
+def _measured(runner: TaskRunner, tasks: Sequence[TensorTask], out: OutputRequest) -> list[Line]:
     from tqdm import tqdm
 
     from mindformers_ext.surgery.merge.bridge import one_thread_each
@@ -91,7 +91,7 @@ def _measured(runner: Runner, tasks: Sequence[TensorTask], out: OutputRequest) -
     return [line for place in sorted(found) for line in found[place]]
 
 
-def _lines(runner: Runner, task: TensorTask) -> list[Line]:
+def _lines(runner: TaskRunner, task: TensorTask) -> list[Line]:
     """The cosines of one tensor; none where it has one model."""
     from mindformers_ext.surgery.merge.likeness import likeness
 

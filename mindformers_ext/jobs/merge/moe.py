@@ -24,7 +24,7 @@ from mindformers_ext.jobs.merge.moe_plan import CopyFrom, GateRows, Target, Zero
 from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest, check_output, check_result
 from mindformers_ext.jobs.merge.plan import MergePart, TensorTask
 from mindformers_ext.jobs.merge.sidecars import Card, copy_tokenizer, write_card, write_json
-from mindformers_ext.jobs.merge.stream import COPIED, Findings, Runner, row_blocks
+from mindformers_ext.jobs.merge.stream import COPIED, Findings, TaskRunner, row_blocks
 from mindformers_ext.surgery.merge.architectures import HEAD
 from mindformers_ext.surgery.merge.settings import Settings
 
@@ -112,7 +112,7 @@ def _prepared(request: MoERequest, job: _Assembly, result: Mapping[str, Any], no
     )
 
 
-def _comparison(job: _Assembly) -> tuple[Runner, Sequence[TensorTask]]:
+def _comparison(job: _Assembly) -> tuple[TaskRunner, Sequence[TensorTask]]:
     """The feed-forward matrices of the base and of every model that gives an expert."""
     from mindformers_ext.surgery.merge.passthrough import PASSTHROUGH
 
@@ -132,7 +132,7 @@ def _comparison(job: _Assembly) -> tuple[Runner, Sequence[TensorTask]]:
         if others
     ]
     readers = {name: model.reader for name, model in job.models.items()}
-    return Runner(PASSTHROUGH, readers, "cpu", Findings()), tasks
+    return TaskRunner(PASSTHROUGH, readers, "cpu", Findings()), tasks
 
 
 def _common_type(targets: list[Target]) -> str:

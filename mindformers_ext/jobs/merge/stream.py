@@ -87,7 +87,7 @@ def row_blocks(shape: tuple[int, ...], elements: int) -> Iterator[tuple[Index, i
             yield (slice(at, min(at + step, shape[0])),), at * shape[1]
 
 
-class Runner:
+class TaskRunner:
     """Makes the data of tasks, a block at a time."""
 
     def __init__(self, method: Method, readers: Mapping[str, TensorReader], device: str, findings: Findings) -> None:

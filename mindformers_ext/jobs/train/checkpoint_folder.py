@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mindformers_ext.core.config.train import CheckpointPlan
+from mindformers_ext.core.config.train import CheckpointSchedule
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.log import get_logger
 from mindformers_ext.formats.atomic import fresh_file
@@ -37,7 +37,7 @@ class CheckpointFolder:
         per_epoch: steps of one pass over the data, for the names.
     """
 
-    def __init__(self, output_dir: Path, plan: CheckpointPlan, per_epoch: int) -> None:
+    def __init__(self, output_dir: Path, plan: CheckpointSchedule, per_epoch: int) -> None:
         self.folder = output_dir / "checkpoint" / "rank_0"
         self.plan, self.per_epoch = plan, per_epoch
         self.pending: Path | None = None  # written last, and not yet followed by a step that shows it is good

@@ -20,7 +20,7 @@ FORCE = "MFEXT_MOE_BACKEND"
 
 
 @dataclass(frozen=True)
-class Row:
+class BackendRow:
     """One measured or reasoned choice; ``narrow``: for at most this ffn width, ``tokens``: for at most so many, None
     for any."""
 
@@ -33,10 +33,10 @@ class Row:
 
 
 TABLE = (
-    Row("cpu", None, None, None, "gmm", "measured: not slower than the loop (tools/bench/moe_layer.py)"),
-    Row("cuda", None, None, 32, "triton", "not measured here: reads weights once and nothing on the host"),
-    Row("cuda", torch.bfloat16, None, None, "gmm", "not measured here: grouped_mm is fast for bfloat16 alone"),
-    Row("cuda", None, None, None, "loop", "not measured here: grouped_mm has no fast kernel for this type"),
+    BackendRow("cpu", None, None, None, "gmm", "measured: not slower than the loop (tools/bench/moe_layer.py)"),
+    BackendRow("cuda", None, None, 32, "triton", "not measured here: reads weights once and nothing on the host"),
+    BackendRow("cuda", torch.bfloat16, None, None, "gmm", "not measured here: grouped_mm is fast for bfloat16 alone"),
+    BackendRow("cuda", None, None, None, "loop", "not measured here: grouped_mm has no fast kernel for this type"),
 )
 _told: set[tuple[object, ...]] = set()
 
