@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from mindformers_ext.core.families import GATES
-from mindformers_ext.core.spec import AttentionSpec, LayerSpec, ModelSpec, MoESpec
+from mindformers_ext.core.layers import AttentionSpec, LayerSpec, MoESpec
+from mindformers_ext.core.spec import ModelSpec
 
 EMBEDDING, HEAD = "model.tok_embeddings.embedding_weight", "lm_head.weight"
 LAYER = "model.layers.{}."

@@ -13,21 +13,7 @@ from typing import Any
 
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.families import FAMILIES, Family, implied_family
-from mindformers_ext.core.layers import (
-    DTYPE_NAMES as DTYPE_NAMES,
-)
-from mindformers_ext.core.layers import (
-    AttentionSpec as AttentionSpec,
-)
-from mindformers_ext.core.layers import (
-    DenseSpec as DenseSpec,
-)
-from mindformers_ext.core.layers import (
-    LayerSpec as LayerSpec,
-)
-from mindformers_ext.core.layers import (
-    MoESpec as MoESpec,
-)
+from mindformers_ext.core.layers import DTYPE_NAMES, AttentionSpec, DenseSpec, LayerSpec, MoESpec
 from mindformers_ext.core.layers import (
     SharedExpertSpec as SharedExpertSpec,
 )

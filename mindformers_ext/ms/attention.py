@@ -9,7 +9,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
-from mindformers_ext.core.spec import AttentionSpec, NetworkSpec
+from mindformers_ext.core.layers import AttentionSpec
+from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.norm import HeadNorm
 from mindformers_ext.ms.ops.dtypes import mindspore_dtype
 from mindformers_ext.ms.ops.select import Operators

@@ -6,7 +6,8 @@ from __future__ import annotations
 import mindspore.ops.operations as P
 from mindspore import Tensor, nn
 
-from mindformers_ext.core.spec import LayerSpec, NetworkSpec
+from mindformers_ext.core.layers import LayerSpec
+from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.attention import Attention
 from mindformers_ext.ms.feed_forward import FeedForward, FeedForwardOutput, SwiGlu
 from mindformers_ext.ms.moe.layer import MoE

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mindformers_ext.core.spec import AttentionSpec, NetworkSpec
+from mindformers_ext.core.layers import AttentionSpec
+from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.pt.linear import Linear
 from mindformers_ext.pt.norm import RmsNorm
 from mindformers_ext.pt.ops.dtypes import torch_dtype

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mindformers_ext.core.spec import DenseSpec, LayerSpec, NetworkSpec
+from mindformers_ext.core.layers import DenseSpec, LayerSpec
+from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.pt.attention import Attention
 from mindformers_ext.pt.feed_forward import FeedForward, FeedForwardOutput, SwiGlu
 from mindformers_ext.pt.moe.layer import MoE

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from mindformers_ext.core.spec import AttentionSpec
+from mindformers_ext.core.layers import AttentionSpec
 from mindformers_ext.weights.rules import Rule
 from mindformers_ext.weights.transforms import GroupedQkv, InterleavedRows
 

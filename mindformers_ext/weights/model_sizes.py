@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from math import gcd
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.layers import MoESpec
 from mindformers_ext.core.parameters import EMBEDDING, HEAD
-from mindformers_ext.core.spec import ModelSpec, MoESpec
+from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.formats.tensors import TensorInfo
 
 _LAYER = "model.layers.0."

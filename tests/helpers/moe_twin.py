@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from mindspore import Tensor, nn
 
-from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, ParallelSpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import ModelSpec, NetworkSpec, ParallelSpec
 from mindformers_ext.ms.layer import build_feed_forward
 from mindformers_ext.ms.ops.select import select_operators
 from tests.helpers.routing import Routing, route

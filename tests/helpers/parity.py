@@ -16,7 +16,8 @@ from mindspore import Tensor, nn
 
 from mindformers_ext.core.config.hf import hf_config_from_spec, model_spec_from_hf
 from mindformers_ext.core.families import FAMILIES
-from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, SharedExpertSpec
+from mindformers_ext.core.layers import MoESpec, SharedExpertSpec
+from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.ms.causal_lm import build_causal_lm
 from mindformers_ext.ms.engine import MindSporeNetwork
 from mindformers_ext.ms.step import LossNetwork

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-from mindformers_ext.core.spec import MoESpec, ParallelSpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import ParallelSpec
 from mindformers_ext.ms.moe.gate import TopkChoice
 from mindformers_ext.ms.moe.slots import CapacitySlots
 

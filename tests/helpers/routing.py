@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mindformers_ext.core.spec import MoESpec
+from mindformers_ext.core.layers import MoESpec
 
 
 @dataclass(frozen=True)

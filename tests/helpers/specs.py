@@ -6,16 +6,8 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from mindformers_ext.core.families import FAMILIES
-from mindformers_ext.core.spec import (
-    DTYPE_NAMES,
-    KernelSpec,
-    ModelSpec,
-    MoESpec,
-    NetworkSpec,
-    NumericsSpec,
-    ParallelSpec,
-    SharedExpertSpec,
-)
+from mindformers_ext.core.layers import DTYPE_NAMES, MoESpec, SharedExpertSpec
+from mindformers_ext.core.spec import KernelSpec, ModelSpec, NetworkSpec, NumericsSpec, ParallelSpec
 
 # The sections of the r1.3 to r1.7 files that a network is read from, with the dead keys and the anchor they carry.
 PRETRAIN_YAML = """

@@ -17,7 +17,8 @@ from mindspore import Tensor, nn, ops
 
 from mindformers_ext.core.config.file import dump_yaml, load_yaml
 from mindformers_ext.core.config.view import network_spec_from_yaml
-from mindformers_ext.core.spec import MoESpec, ParallelSpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import ParallelSpec
 from mindformers_ext.ms.attention import rotary_tables
 from mindformers_ext.ms.ops import ascend, portable
 from mindformers_ext.ms.ops.portable_attention import CausalAttentionOp

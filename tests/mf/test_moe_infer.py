@@ -13,7 +13,7 @@ import pytest
 from mindformers.modules.transformer import moe as theirs
 from mindspore import Tensor, nn, ops
 
-from mindformers_ext.core.spec import MoESpec
+from mindformers_ext.core.layers import MoESpec
 from mindformers_ext.ms.moe.dropless import ChosenExperts, EveryExpert, SlicedExperts, SortedRows
 from tests.helpers.moe_twin import GATE, HIDDEN, W1, W2, W3, layer_of, random_rows, random_weights
 

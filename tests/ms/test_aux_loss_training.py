@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
-from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.ms.causal_lm import CausalLM, build_causal_lm
 from mindformers_ext.ms.optim import FusedAdamW
 from mindformers_ext.ms.step import LossNetwork, TrainStepCell

@@ -11,7 +11,8 @@ import pytest
 import torch
 from mindspore import Tensor
 
-from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, NumericsSpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import ModelSpec, NetworkSpec, NumericsSpec
 from mindformers_ext.ms.causal_lm import CausalLM, build_causal_lm
 from mindformers_ext.ms.engine import MindSporeNetwork
 from mindformers_ext.ms.step import LossNetwork

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
-from mindformers_ext.core.spec import MoESpec
+from mindformers_ext.core.layers import MoESpec
 from mindformers_ext.ms.moe.dropless import (
     ChosenExperts,
     EveryExpert,

@@ -10,8 +10,9 @@ from mindspore import Tensor
 
 from mindformers_ext.core.cluster.tensor_parallel import own_part, parted_parameters
 from mindformers_ext.core.config.lora import LoraSpec
+from mindformers_ext.core.layers import MoESpec, SharedExpertSpec
 from mindformers_ext.core.parameters import model_weights
-from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, SharedExpertSpec
+from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.ms.attention import rotary_tables
 from mindformers_ext.ms.causal_lm import CausalLM, build_causal_lm
 from mindformers_ext.ms.lora import add_lora

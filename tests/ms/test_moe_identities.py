@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from mindformers_ext.core.spec import MoESpec
+from mindformers_ext.core.layers import MoESpec
 from tests.helpers.moe_twin import (
     GATE,
     TOKENS,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from mindspore import Tensor, nn, ops
 
-from mindformers_ext.core.spec import MoESpec
+from mindformers_ext.core.layers import MoESpec
 from mindformers_ext.ms.attention import rotary_tables
 from mindformers_ext.ms.loss import NextTokenLoss
 from mindformers_ext.ms.moe.aux_loss import AuxiliaryLoss

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mindformers_ext.core.layers import MoESpec, SharedExpertSpec
 from mindformers_ext.core.parameters import ROUTED, model_weights
-from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, NumericsSpec, SharedExpertSpec
+from mindformers_ext.core.spec import ModelSpec, NetworkSpec, NumericsSpec
 from mindformers_ext.jobs.train.hooks import BIAS
 from mindformers_ext.ms.causal_lm import build_causal_lm
 

@@ -15,7 +15,8 @@ from hypothesis.extra.numpy import arrays
 from mindspore import Tensor
 
 from mindformers_ext.core.capacity import expert_capacity
-from mindformers_ext.core.spec import MoESpec, ParallelSpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import ParallelSpec
 from mindformers_ext.ms.moe.order import ExpertOrder
 from tests.helpers.router import TopkRouterV2
 from tests.helpers.routing import Routing, capacity_of, chosen_experts, hard_logits, route, softmax

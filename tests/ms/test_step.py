@@ -9,7 +9,8 @@ import pytest
 from mindspore import Tensor, nn
 
 from mindformers_ext.core.figures import figures_of
-from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.ms.causal_lm import build_causal_lm
 from mindformers_ext.ms.step import LossNetwork, TrainStepCell, step_state
 

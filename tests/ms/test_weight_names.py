@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from mindformers_ext.core.config.hf import hf_config_from_spec
-from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.ms.causal_lm import build_causal_lm
 from mindformers_ext.weights.convert import rule_set
 

@@ -16,7 +16,8 @@ import torch
 from mindspore import Tensor
 
 from mindformers_ext.core.capacity import expert_capacity
-from mindformers_ext.core.spec import MoESpec, NetworkSpec, ParallelSpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import NetworkSpec, ParallelSpec
 from mindformers_ext.ms.causal_lm import build_causal_lm as build_ms
 from mindformers_ext.ms.engine import MindSporeNetwork
 from mindformers_ext.ms.step import LossNetwork

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
-from mindformers_ext.core.spec import MoESpec, ParallelSpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import ParallelSpec
 from tests.helpers.router import TopkRouterV2
 from tests.helpers.routing import HARD, hard_logits
 

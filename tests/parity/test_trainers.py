@@ -12,7 +12,8 @@ import torch
 
 from mindformers_ext.core.config.schedule import Schedule
 from mindformers_ext.core.config.train import LossScale, OptimizerSpec, ParameterGroup, TrainSpec
-from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.jobs.train.train import hooks_of
 from mindformers_ext.ms.trainer import DataParallel, MindSporeTrainer
 from mindformers_ext.pt.trainer import TorchTrainer

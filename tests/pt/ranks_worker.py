@@ -16,7 +16,8 @@ import torch
 
 from mindformers_ext.core.config.schedule import Schedule
 from mindformers_ext.core.config.train import OptimizerSpec, TrainSpec
-from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, ParallelSpec, SharedExpertSpec
+from mindformers_ext.core.layers import MoESpec, SharedExpertSpec
+from mindformers_ext.core.spec import ModelSpec, NetworkSpec, ParallelSpec
 from mindformers_ext.pt.sharded import open_ranks
 from mindformers_ext.pt.trainer import TorchTrainer
 

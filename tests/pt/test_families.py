@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from mindformers_ext.core.config.hf import model_spec_from_hf
 from mindformers_ext.core.config.lora import LoraSpec
 from mindformers_ext.core.families import own_families
+from mindformers_ext.core.layers import MoESpec, SharedExpertSpec
 from mindformers_ext.core.parameters import model_weights
 from mindformers_ext.core.philox import normal, seeds
-from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, SharedExpertSpec
+from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.pt import names
 from mindformers_ext.pt.causal_lm import CausalLM, build_causal_lm
 from mindformers_ext.pt.generate import PyTorchSession

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, NumericsSpec, ParallelSpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import ModelSpec, NetworkSpec, NumericsSpec, ParallelSpec
 from mindformers_ext.pt.moe.layer import MoE
 from mindformers_ext.pt.ops import select
 from mindformers_ext.pt.ops.grouped import BACKENDS, Backend, fits_gmm, grouped_product

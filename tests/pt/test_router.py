@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from mindformers_ext.core.spec import MoESpec, ParallelSpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import ParallelSpec
 from mindformers_ext.pt.moe.gate import TopkChoice
 from mindformers_ext.pt.moe.slots import Routing, apply_slots, build_slots
 from tests.helpers.routing import HARD, capacity_of, chosen_experts, hard_logits, route

@@ -13,7 +13,8 @@ from mindformers_ext.core.config.lora import LoraSpec
 from mindformers_ext.core.config.schedule import Schedule
 from mindformers_ext.core.config.train import LossScale, OptimizerSpec, ParameterGroup, TrainSpec
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, NumericsSpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import ModelSpec, NetworkSpec, NumericsSpec
 from mindformers_ext.jobs.train.train import hooks_of
 from mindformers_ext.pt.trainer import TorchTrainer
 

@@ -23,7 +23,8 @@ def first_step(layers: int) -> None:
     """Build, compile and run one step; print its seconds and the process's CPU seconds."""
     import mindspore as ms
 
-    from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec
+    from mindformers_ext.core.layers import MoESpec
+    from mindformers_ext.core.spec import ModelSpec, NetworkSpec
     from mindformers_ext.ms.causal_lm import build_causal_lm
     from mindformers_ext.ms.optim import FusedAdamW
     from mindformers_ext.ms.step import LossNetwork, TrainStepCell

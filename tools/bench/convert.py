@@ -28,7 +28,8 @@ import ml_dtypes
 import numpy as np
 
 from mindformers_ext.core.config.hf import hf_config_from_spec
-from mindformers_ext.core.spec import ModelSpec, MoESpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.formats.safetensors_dir import SafetensorsDirWriter
 from mindformers_ext.formats.tensors import TensorInfo
 from mindformers_ext.weights.convert import rule_set

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 from peers import THREADS, compare, machine, serve
 
-from mindformers_ext.core.spec import DeviceSpec, ModelSpec, MoESpec, NetworkSpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import DeviceSpec, ModelSpec, NetworkSpec
 
 VOCABULARY, FULL = 4000, dict(hidden=512, ffn=1024, layers=7)
 

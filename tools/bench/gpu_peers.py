@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, NumericsSpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import ModelSpec, NetworkSpec, NumericsSpec
 from mindformers_ext.pt.moe.layer import MoE
 from mindformers_ext.pt.ops.fused import fused, kernels_wanted
 from mindformers_ext.pt.ops.grouped import BACKENDS, fits_gmm

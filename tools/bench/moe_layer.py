@@ -73,7 +73,8 @@ def serve_mindspore(tokens: int, factor: float, dtype: str) -> None:
     import mindspore as ms
     from bench_cells import ForwardBackward
 
-    from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec
+    from mindformers_ext.core.layers import MoESpec
+    from mindformers_ext.core.spec import ModelSpec, NetworkSpec
     from mindformers_ext.ms.layer import build_feed_forward
     from mindformers_ext.ms.ops.select import select_operators
 
@@ -107,7 +108,8 @@ def serve_pytorch(tokens: int, factor: float, dtype: str) -> None:
     """Our MoE layer in PyTorch."""
     import torch
 
-    from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec
+    from mindformers_ext.core.layers import MoESpec
+    from mindformers_ext.core.spec import ModelSpec, NetworkSpec
     from mindformers_ext.pt.moe.layer import MoE
     from mindformers_ext.pt.ops.memory import keep_freed_memory
 

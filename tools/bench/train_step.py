@@ -60,7 +60,8 @@ def serve_mindspore(factor: float) -> None:
     """Our network, train step and optimizer."""
     import mindspore as ms
 
-    from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec
+    from mindformers_ext.core.layers import MoESpec
+    from mindformers_ext.core.spec import ModelSpec, NetworkSpec
     from mindformers_ext.ms.causal_lm import build_causal_lm
     from mindformers_ext.ms.optim import FusedAdamW
     from mindformers_ext.ms.step import LossNetwork, TrainStepCell

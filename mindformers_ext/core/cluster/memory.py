@@ -16,7 +16,8 @@ from mindformers_ext.core.cluster.placement import ADAM_STATES, OPTIMIZER_THRESH
 from mindformers_ext.core.cluster.tensor_parallel import part_of, parted_parameters
 from mindformers_ext.core.config.lora import LoraSpec
 from mindformers_ext.core.config.recompute import WHOLE, RecomputeSpec
-from mindformers_ext.core.spec import LayerSpec, NetworkSpec
+from mindformers_ext.core.layers import LayerSpec
+from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.core.stages import open_parts
 
 STATISTICS = 16  # floats that fused attention keeps per row: maximum and sum, eight lanes each

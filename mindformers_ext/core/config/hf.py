@@ -18,7 +18,8 @@ from typing import Any
 from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.errors import Problems, nearest
 from mindformers_ext.core.families import FAMILIES, Family
-from mindformers_ext.core.spec import ModelSpec, MoESpec, SharedExpertSpec
+from mindformers_ext.core.layers import MoESpec, SharedExpertSpec
+from mindformers_ext.core.spec import ModelSpec
 
 # field of ModelSpec = Hugging Face's key -> kind
 _COMMON: dict[str, str] = {

@@ -9,7 +9,7 @@ from typing import Any
 
 from mindformers_ext.core.config.keys import MODES
 from mindformers_ext.core.errors import Problems
-from mindformers_ext.core.spec import DTYPE_NAMES
+from mindformers_ext.core.layers import DTYPE_NAMES
 
 
 def read_value(name: str, value: Any, kind: str, default: Any, problems: Problems) -> Any:

@@ -40,15 +40,8 @@ from mindformers_ext.core.config.run import RUN_MODES
 from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.errors import Problems, nearest
 from mindformers_ext.core.families import FAMILIES, GENERIC_NAMES, Family
-from mindformers_ext.core.spec import (
-    KernelSpec,
-    ModelSpec,
-    MoESpec,
-    NetworkSpec,
-    NumericsSpec,
-    ParallelSpec,
-    SharedExpertSpec,
-)
+from mindformers_ext.core.layers import MoESpec, SharedExpertSpec
+from mindformers_ext.core.spec import KernelSpec, ModelSpec, NetworkSpec, NumericsSpec, ParallelSpec
 
 Sections = dict[str, Mapping[str, Any]]
 ROUTING_POLICY = "TopkRouterV2"

@@ -7,7 +7,7 @@ import mindspore.ops.operations as P
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from mindformers_ext.core.spec import MoESpec
+from mindformers_ext.core.layers import MoESpec
 
 
 class AuxiliaryLoss(nn.Cell):

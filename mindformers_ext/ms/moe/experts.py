@@ -12,7 +12,8 @@ import mindspore.ops.operations as P
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
-from mindformers_ext.core.spec import MoESpec, NetworkSpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.ops.dtypes import mindspore_dtype
 from mindformers_ext.ms.ops.select import Operators
 from mindformers_ext.ms.strategies import Shards

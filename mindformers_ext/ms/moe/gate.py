@@ -18,7 +18,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
-from mindformers_ext.core.spec import MoESpec, NetworkSpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.moe.aux_loss import AuxiliaryLoss
 from mindformers_ext.ms.moe.order import ExpertOrder
 from mindformers_ext.ms.ops.select import Operators

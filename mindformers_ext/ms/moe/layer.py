@@ -7,7 +7,8 @@ import mindspore as ms
 import mindspore.ops.operations as P
 from mindspore import Tensor, nn, ops
 
-from mindformers_ext.core.spec import MoESpec, NetworkSpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.feed_forward import FeedForwardOutput
 from mindformers_ext.ms.moe.dropless import dropless
 from mindformers_ext.ms.moe.experts import SlotExperts, SortedExperts

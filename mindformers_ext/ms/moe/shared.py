@@ -6,7 +6,8 @@ from __future__ import annotations
 import mindspore.ops.operations as P
 from mindspore import Tensor, nn, ops
 
-from mindformers_ext.core.spec import MoESpec, NetworkSpec, SharedExpertSpec
+from mindformers_ext.core.layers import MoESpec, SharedExpertSpec
+from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.feed_forward import FeedForwardOutput, SwiGlu
 from mindformers_ext.ms.moe.gate import RouterGate
 from mindformers_ext.ms.moe.layer import MoE

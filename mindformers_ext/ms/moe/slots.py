@@ -16,7 +16,8 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops.auto_generate import TensorToScalar
 
 from mindformers_ext.core.capacity import expert_capacity
-from mindformers_ext.core.spec import MoESpec, NetworkSpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.moe.order import ExpertOrder, check_load
 from mindformers_ext.ms.ops.select import Operators
 

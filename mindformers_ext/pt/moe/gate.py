@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mindformers_ext.core.spec import MoESpec, NetworkSpec, ParallelSpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import NetworkSpec, ParallelSpec
 from mindformers_ext.pt.moe.aux_loss import AuxiliaryLoss
 from mindformers_ext.pt.ops.dtypes import torch_dtype
 

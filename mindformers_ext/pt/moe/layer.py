@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from mindformers_ext.core.spec import MoESpec, NetworkSpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.pt.feed_forward import FeedForwardOutput
 from mindformers_ext.pt.moe.exchange import ExpertExchange
 from mindformers_ext.pt.moe.experts import Experts

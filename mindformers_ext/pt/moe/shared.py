@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from mindformers_ext.core.spec import MoESpec, NetworkSpec, SharedExpertSpec
+from mindformers_ext.core.layers import MoESpec, SharedExpertSpec
+from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.pt.feed_forward import FeedForwardOutput, SwiGlu
 from mindformers_ext.pt.moe.gate import RouterGate
 from mindformers_ext.pt.moe.layer import MoE

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from mindformers_ext.core.capacity import expert_capacity
-from mindformers_ext.core.spec import MoESpec, ParallelSpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import ParallelSpec
 from mindformers_ext.pt.moe.gate import Choice
 
 

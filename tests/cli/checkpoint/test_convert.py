@@ -19,7 +19,8 @@ from safetensors.numpy import save_file
 
 from mindformers_ext.cli.convert import main
 from mindformers_ext.core.config.hf import hf_config_from_spec
-from mindformers_ext.core.spec import ModelSpec, MoESpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.formats.ms_ckpt import CkptFile, CkptWriter
 from mindformers_ext.formats.ms_file import open_checkpoint
 from mindformers_ext.formats.safetensors_dir import SafetensorsDir, SafetensorsDirWriter

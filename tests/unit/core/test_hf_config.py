@@ -12,7 +12,8 @@ from hypothesis import given, settings
 
 from mindformers_ext.core.config.hf import hf_config_from_spec, model_spec_from_hf, routing_as_hf
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.spec import ModelSpec, MoESpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import ModelSpec
 from tests.helpers.specs import model_specs
 
 # the keys and values of the published Mixtral-8x7B file

@@ -24,7 +24,8 @@ from mindformers_ext.core.cluster.split_cost import expert_exchange, layer_opera
 from mindformers_ext.core.cluster.split_search import fitting_splits, step_rows
 from mindformers_ext.core.config.recompute import RecomputeSpec, names_without_effect, recompute_from_yaml
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.spec import KernelSpec, ModelSpec, MoESpec, NetworkSpec, NumericsSpec, ParallelSpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import KernelSpec, ModelSpec, NetworkSpec, NumericsSpec, ParallelSpec
 from mindformers_ext.core.stages import layer_stage, open_parts
 
 MODEL = ModelSpec(

@@ -19,7 +19,8 @@ from mindformers_ext.core.cluster.cluster_rules import (
     router_tokens,
 )
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.spec import ModelSpec, MoESpec, NetworkSpec, ParallelSpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import ModelSpec, NetworkSpec, ParallelSpec
 from tests.helpers.specs import network_specs
 
 MODEL = ModelSpec(

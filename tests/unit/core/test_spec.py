@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 
 from mindformers_ext.core.errors import Problems, UserError, nearest
-from mindformers_ext.core.spec import ModelSpec, MoESpec, NumericsSpec, ParallelSpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import ModelSpec, NumericsSpec, ParallelSpec
 from tests.helpers.specs import model_specs
 
 MOE = MoESpec(num_local_experts=8, num_experts_per_tok=2)

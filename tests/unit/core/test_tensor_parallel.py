@@ -23,7 +23,8 @@ from mindformers_ext.core.config.overrides import apply_overrides
 from mindformers_ext.core.config.run import run_spec_from_yaml
 from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.spec import DeviceSpec, ModelSpec, MoESpec, NetworkSpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import DeviceSpec, ModelSpec, NetworkSpec
 from mindformers_ext.jobs.dryrun.plan import plan_dry_run
 from mindformers_ext.jobs.predict.generate import Shape
 from mindformers_ext.jobs.predict.network import check_memory

@@ -29,7 +29,8 @@ from mindformers_ext.core.config.keys import (
 from mindformers_ext.core.config.view import network_spec_from_yaml, yaml_from_network_spec, yaml_notes
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.families import FAMILIES, own_families
-from mindformers_ext.core.spec import MoESpec, NetworkSpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import NetworkSpec
 from tests.helpers.specs import PRETRAIN_YAML, family_specs, network_specs
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.spec import ModelSpec, MoESpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.formats.ms_ckpt import CkptWriter
 from mindformers_ext.jobs.checkpoint.saved import (
     check_shapes,

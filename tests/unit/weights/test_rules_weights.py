@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.spec import ModelSpec, MoESpec
+from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.formats.tensors import MappingReader
 from mindformers_ext.weights.convert import (
     detect_style,
