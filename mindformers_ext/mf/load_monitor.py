@@ -6,9 +6,11 @@ from __future__ import annotations
 from typing import Any
 
 from mindformers.tools.logger import logger
+from mindspore import nn
 
-from mindformers_ext.jobs.train.hooks import LoadLog
+from mindformers_ext.jobs.train.hooks import LoadLog, TrainHook
 from mindformers_ext.mf.hooks import HookCallback
+from mindformers_ext.mf.networks import PortableLlamaForCausalLM
 
 
 class MoELoadMonitor(HookCallback):
@@ -25,4 +27,10 @@ class MoELoadMonitor(HookCallback):
     """
 
     def __init__(self, per_print_times: int = 1, **given: Any) -> None:
-        super().__init__(LoadLog(logger.info, logger.warning, int(per_print_times)))
+        super().__init__()
+        self.every = int(per_print_times)
+
+    def make(self, model: nn.Cell) -> list[TrainHook]:
+        """The hook, which calls the network's mixtures by their numbers among all layers."""
+        layers = model.spec.model.moe_layers if isinstance(model, PortableLlamaForCausalLM) else ()
+        return [LoadLog(logger.info, logger.warning, self.every, layers)]

@@ -111,16 +111,19 @@ def moved(bias: np.ndarray, load: np.ndarray, rate: float) -> np.ndarray:
 
 
 class LoadLog(QuietHook):
-    """One log line per layer: the share dropped, and the fullest and emptiest expert beside an even load.
+    """One log line per mixture: the share dropped, and the fullest and emptiest expert beside an even load.
 
     Args:
         log: takes a format and its values.
         warn: the same for what is missing.
         every: steps between lines.
+        layers: numbers of the layers that are mixtures, where some are dense.
     """
 
-    def __init__(self, log: Callable[..., None], warn: Callable[..., None], every: int = 1) -> None:
-        self.log, self.warn, self.every = log, warn, max(1, every)
+    def __init__(
+        self, log: Callable[..., None], warn: Callable[..., None], every: int = 1, layers: Sequence[int] = ()
+    ) -> None:
+        self.log, self.warn, self.every, self.layers = log, warn, max(1, every), layers
         self.first: int | None = None
         self.is_told = False
 
@@ -130,7 +133,7 @@ class LoadLog(QuietHook):
         if (step - self.first) % self.every:
             return
         if figures.has_load:
-            for line in load_lines(figures.expert_load, figures.dropped):
+            for line in load_lines(figures.expert_load, figures.dropped, self.layers):
                 self.log("%s", line)
         elif not self.is_told:
             self.is_told = True
@@ -140,10 +143,11 @@ class LoadLog(QuietHook):
             )
 
 
-def load_lines(load: np.ndarray, dropped: np.ndarray) -> list[str]:
-    """One line per layer. ``load`` (L, E): assignments per expert before dropping; ``dropped`` (L): their share."""
+def load_lines(load: np.ndarray, dropped: np.ndarray, layers: Sequence[int] = ()) -> list[str]:
+    """One line per mixture. ``load`` (L, E): assignments per expert before dropping; ``dropped`` (L): their share;
+    ``layers``: the mixtures' numbers, by default 0 to L - 1."""
     lines = []
-    for layer, (counts, share) in enumerate(zip(load, dropped.reshape(-1), strict=True)):
+    for layer, counts, share in zip(layers or range(len(load)), load, dropped.reshape(-1), strict=True):
         even = max(float(counts.mean()), 1e-9)
         high, low = int(counts.argmax()), int(counts.argmin())
         lines.append(

@@ -85,7 +85,7 @@ def train(
         keep_config(config, folder)
         keep_lora(training.lora, folder)
     _load(run, spec)
-    run.hooks += [*hooks_of(training, trainer), *hooks]
+    run.hooks += [*hooks_of(training, trainer, spec.model.moe_layers), *hooks]
     restore_hooks(run.hooks, run.left)
     try:
         _steps(run)
@@ -102,13 +102,13 @@ def open_rows(asked: RunSpec, config: Mapping[str, Any], spec: NetworkSpec) -> T
     return TokenData(config, "train_dataset", spec.batch_size * asked.accumulation * processes, shards, asked.engine)
 
 
-def hooks_of(train: TrainSpec, trainer: Trainer) -> list[TrainHook]:
+def hooks_of(train: TrainSpec, trainer: Trainer, layers: tuple[int, ...] = ()) -> list[TrainHook]:
     """The hooks that the configuration's callbacks ask for, over an opened trainer."""
     log, hooks = get_logger(__name__), list[TrainHook]()
     if train.bias_rate:
         hooks.append(BiasBalance(train.bias_rate, trainer.values(BIAS)))
     if train.load_every:
-        hooks.append(LoadLog(log.info, log.warning, train.load_every))
+        hooks.append(LoadLog(log.info, log.warning, train.load_every, layers))
     return hooks
 
 

@@ -52,6 +52,8 @@ def test_the_load_of_experts_is_shown_per_layer() -> None:
         "layer: 0, drop_rate: 0.25000, fullest expert: 3 (2.00 of an even load), emptiest: 2 (0.00)",
         "layer: 1, drop_rate: 0.00000, fullest expert: 0 (1.00 of an even load), emptiest: 0 (1.00)",
     ]
+    (line,) = load_lines(np.array([[1.0, 1.0]]), np.array([0.0]), layers=(2,))  # two dense ones before it
+    assert line.startswith("layer: 2, ")
 
 
 def test_the_load_is_logged_every_n_steps_and_its_absence_once() -> None:
