@@ -17,7 +17,7 @@ step bash scripts/setup_env.sh
 step $python -m ruff check .
 step $python -m ruff format --check --quiet .
 step $python -m mypy
-words=(-n auto --maxprocesses 8 --durations=30)
+words=(-n auto --maxprocesses 8 --no-loadscope-reorder --durations=30)  # in the order of tests/conftest.py
 if [ "${1:-}" = --all ]; then shift; words+=(--all-ranks); fi
 printf '+ %s\n' "$python -m pytest ${words[*]} $*"
 exec $python -m pytest "${words[@]}" "$@"

@@ -84,8 +84,12 @@ class MindSporeEngine:
         """Run there from now on."""
         self.mode = ms.PYNATIVE_MODE if device.pynative else ms.GRAPH_MODE
         ms.set_context(mode=self.mode)
-        # together: which one, MindSpore settles with the processes beside this one
-        ms.set_device(device.target, *(() if device.together else (device.number,)))
+        try:  # together: which one, MindSpore settles with the processes beside this one
+            ms.set_device(device.target, *(() if device.together else (device.number,)))
+        except RuntimeError:  # it has computed already; where that was here, nothing changes
+            same = (ms.get_context("device_target"), ms.get_context("device_id")) == (device.target, device.number)
+            if device.together or not same:
+                raise
         if device.max_memory:
             ms.runtime.set_memory(max_size=device.max_memory)
         if device.jit_level:

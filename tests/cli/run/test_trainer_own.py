@@ -114,7 +114,7 @@ def test_operator_by_operator_the_losses_are_the_same_to_a_millionth(job: Path, 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--engine", "pt", "--trainer", "mindformers"), "--trainer mindformers runs on MindSpore"),
+        (("--engine", "pt", "--trainer", "mindformers"), "--trainer mindformers with the PyTorch engine"),
         (("--trainer", "own", "--do_eval", "True"), "do_eval=True: --trainer own does not build this"),
         (("--trainer", "own", "--train_dataset.repeat", "3"), "repeat=3 is not built in --trainer own"),
     ],
