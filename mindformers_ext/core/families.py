@@ -200,19 +200,27 @@ def own_families() -> tuple[str, ...]:
     return tuple(row.name for row in FAMILIES.values() if not row.reads_as)
 
 
-def family_of_yaml(config: Mapping[str, Any], device_target: str | None = None) -> Family | None:
-    """The family of ours that a configuration names; None where it means a network of MindFormers' own.
+def named_family(config_type: object, architecture: object) -> Family | None:
+    """The family that ``model_config.type`` and ``arch.type`` name as a pair."""
+    return next((row for row in FAMILIES.values() if (config_type, architecture) in row.yaml_names), None)
 
-    Args:
-        config: the YAML's content.
-        device_target: where it runs; None is what the YAML says.
+
+def family_of_yaml(config: Mapping[str, Any], device_target: str) -> Family | None:
+    """The family of ours that a configuration means where it runs; None for a network of MindFormers' own.
+
+    Values of a wrong kind mean nothing here: they are named where the network is read (``core.config.view``).
     """
-    model = config.get("model") or {}
-    words = model.get("model_config") or {}
-    names = (words.get("type"), (model.get("arch") or {}).get("type"))
-    if names == GENERIC_NAMES:
-        experts = (config.get("moe_config") or words.get("moe_config") or {}).get("expert_num", 1) or 1
-        target = device_target or (config.get("context") or {}).get("device_target", GENERIC_DEVICE)
-        is_ours = experts > 1 or target != GENERIC_DEVICE
-        return implied_family(experts > 1) if is_ours else None
-    return next((row for row in FAMILIES.values() if names in row.yaml_names), None)
+    model = _section(config, "model")
+    words, arch = _section(model, "model_config"), _section(model, "arch")
+    names = words.get("type"), arch.get("type")
+    if names != GENERIC_NAMES:
+        return named_family(*names)
+    moe = _section(config, "moe_config") or _section(words, "moe_config")
+    experts = moe.get("expert_num")
+    has_experts = isinstance(experts, int) and experts > 1
+    return implied_family(has_experts) if has_experts or device_target != GENERIC_DEVICE else None
+
+
+def _section(parent: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = parent.get(name)
+    return found if isinstance(found, Mapping) else {}

@@ -12,7 +12,7 @@ products of size letters:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from mindformers_ext.core.families import GATES
@@ -22,7 +22,6 @@ from mindformers_ext.core.spec import ModelSpec
 EMBEDDING, HEAD = "model.tok_embeddings.embedding_weight", "lm_head.weight"
 LAYER = "model.layers.{}."
 ROUTED = "routed_experts."  # before router and experts where a shared expert stands beside them
-INITIAL = ("normal", "ones", "zeros")
 
 
 @dataclass(frozen=True)
@@ -136,8 +135,3 @@ def size_letters(model: ModelSpec) -> dict[str, int]:
 def shape_of(dims: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """``"E M D"`` at the sizes of ``size_letters``."""
     return tuple(math.prod(sizes[letter] for letter in word) for word in dims.split())
-
-
-def parameter_count(weights: Iterable[Weight]) -> int:
-    """Numbers in all of them."""
-    return sum(math.prod(weight.shape) for weight in weights)

@@ -84,11 +84,6 @@ class Collective:
         """Bytes of the whole tensor that one run is about: the larger of input and output."""
         return max(self.source.nbytes, self.result.nbytes)
 
-    @property
-    def is_backward(self) -> bool:
-        """Whether it belongs to the gradient."""
-        return self.scope.startswith("Gradients/")
-
 
 @dataclass(frozen=True)
 class GraphFacts:

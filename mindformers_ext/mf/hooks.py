@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -60,11 +59,6 @@ class HookCallback(Callback):
         for hook in self.hooks:
             hook.after_step(step, figures)
         self._set_inputs(step + 1)
-
-    def after_eval(self, step: int, domain_losses: Mapping[str, float]) -> None:
-        """Pass an evaluation on."""
-        for hook in self.hooks:
-            hook.after_eval(step, domain_losses)
 
     def _set_inputs(self, step: int) -> None:
         for hook in self.hooks:

@@ -141,7 +141,6 @@ class TokenGraph(_Graph):
             auto_prefix=False,
         )
         heads = self.rows * spec.model.num_key_value_heads
-        self.row_heads = (self.rows, spec.model.num_key_value_heads)
         self.first_BN = Tensor(np.arange(heads, dtype=np.int32).reshape(self.rows, -1) * positions)
         self.mask_dtype = operators.dtype(spec.numerics.softmax_dtype)
         self.hidden = hidden_addend(self.mask_dtype)

@@ -129,11 +129,6 @@ def adapter_parameters(network: nn.Cell) -> list[Parameter]:
     return [parameter for parameter in network.get_parameters() if parameter.name.endswith((LORA_A, LORA_B))]
 
 
-def is_adapter_state(name: str) -> bool:
-    """Whether a name in a checkpoint belongs to an adapter: its weights or its optimizer state."""
-    return name.endswith((LORA_A, LORA_B))
-
-
 def _kinds(layers: dict[str, Linear]) -> str:
     return ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in layers}))
 

@@ -48,28 +48,10 @@ def _update_parameter(
     return ops.depend(True, updated)
 
 
-class FusedAdamW(nn.Optimizer):
-    """AdamW (Loshchilov and Hutter 2019, algorithm 2, as torch.optim.AdamW computes it), one kernel per parameter.
+class _AdamW(nn.Optimizer):
+    """What both forms of AdamW share: arguments, counters, float32 moments, one update per parameter.
 
-    For step t, gradient g and learning rate lr::
-
-        p = p (1 - lr weight_decay)
-        m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2
-        p = p - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
-
-    The kernel adds its eps to sqrt(v) before the correction, so it is given eps * sqrt(1 - beta2^t). State names are
-    MindFormers' AdamW's (``adam_m.``, ``adam_v.``), so checkpoints resume with either. float32 parameters only:
-    MindFormers' composite AdamW (measured nine times slower on CPU) serves the others.
-
-    Args:
-        params: parameters or groups, as every MindSpore optimizer takes them.
-        learning_rate: number or schedule.
-        betas: decay of m and v, each in [0, 1).
-        eps: above 0.
-        weight_decay: at least 0; groups may have their own.
-
-    Raises:
-        UserError: lists every value out of range and every parameter that is not float32.
+    A form's ``update`` changes one parameter; both forms take the same arguments in the same order.
     """
 
     def __init__(
@@ -86,16 +68,20 @@ class FusedAdamW(nn.Optimizer):
             problems.add(f"betas={list(betas)} is out of range", "give two numbers from 0 to below 1")
         if not eps > 0.0:
             problems.add(f"eps={eps} is out of range", "use a value above 0")
-        other = [parameter.name for parameter in self._parameters if parameter.dtype != ms.float32]
-        if other:
-            problems.add(f"{len(other)} parameters are not float32, first {other[0]}", "set param_init_type: float32")
+        self.check_parameters(problems)
         problems.raise_if_any()
         self.beta1, self.beta2 = (Tensor(beta, ms.float32) for beta in betas)
         self.eps = Tensor(eps, ms.float32)
-        self.means = self._parameters.clone(prefix="adam_m", init="zeros")
-        self.squares = self._parameters.clone(prefix="adam_v", init="zeros")
+        self.means, self.squares = (float32_states(self._parameters, prefix) for prefix in ("adam_m", "adam_v"))
         self.decays = tuple(self.exec_weight_decay and bool(flag) for flag in self.decay_flags)
         self.increase = Tensor(np.ones(1, np.int32))
+
+    def check_parameters(self, problems: Problems) -> None:
+        """Add the parameters that this form cannot update: none."""
+
+    def scaled_eps(self, beta2_power: Tensor) -> Tensor:
+        """The eps that this form's ``update`` takes: as given."""
+        return self.eps
 
     def construct(self, gradients: tuple[Tensor, ...]) -> tuple:
         weight_decay = self.get_weight_decay()
@@ -103,29 +89,67 @@ class FusedAdamW(nn.Optimizer):
         self.assignadd(self.global_step, self.increase)
         step = ops.cast(self.global_step, ms.float32).reshape(())
         beta1_power, beta2_power = ops.pow(self.beta1, step), ops.pow(self.beta2, step)
-        eps = self.eps * ops.sqrt(1.0 - beta2_power)
+        eps = self.scaled_eps(beta2_power)
         state = (self.decays, self._parameters, self.means, self.squares, gradients)
         if self.is_group_lr:
-            update = ops.partial(_update, beta1_power, beta2_power, self.beta1, self.beta2, eps)
+            update = ops.partial(self.update, beta1_power, beta2_power, self.beta1, self.beta2, eps)
             return self.hyper_map(update, lr, weight_decay, *state)
         if self.is_group:
-            update = ops.partial(_update, beta1_power, beta2_power, self.beta1, self.beta2, eps, lr)
+            update = ops.partial(self.update, beta1_power, beta2_power, self.beta1, self.beta2, eps, lr)
             return self.hyper_map(update, weight_decay, *state)
-        update = ops.partial(_update, beta1_power, beta2_power, self.beta1, self.beta2, eps, lr, weight_decay)
+        update = ops.partial(self.update, beta1_power, beta2_power, self.beta1, self.beta2, eps, lr, weight_decay)
         return self.hyper_map(update, *state)
+
+
+class FusedAdamW(_AdamW):
+    """AdamW (Loshchilov and Hutter 2019, algorithm 2, as torch.optim.AdamW computes it), one kernel per parameter.
+
+    For step t, gradient g and learning rate lr::
+
+        p = p (1 - lr weight_decay)
+        m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2
+        p = p - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    The kernel adds its eps to sqrt(v) before the correction, so it is given eps * sqrt(1 - beta2^t). State names are
+    MindFormers' AdamW's (``adam_m.``, ``adam_v.``), so checkpoints resume with either. float32 parameters only:
+    ``CompositeAdamW`` serves the others (such a form, MindFormers', was measured nine times slower on a CPU).
+
+    Args:
+        params: parameters or groups, as every MindSpore optimizer takes them.
+        learning_rate: number or schedule.
+        betas: decay of m and v, each in [0, 1).
+        eps: above 0.
+        weight_decay: at least 0; groups may have their own.
+
+    Raises:
+        UserError: lists every value out of range and every parameter that is not float32.
+    """
+
+    def check_parameters(self, problems: Problems) -> None:
+        """Add the parameters that are not float32."""
+        other = [parameter.name for parameter in self._parameters if parameter.dtype != ms.float32]
+        if other:
+            problems.add(f"{len(other)} parameters are not float32, first {other[0]}", "set param_init_type: float32")
+
+    update = _update
+
+    def scaled_eps(self, beta2_power: Tensor) -> Tensor:
+        """What the kernel must add before the correction."""
+        return self.eps * ops.sqrt(1.0 - beta2_power)
 
 
 _composite = ops.MultitypeFuncGraph("composite_adamw")
 
 
 @_composite.register(
-    "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Bool", "Tensor", "Tensor", "Tensor", "Tensor"
+    "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Bool", "Tensor", "Tensor", "Tensor", "Tensor"
 )
 def _update_composite(
+    beta1_power: Tensor,
+    beta2_power: Tensor,
     beta1: Tensor,
     beta2: Tensor,
     eps: Tensor,
-    step: Tensor,
     lr: Tensor,
     weight_decay: Tensor,
     decays: bool,
@@ -141,47 +165,16 @@ def _update_composite(
         value = value * (1.0 - lr * weight_decay)
     new_mean = mean * beta1 + gradient * (1.0 - beta1)
     new_square = square * beta2 + gradient * gradient * (1.0 - beta2)
-    size = lr / (1.0 - ops.pow(beta1, step))
-    bottom = ops.sqrt(new_square / (1.0 - ops.pow(beta2, step))) + eps
-    value = value - new_mean / bottom * size
+    bottom = ops.sqrt(new_square / (1.0 - beta2_power)) + eps
+    value = value - new_mean / bottom * (lr / (1.0 - beta1_power))
     done = ops.depend(ops.assign(mean, new_mean), ops.assign(square, new_square))
     return ops.depend(True, ops.depend(ops.assign(parameter, ops.cast(value, parameter.dtype)), done))
 
 
-class CompositeAdamW(nn.Optimizer):
-    """AdamW as ``FusedAdamW`` computes it, of plain operators: weights of any type, float32 moments, every device.
+class CompositeAdamW(_AdamW):
+    """AdamW as ``FusedAdamW``, with its arguments, of plain operators: weights of any type, every device."""
 
-    Arguments as ``FusedAdamW``.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        learning_rate: Any = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-    ) -> None:
-        super().__init__(learning_rate, params, weight_decay)
-        self.beta1, self.beta2 = (Tensor(beta, ms.float32) for beta in betas)
-        self.eps = Tensor(eps, ms.float32)
-        self.means, self.squares = (float32_states(self._parameters, prefix) for prefix in ("adam_m", "adam_v"))
-        self.decays = tuple(self.exec_weight_decay and bool(flag) for flag in self.decay_flags)
-        self.increase = Tensor(np.ones(1, np.int32))
-
-    def construct(self, gradients: tuple[Tensor, ...]) -> tuple:
-        weight_decay = self.get_weight_decay()
-        lr = self.get_lr()
-        self.assignadd(self.global_step, self.increase)
-        step = ops.cast(self.global_step, ms.float32).reshape(())
-        state = (self.decays, self._parameters, self.means, self.squares, gradients)
-        if self.is_group_lr:
-            update = ops.partial(_composite, self.beta1, self.beta2, self.eps, step)
-            return self.hyper_map(update, lr, weight_decay, *state)
-        update = ops.partial(_composite, self.beta1, self.beta2, self.eps, step, lr)
-        if self.is_group:
-            return self.hyper_map(update, weight_decay, *state)
-        return self.hyper_map(ops.partial(update, weight_decay), *state)
+    update = _composite
 
 
 def float32_states(parameters: Iterable[Parameter], prefix: str) -> ParameterTuple:

@@ -167,7 +167,7 @@ def run_spec_from_yaml(config: Mapping[str, Any], where: str = "the configuratio
         device=_device(config, target, problems),
         trainer=_trainer(config, problems),
         network=arch.get("type"),
-        family=_family(config, words, arch, target),
+        family=family_of_yaml(config, target),
         output_dir=output_dir,
         load=str(config.get("load_checkpoint") or "") or None,
         load_format="safetensors" if config.get("load_ckpt_format") == "safetensors" else "ckpt",
@@ -242,14 +242,6 @@ def _engine(config: Mapping[str, Any], device: str) -> str:
             "out, PyTorch runs there"
         )
     return str(name)
-
-
-def _family(config: Mapping[str, Any], words: Mapping[str, Any], arch: Mapping[str, Any], target: str) -> Family | None:
-    """What ``core.families`` finds; a wrong number of experts is judged with the network."""
-    moe = section_at(config, "moe_config") or section_at(config, f"{MODEL}.moe_config")
-    experts = read_value("expert_num", moe.get("expert_num"), "int", 1, Problems(""))
-    sections = {"model": {"model_config": words, "arch": arch}, "moe_config": {**moe, "expert_num": experts}}
-    return family_of_yaml(sections, target)
 
 
 def _trainer(config: Mapping[str, Any], problems: Problems) -> str | None:

@@ -13,11 +13,13 @@ from typing import Any
 
 from mindformers_ext.core.config.lora import LoraSpec, lora_from_yaml
 from mindformers_ext.core.config.recompute import RecomputeSpec, recompute_asked
+from mindformers_ext.core.config.run import MINDSPORE, PYTORCH
 from mindformers_ext.core.config.schedule import Schedule, schedule_from_yaml
+from mindformers_ext.core.config.values import section_at
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import ParallelSpec
 
-TRAINERS = {"pt": "the PyTorch engine", "ms": "--trainer own"}  # our own loop by its engine, in errors and notes
+OWN_LOOPS = {PYTORCH: "the PyTorch engine", MINDSPORE: "--trainer own"}  # by engine, as errors and notes call them
 OPTIMIZERS = {"AdamW": True, "FusedAdamW": True, "FP32StateAdamWeightDecay": False}  # with bias correction?
 CALLBACKS = ("MFLossMonitor", "CheckpointMonitor", "TopkBiasBalanceCallback", "MoEDropRateCallback", "ObsMonitor")
 # Keys that would change the result, with the values that mean off.
@@ -142,7 +144,7 @@ class TrainSpec:
 
 
 def train_spec_from_yaml(
-    config: Mapping[str, Any], parallel: ParallelSpec, per_epoch: int, bias_rate: float, engine: str = "pt"
+    config: Mapping[str, Any], parallel: ParallelSpec, per_epoch: int, bias_rate: float, engine: str = PYTORCH
 ) -> tuple[TrainSpec, list[str]]:
     """The run that ``config`` describes, and notes about keys that have no effect here.
 
@@ -158,9 +160,9 @@ def train_spec_from_yaml(
     """
     problems = Problems("the configuration")
     notes: list[str] = []
-    own = TRAINERS[engine]
+    own = OWN_LOOPS[engine]
     _check_off(config, parallel, problems, own)
-    if engine == "ms":
+    if engine == MINDSPORE:
         _check_mindspore(config, parallel, problems, notes)
     runner, wrapper = config.get("runner_config") or {}, config.get("runner_wrapper") or {}
     epochs = int(runner.get("epochs") or 1)
@@ -177,7 +179,7 @@ def train_spec_from_yaml(
     if monitor.get("tensorboard", "MFLossMonitor" in callbacks):
         notes.append(f"{own} writes no TensorBoard events; python tools/plot_run.py draws its metrics")
     clips = bool(wrapper.get("use_clip_grad", False))
-    recompute = engine == "pt" and _recompute(config.get("recompute_config"), problems, notes, own)
+    recompute = engine == PYTORCH and _recompute(config.get("recompute_config"), problems, notes, own)
     if "TopkBiasBalanceCallback" in callbacks:
         bias_rate = float(callbacks["TopkBiasBalanceCallback"].get("topk_bias_update_rate") or bias_rate)
     elif bias_rate:
@@ -202,12 +204,10 @@ def train_spec_from_yaml(
     return spec, notes
 
 
-def value_at(config: Mapping[str, Any], path: str) -> Any:
+def _value_at(config: Mapping[str, Any], path: str) -> Any:
     """The value of a dotted key, None where a section is missing."""
-    found: Any = config
-    for name in path.split("."):
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found
+    section, _, name = path.rpartition(".")
+    return section_at(config, section).get(name)
 
 
 def _load_every(words: Mapping[str, Any] | None) -> int:
@@ -236,10 +236,10 @@ def _check_mindspore(config: Mapping[str, Any], parallel: ParallelSpec, problems
 def _check_off(config: Mapping[str, Any], parallel: ParallelSpec, problems: Problems, own: str) -> None:
     for path, off in OFF.items():
         name = path.rpartition(".")[2]
-        value = getattr(parallel, name) if name in PARALLEL_SIZES else value_at(config, path)
+        value = getattr(parallel, name) if name in PARALLEL_SIZES else _value_at(config, path)
         if value not in off:
             advice = ADVICE.get(path, f"set it to {off[0]}")
-            if name in PARALLEL_SIZES and own == TRAINERS["ms"]:
+            if name in PARALLEL_SIZES and own == OWN_LOOPS[MINDSPORE]:
                 advice = ON_MINDSPORE
             problems.add(f"{path}={value!r}: {own} does not build this", advice)
 

@@ -39,7 +39,7 @@ from mindformers_ext.core.config.recompute import names_without_effect
 from mindformers_ext.core.config.run import RUN_MODES
 from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.errors import Problems, nearest
-from mindformers_ext.core.families import FAMILIES, GENERIC_NAMES, Family
+from mindformers_ext.core.families import GENERIC_NAMES, Family, named_family
 from mindformers_ext.core.layers import MoESpec, SharedExpertSpec
 from mindformers_ext.core.spec import KernelSpec, ModelSpec, NetworkSpec, NumericsSpec, ParallelSpec
 
@@ -230,8 +230,7 @@ def _complete_family(sections: Sections, parts: dict[str, dict[str, Any]], probl
 
 def _named_family(sections: Sections) -> Family | None:
     arch = sections["model"].get("arch")
-    names = (sections[MODEL].get("type"), arch.get("type") if isinstance(arch, Mapping) else None)
-    return next((row for row in FAMILIES.values() if names in row.yaml_names), None)
+    return named_family(sections[MODEL].get("type"), arch.get("type") if isinstance(arch, Mapping) else None)
 
 
 def _shared_expert(

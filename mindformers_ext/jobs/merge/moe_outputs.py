@@ -77,7 +77,6 @@ QWEN2_MOE = Output(
     biased=True,
     shared=1,
 )
-OUTPUTS = (MIXTRAL, QWEN2_MOE)
 WHY_NOT = {
     "phi3": "its attention and feed-forward are stored and sized differently, so its experts fit no other model",
     "qwen2": "its attention has biases, and a Mixtral has none; with one shared_experts entry a Qwen2-MoE is written",

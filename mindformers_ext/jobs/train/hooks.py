@@ -27,10 +27,6 @@ class TrainHook(Protocol):
         """``step`` is done."""
         ...
 
-    def after_eval(self, step: int, domain_losses: Mapping[str, float]) -> None:
-        """The network was evaluated after ``step``: mean LM loss by domain of the data."""
-        ...
-
     def state(self) -> Arrays:
         """What a checkpoint must hold of the hook besides the network's parameters."""
         ...
@@ -48,9 +44,6 @@ class QuietHook:
         return {}
 
     def after_step(self, step: int, figures: StepFigures) -> None:
-        """Nothing."""
-
-    def after_eval(self, step: int, domain_losses: Mapping[str, float]) -> None:
         """Nothing."""
 
     def state(self) -> Arrays:

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mindformers_ext.core.config.run import DataSpec, data_spec_from_yaml
-from mindformers_ext.core.config.train import TRAINERS
+from mindformers_ext.core.config.run import PYTORCH, DataSpec, data_spec_from_yaml
+from mindformers_ext.core.config.train import OWN_LOOPS
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.data.row_order import RowOrder
 from mindformers_ext.formats.mindrecord_file import MindRecordFile
@@ -51,10 +51,12 @@ class TokenData:
         UserError: keys that are not built, no data, too few rows, or rows of another length than ``width``.
     """
 
-    def __init__(self, config: Mapping[str, Any], section: str, rows: int, shards: int = 1, engine: str = "pt") -> None:
+    def __init__(
+        self, config: Mapping[str, Any], section: str, rows: int, shards: int = 1, engine: str = PYTORCH
+    ) -> None:
         words = config.get(section) or {}
         loader = words.get("data_loader") or {}
-        _check(words, loader, section, TRAINERS[engine])
+        _check(words, loader, section, OWN_LOOPS[engine])
         self.columns = tuple(words.get("input_columns") or ("input_ids",))
         data = data_spec_from_yaml(config, section) or DataSpec(section=section)
         self.files = [MindRecordFile(path) for path in dataset_files(data)]

@@ -17,8 +17,6 @@ from mindformers_ext.core.families import LLAMA, MISTRAL, MIXTRAL, Family
 from mindformers_ext.weights import llama, mixtral
 from mindformers_ext.weights.rules import Rule
 
-PRE, LAYER, POST = "pre", "layer", "post"
-
 
 @dataclass(frozen=True)
 class TensorRow:

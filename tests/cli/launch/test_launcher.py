@@ -14,6 +14,7 @@ from mindformers_ext.jobs.launch.arguments import find_script, read_launch, spli
 from tests.helpers.cluster import (
     MASTER,
     SUM_SCRIPT,
+    default_port,
     end,
     free_port,
     launch,
@@ -183,17 +184,19 @@ def test_a_taken_port_is_refused_at_once(folder):
     assert not (folder / "log").exists()
 
 
-def skip_if_default_port_is_taken():
-    with socket.socket() as probe:
+@pytest.fixture
+def port_8118():
+    with default_port(), socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", 8118))
         except OSError:
             pytest.skip("the default port 8118 is in use on this machine")
+        probe.close()
+        yield
 
 
-def test_form_1_starts_eight_workers_in_the_background(folder):
-    skip_if_default_port_is_taken()
+def test_form_1_starts_eight_workers_in_the_background(folder, port_8118):
     text = launch("show.py 'a b' c", cwd=folder)
     logs = folder / "output" / "msrun_log"
     assert text.startswith("0\n") and str(logs / "launcher.log") in text
@@ -215,8 +218,7 @@ def test_a_failing_single_worker_fails_the_launcher(folder):
 
 
 @pytest.mark.slow
-def test_form_2_and_form_9_on_one_machine(folder):
-    skip_if_default_port_is_taken()
+def test_form_2_and_form_9_on_one_machine(folder, port_8118):
     assert launch("sum.py 2", 2, cwd=folder).startswith("0\n")  # in the background, default port
     text = launch('sum.py 2 "q r"', 2, 2, "127.0.0.1", free_port(), 0, "log9", "True", 60, cwd=folder)
     assert text.startswith("0\n"), text
