@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Sets up what is missing, then ruff, mypy and pytest; stops at the first that fails. Arguments go to pytest:
 #   bash scripts/test.sh -m "not slow"
-# --all (first): dry runs compile every rank, not only those that tests/conftest.py names. As many processes as there are
-# cores, at most 8, share the tests; "-n 0" runs them in one. The 30 slowest tests are listed at the end.
+# --all (first): also the tests marked long, and every rank of every dry run. As many processes as there are cores, at
+# most 8, share the tests; "-n 0" runs them in one. The 30 slowest tests are listed at the end.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=.venv/bin/python
@@ -18,6 +18,6 @@ step $python -m ruff check .
 step $python -m ruff format --check --quiet .
 step $python -m mypy
 words=(-n auto --maxprocesses 8 --no-loadscope-reorder --durations=30)  # in the order of tests/conftest.py
-if [ "${1:-}" = --all ]; then shift; words+=(--all-ranks); fi
+if [ "${1:-}" = --all ]; then shift; words+=(--all); fi
 printf '+ %s\n' "$python -m pytest ${words[*]} $*"
 exec $python -m pytest "${words[@]}" "$@"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 from pathlib import Path
@@ -45,7 +46,10 @@ def real_tokenizer(request: pytest.FixtureRequest, shared_data: Path) -> Path:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests marked gpu are skipped, with the reason, where torch sees no CUDA device."""
+    """Tests marked gpu are skipped where torch sees no CUDA device, those marked long without --all."""
+    long = item.get_closest_marker("long")
+    if long and not item.config.getoption("everything"):
+        pytest.skip(f"runs with --all; {long.args[0]}")
     if item.get_closest_marker("gpu"):
         torch = pytest.importorskip("torch")
         if not torch.cuda.is_available():
@@ -55,16 +59,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """What the suite has beyond pytest's own options."""
     parser.addoption(
-        "--all-ranks",
+        "--all",
+        dest="everything",
         action="store_true",
-        help="dry runs compile every rank, not only the first and last of each stage and one that the commit chooses",
+        help="also tests marked long, and every rank of every file's dry run, of which else the commit chooses some",
     )
 
 
 @pytest.fixture(scope="session")
 def commit(request: pytest.FixtureRequest, repo_root: Path) -> str | None:
-    """The tree's commit, which chooses a rank that dry runs compile beside the fixed ones; None: all of them."""
-    return None if request.config.getoption("--all-ranks") else commit_of(repo_root)
+    """The tree's commit, which chooses what dry runs compile beside the fixed ranks; None: all of them."""
+    return None if request.config.getoption("everything") else commit_of(repo_root)
 
 
 def commit_of(root: Path) -> str:
@@ -78,12 +83,10 @@ def commit_of(root: Path) -> str:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    """Which ranks dry runs compile."""
-    if config.getoption("--all-ranks"):
-        return "dry runs compile every rank"
-    return (
-        f"dry runs compile the first and last rank of each stage and one chosen by commit {commit_of(config.rootpath)}"
-    )
+    """What is left out."""
+    if config.getoption("everything"):
+        return "all tests; dry runs compile every rank"
+    return f"without tests marked long; dry runs compile some ranks, chosen by commit {commit_of(config.rootpath)}"
 
 
 # Folders in the order in which they start, the longest files first, so that short ones fill the end.
@@ -117,6 +120,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(
         key=lambda item: next((n for n, folder in enumerate(ORDER) if item.nodeid.startswith(folder)), len(ORDER))
     )
+
+
+def pytest_collection_finish() -> None:
+    """What collection has imported stays: MindSpore collects garbage many times in each compilation, and would look at
+    all of it (7 % of the time of tests/ms)."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -77,20 +77,17 @@ class DryRun:
         return json.loads((self.out / "report.json").read_text(encoding="utf-8"))
 
 
-def chosen_ranks(devices: int, stages: int, commit: str | None, twin: bool = False) -> tuple[int, ...]:
-    """First and last rank of every stage, and one more that ``commit`` (hexadecimal) names; every rank for None.
+def chosen_ranks(devices: int, stages: int, commit: str | None) -> tuple[int, ...]:
+    """First and last rank of the first stage, of the last and of one between, and one more; every rank for None.
 
-    Each commit compiles another one, so that in time all are; the same commit compiles the same ones again. A ``twin``
-    is another job but for its number of stages: the first rank of the first stage, of the last and of one between.
+    ``commit`` (hexadecimal) names the stage and the last one: each commit compiles others, so that in time all are; the
+    same commit compiles the same ones again.
     """
     if commit is None:
         return tuple(range(devices))
     number, inside = int(commit, 16), devices // stages
-    firsts = tuple(range(0, devices, inside))
-    if twin:
-        fixed = {firsts[0], firsts[-1], *([firsts[1 + number % (stages - 2)]] if stages > 2 else [])}
-    else:
-        fixed = {rank for first in firsts for rank in (first, first + inside - 1)}
+    compiled = {0, stages - 1, *([1 + number % (stages - 2)] if stages > 2 else [])}
+    fixed = {rank for stage in compiled for rank in (stage * inside, (stage + 1) * inside - 1)}
     others = [rank for rank in range(devices) if rank not in fixed]
     return tuple(sorted(fixed | {others[number // stages % len(others)]} if others else fixed))
 

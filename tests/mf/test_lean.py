@@ -6,6 +6,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from tests.helpers.tiny_run import ROOT, environment
 
 SCRIPT = """
@@ -20,6 +22,7 @@ assert "nltk.translate.bleu_score" in sys.modules and "tensorboardX" not in sys.
 """
 
 
+@pytest.mark.slow
 def test_what_mindformers_rarely_needs_is_imported_when_it_is_called() -> None:
     words = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False)

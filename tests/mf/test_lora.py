@@ -52,11 +52,13 @@ def network_of(job):
     return network
 
 
+@pytest.mark.slow
 def test_the_loss_falls_with_adapters_alone(tuned):
     _, _, rows = tuned
     assert len(rows) == 20 and rows[-1]["lm_loss"] < 0.97 * rows[0]["lm_loss"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_only_adapters_and_their_state(tuned):
     _, output, _ = tuned
     held = ms.load_checkpoint(str(output / "checkpoint" / "rank_0" / "tiny_rank_0-2_10.ckpt"))
@@ -71,6 +73,7 @@ def test_a_checkpoint_holds_only_adapters_and_their_state(tuned):
     assert (words["r"], words["lora_alpha"], words["target_modules"]) == (4, 8, PET["target_modules"])
 
 
+@pytest.mark.slow
 def test_merged_weights_give_the_logits_of_base_and_adapters(tuned, job, capsys):
     base, output, _ = tuned
     merged = output / "merged.ckpt"
@@ -95,6 +98,7 @@ def test_merged_weights_give_the_logits_of_base_and_adapters(tuned, job, capsys)
     np.testing.assert_array_equal(logits(spec, base), bare)  # B starts at zero
 
 
+@pytest.mark.slow
 def test_merging_refuses_what_does_not_fit(tuned, tmp_path, capsys):
     base, output, _ = tuned
     adapter = str(output / "checkpoint")

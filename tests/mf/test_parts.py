@@ -114,6 +114,7 @@ def test_a_plain_mindformers_run_builds_the_same_network():
     assert "model.layers.0.feed_forward.ffn.w1.weight" in ours
 
 
+@pytest.mark.slow
 def test_training_returns_the_loss_until_the_terms_are_asked_for():
     network = plain_network()
     network.set_train(True)

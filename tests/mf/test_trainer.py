@@ -16,6 +16,8 @@ from mindformers_ext.mf.run import run
 from mindformers_ext.ms.causal_lm import build_causal_lm
 from tests.helpers.tiny_run import BATCH, SEQ, STEPS, config_of, rows_of, token_rows, write_rows
 
+pytestmark = pytest.mark.slow
+
 
 def newest(trained):
     return str(sorted(trained.checkpoints.glob("*-2_10.ckpt"))[0])

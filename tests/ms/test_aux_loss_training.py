@@ -73,6 +73,7 @@ class AuxLoss(nn.Cell):
         return self.network.losses(ids_BT)[2]
 
 
+@pytest.mark.slow
 def test_the_auxiliary_loss_alone_moves_every_gate(mode: str) -> None:
     network = network_of((("expert", 0.05),))
     gates = [parameter for parameter in network.trainable_params() if parameter.name in GATES]
@@ -92,6 +93,7 @@ def train(factor: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(np.stack([output[place].asnumpy() for output in outputs]) for place in (7, 5, 6))
 
 
+@pytest.mark.long("losses and gradients of the same layers are compared")
 @pytest.mark.slow
 def test_a_factor_of_a_twentieth_balances_the_load() -> None:
     free, balanced = train(0.0), train(0.05)
@@ -130,6 +132,7 @@ def gate_gradients(network: CausalLM) -> tuple[float, float, list[np.ndarray]]:
     return float(loss.asnumpy()), float(lm_loss.asnumpy()), [gradient.asnumpy() for gradient in gradients]
 
 
+@pytest.mark.slow
 def test_without_extra_loss_the_gate_hears_nothing_of_it() -> None:
     ms.set_context(mode=ms.PYNATIVE_MODE)
     loss, lm_loss, gradients = gate_gradients(network_of((("expert", 0.5),), extra=False))

@@ -45,6 +45,7 @@ def build(model: ModelSpec = MODEL, numerics: NumericsSpec | None = None) -> Cau
     return network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", [None, LABELS], ids=["tokens", "labels"])
 def test_only_counted_tokens_enter_the_loss(mode: str, labels: np.ndarray | None) -> None:
     """A position counts unless its own token is the pad id or its label is -100."""
@@ -77,6 +78,7 @@ def test_a_dense_network_reports_no_experts() -> None:
     assert (load.asnumpy().tolist(), dropped.asnumpy().tolist()) == ([[0.0]], [0.0])
 
 
+@pytest.mark.slow
 # bfloat16 becomes float32 on the CPU, stored and computed
 @pytest.mark.parametrize(
     ("graph", "kind", "stored", "limit"),

@@ -37,6 +37,7 @@ def network(model: ModelSpec = MODEL) -> Network:
     return open_engine("ms").build(NetworkSpec(model=model, seq_length=7))
 
 
+@pytest.mark.slow
 def test_logits_follow_the_loaded_weights_and_nothing_else() -> None:
     ids = np.arange(14).reshape(2, 7)
     first, second = network(), network()  # two random starts

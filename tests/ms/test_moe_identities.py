@@ -81,6 +81,7 @@ def test_a_dropped_token_yields_nothing(mode: str, sdrop: bool) -> None:
     np.testing.assert_array_equal(found.gradients["x"][gone], 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("factor", "sdrop"), [(0.7, True), (-1.0, False)])
 def test_groups_are_separate_runs(mode: str, factor: float, sdrop: bool) -> None:
     """Three groups of six tokens: outputs side by side, weight gradients added up, each group with its own slots."""
@@ -111,6 +112,7 @@ def test_a_choice_of_one_learns_through_its_probability(mode: str) -> None:
     assert np.abs(single.gradients[GATE]).max() < 1e-6 < np.abs(single.gradients[W1]).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [{}, {"use_gating_sigmoid": True, "routed_scaling_factor": 2.5}], ids=str)
 def test_grouped_experts_are_dropless_experts(mode: str, words: dict) -> None:
     """``use_gmm``: sorted rows instead of slots, the same outputs and gradients."""

@@ -86,6 +86,7 @@ def assert_equal_files(left, right):
         assert not wrong, (rank, wrong[:5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("suffix", "dtype"), [(".ckpt", np.float32), (".ckpt", ml_dtypes.bfloat16), (".safetensors", np.float16)]
 )

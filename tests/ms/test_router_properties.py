@@ -103,6 +103,7 @@ def test_kept_counts_are_the_loads_cut_at_capacity(drawn: Drawn) -> None:
         assert found.dropped == 0 and (drawn.place > 0).all()
 
 
+@pytest.mark.slow
 @every
 def test_slots_fill_in_drop_order(drawn: Drawn) -> None:
     """sdrop: by place in the sequence; kdrop: every first choice before any second. So the last ones are dropped."""
@@ -120,6 +121,7 @@ def test_slots_fill_in_drop_order(drawn: Drawn) -> None:
             assert not rivals.any()  # a second choice was kept: no first choice of that expert was dropped
 
 
+@pytest.mark.slow
 @every
 def test_coefficients(drawn: Drawn) -> None:
     """The probability of the chosen expert, normalised over the choices before dropping; 0 where dropped."""

@@ -52,6 +52,7 @@ def mode(request):
     ms.set_context(mode=ms.GRAPH_MODE)
 
 
+@pytest.mark.slow
 def test_outputs_and_clipped_update(mode):
     network, cell = step_cell(MOE, max_grad_norm=0.05)
     before = weights_of(network)
@@ -65,6 +66,7 @@ def test_outputs_and_clipped_update(mode):
     assert moved == pytest.approx(0.1 * 0.05, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_micro_batches_equal_the_whole_batch(mode):
     whole, cell = step_cell(max_grad_norm=None)
     first = run(cell)
@@ -76,6 +78,7 @@ def test_micro_batches_equal_the_whole_batch(mode):
         np.testing.assert_allclose(weights_of(parts)[name], value, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_micro_batches_add_their_load():
     _, cell = step_cell(MOE, micro_batches=2)
     assert run(cell).expert_load.sum() == 2 * 4 * 8
@@ -99,6 +102,7 @@ def test_overflow_skips_the_update_and_halves_the_scale(mode):
     assert set(step_state(cell)) == {"scale_sense", "current_iterator_step", "last_overflow_iterator_step"}
 
 
+@pytest.mark.slow
 def test_the_loss_scale_does_not_change_the_update():
     plain, cell = step_cell(max_grad_norm=None)
     run(cell)

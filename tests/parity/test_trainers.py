@@ -57,6 +57,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_both_trainers_do_the_same_steps(case: str) -> None:
     ms.set_context(mode=ms.GRAPH_MODE)
@@ -89,6 +90,7 @@ def test_both_trainers_do_the_same_steps(case: str) -> None:
     assert train.bias_rate == 0 or any(array.any() for name, array in first.items() if name.endswith("topk_bias"))
 
 
+@pytest.mark.slow
 def test_a_mindspore_trainer_goes_on_where_it_stopped() -> None:
     """From what it has written down, the other trainer's next step is the same to the last bit."""
     ms.set_context(mode=ms.GRAPH_MODE)

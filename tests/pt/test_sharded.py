@@ -76,6 +76,7 @@ def test_two_processes_equal_one(tmp_path: Path, ep: int, routing: str) -> None:
         assert all(not np.any(np.array(layer)[idle]) for layer in found["load"])
 
 
+@pytest.mark.long("tests/cli/run/test_engine_pt.py resumes two killed processes")
 def test_two_processes_resume_exactly(tmp_path: Path) -> None:
     worker = ROOT / "tests" / "pt" / "ranks_worker.py"
     launched([worker, tmp_path / "half.npz", 2, "capacity", 2])

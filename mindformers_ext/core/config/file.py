@@ -22,8 +22,22 @@ _FLOAT = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0
 _LINE_ENDS = re.compile("[\r\x85\u2028\u2029]")
 
 
+_TOO_DEEP = f"nested deeper than {DEPTH_LIMIT} levels (or an alias inside itself)"
+
+
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader that refuses a key given twice in one mapping."""
+    """PyYAML's safe loader that refuses a key given twice in one mapping, and stops reading where it is too deep."""
+
+    depth = -1
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """The next node; the scanner's time grows with the square of the depth."""
+        self.depth += 1
+        if self.depth > DEPTH_LIMIT:
+            raise UserError(_TOO_DEEP)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """The mapping of ``node``; merged anchors (``<<``) may be overridden, written keys may not repeat."""
@@ -100,8 +114,6 @@ def parse_yaml(text: str, where: str) -> Any:
         return loader.construct_document(node)
     except yaml.YAMLError as error:
         raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
-    except RecursionError as error:
-        raise UserError(f"{where} is nested too deep") from error
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 
@@ -124,7 +136,7 @@ def _measure(node: yaml.Node, depth: int, left: list[int]) -> None:
     """Refuse a document that is too deep or, with aliases followed, too large."""
     left[0] -= 1
     if depth > DEPTH_LIMIT:
-        raise UserError(f"nested deeper than {DEPTH_LIMIT} levels (or an alias inside itself)")
+        raise UserError(_TOO_DEEP)
     if left[0] < 0:
         raise UserError(f"more than {NODE_LIMIT} values once aliases are followed")
     if isinstance(node, yaml.MappingNode):

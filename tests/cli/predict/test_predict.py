@@ -74,6 +74,7 @@ def expected(job):
     return texts(output)
 
 
+@pytest.mark.slow
 def test_answers_are_shown_and_kept(job, expected, capsys, tmp_path):
     code = predict(
         job,
@@ -153,6 +154,7 @@ def test_weights_of_every_kind_give_the_same_answers(job, expected, tmp_path, ki
     assert texts(tmp_path / "out") == expected
 
 
+@pytest.mark.slow
 def test_prompts_of_every_kind(job, expected, tmp_path, monkeypatch):
     words = ["--load_checkpoint", job.parent / "hf", "--output_dir", tmp_path]
     (tmp_path / "prompts.txt").write_text("\n\n".join(PROMPTS) + "\n")
@@ -182,6 +184,7 @@ def test_sampling_is_reproducible_and_independent_of_the_batch(job, expected, tm
     assert texts(tmp_path / "c") != texts(tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_chat_uses_the_tokenizers_template(job, tmp_path, capsys):
     folder = tmp_path / "instruct"
     folder.mkdir()

@@ -174,6 +174,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(
     assert "the tokenizer has 600 pieces, the model vocab_size=500" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_parity_of_a_converted_model_and_its_failure(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

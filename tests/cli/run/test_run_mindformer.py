@@ -99,6 +99,7 @@ def test_ids_without_an_embedding_are_refused(job, capsys, tmp_path):
     assert "model_config.vocab_size=400 has embeddings for 0 to 399" in text and "large.mindrecord" in text
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_shape_is_refused(whole, job, capsys):
     checkpoint = whole / "checkpoint"
     text = refused(capsys, job, "--load_checkpoint", checkpoint, "--model.model_config.hidden_size", 48)
@@ -129,6 +130,7 @@ def test_mistakes_and_help_cost_no_framework(job):
     assert "examples:" in help_text and "--resume_training" in help_text
 
 
+@pytest.mark.long("two loops give the same bits in tests/cli/run/test_trainer_own.py")
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_losses(whole, job):
     output = job.parent / "again"

@@ -66,7 +66,7 @@ def test_merged_keys_may_be_overridden() -> None:
         ("1: a", r"the keys \[1\] are not text"),
         ("a: &a [*a]", "nested deeper"),
         (BILLION, "once aliases are followed"),
-        ("[" * 100_000, "nested too deep|nested deeper"),
+        ("[" * 100_000, "nested deeper"),
     ],
 )
 def test_broken_files(tmp_path: Path, text: str, words: str) -> None:
