@@ -7,11 +7,14 @@ Import this before anything of transformers: MindSpore's generated code must mee
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import mindspore as ms
 import numpy as np
+import pytest
 import torch
+from _pytest.mark import ParameterSet
 from mindspore import Tensor, nn
 
 from mindformers_ext.core.config.hf import hf_config_from_spec, model_spec_from_hf
@@ -193,6 +196,16 @@ def reference_of(case: Case) -> tuple[dict[str, np.ndarray], Outcome]:
     """transformers' weights under MindSpore's names, and what it computes with them; once for both modes."""
     model = reference_model(case)
     return to_mindspore(model.state_dict(), case.model()), run_reference(case, model)
+
+
+def in_modes(cases: Iterable[Case], chosen: Callable[[Case], str]) -> list[ParameterSet]:
+    """``case`` and ``mode`` of a test: each case in the mode that is ``chosen`` for it, with --all in the other too."""
+    long = pytest.mark.long("the same case runs in the other mode, and short cases in both")
+    return [
+        pytest.param(case, mode, id=f"{case.name}-{mode}", marks=() if mode == chosen(case) else long)
+        for case in cases
+        for mode in MODES
+    ]
 
 
 def check(case: Case, mode: str) -> None:

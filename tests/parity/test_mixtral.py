@@ -14,7 +14,7 @@ import torch
 from mindspore import Tensor, nn
 
 from mindformers_ext.weights.convert import to_mindspore
-from tests.helpers.parity import MODES, Case, build_ours, check, reference_model
+from tests.helpers.parity import MODES, Case, build_ours, check, in_modes, reference_model
 
 FAST = [
     Case(
@@ -146,13 +146,11 @@ def test_equals_transformers(case: Case, mode: str) -> None:
     check(case, mode)
 
 
-# one mode each, and a cheap one in the other as well: FAST has already held the modes against each other
-MORE = [(case, "PYNATIVE" if "dropless" in case.name else "GRAPH") for case in SLOW]
-MORE += [(case, "PYNATIVE") for case in SLOW if case.seq_length == 1]
+MORE = in_modes(SLOW, lambda case: "PYNATIVE" if "dropless" in case.name else "GRAPH")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "mode"), MORE, ids=[f"{case.name}-{mode}" for case, mode in MORE])
+@pytest.mark.parametrize(("case", "mode"), MORE)
 def test_equals_transformers_more(case: Case, mode: str) -> None:
     check(case, mode)
 

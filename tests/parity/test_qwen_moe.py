@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.helpers.parity import Case, check, reference_of
+from tests.helpers.parity import Case, check, in_modes, reference_of
 
 FAST = [
     Case(
@@ -99,9 +99,9 @@ def test_equals_transformers(case: Case, mode: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", SLOW, ids=lambda case: case.name)
-def test_equals_transformers_more(case: Case) -> None:
-    check(case, "GRAPH")
+@pytest.mark.parametrize(("case", "mode"), in_modes(SLOW, lambda _: "GRAPH"))
+def test_equals_transformers_more(case: Case, mode: str) -> None:
+    check(case, mode)
 
 
 PARTS = {
