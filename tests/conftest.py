@@ -62,7 +62,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--all",
         dest="everything",
         action="store_true",
-        help="also tests marked long, and every rank of every file's dry run, of which else the commit chooses some",
+        help="also tests marked long, and every rank of every file's dry run (otherwise some, chosen by the commit)",
     )
 
 

@@ -51,8 +51,10 @@ def _update_parameter(
 class _AdamW(nn.Optimizer):
     """What both forms of AdamW share: arguments, counters, float32 moments, one update per parameter.
 
-    A form's ``update`` changes one parameter; both forms take the same arguments in the same order.
+    ``update`` of a form changes one parameter; both take the same arguments in the same order.
     """
+
+    update: ops.MultitypeFuncGraph
 
     def __init__(
         self,
@@ -125,13 +127,13 @@ class FusedAdamW(_AdamW):
         UserError: lists every value out of range and every parameter that is not float32.
     """
 
+    update = _update
+
     def check_parameters(self, problems: Problems) -> None:
         """Add the parameters that are not float32."""
         other = [parameter.name for parameter in self._parameters if parameter.dtype != ms.float32]
         if other:
             problems.add(f"{len(other)} parameters are not float32, first {other[0]}", "set param_init_type: float32")
-
-    update = _update
 
     def scaled_eps(self, beta2_power: Tensor) -> Tensor:
         """What the kernel must add before the correction."""

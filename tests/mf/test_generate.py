@@ -70,7 +70,6 @@ def network(use_past: bool) -> PortableLlamaForCausalLM:
     return model
 
 
-@pytest.mark.long("tests/parity/test_generate.py compares cached answers")
 @pytest.mark.slow
 def test_generate_over_a_cache_is_generate() -> None:
     cached, plain = network(True), network(False)

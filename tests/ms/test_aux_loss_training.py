@@ -93,7 +93,6 @@ def train(factor: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(np.stack([output[place].asnumpy() for output in outputs]) for place in (7, 5, 6))
 
 
-@pytest.mark.long("losses and gradients of the same layers are compared")
 @pytest.mark.slow
 def test_a_factor_of_a_twentieth_balances_the_load() -> None:
     free, balanced = train(0.0), train(0.05)

@@ -72,7 +72,6 @@ def test_the_same_curve(mindspore: Path, pytorch: Path) -> None:
     assert theirs[0]["expert_load"] == ours[0]["expert_load"]
 
 
-@pytest.mark.long("tests/parity/test_trainers.py compares these options step by step")
 def test_the_same_curve_of_other_options(job: Path) -> None:
     """The other optimizer, accumulated gradients, sigmoid gates of limited groups, a bias that follows the load; and a
     Qwen2-MoE: a dense layer, biases, a gated shared expert."""

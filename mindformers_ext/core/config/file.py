@@ -20,8 +20,6 @@ DEPTH_LIMIT = 50
 _FLOAT = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
 
 _LINE_ENDS = re.compile("[\r\x85\u2028\u2029]")
-
-
 _TOO_DEEP = f"nested deeper than {DEPTH_LIMIT} levels (or an alias inside itself)"
 
 
@@ -31,7 +29,7 @@ class _Loader(yaml.SafeLoader):
     depth = -1
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """The next node; the scanner's time grows with the square of the depth."""
+        """The next node; refused here, as the scanner's time grows with the square of the depth."""
         self.depth += 1
         if self.depth > DEPTH_LIMIT:
             raise UserError(_TOO_DEEP)

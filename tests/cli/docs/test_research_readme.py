@@ -158,7 +158,9 @@ def steps_of(tree: Path, output: str, rank: int) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-@pytest.mark.long("tests/mf/test_distributed.py trains on two machines")
+@pytest.mark.long(
+    "its first test has the launcher read these commands, tests/mf/test_distributed.py trains on two machines"
+)
 @pytest.mark.slow
 def test_the_seed_s_commands_run_on_two_machines(repo_root: Path, tree: Path) -> None:
     """Pretraining, then finetuning from its ranks' checkpoints, and prediction by the six-argument form."""
