@@ -19,18 +19,15 @@ from mindformers_ext.core.errors import Problems
 from mindformers_ext.ms.schedule import ScheduledRate
 
 _adam = P.Adam()
+Scalars = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # beta1^t, beta2^t, beta1, beta2, eps
+# what an update takes: scalars, learning rate, weight decay, whether it decays, parameter, both moments, gradient
+KINDS = ("Tuple", "Tensor", "Tensor", "Bool", "Tensor", "Tensor", "Tensor", "Tensor")
 _update = ops.MultitypeFuncGraph("fused_adamw")
 
 
-@_update.register(
-    "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Bool", "Tensor", "Tensor", "Tensor", "Tensor"
-)
+@_update.register(*KINDS)
 def _update_parameter(
-    beta1_power: Tensor,
-    beta2_power: Tensor,
-    beta1: Tensor,
-    beta2: Tensor,
-    eps: Tensor,
+    scalars: Scalars,
     lr: Tensor,
     weight_decay: Tensor,
     decays: bool,
@@ -40,6 +37,7 @@ def _update_parameter(
     gradient: Tensor,
 ) -> bool:
     """Decay, then Adam, of one parameter. ``eps`` comes scaled, see ``FusedAdamW``."""
+    beta1_power, beta2_power, beta1, beta2, eps = scalars
     if decays:
         gradient = ops.depend(gradient, ops.assign(parameter, parameter * (1.0 - lr * weight_decay)))
     updated = _adam(
@@ -51,7 +49,7 @@ def _update_parameter(
 class _AdamW(nn.Optimizer):
     """What both forms of AdamW share: arguments, counters, float32 moments, one update per parameter.
 
-    ``update`` of a form changes one parameter; both take the same arguments in the same order.
+    ``update`` of a form changes one parameter and takes what ``KINDS`` lists.
     """
 
     update: ops.MultitypeFuncGraph
@@ -91,16 +89,13 @@ class _AdamW(nn.Optimizer):
         self.assignadd(self.global_step, self.increase)
         step = ops.cast(self.global_step, ms.float32).reshape(())
         beta1_power, beta2_power = ops.pow(self.beta1, step), ops.pow(self.beta2, step)
-        eps = self.scaled_eps(beta2_power)
+        scalars = (beta1_power, beta2_power, self.beta1, self.beta2, self.scaled_eps(beta2_power))
         state = (self.decays, self._parameters, self.means, self.squares, gradients)
         if self.is_group_lr:
-            update = ops.partial(self.update, beta1_power, beta2_power, self.beta1, self.beta2, eps)
-            return self.hyper_map(update, lr, weight_decay, *state)
+            return self.hyper_map(ops.partial(self.update, scalars), lr, weight_decay, *state)
         if self.is_group:
-            update = ops.partial(self.update, beta1_power, beta2_power, self.beta1, self.beta2, eps, lr)
-            return self.hyper_map(update, weight_decay, *state)
-        update = ops.partial(self.update, beta1_power, beta2_power, self.beta1, self.beta2, eps, lr, weight_decay)
-        return self.hyper_map(update, *state)
+            return self.hyper_map(ops.partial(self.update, scalars, lr), weight_decay, *state)
+        return self.hyper_map(ops.partial(self.update, scalars, lr, weight_decay), *state)
 
 
 class FusedAdamW(_AdamW):
@@ -143,15 +138,9 @@ class FusedAdamW(_AdamW):
 _composite = ops.MultitypeFuncGraph("composite_adamw")
 
 
-@_composite.register(
-    "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Bool", "Tensor", "Tensor", "Tensor", "Tensor"
-)
+@_composite.register(*KINDS)
 def _update_composite(
-    beta1_power: Tensor,
-    beta2_power: Tensor,
-    beta1: Tensor,
-    beta2: Tensor,
-    eps: Tensor,
+    scalars: Scalars,
     lr: Tensor,
     weight_decay: Tensor,
     decays: bool,
@@ -161,6 +150,7 @@ def _update_composite(
     gradient: Tensor,
 ) -> bool:
     """AdamW of one parameter of any type, in float32."""
+    beta1_power, beta2_power, beta1, beta2, eps = scalars
     gradient = ops.cast(gradient, ms.float32)
     value = ops.cast(parameter, ms.float32)
     if decays:

@@ -79,11 +79,7 @@ def edit_header(path: Path, change: Callable[[dict], object]) -> None:
 
 def entry(path: Path, rng: random.Random, change: Callable[[dict, str], object]) -> None:
     """``change`` (header, name of one tensor)."""
-
-    def edit(header: dict) -> object:
-        return change(header, rng.choice([name for name in header if name != "__metadata__"]))
-
-    edit_header(path, edit)
+    edit_header(path, lambda header: change(header, rng.choice([name for name in header if name != "__metadata__"])))
 
 
 def truncated(folder: Path, rng: random.Random) -> None:

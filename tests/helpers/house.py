@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.helpers.floors import PACKAGE
 
 SPDX = "# SPDX-License-Identifier: Apache-2.0"
-MAX_PACKAGE, MAX_TEST, MAX_FUNCTION, MAX_INIT, MAX_THIN = 400, 500, 60, 40, 30
+MAX_FILE, MAX_FUNCTION, MAX_INIT, MAX_THIN = 400, 60, 40, 30
 # batch, sequence, tokens, model, ffn, experts, chosen, capacity, heads, kv heads, head width, vocabulary, groups
 LEGEND = "BSTDFEKCHNPVG"
 SUFFIX = re.compile(r"^[a-z]\w*_([A-Z]+)$")
@@ -46,12 +46,10 @@ def thin_files(root: Path) -> list[Path]:
     return [*sorted(root.glob("*.py")), *tools]
 
 
-def _limit(path: Path, root: Path, thin: list[Path]) -> int:
+def _limit(path: Path, thin: list[Path]) -> int:
     if path in thin:
         return MAX_THIN
-    if path.name == "__init__.py":
-        return MAX_INIT
-    return MAX_TEST if path.relative_to(root).parts[0] == "tests" else MAX_PACKAGE
+    return MAX_INIT if path.name == "__init__.py" else MAX_FILE
 
 
 def check_sizes(root: Path) -> list[str]:
@@ -59,7 +57,7 @@ def check_sizes(root: Path) -> list[str]:
     problems, thin = [], thin_files(root)
     for path in files(root):
         where, text = path.relative_to(root), path.read_text(encoding="utf-8")
-        lines, limit = len(text.splitlines()), _limit(path, root, thin)
+        lines, limit = len(text.splitlines()), _limit(path, thin)
         if lines > limit:
             problems.append(f"{where}: {lines} lines, at most {limit}")
         for node in ast.walk(ast.parse(text)):

@@ -76,7 +76,7 @@ PLANTED: list[tuple[Check, str, str, str]] = [
     (check_floors, "loose.py", "", "stands on no floor"),
     (house.check_sizes, "core/a.py", lines(401), "401 lines, at most 400"),
     (house.check_sizes, "core/__init__.py", lines(41), "41 lines, at most 40"),
-    (house.check_sizes, "../tests/ms/test_a.py", lines(501), "501 lines, at most 500"),
+    (house.check_sizes, "../tests/ms/test_a.py", lines(401), "401 lines, at most 400"),
     (house.check_sizes, "../run_a.py", lines(31), "31 lines, at most 30"),
     (house.check_sizes, "../tools/d/a.py", lines(31), "31 lines, at most 30"),
     (house.check_sizes, "ms/a.py", "def f():\n" + "    x = 1\n" * 60, "f has 61 lines"),

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """SIGKILL at random moments and full disks: never a wrong file under a final name, and the next run succeeds."""
 
+import functools
+import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -12,8 +15,9 @@ import numpy as np
 import pytest
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.formats.ms_file import open_checkpoint
 from mindformers_ext.jobs.checkpoint.compare import compare_weights
-from tests.cli.checkpoint.test_convert import ROOT, hf_folder, run, spec_of
+from tests.cli.checkpoint.test_convert import ROOT, hf_folder, run, shell, spec_of
 
 KILLS = 20
 SPEC = dict(experts=4, hidden_size=512, intermediate_size=768, layers=4, head_dim=128)
@@ -128,3 +132,31 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path, reverse):
     done = in_small_tmpfs(3 * 4096, words, tmp_path / "small")
     assert done.returncode == 2 and "No space left on device" in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_no_room_while_writing(tmp_path, suffix):
+    """A limit on file size stands for a full disk: the write fails midway with the same kind of error."""
+    hf_folder(tmp_path / "hf")
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (9000, 9000))
+    done = shell("--input_path", tmp_path / "hf", "--output_path", tmp_path / f"m{suffix}", preexec_fn=limit)
+    assert done.returncode == 2 and "File too large" in done.stderr and "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == ["hf"]
+
+
+def test_killed_while_writing_then_started_again(tmp_path):
+    arrays = hf_folder(tmp_path / "hf", spec_of(experts=4, hidden_size=1024, intermediate_size=2048, layers=3))
+    out = tmp_path / "out" / "m.ckpt"
+    command = [sys.executable, str(ROOT / "convert_weight.py"), "--input_path", str(tmp_path / "hf"), "--output_path"]
+    process = subprocess.Popen([*command, str(out)], stderr=subprocess.DEVNULL)
+    partial = out.parent / ".m.ckpt.partial"
+    deadline = time.monotonic() + 60
+    while not (partial.exists() and partial.stat().st_size > 0) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert os.listdir(out.parent) == [partial.name]
+    assert run("--input_path", tmp_path / "hf", "--output_path", out) == 0
+    assert sorted(os.listdir(out.parent)) == ["m.ckpt", "m.ckpt.json"]
+    assert sum(info.nbytes for info in open_checkpoint(out).infos.values()) == sum(a.nbytes for a in arrays.values())
+    shutil.rmtree(tmp_path / "hf")
