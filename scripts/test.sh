@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Sets up what is missing, then ruff, mypy and pytest; stops at the first that fails. Arguments go to pytest:
 #   bash scripts/test.sh -m "not slow"
-# --all (first): also the tests marked long, and every rank of every dry run. As many processes as there are cores, at
+# --all (first): also the tests marked long or turn, and every rank of every dry run. As many processes as there are cores, at
 # most 8, share the tests; "-n 0" runs them in one. The 30 slowest tests are listed at the end.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import os
 import subprocess
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,11 @@ def real_tokenizer(request: pytest.FixtureRequest, shared_data: Path) -> Path:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests marked gpu are skipped where torch sees no CUDA device, those marked long without --all."""
+    """Tests marked gpu are skipped where torch sees no CUDA device, those marked long without --all, and those marked
+    turn where the commit's choice is another one."""
+    turn = item.get_closest_marker("turn")
+    if turn and item.nodeid not in item.session.stash.get(TURNS, {item.nodeid}):
+        pytest.skip(f"runs with --all; this commit's turn of {turn.args[0]!r} is another")
     long = item.get_closest_marker("long")
     if long and not item.config.getoption("everything"):
         pytest.skip(f"runs with --all; {long.args[0]}")
@@ -62,7 +67,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--all",
         dest="everything",
         action="store_true",
-        help="also tests marked long, and every rank of every file's dry run (otherwise some, chosen by the commit)",
+        help="also tests marked long, every one that is marked turn, and every rank of every file's dry run (otherwise "
+        "some, chosen by the commit)",
     )
 
 
@@ -86,7 +92,7 @@ def pytest_report_header(config: pytest.Config) -> str:
     """What is left out."""
     if config.getoption("everything"):
         return "all tests; dry runs compile every rank"
-    return f"without tests marked long; dry runs compile some ranks, chosen by commit {commit_of(config.rootpath)}"
+    return f"without tests marked long; commit {commit_of(config.rootpath)} chooses ranks, and tests that take turns"
 
 
 # Folders in the order in which they start, the longest files first, so that short ones fill the end.
@@ -115,8 +121,23 @@ def scope(nodeid: str) -> str:
     return file
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Folders in the order of ``ORDER``; inside, everything keeps its place."""
+TURNS = pytest.StashKey[set[str]]()  # tests marked turn that run; without --all only
+
+
+def whose_turn(groups: dict[str, list[str]], commit: str) -> set[str]:
+    """Of each group's tests the one that ``commit`` (hexadecimal) chooses."""
+    return {tests[int(commit, 16) % len(tests)] for tests in groups.values()}
+
+
+@pytest.hookimpl(trylast=True)  # after -k and -m: whoever asks for one test gets it
+def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Folders in the order of ``ORDER``; inside, everything keeps its place. Those marked turn are chosen from."""
+    groups = defaultdict(list)
+    for item in items:
+        for mark in item.iter_markers("turn"):
+            groups[mark.args[0]].append(item.nodeid)
+    if groups and not config.getoption("everything"):
+        session.stash[TURNS] = whose_turn(groups, commit_of(config.rootpath))
     items.sort(
         key=lambda item: next((n for n, folder in enumerate(ORDER) if item.nodeid.startswith(folder)), len(ORDER))
     )

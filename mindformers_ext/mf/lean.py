@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -67,3 +69,20 @@ def import_mindformers() -> None:
         for name in names:
             if isinstance(sys.modules.get(name), _LaterModule):
                 del sys.modules[name]
+
+
+@contextmanager
+def without(name: str) -> Iterator[None]:
+    """Inside, importing module ``name`` fails, as where it is not installed; one that is imported already stays.
+
+    For libraries that import another one only if it is there, to convert its types: tensorboardX imports torch, which
+    takes longer and more memory than all else that a training process of ours imports for MindFormers.
+    """
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]  # Python's own sign for "not to be found"
+    try:
+        yield
+    finally:
+        del sys.modules[name]

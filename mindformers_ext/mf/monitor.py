@@ -15,6 +15,7 @@ from mindformers.utils.tensorboard import get_tensorboard_writer
 from mindformers_ext.jobs.run.metrics_file import MetricsFile, StepRecord, record_of
 from mindformers_ext.jobs.run.watch import Watch
 from mindformers_ext.mf.hooks import figures_at
+from mindformers_ext.mf.lean import without
 
 SCALARS = (
     "loss",
@@ -65,7 +66,8 @@ class MoELossMonitor(MFLossMonitor):
         if self.wants_tensorboard:
             self.writer = get_tensorboard_writer()
             if self.writer is None:
-                from tensorboardX import SummaryWriter
+                with without("torch"):
+                    from tensorboardX import SummaryWriter
 
                 folder = Path(output_dir) / "tensorboard" / f"rank_{rank}"
                 self.writer = SummaryWriter(logdir=str(folder), purge_step=self.initial_step + 1)

@@ -157,6 +157,7 @@ def test_ranks_hold_the_same_weights(pair):
         np.testing.assert_array_equal(value.asnumpy(), held[1][name].asnumpy(), err_msg=name)
 
 
+@pytest.mark.turn("pairs")
 def test_our_own_loop_gives_the_same_bits(pair):
     """Rows, reduced gradients and figures; the first rank's checkpoint, which alone is written, holds the same."""
     text = launch(
@@ -214,6 +215,7 @@ def test_a_killed_rank_ends_the_job_and_it_resumes_exactly(pair):
             assert row[name] == expected[name], (row["step"], name)
 
 
+@pytest.mark.turn("pairs")
 def test_two_machines_give_the_same(pair):
     reason = namespaces_missing()
     if reason:

@@ -87,6 +87,7 @@ def assert_equal_files(left, right):
 
 
 @pytest.mark.slow
+@pytest.mark.turn("reshard judge")
 @pytest.mark.parametrize(
     ("suffix", "dtype"), [(".ckpt", np.float32), (".ckpt", ml_dtypes.bfloat16), (".safetensors", np.float16)]
 )

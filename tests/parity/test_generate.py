@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import mindspore as ms
 import numpy as np
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 
 from mindformers_ext.core import capacity
 from mindformers_ext.core.config.sampling import SamplingSpec
@@ -155,10 +157,19 @@ def test_neither_batch_nor_cache_changes_a_token(
     assert found == tuple(answer[:new] for answer in ours(kind, ms.GRAPH_MODE, 8, NEW)[:prompts])
 
 
+def in_both_modes(kinds: Iterable[str]) -> list[ParameterSet]:
+    """Each kind as a graph, and operator by operator those that take their turn."""
+    turn = pytest.mark.turn("short answers")
+    return [
+        *(pytest.param(kind, ms.GRAPH_MODE, id=f"{kind}-GRAPH") for kind in kinds),
+        *(pytest.param(kind, ms.PYNATIVE_MODE, id=f"{kind}-PYNATIVE", marks=turn) for kind in kinds),
+    ]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", CASES | MIXED)
-def test_a_short_answer_in_both_modes(kind: str, mode: str) -> None:
-    twin, current = twins(kind), ms.get_context("mode")
+@pytest.mark.parametrize(("kind", "current"), in_both_modes(CASES | MIXED))
+def test_a_short_answer_in_both_modes(kind: str, current: int) -> None:
+    twin = twins(kind)
     answers = ours(kind, current, 3, 12, 4)
     assert all(is_greedy(twin, *pair) for pair in zip(twin.prompts, answers, strict=False))
     assert generated(twin, twin.prompts[0], 12) == answers[0]

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One of several processes in ``test_sharded``: trains a few steps and writes what it saw.
+"""One of several processes in ``test_sharded``: trains networks a few steps each and writes what it saw.
 
-ranks_worker.py OUTPUT EP ROUTING STEPS [RESUME]
+ranks_worker.py STEPS EP ROUTING OUTPUT [EP ROUTING OUTPUT ...] [RESUME]
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -90,13 +91,19 @@ def trainer_of(size: int, ep: int, routing: str, alone: bool) -> TorchTrainer:
 
 
 def main() -> None:
-    output, ep, routing, steps = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-    import os
+    steps, *words = sys.argv[1:]
+    resume = words.pop() if len(words) % 3 else ""
+    port = int(os.environ["MASTER_PORT"])
+    for number, (ep, routing, output) in enumerate(zip(words[0::3], words[1::3], words[2::3], strict=True)):
+        os.environ["MASTER_PORT"] = str(port + number)  # a process must not meet the group that another one closes
+        train(int(ep), routing, Path(output), int(steps), resume)
 
+
+def train(ep: int, routing: str, output: Path, steps: int, resume: str) -> None:
     trainer = trainer_of(int(os.environ["WORLD_SIZE"]), ep, routing, alone=False)
     first = 0
-    if len(sys.argv) > 5:
-        held = dict(np.load(sys.argv[5]))
+    if resume:
+        held = dict(np.load(resume))
         trainer.fill((n, a) for n, a in held.items() if n.startswith(("model.", "lm_head.")))
         first = int(held["global_step"][0])
     trainer.open()

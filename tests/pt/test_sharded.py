@@ -57,11 +57,23 @@ def largest(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
     return max(float(np.abs(a[name] - b[name]).max()) for name in a)
 
 
-@pytest.mark.parametrize(("ep", "routing"), [(1, "capacity"), (2, "capacity"), (2, "one"), (2, "empty"), (2, "qwen")])
-def test_two_processes_equal_one(tmp_path: Path, ep: int, routing: str) -> None:
+CASES = [(1, "capacity"), (2, "capacity"), (2, "one"), (2, "empty"), (2, "qwen")]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], Path]:
+    """What two processes have computed, all cases in one job."""
+    folder = tmp_path_factory.mktemp("pairs")
+    outputs = {case: folder / f"{case[0]}-{case[1]}.npz" for case in CASES}
+    words = [word for case, output in outputs.items() for word in (*case, output)]
+    launched([ROOT / "tests" / "pt" / "ranks_worker.py", 3, *words])
+    return outputs
+
+
+@pytest.mark.parametrize(("ep", "routing"), CASES)
+def test_two_processes_equal_one(pairs: dict[tuple[int, str], Path], ep: int, routing: str) -> None:
     """Moments are sums of gradients, so equal state is equal gradients; capacity drops per rank."""
-    output = tmp_path / "two.npz"
-    launched([ROOT / "tests" / "pt" / "ranks_worker.py", output, ep, routing, 3])
+    output = pairs[ep, routing]
     one = trainer_of(2, ep, routing, alone=True)
     one.open()
     figures = [one.step((rows(step),)) for step in range(3)]
@@ -79,7 +91,7 @@ def test_two_processes_equal_one(tmp_path: Path, ep: int, routing: str) -> None:
 @pytest.mark.long("tests/cli/run/test_engine_pt.py resumes two killed processes")
 def test_two_processes_resume_exactly(tmp_path: Path) -> None:
     worker = ROOT / "tests" / "pt" / "ranks_worker.py"
-    launched([worker, tmp_path / "half.npz", 2, "capacity", 2])
-    launched([worker, tmp_path / "rest.npz", 2, "capacity", 4, tmp_path / "half.npz"])
-    launched([worker, tmp_path / "whole.npz", 2, "capacity", 4])
+    launched([worker, 2, 2, "capacity", tmp_path / "half.npz"])
+    launched([worker, 4, 2, "capacity", tmp_path / "rest.npz", tmp_path / "half.npz"])
+    launched([worker, 4, 2, "capacity", tmp_path / "whole.npz"])
     assert largest(dict(np.load(tmp_path / "rest.npz")), dict(np.load(tmp_path / "whole.npz"))) == 0.0

@@ -13,6 +13,8 @@ import pytest
 from mindformers_ext.data.corpus import standard_library_text
 from mindformers_ext.data.tokenizers import train_sentencepiece
 
+pytestmark = [pytest.mark.slow, pytest.mark.turn("bench")]
+
 
 def bench(repo_root: Path, name: str, *arguments: str) -> str:
     command = [sys.executable, f"tools/bench/{name}.py", *arguments]
@@ -21,7 +23,6 @@ def bench(repo_root: Path, name: str, *arguments: str) -> str:
     return result.stdout
 
 
-@pytest.mark.slow
 def test_moe_layer_measures_equal_outputs(repo_root: Path) -> None:
     text = bench(repo_root, "moe_layer", "--tokens", "48", "--rounds", "2", "--capacity_factor", "0")
     assert len(re.findall(r"ratio wall \d+\.\d+  CPU \d+\.\d+", text)) == 2
@@ -29,13 +30,11 @@ def test_moe_layer_measures_equal_outputs(repo_root: Path) -> None:
     assert checked and float(checked[1]) < 1e-4
 
 
-@pytest.mark.slow
 def test_train_step_and_compile_time_report(repo_root: Path) -> None:
     assert re.search(r"train step .* ratio wall \d+\.\d+", bench(repo_root, "train_step", "--rounds", "1"))
     assert re.search(r"t\(2\) / t\(1\) = \d+\.\d+", bench(repo_root, "compile_time", "--layers", "1", "2"))
 
 
-@pytest.mark.slow
 def test_weights_are_measured_against_cp(repo_root: Path, tmp_path: Path) -> None:
     small = ["--width", "256", "--folder", str(tmp_path)]
     lines = bench(repo_root, "convert", "--rounds", "1", "--experts", "2", *small).splitlines()
@@ -46,7 +45,6 @@ def test_weights_are_measured_against_cp(repo_root: Path, tmp_path: Path) -> Non
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_preprocessing_is_measured_against_sentencepiece_and_mindformers(repo_root: Path, tmp_path: Path) -> None:
     train_sentencepiece(standard_library_text(200_000), tmp_path / "tokenizer.model", 1000)
     words = ["--model_file", str(tmp_path / "tokenizer.model"), "--megabytes", "1", "--rounds", "1"]
@@ -56,7 +54,6 @@ def test_preprocessing_is_measured_against_sentencepiece_and_mindformers(repo_ro
     assert len(re.findall(r"tokens/s \d+\.\d+ for the whole command", text)) == 4
 
 
-@pytest.mark.slow
 def test_generation_is_measured_and_its_answers_are_equal(repo_root: Path) -> None:
     small = ["--prompt", "20", "--new", "6", "--hidden", "64", "--ffn", "96", "--layers", "2", "--rounds", "1"]
     text = bench(repo_root, "generate", *small, "--batches", "1", "2")

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """``tools/dryrun.py``: research/'s files compile for their clusters, and hold and send what the arithmetic says.
 
-One or two layers per pipeline stage. Compiled are the first and last rank of the outer stages and of one between and
-one more, or with ``--all`` every rank of the cluster: each compiles its own graph, with its own groups, slices and
-neighbours. Those of one stage agree in everything but who is in their groups, and that is arithmetic: every run
-compares those it compiles; once all 16 of "r17" (model parallel) were, and ranks 0 to 9, 12, 15 of "interleave". Stages
-between the outer ones agree but for their layers' numbers: once the first ranks of all 8 of "8x22b" were compared.
+One or two layers per pipeline stage; the seed's file on every run, of the others those whose turn it is. Compiled are
+the first and last rank of the outer stages and of one between and one more, or with ``--all`` every rank of every
+file's cluster: each compiles its own graph, with its own groups, slices and neighbours. Those of one stage agree in
+everything but who is in their groups, and that is arithmetic: every run compares those it compiles; once all 16 of
+"r17" (model parallel) were, and ranks 0 to 9, 12, 15 of "interleave". Stages between the outer ones agree but for their
+layers' numbers: once the first ranks of all 8 of "8x22b" were compared.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from mindformers_ext.core.stages import stage_messages
 from mindformers_ext.formats.ms_file import open_checkpoint
 from mindformers_ext.jobs.dryrun.facts import RankFacts
 from mindformers_ext.jobs.dryrun.ranks import GRAPHS
+from tests.conftest import whose_turn
 from tests.helpers.dryrun import PIPELINE, RESEARCH, DryRun, alike, chosen_ranks, dry_run, members, small
 from tests.helpers.sliced import same, write_file
 from tests.helpers.tiny_run import ROOT, environment
@@ -63,8 +65,11 @@ JOBS: dict[str, tuple[str, int, int, dict[str, Any]]] = {
     "8x22b lora": ("mixtral_8x22b/finetune_lora_mixtral-8x22b.yaml", 16, 2, {}),
 }
 TWINS = {"8x22b 32k": "32k", "8x22b finetune": "finetune", "8x22b lora": "lora"}  # as small as here but one job
-# Of these files, which are cut as others are, the commit chooses one.
-ONE_OF = ("32k", "finetune", "8x22b 32k", "8x22b finetune", "8x22b lora")
+# The seed's own split is compiled on every run, by TestSeed; one of these structures and one of these files as well.
+TURNS = {
+    "structures": ("seed", "r17", "interleave", "8x22b"),
+    "files": ("32k", "finetune", "lora", "8x22b 32k", "8x22b finetune", "8x22b lora"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -73,17 +78,13 @@ def seed(tmp_path_factory: pytest.TempPathFactory) -> DryRun:
     return dry_run(tmp_path_factory.mktemp("seed") / "out", SEED, 16, "0,8", 2, "--compare", layers=2)
 
 
-def chosen_file(commit: str) -> str:
-    """Which of ``ONE_OF`` is compiled at ``commit`` (hexadecimal)."""
-    return ONE_OF[int(commit, 16) % len(ONE_OF)]
-
-
-@pytest.fixture(scope="module", params=JOBS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.turn(group)) for group, names in TURNS.items() for name in names],
+)
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, commit: str | None) -> DryRun:
     """The other files and splits, one after the other."""
     name, devices, stages, changes = JOBS[request.param]
-    if commit is not None and request.param in ONE_OF and request.param != chosen_file(commit):
-        pytest.skip("runs with --all; this commit has another file compiled")
     ranks = chosen_ranks(devices, stages, commit)
     asked = ",".join(map(str, ranks))
     run = dry_run(tmp_path_factory.mktemp("job") / "out", name, devices, asked, stages, **changes)
@@ -256,13 +257,16 @@ def test_every_file_compiles_as_counted(job: DryRun) -> None:
         assert all(other == first for other in others)
 
 
-def test_the_commit_chooses_ranks_and_a_file() -> None:
+def test_the_commit_chooses_ranks_and_turns() -> None:
     assert chosen_ranks(16, 2, "0") == (0, 1, 7, 8, 15) and chosen_ranks(16, 2, "2") == (0, 2, 7, 8, 15)
     assert chosen_ranks(4, 2, "5") == (0, 1, 2, 3) and chosen_ranks(4, 2, None) == (0, 1, 2, 3)
     assert chosen_ranks(64, 8, "0") == (0, 1, 7, 8, 15, 56, 63)
-    commits = [f"{n:x}" for n in range(512)]  # in time every rank and every file is compiled
+    commits = [f"{n:x}" for n in range(512)]  # in time every rank and every test is chosen
     assert {rank for commit in commits for rank in chosen_ranks(64, 8, commit)} == set(range(64))
-    assert {chosen_file(commit) for commit in commits} == set(ONE_OF)
+    groups = {"a": ["x", "y", "z"], "b": ["u"]}
+    assert whose_turn(groups, "4") == {"y", "u"}
+    assert set().union(*(whose_turn(groups, commit) for commit in commits)) == {"x", "y", "z", "u"}
+    assert {name for names in TURNS.values() for name in names} == set(JOBS)
 
 
 def test_groups_of_one_size_and_stride_share_out_a_stage() -> None:

@@ -127,6 +127,7 @@ def test_two_processes_killed_and_resumed(job: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.turn("bench")
 def test_benchmarks_run_at_toy_sizes() -> None:
     words = [sys.executable, "tools/bench/gpu.py", "--shapes", "toy", "--tokens", "1", "16", "--reps", "2"]
     found = subprocess.run(

@@ -105,6 +105,7 @@ def test_killed_and_resumed_is_as_if_it_had_not_been(job: Path, whole: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.long("the same steps as one graph; tests/parity/test_trainers.py, steps in both modes")
 def test_operator_by_operator_the_losses_are_the_same_to_a_millionth(job: Path, whole: Path) -> None:
     """The first epoch of the same run: all of it takes minutes in this mode."""
     finished(own(job, "pynative", "--mode", 1, "--lr_schedule.total_steps", STEPS, epochs=1))
