@@ -35,6 +35,7 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "norm": (("tok -", "-"), ("tok -",)),
     "project in": (("dp -", "mp -"), ()),
     "bias": (("dp mp", "mp"), ()),
+    "whole bias": (("tok -", "-"), ()),
     "head norm": (("dp - mp -", "-"), ("dp - mp -",)),
     "rotary": (("dp - mp -", "- - - -", "- - - -"), ("dp - mp -",)),
     "attend": (("dp - mp", "dp - mp", "dp - mp"), ("dp - mp",)),
