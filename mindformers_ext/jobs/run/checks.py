@@ -220,9 +220,9 @@ def check_tokenizer(run: RunSpec, spec: NetworkSpec) -> None:
             raise UserError(f"processor.tokenizer.vocab_file {path} does not exist: give the model's tokenizer")
         return
     if path.suffix == ".model":
-        from mindformers_ext.data.tokenizers import SentencePieceTokenizer
+        from mindformers_ext.data.tokenizers import open_tokenizer
 
-        size = SentencePieceTokenizer(path).vocab_size
+        size = open_tokenizer(path).base_size
         if size > spec.model.vocab_size:
             rows = spec.model.vocab_size
             raise UserError(
