@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -20,6 +19,7 @@ from mindformers_ext.formats.atomic import flush, fresh_file, fresh_folder, refu
 from mindformers_ext.formats.disk import check_space, free_bytes, refusal
 from mindformers_ext.formats.dtypes import BY_NUMPY
 from mindformers_ext.formats.fingerprint import fingerprint
+from mindformers_ext.formats.links import copy_companions, left_out
 from mindformers_ext.formats.ms_ckpt import CkptFile
 from mindformers_ext.formats.ms_file import CheckpointMeta, check_suffix, open_writer, sidecar
 from mindformers_ext.formats.safetensors_dir import SafetensorsDirWriter
@@ -127,8 +127,8 @@ def convert(request: ConvertRequest) -> ConvertReport:
             check_space(request.output_path, job.plan.nbytes)
             started = time.monotonic()
             overflow = Overflow(request.allow_overflow)
-            (_write_hf if request.direction == "to_hf" else _write_ms)(request, job, overflow)
-            notes = (*job.notes, *_infinite(overflow), *((NO_CONFIG,) if _lacks_config(request, job) else ()))
+            found = (_write_hf if request.direction == "to_hf" else _write_ms)(request, job, overflow)
+            notes = (*job.notes, *found, *_infinite(overflow), *((NO_CONFIG,) if _lacks_config(request, job) else ()))
             return ConvertReport(
                 len(job.plan.targets), job.plan.nbytes, time.monotonic() - started, _left_behind(job.plan), notes
             )
@@ -224,7 +224,7 @@ def _is_leftover(out: Path, beside: Path) -> bool:
         return False
 
 
-def _write_ms(request: ConvertRequest, job: _Job, overflow: Overflow) -> None:
+def _write_ms(request: ConvertRequest, job: _Job, overflow: Overflow) -> list[str]:
     """The description of a ``.ckpt`` comes first: its fingerprint makes readers refuse an older file with it."""
     out = request.output_path
     experts = job.spec.moe.num_local_experts if job.spec.moe else 0
@@ -246,9 +246,12 @@ def _write_ms(request: ConvertRequest, job: _Job, overflow: Overflow) -> None:
                 meta = CheckpointMeta(**told, hash=fingerprint(written))
             with fresh_file(sidecar(out), overwrite=True) as description:
                 description.write_text(meta.to_text(), encoding="utf-8")
+    return []
 
 
-def _write_hf(request: ConvertRequest, job: _Job, overflow: Overflow) -> None:
+def _write_hf(request: ConvertRequest, job: _Job, overflow: Overflow) -> list[str]:
+    """The folder; returns notes."""
+    outside: list[str] = []
     with fresh_folder(request.output_path, request.overwrite) as partial:
         with SafetensorsDirWriter(partial, job.plan.targets, request.max_shard_bytes) as writer:
             copy_tensors(job.plan, job.reader, writer, overflow)
@@ -256,9 +259,8 @@ def _write_hf(request: ConvertRequest, job: _Job, overflow: Overflow) -> None:
             text = json.dumps(_with_dtype(job.config, _dtype_of(job.plan)), indent=2) + "\n"
             (partial / CONFIG).write_text(text, encoding="utf-8")
         if request.config and request.config.is_dir():
-            for name in COMPANIONS:
-                if (request.config / name).is_file():
-                    shutil.copyfile(request.config / name, partial / name)
+            outside = left_out(request.config, copy_companions(request.config, partial, COMPANIONS)[1])
+    return outside
 
 
 def _folder(path: Path) -> Path:

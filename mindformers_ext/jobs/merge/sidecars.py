@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.families import FAMILIES
+from mindformers_ext.formats.links import copy_companions, left_out
 from mindformers_ext.jobs.checkpoint.convert import COMPANIONS
 
 TOKENIZER_FILES = (*COMPANIONS, "chat_template.json")
@@ -58,7 +58,7 @@ def merged_config(
     for key in ("_name_or_path", "auto_map"):
         result.pop(key, None)
     result["num_hidden_layers"] = layers
-    if "layer_types" in result:
+    if "layer_types" in result or len(set(layer_types or ())) > 1:
         result["layer_types"] = list(layer_types) if layer_types else None
     result.pop("dtype", None)
     result["torch_dtype"] = dtype
@@ -75,10 +75,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def copy_tokenizer(name: str, source: Path, target: Path) -> list[str]:
     """Copy tokenizer, chat template and generation settings of model ``name`` as they are; returns notes."""
-    names = [file for file in TOKENIZER_FILES if (source / file).is_file()]
-    for file in names:
-        shutil.copyfile(source / file, target / file)
-    return [] if names else [f"'{name}' has no tokenizer files to copy"]
+    copied, outside = copy_companions(source, target, TOKENIZER_FILES)
+    notes = left_out(source, outside)
+    return notes if copied or notes else [f"'{name}' has no tokenizer files to copy"]
 
 
 @dataclass(frozen=True)
