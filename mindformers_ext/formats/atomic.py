@@ -16,6 +16,8 @@ from pathlib import Path
 
 from mindformers_ext.core.errors import UserError
 
+MOVING = ".moving"  # in the folder of a group whose files move: their names
+
 
 def partial_path(path: Path) -> Path:
     """Where ``path`` is written until it is whole."""
@@ -105,8 +107,10 @@ def fresh_group(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
     Longer names move first: of ``rows`` with its index ``rows.db`` the index is there before the file, and of shards
     ``rows0`` comes last, so a group whose first file can be seen is whole. What is replaced is removed before, the
-    first file first; on an exception nothing has moved.
+    first file first; on an exception nothing has moved. A run killed between the moves has left a list of the group's
+    files beside those that wait: ``recover_group`` takes back what moved.
     """
+    recover_group(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
     partial.mkdir(exist_ok=True)
@@ -121,6 +125,9 @@ def fresh_group(path: Path, overwrite: bool = False) -> Iterator[Path]:
             for name, target in zip(names, targets, strict=True):
                 flush(partial / name)
                 refuse_existing(target, overwrite)
+            (partial / MOVING).write_text("\n".join(names), encoding="utf-8")
+            flush(partial / MOVING)
+            flush(partial)
             for target in targets:
                 target.unlink(missing_ok=True)
             for name, target in zip(reversed(names), reversed(targets), strict=True):
@@ -128,6 +135,29 @@ def fresh_group(path: Path, overwrite: bool = False) -> Iterator[Path]:
             flush(path.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+def recover_group(path: Path) -> None:
+    """Take back what a run that was killed between the moves of the group ``path`` has moved: it was never whole.
+
+    Raises:
+        UserError: a live process writes the group.
+    """
+    partial = partial_path(path)
+    if partial.is_symlink() or not (partial / MOVING).is_file():
+        return
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        _lock(descriptor, path)
+        listed = (partial / MOVING).read_text(encoding="utf-8", errors="replace").split("\n")
+        names = [name for name in listed if name.startswith(path.name) and "/" not in name and "\0" not in name]
+        moved = [name for name in names if not (partial / name).exists()]
+        if len(moved) < len(names):  # else the first file, which comes last, is there
+            for name in moved:
+                path.with_name(name).unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
     finally:
         os.close(descriptor)
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.json_text import read_object
 from mindformers_ext.data.hf_tokenizer import HuggingFaceTokenizer
 from mindformers_ext.data.tokenizers import Tokenizer, open_tokenizer
 from mindformers_ext.formats.dtypes import BFLOAT16, cast
@@ -79,11 +79,7 @@ def _bos_text(folder: Path) -> str:
         path = folder / name
         if not path.is_file():
             continue
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"'{path}' is not JSON: copy it again") from error
-        token = content.get("bos_token") if isinstance(content, dict) else None
+        token = read_object(path).get("bos_token")
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
             return token

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.json_text import read_object
 
 SETTINGS, JINJA = "tokenizer_config.json", "chat_template.jinja"
 _EACH, _END = "{% for message in messages %}", "{% endfor %}"
@@ -77,10 +77,7 @@ def _template_of(folder: Path) -> str | None:
     config = folder / SETTINGS
     if not config.is_file():
         return None
-    try:
-        text = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"'{config}' is not a table of settings: copy it again") from error
+    text = read_object(config).get("chat_template")
     return text if isinstance(text, str) else None
 
 
@@ -89,5 +86,5 @@ def write_template(folder: Path, template: str) -> None:
     (folder / JINJA).write_text(template, encoding="utf-8")
     config = folder / SETTINGS
     if config.is_file():
-        settings = {**json.loads(config.read_text(encoding="utf-8")), "chat_template": template}
+        settings = {**read_object(config), "chat_template": template}
         config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
