@@ -150,7 +150,8 @@ def _launch(end: BackEnd, arguments: Sequence[str]) -> int:
     if watcher:
         print(f"The job runs in the background; {end.logged} goes to {log.absolute()}. Stop it: kill {watcher}")
         return 0
-    os._exit(end.start(launch, command, environment))  # nothing of the caller may run in this copy of it
+    # nothing of the caller may run in this copy of it
+    os._exit(exit_code(lambda _: end.start(launch, command, environment), argparse.Namespace(), unwinds=False))
 
 
 def _fork_away(log: Path) -> int:

@@ -6,14 +6,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mindformers_ext.cli.outcome import exit_code
+from mindformers_ext.cli.outcome import exit_code, interruptible
 from mindformers_ext.cli.run_flags import FLAGS, OneValue, apply_flags, read_arguments
 from mindformers_ext.core.config.file import load_yaml
-from mindformers_ext.core.config.run import Runner, RunSpec
+from mindformers_ext.core.config.run import MINDSPORE, Runner, RunSpec, run_spec_from_yaml
 from mindformers_ext.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -78,10 +79,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from mindformers_ext.jobs.run.checks import check_run
-
     path = _config_path(arguments.config)
     config = apply_flags(load_yaml(path), arguments)
+    with _alone(run_spec_from_yaml(config, str(path))):
+        return _run_checked(config, path, arguments)
+
+
+@contextmanager
+def _alone(run: RunSpec) -> Iterator[None]:
+    """What a run holds while it lasts: a training its folder, and Ctrl-C of a lone MindSpore process.
+
+    Started with others, a process dies at once: the launcher ends them all.
+    """
+    from mindformers_ext.jobs.run.checks import launched
+    from mindformers_ext.jobs.run.lock import is_first_rank, training_lock
+
+    with ExitStack() as held:
+        if run.trains and is_first_rank():
+            held.enter_context(training_lock(Path(run.output_dir)))
+        if run.trains and run.engine == MINDSPORE and not launched():
+            held.enter_context(interruptible())
+        yield
+
+
+def _run_checked(config: dict[str, Any], path: Path, arguments: argparse.Namespace) -> int:
+    from mindformers_ext.jobs.run.checks import check_run
+
     checked = check_run(config, str(path))
     for line in checked.notes:
         print(f"note: {line}", file=sys.stderr)

@@ -21,6 +21,18 @@ from mindformers_ext.core.rope import Rope, RopeScaling
 from mindformers_ext.core.stages import layer_stage
 
 FEATURES = ("qkv_bias", "out_bias", "qk_norm", "mlp_bias")  # what a dense layer may have beyond LLaMA's
+# Sizes beyond every model known, which would take minutes or all memory before anything else could refuse them.
+LARGEST = {
+    "vocab_size": 2**26,
+    "hidden_size": 2**24,
+    "intermediate_size": 2**26,
+    "num_hidden_layers": 2000,
+    "num_attention_heads": 2**20,
+    "num_key_value_heads": 2**20,
+    "head_dim": 2**20,
+    "max_position_embeddings": 2**31 - 1,
+}
+MOST_EXPERTS = 200_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,17 +140,13 @@ class ModelSpec:
 
     def collect(self, problems: Problems) -> None:
         """Add every broken rule of this spec, experts included, to ``problems``."""
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-        ):
-            problems.positive(name, getattr(self, name))
+        for name, most in LARGEST.items():
+            problems.positive(name, getattr(self, name), most)
+        if self.moe and self.num_hidden_layers * self.moe.num_local_experts > MOST_EXPERTS:
+            problems.add(
+                f"{self.num_hidden_layers} layers of {self.moe.num_local_experts} experts (expert_num)",
+                f"at most {MOST_EXPERTS} experts of all layers together are built",
+            )
         problems.divides(
             "num_attention_heads",
             self.num_attention_heads,

@@ -27,7 +27,7 @@ from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.families import FAMILIES, Family
 from mindformers_ext.core.layers import MoESpec, SharedExpertSpec
-from mindformers_ext.core.spec import FEATURES, ModelSpec
+from mindformers_ext.core.spec import FEATURES, LARGEST, ModelSpec
 
 # field of ModelSpec = Hugging Face's key -> kind
 _COMMON: dict[str, str] = {
@@ -115,6 +115,8 @@ def model_spec_from_hf(config: Mapping[str, Any]) -> ModelSpec:
         name: read_value(name, config.get(name), reader, row.defaults[name], problems)
         for name, reader in _COMMON.items()
     }
+    if values["num_hidden_layers"] > LARGEST["num_hidden_layers"]:  # layers are counted through below
+        problems.positive("num_hidden_layers", values["num_hidden_layers"], LARGEST["num_hidden_layers"])
     values["rope_theta"], values["rope_scaling"] = read_rope(config, values["rope_theta"], problems)
     parts = _words(config, row, problems)
     problems.raise_if_any()
@@ -201,6 +203,9 @@ def routing_as_hf(moe: MoESpec) -> MoESpec:
 
 def _family(config: Mapping[str, Any], problems: Problems) -> Family:
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, (list, tuple)) or not all(isinstance(name, str) for name in architectures):
+        problems.add(f"architectures={architectures!r}", "a list of class names is expected")
+        problems.raise_if_any()
     kinds = {row.name for row in FAMILIES.values() if row.hf_class in architectures}
     kind = config.get("model_type")
     if kind is None and len(kinds) == 1:

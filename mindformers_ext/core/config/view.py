@@ -282,6 +282,9 @@ def _complete_model(model: dict[str, Any], words: Mapping[str, Any], seq_length:
         multiple = read_value(f"{MODEL}.multiple_of", words.get("multiple_of", 256), "int", 256, problems)
         factor = words.get("ffn_dim_multiplier")
         factor = read_value(f"{MODEL}.ffn_dim_multiplier", factor, "float", None, problems)
+        if factor is not None and not 0 < factor <= 1000:
+            problems.add(f"{MODEL}.ffn_dim_multiplier={factor} is out of range", "give a number above 0, about 1")
+            factor = None
         wide = 4 * hidden if factor is None else int((factor + 0.01) * 4 * hidden)
         multiple = max(1, multiple)
         model["intermediate_size"] = multiple * ((int(2 * wide / 3) + multiple - 1) // multiple)

@@ -32,6 +32,7 @@ from mindformers_ext.core.families import FAMILIES, own_families
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.jobs.checkpoint.transform import TransformRequest
 from mindformers_ext.jobs.run.dataset import check_dataset
+from mindformers_ext.jobs.run.seam import seam_notes
 from mindformers_ext.jobs.run.sections import check_sections
 from mindformers_ext.jobs.run.start import settle_for_mindformers, settle_for_own_loop
 
@@ -90,6 +91,8 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
         check_tokenizer(run, build.network)
         if run.mode != "predict":
             check_dataset(run, build.network)
+        if run.trains and run.resume:
+            notes += seam_notes(config, run, build.network)
     return CheckedRun(settled_yaml(config, asked, run), run, build, tuple(notes), merge)
 
 

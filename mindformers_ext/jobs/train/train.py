@@ -99,7 +99,8 @@ def open_rows(asked: RunSpec, config: Mapping[str, Any], spec: NetworkSpec) -> T
     mode = spec.parallel.parallel_mode
     processes = 1 if mode == "stand_alone" else spec.parallel.device_num
     shards = processes if mode == "data_parallel" else 1
-    return TokenData(config, "train_dataset", spec.batch_size * asked.accumulation * processes, shards, asked.engine)
+    rows = spec.batch_size * asked.accumulation * processes
+    return TokenData(config, "train_dataset", rows, shards, asked.engine, spec.model.vocab_size)
 
 
 def hooks_of(train: TrainSpec, trainer: Trainer, layers: tuple[int, ...] = ()) -> list[TrainHook]:
