@@ -10,7 +10,8 @@ from typing import Any
 
 from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.errors import Problems, UserError
-from mindformers_ext.formats.dtypes import FLOATS, SHORT_NAMES
+from mindformers_ext.core.layers import dtype_name
+from mindformers_ext.formats.dtypes import FLOATS
 from mindformers_ext.jobs.merge.templates import TEMPLATES
 from mindformers_ext.jobs.merge.values import Setting, parse_settings
 from mindformers_ext.jobs.merge.vocab_config import VocabularyWish, parse_vocabulary
@@ -206,8 +207,7 @@ def _reference(raw: Any, where: str, problems: Problems) -> str:
 def _dtype(raw: Any, where: str, problems: Problems) -> str | None:
     if raw is None:
         return None
-    name = str(raw).removeprefix("torch.")
-    name = SHORT_NAMES.get(name, name)
+    name = dtype_name(raw) or str(raw).removeprefix("torch.")
     if name not in FLOATS:
         problems.add(f"{where} is {raw!r}", f"choose one of {', '.join(FLOATS)}")
         return None
