@@ -53,6 +53,12 @@ A text or .jsonl file is first made into rows (as mfext preprocess does) in the 
   echo "What is gravity?" | mfext chat SmolLM2-135M-Instruct --max_new_tokens 40""",
 }
 DATA = {"train": ("data", "train_data"), "eval": ("text", "eval_data")}  # options: ours, and run_mindformer.py's
+LENGTHS = {
+    "train": "a row (default 512, or those of the MindRecord)",
+    "eval": "a window (default 2048, or as many as the model has positions)",
+    "predict": "prompt and answer (default: as many as the model has positions)",
+    "chat": "the conversation (default: as many as the model has positions)",
+}
 MODES = {"train": TRAINING, "predict": ("predict",), "eval": ("eval",), "chat": ("predict",)}
 
 
@@ -61,6 +67,7 @@ def _options(job: str, parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="*", metavar="FOLDER", help=FOLDER + ("; prompts" if job == "predict" else ""))
     parser.add_argument("--config", metavar="YAML", help="instead of a folder: a MindFormers YAML")
     parser.add_argument("--save_yaml", type=Path, metavar="FILE", help="write the YAML there instead of printing it")
+    parser.add_argument("--seq_length", type=int, metavar="N", help="tokens of " + LENGTHS[job])
     if job == "train":
         parser.add_argument("--data", type=Path, metavar="FILE", help="MindRecord, text or .jsonl file to train on")
     if job == "eval":
@@ -69,7 +76,7 @@ def _options(job: str, parser: argparse.ArgumentParser) -> None:
 
 
 def _read(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    return read_arguments(parser, argv, own=("--save_yaml", "--data", "--text"), mixed=True)
+    return read_arguments(parser, argv, own=("--save_yaml", "--seq_length", "--data", "--text"), mixed=True)
 
 
 def _run(job: str, arguments: argparse.Namespace) -> int:
@@ -88,7 +95,7 @@ def _run(job: str, arguments: argparse.Namespace) -> int:
 
 def _run_yaml(job: str, arguments: argparse.Namespace) -> int:
     """A YAML that the user has; its run_mode gives way to ``job``."""
-    for name in ("save_yaml", "data", "text"):
+    for name in ("save_yaml", "seq_length", "data", "text"):
         if getattr(arguments, name, None):
             raise UserError(f"--{name} belongs to a folder without a YAML: leave it out, or leave out --config")
     path, config = load_config(arguments.config)
@@ -111,6 +118,9 @@ def _made(job: str, arguments: argparse.Namespace) -> dict[str, Any]:
     device, engine = this_device(arguments.engine)
     if arguments.device_target:
         device, engine = arguments.device_target, arguments.engine
+    most = found.model.max_position_embeddings
+    if arguments.seq_length is not None and not 1 <= arguments.seq_length <= most:
+        raise UserError(f"--seq_length {arguments.seq_length}: give 1 to {most}, the model's positions")
     given: dict[str, Any] = {
         "job": job,
         "load": str(found.load),
@@ -118,6 +128,7 @@ def _made(job: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "device": device,
         "engine": engine,
         "stored": found.stored,
+        "seq_length": arguments.seq_length,
         "prompts": ("-",) if job == "chat" else tuple(text.replace(r"\n", "\n") for text in prompts),
     }
     asked = FirstTry(**given)
@@ -148,6 +159,8 @@ def _with_data(asked: FirstTry, file: Path, found: Described, arguments: argpars
     if "mindrecord" not in file.name:
         return replace(asked, data=str(file))
     rows, width, columns = record_shape(file)
+    if asked.seq_length not in (None, width - 1):
+        raise UserError(f"--seq_length {asked.seq_length}, and {file} has rows for {width - 1}: leave it out")
     columns = columns if asked.job == "train" else columns[:1]
     return replace(asked, data=str(file), seq_length=width - 1, rows=rows, columns=columns)
 
@@ -175,10 +188,6 @@ def _rows_of(file: Path, asked: FirstTry, found: Described, arguments: argparse.
         )
     )
     print(f"note: {file} is {summary.records} rows of {summary.row_length} tokens in {output}", file=sys.stderr)
-    if not summary.records:
-        raise UserError(
-            f"{file} is shorter than a row of {summary.row_length} tokens: give more text, or --{MODEL}.seq_length 64"
-        )
     return output
 
 

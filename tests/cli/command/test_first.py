@@ -110,7 +110,8 @@ def test_a_perplexity_is_transformers(engine: str, folder: Path, text: str, tmp_
     model, tokenizer = judge(folder)
     ids = tokenizer(text[:5000], return_tensors="pt").input_ids
     with torch.no_grad():
-        expected = model(ids, labels=ids).loss.double().exp().item()
+        logits = model(ids).logits[0, :-1].double()
+    expected = torch.nn.functional.cross_entropy(logits, ids[0, 1:]).exp().item()
     found = json.loads(Path("output/eval.json").read_text())
     assert found["tokens"] == ids.shape[1] - 1 > 1000 and found["windows"] == 1
     assert found["PerplexityMetric"]["PPL"] == pytest.approx(expected, rel=1e-6)
@@ -120,9 +121,9 @@ def test_training_on_a_text_goes_on_from_the_folder_and_leaves_one_that_is_taken
     folder: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "notes.txt"
-    file.write_text(text, "utf-8")
+    file.write_text(text[:6000], "utf-8")
     options = ["--engine", "pt", "--device_target", "CPU"]
-    sizes = ["--model.model_config.seq_length", "64", "--lr_schedule.learning_rate", "1e-3", "--epochs", "4"]
+    sizes = ["--seq_length", "32", "--lr_schedule.learning_rate", "3e-3"]
     assert mf("train", folder, "--data", file, *options, *sizes, "--output_dir", "run", "--save_yaml", "run.yaml") == 0
     steps = [json.loads(line) for path in Path("run/metrics").rglob("*.jsonl") for line in path.open()]
     losses = [step["loss"] for step in steps if "loss" in step]
@@ -174,7 +175,8 @@ def test_chat_puts_a_line_into_the_folders_template(
         (["eval", "HF", "--text", "none.txt"], "is no file"),
         (["eval", "HF", "more", "--text", "t.txt"], "what is 'more'"),
         (["train", "HF", "--data", "t.txt", "--train_data", "t.txt"], "data, train_data"),
-        (["train", "HF", "--data", "t.txt"], "shorter than a row"),
+        (["train", "HF", "--data", "t.txt"], "a smaller --seq_length"),
+        (["eval", "HF", "--text", "t.txt", "--seq_length", "4096"], "give 1 to 2048"),
         (["predict", "HF", "x", "--save_yaml", "t.txt"], "was not made by mfext"),
         (["predict", "--config", "y.yaml", "--save_yaml", "z.yaml"], "--save_yaml belongs to a folder"),
     ],
