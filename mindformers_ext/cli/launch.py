@@ -9,10 +9,11 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mindformers_ext.cli.outcome import exit_code
+from mindformers_ext.cli.start import check_installed
 from mindformers_ext.jobs.launch.arguments import (
     DEFAULTS,
     MSRUN_SCRIPT,
@@ -27,15 +28,17 @@ from mindformers_ext.jobs.launch.msrun import msrun_command, msrun_environment
 from mindformers_ext.jobs.launch.torchrun import torchrun_command
 
 FAILED = 1
+FRAMEWORKS = {"msrun": "mindspore", "torchrun": "torch"}  # whose part the program is
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackEnd:
     """The program that starts the processes.
 
-    ``command`` and ``environment`` make its words and variables, ``start`` runs it in this process and returns its exit
-    code. The texts are for ``--help``: what TIMEOUT -1 means, what LOG_DIR/launcher.log gets, the variables read, the
-    code of a job that the user stops, where it is always the same.
+    ``script``: its file in scripts/, or the words by which it was called. ``command`` and ``environment`` make its
+    words and variables, ``start`` runs it in this process and returns its exit code. The texts are for ``--help``: what
+    TIMEOUT -1 means, what LOG_DIR/launcher.log gets, the variables read, the code of a job that the user stops, where
+    it is always the same.
     """
 
     name: str
@@ -118,11 +121,16 @@ TORCHRUN = BackEnd(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the launcher; ``--torchrun`` in front of the arguments chooses torchrun instead of msrun."""
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the launcher; ``--torchrun`` in front of the arguments chooses torchrun instead of msrun.
+
+    ``prog``: the words by which it was called, where that is none of the scripts.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     end = TORCHRUN if arguments[:1] == ["--torchrun"] else MSRUN
     arguments = arguments[end is TORCHRUN :]
+    if prog:
+        end = replace(end, script=f"{prog} --torchrun" if end is TORCHRUN else prog)
     if arguments in (["-h"], ["--help"]):
         print(end.help(), end="")
         return 0
@@ -140,6 +148,7 @@ def _launch(end: BackEnd, arguments: Sequence[str]) -> int:
         print(shlex.join(command))
         return 0
     if launch.workers > 1:
+        check_installed(FRAMEWORKS[end.name])
         check_master(launch, end.script)
     print(f"Running: {shlex.join(command)}\nLogs: {launch.log_dir.absolute()}", flush=True)
     launch.log_dir.mkdir(parents=True, exist_ok=True)

@@ -12,9 +12,18 @@ from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.families import GATES
 
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
+# every other word for them: MindFormers', torch's, the command lines' of both
+DTYPE_WORDS = {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 AUX_LOSS_TYPES = ("expert", "device", "comm")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 AUX_LOSS_REDUCTIONS = ("sum", "mean")
+
+
+def dtype_name(word: object) -> str | None:
+    """The name in ``DTYPE_NAMES`` that ``word`` means in any command or file ("bf16", "torch.half"), None if none."""
+    name = str(word).lower().removeprefix("torch.")  # mindspore's own types print as Float32
+    name = DTYPE_WORDS.get(name, name)
+    return name if name in DTYPE_NAMES else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ from mindformers_ext.core.config.run import RUN_MODES
 from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.errors import Problems, nearest
 from mindformers_ext.core.families import GENERIC_NAMES, Family, family_of_features, named_family
-from mindformers_ext.core.layers import MoESpec, SharedExpertSpec
+from mindformers_ext.core.layers import MoESpec, SharedExpertSpec, dtype_name
 from mindformers_ext.core.spec import FEATURES, KernelSpec, ModelSpec, NetworkSpec, NumericsSpec, ParallelSpec
 
 Sections = dict[str, Mapping[str, Any]]
@@ -146,7 +146,7 @@ def yaml_notes(config: Mapping[str, Any]) -> list[str]:
         if name in sections[section] and sections[section][name] not in neutral
     ]
     notes += [f"recompute_config.select_recompute: {name} keeps nothing here" for name in names_without_effect(config)]
-    if str(sections["moe_config"].get("router_dense_type", "")).lower() == "float16":
+    if dtype_name(sections["moe_config"].get("router_dense_type")) == "float16":
         notes.append("moe_config.router_dense_type float16 is read as float32, as MindFormers does")
     return notes
 

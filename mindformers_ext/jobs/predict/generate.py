@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mindformers_ext.core.capacity import round_up
-from mindformers_ext.core.config.sampling import SamplingSpec, choose, generator_of
+from mindformers_ext.core.config.draws import choose, generator_of
+from mindformers_ext.core.config.sampling import SamplingSpec
 from mindformers_ext.jobs.engine.protocols import Network, Session
 
 OnToken = Callable[[int, int], None]  # prompt, token

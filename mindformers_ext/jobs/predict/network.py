@@ -16,7 +16,15 @@ from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import DeviceSpec, ModelSpec, NetworkSpec
 from mindformers_ext.formats.rank_dirs import rank_folders
 from mindformers_ext.jobs.checkpoint.saved import checkpoint_file, holds_whole
-from mindformers_ext.jobs.checkpoint.source import CONFIG, Reader, described_layout, open_hf, open_ms, read_config
+from mindformers_ext.jobs.checkpoint.source import (
+    CONFIG,
+    Reader,
+    described_layout,
+    is_hf_file,
+    open_hf,
+    open_ms,
+    read_config,
+)
 from mindformers_ext.jobs.engine.door import open_engine
 from mindformers_ext.jobs.engine.protocols import Network
 from mindformers_ext.weights.convert import plan_relayout, plan_to_mindspore
@@ -67,10 +75,15 @@ def open_weights(path: Path, spec: ModelSpec, strategy_dir: Path | None = None) 
     Raises:
         UserError: nothing there, or not of this model: sizes, names and constants that differ are listed.
     """
-    if path.is_dir() and (path / CONFIG).is_file():
-        check_same_model(spec, read_config(path), path)
+    is_file = is_hf_file(path)
+    folder = path.parent if is_file else path
+    if folder.is_dir() and (is_file or (folder / CONFIG).is_file()):
+        if (folder / CONFIG).is_file():
+            check_same_model(spec, read_config(folder), folder)
         reader = open_hf(path)
-        return _planned(reader, lambda: plan_to_mindspore(reader, spec), f"Hugging Face folder {path}")
+        return _planned(
+            reader, lambda: plan_to_mindspore(reader, spec), f"Hugging Face {'file' if is_file else 'folder'} {path}"
+        )
     file, strategies, what = _ms_source(path, strategy_dir, spec)
     reader, meta = open_ms(file, strategies)
 

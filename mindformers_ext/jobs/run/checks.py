@@ -17,6 +17,7 @@ from mindformers_ext.core.config.run import (
     ASCEND,
     CPU,
     DEVICES,
+    GPU,
     MINDFORMERS,
     MINDSPORE,
     OWN,
@@ -35,6 +36,8 @@ from mindformers_ext.jobs.run.dataset import check_dataset
 from mindformers_ext.jobs.run.seam import seam_notes
 from mindformers_ext.jobs.run.sections import check_sections
 from mindformers_ext.jobs.run.start import settle_for_mindformers, settle_for_own_loop
+
+LIBRARIES = {ASCEND: "libascendcl.so", GPU: "libcuda.so.1"}
 
 
 @dataclass(frozen=True)
@@ -182,15 +185,19 @@ def check_device(target: str) -> None:
         raise UserError(f"device_target={target!r} is unknown: choose Ascend, GPU or CPU (--device_target)")
     if target == CPU:
         return
-    if target == ASCEND:
-        if not _has_library("libascendcl.so"):
-            raise UserError(
-                "device_target is Ascend, but this machine has no Ascend software (libascendcl.so of CANN is not "
-                "found): run with --device_target CPU, or source CANN's set_env.sh"
-            )
+    if has_device(target):
         return
-    if not _has_library("libcuda.so.1"):
-        raise UserError("device_target is GPU, but this machine has no CUDA driver: run with --device_target CPU")
+    if target == ASCEND:
+        raise UserError(
+            "device_target is Ascend, but this machine has no Ascend software (libascendcl.so of CANN is not found): "
+            "run with --device_target CPU, or source CANN's set_env.sh"
+        )
+    raise UserError("device_target is GPU, but this machine has no CUDA driver: run with --device_target CPU")
+
+
+def has_device(target: str) -> bool:
+    """Whether the library that drives ``target`` is there; a CPU always is."""
+    return target == CPU or _has_library(LIBRARIES[target])
 
 
 def _has_library(name: str) -> bool:
