@@ -35,6 +35,7 @@ from mindformers_ext.core.config.keys import (
     defaults,
     known_keys,
 )
+from mindformers_ext.core.config.quantised import check_not_quantised
 from mindformers_ext.core.config.recompute import names_without_effect
 from mindformers_ext.core.config.run import RUN_MODES
 from mindformers_ext.core.config.values import read_value
@@ -59,6 +60,7 @@ def network_spec_from_yaml(config: Mapping[str, Any], device_num: int = 1) -> Ne
         UserError: lists every unknown key, wrong kind of value, unbuilt option and broken rule of the model.
     """
     problems = Problems("the configuration")
+    check_not_quantised(config)
     sections = _sections(config, problems)
     _check_keys(sections, problems)
     parts: dict[str, dict[str, Any]] = {
