@@ -36,6 +36,7 @@ from mindformers_ext.core.config.keys import (
     defaults,
     known_keys,
 )
+from mindformers_ext.core.config.quantised import check_not_quantised
 from mindformers_ext.core.config.recompute import names_without_effect
 from mindformers_ext.core.config.rope_words import read_extension, written_extension
 from mindformers_ext.core.config.run import RUN_MODES
@@ -61,6 +62,7 @@ def network_spec_from_yaml(config: Mapping[str, Any], device_num: int = 1) -> Ne
         UserError: lists every unknown key, wrong kind of value, unbuilt option and broken rule of the model.
     """
     problems = Problems("the configuration")
+    check_not_quantised(config)
     sections = _sections(config, problems)
     _check_keys(sections, problems)
     parts: dict[str, dict[str, Any]] = {

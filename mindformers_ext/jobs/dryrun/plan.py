@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.capacity import rows_at_once
-from mindformers_ext.core.cluster.cluster_rules import TOGETHER, check_network, effective_spec
+from mindformers_ext.core.cluster.cluster_rules import TOGETHER, effective_spec
+from mindformers_ext.core.cluster.judged import judge_network, read_network
 from mindformers_ext.core.cluster.memory import StageMemory, prediction_memory, stage_memory
 from mindformers_ext.core.config.run import (
     ASCEND,
@@ -21,7 +22,6 @@ from mindformers_ext.core.config.run import (
     run_spec_from_yaml,
 )
 from mindformers_ext.core.config.values import section_at
-from mindformers_ext.core.config.view import network_spec_from_yaml, yaml_notes
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.jobs.dryrun.memory import check_memory, check_prediction_memory, step_settings
@@ -130,16 +130,16 @@ def plan_dry_run(
     try:
         run = run_spec_from_yaml(words)
         check_sections(words, mode)
-        spec = network_spec_from_yaml(words, world)
+        spec, found = read_network(words, run, world)
         if mode == PREDICT:
             notes += check_prediction(run, spec)
-        notes += [*yaml_notes(words), *check_network(spec, TOGETHER if mode == PREDICT and world > 1 else mode)]
+        notes += [*found, *judge_network(spec, run, TOGETHER if mode == PREDICT and world > 1 else mode)]
         spec = effective_spec(spec)[0]
         asked = asked_ranks(ranks, world, spec.parallel.pipeline_stage)
         shape = prediction_shape(run, spec) if mode == PREDICT else None
         limits = memory, section_at(words, "context").get("max_device_memory")
         if shape is None:
-            settings = step_settings(words, spec)
+            settings = step_settings(words, spec, run.family is not None)
             notes += check_memory(spec, settings, *limits)
             stages = stage_memory(spec, settings)
         else:
