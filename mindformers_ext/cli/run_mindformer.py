@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mindformers_ext.cli.command import add_switch
 from mindformers_ext.cli.outcome import exit_code
 from mindformers_ext.cli.run_flags import FLAGS, OneValue, apply_flags, read_arguments
 from mindformers_ext.core.config.file import load_yaml
@@ -64,6 +65,9 @@ def parser() -> argparse.ArgumentParser:
         else:
             more["metavar"] = flag.field.upper() if flag.reader is str else "VALUE"
         result.add_argument(*flag.names, dest=flag.field, type=flag.reader, action=OneValue, help=flag.help, **more)
+    add_switch(
+        result, "--verbose", "training: print the whole log, MindFormers' and MindSpore's too, instead of one live line"
+    )
     result.add_argument("--options", nargs="+", metavar="KEY=VALUE", help="older spelling of --key value")
     return result
 
@@ -72,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 on success, 2 on a user's mistake."""
 
     def read_and_run(_: argparse.Namespace) -> int:
-        return _run(read_arguments(parser(), argv))
+        return _run(read_arguments(parser(), argv, own=("--verbose",)))
 
     return exit_code(read_and_run, argparse.Namespace(), unwinds=False)
 
@@ -83,9 +87,19 @@ def _run(arguments: argparse.Namespace) -> int:
     path = _config_path(arguments.config)
     config = apply_flags(load_yaml(path), arguments)
     checked = check_run(config, str(path))
+    _check_options(arguments, checked.run.runner)
+    if checked.run.trains:
+        from mindformers_ext.cli.training import training
+
+        with training(checked.run, checked.notes, arguments.verbose):
+            return RUNNERS[checked.run.runner](checked, arguments)
     for line in checked.notes:
         print(f"note: {line}", file=sys.stderr)
-    _check_options(arguments, checked.run.runner)
+    if checked.run.runner in (Runner.OWN_EVALUATION, Runner.OWN_PREDICTION):
+        from mindformers_ext.jobs.run.display import compilations
+
+        with compilations(sys.stderr):
+            return RUNNERS[checked.run.runner](checked, arguments)
     return RUNNERS[checked.run.runner](checked, arguments)
 
 
@@ -120,8 +134,12 @@ def _own_loop(checked: CheckedRun, _: argparse.Namespace) -> int:
 
 def _mindformers(checked: CheckedRun, _: argparse.Namespace) -> int:
     _prepare(checked.run)
+    from mindformers_ext.jobs.run.display import current
+
+    current().begin("importing MindFormers")
     from mindformers_ext.mf.run import run
 
+    current().done()
     run(checked.config, checked)
     return 0
 
