@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from mindformers_ext.core.config.run import Runner, RunSpec
+from mindformers_ext.jobs.run.checks import launched
 from mindformers_ext.jobs.run.display import LAUNCHER, Display, choose_sink, compilations, shown
 from mindformers_ext.jobs.run.quiet import OUTPUT, output_to, rank_of
 
@@ -28,18 +29,19 @@ def training(run: RunSpec, notes: Sequence[str], verbose: bool) -> Iterator[None
             yield
         return
     if os.environ.get(LAUNCHER):  # the worker's own log is the launcher's file
-        with _display(sys.stderr, notes):
+        with _display(run, sys.stderr, notes):
             yield
         return
     log = Path(run.output_dir) / "log" / f"rank_{rank_of(os.environ)}" / OUTPUT
-    with output_to(log) as stream, _display(stream, notes) as display:
+    with output_to(log) as stream, _display(run, stream, notes) as display:
         display.say(f"note: the whole log is {log} (--verbose shows it)")
         yield
 
 
 @contextmanager
-def _display(stream: TextIO, notes: Sequence[str]) -> Iterator[Display]:
-    with shown(Display(choose_sink(stream, os.environ))) as display:
+def _display(run: RunSpec, stream: TextIO, notes: Sequence[str]) -> Iterator[Display]:
+    several = launched(run.engine) and run.use_parallel
+    with shown(Display(choose_sink(stream, os.environ), each=" per process" if several else "")) as display:
         for note in notes:
             display.say(f"note: {note}")
         yield display

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -84,6 +85,8 @@ def supervise(
         for number, handler in before.items():
             signal.signal(number, handler)
     reader.join(timeout=5)
+    if program.mark:  # the same lines once more, where torchrun keeps them
+        shutil.rmtree(launch.log_dir / program.name, ignore_errors=True)
     _show(follower, screen)
     if watched.stopped:
         screen.say("stopped: all workers of this machine were ended")

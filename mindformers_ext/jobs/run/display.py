@@ -133,11 +133,14 @@ class Display:
     Args:
         sink: where.
         whole: whether all is shown; otherwise only what takes long, for a run whose log can be seen.
+        each: stands behind tokens per second, which are those of this process.
         clock: seconds.
     """
 
-    def __init__(self, sink: Sink, whole: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
-        self.sink, self.whole, self.clock = sink, whole, clock
+    def __init__(
+        self, sink: Sink, whole: bool = True, each: str = "", clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.sink, self.whole, self.each, self.clock = sink, whole, each, clock
         self.others = 0
         self.work: tuple[str, float] | None = None
         self.plan: tuple[int, frozenset[int]] = (-1, frozenset())
@@ -166,8 +169,8 @@ class Display:
                 self.sink.live("")
             self.sink.line(f"{what}: done in {self.clock() - since:.1f} s{also}")
 
-    def step(self, record: StepRecord, steps: int, left: float) -> None:
-        """A step of ``steps`` is done, ``left`` seconds remain."""
+    def step(self, record: StepRecord, steps: int, left: float | None) -> None:
+        """A step of ``steps`` is done, ``left`` seconds remain; None after the first one, whose time tells nothing."""
         self.done(", the first step included")
         if not self.whole:
             return
@@ -175,12 +178,12 @@ class Display:
             self.plan = steps, shown_steps(steps, record.step - 1)
         if self.sink.lives:
             now = self.clock()
-            self.last = step_text(record, steps, left)
+            self.last = step_text(record, steps, left, self.each)
             if now >= self.next_picture or record.step >= steps:
                 self.sink.live(f"[{bar(record.step, steps)}] {self.last}")
                 self.next_picture = now + MOMENT
         elif record.step in self.plan[1]:
-            self.sink.line(step_text(record, steps, left))
+            self.sink.line(step_text(record, steps, left, self.each))
 
     def end(self) -> None:
         """The run is over: the live line's last figures stay, and what was not shown is counted."""
@@ -200,14 +203,15 @@ def bar(step: int, steps: int) -> str:
     return "#" * full + "-" * (BAR - full)
 
 
-def step_text(record: StepRecord, steps: int, left: float) -> str:
-    """A step's figures in one line; those of experts where there are any."""
+def step_text(record: StepRecord, steps: int, left: float | None, each: str = "") -> str:
+    """A step's figures in one line; those of experts where there are any, those of time where they are known."""
     parts = [f"step {record.step}/{steps}", f"loss {record.loss:.4f}"]
     if record.has_experts:
         parts += [f"aux {record.aux_loss:.4f}", f"dropped {100 * record.drop_rate:.1f}%"]
     if record.overflow:
         parts.append("OVERFLOW")
-    parts += [f"{record.tokens_per_second:,.0f} tokens/s", f"{timedelta(seconds=int(max(left, 0)))} left"]
+    if left is not None:
+        parts += [f"{record.tokens_per_second:,.0f} tokens/s{each}", f"{timedelta(seconds=int(max(left, 0)))} left"]
     return "  ".join(parts)
 
 

@@ -68,7 +68,7 @@ class Watch:
         left = (self.steps - record.step) * (statistics.median(self.recent) if self.recent else record.seconds)
         if (done - 1) % self.every == 0 or not record.is_finite:
             self._log(record, left)
-        current().step(record, self.steps, left)
+        current().step(record, self.steps, left if self.recent else None)
         self._judge(record)
 
     def _log(self, record: StepRecord, left: float) -> None:
