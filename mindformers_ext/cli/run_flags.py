@@ -141,7 +141,7 @@ FLAGS: tuple[Flag, ...] = (
 
 
 def add_flags(target: argparse.ArgumentParser) -> None:
-    """Every row of ``FLAGS`` as an option."""
+    """Every row of ``FLAGS`` as an option, and the switches of the command itself."""
     for flag in FLAGS:
         more: dict[str, Any] = {"nargs": "+"} if flag.many else {}
         if flag.choices:
@@ -150,6 +150,9 @@ def add_flags(target: argparse.ArgumentParser) -> None:
             more["metavar"] = flag.field.upper() if flag.reader is str else "VALUE"
         target.add_argument(*flag.names, dest=flag.field, type=flag.reader, action=OneValue, help=flag.help, **more)
     target.add_argument("--options", nargs="+", metavar="KEY=VALUE", help="older spelling of --key value")
+    add_switch(
+        target, "--verbose", "training: print the whole log, MindFormers' and MindSpore's too, instead of one live line"
+    )
 
 
 def read_arguments(
@@ -172,7 +175,7 @@ def read_arguments(
         rest += dotted
     else:
         arguments, rest = parser.parse_known_args(argv)
-    known = [name for flag in FLAGS for name in flag.names] + ["--config", "--options", *own]
+    known = [name for flag in FLAGS for name in flag.names] + ["--config", "--options", "--verbose", *own]
     problems = Problems("command line options")
     for word in rest:
         name = word.partition("=")[0]

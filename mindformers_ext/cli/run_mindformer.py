@@ -87,9 +87,19 @@ def _carry_out(config: Mapping[str, Any], where: str, arguments: argparse.Namesp
     from mindformers_ext.jobs.run.checks import check_run
 
     checked = check_run(config, where)
+    _check_options(arguments, checked.run.runner)
+    if checked.run.trains:
+        from mindformers_ext.cli.training import training
+
+        with training(checked.run, checked.notes, arguments.verbose):
+            return RUNNERS[checked.run.runner](checked, arguments)
     for line in checked.notes:
         print(f"note: {line}", file=sys.stderr)
-    _check_options(arguments, checked.run.runner)
+    if checked.run.runner in (Runner.OWN_EVALUATION, Runner.OWN_PREDICTION):
+        from mindformers_ext.jobs.run.display import compilations
+
+        with compilations(sys.stderr):
+            return RUNNERS[checked.run.runner](checked, arguments)
     return RUNNERS[checked.run.runner](checked, arguments)
 
 
@@ -124,8 +134,12 @@ def _own_loop(checked: CheckedRun, _: argparse.Namespace) -> int:
 
 def _mindformers(checked: CheckedRun, _: argparse.Namespace) -> int:
     _prepare(checked.run)
+    from mindformers_ext.jobs.run.display import current
+
+    current().begin("importing MindFormers")
     from mindformers_ext.mf.run import run
 
+    current().done()
     run(checked.config, checked)
     return 0
 

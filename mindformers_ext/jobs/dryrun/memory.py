@@ -66,6 +66,13 @@ def step_settings(config: Mapping[str, Any], spec: NetworkSpec, ours: bool = Tru
     return StepSettings(recompute, int(threshold), bool(shard), int(steps), lora_from_yaml(config))
 
 
+def memory_limit(memory: str | None, configured: object) -> int | None:
+    """Bytes of a device: what the user says, else ``context.max_device_memory``, if that is written."""
+    if memory is not None:
+        return read_size(memory, "--memory")
+    return None if configured is None else read_size(str(configured), "context.max_device_memory")
+
+
 def check_memory(spec: NetworkSpec, settings: StepSettings, memory: str | None, configured: object) -> list[str]:
     """Refuse a job that needs more than ``memory``; notes where it needs more than ``configured``.
 

@@ -24,7 +24,7 @@ from mindformers_ext.core.config.run import (
 from mindformers_ext.core.config.values import section_at
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.jobs.dryrun.memory import check_memory, check_prediction_memory, step_settings
+from mindformers_ext.jobs.dryrun.memory import check_memory, check_prediction_memory, memory_limit, step_settings
 from mindformers_ext.jobs.dryrun.predict import check_prediction, prediction_shape
 from mindformers_ext.jobs.predict.generate import Shape
 from mindformers_ext.jobs.predict.network import dropless_spec
@@ -45,7 +45,7 @@ LIMITS = (
 class DryRunPlan:
     """A job that can be compiled: its checked configuration, the spec that is really built, and the ranks asked for.
 
-    ``shape``: of a prediction's graphs.
+    ``shape``: of a prediction's graphs. ``limit``: bytes of a device's memory, where something says it.
     """
 
     config: dict[str, Any]
@@ -55,6 +55,7 @@ class DryRunPlan:
     notes: tuple[str, ...]
     memory: tuple[StageMemory, ...] = ()
     shape: Shape | None = None
+    limit: int | None = None
 
     @property
     def one_run(self) -> str:
@@ -148,7 +149,7 @@ def plan_dry_run(
             stages = (prediction_memory(spec, world, shape.rows, shape.length, shape.positions),)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    return DryRunPlan(words, spec, world, asked, tuple(notes), stages, shape)
+    return DryRunPlan(words, spec, world, asked, tuple(notes), stages, shape, memory_limit(*limits))
 
 
 def _adapt(words: dict[str, Any], world: int) -> list[str]:
