@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.cli.command import add_switch
 from mindformers_ext.core.config.dtype_keys import name_dtypes
 from mindformers_ext.core.config.overrides import apply_overrides, parse_dotted
 from mindformers_ext.core.config.run import DEVICES, ENGINES, RUN_MODES, TRAINER_KEY, TRAINERS

@@ -58,4 +58,4 @@ def _value(threshold: Threshold, dtype: torch.dtype) -> float:
     return float(torch.tensor([threshold.bits], dtype=INTEGERS[dtype][0]).view(dtype))
 
 
-ARCEE_FUSION = Method("arcee_fusion", arcee_fusion, (), fewest=1, most=1)
+ARCEE_FUSION = Method("arcee_fusion", arcee_fusion, (), fewest=1, most=1, lone="copy")

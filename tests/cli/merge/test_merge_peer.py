@@ -78,6 +78,11 @@ def weighted(method, dtype, **more):
     return {"models": parts, "merge_method": method, "dtype": dtype} | more
 
 
+def pair(method, dtype, shared=None):
+    models = [{"model": name} for name in ("base", "ft1")]
+    return {"models": models, "merge_method": method, "base_model": "base", "dtype": dtype, "parameters": shared or {}}
+
+
 def moe(mode, **more):
     experts = [
         {"source_model": name, "positive_prompts": [f"w{20 * n + 3} w{20 * n + 4}", f"w{20 * n + 5}"]}
@@ -88,6 +93,7 @@ def moe(mode, **more):
 
 
 STACK = [{"sources": [{"model": "ft1", "layer_range": [0, 4]}]}, {"sources": [{"model": "ft2", "layer_range": [2, 4]}]}]
+FLOAT = {"dtype": "float32"}
 WHERE = [{"filter": "mlp", "value": 0.5}, {"value": 0}]
 HALF, SINGLE, BRAIN = "float16", "float32", "bfloat16"
 # bits: every bit equal; ulp: one unit in the last place in at most 1 of 10^4 elements; float: 1e-6.
@@ -164,6 +170,17 @@ FILES = {
         ),
         "float",
     ),
+    "karcher": ({"models": [{"model": n} for n in ("ft1", "ft2", "base")], "merge_method": "karcher"} | FLOAT, "float"),
+    "multislerp": (weighted("multislerp", SINGLE), "float"),
+    "multislerp_base": (weighted("multislerp", SINGLE, base_model="base"), "float"),
+    "nearswap": (pair("nearswap", SINGLE, {"t": 0.01}), "bits"),
+    "nearswap_bfloat16": (pair("nearswap", BRAIN, {"t": 0.01}), "bits"),
+    "arcee_fusion": (pair("arcee_fusion", SINGLE), "float"),
+    **{
+        f"{method}_{d}": (tuned(method, d, None, {"epsilon": 0.01}), "bits" if d == SINGLE else "ulp")
+        for method in ("ram", "ramplus_tl")
+        for d in (SINGLE, BRAIN)
+    },
     "moe_cheap": (moe("cheap_embed"), "bits"),
     "moe_hidden": (moe("hidden"), "bits"),
     "moe_shared": (
@@ -226,6 +243,8 @@ def test_the_peer_writes_the_same(name, place):
     apart = total = 0
     for tensor, array in ours.items():
         other = theirs[tensor]
+        if name == "ramplus_tl_bfloat16":  # mergekit leaves its float32 as it is, whatever dtype says
+            other = other.astype(array.dtype)
         assert array.dtype == other.dtype and array.shape == other.shape, tensor
         if FILES[name][1] == "float":
             np.testing.assert_allclose(array, other, rtol=0, atol=1e-6, err_msg=tensor)
