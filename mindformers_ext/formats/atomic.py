@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Outputs appear whole or not at all: written beside under a hidden name, flushed to disk, renamed into place.
 
 The hidden name ``.NAME.RANDOM.partial`` is made anew (never one that stands there, nor a link) and locked while it is

@@ -22,6 +22,7 @@ import yaml
 from mindformers_ext.cli.merge import main
 from mindformers_ext.formats.safetensors_dir import SafetensorsDir
 from mindformers_ext.jobs.merge.fused import unfused
+from tests.helpers.adapters import make_adapter
 from tests.helpers.merge_models import family, make_model, tensors_of, tokenizer_json
 
 PEER = os.environ.get("MERGEKIT_PYTHON")
@@ -36,7 +37,8 @@ from click.testing import CliRunner
 from mergekit.scripts import moe, run_yaml
 for name in sys.argv[1:]:
     mixture = name.startswith("moe")
-    words = [name + ".yml", "peer_" + name, "--quiet"] + ([] if mixture else ["--no-write-model-card"])  # asks the hub
+    dense = ["--no-write-model-card", "--lora-merge-cache", "cache"]  # a card asks the hub
+    words = [name + ".yml", "peer_" + name, "--quiet"] + ([] if mixture else dense)
     result = CliRunner().invoke(moe.main if mixture else run_yaml.main, words)
     print(name, result.exit_code, repr(result.exception), result.output[-500:] if result.exit_code else "")
 """
@@ -181,6 +183,7 @@ FILES = {
         for method in ("ram", "ramplus_tl")
         for d in (SINGLE, BRAIN)
     },
+    "adapter": (weighted("linear", SINGLE, models=[{"model": "base+lora", "parameters": {"weight": 1}}]), "float"),
     "moe_cheap": (moe("cheap_embed"), "bits"),
     "moe_hidden": (moe("hidden"), "bits"),
     "moe_shared": (
@@ -195,6 +198,7 @@ def place(tmp_path_factory):
     """Every file merged by both, in one folder; the models are float32, so that magnitudes are distinct."""
     folder = tmp_path_factory.mktemp("peer")
     base, *_ = family(folder, dtype="float32")
+    make_adapter(folder / "lora", tensors_of(base))
     for number, name in enumerate(("words", "other")):  # another order of tokens, and tokens that no other model has
         make_model(folder / name, near=base, seed=5 + number, dtype="float32")
         table = tokenizer_json(80)
