@@ -67,8 +67,8 @@ def _dtype(value: Any) -> str | None:
 def _mode(value: Any) -> str | None:
     if isinstance(value, bool):
         return None
-    if isinstance(value, str) and value.isdecimal():  # some of MindFormers' own files quote the number
-        value = int(value)
+    if isinstance(value, str):  # some of MindFormers' own files quote the number, others write capitals
+        value = int(value) if value.isdecimal() else value.lower()
     return value if value in (*MODES.values(), "stand_alone") else MODES.get(value)
 
 
