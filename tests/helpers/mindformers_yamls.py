@@ -3,10 +3,10 @@
 
     python -m tests.helpers.mindformers_yamls CHECKOUT
 
-reads every version that the branches and tags of a git checkout of MindFormers hold of research/mixtral, and every dense
-one of r1.3 to r1.7 whose network is LlamaForCausalLM, and writes tests/golden/mindformers_yamls.json: names, releases,
-hashes, and of the sections that our checks read the keys with their numbers, switches and single words. Paths, comments
-and all other text stay out. Equal sections are kept once.
+reads every version that the branches and tags of a git checkout of MindFormers hold of research/mixtral, and every
+dense one of r1.3 to r1.7 whose network LlamaConfig describes, and writes tests/golden/mindformers_yamls.json: names,
+releases, hashes, and of the sections that our checks read the keys with their numbers, switches and single words.
+Paths, comments and all other text stay out. Equal sections are kept once.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ SECTIONS = (
     "model moe_config parallel_config parallel recompute_config swap_config runner_config optimizer lr_schedule "
     "runner_wrapper callbacks context"
 ).split()
+ABSENT = "-"
 CONTEXT = ("mode", "device_target", "jit_config", "max_device_memory")
 WORD = re.compile(r"[\w.+-]{0,40}")  # a single word
 PATTERN = ("target_modules", "exclude_layers")  # texts that are read: regular expressions over layers' names
@@ -70,16 +71,14 @@ def facts(text: str) -> dict[str, Any] | None:
     if not isinstance(content, dict) or "run_mode" not in content:
         return None
     model = content.get("model")
-    if not isinstance(model, dict) or (model.get("arch") or {}).get("type") != "LlamaForCausalLM":
+    if not isinstance(model, dict) or (model.get("model_config") or {}).get("type") != "LlamaConfig":
         return None
     kept: dict[str, Any] = {}
     for name, value in content.items():
         if name == "context":
             value = {key: value[key] for key in CONTEXT if key in (value or {})}
-        if name in SECTIONS:
-            kept[name] = _plain(value)
-        else:
-            kept[name] = None if isinstance(value, (Mapping, list)) else _plain(value)
+        whole = name in SECTIONS or not isinstance(value, (Mapping, list))
+        kept[name] = _plain(value) if whole else None
     return kept
 
 
@@ -95,12 +94,13 @@ def table(checkout: Path) -> dict[str, Any]:
             continue
         if moe and "research/mixtral/" not in name:
             continue
-        parts = {}
-        for key, value in kept.items():
+        top = {key: kept[key] for key in sorted(kept) if key not in SECTIONS}
+        parts = []
+        for value in (top, *(kept.get(key, ABSENT) for key in SECTIONS)):
             place = places.setdefault(json.dumps(value), len(sections))
             if place == len(sections):
                 sections.append(value)
-            parts[key] = place
+            parts.append(place)
         files.append(
             {
                 "name": name,
@@ -116,12 +116,17 @@ def table(checkout: Path) -> dict[str, Any]:
 
 def verdict(kept: Mapping[str, Any]) -> str:
     """What a file deserves: ``ours`` or ``theirs``, whose network runs it, or why it may be refused: ``typo``,
-    ``quantised``."""
+    ``quantised``, or ``broken``: MindFormers' AdamW takes betas, and no release trains without an optimizer."""
     words = kept["model"].get("model_config") or {}
     if any(sorted(text.lower()) in TRUTH and text.lower() not in ("true", "false") for text in _texts(kept)):
         return "typo"
     if any(words.get(name) for name in ("quant", "quant_config", "quantization", "quantization_config")):
         return "quantised"
+    optimizer = kept.get("optimizer") or {}
+    if optimizer.get("type") == "AdamW" and "beta1" in optimizer:
+        return "broken"
+    if kept["run_mode"] in ("train", "finetune") and not optimizer:
+        return "broken"
     return "ours" if _experts(kept) or (kept.get("context") or {}).get("device_target") == "CPU" else "theirs"
 
 
@@ -140,7 +145,8 @@ def configurations(text: str | None = None) -> Iterator[tuple[dict[str, Any], di
     """Each file's row of the table, and its configuration."""
     held = json.loads(text or TABLE.read_text(encoding="utf-8"))
     for row in held["files"]:
-        yield row, {key: json.loads(json.dumps(held["sections"][place])) for key, place in row["parts"].items()}
+        top, *parts = (json.loads(json.dumps(held["sections"][place])) for place in row["parts"])
+        yield row, {**top, **{key: part for key, part in zip(SECTIONS, parts, strict=True) if part != ABSENT}}
 
 
 def _experts(kept: Mapping[str, Any]) -> bool:

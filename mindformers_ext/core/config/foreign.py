@@ -2,7 +2,7 @@
 """A network of MindFormers' own as far as it concerns us: its sizes. What else its words ask for, MindFormers judges.
 
 ``core.config.view`` reads networks that are built here, where a word that is not built is an error. MindFormers' own
-LLaMA on Ascend knows more words (stretched positions, joined projections, an embedding of another type, ...): they pass.
+LLaMA on Ascend knows more (stretched positions, joined projections, an embedding of another type, ...): they pass.
 """
 
 from __future__ import annotations
@@ -19,11 +19,17 @@ from mindformers_ext.core.spec import NetworkSpec
 # What the checks of data, weights and memory read of ``model.model_config``.
 READ = frozenset(
     """type batch_size seq_length vocab_size hidden_size intermediate_size num_layers num_heads n_kv_heads multiple_of
-    ffn_dim_multiplier ignore_token_id tie_word_embeddings qkv_has_bias compute_dtype param_init_type rotary_dtype
-    softmax_compute_type layernorm_compute_type use_flash_attention pp_interleave_num moe_config parallel_config""".split()
+    ffn_dim_multiplier ignore_token_id tie_word_embeddings compute_dtype param_init_type rotary_dtype
+    softmax_compute_type layernorm_compute_type use_flash_attention pp_interleave_num moe_config
+    parallel_config""".split()
 )
 SCHEDULE = "pipeline_config"  # of micro batches; MindSpore's affair
-RESHAPING = ("qkv_concat", "attn_proj_has_bias", "use_3d_tensor_parallel")  # other weights than those of our table
+RESHAPING = (
+    "qkv_has_bias",
+    "qkv_concat",
+    "attn_proj_has_bias",
+    "use_3d_tensor_parallel",
+)  # other weights than those of our table
 
 
 def foreign_spec(config: Mapping[str, Any], device_num: int) -> tuple[NetworkSpec, list[str]]:

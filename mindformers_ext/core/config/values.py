@@ -62,8 +62,8 @@ def _str(value: Any) -> str | None:
 def _mode(value: Any) -> str | None:
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         return None
-    if isinstance(value, str) and value in map(str, MODES):  # some of MindFormers' own files quote the number
-        value = int(value)
+    if isinstance(value, str):  # some of MindFormers' own files quote the number, others write capitals
+        value = int(value) if value in map(str, MODES) else value.lower()
     return value if value in (*MODES.values(), "stand_alone") else MODES.get(value)
 
 

@@ -130,7 +130,7 @@ def plan_dry_run(
     notes = _adapt(words, world)
     try:
         run = run_spec_from_yaml(words)
-        check_sections(words, mode)
+        notes += check_sections(words, mode)
         spec, found = read_network(words, run, world)
         if mode == PREDICT:
             notes += check_prediction(run, spec)

@@ -112,12 +112,12 @@ def check_words(
         UserError: lists what is wrong.
     """
     try:
-        check_sections(config, run.mode)
+        dead = check_sections(config, run.mode)
         read, notes = read_network(config, run, devices)
         parts = run.runner is Runner.OWN_PREDICTION and run.use_parallel and together
         if parts:
             notes = [*_check_together(run, read), *notes]
-        notes += judge_network(read, run, TOGETHER if parts else run.mode)
+        notes = [*dead, *notes, *judge_network(read, run, TOGETHER if parts else run.mode)]
         return read, build_network(read, config, run, run.engine == MINDSPORE), notes
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
