@@ -42,7 +42,13 @@ td .bar { width: 8rem; background: none } .rank { margin: .7rem 0 } .rank p { ma
 .key { display: flex; flex-wrap: wrap; gap: .2rem 1rem } .key i { display: inline-block; width: .8rem; height: .8rem }
 .key span { display: inline-flex; gap: .35rem; align-items: center }
 .key .limit { width: .15rem; background: var(--bad) }
-@media (max-width: 40rem) { body { margin: 1rem auto } dl { display: block } dd { margin: 0 0 .4rem } }
+dt, td::before { opacity: .7 }
+@media (max-width: 40rem) { body { margin: 1rem auto } dl { display: block } dd { margin: 0 0 .4rem }
+  th { display: none }
+  table, tbody, tr, td, td.n { display: block; text-align: left }
+  tr { padding: .4rem 0; border-bottom: 1px solid var(--line) }
+  td, td.n { display: flex; gap: 1rem; padding: 0; border: 0; white-space: normal; overflow-wrap: anywhere }
+  td::before { content: attr(data-name); flex: 0 0 9rem; overflow-wrap: normal } }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #8881; padding: .6rem } ul { padding-left: 1.2rem }
 """
 COLOURS = {"weight": "a", "gradient": "b", "optimizer": "c", "cache": "d", "activations": "e", "gathered": "f"}
@@ -105,7 +111,14 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
     body = list(rows)
     numbers = [bool(body) and body[0][place][1] for place in range(len(head))]
     top = "".join(f"<th{_class(number)}>{escape(name)}</th>" for name, number in zip(head, numbers, strict=True))
-    lines = ("".join(f"<td{_class(number)}>{cell}</td>" for cell, number in row) for row in body)
+    names = [escape(name) for name in head]  # on a narrow screen each cell stands beside its column's name
+    lines = (
+        "".join(
+            f'<td{_class(number)} data-name="{name}">{cell}</td>'
+            for name, (cell, number) in zip(names, row, strict=True)
+        )
+        for row in body
+    )
     return f'<div class="wide"><table><tr>{top}</tr>' + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
 
 
