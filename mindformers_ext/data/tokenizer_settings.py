@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.core import families
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.json_text import TABLES, read_object
 
@@ -75,10 +76,11 @@ QWEN2 = TokenizerClass("Qwen2Tokenizer", {"eos_token": _END, "unk_token": _END, 
 GPT2 = TokenizerClass("GPT2Tokenizer", dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END.content))
 PLAIN = TokenizerClass("PreTrainedTokenizer")
 CLASSES = {row.name: row for row in (LLAMA, GEMMA, QWEN2, GPT2, PLAIN)}
+_QWEN = (families.QWEN2, families.QWEN2_MOE, families.QWEN3, families.QWEN3_MOE)
 # where tokenizer_config.json names no class: by config.json's model_type
 BY_MODEL = {
-    **dict.fromkeys(("llama", "mistral", "mixtral", "phi3"), LLAMA),
-    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), QWEN2),
+    **dict.fromkeys((families.LLAMA.name, families.MISTRAL.name, families.MIXTRAL.name, "phi3"), LLAMA),
+    **dict.fromkeys((row.name for row in _QWEN), QWEN2),
     **dict.fromkeys(("gemma", "gemma2"), GEMMA),
     "granite": GPT2,
 }
