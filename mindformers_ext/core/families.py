@@ -44,6 +44,7 @@ class Family:
     chooses_layers: whether ``decoder_sparse_step`` and ``mlp_only_layers`` make layers dense.
     window: default of ``sliding_window``; ``window_switch`` a key without which it has no effect.
     written: constants of a ``config.json`` that transformers wants to see.
+    tokenizer: transformers' class where the tokenizer's own files name none.
     """
 
     name: str
@@ -61,8 +62,10 @@ class Family:
     window: int | None = None
     window_switch: str = ""
     written: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: str = ""
 
 
+_LLAMA_TOKENS, _QWEN_TOKENS = "LlamaTokenizer", "Qwen2Tokenizer"
 _LLAMA: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -104,9 +107,17 @@ LLAMA = Family(
     implied=True,
     defaults=_LLAMA,
     written={"attention_bias": False, "mlp_bias": False, "rope_scaling": None},
+    tokenizer=_LLAMA_TOKENS,
 )
 # without a sliding window a llama in every tensor and formula
-MISTRAL = Family(name="mistral", hf_class="MistralForCausalLM", reads_as=LLAMA.name, defaults=_MISTRAL, window=4096)
+MISTRAL = Family(
+    name="mistral",
+    hf_class="MistralForCausalLM",
+    reads_as=LLAMA.name,
+    defaults=_MISTRAL,
+    window=4096,
+    tokenizer=_LLAMA_TOKENS,
+)
 MIXTRAL = Family(
     name="mixtral",
     hf_class="MixtralForCausalLM",
@@ -120,6 +131,7 @@ MIXTRAL = Family(
     ),
     moe={"norm_topk_prob": True},
     written={"sliding_window": None},
+    tokenizer=_LLAMA_TOKENS,
 )
 QWEN2_MOE = Family(
     name="qwen2_moe",
@@ -139,6 +151,7 @@ QWEN2_MOE = Family(
     chooses_layers=True,
     window_switch="use_sliding_window",
     written={"use_sliding_window": False, "rope_scaling": None},
+    tokenizer=_QWEN_TOKENS,
 )
 QWEN3_MOE = Family(
     name="qwen3_moe",
@@ -156,6 +169,7 @@ QWEN3_MOE = Family(
     chooses_layers=True,
     window_switch="use_sliding_window",
     written={"use_sliding_window": False, "attention_bias": False, "rope_scaling": None},
+    tokenizer=_QWEN_TOKENS,
 )
 
 FAMILIES: dict[str, Family] = {row.name: row for row in (LLAMA, MISTRAL, MIXTRAL, QWEN2_MOE, QWEN3_MOE)}
