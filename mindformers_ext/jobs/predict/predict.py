@@ -121,7 +121,7 @@ class Predictor:
         return Prompt(text, tuple(tokens), tokens.count(self.tokenizer.special_ids["unk_id"]))
 
     def answers(self, prompts: Sequence[Prompt], on_text: OnText | None = None) -> Iterator[Written]:
-        """Answers in the order of ``prompts``; ``on_text`` gets their text as tokens come. Blank prompts get blank answers.
+        """Answers in the order of ``prompts``, blank ones to blank prompts; ``on_text`` gets their text as tokens come.
 
         Raises:
             UserError: the cache for a batch does not fit this machine's memory.
@@ -194,9 +194,7 @@ class TextStream:
             self._shown[self._live] = len(text)
 
 
-def answer_text(
-    tokenizer: Tokenizer, prompt: Sequence[int], answer: Sequence[int], ends: Sequence[int] = ()
-) -> str:
+def answer_text(tokenizer: Tokenizer, prompt: Sequence[int], answer: Sequence[int], ends: Sequence[int] = ()) -> str:
     """The answer's text as it follows the prompt's: a tokenizer may drop a blank at the start of a text. The token that
     ended it, if it is one of ``ends``, is no part of it."""
     size = tokenizer.vocab_size  # a network may have more rows than the tokenizer pieces
