@@ -12,15 +12,8 @@ from mindformers_ext.cli.outcome import INTERRUPTED, interruptible
 from mindformers_ext.core.config.run import RunSpec
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.jobs.predict.predict import (
-    STANDARD_INPUT,
-    Predictor,
-    Prompt,
-    Written,
-    open_predictor,
-    read_prompts,
-    write_results,
-)
+from mindformers_ext.jobs.predict.predict import Predictor, Prompt, Written, open_predictor, write_results
+from mindformers_ext.jobs.predict.prompts import STANDARD_INPUT, read_prompts
 
 SAVED_EVERY = 10.0  # seconds
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -13,8 +12,8 @@ from typing import Any
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.json_text import DECODER, HALF_PAIR, TABLES, JsonError, TwiceError, check_marks
+from mindformers_ext.data.text_lines import decoded
 
-CHUNK = 1 << 20  # bytes read at once
 LONGEST = 1 << 25  # characters of one record
 NEAR_END = 16  # characters; an error closer to the end of what is read may be due to the missing rest
 _BLANKS = re.compile(r"[ \t\r\n]*")
@@ -34,8 +33,9 @@ class Record:
         """How errors name it."""
         return f"{self.path}, record {self.number} (line {self.line})"
 
-    def text(self, name: str) -> str:
-        """The string under ``name``, or a ``UserError`` that says what is there instead."""
+    def text(self, name: str, advice: str = "") -> str:
+        """The string under ``name``, or a ``UserError`` that says what is there instead, and ``advice`` where it is
+        missing."""
         value = self.value.get(name)
         if isinstance(value, str):
             if value.isascii() or not HALF_PAIR.search(value):
@@ -45,7 +45,10 @@ class Record:
             )
         if name not in self.value:
             fields = ", ".join(map(repr, self.value)) or "no field"
-            raise UserError(f"{self.where}: no field '{name}', it has {fields}; give every record a '{name}'")
+            advice = advice or f"give every record a '{name}'"
+            raise UserError(f"{self.where}: no field '{name}', it has {fields}; {advice}")
+        if value is None:
+            raise UserError(f"{self.where}: '{name}' is null; give it a text, or take the record out")
         raise UserError(f"{self.where}: '{name}' is {json.dumps(value)[:40]}, not a string; write it in quotes")
 
 
@@ -55,13 +58,13 @@ def read_records(path: Path, progress: Callable[[int], object] | None = None) ->
     Only a part of the file is in memory at any time. The first character that is not blank says which of the two it is.
 
     Args:
-        path: UTF-8, with or without a byte order mark, whatever the locale.
+        path: UTF-8, with or without a byte order mark, whatever the locale; unpacked where it ends in .gz.
         progress: is called with the bytes of each part that was read.
 
     Raises:
         UserError: no such file, no record in it, not UTF-8, not JSON, an entry that is no object or holds a name twice.
     """
-    scanner = _Scanner(path, decoded(path, progress or (lambda _: None)))
+    scanner = _Scanner(path, decoded(path, progress))
     first = scanner.peek()
     if not first:
         raise UserError(f"{path} is empty: give a JSON list of objects, or one JSON object a line")
@@ -73,27 +76,6 @@ def read_records(path: Path, progress: Callable[[int], object] | None = None) ->
         yield Record(path, number, line, value)
     if not number:
         raise UserError(f"{path} holds an empty list: give at least one record")
-
-
-def decoded(path: Path, progress: Callable[[int], object]) -> Iterator[str]:
-    """The file's text in parts."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    line = 1
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK):
-                text = decoder.decode(chunk)
-                progress(len(chunk))
-                line += text.count("\n")
-                yield text
-            decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        bad = line + bytes(error.object[: error.start]).count(b"\n")
-        raise UserError(
-            f"{path}, line {bad}: not UTF-8 ({error.reason}); convert it, for example with iconv"
-        ) from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _spoiled(error: Exception) -> str:

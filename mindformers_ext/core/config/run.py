@@ -126,6 +126,11 @@ class RunSpec:
         return self.device.together
 
     @property
+    def compiles(self) -> bool:
+        """Whether the engine compiles graphs before it computes, which takes long and is said."""
+        return self.engine == MINDSPORE and not self.device.pynative
+
+    @property
     def suffix(self) -> str:
         """Of checkpoint files: .ckpt or .safetensors."""
         return f".{self.load_format}"

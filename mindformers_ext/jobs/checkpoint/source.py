@@ -17,7 +17,7 @@ from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.formats.ms_ckpt import CkptFile
 from mindformers_ext.formats.ms_file import CheckpointMeta, open_checkpoint, read_meta, sidecar
 from mindformers_ext.formats.rank_dirs import rank_files, rank_folders
-from mindformers_ext.formats.safetensors_dir import SafetensorsDir
+from mindformers_ext.formats.safetensors_dir import INDEX, SafetensorsDir, weight_files
 from mindformers_ext.formats.safetensors_file import SafetensorsFile
 from mindformers_ext.formats.tensors import TensorReader
 from mindformers_ext.weights.layouts import Layout, resolve_layout
@@ -25,6 +25,7 @@ from mindformers_ext.weights.model_sizes import sizes_from_shapes
 
 CONFIG = "config.json"
 TORCH_SUFFIXES = (".bin", ".pt")
+HF_MARKS = ("embed_tokens.", ".self_attn.")  # in names of Hugging Face's, in none of MindSpore's
 
 
 class Reader(TensorReader, Protocol):
@@ -35,7 +36,7 @@ class Reader(TensorReader, Protocol):
 
 
 def open_hf(path: Path) -> Reader:
-    """The weights of a Hugging Face folder: safetensors, else PyTorch files (imports torch)."""
+    """The weights of a Hugging Face folder, or one file of weights: safetensors, else PyTorch's (imports torch)."""
     if path.is_dir() and not any(path.glob("*.safetensors*")):
         from mindformers_ext.jobs.checkpoint.torch_dir import TorchDir, torch_files
 
@@ -45,7 +46,19 @@ def open_hf(path: Path) -> Reader:
         from mindformers_ext.jobs.checkpoint.torch_dir import TorchDir
 
         return TorchDir(path)
+    if path.is_file() and path.suffix == ".safetensors":
+        if path.name in (weight_files(path.parent) if (path.parent / INDEX).is_file() else ()):
+            raise UserError(f"'{path}' is one of several files of a model: give their folder, '{path.parent}'")
+        return SafetensorsFile(path)
     return SafetensorsDir(path)
+
+
+def is_hf_file(path: Path) -> bool:
+    """Whether ``path`` is a .safetensors file whose tensors have Hugging Face's names, not MindSpore's."""
+    if not path.is_file() or path.suffix != ".safetensors":
+        return False
+    with closing(SafetensorsFile(path)) as file:
+        return any(mark in name for name in file.infos for mark in HF_MARKS)
 
 
 def open_ms(path: Path, strategy_dir: Path | None = None) -> tuple[Reader, CheckpointMeta | None]:

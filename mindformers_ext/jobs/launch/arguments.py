@@ -71,9 +71,10 @@ class Launch:
         return self.log_dir / f"worker_{rank}.log"
 
 
-def usage(script: str) -> str:
-    """The argument forms of a launcher of scripts/, one a line."""
-    lines = [f"  bash scripts/{script} {' '.join(('COMMAND', *names))}" for names in FORMS.values()]
+def usage(caller: str) -> str:
+    """The argument forms of a launcher, one a line; ``caller``: the words that call it, or its file in scripts/."""
+    words = f"bash scripts/{caller}" if caller.endswith(".sh") else caller
+    lines = [f"  {words} {' '.join(('COMMAND', *names))}" for names in FORMS.values()]
     return "\n".join(lines)
 
 

@@ -32,6 +32,12 @@ def kept_config(folder: Path, mode: str) -> Path | None:
     return path if path.is_file() else None
 
 
+def keep_text(path: Path, text: str) -> None:
+    """A text that the user has named a place for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+
+
 def keep_lora(lora: LoraSpec | None, folder: Path) -> None:
     """What ``tools/merge_lora.py`` must know about the adapters, in PEFT's words."""
     if lora:

@@ -46,6 +46,10 @@ class RunMetrics:
         total = self.expert_load[first:last].sum(axis=0)
         return total / np.maximum(total.sum(axis=-1, keepdims=True), 1.0)
 
+    def step_shares(self) -> np.ndarray:
+        """(N, L, E): the same in every single record."""
+        return self.expert_load / np.maximum(self.expert_load.sum(axis=-1, keepdims=True), 1.0)
+
     def load_cv(self) -> np.ndarray:
         """(N, L): coefficient of variation of the load, standard deviation over mean; 0 is a perfect balance."""
         mean = np.maximum(self.expert_load.mean(axis=-1), 1e-12)

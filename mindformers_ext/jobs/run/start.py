@@ -17,8 +17,12 @@ from mindformers_ext.jobs.run.slices import settle_slices
 SAFETENSORS = "safetensors"
 
 
-def settle_for_mindformers(run: RunSpec, spec: NetworkSpec) -> tuple[RunSpec, list[str], TransformRequest | None]:
+def settle_for_mindformers(
+    run: RunSpec, spec: NetworkSpec, known: bool = True
+) -> tuple[RunSpec, list[str], TransformRequest | None]:
     """Check what MindFormers is to load and choose where to resume: the settled run, notes, and what to merge first.
+
+    ``known``: whether ``spec`` tells the weights; those of another network of MindFormers' own it judges itself.
 
     Raises:
         UserError: nothing there, or what MindFormers cannot load or resume.
@@ -40,6 +44,8 @@ def settle_for_mindformers(run: RunSpec, spec: NetworkSpec) -> tuple[RunSpec, li
             f"load_checkpoint {path} is a Hugging Face folder: convert it first (python convert_weight.py "
             "--help) and give the result"
         )
+    if not known:
+        return run, notes, None
     run, found, merge = settle_slices(run, spec)
     notes += found
     if merge is None:

@@ -54,8 +54,9 @@ def test_replacing_takes_the_first_file_away_first(tmp_path: Path, monkeypatch: 
 
 
 def test_what_a_killed_run_left_is_cleared_and_two_runs_are_kept_apart(tmp_path: Path) -> None:
-    (tmp_path / ".x.partial").mkdir()
-    fill(tmp_path / ".x.partial", "half", ("x7",))
+    dead = tmp_path / ".x.0123456789ab.partial"
+    dead.mkdir()
+    fill(dead, "half", ("x7",))
     with fresh_group(tmp_path / "x") as folder:
         assert not list(folder.iterdir())
         with pytest.raises(UserError, match="being written by another process"), fresh_group(tmp_path / "x"):
