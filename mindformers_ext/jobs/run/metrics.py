@@ -103,7 +103,10 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
 
 def _read_file(file: Path) -> dict[int, dict[str, Any]]:
     """Step -> record; of a step recorded twice the later record counts."""
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text (byte {error.start}): it is damaged") from error
     records = (_parsed(line, f"{file}, line {number}") for number, line in enumerate(lines, start=1))
     return {record["step"]: record for record in records}
 
