@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.json_text import DECODER, HALF_PAIR, TABLES, JsonError, TwiceError, check_marks
 from mindformers_ext.data.text_lines import decoded
-from mindformers_ext.formats.json_pairs import TwiceError, no_twins
 
+LONGEST = 1 << 25  # characters of one record
 NEAR_END = 16  # characters; an error closer to the end of what is read may be due to the missing rest
 _BLANKS = re.compile(r"[ \t\r\n]*")
-_HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can write it, UTF-8 cannot
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Record:
         missing."""
         value = self.value.get(name)
         if isinstance(value, str):
-            if value.isascii() or not _HALF_PAIR.search(value):
+            if value.isascii() or not HALF_PAIR.search(value):
                 return value
             raise UserError(
                 f"{self.where}: '{name}' holds half of a surrogate pair (\\ud800 to \\udfff); mend the text"
@@ -81,10 +81,7 @@ def read_records(path: Path, progress: Callable[[int], object] | None = None) ->
 def _spoiled(error: Exception) -> str:
     if isinstance(error, TwiceError):
         return f"the record holds the name '{error.name}' twice; leave one"
-    return "the record is nested too deeply"
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=no_twins)
+    return "the record is nested too deeply" if isinstance(error, RecursionError) else f"the record holds {error}"
 
 
 @dataclass
@@ -162,15 +159,17 @@ class _Scanner:
     def _decode_line(self) -> tuple[int, dict[str, Any]]:
         end = self.text.find("\n", self.place)
         while end < 0 and self.more():
+            self._check_length()
             end = self.text.find("\n", self.place)
         end = len(self.text) if end < 0 else end
         line = self.here()
         text = self.text[self.place : end]
         try:
-            value, stop = _DECODER.raw_decode(text)
+            check_marks(text, TABLES)
+            value, stop = DECODER.raw_decode(text)
         except json.JSONDecodeError as error:
             raise self.error(f"not JSON ({error.msg}, column {error.colno}); write one whole object a line") from error
-        except (TwiceError, RecursionError) as error:
+        except (JsonError, RecursionError) as error:
             raise self.error(_spoiled(error)) from error
         if text[stop:].strip():
             raise self.error("there is text after the object; write one object a line")
@@ -182,17 +181,24 @@ class _Scanner:
         while True:
             line = self.here()
             try:
-                value, self.place = _DECODER.raw_decode(self.text, self.place)
+                if len(self.text) - self.place > TABLES.marks:  # shorter texts cannot hold more
+                    check_marks(self.text[self.place :], TABLES)
+                value, self.place = DECODER.raw_decode(self.text, self.place)
                 return line, value
             except json.JSONDecodeError as error:
                 cut_off = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - NEAR_END
                 if cut_off and self.more():
+                    self._check_length()
                     continue
                 bad = line + self.text.count("\n", self.place, error.pos)
                 what = "the file ends inside a record" if cut_off and self.ended else "not JSON"
                 raise self.error(f"{what} ({error.msg}); the record begins in line {line}", bad) from error
-            except (TwiceError, RecursionError) as error:
+            except (JsonError, RecursionError) as error:
                 raise self.error(_spoiled(error)) from error
+
+    def _check_length(self) -> None:
+        if len(self.text) > LONGEST:
+            raise self.error(f"the record is longer than {LONGEST} characters; cut it into several")
 
     @staticmethod
     def _unexpected(found: str, wanted: str) -> str:

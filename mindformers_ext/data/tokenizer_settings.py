@@ -8,7 +8,6 @@ tokenizer's class, whose name comes from tokenizer_config.json or from config.js
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.families import FAMILIES
+from mindformers_ext.core.json_text import TABLES, read_object
 
 TABLE, MODEL = "tokenizer.json", "tokenizer.model"
 SETTINGS, SPECIAL_MAP, ADDED, CONFIG = (
@@ -24,7 +24,6 @@ SETTINGS, SPECIAL_MAP, ADDED, CONFIG = (
     "added_tokens.json",
     "config.json",
 )
-LARGEST = 256 << 20  # bytes of a file of settings; the largest tokenizer.json of a public model has 34 MB
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MORE, NAMED = "additional_special_tokens", "extra_special_tokens"
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -80,7 +79,6 @@ CLASSES = {row.name: row for row in (LLAMA, GEMMA, QWEN2, GPT2, PLAIN)}
 # of models that no network is built of, but that can be merged: by config.json's model_type
 OTHER_MODELS = {
     "phi3": LLAMA,
-    **dict.fromkeys(("qwen2", "qwen3"), QWEN2),
     **dict.fromkeys(("gemma", "gemma2"), GEMMA),
     "granite": GPT2,
 }
@@ -178,24 +176,8 @@ def read_settings(folder: Path) -> TokenizerSettings:
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """The JSON table at ``path``, empty where there is no file.
-
-    Raises:
-        UserError: it is too large, or no JSON table.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        if path.stat().st_size > LARGEST:
-            raise UserError(f"{path} has {path.stat().st_size} bytes, which no tokenizer's file has: copy it again")
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}): mend it, or copy it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is no JSON table ('{{...}}'): mend it, or copy it again")
-    return content
+    """The JSON table at ``path``, empty where there is no file; errors as ``core.json_text.read_object``."""
+    return read_object(path, "mend it, or copy it again", TABLES) if path.is_file() else {}
 
 
 def token_of(value: Any, where: str) -> Token:

@@ -7,11 +7,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import mindspore as ms
 from mindformers.core.callback.callback import MFLossMonitor
 from mindformers.tools.logger import logger
 from mindformers.tools.utils import get_output_root_path, get_real_rank
 from mindformers.utils.tensorboard import get_tensorboard_writer
 
+from mindformers_ext.jobs.run.display import COMPILING, current
 from mindformers_ext.jobs.run.metrics_file import MetricsFile, StepRecord, record_of
 from mindformers_ext.jobs.run.watch import Watch
 from mindformers_ext.mf.hooks import figures_at
@@ -72,6 +74,8 @@ class MoELossMonitor(MFLossMonitor):
                 folder = Path(output_dir) / "tensorboard" / f"rank_{rank}"
                 self.writer = SummaryWriter(logdir=str(folder), purge_step=self.initial_step + 1)
                 self.owns_writer = True
+        if ms.get_context("mode") == ms.GRAPH_MODE:
+            current().begin(COMPILING)  # with the first step
 
     def on_train_step_end(self, run_context: Any) -> None:
         """Record, show and judge the step."""

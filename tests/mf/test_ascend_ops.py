@@ -18,6 +18,7 @@ from mindspore import Tensor, nn, ops
 from mindformers_ext.core.config.file import dump_yaml, load_yaml
 from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.rope import Rope
 from mindformers_ext.core.spec import ParallelSpec
 from mindformers_ext.ms.attention import rotary_tables
 from mindformers_ext.ms.ops import ascend, portable
@@ -264,7 +265,7 @@ def test_rotary_turns_halves_forward_and_back():
         return x * cos + ops.cat((-high, low), -1) * sin
 
     cell, plain = with_formula(ascend.RotaryKernel(), "rotary", rotary), portable.RotaryOp()
-    x, (cos, sin) = normal(2, 6, 3, 8), rotary_tables(6, 8, 100.0, ms.float32)
+    x, (cos, sin) = normal(2, 6, 3, 8), rotary_tables(Rope(8, 100.0, 64).tables(6), ms.float32)
     weight = normal(2, 6, 3, 8, seed=1)
     found, expected = (ms.value_and_grad(lambda y, c=c: (c(y, cos, sin) * weight).sum())(x) for c in (cell, plain))
     for one, other in zip(found, expected, strict=True):

@@ -67,7 +67,7 @@ def test_what_two_processes_compute_adds_up() -> None:
         for rank in range(COUNT)
     ]
     x = Tensor(np.random.default_rng(2).normal(size=(LENGTH, MODEL.hidden_size)).astype(np.float32))
-    tables = rotary_tables(LENGTH, MODEL.head_dim, MODEL.rope_theta, ms.float32)
+    tables = rotary_tables(MODEL.rope.tables(LENGTH), ms.float32)
     valid = Tensor(np.ones(LENGTH, np.int32))
     for index in range(MODEL.num_hidden_layers):
         halves = [

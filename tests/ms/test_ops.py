@@ -12,6 +12,7 @@ import torch
 from mindspore import Tensor, nn, ops
 
 from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.rope import Rope
 from mindformers_ext.ms.attention import rotary_tables
 from mindformers_ext.ms.loss import NextTokenLoss
 from mindformers_ext.ms.moe.aux_loss import AuxiliaryLoss
@@ -106,7 +107,7 @@ def test_swiglu_far_from_zero() -> None:
 def test_rotary_is_transformers_rotate_half(mode: str, dtype: ms.Type) -> None:
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    cos, sin = rotary_tables(11, 6, 1e4, ms.float32)
+    cos, sin = rotary_tables(Rope(6, 1e4, 64).tables(11), ms.float32)
     cos_SP, sin_SP = (torch.from_numpy(table.asnumpy()[0, :, 0].astype(np.float64))[None] for table in (cos, sin))
 
     def plain(x: torch.Tensor) -> torch.Tensor:
@@ -123,7 +124,9 @@ def test_rotary_tables_are_transformers(theta: float, head_dim: int) -> None:
     config = LlamaConfig(hidden_size=2 * head_dim, num_attention_heads=2, head_dim=head_dim, rope_theta=theta)
     places = torch.arange(4096)[None]
     expected = LlamaRotaryEmbedding(config)(torch.zeros(1), places)
-    for table, reference in zip(rotary_tables(4096, head_dim, theta, ms.float32), expected, strict=True):
+    for table, reference in zip(
+        rotary_tables(Rope(head_dim, theta, 4096).tables(4096), ms.float32), expected, strict=True
+    ):
         assert table.shape == (1, 4096, 1, head_dim)
         # an angle of 4096 has 2.4e-4 between neighbours in float32: the two may sit on either side
         np.testing.assert_allclose(table.asnumpy()[0, :, 0], reference[0].numpy(), rtol=0, atol=5e-4)

@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.families import FAMILIES
-from mindformers_ext.jobs.checkpoint.convert import COMPANIONS
+from mindformers_ext.jobs.checkpoint.companions import copy_companions
 
-TOKENIZER_FILES = (*COMPANIONS, "chat_template.json")
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DEFAULT_THETA = 10000.0
 
@@ -58,7 +56,7 @@ def merged_config(
     for key in ("_name_or_path", "auto_map"):
         result.pop(key, None)
     result["num_hidden_layers"] = layers
-    if "layer_types" in result:
+    if "layer_types" in result or len(set(layer_types or ())) > 1:
         result["layer_types"] = list(layer_types) if layer_types else None
     result.pop("dtype", None)
     result["torch_dtype"] = dtype
@@ -75,10 +73,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def copy_tokenizer(name: str, source: Path, target: Path) -> list[str]:
     """Copy tokenizer, chat template and generation settings of model ``name`` as they are; returns notes."""
-    names = [file for file in TOKENIZER_FILES if (source / file).is_file()]
-    for file in names:
-        shutil.copyfile(source / file, target / file)
-    return [] if names else [f"'{name}' has no tokenizer files to copy"]
+    copied = copy_companions(source, target)
+    return [*copied.notes, *([] if copied.names else [f"'{name}' has no tokenizer files to copy"])]
 
 
 @dataclass(frozen=True)

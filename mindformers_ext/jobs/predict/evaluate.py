@@ -30,6 +30,7 @@ from mindformers_ext.jobs.engine.door import open_records, open_reference
 from mindformers_ext.jobs.predict.network import asked_weights, check_same_model, open_network
 from mindformers_ext.jobs.predict.predict import open_own_tokenizer
 from mindformers_ext.jobs.run.dataset import check_dataset, dataset_files
+from mindformers_ext.jobs.run.display import current
 
 RESULT = "eval.json"
 TOKENS_AT_ONCE = 2048  # of all rows that a network sees together
@@ -81,6 +82,8 @@ class Evaluation:
         weights, note = asked_weights(self.asked, self.spec.model)
         self.notes.append(note)
         network = open_network(self.asked.engine, self.asked.device, self.spec, weights, self.window)
+        if self.asked.compiles:
+            current().begin("compiling the network")  # with the first windows
         return score(network.logits, self.windows(), self.window)
 
     def reference(self) -> Perplexity:
@@ -215,6 +218,7 @@ def _nats(logits: Logits, batch: list[Window], rows: int, length: int) -> float:
         inputs = window.tokens[:-1]
         ids[place, : len(inputs)] = inputs
     found = logits(ids)
+    current().done(", the first windows included")
     total = 0.0
     for place, window in enumerate(batch):
         where = np.flatnonzero(window.counted)

@@ -21,6 +21,7 @@ from mindformers_ext.jobs.predict.end_ids import end_ids
 from mindformers_ext.jobs.predict.generate import Answer, Generation, Timing, bucket
 from mindformers_ext.jobs.predict.network import asked_weights, check_memory, open_network
 
+COMPILING = "compiling the graphs that answer"
 ANSWERS, TEXTS = "predictions.jsonl", "sample.txt"
 OnText = Callable[[int, str], None]  # prompt, more text of it
 BLANK = "blank"  # how the answer to a blank line ends
@@ -81,7 +82,8 @@ class Predictor:
             self.notes.append(
                 "use_past is False: the whole text is computed anew for every token; True gives the same answer sooner"
             )
-        self._generation = Generation(network, self.sampling, self.spec.seq_length, 1, self.run.cached)
+        announce = COMPILING if self.run.compiles else ""
+        self._generation = Generation(network, self.sampling, self.spec.seq_length, 1, self.run.cached, announce)
 
     def prompts(self, texts: Sequence[str], history: Sequence[Mapping[str, str]] = ()) -> list[Prompt]:
         """Tokens of each text; with a chat template each is a user's message behind ``history``.
