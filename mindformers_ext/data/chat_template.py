@@ -87,7 +87,9 @@ def chat_template_of(folder: Path, of_settings: Any) -> str | None:
         else:
             named = {} if of_settings is None else {DEFAULT: of_settings}
     if not named:
-        named = {DEFAULT: template for template in (read_table(folder / PROCESSOR_FILE).get("chat_template"),) if template}
+        named = {
+            DEFAULT: template for template in (read_table(folder / PROCESSOR_FILE).get("chat_template"),) if template
+        }
     if not named:
         return None
     found = named.get(DEFAULT)

@@ -123,7 +123,9 @@ def _library(path: Path, work: Callable[[], Any]) -> Any:
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 the library raises plain Exception for every fault in the file
-        raise UserError(f"{path} is no {path.suffix[1:]} tokenizer ({error}): give one of a Hugging Face model") from error
+        raise UserError(
+            f"{path} is no {path.suffix[1:]} tokenizer ({error}): give one of a Hugging Face model"
+        ) from error
     except BaseException as error:  # noqa: BLE001 what the library did not foresee comes as a panic, below Exception
         if type(error).__name__ != "PanicException":
             raise

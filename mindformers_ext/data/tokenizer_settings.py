@@ -139,7 +139,9 @@ def read_settings(folder: Path) -> TokenizerSettings:
     kind = _class(config.get("tokenizer_class"), read_table(folder / CONFIG))
     words: dict[str, Any] = {**(kind.special if kind else {}), **config}
     if "added_tokens_decoder" in config:
-        added = {_id(key, where): token_of(value, where) for key, value in _table(config, "added_tokens_decoder", where)}
+        added = {
+            _id(key, where): token_of(value, where) for key, value in _table(config, "added_tokens_decoder", where)
+        }
     else:
         words |= read_table(folder / SPECIAL_MAP)
         added = {}

@@ -48,7 +48,9 @@ def read_talk(record: Record) -> Talk:
         if speaker == SYSTEM:
             raise UserError(f"{record.where}: a turn of '{word}' after the first one; put it in front, or take it out")
         if speaker != (USER, ASSISTANT)[number % 2]:
-            raise UserError(f"{record.where}: two turns of '{word}' in a row; human and gpt (user, assistant) must take turns")
+            raise UserError(
+                f"{record.where}: two turns of '{word}' in a row; human and gpt (user, assistant) must take turns"
+            )
     return Talk(tuple(text for _, _, text in turns), system)
 
 

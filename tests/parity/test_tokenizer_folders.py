@@ -29,7 +29,22 @@ FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": F
 def texts() -> list[str]:
     chance = random.Random(0)
     lines = [line for text in standard_library_text(30_000) for line in text.split("\n") if line.strip()]
-    made = ["", " ", "  ", "\n", " a", "a ", "<s>", "<s> ", " <s>a", "a<s>", "▁", "▁a", "a<|im_end|>  b", "other thenew word"]
+    made = [
+        "",
+        " ",
+        "  ",
+        "\n",
+        " a",
+        "a ",
+        "<s>",
+        "<s> ",
+        " <s>a",
+        "a<s>",
+        "▁",
+        "▁a",
+        "a<|im_end|>  b",
+        "other thenew word",
+    ]
     made += chance.sample(lines, 100)
     made += ["".join(chance.choices(CHARACTERS, k=chance.randint(0, 30))) for _ in range(150)]
     pieces = [*MARKS, *MARKS, " ", "\n", "the", "a bc", *lines[:20]]

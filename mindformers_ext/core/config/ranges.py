@@ -174,7 +174,7 @@ TRAINING: dict[str, Kind] = {
     ),
     "runner_wrapper.scale_sense.type": TEXT,
     "runner_wrapper.scale_sense.loss_scale_value": number(0, above=True),
-    "runner_wrapper.scale_sense.scale_factor": number(1, above=True),
+    "runner_wrapper.scale_sense.scale_factor": number(1),
     "runner_wrapper.scale_sense.scale_window": COUNT,
 }
 CALLBACK: dict[str, Kind] = {

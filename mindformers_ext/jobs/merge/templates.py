@@ -39,7 +39,10 @@ TEMPLATES = {
     "mistral": (
         "{% set told = messages[0]['role'] == 'system' %}{{ bos_token }}"
         "{% for message in (messages[1:] if told else messages) %}"
-        "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}" + _ORDER + _ENDIF + "{% if message['role'] == 'user' %}"
+        "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        + _ORDER
+        + _ENDIF
+        + "{% if message['role'] == 'user' %}"
         r"{{ ' [INST] ' + (messages[0]['content'] + '\n\n' if told and loop.first else '') }}"
         "{{ message['content'] + ' [/INST]' }}"
         "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"

@@ -194,9 +194,7 @@ class TextStream:
             self._shown[self._live] = len(text)
 
 
-def answer_text(
-    tokenizer: Tokenizer, prompt: Sequence[int], answer: Sequence[int], ends: Sequence[int] = ()
-) -> str:
+def answer_text(tokenizer: Tokenizer, prompt: Sequence[int], answer: Sequence[int], ends: Sequence[int] = ()) -> str:
     """The answer's text as it follows the prompt's: a tokenizer may drop a blank at the start of a text. The token that
     ended it, if it is one of ``ends``, is no part of it."""
     size = tokenizer.vocab_size  # a network may have more rows than the tokenizer pieces

@@ -87,7 +87,9 @@ def test_packed_files_are_read_as_the_others(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["cut", "foreign", "flipped"])
 def test_damaged_packed_files_are_named(tmp_path: Path, damage: str) -> None:
     data = gzip.compress(b'{"text": "' + b"abc " * 5000 + b'"}')
-    data = {"cut": data[:-20], "foreign": b"plain text", "flipped": data[:40] + bytes([data[40] ^ 255]) + data[41:]}[damage]
+    data = {"cut": data[:-20], "foreign": b"plain text", "flipped": data[:40] + bytes([data[40] ^ 255]) + data[41:]}[
+        damage
+    ]
     (tmp_path / "a.jsonl.gz").write_bytes(data)
     with pytest.raises(UserError, match=r"a\.jsonl\.gz is no whole gzip file"):
         list(read_records(tmp_path / "a.jsonl.gz"))

@@ -141,7 +141,9 @@ def test_other_models_are_encoded_by_sentencepiece(documents: list[str], tmp_pat
             assert ids == other._model.encode(text)
     assert 0 in other.encode(texts[2])
     if "split_by_whitespace" in normal:
-        assert [list(ids) for ids in open_tokenizer(tmp_path / "other.model").encode_batch(texts)] == other.encode_batch(texts)
+        assert [
+            list(ids) for ids in open_tokenizer(tmp_path / "other.model").encode_batch(texts)
+        ] == other.encode_batch(texts)
 
 
 def test_special_tokens_in_a_text_become_their_ids(tokenizer: SentencePieceTokenizer) -> None:

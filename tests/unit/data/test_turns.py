@@ -40,7 +40,9 @@ def test_all_forms_are_one_conversation_and_fastchats_own_text(system: str | Non
     from fastchat.conversation import get_conv_template
 
     turns = ([("system", system)] if system is not None else []) + TURNS
-    parts = [(who, [{"type": "text", "text": text[:2]}, {"type": "text", "text": text[2:]}]) for who, text in renamed(turns)]
+    parts = [
+        (who, [{"type": "text", "text": text[:2]}, {"type": "text", "text": text[2:]}]) for who, text in renamed(turns)
+    ]
     forms = [fastchat(turns), fastchat(renamed(turns)), openai(renamed(turns)), openai(turns), openai(parts)]
     found = read(tmp_path, *forms, openai(renamed(turns), "conversations"))
     judge = get_conv_template("vicuna_v1.1")
@@ -85,7 +87,9 @@ def test_malformed_records_are_named(record: dict, message: str, tmp_path: Path)
 def test_an_input_of_null_is_none(tmp_path: Path) -> None:
     fields = {"instruction": "Say yes.", "output": "Yes."}
     counts = AlpacaCounts()
-    made = [conversation(Record(tmp_path, 1, 1, fields | more), counts) for more in ({}, {"input": ""}, {"input": None})]
+    made = [
+        conversation(Record(tmp_path, 1, 1, fields | more), counts) for more in ({}, {"input": ""}, {"input": None})
+    ]
     assert made[0]["conversations"] == made[1]["conversations"] == made[2]["conversations"] and not counts.with_input
     with pytest.raises(UserError, match="'output' is null; give it a text") as error:
         conversation(Record(tmp_path, 1, 1, fields | {"output": None}), counts)
