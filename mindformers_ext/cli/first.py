@@ -175,7 +175,8 @@ def _rows_of(file: Path, asked: FirstTry, found: Described, arguments: argparse.
     if found.tokenizer is None:
         raise UserError(f"{file} is a text and {found.load} holds no tokenizer: put its tokenizer.json there")
     words = section_at(apply_flags(yaml_from_model(found.model, asked), arguments), MODEL)
-    output = Path(arguments.output_dir or "output").absolute() / "data" / f"{file.name.partition('.')[0] or 'data'}.mindrecord"
+    name = file.name.partition(".")[0] or "data"
+    output = Path(arguments.output_dir or "output").absolute() / "data" / f"{name}.mindrecord"
     summary = preprocess(
         PreprocessRequest(
             dataset_type=_kind(file),
