@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.formats.links import lies_inside
 
 SETTINGS, JINJA = "tokenizer_config.json", "chat_template.jinja"
 _EACH, _END = "{% for message in messages %}", "{% endfor %}"
@@ -71,11 +72,10 @@ def chosen_template(wanted: str, folders: Sequence[Path]) -> str | None:
 
 
 def _template_of(folder: Path) -> str | None:
-    plain = folder / JINJA
-    if plain.is_file():
-        return plain.read_text(encoding="utf-8")
+    if lies_inside(folder, JINJA):  # what a link elsewhere leads to is not written into the merge
+        return (folder / JINJA).read_text(encoding="utf-8")
     config = folder / SETTINGS
-    if not config.is_file():
+    if not lies_inside(folder, SETTINGS):
         return None
     try:
         text = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
