@@ -61,8 +61,8 @@ def _add_inputs(target: argparse.ArgumentParser) -> None:
         "--model_file",
         type=Path,
         required=True,
-        help="tokenizer: a model's folder, its tokenizer.json or tokenizer.model (each stands for the folder), or a lone "
-        "SentencePiece model",
+        help="tokenizer: a model's folder, its tokenizer.json or tokenizer.model (each stands for the folder), or a "
+        "lone SentencePiece model",
     )
     target.add_argument(
         "--tokenizer",

@@ -50,6 +50,7 @@ class Family:
     chooses_layers: whether ``decoder_sparse_step`` and ``mlp_only_layers`` make layers dense.
     windowed: whether it has ``sliding_window``: in all layers, or where ``mixes_windows`` in those that ``layer_types``
         or ``max_window_layers`` name. ``window``: its default; ``window_switch`` a key without which it has no effect.
+    tokenizer: transformers' class where the tokenizer's own files name none.
     """
 
     name: str
@@ -68,8 +69,10 @@ class Family:
     mixes_windows: bool = False
     window: int | None = None
     window_switch: str = ""
+    tokenizer: str = ""
 
 
+_LLAMA_TOKENS, _QWEN_TOKENS = "LlamaTokenizer", "Qwen2Tokenizer"
 _LLAMA: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -121,6 +124,7 @@ LLAMA = Family(
     implied=True,
     defaults=_LLAMA,
     words=(_ATTENTION_BIAS, ConfigWord("mlp_bias", "model", "mlp_bias", "bool", False)),
+    tokenizer=_LLAMA_TOKENS,
 )
 # without a sliding window a llama in every tensor and formula
 MISTRAL = Family(
@@ -131,6 +135,7 @@ MISTRAL = Family(
     defaults=_MISTRAL,
     windowed=True,
     window=4096,
+    tokenizer=_LLAMA_TOKENS,
 )
 QWEN2 = Family(
     name="qwen2",
@@ -142,6 +147,7 @@ QWEN2 = Family(
     mixes_windows=True,
     window=4096,
     window_switch="use_sliding_window",
+    tokenizer=_QWEN_TOKENS,
 )
 QWEN3 = Family(
     name="qwen3",
@@ -154,6 +160,7 @@ QWEN3 = Family(
     mixes_windows=True,
     window=4096,
     window_switch="use_sliding_window",
+    tokenizer=_QWEN_TOKENS,
 )
 MIXTRAL = Family(
     name="mixtral",
@@ -168,6 +175,7 @@ MIXTRAL = Family(
     ),
     moe={"norm_topk_prob": True},
     windowed=True,
+    tokenizer=_LLAMA_TOKENS,
 )
 QWEN2_MOE = Family(
     name="qwen2_moe",
@@ -186,6 +194,7 @@ QWEN2_MOE = Family(
     shared={"gated": True},
     chooses_layers=True,
     window_switch="use_sliding_window",
+    tokenizer=_QWEN_TOKENS,
 )
 QWEN3_MOE = Family(
     name="qwen3_moe",
@@ -205,6 +214,7 @@ QWEN3_MOE = Family(
     windowed=True,
     window=4096,
     window_switch="use_sliding_window",
+    tokenizer=_QWEN_TOKENS,
 )
 
 FAMILIES: dict[str, Family] = {row.name: row for row in (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE)}

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mindformers_ext.core.errors import UserError
 from mindformers_ext.data.json_records import read_records
 from mindformers_ext.data.packing import Ids
 from mindformers_ext.data.readers import Progress

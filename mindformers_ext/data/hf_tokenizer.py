@@ -52,7 +52,7 @@ class HuggingFaceTokenizer:
         self.path = path
         self._model: Any = _library(path, lambda: _completed(model, settings))
         self._special = _special_ids(self._model, settings, of_file)
-        self._frame = _library(path, lambda: _frame(self._model))
+        self._frame: tuple[list[int], list[int]] = _library(path, lambda: _frame(self._model))
         marks = self._model.get_added_tokens_decoder()
         plain = {
             token.content: np.int32(number).tobytes()
@@ -161,10 +161,11 @@ def _converted(model: SentencePieceFile, settings: TokenizerSettings) -> Any:
 def _as_llama(settings: TokenizerSettings, model: SentencePieceFile) -> TokenizerSettings:
     """As the slow LLaMA tokenizer, which is converted, has its special tokens: never normalised. Where no file names
     the class, those of the model under their own texts."""
-    special = dict(settings.special)
+    special: dict[str, Special] = {}
     if settings.kind is None:
         ids = {name: model.special_ids[f"{name}_id"] for name in ("bos", "eos", "unk")}
-        special = {f"{name}_token": model.pieces[token].text for name, token in ids.items() if token >= 0} | special
+        special |= {f"{name}_token": model.pieces[token].text for name, token in ids.items() if token >= 0}
+    special |= settings.special
     made = {
         name: Token(token, normalized=False, special=True) if isinstance(token, str) else token
         for name, token in special.items()

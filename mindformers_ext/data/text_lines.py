@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one reader of text files: UTF-8, a byte order mark taken off, ``.gz`` unpacked, lines ended by line ends alone.
 
-A line ends with ``\\n``, ``\\r\\n`` or ``\\r``. ``str.splitlines`` also cuts at form feeds, U+0085 and U+2028, which are
-characters of a text; so nothing that reads a user's text calls it.
+A line ends with ``\\n``, ``\\r\\n`` or ``\\r``. ``str.splitlines`` also cuts at form feeds, U+0085 and U+2028, which
+are characters of a text; so nothing that reads a user's text calls it.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.families import FAMILIES
 from mindformers_ext.core.json_text import TABLES, read_object
 
 TABLE, MODEL = "tokenizer.json", "tokenizer.model"
@@ -24,7 +25,7 @@ SETTINGS, SPECIAL_MAP, ADDED, CONFIG = (
     "config.json",
 )
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-MORE = "additional_special_tokens"
+MORE, NAMED = "additional_special_tokens", "extra_special_tokens"
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -75,10 +76,9 @@ QWEN2 = TokenizerClass("Qwen2Tokenizer", {"eos_token": _END, "unk_token": _END, 
 GPT2 = TokenizerClass("GPT2Tokenizer", dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END.content))
 PLAIN = TokenizerClass("PreTrainedTokenizer")
 CLASSES = {row.name: row for row in (LLAMA, GEMMA, QWEN2, GPT2, PLAIN)}
-# where tokenizer_config.json names no class: by config.json's model_type
-BY_MODEL = {
-    **dict.fromkeys(("llama", "mistral", "mixtral", "phi3"), LLAMA),
-    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), QWEN2),
+# of models that no network is built of, but that can be merged: by config.json's model_type
+OTHER_MODELS = {
+    "phi3": LLAMA,
     **dict.fromkeys(("gemma", "gemma2"), GEMMA),
     "granite": GPT2,
 }
@@ -88,13 +88,15 @@ BY_MODEL = {
 class TokenizerSettings:
     """A tokenizer as its folder describes it.
 
-    ``kind`` is None where no file names a class. ``special``: by transformers' name, in its order, those that are set.
+    ``kind`` is None where no file names a class. ``special``: by transformers' name, in its order, those that are set;
+    ``named_special``: by names of the model's own (``image_token``).
     ``added``: by id. ``add_bos`` and ``prefix_space`` None: not said.
     """
 
     kind: TokenizerClass | None
     special: Mapping[str, Special]
     more_special: tuple[Special, ...]
+    named_special: Mapping[str, Special]
     added: Mapping[int, Token]
     add_bos: bool | None
     add_eos: bool
@@ -109,18 +111,19 @@ class TokenizerSettings:
     def texts(self) -> dict[str, Any]:
         """The special tokens' texts by name, as chat templates know them."""
         found: dict[str, Any] = {name: text_of(token) for name, token in self.special.items()}
-        return found | ({MORE: [text_of(token) for token in self.more_special]} if self.more_special else {})
+        found |= {MORE: [text_of(token) for token in self.more_special]} if self.more_special else {}
+        return found | {name: text_of(token) for name, token in self.named_special.items()}
 
     @property
     def all_special(self) -> tuple[Special, ...]:
         """Every special token once, in transformers' order."""
         found: dict[str, Special] = {}
-        for token in (*self.special.values(), *self.more_special):
+        for token in (*self.special.values(), *self.more_special, *self.named_special.values()):
             found.setdefault(text_of(token), token)
         return tuple(found.values())
 
 
-NO_SETTINGS = TokenizerSettings(None, {}, (), {}, None, False, True, None, False, False, False)
+NO_SETTINGS = TokenizerSettings(None, {}, (), {}, {}, None, False, True, None, False, False, False)
 
 
 def text_of(token: Special) -> str:
@@ -150,6 +153,7 @@ def read_settings(folder: Path) -> TokenizerSettings:
     if not isinstance(more, (list, tuple)):
         raise UserError(f"{where}: {MORE} is {more!r:.60}, not a list: correct it")
     extra = tuple(_special(token, where, MORE) for token in more)
+    named = dict(_table(config, NAMED, where)) if config.get(NAMED) else {}
     if "added_tokens_decoder" not in config:
         added = _legacy_added(folder, {text_of(token) for token in (*special.values(), *extra)})
     by_text = {token.content: token for token in added.values()}
@@ -158,6 +162,7 @@ def read_settings(folder: Path) -> TokenizerSettings:
         kind,
         {name: by_text.get(text_of(token), token) for name, token in special.items()},
         extra,
+        {name: _special(token, where, name) for name, token in named.items()},
         added,
         bool(config["add_bos_token"]) if "add_bos_token" in config else (kind.add_bos if kind else None),
         bool(config.get("add_eos_token", False)),
@@ -189,8 +194,8 @@ def token_of(value: Any, where: str) -> Token:
 def _class(name: Any, config: Mapping[str, Any]) -> TokenizerClass | None:
     name = name or config.get("tokenizer_class")
     if not name:
-        kind = config.get("model_type")
-        return BY_MODEL.get(kind) if isinstance(kind, str) else None
+        kind = str(config.get("model_type"))
+        return OTHER_MODELS.get(kind) or (CLASSES.get(FAMILIES[kind].tokenizer) if kind in FAMILIES else None)
     if not isinstance(name, str):
         raise UserError(f"tokenizer_class is {name!r:.60}, not a name: correct it")
     return CLASSES.get(name.removesuffix("Fast"), PLAIN)

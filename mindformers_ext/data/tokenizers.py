@@ -104,7 +104,7 @@ class SentencePieceTokenizer:
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Token ids of ``text``, between BOS and EOS where asked."""
         ids = self.special_ids
-        return [ids["bos_id"]] * bos + self.encode_batch([text])[0] + [ids["eos_id"]] * eos
+        return [*[ids["bos_id"]] * bos, *self.encode_batch([text])[0], *[ids["eos_id"]] * eos]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Any]:
         """Token ids of each text; one call of the library for all of them."""

@@ -5,7 +5,8 @@ Why the tokens are the same: byte-pair encoding merges neighbours, best pair fir
 a blank behind another character, no merge ever joins a word with the blank that follows, so each stretch of blanks and
 the word behind it is encoded as if it stood alone; the same goes for a line break that no piece holds. That is so for
 LLaMA's and Mixtral's models and is checked for every tokenizer: byte pairs with bytes for unknown characters (unknown
-tokens in a row would be joined over a blank), no normalisation but a blank put in front. Others are encoded text by text.
+tokens in a row would be joined over a blank), no normalisation but a blank put in front. Others are encoded text by
+text.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ SHAPES = {
 {{- "<|eot_id|>" }}
 {%- for message in messages %}
     {%- if not (message.role == 'ipython' or message.role == 'tool' or 'tool_calls' in message) %}
-        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
+        {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim + '<|eot_id|>' }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
@@ -139,12 +139,15 @@ SHAPES = {
 <{{ role }}>{{ text | trim | upper }}{{ end }}
 {% endmacro %}
 {%- set ns = namespace(count=0, last=none) -%}
-{% for message in messages %}{% set ns.count = ns.count + 1 %}{% set ns.last = message %}{{ turn(message.role, message.content) }}{% endfor %}
+{% for message in messages %}{% set ns.count = ns.count + 1 %}
+{%- set ns.last = message %}{{ turn(message.role, message.content) }}{% endfor %}
 {{ ns.count }} {{ ns.last.role }} {{ ns.last | items | list | length }}""",
     "tojson": "{{ messages | tojson(indent=2) }}{{ messages[0] | tojson(sort_keys=true, separators=(',', ':')) }}"
-    "{{ messages[-1].content | tojson(ensure_ascii=true) }}{{ pad_token is defined }}{{ additional_special_tokens }}",
+    "{{ messages[-1].content | tojson(ensure_ascii=true) }}{{ pad_token is defined }}"
+    "{{ additional_special_tokens }}{{ image }}",
     "nothing_given": "{{ tools is none }}{{ documents is none }}{{ tools is defined }}{{ thinking is defined }}"
-    "{% if not tools and not documents %}{{ messages[-1]['content'].split('\\n')[-1][::-1] }}{% endif %}{{ unk_token }}",
+    "{% if not tools and not documents %}{{ messages[-1]['content'].split('\\n')[-1][::-1] }}{% endif %}"
+    "{{ unk_token }}",
 }
 TALKS = [
     [{"role": "user", "content": "Hi?"}],
@@ -163,7 +166,11 @@ TALKS = [
     ],
     [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}],  # several templates refuse it
 ]
-WORDS = {"tokenizer_class": "LlamaTokenizer", "additional_special_tokens": ["<|im_start|>"]}
+WORDS = {
+    "tokenizer_class": "LlamaTokenizer",
+    "additional_special_tokens": ["<|im_start|>"],
+    "extra_special_tokens": {"image": "<i>"},
+}
 
 
 @pytest.fixture(scope="module")

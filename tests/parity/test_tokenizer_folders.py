@@ -45,10 +45,10 @@ def texts() -> list[str]:
         "a<|im_end|>  b",
         "other thenew word",
     ]
-    made += chance.sample(lines, 100)
-    made += ["".join(chance.choices(CHARACTERS, k=chance.randint(0, 30))) for _ in range(150)]
+    made += chance.sample(lines, 40)
+    made += ["".join(chance.choices(CHARACTERS, k=chance.randint(0, 30))) for _ in range(100)]
     pieces = [*MARKS, *MARKS, " ", "\n", "the", "a bc", *lines[:20]]
-    return made + ["".join(chance.choices(pieces, k=chance.randint(1, 5))) for _ in range(150)]
+    return made + ["".join(chance.choices(pieces, k=chance.randint(1, 5))) for _ in range(100)]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ SETTINGS = {
     "named": {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<pad>"},
     "added": {"added_tokens_decoder": {str(600 + n): FLAGS | token for n, token in enumerate(ADDED.values())}},
     "gap": {"added_tokens_decoder": {"0": FLAGS | {"content": "<unk>"}, "700": FLAGS | ADDED["special"]}},
-    "more": {"additional_special_tokens": ["<|im_start|>", "[TOOL]"]},
+    "more": {"additional_special_tokens": ["<|im_start|>", "[TOOL]"], "extra_special_tokens": {"call": "<|im_end|>"}},
 }
 
 
@@ -121,17 +121,22 @@ def test_a_folder_with_tokenizer_model_alone_and_saved_with_tokenizer_json(small
         check(tmp_path / "saved", texts)
 
 
-@pytest.mark.parametrize("saved", [True, False])
-def test_tokens_added_by_hand_are_found_wherever_they_are_written(small, texts, tmp_path, saved):
+def test_tokens_added_by_hand_are_found_wherever_they_are_written(small, texts, tmp_path):
+    """Saved as fast tokenizers save it, without tokenizer.json, and as transformers did before version 4.34."""
     tokenizer = judge(make(tmp_path / "one", small, {}))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.add_tokens(["[TOOL]", "new word"])
     folder = tmp_path / "two"
     tokenizer.save_pretrained(folder)
-    if not saved:  # as slow tokenizers save it: the .model, and added_tokens.json beside it
-        (folder / "tokenizer.json").unlink()
+    check(folder, texts)
+    (folder / "tokenizer.json").unlink()
     check(folder, texts)
     assert list(open_tokenizer(folder / "tokenizer.model").encode_batch(["<|im_end|>"])[0]) == [601]
+    old = make(tmp_path / "old", small, {"bos_token": {"__type": "AddedToken", "content": "<s>", **FLAGS}})
+    (old / "added_tokens.json").write_text(json.dumps({"[TOOL]": 602, "<|im_end|>": 601, "<|im_start|>": 600}))
+    special = {"eos_token": {"content": "</s>", **FLAGS}, "additional_special_tokens": ["<|im_end|>"]}
+    (old / "special_tokens_map.json").write_text(json.dumps(special))
+    check(old, texts)
 
 
 def test_a_tokenizer_json_that_frames_its_texts_itself(small, texts, tmp_path):
@@ -168,12 +173,9 @@ def test_config_json_names_the_class_where_nothing_else_does(small, texts, tmp_p
 
 def test_real_tokenizers(real_tokenizer, texts, wiki_file, tmp_path):
     """Also the file alone: a lone .model is LLaMA's tokenizer."""
-    lines = wiki_file.read_text(encoding="utf-8").split("\n")[:300]
-    folder = make(tmp_path / "real", real_tokenizer, {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    check(folder, texts + lines)
-    (folder / "tokenizer_config.json").unlink()
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    expected = judge(folder)(texts + lines)["input_ids"]
-    for path in (real_tokenizer, folder / "tokenizer.model"):
+    lines = [*texts, *wiki_file.read_text(encoding="utf-8").split("\n")[:300]]
+    theirs = judge(make(tmp_path / "real", real_tokenizer, {}))
+    expected = theirs(lines)["input_ids"]
+    for path in (real_tokenizer, tmp_path / "real/tokenizer.model", tmp_path / "real"):
         ours = open_tokenizer(path)
-        assert [encode_framed(ours, text) for text in texts + lines] == expected
+        assert [encode_framed(ours, text) for text in lines] == expected

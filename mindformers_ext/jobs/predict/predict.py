@@ -121,7 +121,7 @@ class Predictor:
         return Prompt(text, tuple(tokens), tokens.count(self.tokenizer.special_ids["unk_id"]))
 
     def answers(self, prompts: Sequence[Prompt], on_text: OnText | None = None) -> Iterator[Written]:
-        """Answers in the order of ``prompts``; ``on_text`` gets their text as tokens come. Blank prompts get blank answers.
+        """Answers in the order of ``prompts``, blank ones to blank prompts; ``on_text`` gets their text as tokens come.
 
         Raises:
             UserError: the cache for a batch does not fit this machine's memory.

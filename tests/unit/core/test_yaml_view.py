@@ -230,7 +230,7 @@ def test_parallel_modes(mode: object, name: str) -> None:
         (pretrain(runner_config__epoch=1), ["'runner_config.epoch'", "'epochs'"]),
         (pretrain(moe_confg={}), ["unknown key 'moe_confg'", "'moe_config'"]),
         (in_moe(routing_policy="TopkRouterV1"), ["routing_policy='TopkRouterV1'", "TopkRouterV2"]),
-        (in_moe(router_dense_type="fp32"), ["router_dense_type='fp32'", "float32, float16, bfloat16"]),
+        (in_moe(router_dense_type="fp8"), ["router_dense_type='fp8'", "float32, float16, bfloat16"]),
         (in_moe(num_experts_chosen=9), ["num_experts_chosen=9 exceeds expert_num=8"]),
         (in_moe(aux_loss_factor=1), ["aux_loss_factor=1.0 is out of range"]),
         (in_moe(aux_loss_types=["expert"], aux_loss_factors=[0.1, 0.2]), ["1 entries", "2"]),

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mindformers_ext.core.errors import UserError
 from mindformers_ext.data.conversations import (
     IGNORED,
     Conversation,
