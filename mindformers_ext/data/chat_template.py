@@ -86,15 +86,8 @@ def chat_template_of(folder: Path, of_settings: Any) -> str | None:
             named = of_settings
         else:
             named = {} if of_settings is None else {DEFAULT: of_settings}
-<<<<<<< HEAD
-    if not named:
-        named = {
-            DEFAULT: template for template in (read_table(folder / PROCESSOR_FILE).get("chat_template"),) if template
-        }
-=======
     if not named and (of_processor := read_table(folder / PROCESSOR_FILE).get("chat_template")):
         named = {DEFAULT: of_processor}
->>>>>>> main
     if not named:
         return None
     found = named.get(DEFAULT)
