@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mindformers_ext.cli.command import Command
-from mindformers_ext.cli.merge_flags import check_flags, common, device_of, switch
+from mindformers_ext.cli.merge_flags import adapted_dtype, check_flags, common, device_of, switch
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest
@@ -106,6 +106,8 @@ def _yaml(arguments: argparse.Namespace) -> MergeReport:
         allow_crimes=arguments.allow_crimes,
         truncate_embeddings=arguments.unsafe_truncate_embeddings,
         strict=arguments.strict,
+        allow_overflow=arguments.allow_overflow,
+        adapted=adapted_dtype(arguments),
         seed=arguments.random_seed,
         device=device_of(arguments),
     )
@@ -123,6 +125,8 @@ def _moe(arguments: argparse.Namespace) -> MergeReport:
         untrained_is_fine=arguments.i_understand_this_is_not_useful_without_training,
         seed=arguments.random_seed,
         strict=arguments.strict,
+        allow_overflow=arguments.allow_overflow,
+        adapted=adapted_dtype(arguments),
         allow_crimes=arguments.allow_crimes,
         truncate_embeddings=arguments.unsafe_truncate_embeddings,
         device=device_of(arguments),

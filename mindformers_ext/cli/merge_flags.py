@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.errors import Problems, UserError
 
 DEFAULT_SHARD = "5B"
 # Options that change nothing here, and why; they are accepted so that old command lines go on working.
@@ -43,6 +43,7 @@ def common() -> argparse.ArgumentParser:
     )
     switch(result, "--unsafe-truncate-embeddings", False, "cut vocabularies of different length to the shortest")
     switch(result, "--strict", False, "refuse meaningless parameters and NaN instead of warning")
+    switch(result, "--allow-overflow", False, "write what is too large for its type as infinite, and count it")
     switch(result, "--overwrite", False, "replace an existing output folder")
     switch(result, "--dry-run", False, "check everything and print the plan, write nothing")
     switch(result, "--write-model-card", True, "write README.md and a copy of the configuration")
@@ -55,6 +56,11 @@ def common() -> argparse.ArgumentParser:
     )
     result.add_argument(
         "--random-seed", type=int, default=0, metavar="N", help="seed of random masks and gates (default 0)"
+    )
+    result.add_argument(
+        "--lora-merge-dtype",
+        metavar="TYPE",
+        help="type of the tensors that an adapter (MODEL+ADAPTER in the YAML) touches (default: the model's)",
     )
     result.add_argument("--device", default=None, help="where the arithmetic runs: cpu (default) or cuda")
     switch(result, "--cuda", False, "the same as --device cuda")
@@ -70,10 +76,21 @@ def _ignored(result: argparse.ArgumentParser) -> None:
     for name, why in NO_EFFECT.items():
         switch(result, "--" + name.replace("_", "-"), False, f"accepted without effect: {why}")
     switch(result, "--safe-serialization", True, "always on; --no-safe-serialization is refused")
-    result.add_argument("--lora-merge-cache", metavar="DIR", help="accepted without effect: no adapters are merged")
-    result.add_argument("--lora-merge-dtype", metavar="TYPE", help="accepted without effect: no adapters are merged")
+    result.add_argument(
+        "--lora-merge-cache", metavar="DIR", help="accepted without effect: adapters are merged as read"
+    )
     result.add_argument("--transformers-cache", metavar="DIR", help="accepted without effect: set HF_HOME instead")
     result.add_argument("--write-threads", type=int, metavar="N", help="accepted without effect")
+
+
+def adapted_dtype(arguments: argparse.Namespace) -> str | None:
+    """The type named by --lora-merge-dtype; an unknown one is a ``UserError``."""
+    from mindformers_ext.jobs.merge.config import read_dtype
+
+    problems = Problems("the options")
+    found = read_dtype(arguments.lora_merge_dtype, "--lora-merge-dtype", problems)
+    problems.raise_if_any()
+    return found
 
 
 def device_of(arguments: argparse.Namespace) -> str:

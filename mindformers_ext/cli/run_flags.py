@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.cli.command import add_switch
 from mindformers_ext.core.config.dtype_keys import name_dtypes
 from mindformers_ext.core.config.overrides import apply_overrides, parse_dotted
 from mindformers_ext.core.config.run import DEVICES, ENGINES, RUN_MODES, TRAINER_KEY, TRAINERS
@@ -141,7 +142,7 @@ FLAGS: tuple[Flag, ...] = (
 
 
 def add_flags(target: argparse.ArgumentParser) -> None:
-    """Every row of ``FLAGS`` as an option."""
+    """Every row of ``FLAGS`` as an option, and the switches of the command itself."""
     for flag in FLAGS:
         more: dict[str, Any] = {"nargs": "+"} if flag.many else {}
         if flag.choices:
@@ -150,6 +151,9 @@ def add_flags(target: argparse.ArgumentParser) -> None:
             more["metavar"] = flag.field.upper() if flag.reader is str else "VALUE"
         target.add_argument(*flag.names, dest=flag.field, type=flag.reader, action=OneValue, help=flag.help, **more)
     target.add_argument("--options", nargs="+", metavar="KEY=VALUE", help="older spelling of --key value")
+    add_switch(
+        target, "--verbose", "training: print the whole log, MindFormers' and MindSpore's too, instead of one live line"
+    )
 
 
 def read_arguments(
@@ -172,7 +176,7 @@ def read_arguments(
         rest += dotted
     else:
         arguments, rest = parser.parse_known_args(argv)
-    known = [name for flag in FLAGS for name in flag.names] + ["--config", "--options", *own]
+    known = [name for flag in FLAGS for name in flag.names] + ["--config", "--options", "--verbose", *own]
     problems = Problems("command line options")
     for word in rest:
         name = word.partition("=")[0]

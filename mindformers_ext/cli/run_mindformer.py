@@ -6,15 +6,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindformers_ext.cli.command import Command
+from mindformers_ext.cli.outcome import interruptible
 from mindformers_ext.cli.run_flags import add_flags, apply_flags, read_arguments
 from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.config.inputs import find_inputs
-from mindformers_ext.core.config.run import Runner, RunSpec
+from mindformers_ext.core.config.run import MINDSPORE, Runner, RunSpec, run_spec_from_yaml
 from mindformers_ext.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,12 +62,44 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def carry_out(config: Mapping[str, Any], where: str, arguments: argparse.Namespace) -> int:
     """Check ``config`` (from ``where``), to which the options are applied, and run it; returns the exit code."""
+    with _alone(run_spec_from_yaml(config, where)):
+        return _carry_out(config, where, arguments)
+
+
+@contextmanager
+def _alone(run: RunSpec) -> Iterator[None]:
+    """What a run holds while it lasts: a training its folder, and Ctrl-C of a lone MindSpore process.
+
+    Started with others, a process dies at once: the launcher ends them all.
+    """
+    from mindformers_ext.jobs.run.checks import launched
+    from mindformers_ext.jobs.run.lock import is_first_rank, training_lock
+
+    with ExitStack() as held:
+        if run.trains and is_first_rank():
+            held.enter_context(training_lock(Path(run.output_dir)))
+        if run.trains and run.engine == MINDSPORE and not launched():
+            held.enter_context(interruptible())
+        yield
+
+
+def _carry_out(config: Mapping[str, Any], where: str, arguments: argparse.Namespace) -> int:
     from mindformers_ext.jobs.run.checks import check_run
 
     checked = check_run(config, where)
+    _check_options(arguments, checked.run.runner)
+    if checked.run.trains:
+        from mindformers_ext.cli.training import training
+
+        with training(checked.run, checked.notes, arguments.verbose):
+            return RUNNERS[checked.run.runner](checked, arguments)
     for line in checked.notes:
         print(f"note: {line}", file=sys.stderr)
-    _check_options(arguments, checked.run.runner)
+    if checked.run.runner in (Runner.OWN_EVALUATION, Runner.OWN_PREDICTION):
+        from mindformers_ext.jobs.run.display import compilations
+
+        with compilations(sys.stderr):
+            return RUNNERS[checked.run.runner](checked, arguments)
     return RUNNERS[checked.run.runner](checked, arguments)
 
 
@@ -100,8 +134,12 @@ def _own_loop(checked: CheckedRun, _: argparse.Namespace) -> int:
 
 def _mindformers(checked: CheckedRun, _: argparse.Namespace) -> int:
     _prepare(checked.run)
+    from mindformers_ext.jobs.run.display import current
+
+    current().begin("importing MindFormers")
     from mindformers_ext.mf.run import run
 
+    current().done()
     run(checked.config, checked)
     return 0
 

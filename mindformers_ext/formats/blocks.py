@@ -71,8 +71,8 @@ class OpenFile:
 
 
 def open_new(path: Path) -> BinaryIO:
-    """An empty file to write. One that is empty already is not truncated: ext4 would flush it when it is closed."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+    """An empty file to write, never through a link. An empty one is not truncated: ext4 would flush it when closed."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     if os.fstat(descriptor).st_size:
         os.ftruncate(descriptor, 0)
     return os.fdopen(descriptor, "wb")

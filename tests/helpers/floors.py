@@ -52,7 +52,7 @@ STOREYS = ("core", "formats", "weights data", "surgery ms pt", "jobs", "mf", "cl
 INNER = {
     "core": (
         "errors log capacity philox stages families figures",
-        "byte_sizes weight_fit layers",
+        "byte_sizes json_text weight_fit layers rope",
         "spec",
         "parameters",
         "config",

@@ -21,6 +21,9 @@ KINDS = {
     "qwen2": "Qwen2ForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "granite": "GraniteForCausalLM",
 }
 TYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": BF16}
 
@@ -54,25 +57,40 @@ def config_of(
         result |= {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
     if kind == "mistral":
         result["sliding_window"] = None
+    if kind == "qwen3":
+        result["head_dim"] = 16  # wider together than hidden_size, as in the small ones of the family
+    if kind == "gemma2":
+        result |= {"head_dim": 16, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 16}
+        result |= {"sliding_window": 8, "tie_word_embeddings": True}
+    if kind == "granite":
+        result |= {"embedding_multiplier": 12.0, "attention_multiplier": 0.3, "residual_multiplier": 0.2}
+        result |= {"logits_scaling": 8.0}
     return result | more
 
 
 def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of every tensor of the model."""
     d, f, v = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    kv = d * config["num_key_value_heads"] // config["num_attention_heads"]
+    width = config.get("head_dim") or d // config["num_attention_heads"]
+    q, kv = width * config["num_attention_heads"], width * config["num_key_value_heads"]
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, d)}
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}."
         shapes[layer + "input_layernorm.weight"] = (d,)
         shapes[layer + "post_attention_layernorm.weight"] = (d,)
-        shapes[layer + "self_attn.o_proj.weight"] = (d, d)
+        shapes[layer + "self_attn.o_proj.weight"] = (d, q)
+        if config["model_type"] == "qwen3":
+            shapes |= {layer + f"self_attn.{name}_norm.weight": (width,) for name in "qk"}
+        if config["model_type"] == "gemma2":
+            shapes |= {layer + f"{name}_feedforward_layernorm.weight": (d,) for name in ("pre", "post")}
+        if config.get("attention_bias"):
+            shapes[layer + "self_attn.o_proj.bias"] = (d,)
         if config["model_type"] == "phi3":
-            shapes[layer + "self_attn.qkv_proj.weight"] = (d + 2 * kv, d)
+            shapes[layer + "self_attn.qkv_proj.weight"] = (q + 2 * kv, d)
             shapes[layer + "mlp.gate_up_proj.weight"] = (2 * f, d)
             shapes[layer + "mlp.down_proj.weight"] = (d, f)
             continue
-        for name, rows in (("q", d), ("k", kv), ("v", kv)):
+        for name, rows in (("q", q), ("k", kv), ("v", kv)):
             shapes[layer + f"self_attn.{name}_proj.weight"] = (rows, d)
             if config["model_type"] == "qwen2" or config.get("attention_bias"):
                 shapes[layer + f"self_attn.{name}_proj.bias"] = (rows,)

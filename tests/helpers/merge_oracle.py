@@ -90,3 +90,81 @@ def sce(base: np.ndarray, xs: Arrays, top: float) -> np.ndarray:
     agree = [np.sign(d) == sign for d in deltas]
     total = sum(w * m for w, m in zip(weights, agree, strict=True))
     return base + sum(w * m * d for w, m, d in zip(weights, agree, deltas, strict=True)) / np.maximum(total, 1e-6)
+
+
+def nearswap(base: np.ndarray, other: np.ndarray, t: float) -> np.ndarray:
+    share = np.clip(t / np.maximum(np.abs(base - other), 1e-6), 0, 1)
+    return share * other + (1 - share) * base
+
+
+def ram(base: np.ndarray, xs: Arrays, epsilon: float, factors: Sequence[float] | None = None) -> np.ndarray:
+    """``factors``: of what a model changed alone."""
+    result = base.copy()
+    for place in np.ndindex(base.shape):
+        changes = [(m, x[place] - base[place]) for m, x in enumerate(xs) if abs(x[place] - base[place]) > epsilon]
+        if len(changes) == 1:
+            result[place] += changes[0][1] * (factors[changes[0][0]] if factors else 1)
+        elif changes:
+            result[place] += sum(change for _, change in changes) / len(changes)
+    return result
+
+
+def ramplus_factors(base: np.ndarray, xs: Arrays, epsilon: float, r: float, alpha: float) -> list[float]:
+    changed = np.stack([np.abs(x - base) > epsilon for x in xs])
+    count = changed.sum(0)
+    factors = []
+    for mask in changed:
+        shared, alone = int((mask & (count > 1)).sum()), int((mask & (count == 1)).sum())
+        factors.append(1 + r * min(alpha, shared / max(alone, epsilon)))
+    return factors
+
+
+def arcee_fusion(base: np.ndarray, other: np.ndarray) -> np.ndarray:
+    rows, others = np.atleast_2d(base), np.atleast_2d(other)
+
+    def probabilities(x: np.ndarray) -> np.ndarray:
+        e = np.exp(x - x.max(-1, keepdims=True))
+        return e / e.sum(-1, keepdims=True) + 1e-8
+
+    p, q = probabilities(others), probabilities(rows)
+    importance = np.abs(others - rows) * (p * np.log(p / q)).sum(-1, keepdims=True)
+    ordered = np.sort(importance.ravel())
+    first, median, third = (ordered[int(quartile * (ordered.size - 1))] for quartile in (0.25, 0.5, 0.75))
+    keep = importance >= median + 1.5 * (third - first)
+    return np.where(keep, others, rows).reshape(base.shape)
+
+
+def multislerp(xs: Arrays, weights: Sequence[float], base: np.ndarray | None = None) -> np.ndarray:
+    """With the way through the tangent space at the mean, step by step."""
+    start = np.zeros_like(xs[0]) if base is None else base
+    vectors = np.stack([(x - start).ravel() for x in xs])
+    shares = np.array(weights) / np.sum(weights)
+    norms = np.linalg.norm(vectors, axis=1)
+    units = vectors / (norms[:, None] + 1e-8)
+    mean = shares @ units
+    mean /= np.linalg.norm(mean)
+    tangents = units - (units @ mean)[:, None] * mean
+    tangent = shares @ tangents
+    length = np.linalg.norm(tangent) + 1e-8
+    point = mean * np.cos(length) + tangent * np.sin(length) / length
+    return start + (point * (norms @ shares)).reshape(start.shape)
+
+
+def karcher(xs: Arrays, steps: int = 10, tol: float = 1e-5) -> np.ndarray:
+    vectors = [x.ravel() for x in xs]
+    norms = [np.linalg.norm(v) for v in vectors]
+    units = [v / n for v, n in zip(vectors, norms, strict=True) if n > tol]
+    u = np.mean(units, axis=0)
+    u = u / np.linalg.norm(u)
+    for _ in range(steps):
+        tangent = np.zeros_like(u)
+        for unit in units:
+            angle = np.arccos(np.clip(u @ unit, -1, 1))
+            if angle >= tol:
+                tangent += angle / np.sin(angle) * (unit - np.cos(angle) * u) / len(units)
+        length = np.linalg.norm(tangent)
+        if length < tol:
+            break
+        u = np.cos(length) * u + np.sin(length) * tangent / length
+        u = u / np.linalg.norm(u)
+    return (np.mean(norms) * u).reshape(xs[0].shape)

@@ -46,7 +46,7 @@ def _float(value: Any) -> float | None:
         return None
     try:
         number = float(value)  # YAML 1.1 reads 1e-5, without a dot, as text
-    except ValueError:
+    except (ValueError, OverflowError):  # text of another kind; an integer beyond all floats
         return None
     return number if math.isfinite(number) else None
 
@@ -60,10 +60,10 @@ def _str(value: Any) -> str | None:
 
 
 def _mode(value: Any) -> str | None:
-    if isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
         return None
-    if isinstance(value, str) and value.isdecimal():  # some of MindFormers' own files quote the number
-        value = int(value)
+    if isinstance(value, str):  # some of MindFormers' own files quote the number, others write capitals
+        value = int(value) if value in map(str, MODES) else value.lower()
     return value if value in (*MODES.values(), "stand_alone") else MODES.get(value)
 
 

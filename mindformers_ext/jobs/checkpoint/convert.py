@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.byte_sizes import read_size
-from mindformers_ext.core.config.hf import model_spec_from_hf
+from mindformers_ext.core.config.hf import hf_notes, model_spec_from_hf
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.formats.atomic import flush, fresh_file, fresh_folder, refuse_existing
@@ -165,7 +165,7 @@ def _opened(request: ConvertRequest) -> Iterator[_Job]:
             spec = model_spec_from_hf(config)
             check_model(spec, request.model)
             plan = plan_to_mindspore(reader, spec, request.dtype, request.layout)
-            yield _Job(reader, plan, config, spec, "Hugging Face", ())
+            yield _Job(reader, plan, config, spec, "Hugging Face", tuple(hf_notes(config)))
         return
     reader, meta = open_ms(request.input_path, request.strategy_dir)
     with closing(reader):

@@ -12,9 +12,11 @@ from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.layers import dtype_name
 from mindformers_ext.formats.dtypes import FLOATS
+from mindformers_ext.jobs.merge.references import parse_reference
 from mindformers_ext.jobs.merge.templates import TEMPLATES
 from mindformers_ext.jobs.merge.values import Setting, parse_settings
 from mindformers_ext.jobs.merge.vocab_config import VocabularyWish, parse_vocabulary
+from mindformers_ext.surgery.merge.names import name_fault
 
 TOP = (
     "merge_method",
@@ -89,16 +91,17 @@ def read_merge_config(path: Path) -> MergeConfig:
     warnings += [f"key '{key}' has no meaning any more and is left out" for key in raw if key in LEGACY]
     raw, module = _without_module(raw, problems)
     method = raw.get("merge_method")
-    if not isinstance(method, str):
-        problems.add(f"merge_method is {method!r}", "name the method, for example slerp")
-    base = _reference(raw.get("base_model"), "base_model", problems) if raw.get("base_model") is not None else None
+    fault = name_fault(method)
+    if fault:
+        problems.add(*fault)
+    base = parse_reference(raw.get("base_model"), "base_model", problems) if raw.get("base_model") is not None else None
     config = MergeConfig(
         merge_method=str(method),
         slices=_slices(raw, base, problems),
         base_model=base,
         parameters=(module, parse_settings(raw.get("parameters"), "parameters", problems)),
-        dtype=_dtype(raw.get("dtype"), "dtype", problems),
-        out_dtype=_dtype(raw.get("out_dtype"), "out_dtype", problems),
+        dtype=read_dtype(raw.get("dtype"), "dtype", problems),
+        out_dtype=read_dtype(raw.get("out_dtype"), "out_dtype", problems),
         tokenizer=parse_vocabulary(raw, problems),
         chat_template=_chat_template(raw.get("chat_template"), problems),
         compat=_compat(raw.get("compat"), problems),
@@ -160,13 +163,13 @@ def _slice(raw: Mapping[str, Any], where: str, problems: Problems) -> Slice:
     return Slice(
         tuple(sources),
         parse_settings(raw.get("parameters"), f"{where}.parameters", problems),
-        None if base is None else _reference(base, f"{where}.base_model", problems),
+        None if base is None else parse_reference(base, f"{where}.base_model", problems),
     )
 
 
 def _source(raw: Mapping[str, Any], where: str, keys: tuple[str, ...], problems: Problems) -> LayerSource:
     problems.unknown_keys(where, map(str, raw), keys)
-    model = _reference(raw.get("model"), f"{where}.model", problems)
+    model = parse_reference(raw.get("model"), f"{where}.model", problems)
     layers = _layers(raw["layer_range"], f"{where}.layer_range", problems) if "layer_range" in raw else None
     return LayerSource(model, layers, parse_settings(raw.get("parameters"), f"{where}.parameters", problems))
 
@@ -189,22 +192,8 @@ def _no_twins(sources: list[LayerSource], where: str, problems: Problems) -> Non
         problems.add(f"'{name}' is listed twice in {where}", "every model of a slice is another one")
 
 
-def _reference(raw: Any, where: str, problems: Problems) -> str:
-    if isinstance(raw, Mapping):  # mergekit's long form
-        inner = raw.get("model")
-        raw = inner.get("path") if isinstance(inner, Mapping) else inner
-    if not isinstance(raw, str) or not raw.strip():
-        problems.add(f"{where} is {raw!r}", "write the folder of a model, or its name on the hub")
-        return ""
-    if "+" in raw and not Path(raw).exists():
-        problems.add(
-            f"{where} is '{raw}'",
-            "adapters (+lora) are not merged here: merge the adapter into its model first (peft's merge_and_unload)",
-        )
-    return raw
-
-
-def _dtype(raw: Any, where: str, problems: Problems) -> str | None:
+def read_dtype(raw: Any, where: str, problems: Problems) -> str | None:
+    """The long name of the float type ``raw``, None for None; a problem where it is none."""
     if raw is None:
         return None
     name = dtype_name(raw) or str(raw).removeprefix("torch.")

@@ -38,8 +38,12 @@ class Prepared:
     comparison: Callable[[], tuple[TaskRunner, Sequence[TensorTask]]]
 
 
-def run_merge(out: OutputRequest, opening: AbstractContextManager[Prepared], strict: bool, write: bool) -> MergeReport:
+def run_merge(
+    out: OutputRequest, opening: AbstractContextManager[Prepared], findings: Findings, write: bool
+) -> MergeReport:
     """Run the merge that ``opening`` prepares, or with ``write`` false only say what it would do.
+
+    ``findings`` says what is refused and takes down what came up.
 
     Raises:
         UserError: anything wrong with the configuration, the models or the output path; nothing is left half-written.
@@ -51,16 +55,15 @@ def run_merge(out: OutputRequest, opening: AbstractContextManager[Prepared], str
             if write:
                 check_space(out.folder, sum(info.nbytes for info in job.infos))
                 started = time.monotonic()
-                notes += _written(out, job, strict)
+                notes += _written(out, job, findings)
                 seconds = time.monotonic() - started
             return _report(out, job, seconds, notes)
     except OSError as error:
         raise refusal(error, f"read a model or to write '{out.folder}'") from error
 
 
-def _written(out: OutputRequest, job: Prepared, strict: bool) -> list[str]:
+def _written(out: OutputRequest, job: Prepared, findings: Findings) -> list[str]:
     notes: list[str] = []
-    findings = Findings(strict)
     blocks = job.start(findings, notes)
     with fresh_folder(out.folder, out.overwrite) as partial:
         write_weights(partial, job.infos, out, blocks)

@@ -9,34 +9,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.formats.dtypes import BY_NUMPY
 from mindformers_ext.formats.tensors import Array
 from mindformers_ext.jobs.checkpoint.source import CONFIG
 from mindformers_ext.jobs.merge.config import MergeConfig, need_slices, read_merge_config
 from mindformers_ext.jobs.merge.course import Prepared, run_merge
-from mindformers_ext.jobs.merge.models import Model, find_model, opened
+from mindformers_ext.jobs.merge.fit import check_fit
+from mindformers_ext.jobs.merge.models import Model, folders_of, opened
 from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest, check_output, check_result
 from mindformers_ext.jobs.merge.plan import MergePlan, TensorTask, make_plan
 from mindformers_ext.jobs.merge.sidecars import Card, copy_tokenizer, merged_config, write_card, write_json
 from mindformers_ext.jobs.merge.stream import Findings, TaskRunner
 from mindformers_ext.jobs.merge.templates import chosen_template, write_template
 from mindformers_ext.jobs.merge.tokenizer import Tokenizers, choose_tokenizer, write_tokenizer
-from mindformers_ext.surgery.merge.architectures import HEAD
+from mindformers_ext.surgery.merge.architectures import EMBEDDING, FULL, HEAD
 from mindformers_ext.surgery.merge.settings import Method
 
 CONFIG_COPY = "mergekit_config.yml"
+STACK = "passthrough"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeRequest:
-    """A dense merge."""
+    """A dense merge. ``adapted``: the type of tensors that an adapter touches, None for the model's."""
 
     config: Path
     output: OutputRequest
     allow_crimes: bool = False
     truncate_embeddings: bool = False
     strict: bool = False
+    allow_overflow: bool = False
+    adapted: str | None = None
     seed: int = 0
     device: str = "cpu"
 
@@ -47,19 +51,19 @@ def merge(request: MergeRequest, write: bool = True) -> MergeReport:
     Raises:
         UserError: anything wrong with the configuration, the models or the output path; nothing is left half-written.
     """
-    return run_merge(request.output, _opened(request), request.strict, write)
+    return run_merge(request.output, _opened(request), Findings(request.strict, request.allow_overflow), write)
 
 
 @contextmanager
 def _opened(request: MergeRequest) -> Iterator[Prepared]:
     config = read_merge_config(request.config)
     need_slices(config)
-    method = _method(config)
     names = config.models()
-    check_output(request.output, [request.config, *map(find_model, names)])
-    with opened(names) as models:
+    check_output(request.output, [request.config, *folders_of(names)])
+    with opened(names, request.adapted) as models:
         base = models[config.base_model or names[0]]
         chosen = choose_tokenizer(config.tokenizer, models, base, config.base_model is not None)
+        method = _method(config)  # the first that may load torch
         plan = make_plan(
             config,
             method,
@@ -69,13 +73,16 @@ def _opened(request: MergeRequest) -> Iterator[Prepared]:
             seed=request.seed,
             strict=request.strict,
         )
+        result = _config(config, plan, models, base, chosen)
+        _check_model(plan, base, result)
+        check_result(request.output, result)
         if any(not task.copied for task in plan.tasks):
             _prepare_torch(request)
-        result = _config(config, plan, models, base, chosen)
-        check_result(request.output, result)
         notes = [*config.warnings, *plan.notes, *chosen.notes]
         if plan.vocab:
             notes.append(f"embeddings were cut to {plan.vocab} tokens; the tokenizer may know more")
+        elif not chosen.rows and result["vocab_size"] != base.config.get("vocab_size", result["vocab_size"]):
+            notes.append(f"vocab_size is {result['vocab_size']}, the rows of the embedding, not that of '{base.name}'")
         yield _prepared(request, config, method, plan, chosen, result, notes)
 
 
@@ -105,7 +112,7 @@ def _prepared(
 
 def _method(config: MergeConfig) -> Method:
     """The merge method; stacking layers needs no torch unless a tensor is scaled."""
-    if config.merge_method == "passthrough":
+    if config.merge_method == STACK:
         from mindformers_ext.surgery.merge.passthrough import PASSTHROUGH
 
         return PASSTHROUGH
@@ -131,19 +138,30 @@ def _config(
 ) -> dict[str, Any]:
     kinds = {task.info.dtype for task in plan.tasks}
     written = any(task.info.name == HEAD.name for task in plan.tasks)
-    layer_types = []
-    for name, layer in plan.layer_sources:
-        own = models[name].config.get("layer_types")
-        layer_types.append(own[layer] if isinstance(own, list) and layer < len(own) else "full_attention")
+    rows = [task.info.shape[0] for task in plan.tasks if task.info.name == EMBEDDING.name and task.info.shape]
     return merged_config(
         base.config,
         layers=plan.layers,
-        layer_types=layer_types,
-        vocab=plan.vocab or chosen.rows,
+        layer_types=[_layer_type(models[name], layer) for name, layer in plan.layer_sources],
+        vocab=rows[0] if rows else None,
         tied=not written,
         dtype=BY_NUMPY[kinds.pop()].long if len(kinds) == 1 else config.out_dtype or config.dtype or "float32",
         tokens=chosen.donor.config,
     )
+
+
+def _layer_type(model: Model, layer: int) -> str:
+    """The kind of attention of a model's layer."""
+    own, turns = model.config.get("layer_types"), model.architecture.layer_types or (FULL,)
+    return str(own[layer]) if isinstance(own, list) and layer < len(own) else turns[layer % len(turns)]
+
+
+def _check_model(plan: MergePlan, base: Model, result: Mapping[str, Any]) -> None:
+    """What is to be written must be a model of the sizes that its config.json says."""
+    problems = Problems("the merge would be no model")
+    shapes = {task.info.name: task.info.shape for task in plan.tasks}
+    check_fit(shapes, base.architecture, result, f"the merge (written with that of '{base.name}')", problems)
+    problems.raise_if_any()
 
 
 def _write_beside(

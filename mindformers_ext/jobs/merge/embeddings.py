@@ -148,7 +148,13 @@ class RebuiltRows:
         for giver in np.unique(donor):
             places = np.flatnonzero(donor == giver)
             if giver >= 0:
-                result[places] = cast(self._rows(giver, name, row[places]), info.dtype)[0]
+                rows, lost = cast(self._rows(giver, name, row[places]), info.dtype)
+                if lost:
+                    raise UserError(
+                        f"rows of '{self._members[giver].name}' are beyond the range of {info.dtype}, the type of "
+                        f"'{name}' in '{self._members[self._number].name}': convert that one to bfloat16 or float32"
+                    )
+                result[places] = rows
             elif giver == MEAN:
                 result[places] = self._means(name, start + places)
             elif giver == FILL:

@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.formats.dtypes import FLOATS
 from mindformers_ext.jobs.checkpoint.source import CONFIG, Reader, open_hf, read_config
+from mindformers_ext.jobs.merge.adapted import AdaptedReader
+from mindformers_ext.jobs.merge.adapters import open_adapter
 from mindformers_ext.jobs.merge.fused import unfused
+from mindformers_ext.jobs.merge.references import split_reference
 from mindformers_ext.surgery.merge.architectures import Architecture, architecture_of
 
 HUB = "~/.cache/huggingface"
@@ -20,7 +24,7 @@ HUB = "~/.cache/huggingface"
 
 @dataclass(frozen=True)
 class Model:
-    """An open model. ``name`` is what the user calls it."""
+    """An open model. ``name`` is what the user calls it; ``reader`` has its adapter merged where it names one."""
 
     name: str
     folder: Path
@@ -36,14 +40,14 @@ def find_model(name: str) -> Path:
     Raises:
         UserError: it is neither.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # leaves a user that does not exist as it is
     if path.is_dir():
         return path
     if path.is_file():
         raise UserError(f"model '{name}' is a file: give the folder with config.json and the weights")
     repository, _, revision = name.partition("@")
     root = os.environ.get("HF_HUB_CACHE") or str(Path(os.environ.get("HF_HOME") or HUB) / "hub")
-    folder = Path(root).expanduser() / ("models--" + repository.replace("/", "--"))
+    folder = Path(os.path.expanduser(root)) / ("models--" + repository.replace("/", "--"))
     reference = folder / "refs" / (revision or "main")
     snapshot = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
     if repository.count("/") <= 1 and snapshot and (folder / "snapshots" / snapshot).is_dir():
@@ -55,14 +59,23 @@ def find_model(name: str) -> Path:
     )
 
 
+def folders_of(names: Sequence[str]) -> list[Path]:
+    """Every folder that models and adapters ``names`` are read from."""
+    parts = [part for name in names for part in split_reference(name) if part]
+    return list(map(find_model, parts))
+
+
 @contextmanager
-def opened(names: Sequence[str]) -> Iterator[dict[str, Model]]:
-    """Every model by its name; faults of all of them in one ``UserError``. Closed at the end."""
+def opened(names: Sequence[str], adapted: str | None = None) -> Iterator[dict[str, Model]]:
+    """Every model by its name; faults of all of them in one ``UserError``. Closed at the end.
+
+    ``adapted``: the type of tensors that an adapter touches; None keeps the model's.
+    """
     problems, models = Problems("the models"), {}
     try:
         for name in names:
             try:
-                models[name] = _open(name)
+                models[name] = _open(name, adapted)
             except UserError as error:
                 problems.add(f"'{name}' cannot be used", str(error))
         problems.raise_if_any()
@@ -72,8 +85,9 @@ def opened(names: Sequence[str]) -> Iterator[dict[str, Model]]:
             model.reader.close()
 
 
-def _open(name: str) -> Model:
-    folder = find_model(name)
+def _open(name: str, adapted: str | None) -> Model:
+    model, adapter = split_reference(name)
+    folder = find_model(model)
     config = read_config(folder)
     if config.get("quantization_config"):
         raise UserError(f"'{folder}' holds quantised weights: merge the float16 or bfloat16 original")
@@ -84,4 +98,11 @@ def _open(name: str) -> Model:
     reader = open_hf(folder)
     if architecture.experts:
         reader = unfused(reader)
+    if adapter:
+        try:
+            lora = open_adapter(find_model(adapter), reader.infos)
+        except UserError:
+            reader.close()
+            raise
+        reader = AdaptedReader(reader, lora, FLOATS[adapted] if adapted else None)
     return Model(name, folder, config, architecture, layers, reader)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,13 @@ import numpy as np
 
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.formats.dtypes import BY_NUMPY, cast
-from mindformers_ext.formats.tensors import Array, TensorInfo
+from mindformers_ext.formats.tensors import Array, Index, TensorInfo
 from mindformers_ext.jobs.checkpoint.source import CONFIG
 from mindformers_ext.jobs.merge.course import Prepared, run_merge
 from mindformers_ext.jobs.merge.gates import gate_rows
-from mindformers_ext.jobs.merge.models import Model, find_model, opened
+from mindformers_ext.jobs.merge.models import Model, folders_of, opened
 from mindformers_ext.jobs.merge.moe_config import MoEConfig, read_moe_config
-from mindformers_ext.jobs.merge.moe_outputs import mixture_config
+from mindformers_ext.jobs.merge.moe_outputs import fitting_output, mixture_config
 from mindformers_ext.jobs.merge.moe_plan import CopyFrom, GateRows, Target, Zeros, plan_targets
 from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest, check_output, check_result
 from mindformers_ext.jobs.merge.plan import MergePart, TensorTask
@@ -42,6 +42,8 @@ class MoERequest:
     untrained_is_fine: bool = False
     seed: int = 0
     strict: bool = False
+    allow_overflow: bool = False
+    adapted: str | None = None
     allow_crimes: bool = False
     truncate_embeddings: bool = False
     device: str = "cpu"
@@ -53,7 +55,7 @@ def assemble(request: MoERequest, write: bool = True) -> MergeReport:
     Raises:
         UserError: anything wrong with the configuration, the models or the output path; nothing is left half-written.
     """
-    return run_merge(request.output, _opened(request), request.strict, write)
+    return run_merge(request.output, _opened(request), Findings(request.strict, request.allow_overflow), write)
 
 
 @contextmanager
@@ -64,17 +66,21 @@ def _opened(request: MoERequest) -> Iterator[Prepared]:
     if request.gate_scale is not None and not abs(request.gate_scale) < float("inf"):
         raise UserError(f"--gate-scale {request.gate_scale}: give a finite number")
     names = config.models()
-    check_output(request.output, [request.config, *map(find_model, names)])
-    with opened(names) as models:
+    check_output(request.output, [request.config, *folders_of(names)])
+    with opened(names, request.adapted) as models:
+        if not config.output_said:
+            kind = models[config.base_model].architecture.model_type
+            config = replace(config, output=fitting_output(kind, len(config.shared), config.output))
         problems = Problems("the mixture cannot be assembled")
         targets, notes = plan_targets(config, models, request.fused, problems)
         problems.raise_if_any()
         base = models[config.base_model]
         result = mixture_config(
             config.output,
-            base.config,
-            len(config.experts),
+            {**base.architecture.defaults, **base.config},
+            len(config.experts) * config.segments,
             config.experts_per_token,
+            segments=config.segments,
             dtype=_common_type(targets),
             tied=_tied(targets),
         )
@@ -95,6 +101,7 @@ def _prepared(request: MoERequest, job: _Assembly, result: Mapping[str, Any], no
     def start(findings: Findings, said: list[str]) -> Callable[[int], Iterator[Array]]:
         rows, more = gate_rows(job.config, job.models[job.config.base_model], request.seed)
         said += more
+        rows = _per_segment(rows, len(job.config.experts), job.config.segments)
         if request.gate_scale is not None:
             rows = rows * np.float32(request.gate_scale)
         return _maker(job, rows, request.seed, findings)
@@ -110,6 +117,14 @@ def _prepared(request: MoERequest, job: _Assembly, result: Mapping[str, Any], no
         lambda folder: _write_beside(folder, request.output, job, result),
         lambda: _comparison(job),
     )
+
+
+def _per_segment(rows: np.ndarray, experts: int, segments: int) -> np.ndarray:
+    """The router's rows (layers, experts and shared ones, hidden) with each expert's repeated for its segments.
+
+    Segments of one model are then chosen together and weigh the same: the mixture begins as the one of whole models.
+    """
+    return np.concatenate([np.repeat(rows[:, :experts], segments, axis=1), rows[:, experts:]], axis=1)
 
 
 def _comparison(job: _Assembly) -> tuple[TaskRunner, Sequence[TensorTask]]:
@@ -150,7 +165,7 @@ def _maker(job: _Assembly, rows: np.ndarray, seed: int, findings: Findings) -> C
         target = job.targets[place]
         for source in target.sources:
             if isinstance(source, GateRows):
-                yield cast(rows[source.layer, source.first : source.end], target.info.dtype)[0]
+                yield _typed(rows[source.layer, source.first : source.end], target.info, findings)
             elif isinstance(source, Zeros):
                 yield np.zeros(source.length, target.info.dtype)
             else:
@@ -159,11 +174,30 @@ def _maker(job: _Assembly, rows: np.ndarray, seed: int, findings: Findings) -> C
     return blocks
 
 
+def _blocks(source: CopyFrom, shape: tuple[int, ...]) -> Iterator[Index]:
+    """Indices of consecutive blocks of what is taken of a tensor of ``shape``."""
+    if source.cut is None:
+        yield from (index for index, _ in row_blocks(shape, COPIED))
+        return
+    axis, first, end = source.cut
+    for index, _ in row_blocks((end - first, shape[1]) if axis == 0 else (shape[0], end - first), COPIED):
+        rows = index[0]
+        assert isinstance(rows, slice)
+        yield (slice(rows.start + first, rows.stop + first),) if axis == 0 else (rows, slice(first, end))
+
+
+def _typed(array: Array, info: TensorInfo, findings: Findings) -> Array:
+    """``array`` in the type of the tensor it belongs to."""
+    array, lost = cast(array, info.dtype)
+    findings.overflow(info.name, lost, BY_NUMPY[info.dtype].long)
+    return array
+
+
 def _copied(job: _Assembly, source: CopyFrom, info: TensorInfo, seed: int, findings: Findings) -> Iterator[Array]:
     """The blocks of a matrix, with the expert's noise and scale, in the type of ``info``."""
     reader = job.models[source.model].reader
     random = np.random.Generator(np.random.Philox(key=[seed, source.stream])) if source.noise else None
-    for index, _ in row_blocks(reader.infos[source.name].shape, COPIED):
+    for index in _blocks(source, reader.infos[source.name].shape):
         array = reader.read(source.name, index)
         findings.look(array, MergePart(source.model, source.name))
         if random is not None or source.scale != 1.0:
@@ -172,10 +206,7 @@ def _copied(job: _Assembly, source: CopyFrom, info: TensorInfo, seed: int, findi
                 wide += random.standard_normal(wide.shape, dtype=np.float32) * np.float32(source.noise)
             wide *= np.float32(source.scale)
             array = wide
-        array, lost = cast(array, info.dtype)
-        if lost:
-            findings.overflown[info.name] = findings.overflown.get(info.name, 0) + lost
-        yield array
+        yield _typed(array, info, findings)
 
 
 def _write_beside(folder: Path, out: OutputRequest, job: _Assembly, result: Mapping[str, Any]) -> list[str]:
@@ -195,4 +226,5 @@ def _origin(job: _Assembly, target: Target) -> str:
     if isinstance(first, Zeros):
         return "zeros"
     more = f" and {count - 1} more" if count > 1 else ""
-    return f"copy of {first.model}:{first.name}{more}"
+    cut = f" {('rows', 'columns')[first.cut[0]]} {first.cut[1]} to {first.cut[2] - 1}" if first.cut else ""
+    return f"copy of {first.model}:{first.name}{cut}{more}"

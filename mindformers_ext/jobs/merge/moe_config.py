@@ -12,9 +12,19 @@ from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.layers import dtype_name
 from mindformers_ext.formats.dtypes import FLOATS
-from mindformers_ext.jobs.merge.moe_outputs import MIXTRAL, QWEN2_MOE, Output
+from mindformers_ext.jobs.merge.moe_outputs import MIXTRAL, OUTPUTS, QWEN2_MOE, Output
+from mindformers_ext.jobs.merge.references import parse_reference
 
-KEYS = ("base_model", "experts", "gate_mode", "dtype", "experts_per_token", "shared_experts", "architecture")
+KEYS = (
+    "base_model",
+    "experts",
+    "gate_mode",
+    "dtype",
+    "experts_per_token",
+    "shared_experts",
+    "architecture",
+    "segments",
+)
 EXPERT_KEYS = ("source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale")
 RANDOM, UNIFORM, CHEAP, HIDDEN, LAST, AVERAGE = (
     "random",
@@ -26,8 +36,7 @@ RANDOM, UNIFORM, CHEAP, HIDDEN, LAST, AVERAGE = (
 )
 GATE_MODES = (HIDDEN, LAST, AVERAGE, CHEAP, RANDOM, UNIFORM)
 WITHOUT_PROMPTS = (RANDOM, UNIFORM)
-MIXTRAL_WORDS, QWEN_WORDS = (MIXTRAL.kind,), ("qwen moe", "qwen2 moe", QWEN2_MOE.kind)
-NOT_BUILT = ("deepseek", "qwen3")
+NOT_BUILT = ("deepseek",)
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,10 @@ class Expert:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """A whole assembly."""
+    """A whole assembly. ``segments``: experts made of each model, narrower by that factor.
+
+    ``output_said``: the file names its output; otherwise the models decide.
+    """
 
     base_model: str
     experts: tuple[Expert, ...]
@@ -53,6 +65,8 @@ class MoEConfig:
     text: str
     output: Output = MIXTRAL
     shared: tuple[Expert, ...] = ()
+    segments: int = 1
+    output_said: bool = False
 
     def models(self) -> list[str]:
         """Every model named, the base first."""
@@ -67,20 +81,24 @@ def read_moe_config(path: Path, untrained_is_fine: bool) -> MoEConfig:
     raw = load_yaml(path)
     problems = Problems(str(path))
     problems.unknown_keys("the file", raw, KEYS)
-    base = _text(raw.get("base_model"), "base_model", problems)
+    base = parse_reference(raw.get("base_model"), "base_model", problems)
     mode = raw.get("gate_mode", HIDDEN)
     problems.one_of("gate_mode", mode, GATE_MODES)
     experts = _experts(raw.get("experts"), "experts", problems)
     if isinstance(raw.get("experts"), list) and len(experts) < 2:
         problems.add(f"experts lists {len(experts)} models", "a mixture has at least two experts")
-    chosen = raw.get("experts_per_token", 2)
+    segments = raw.get("segments", 1)
+    problems.positive("segments", segments)
+    segments = segments if type(segments) is int else 1
+    chosen = raw.get("experts_per_token", 2 * segments)
     problems.positive("experts_per_token", chosen)
-    if type(chosen) is int and experts and chosen > len(experts):
+    if type(chosen) is int and experts and chosen > len(experts) * segments:
         problems.add(
-            f"experts_per_token is {chosen} with {len(experts)} experts", "choose at most as many as there are"
+            f"experts_per_token is {chosen} with {len(experts) * segments} experts",
+            "choose at most as many as there are",
         )
     shared = _experts(raw.get("shared_experts") or [], "shared_experts", problems)
-    output = _output(raw, len(shared), problems)
+    output, said = _output(raw, len(shared), problems)
     dtype = raw.get("dtype")
     if dtype is not None:
         dtype = dtype_name(dtype) or str(dtype).removeprefix("torch.")
@@ -89,7 +107,7 @@ def read_moe_config(path: Path, untrained_is_fine: bool) -> MoEConfig:
         _check_experts(experts, shared, str(mode), untrained_is_fine, problems)
     problems.raise_if_any()
     text = path.read_text(encoding="utf-8")
-    return MoEConfig(base, experts, str(mode), dtype, int(chosen), text, output, shared)
+    return MoEConfig(base, experts, str(mode), dtype, int(chosen), text, output, shared, segments, said)
 
 
 def _experts(raw: Any, where: str, problems: Problems) -> tuple[Expert, ...]:
@@ -102,7 +120,7 @@ def _experts(raw: Any, where: str, problems: Problems) -> tuple[Expert, ...]:
 def _expert(raw: Mapping[Any, Any], where: str, problems: Problems) -> Expert:
     problems.unknown_keys(where, map(str, raw), EXPERT_KEYS)
     return Expert(
-        _text(raw.get("source_model"), f"{where}.source_model", problems),
+        parse_reference(raw.get("source_model"), f"{where}.source_model", problems),
         _prompts(raw.get("positive_prompts"), f"{where}.positive_prompts", problems),
         _prompts(raw.get("negative_prompts"), f"{where}.negative_prompts", problems),
         _number(raw.get("noise_scale"), f"{where}.noise_scale", problems, low=0.0),
@@ -110,26 +128,29 @@ def _expert(raw: Mapping[Any, Any], where: str, problems: Problems) -> Expert:
     )
 
 
-def _output(raw: Mapping[str, Any], shared: int, problems: Problems) -> Output:
-    """What is written: a Mixtral, with one shared expert a Qwen2-MoE; other outputs of mergekit are refused by name."""
-    wanted, advice = str(raw.get("architecture") or "").lower(), "choose mixtral or qwen2_moe, or leave the key out"
+def _output(raw: Mapping[str, Any], shared: int, problems: Problems) -> tuple[Output, bool]:
+    """What is written, and whether the file names it; other outputs of mergekit are refused by name."""
+    wanted = str(raw.get("architecture") or "").lower()
+    kinds = [output.kind for output in OUTPUTS]
+    advice = f"choose {', '.join(kinds)}, or leave the key out"
+    found = next((output for output in OUTPUTS if any(word.startswith(wanted) for word in output.words)), None)
     if wanted.startswith(NOT_BUILT):
         problems.add(f"architecture '{raw['architecture']}' is not built", advice)
-    elif not any(word.startswith(wanted) for word in (*MIXTRAL_WORDS, *QWEN_WORDS)):
+    elif found is None:
         problems.add(f"architecture '{raw['architecture']}' is unknown", advice)
-    qwen = bool(wanted) and any(word.startswith(wanted) for word in QWEN_WORDS)
-    mixtral = bool(wanted) and not qwen
     if shared > QWEN2_MOE.shared:
-        problems.add(f"shared_experts lists {shared} models", "a Qwen2-MoE has one shared expert, a Mixtral none")
-    if mixtral and shared:
+        problems.add(f"shared_experts lists {shared} models", "a Qwen2-MoE has one shared expert, the others none")
+    if not wanted or found is None:
+        return (QWEN2_MOE if shared else MIXTRAL), False
+    if shared and not found.shared:
         problems.add(
-            "shared_experts are given with architecture mixtral",
-            "a Mixtral has no shared expert: leave the "
-            "architecture out to write a Qwen2-MoE, or list it among the experts",
+            f"shared_experts are given with architecture {found.kind}",
+            f"a {found.kind} has no shared expert: leave the architecture out to write a Qwen2-MoE, or list it among "
+            "the experts",
         )
-    if qwen and not shared:
-        problems.add(f"architecture '{raw['architecture']}' without shared_experts", "a Qwen2-MoE needs one")
-    return QWEN2_MOE if qwen or shared else MIXTRAL
+    if found.shared and not shared:
+        problems.add(f"architecture '{raw['architecture']}' without shared_experts", f"a {found.kind} needs one")
+    return found, True
 
 
 def _check_experts(
@@ -159,13 +180,6 @@ def _check_experts(
             "all experts have the same prompts",
             "the router could not tell them apart: write prompts that fit one expert each",
         )
-
-
-def _text(raw: Any, where: str, problems: Problems) -> str:
-    if not isinstance(raw, str) or not raw.strip():
-        problems.add(f"{where} is {raw!r}", "write the folder of a model, or its name on the hub")
-        return ""
-    return raw
 
 
 def _prompts(raw: Any, where: str, problems: Problems) -> tuple[str, ...]:

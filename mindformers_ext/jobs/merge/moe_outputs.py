@@ -36,16 +36,20 @@ COPIED = (
 class Output:
     """One kind of mixture. ``moe`` stands between the layer's name and its parts, ``matrices``: those of an expert.
 
-    ``fits``: the kinds of model that can go in, which with ``one_kind`` must all be the same. ``biased``: q, k and v
-    have biases. ``shared``: how many shared experts it has.
+    ``words``: what ``architecture`` may be the beginning of. ``fits``: the kinds of model that can go in, which with
+    ``one_kind`` must all be the same. ``biased``: q, k and v have biases. ``shared``: how many shared experts it has.
+    ``count_key`` and ``width_key`` are config.json's for the experts and their width.
     """
 
     kind: str
     name: str
+    words: tuple[str, ...]
     moe: str
     matrices: Mapping[str, str]
     fits: tuple[str, ...]
     config: Mapping[str, Any]
+    count_key: str = "num_experts"
+    width_key: str = "moe_intermediate_size"
     one_kind: bool = False
     biased: bool = False
     shared: int = 0
@@ -55,39 +59,61 @@ LLAMA_LIKE = (families.LLAMA.name, families.MISTRAL.name)
 MIXTRAL = Output(
     families.MIXTRAL.name,
     families.MIXTRAL.hf_class,
+    (families.MIXTRAL.name,),
     "block_sparse_moe.",
     {GATE: "w1", DOWN: "w2", UP: "w3"},
     LLAMA_LIKE,
     {"router_jitter_noise": 0.0},
+    count_key="num_local_experts",
+    width_key="intermediate_size",
 )
+_QWEN = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False}
+_SAME_NAMES = {GATE: GATE, DOWN: DOWN, UP: UP}
 QWEN2_MOE = Output(
     families.QWEN2_MOE.name,
     families.QWEN2_MOE.hf_class,
+    ("qwen moe", "qwen2 moe", families.QWEN2_MOE.name),
     "mlp.",
-    {GATE: GATE, DOWN: DOWN, UP: UP},
-    (*LLAMA_LIKE, "qwen2"),
-    {
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "use_sliding_window": False,
-        "qkv_bias": True,
-    },
+    _SAME_NAMES,
+    (*LLAMA_LIKE, families.QWEN2.name),
+    _QWEN | {"qkv_bias": True},
     one_kind=True,
     biased=True,
     shared=1,
 )
+QWEN3_MOE = Output(
+    families.QWEN3_MOE.name,
+    families.QWEN3_MOE.hf_class,
+    ("qwen3 moe", families.QWEN3_MOE.name),
+    "mlp.",
+    _SAME_NAMES,
+    (families.QWEN3.name,),
+    _QWEN | {"attention_bias": False},
+)
+OUTPUTS = (MIXTRAL, QWEN2_MOE, QWEN3_MOE)
 WHY_NOT = {
     "phi3": "its attention and feed-forward are stored and sized differently, so its experts fit no other model",
-    "qwen2": "its attention has biases, and a Mixtral has none; with one shared_experts entry a Qwen2-MoE is written",
+    families.QWEN2.name: "its attention has biases, and a Mixtral has none; with one shared_experts entry a Qwen2-MoE "
+    "is written",
+    families.QWEN3.name: "its heads have norms, which only a Qwen3-MoE has, and that has no shared expert",
+    "gemma2": "its layers have four norms, and no mixture here has them",
+    "granite": "its layers scale what they add, and no mixture here does",
     families.MIXTRAL.name: "it is a mixture already",
 }
 
 
+def fitting_output(kind: str, shared: int, otherwise: Output) -> Output:
+    """What is written from models of ``kind`` with ``shared`` shared experts; ``otherwise`` where nothing fits."""
+    return next((item for item in OUTPUTS if kind in item.fits and item.shared == shared), otherwise)
+
+
 def mixture_config(
-    output: Output, base: Mapping[str, Any], experts: int, chosen: int, *, dtype: str, tied: bool
+    output: Output, base: Mapping[str, Any], experts: int, chosen: int, *, segments: int, dtype: str, tied: bool
 ) -> dict[str, Any]:
-    """config.json of the mixture. Everything that the output's defaults would change is written out."""
+    """config.json of the mixture. Everything that the output's defaults would change is written out.
+
+    ``segments``: into how many of the ``experts`` each feed-forward was split.
+    """
     kind = str(base.get("model_type"))
     full = with_both_ropes({**families.defaults_of(kind), **base})
     result: dict[str, Any] = {"architectures": [output.name], "model_type": output.kind}
@@ -106,14 +132,10 @@ def mixture_config(
         "torch_dtype": dtype,
         "use_cache": True,
     }
+    width = result["intermediate_size"]
+    result |= {output.count_key: experts, output.width_key: width // segments}
     if output.shared:
-        width = result["intermediate_size"]
-        result |= {
-            "num_experts": experts,
-            "moe_intermediate_size": width,
-            "shared_expert_intermediate_size": width,
-            "max_window_layers": result["num_hidden_layers"],
-        }
-    else:
-        result["num_local_experts"] = experts
+        result["shared_expert_intermediate_size"] = width
+    if "use_sliding_window" in output.config:
+        result["max_window_layers"] = result["num_hidden_layers"]
     return result | dict(output.config)

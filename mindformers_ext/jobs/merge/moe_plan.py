@@ -14,6 +14,7 @@ from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.layers import dtype_name
 from mindformers_ext.formats.dtypes import FLOATS, is_float
 from mindformers_ext.formats.tensors import TensorInfo
+from mindformers_ext.jobs.merge.fit import check_fit
 from mindformers_ext.jobs.merge.models import Model
 from mindformers_ext.jobs.merge.moe_config import Expert, MoEConfig
 from mindformers_ext.jobs.merge.moe_outputs import BIASES, DOWN, GATE, UP, WHY_NOT, Output
@@ -22,13 +23,17 @@ from mindformers_ext.surgery.merge.architectures import EMBEDDING, HEAD, known_n
 
 @dataclass(frozen=True)
 class CopyFrom:
-    """A matrix of a model, with ``noise`` of that deviation added and then times ``scale``."""
+    """A matrix of a model, with ``noise`` of that deviation added and then times ``scale``.
+
+    ``cut``: (axis, first, end) of the rows or columns that are taken, None for all.
+    """
 
     model: str
     name: str
     noise: float = 0.0
     scale: float = 1.0
     stream: int = 0  # of the random numbers
+    cut: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,15 @@ def plan_targets(
     wanted = config.dtype or dtype_name(base.config.get("torch_dtype")) or str(base.config.get("torch_dtype"))
     embedding = base.reader.infos.get(EMBEDDING.name)
     dtype = FLOATS.get(wanted) or (embedding.dtype if embedding else np.dtype(np.float32))
+    shapes = {name: info.shape for name, info in base.reader.infos.items()}
+    check_fit(shapes, base.architecture, base.config, f"'{base.name}'", problems)
+    width, segments = int(base.config.get("intermediate_size", 0)), config.segments
+    if width % segments:
+        problems.add(
+            f"intermediate_size {width} of '{base.name}' is no multiple of segments {segments}", "choose another"
+        )
+    if problems.lines:
+        return [], []
     builder = _Builder(config, models, dtype, problems)
     targets = builder.run(fused)
     known = known_names(base.architecture, base.layers)
@@ -86,8 +100,14 @@ def plan_targets(
         if extra
         else []
     )
-    if len(config.experts) & (len(config.experts) - 1):
-        notes.append(f"{len(config.experts)} experts are no power of two: llama.cpp may refuse the model")
+    count = len(config.experts) * segments
+    if count & (count - 1):
+        notes.append(f"{count} experts are no power of two: llama.cpp may refuse the model")
+    if config.experts_per_token % segments:
+        notes.append(
+            f"experts_per_token {config.experts_per_token} is no multiple of segments {segments}: of one model only "
+            "a part is then computed"
+        )
     return targets, notes
 
 
@@ -168,13 +188,15 @@ class _Builder:
     def _moe(self, layer: int, fused: bool) -> None:
         old, output = f"model.layers.{layer}.mlp.", self.config.output
         new = old if fused else f"model.layers.{layer}.{output.moe}"
-        count, hidden = len(self.config.experts), int(self.base.config["hidden_size"])
-        width = int(self.base.config["intermediate_size"])
-        shapes = {GATE: (width, hidden), DOWN: (hidden, width), UP: (width, hidden)}
-        everyone = (*self.config.experts, *self.config.shared)
+        hidden, segments = int(self.base.config["hidden_size"]), self.config.segments
+        whole = _shapes(int(self.base.config["intermediate_size"]), hidden)
+        width = int(self.base.config["intermediate_size"]) // segments
+        shapes = _shapes(width, hidden)
+        parts = [(expert, segment) for expert in self.config.experts for segment in range(segments)]
+        count = len(parts)
         found = {
-            (place, kind): self._expert(expert, place, f"{old}{kind}.weight", shapes[kind])
-            for place, expert in enumerate(everyone)
+            (place, kind): self._expert(expert, place, f"{old}{kind}.weight", whole[kind], segment)
+            for place, (expert, segment) in enumerate([*parts, *((expert, None) for expert in self.config.shared)])
             for kind in shapes
         }
         self._append(new + "gate.weight", (count, hidden), GateRows(layer, 0, count))
@@ -189,10 +211,14 @@ class _Builder:
                     self._append(f"{new}experts.{place}.{word}.weight", shapes[kind], found[place, kind])
         if self.config.shared:
             for kind, word in output.matrices.items():
-                self._append(f"{new}shared_expert.{word}.weight", shapes[kind], found[count, kind])
+                self._append(f"{new}shared_expert.{word}.weight", whole[kind], found[count, kind])
             self._append(new + "shared_expert_gate.weight", (1, hidden), GateRows(layer, count, count + 1))
 
-    def _expert(self, expert: Expert, place: int, name: str, shape: tuple[int, ...]) -> CopyFrom:
+    def _expert(self, expert: Expert, place: int, name: str, shape: tuple[int, ...], segment: int | None) -> CopyFrom:
+        """A matrix of an expert: that of the model, or its ``segment``, whose output then counts as often as it is cut.
+
+        The router's weights of chosen experts sum to 1, so each of m segments has 1/m of what the whole would have.
+        """
         info = self.models[expert.model].reader.infos.get(name)
         if info is None:
             self.problems.add(f"'{name}' is missing in '{expert.model}'", "copy the whole model again")
@@ -203,6 +229,18 @@ class _Builder:
             )
         elif not is_float(info.dtype):
             self.problems.add(f"'{name}' of '{expert.model}' is {info.dtype}", "only floats are assembled")
-        scale = expert.residual_scale if name.endswith(f"{DOWN}.weight") else None
+        out, segments = name.endswith(f"{DOWN}.weight"), self.config.segments
+        scale = expert.residual_scale if out and expert.residual_scale is not None else 1.0
         stream = zlib.crc32(f"{place} {name}".encode())
-        return CopyFrom(expert.model, name, expert.noise_scale or 0.0, 1.0 if scale is None else scale, stream)
+        cut = None
+        if segment is not None and segments > 1:
+            axis = 1 if out else 0
+            width = shape[axis] // segments
+            cut = (axis, segment * width, (segment + 1) * width)
+            scale *= segments if out else 1
+        return CopyFrom(expert.model, name, expert.noise_scale or 0.0, scale, stream, cut)
+
+
+def _shapes(width: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    """The matrices of a feed-forward of that width."""
+    return {GATE: (width, hidden), DOWN: (hidden, width), UP: (width, hidden)}

@@ -18,7 +18,7 @@ from mindformers_ext.surgery.merge.settings import Method, Parameter, Settings
 # Words of mergekit's methods: with another method they mean nothing, but they are no typo either.
 FAMILIAR = frozenset(
     "weight density gamma epsilon scale t normalize int8_mask rescale lambda filter_wise select_topk "
-    "nuslerp_flatten nuslerp_row_wise".split()
+    "nuslerp_flatten nuslerp_row_wise max_iter tol normalize_weights eps r alpha".split()
 )
 
 
@@ -127,5 +127,7 @@ def _fault(parameter: Parameter, value: Scalar) -> str | None:
         return "write a finite number"
     low, high = parameter.low, parameter.high
     if (low is not None and value < low) or (high is not None and value > high):
-        return f"write a number from {low:g} to {high:g}"
+        return f"write a number from {low:g}" + (f" to {high:g}" if high is not None else " on")
+    if parameter.whole and value != int(value):
+        return "write a whole number"
     return None

@@ -18,12 +18,14 @@ from mindformers_ext.core.errors import Problems
 from mindformers_ext.formats.dtypes import BY_NUMPY, FLOATS, is_float
 from mindformers_ext.formats.tensors import TensorInfo
 from mindformers_ext.jobs.merge.config import LayerSource, MergeConfig, Slice
+from mindformers_ext.jobs.merge.constants import check_constants
 from mindformers_ext.jobs.merge.models import Model
 from mindformers_ext.jobs.merge.parameters import Resolver
-from mindformers_ext.surgery.merge.architectures import HEAD, TensorRow, known_names
+from mindformers_ext.surgery.merge.architectures import EMBEDDING, HEAD, TensorRow, known_names
 from mindformers_ext.surgery.merge.settings import Method, Settings
 
 SHOWN = 8  # problems of one kind that are listed
+VOCABULARY = (EMBEDDING, HEAD)  # every architecture's
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ def make_plan(
     problems.raise_if_any()
     planner = _Planner(config, method, models, truncate, seed, problems)
     plan = planner.run(slices)
+    donor = models[config.base_model or config.models()[0]]
+    plan.notes += check_constants(models, config.models(), donor, allow_crimes, problems)
     planner.resolver.report(plan.notes, problems, strict)
     _note_extras(models, plan)
     problems.raise_if_any()
@@ -169,6 +173,8 @@ class _Planner:
         names = config.models()
         self.donor = models[config.base_model or names[0]]
         self.with_head = any(HEAD.name in models[name].reader.infos for name in names)
+        rows = [models[name].reader.infos.get(row.name) for name in names for row in VOCABULARY]
+        self.fewest_tokens = min((info.shape[0] for info in rows if info and info.shape), default=0)
 
     def run(self, slices: list[Slice]) -> MergePlan:
         table, last = self.donor.architecture, 1.0 if self.config.compat["post_gradient"] == "last" else 0.0
@@ -249,6 +255,8 @@ class _Planner:
     def _shape(
         self, out: str, row: TensorRow, parts: list[MergePart], infos: list[TensorInfo]
     ) -> tuple[int, ...] | None:
+        if row.vocab and self.truncate and all(info.shape for info in infos):
+            infos = [replace(info, shape=(self._cut(info.shape[0]), *info.shape[1:])) for info in infos]
         shapes = {info.shape for info in infos}
         if len(shapes) == 1:
             return infos[0].shape
@@ -256,16 +264,19 @@ class _Planner:
         if not row.vocab or len({shape[1:] for shape in shapes}) > 1:
             self._fault("shapes", f"'{out}' has different shapes: {listed}", "only equal shapes can be merged")
             return None
-        if not self.truncate:
-            self._fault(
-                "vocabularies",
-                f"'{out}' has a different number of tokens: {listed}",
-                "the vocabularies differ; where all ids below the smallest mean the same in every model, "
-                "--unsafe-truncate-embeddings cuts the rest away",
-            )
-            return None
-        self.plan.vocab = min(shape[0] for shape in shapes)
-        return (self.plan.vocab, *infos[0].shape[1:])
+        self._fault(
+            "vocabularies",
+            f"'{out}' has a different number of tokens: {listed}",
+            "the vocabularies differ; where all ids below the smallest mean the same in every model, "
+            "--unsafe-truncate-embeddings cuts the rest away",
+        )
+        return None
+
+    def _cut(self, rows: int) -> int:
+        """``rows`` of an embedding or a head, cut to the shortest of all models."""
+        if rows > self.fewest_tokens:
+            self.plan.vocab = self.fewest_tokens
+        return self.fewest_tokens
 
 
 def _note_extras(models: Mapping[str, Model], plan: MergePlan) -> None:

@@ -56,7 +56,7 @@ def merged_config(
     for key in ("_name_or_path", "auto_map"):
         result.pop(key, None)
     result["num_hidden_layers"] = layers
-    if "layer_types" in result:
+    if "layer_types" in result or len(set(layer_types or ())) > 1:
         result["layer_types"] = list(layer_types) if layer_types else None
     result.pop("dtype", None)
     result["torch_dtype"] = dtype

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING
@@ -25,9 +25,13 @@ COPIED = 2**20  # elements of a block that is only copied
 
 @dataclass
 class Findings:
-    """What came up while data was read: tensors with NaN or infinite values, and values that overflowed."""
+    """What came up while data was read and made: tensors with NaN or infinite values, and values that overflowed.
+
+    ``allow_overflow``: what does not fit its type is counted, not refused.
+    """
 
     strict: bool = False
+    allow_overflow: bool = False
     broken: dict[str, None] = field(default_factory=dict)
     overflown: dict[str, int] = field(default_factory=dict)
 
@@ -40,6 +44,25 @@ class Findings:
             raise UserError(f"{where} holds NaN or infinite values: mend that model (--strict refuses it)")
         self.broken[where] = None
 
+    def is_broken(self, parts: Iterable[MergePart]) -> bool:
+        """Whether one of ``parts`` held NaN or infinite values when it was read."""
+        return any(f"'{part.name}' of '{part.model}'" in self.broken for part in parts)
+
+    def overflow(self, name: str, lost: int, kind: str) -> None:
+        """Count ``lost`` values of the output ``name`` that are too large for type ``kind``; refuse where not allowed.
+
+        Raises:
+            UserError: there are some, and overflow is not allowed.
+        """
+        if not lost:
+            return
+        if not self.allow_overflow:
+            raise UserError(
+                f"'{name}': {lost} or more values are beyond the range of {kind}: choose dtype (and out_dtype) "
+                "bfloat16 or float32, or pass --allow-overflow to write them as infinite or NaN"
+            )
+        self.overflown[name] = self.overflown.get(name, 0) + lost
+
     def notes(self) -> list[str]:
         """What the run should say."""
         result = []
@@ -50,7 +73,7 @@ class Findings:
         if self.overflown:
             worst = next(iter(self.overflown))
             result.append(
-                f"warning: {sum(self.overflown.values())} values became infinite in {len(self.overflown)} "
+                f"warning: {sum(self.overflown.values())} values became infinite or NaN in {len(self.overflown)} "
                 f"tensors, first '{worst}': choose dtype bfloat16 or float32"
             )
         return result
@@ -67,6 +90,11 @@ def finite(array: Array) -> bool:
     # the positive are the largest of the signed, the negative (highest bit set) the largest of the unsigned
     signed = bits.view(np.dtype(f"i{array.dtype.itemsize}"))
     return int(signed.max()) < infinite and int(bits.max()) < infinite + sign
+
+
+def unbounded(array: Array) -> int:
+    """How many elements are NaN or infinite."""
+    return 0 if finite(array) else int(np.count_nonzero(~np.isfinite(array)))
 
 
 def row_blocks(shape: tuple[int, ...], elements: int) -> Iterator[tuple[Index, int]]:
@@ -103,32 +131,37 @@ class TaskRunner:
         for index, _ in row_blocks(task.info.shape, COPIED):
             array = self._readers[part.model].read(part.name, index)
             self._findings.look(array, part)
-            array, _ = cast(array, np.dtype(BY_LONG[task.math]))
+            array, lost = cast(array, np.dtype(BY_LONG[task.math]))
+            self._findings.overflow(task.info.name, lost, task.math)
             array, lost = cast(array, task.info.dtype)
-            if lost:
-                self._findings.overflown[task.info.name] = self._findings.overflown.get(task.info.name, 0) + lost
+            self._findings.overflow(task.info.name, lost, BY_NUMPY[task.info.dtype].long)
             yield array
 
     def _merge(self, task: TensorTask) -> Iterator[Array]:
         from mindformers_ext.surgery.merge.bridge import array_of
 
-        target = BY_NUMPY[task.info.dtype].long
-        for tensor in self._method.run(self.stream(task), task.settings):
+        target, parts = BY_NUMPY[task.info.dtype].long, parts_of(task)
+        for tensor in self._method.run(self.stream(task, counted=True), task.settings):
             array = array_of(tensor, target)
-            yield array.view(BFLOAT16) if target == "bfloat16" else array
+            array = array.view(BFLOAT16) if target == "bfloat16" else array
+            lost = unbounded(array)
+            if lost and not self._findings.is_broken(parts):
+                self._findings.overflow(task.info.name, lost, max(target, task.math, key=LARGEST.index))
+            yield array
 
-    def stream(self, task: TensorTask) -> Stream:
-        """The task's inputs in chunks, on the device."""
+    def stream(self, task: TensorTask, counted: bool = False) -> Stream:
+        """The task's inputs in chunks, on the device. ``counted``: too large for the arithmetic is an overflow."""
         from mindformers_ext.surgery.merge.bridge import tensor_of
         from mindformers_ext.surgery.merge.stream import Chunk, Stream, in_rows
 
-        parts = [*([task.base] if task.base else []), *task.inputs]
-        first_walk = True
+        parts = parts_of(task)
+        looked = -1  # the last chunk whose values were looked at; walks may end early and begin again
+        judged = counted and not self._findings.allow_overflow
 
         def chunks() -> Iterator[Chunk]:
-            nonlocal first_walk
-            look, first_walk = first_walk, False
+            nonlocal looked
             for index, start in row_blocks(task.info.shape, CHUNK):
+                look, looked = start > looked, max(start, looked)
                 tensors = []
                 for part in parts:
                     reader = self._readers[part.model]
@@ -138,6 +171,8 @@ class TaskRunner:
                     if look:
                         self._findings.look(array, part)
                     kind = BY_NUMPY[reader.infos[part.name].dtype].long
+                    if look and judged and narrower(task.math, kind):
+                        self._findings.overflow(task.info.name, cast(array, BY_LONG[task.math])[1], task.math)
                     tensors.append(in_rows(tensor_of(array, kind, task.math, self._device)))
                 base = tensors.pop(0) if task.base else None
                 yield Chunk(start, base, tuple(tensors))
@@ -147,4 +182,15 @@ class TaskRunner:
         return Stream(task.info.name, (rows, columns), len(task.inputs), chunks)
 
 
+def parts_of(task: TensorTask) -> list[MergePart]:
+    """Every tensor that the task reads, the base's first."""
+    return [*([task.base] if task.base else []), *task.inputs]
+
+
+def narrower(kind: str, than: str) -> bool:
+    """Whether type ``kind`` ends before ``than`` does."""
+    return LARGEST.index(kind) > LARGEST.index(than)
+
+
+LARGEST = ("float64", "float32", "bfloat16", "float16")  # by falling range
 BY_LONG = {row.long: dtype for dtype, row in BY_NUMPY.items()}

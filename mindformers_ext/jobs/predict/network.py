@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.config.hf import model_spec_from_hf
-from mindformers_ext.core.config.keys import KEYS
+from mindformers_ext.core.config.keys import KEYS, MODEL
 from mindformers_ext.core.config.run import ASCEND, RunSpec
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import DeviceSpec, ModelSpec, NetworkSpec
@@ -42,6 +42,9 @@ COMPARED = (
     "rms_norm_eps",
     "rope_theta",
     "tie_word_embeddings",
+    "sliding_window",
+    "full_attention_layers",
+    "rope_scaling",
 )
 COMPARED_MOE = ("num_local_experts", "num_experts_per_tok")
 SUFFIXES = (".ckpt", ".safetensors")
@@ -134,8 +137,11 @@ def check_same_model(spec: ModelSpec, config: Mapping[str, Any], where: Path) ->
     """
     theirs = model_spec_from_hf(config)
     names = {(key.part, key.field): f"{key.section}.{key.name}" for key in KEYS}
+    names["model", "rope_scaling"] = f"{MODEL}.extend_method, scaling_factor"
     problems = Problems(f"configuration and {where}")
     pairs: list[tuple[str, str, object, object]] = [("model", name, spec, theirs) for name in COMPARED]
+    if theirs.rope_scaling and theirs.rope_scaling.original_max_position_embeddings is None:
+        pairs.append(("model", "max_position_embeddings", spec, theirs))  # where the scaling begins
     if spec.moe and theirs.moe:
         pairs += [("moe", name, spec.moe, theirs.moe) for name in COMPARED_MOE]
     elif bool(spec.moe) != bool(theirs.moe):

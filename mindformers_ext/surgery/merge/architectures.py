@@ -3,17 +3,18 @@
 
 Names that a conversion knows come from its tables (``weights.llama``, ``weights.mixtral``). ``{layer}`` is the layer,
 ``{expert}`` the expert. A row may be optional (stored by some models only); ``tied`` names the tensor that stands in
-for it where a model ties the two; ``vocab`` rows have one row per token.
+for it where a model ties the two; ``vocab`` rows have one row per token. ``dims`` is the shape in the size letters of
+``core.parameters`` ("HP+NP+NP D" is a sum), ``switch`` the key of config.json that says whether an optional row exists.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.families import LLAMA, MISTRAL, MIXTRAL, Family
+from mindformers_ext.core.families import LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, Family
 from mindformers_ext.weights import llama, mixtral
 from mindformers_ext.weights.rules import Rule
 
@@ -26,11 +27,17 @@ class TensorRow:
     optional: bool = False
     tied: str | None = None
     vocab: bool = False
+    dims: str = ""
+    switch: str = ""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The tensors of one kind of model. ``classes`` are the names in config.json's ``architectures``."""
+    """The tensors of one kind of model. ``classes`` are the names in config.json's ``architectures``.
+
+    ``defaults``: what transformers takes where config.json is silent, for kinds that are no family here.
+    ``layer_types``: the kinds of attention that its layers have in turn where config.json lists none.
+    """
 
     model_type: str
     classes: tuple[str, ...]
@@ -38,24 +45,33 @@ class Architecture:
     pre: tuple[TensorRow, ...]
     post: tuple[TensorRow, ...]
     experts: int = 0
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    layer_types: tuple[str, ...] = ()
 
     def layer_rows(self) -> Iterator[TensorRow]:
         """The rows of a layer, one per expert where they have experts; ``{layer}`` stays open."""
         for row in self.layer:
             if "{expert}" in row.name:
-                yield from (TensorRow(row.name.replace("{expert}", str(e)), row.optional) for e in range(self.experts))
+                yield from (replace(row, name=row.name.replace("{expert}", str(e))) for e in range(self.experts))
             else:
                 yield row
 
 
 def _rows(*rules: Rule) -> tuple[TensorRow, ...]:
-    return tuple(TensorRow(name) for rule in rules for name, _ in rule.hf_templates)
+    return tuple(TensorRow(name, dims=dims) for rule in rules for name, dims in rule.hf_templates)
 
 
-def _biases(rows: tuple[TensorRow, ...], *words: str, optional: bool = False) -> tuple[TensorRow, ...]:
-    """The biases of those ``rows`` whose names hold one of ``words``."""
-    stems = [row.name.removesuffix("weight") for row in rows if any(word in row.name for word in words)]
-    return tuple(TensorRow(stem + "bias", optional) for stem in stems)
+def _biases(rows: tuple[TensorRow, ...], *words: str, switch: str = "") -> tuple[TensorRow, ...]:
+    """The biases of those ``rows`` whose names hold one of ``words``; with ``switch`` only where that key is set."""
+    return tuple(
+        TensorRow(row.name.removesuffix("weight") + "bias", bool(switch), dims=row.dims.split()[0], switch=switch)
+        for row in rows
+        if any(word in row.name for word in words)
+    )
+
+
+def _layer(name: str, dims: str) -> TensorRow:
+    return TensorRow(f"model.layers.{{layer}}.{name}.weight", dims=dims)
 
 
 EMBEDDING = replace(*_rows(llama.EMBEDDING), vocab=True)
@@ -65,25 +81,57 @@ ATTENTION = _rows(*llama.ATTENTION)  # with the layer's norms
 DENSE = _rows(*llama.FEED_FORWARD)
 EXPERTS = _rows(*mixtral.PER_EXPERT)
 BIASES = _biases(ATTENTION, "q_proj", "k_proj", "v_proj")
-LLAMA_BIASES = _biases((*ATTENTION, *DENSE), "_proj", optional=True)  # with attention_bias or mlp_bias of LlamaConfig
-_PHI3 = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
-PHI3 = tuple(TensorRow(f"model.layers.{{layer}}.{name}.weight") for name in _PHI3)
+ATTENTION_BIASES = _biases(ATTENTION, "_proj", switch="attention_bias")
+LLAMA_BIASES = (*ATTENTION_BIASES, *_biases(DENSE, "_proj", switch="mlp_bias"))
+HEAD_NORMS = tuple(_layer(f"self_attn.{name}_norm", "P") for name in "qk")
+PHI3 = (
+    _layer("self_attn.qkv_proj", "HP+NP+NP D"),
+    _layer("self_attn.o_proj", "D HP"),
+    _layer("mlp.gate_up_proj", "F+F D"),
+    _layer("mlp.down_proj", "D F"),
+)
+GEMMA2_NORMS = tuple(_layer(f"{name}_feedforward_layernorm", "D") for name in ("pre", "post"))
+# Gemma 2's layers take turns; config.json lists them since transformers 4.53
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 
-def _model(model_type: str, name: str, *layer: TensorRow) -> Architecture:
-    return Architecture(model_type, (name,), layer, (EMBEDDING,), (NORM, HEAD))
+def _model(model_type: str, name: str, *layer: TensorRow, **more: Any) -> Architecture:
+    return Architecture(model_type, (name,), layer, (EMBEDDING,), (NORM, HEAD), **more)
 
 
 def _family(family: Family, *layer: TensorRow) -> Architecture:
-    return _model(family.name, family.hf_class, *layer)
+    return _model(family.name, family.hf_class, *layer, defaults=family.defaults)
 
 
+GEMMA2_DEFAULTS = {
+    "head_dim": 256,
+    "rms_norm_eps": 1e-6,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+}
+GRANITE_DEFAULTS = dict.fromkeys(
+    ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"), 1.0
+)
 TABLE = (
     _family(LLAMA, *ATTENTION, *DENSE, *LLAMA_BIASES),
     _family(MISTRAL, *ATTENTION, *DENSE),
-    _model("qwen2", "Qwen2ForCausalLM", *ATTENTION, *BIASES, *DENSE),
+    _family(QWEN2, *ATTENTION, *BIASES, *DENSE),
     _family(MIXTRAL, *ATTENTION, *EXPERTS),
     _model("phi3", "Phi3ForCausalLM", *(row for row in ATTENTION if "norm" in row.name), *PHI3),
+    _family(QWEN3, *ATTENTION, *HEAD_NORMS, *ATTENTION_BIASES, *DENSE),
+    _model(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        *ATTENTION,
+        *ATTENTION_BIASES,
+        *GEMMA2_NORMS,
+        *DENSE,
+        defaults=GEMMA2_DEFAULTS,
+        layer_types=(SLIDING, FULL),
+    ),
+    _model("granite", "GraniteForCausalLM", *ATTENTION, *DENSE, *LLAMA_BIASES, defaults=GRANITE_DEFAULTS),
 )
 
 
@@ -93,7 +141,7 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
     for entry in TABLE:
         if set(entry.classes) & set(classes) or (not classes and config.get("model_type") == entry.model_type):
             experts = int(config.get("num_local_experts", 8)) if entry.model_type == MIXTRAL.name else 0
-            return Architecture(entry.model_type, entry.classes, entry.layer, entry.pre, entry.post, experts)
+            return replace(entry, experts=experts)
     raise UserError(
         f"'{where}' is a {classes or config.get('model_type')}: models merged here are "
         + ", ".join(name for entry in TABLE for name in entry.classes)

@@ -21,7 +21,7 @@ Number = float | bool
 class Parameter:
     """A parameter of a method. ``per_input``: each model has its own. ``default`` None: it must be given.
 
-    ``low`` and ``high`` bound numbers, both included.
+    ``low`` and ``high`` bound numbers, both included; ``whole`` numbers have no fraction.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Parameter:
     per_input: bool = False
     low: float | None = None
     high: float | None = None
+    whole: bool = False
 
     @property
     def is_bool(self) -> bool:

@@ -105,8 +105,8 @@ def test_a_process_that_dies_is_reported(folder: Path, repo_root: Path, victim: 
     output = folder / f"dead {message}" / "x.mindrecord"  # the victim's name here would be on every command line
     process = start(folder, repo_root, folder / "text.txt", output, "--seq_length", "64")
     # once rows are written: a writer that ends before it is ready is started again
-    partial = output.parent / f".{output.name}.partial" / output.name
-    while process.poll() is None and not (partial.is_file() and partial.stat().st_size):
+    written = f".{output.name}.*.partial/{output.name}"
+    while process.poll() is None and not any(file.stat().st_size for file in output.parent.glob(written)):
         time.sleep(0.02)
     children = [pid for pid in family(process.pid)[1:] if victim in Path(f"/proc/{pid}/cmdline").read_text()]
     for pid in children:

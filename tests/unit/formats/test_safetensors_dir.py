@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from mindformers_ext.core.byte_sizes import read_size
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.formats.atomic import fresh_file, fresh_folder, partial_path
+from mindformers_ext.formats.atomic import fresh_file, fresh_folder
 from mindformers_ext.formats.dtypes import TABLE
 from mindformers_ext.formats.safetensors_dir import (
     INDEX,
@@ -276,7 +276,7 @@ def test_file_appears_whole_or_not_at_all(tmp_path):
         partial.write_text("half")
         raise RuntimeError
     assert list(target.parent.iterdir()) == []
-    partial_path(target).write_text("left by a killed run, longer than the new text")
+    (target.parent / ".out.ckpt.0123456789ab.partial").write_text("left by a killed run, longer than the new text")
     with fresh_file(target) as partial:
         partial.write_text("whole")
         assert not target.exists()
@@ -299,8 +299,9 @@ def test_folder_appears_whole_or_not_at_all(tmp_path):
         (partial / "a").write_text("half")
         raise RuntimeError
     assert list(target.parent.iterdir()) == []
-    partial_path(target).mkdir()
-    (partial_path(target) / "stale").write_text("left by a killed run")
+    dead = target.parent / ".hf.0123456789ab.partial"
+    dead.mkdir()
+    (dead / "stale").write_text("left by a killed run")
     target.mkdir()  # an empty folder is no obstacle
     with fresh_folder(target) as partial:
         (partial / "a").write_text("whole")
