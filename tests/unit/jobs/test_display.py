@@ -87,7 +87,7 @@ def test_the_live_line_is_no_wider_than_the_terminal(monkeypatch: pytest.MonkeyP
 
 def test_what_experts_and_overflow_add() -> None:
     dense = shows.step_text(record(3, experts=1, overflow=True), 9, 61.0)
-    assert dense == "step 3/9  loss 5.2500  OVERFLOW  2,000 tokens/s  0:01:01 left"
+    assert dense == "step 3/9  loss 5.2500  overflow: no update  2,000 tokens/s  0:01:01 left"
 
 
 @pytest.mark.parametrize(
