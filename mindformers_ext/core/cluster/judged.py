@@ -8,7 +8,7 @@ from typing import Any
 
 from mindformers_ext.core.cluster.build import BuildSpec, build_spec
 from mindformers_ext.core.cluster.cluster_rules import check_cluster, check_network, effective_spec
-from mindformers_ext.core.config.foreign import foreign_spec
+from mindformers_ext.core.config.foreign import foreign_lora, foreign_spec
 from mindformers_ext.core.config.run import RunSpec
 from mindformers_ext.core.config.view import network_spec_from_yaml, yaml_notes
 from mindformers_ext.core.spec import NetworkSpec
@@ -37,11 +37,11 @@ def judge_network(spec: NetworkSpec, run: RunSpec, mode: str) -> list[str]:
 
 
 def build_network(spec: NetworkSpec, config: Mapping[str, Any], run: RunSpec, recompute: bool = True) -> BuildSpec:
-    """What is built of ``spec``; of a network of MindFormers' own its sizes alone.
+    """What is built of ``spec``; of a network of MindFormers' own its sizes, and adapters that can be merged later.
 
     Raises:
         UserError: ``pet_config`` or ``recompute_config`` does not fit it.
     """
     if run.family is None:
-        return BuildSpec(network=effective_spec(spec)[0])
+        return BuildSpec(network=effective_spec(spec)[0], lora=foreign_lora(config))
     return build_spec(spec, config, recompute)

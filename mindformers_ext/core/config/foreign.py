@@ -12,6 +12,7 @@ from operator import eq
 from typing import Any
 
 from mindformers_ext.core.config.keys import MODEL, TOP, UNBUILT, known_keys
+from mindformers_ext.core.config.lora import LoraSpec, lora_from_yaml
 from mindformers_ext.core.config.quantised import check_not_quantised
 from mindformers_ext.core.config.values import section_at
 from mindformers_ext.core.config.view import advice, network_spec_from_yaml
@@ -63,6 +64,14 @@ def foreign_spec(config: Mapping[str, Any], device_num: int) -> tuple[NetworkSpe
         if name not in known_keys(section)
     ]
     return network_spec_from_yaml(kept, device_num), notes
+
+
+def foreign_lora(config: Mapping[str, Any]) -> LoraSpec | None:
+    """The adapters that ``pet_config`` asks for where our words tell them; None for those MindFormers alone has."""
+    try:
+        return lora_from_yaml(config)
+    except UserError:
+        return None
 
 
 def _check_names(config: Mapping[str, Any]) -> None:

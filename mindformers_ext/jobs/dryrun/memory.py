@@ -15,6 +15,7 @@ from mindformers_ext.core.cluster.memory import StepSettings, prediction_memory,
 from mindformers_ext.core.cluster.placement import OPTIMIZER_THRESHOLD
 from mindformers_ext.core.cluster.split_cost import ASSUMPTIONS
 from mindformers_ext.core.cluster.split_search import MACHINE, Split, fitting_splits, step_rows
+from mindformers_ext.core.config.foreign import foreign_lora
 from mindformers_ext.core.config.lora import lora_from_yaml
 from mindformers_ext.core.config.recompute import WHERE, recompute_from_yaml
 from mindformers_ext.core.config.run import RunSpec, run_spec_from_yaml
@@ -63,7 +64,8 @@ def step_settings(config: Mapping[str, Any], spec: NetworkSpec, ours: bool = Tru
     if not ours:
         config = {**config, WHERE: {"recompute": section_at(config, WHERE).get("recompute")}}
     recompute = recompute_from_yaml(config, spec)
-    return StepSettings(recompute, int(threshold), bool(shard), int(steps), lora_from_yaml(config))
+    lora = lora_from_yaml(config) if ours else foreign_lora(config)
+    return StepSettings(recompute, int(threshold), bool(shard), int(steps), lora)
 
 
 def memory_limit(memory: str | None, configured: object) -> int | None:

@@ -40,7 +40,7 @@ from tests.helpers.tiny_run import ROOT, environment
 
 SEED = "mixtral_8x7b/pretrain_mixtral-8x7b.yaml"
 R17 = {"data_parallel": 2, "model_parallel": 4, "expert_parallel": 2, "use_seq_parallel": True}
-# every rank of model parallel routes the same tokens, as MindFormers' files of r1.2 to r1.5 ask for
+# every rank of model parallel routes the same tokens, as MindFormers' 32k files of r1.2 to r1.6 ask for
 ALIKE = {
     **R17,
     "use_seq_parallel": False,

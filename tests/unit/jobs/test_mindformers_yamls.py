@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from mindformers_ext.core.config.run import run_spec_from_yaml
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.jobs.dryrun.plan import plan_dry_run
 from mindformers_ext.jobs.run.checks import check_run, check_words
 from tests.helpers.mindformers_yamls import TABLE, configurations
 
@@ -88,6 +89,7 @@ def test_a_network_of_mindformers_own_is_not_judged(change: dict[str, Any], note
     _, build, notes = check_words(config, run, devices, "job.yaml")
     assert run.family is None and build.network.model.num_hidden_layers == 32
     assert note in "\n".join(notes) and (note or not notes)
+    assert plan_dry_run(config, "job.yaml", devices, "stages", Path("out")).world == devices
 
 
 @pytest.mark.parametrize(
