@@ -129,7 +129,7 @@ def _run(arguments: argparse.Namespace) -> int:
             at_once=at_once,
         )
         what = "MindFormers' own network" if native else str(path)
-        progress = DryRunProgress(plan, at_once, choose_sink(sys.stderr, {}), what)
+        progress = DryRunProgress(plan, at_once, choose_sink(sys.stderr, {"TERM": os.environ.get("TERM", "")}), what)
         with progress.ticking():
             return tuple(compile_ranks(job, progress.ended, progress.reached))
 

@@ -33,15 +33,15 @@ def training(run: RunSpec, notes: Sequence[str], verbose: bool) -> Iterator[None
             yield
         return
     log = Path(run.output_dir) / "log" / f"rank_{rank_of(os.environ)}" / OUTPUT
-    with output_to(log) as stream, _display(run, stream, notes) as display:
-        display.say(f"note: the whole log is {log} (--verbose shows it)")
+    where = f"the whole log is {log} (--verbose shows it)"  # first: of many notes the last are not shown
+    with output_to(log) as stream, _display(run, stream, (where, *notes)):
         yield
 
 
 @contextmanager
-def _display(run: RunSpec, stream: TextIO, notes: Sequence[str]) -> Iterator[Display]:
+def _display(run: RunSpec, stream: TextIO, notes: Sequence[str]) -> Iterator[None]:
     several = launched(run.engine) and run.use_parallel
     with shown(Display(choose_sink(stream, os.environ), each=" per process" if several else "")) as display:
         for note in notes:
             display.say(f"note: {note}")
-        yield display
+        yield

@@ -40,12 +40,12 @@ def trained(steps: int, stream: io.StringIO, sink: shows.Sink, first: int = 0, n
         for what in ("importing", "opening", shows.COMPILING):
             display.begin(what)
         watch = Watch(lambda *words: None, None, 10, steps, first)
-        for step in range(first + 1, min(steps, first + 20000) + 1):
+        for step in range(first + 1, min(steps, first + 3000) + 1):
             watch.see(record(step))
     return stream.getvalue().splitlines()
 
 
-@pytest.mark.parametrize(("steps", "first"), [(1, 0), (2, 0), (17, 0), (300, 0), (300, 299), (9000, 20), (10**8, 0)])
+@pytest.mark.parametrize(("steps", "first"), [(1, 0), (2, 0), (17, 0), (300, 0), (300, 299), (2900, 20), (10**8, 0)])
 def test_a_file_gets_few_lines_whatever_the_length(steps: int, first: int) -> None:
     lines = trained(steps, stream := io.StringIO(), Lines(stream), first)
     assert len(lines) <= MOST
@@ -53,7 +53,7 @@ def test_a_file_gets_few_lines_whatever_the_length(steps: int, first: int) -> No
     assert any(line.startswith(f"{shows.COMPILING}: done in ") and "first step" in line for line in lines)
     places = [int(line.split()[1].split("/")[0]) for line in lines if line.startswith("step ")]
     assert places[0] == first + 1 and places == sorted(set(places))
-    if steps - first <= 20000:
+    if steps - first <= 3000:
         assert places[-1] == steps
     if steps == 300:
         assert max(np.diff(places), default=0) <= 300 / shows.EVENLY + 1
@@ -187,7 +187,7 @@ def test_what_a_training_shows_and_what_it_keeps(
     step, warning = shows.step_text(record(1), 1, 0.0), "[WARNING] MindSpore"
     log = tmp_path / "log" / "rank_0" / "output.log"
     if kind == "quiet":
-        assert shown_lines == ["note: a note", f"note: the whole log is {log} (--verbose shows it)", step]
+        assert shown_lines == [f"note: the whole log is {log} (--verbose shows it)", "note: a note", step]
         assert warning in log.read_text()
     elif kind == "launched":
         assert sorted(shown_lines) == sorted([f"{shows.STAYS}note: a note", warning, shows.STAYS + step])
