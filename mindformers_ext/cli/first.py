@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import gzip
 import shlex
 import sys
 from collections.abc import Sequence
@@ -174,7 +175,8 @@ def _rows_of(file: Path, asked: FirstTry, found: Described, arguments: argparse.
     if found.tokenizer is None:
         raise UserError(f"{file} is a text and {found.load} holds no tokenizer: put its tokenizer.json there")
     words = section_at(apply_flags(yaml_from_model(found.model, asked), arguments), MODEL)
-    output = Path(arguments.output_dir or "output").absolute() / "data" / f"{file.stem}.mindrecord"
+    name = file.name.partition(".")[0] or "data"
+    output = Path(arguments.output_dir or "output").absolute() / "data" / f"{name}.mindrecord"
     summary = preprocess(
         PreprocessRequest(
             dataset_type=_kind(file),
@@ -193,9 +195,10 @@ def _rows_of(file: Path, asked: FirstTry, found: Described, arguments: argparse.
 
 def _kind(file: Path) -> str:
     """The word of ``--dataset_type`` for a text: by its ending, and conversations by their first record."""
-    if file.suffix not in (".json", ".jsonl"):
+    plain = file.name.removesuffix(".gz")
+    if not plain.endswith((".json", ".jsonl")):
         return "text"
-    with file.open("rb") as opened:
+    with gzip.open(file, "rb") if plain != file.name else file.open("rb") as opened:
         start = opened.read(1 << 16)
     return "qa" if b'"conversations"' in start or b'"messages"' in start else "jsonl"
 

@@ -18,7 +18,7 @@ from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.json_text import TABLES, JsonError, parse_json
 from mindformers_ext.formats.blocks import Block, NewFile, OpenFile, StoredTensor, checked_bytes, read_stored
 from mindformers_ext.formats.dtypes import BY_NUMPY, BY_SAFETENSORS
-from mindformers_ext.formats.tensors import Array, Index, TensorInfo
+from mindformers_ext.formats.tensors import MOST_TENSORS, Array, Index, TensorInfo
 
 MAX_DIMS = 32  # numpy's arrays have no more
 METADATA = "__metadata__"
@@ -73,6 +73,8 @@ def _metadata(path: Path, header: dict[str, Any]) -> Mapping[str, str]:
 
 def _tensors(file: OpenFile, header: Mapping[str, Any], start: int) -> dict[str, StoredTensor]:
     problems = Problems(f"'{file.path}'")
+    if len(header) > MOST_TENSORS:
+        raise UserError(f"'{file.path}' holds {len(header)} tensors, more than {MOST_TENSORS}: it is no checkpoint")
     tensors = {}
     for name, entry in header.items():
         wrong = _entry_fault(entry)

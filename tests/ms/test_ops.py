@@ -133,15 +133,15 @@ def test_rotary_tables_are_transformers(theta: float, head_dim: int) -> None:
         np.testing.assert_allclose(table.asnumpy()[0, :64, 0], reference[0, :64].numpy(), rtol=0, atol=5e-6)
 
 
-def attention(heads: int, kv_heads: int, head_dim: int) -> Callable[..., torch.Tensor]:
-    """softmax(q k^T / sqrt(P) + mask) v with repeated key and value heads."""
+def attention(heads: int, kv_heads: int, head_dim: int, window: int = 1000) -> Callable[..., torch.Tensor]:
+    """softmax(q k^T / sqrt(P) + mask) v with repeated key and value heads; a query sees ``window`` keys."""
 
     def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         B, S, _ = q.shape
         q, k, v = (x.reshape(B, S, -1, head_dim).transpose(1, 2) for x in (q, k, v))
         k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
         scores = q @ k.transpose(-1, -2) / head_dim**0.5
-        hidden = torch.ones(S, S, dtype=torch.bool).triu(1)
+        hidden = torch.ones(S, S, dtype=torch.bool).triu(1) | torch.ones(S, S, dtype=torch.bool).tril(-window)
         return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(1, 2).reshape(B, S, -1)
 
     return plain
@@ -165,6 +165,13 @@ def test_attention_in_two_halves(mode: str, dtype: ms.Type, softmax_dtype: ms.Ty
     operator = CausalAttentionOp(4, 2, 4, 512, softmax_dtype)
     assert operator.halved
     check(operator, attention(4, 2, 4), attention_inputs(1, 512, 4, 2, 4), dtype)
+
+
+@pytest.mark.parametrize(("length", "window"), [(11, 4), (512, 100), (512, 300)])
+def test_attention_within_a_window(length: int, window: int) -> None:
+    ms.set_context(mode=ms.GRAPH_MODE)
+    operator = CausalAttentionOp(4, 2, 4, length, ms.float32, window)
+    check(operator, attention(4, 2, 4, window), attention_inputs(1, length, 4, 2, 4), ms.float32)
 
 
 def test_halves_equal_the_whole(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,11 +141,18 @@ def _product(spec: NetworkSpec, problems: Problems) -> None:
     sizes = ("data_parallel", "model_parallel", "pipeline_stage", "context_parallel")
     dp, mp, pp, cp = (getattr(parallel, name) for name in sizes)
     if parallel.parallel_mode == "semi_auto_parallel" and dp * mp * pp * cp != parallel.device_num:
-        near = nearest_sizes(parallel, spec.model)
+        near, asked = nearest_sizes(parallel, spec.model), dp * mp * pp * cp
+        advice = "the nearest choice is data_parallel={}, model_parallel={}, pipeline_stage={}".format(*near)
+        if parallel.device_num == 1:  # of a file written for a cluster, started as one process
+            advice = (
+                f"start {asked} processes (bash scripts/msrun_launcher.sh COMMAND {asked}), see what it needs on "
+                f"{asked} devices (python tools/dryrun.py --config FILE --worker_num {asked}), or, for a network that "
+                "one device holds, set use_parallel to False"
+            )
         problems.add(
-            f"data_parallel*model_parallel*pipeline_stage*context_parallel = {dp}*{mp}*{pp}*{cp} = {dp * mp * pp * cp}"
+            f"data_parallel*model_parallel*pipeline_stage*context_parallel = {dp}*{mp}*{pp}*{cp} = {asked}"
             f" is not the device count {parallel.device_num}",
-            "the nearest choice is data_parallel={}, model_parallel={}, pipeline_stage={}".format(*near),
+            advice,
         )
 
 

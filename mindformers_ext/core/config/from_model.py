@@ -62,13 +62,12 @@ def yaml_from_model(model: ModelSpec, asked: FirstTry) -> dict[str, Any]:
     )
     sections = _short(yaml_from_network_spec(network))
     kind, architecture = model.family_row.yaml_names[0]  # on every device ours
-    sections["model"]["model_config"]["type"] = kind
-    sections["model"]["arch"]["type"] = architecture
+    words = {"type": kind, **{name: value for name, value in section_at(sections, MODEL).items() if name != "type"}}
+    sections["model"] = {"model_config": words, "arch": {"type": architecture}}
     head: dict[str, Any] = {"run_mode": mode, "seed": 0, "output_dir": "./output", "use_parallel": False}
     head |= {"engine": asked.engine} if asked.engine else {}
     head |= {TRAINER_KEY: OWN} if train else {}
     head |= {"load_checkpoint": asked.load, "context": {"mode": 0, "device_target": asked.device}}
-    sections.pop("use_parallel")
     result = {**head, **sections}
     if asked.tokenizer:
         result["processor"] = {"tokenizer": {"vocab_file": asked.tokenizer}}
@@ -95,10 +94,12 @@ def _short(sections: dict[str, Any]) -> dict[str, Any]:
     """``sections`` without what MindFormers takes anyway; empty ones go."""
     for key in KEYS:
         found = section_at(sections, key.section)
-        if key.name in found and (found[key.name] is None or (key.part in UNSAID and found[key.name] == key.default)):
+        unsaid = key.part in UNSAID or key.kind in ("bool", "layers")
+        if key.name in found and (found[key.name] in (None, []) or (unsaid and found[key.name] == key.default)):
             assert isinstance(found, dict)
             del found[key.name]
-    return {name: value for name, value in sections.items() if value != {}}
+    alone = ("use_parallel", "parallel", "runner_config")  # of one device; training says its own
+    return {name: value for name, value in sections.items() if value != {} and name not in alone}
 
 
 def _predict(model: ModelSpec, asked: FirstTry, words: Mapping[str, Any]) -> dict[str, Any]:

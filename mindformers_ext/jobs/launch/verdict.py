@@ -8,6 +8,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mindformers_ext.data.text_lines import lines_of
 from mindformers_ext.jobs.launch.arguments import Launch
 from mindformers_ext.jobs.launch.program import Program
 
@@ -100,7 +101,7 @@ def _text(path: Path) -> str:
 
 def _end_of(text: str) -> list[str]:
     """An error of ours to its end; else the last lines that say something."""
-    lines = text.splitlines()
+    lines = lines_of(text)
     starts = [place for place, line in enumerate(lines) if line.startswith(ERROR)]
     if starts:
         found = [line for line in lines[starts[-1] :] if not line.startswith(("[WARNING]", "[INFO]", "[DEBUG]"))]

@@ -93,7 +93,8 @@ QWEN3_MOE = Output(
 OUTPUTS = (MIXTRAL, QWEN2_MOE, QWEN3_MOE)
 WHY_NOT = {
     "phi3": "its attention and feed-forward are stored and sized differently, so its experts fit no other model",
-    families.QWEN2.name: "its attention has biases, and a Mixtral has none; with one shared_experts entry a Qwen2-MoE is written",
+    families.QWEN2.name: "its attention has biases, and a Mixtral has none; with one shared_experts entry a Qwen2-MoE "
+    "is written",
     families.QWEN3.name: "its heads have norms, which only a Qwen3-MoE has, and that has no shared expert",
     "gemma2": "its layers have four norms, and no mixture here has them",
     "granite": "its layers scale what they add, and no mixture here does",

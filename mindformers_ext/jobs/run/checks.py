@@ -14,7 +14,7 @@ from mindformers_ext.core.cluster.build import BuildSpec
 from mindformers_ext.core.cluster.cluster_rules import TOGETHER
 from mindformers_ext.core.cluster.judged import build_network, judge_network, read_network
 from mindformers_ext.core.cluster.tensor_parallel import check_tensor_parallel
-from mindformers_ext.core.config.foreign import has_our_weights
+from mindformers_ext.core.config.foreign import has_our_weights, is_llama
 from mindformers_ext.core.config.run import (
     ASCEND,
     CPU,
@@ -84,7 +84,7 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
         known = run.family is not None or has_our_weights(config)
         run, found, merge = settle_for_mindformers(run, build.network, known)
         notes += found
-    if run.runner in (Runner.OWN_LOOP, Runner.MINDFORMERS):
+    if run.runner in (Runner.OWN_LOOP, Runner.MINDFORMERS) and (run.family is not None or is_llama(config)):
         check_tokenizer(run, build.network)
         if run.mode != "predict":
             check_dataset(run, build.network)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -154,6 +154,17 @@ def _check_block(ids: np.ndarray, labels: np.ndarray | None, first: int, spec: N
         problems.add(
             f"row {first + row} holds the label {labels[row][wrong[row]][0]}",
             f"use ids below {vocab} or ignore_token_id {ignored}",
+        )
+
+
+def check_ids(columns: Sequence[np.ndarray], vocab: int, where: str) -> None:
+    """Ids (first column, any shape) and labels must be below ``vocab``, ids not below 0; a ``UserError`` names
+    ``where``."""
+    lowest, highest = int(columns[0].min()), max(int(column.max()) for column in columns)
+    if lowest < 0 or highest >= vocab:
+        raise UserError(
+            f"{where}: ids without an embedding (from {lowest} to {highest}, vocab_size is {vocab}): set vocab_size to "
+            "the tokenizer's size, or write the data with the model's tokenizer"
         )
 
 

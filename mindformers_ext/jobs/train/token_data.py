@@ -14,7 +14,7 @@ from mindformers_ext.core.config.train import OWN_LOOPS
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.data.row_order import RowOrder
 from mindformers_ext.formats.mindrecord_file import MindRecordFile
-from mindformers_ext.jobs.run.dataset import dataset_files
+from mindformers_ext.jobs.run.dataset import check_ids, dataset_files
 
 COLUMNS = (("input_ids",), ("input_ids", "labels"))
 LOADERS = (None, "MindDataset")
@@ -103,14 +103,9 @@ class TokenData:
         """Only the first rows were looked at before the run (``jobs.run.dataset``)."""
         if self.vocab is None or (columns[0].min() >= 0 and max(column.max() for column in columns) < self.vocab):
             return
-        wrong = (columns[0] < 0) | np.any([column >= self.vocab for column in columns], axis=0)
-        place = int(np.flatnonzero(wrong.any(axis=1))[0])
-        file, row = self._place(int(rows[place]))
-        raise UserError(
-            f"{file.path}: row {row} holds ids without an embedding (from {columns[0][place].min()} to "
-            f"{max(column[place].max() for column in columns)}, vocab_size is {self.vocab}): set vocab_size to the "
-            "tokenizer's size, or write the data with the model's tokenizer"
-        )
+        for place, number in enumerate(rows):
+            file, row = self._place(int(number))
+            check_ids([column[place] for column in columns], self.vocab, f"{file.path}, row {row}")
 
     def _place(self, row: int) -> tuple[MindRecordFile, int]:
         """The file that holds a row, and its number there."""

@@ -80,8 +80,10 @@ def test_a_tokenizer_that_is_not_written_is_said(
 
 def test_a_merge_takes_them_along(folder: Path, tmp_path: Path) -> None:
     config = tmp_path / "merge.yaml"
-    models = "".join(f"  - {{model: {folder}, parameters: {{weight: {weight}}}}}\n" for weight in (0.25, 0.75))
-    config.write_text(f"merge_method: linear\nmodels:\n{models}dtype: half\n")
+    make_tiny_model(TinyModelRequest(output_dir=tmp_path / "other", spec=SPEC, seed=1))
+    weights = {folder: 0.25, tmp_path / "other": 0.75}
+    models = "".join(f"  - {{model: {name}, parameters: {{weight: {weight}}}}}\n" for name, weight in weights.items())
+    config.write_text(f"merge_method: linear\nbase_model: {folder}\nmodels:\n{models}dtype: half\n")
     assert merge.main(["yaml", str(config), str(tmp_path / "out"), "--quiet"]) == 0
     assert beside(tmp_path / "out") == BESIDE
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float16"

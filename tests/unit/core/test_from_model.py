@@ -30,7 +30,7 @@ RUNNERS = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data(), st.sampled_from(own_families()), st.sampled_from(sorted(RUNNERS)), st.sampled_from(DEVICES))
 def test_what_is_written_is_read_back(data: st.DataObject, family: str, job: str, device: str) -> None:
     model = model_spec_from_hf(hf_config_from_spec(data.draw(family_specs(family))))

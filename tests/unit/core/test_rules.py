@@ -72,6 +72,10 @@ def test_the_seed_fits() -> None:
             {"device_num": 8},
             ["8*1*2*1 = 16 is not the device count 8", "data_parallel=8, model_parallel=1, pipeline_stage=1"],
         ),
+        (
+            {"device_num": 1},  # a cluster's file in one process
+            ["= 16 is not the device count 1", "start 16 processes", "dryrun.py --config FILE --worker_num 16"],
+        ),
         ({"data_parallel": 3}, ["3*1*2*1 = 6", "data_parallel=8, model_parallel=1, pipeline_stage=2"]),
         ({"expert_parallel": 16}, ["expert_parallel=16 exceeds data_parallel=8", "expert_parallel that fits is 8"]),
         (

@@ -220,6 +220,7 @@ def test_parallel_modes(mode: object, name: str) -> None:
     [
         (in_moe(capcity_factor=1.0), ["unknown key 'moe_config.capcity_factor'", "did you mean 'capacity_factor'?"]),
         (in_moe(num_moe_experts=8), ["'moe_config.num_moe_experts'", "write 'moe_config.expert_num'"]),
+        (in_moe(num_experts=8), ["'moe_config.num_experts'", "write 'moe_config.expert_num'"]),
         (in_model(num_attention_heads=8), ["write 'model.model_config.num_heads'"]),
         (in_model(expert_num=8), ["unknown key 'model.model_config.expert_num'", "it belongs to 'moe_config'"]),
         (pretrain(parallel_config__data_paralel=2), ["'parallel_config.data_paralel'", "'data_parallel'"]),

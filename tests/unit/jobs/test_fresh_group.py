@@ -107,7 +107,7 @@ def test_a_kill_between_the_moves_is_no_obstacle(
 
 def test_a_list_of_moves_leads_nowhere_else(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
-    partial = tmp_path / "other" / ".x.partial"
+    partial = tmp_path / "other" / ".x.0123456789ab.partial"
     partial.mkdir()
     fill(tmp_path, "mine", ("x.db", "y"))
     (partial / ".moving").write_text("x/../../y\n../x.db\n/x\nx\nx0")

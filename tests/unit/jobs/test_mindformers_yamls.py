@@ -7,13 +7,16 @@ The table of their keys is made by tests/helpers/mindformers_yamls.py.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from mindformers_ext.core.config.run import run_spec_from_yaml
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.jobs.run.checks import check_words
+from mindformers_ext.jobs.run.checks import check_run, check_words
 from tests.helpers.mindformers_yamls import TABLE, configurations
 
 FILES = list(configurations())
@@ -96,12 +99,45 @@ def test_a_network_of_mindformers_own_is_not_judged(change: dict[str, Any], note
         ({"use_parallel": "Flase"}, "use_parallel='Flase' is not True or False"),
         ({"model.model_config.quant_config": {"quant_method": "rtn"}}, "quant_config asks for a quantised network"),
         ({"optimizer.beta3": 0.9}, "unknown key 'beta3' in optimizer"),
+        ({"model.model_config.type": "MixtralConfig"}, "do not belong together: write MixtralConfig and Mixtral"),
     ],
 )
 def test_its_sizes_and_sections_are(change: dict[str, Any], message: str) -> None:
     _, config = dense(change)
     with pytest.raises(UserError, match=re.escape(message)):
         check_words(config, run_spec_from_yaml(config), 8, "job.yaml")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"type": "ChatGLM2Config", "num_heads": [4, 8], "padded_vocab_size": 65024, "seq_length": 192},
+        {"compute_dtype": "bfloat16"},  # the rest stands in a config.json
+    ],
+)
+@pytest.mark.parametrize("mode", [1, "MANUAL_PARALLEL"])
+def test_networks_of_other_shapes_pass(model: dict[str, Any], mode: int | str) -> None:
+    _, config = dense({"model.model_config": model, "parallel.parallel_mode": mode})
+    config["moe_config"] = {"expert_num": 8, "routing_policy": "TopkRouterV1", "shared_expert_num": 2}
+    config["model"]["arch"] = {"type": "ChatGLM2ForConditionalGeneration"}
+    run = run_spec_from_yaml(config)
+    _, build, notes = check_words(config, run, 8, "job.yaml")
+    assert run.family is None and build.network.seq_length == model.get("seq_length", 2048)
+
+
+def test_weights_of_another_layout_are_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "libascendcl.so").touch()  # all that is looked for
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    for name in ("MS_ROLE", "RANK_ID", "RANK_TABLE_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    save_file({"model.layers.0.attention.w_qkv.weight": np.zeros((6, 2), np.float32)}, tmp_path / "own.safetensors")
+    _, config = dense({"run_mode": "eval", "use_parallel": False, "eval_dataset": {"data_loader": {"type": "Own"}}})
+    config |= {"load_checkpoint": str(tmp_path / "own.safetensors"), "load_ckpt_format": "safetensors", "metric": []}
+    config |= {"output_dir": str(tmp_path / "out")}
+    with pytest.raises(UserError, match="does not fit the network"):
+        check_run(config, "job.yaml")
+    config["model"]["model_config"]["qkv_concat"] = True
+    assert check_run(config, "job.yaml").run.load == config["load_checkpoint"]
 
 
 def test_our_own_network_is_judged_by_every_rule() -> None:
