@@ -93,10 +93,17 @@ def read_wiki(path: Path, cutting: Cutting, progress: Progress | None = None) ->
     return _split(cleaned, "\n\n", cutting, is_heading)
 
 
-def read_jsonl(path: Path, field: str, cutting: Cutting, progress: Progress | None = None) -> Iterator[Fragment]:
-    """JSON lines (or a JSON list); the string under ``field`` of each record is a document. Errors name the line."""
+def read_jsonl(
+    path: Path,
+    field: str,
+    cutting: Cutting,
+    progress: Progress | None = None,
+    advice: str = "name the field that holds the text (--field)",
+) -> Iterator[Fragment]:
+    """JSON lines (or a JSON list); the string under ``field`` of each record is a document. Errors name the line, and
+    where the field is missing give ``advice``."""
     for record in read_records(path, progress):
-        text = record.text(field, "name the field that holds the text (--field)")
+        text = record.text(field, advice)
         if text:
             yield from cut(text, cutting)
 

@@ -136,7 +136,7 @@ def open_tokenizer(path: Path) -> Tokenizer:
     Raises:
         UserError: nothing of the kind is there, or the file is of another kind.
     """
-    if path.is_dir() or path.name in (TABLE, MODEL):
+    if stands_for_folder(path):
         folder = path if path.is_dir() else path.parent
         settings = read_settings(folder)
         path = path if not path.is_dir() and not path.is_file() else _main_file(folder, settings)
@@ -150,6 +150,11 @@ def open_tokenizer(path: Path) -> Tokenizer:
     if settings.kind is None and not model.is_llamas:
         return SentencePieceTokenizer(path)
     return HuggingFaceTokenizer(path, settings, model)
+
+
+def stands_for_folder(path: Path) -> bool:
+    """Whether what lies beside a tokenizer belongs to it."""
+    return path.is_dir() or path.name in (TABLE, MODEL)
 
 
 def _main_file(folder: Path, settings: TokenizerSettings) -> Path:

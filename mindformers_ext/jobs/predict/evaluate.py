@@ -148,7 +148,10 @@ def _of_text(
 def documents(path: Path, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """Token ids of each text: the whole file, or the "text" of each JSON record, framed as the tokenizer does it."""
     cutting = Cutting(blank=puts_blank(tokenizer))
-    fragments = read_jsonl(path, "text", cutting) if suffix_of(path) in JSON else read_text(path, "file", cutting)
+    if suffix_of(path) in JSON:
+        fragments = read_jsonl(path, "text", cutting, advice="evaluation reads the field 'text': rename the other one")
+    else:
+        fragments = read_text(path, "file", cutting)
     before, after = tokenizer.frame
     parts: list[Any] = []
     for item in fragments:

@@ -15,7 +15,7 @@ from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.data.chat_template import ChatTemplate
 from mindformers_ext.data.packing import check_ids
-from mindformers_ext.data.tokenizers import Tokenizer, encode_framed, open_tokenizer
+from mindformers_ext.data.tokenizers import Tokenizer, encode_framed, open_tokenizer, stands_for_folder
 from mindformers_ext.formats.atomic import fresh_file
 from mindformers_ext.jobs.predict.end_ids import end_ids
 from mindformers_ext.jobs.predict.generate import Answer, Generation, Timing, bucket
@@ -214,8 +214,10 @@ def open_predictor(run: RunSpec, spec: NetworkSpec, chat: bool = False) -> Predi
     tokenizer, path = open_own_tokenizer(run, model)
     folder = path if path.is_dir() else path.parent
     template = ChatTemplate(folder) if chat else None
-    own, notes = end_ids(dict.fromkeys([*([Path(run.load)] if run.load else []), folder]), model.vocab_size)
-    ends = dict.fromkeys((model.eos_token_id, *model.more_eos_token_ids, *own))
+    folders = [*([Path(run.load)] if run.load else []), *([folder] if stands_for_folder(path) else [])]
+    own, notes = end_ids(dict.fromkeys(folders), model.vocab_size)
+    turn = (tokenizer.special_ids["eos_id"],) if chat else ()  # of an instruct model often another one than a text's
+    ends = dict.fromkeys((model.eos_token_id, *model.more_eos_token_ids, *own, *turn))
     return Predictor(run, spec, tokenizer, template, run.sampling.ended_by(*ends), notes)
 
 

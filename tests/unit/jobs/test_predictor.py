@@ -95,6 +95,15 @@ def test_what_the_models_folder_says_ends_an_answer(folder, name):
     assert (answer.answer, answer.new_tokens, answer.finish) == ("<|im_start|>", 2, "eos")
 
 
+def test_in_a_chat_the_tokenizers_end_token_ends_a_turn(folder):
+    words = json.loads((folder / "tokenizer_config.json").read_text()) | {"eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(words))
+    assert predictor(folder, []).sampling.eos_token_ids == (2,)
+    made = predictor(folder, [7, 601, 600], chat=True)  # added in the order of their roles: the end token first
+    assert made.sampling.eos_token_ids == (2, 600)
+    assert [item.finish for item in made.answers(made.prompts(["hi"]))] == ["eos"]
+
+
 def test_end_ids_of_any_form(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
     (tmp_path / "config.json").write_text('{"eos_token_id": [2, 7]}')
