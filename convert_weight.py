@@ -2,8 +2,10 @@
 """Hugging Face folder <-> MindSpore checkpoint; ``python convert_weight.py --help``."""
 
 import sys
+from pathlib import Path
 
-from mindformers_ext.cli.convert import main
+sys.path.insert(0, str(Path(__file__).resolve().parents[0]))
+from mindformers_ext.cli.start import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(start("convert"))

@@ -11,4 +11,4 @@ if [ -z "$python" ]; then
     elif [ -x "$root/.venv/bin/python" ]; then python=$root/.venv/bin/python
     else python=python3; fi
 fi
-PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m mindformers_ext.cli.launch "$@"
+PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m mindformers_ext.cli.start launch "$@"

@@ -15,7 +15,7 @@ max_bytes=3000000    # text collected for the data set
 max_loss_ratio=0.75  # mean loss of the last 20 steps over that of the first 20
 prompt="This module"
 
-usage() { sed -n '3,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '3,6s/^# \{0,1\}//p' scripts/quickstart.sh; }
 fail() { echo "quickstart: $*" >&2; exit 2; }
 
 while [ $# -gt 0 ]; do

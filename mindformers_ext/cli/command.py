@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mindformers_ext.cli.outcome import exit_code
+from mindformers_ext.core.layers import DTYPE_NAMES, DTYPE_WORDS, dtype_name
 
 WIDTH = 100  # columns of the description; examples keep their lines
 BOOLEANS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
@@ -60,6 +61,15 @@ def boolean(text: str) -> bool:
     if text.lower() not in BOOLEANS:
         raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
     return BOOLEANS[text.lower()]
+
+
+def dtype(text: str) -> str:
+    """The name of an element type, from any word for it."""
+    name = dtype_name(text)
+    if name is None:
+        words = ", ".join((*DTYPE_NAMES, *DTYPE_WORDS))
+        raise argparse.ArgumentTypeError(f"'{text}' is no type of weights: choose one of {words}")
+    return name
 
 
 def optional_path(text: str) -> Path | None:

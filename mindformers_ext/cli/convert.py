@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mindformers_ext.cli.command import Command, add_switch, optional_path
+from mindformers_ext.cli.command import Command, add_switch, dtype, optional_path
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.families import own_families
 
@@ -29,7 +29,6 @@ EPILOG = """examples:
         --mindspore_ckpt_path=gmm.ckpt
     python convert_weight.py --use_gmm=True --dtype=fp16 --pre_ckpt_path=mixtral.ckpt --mindspore_ckpt_path=gmm.ckpt
 """
-DTYPES = ("fp16", "bf16", "fp32")
 SEED_DTYPE = "fp16"  # what --mindspore_ckpt_path has always written without --dtype
 MS_SUFFIXES = (".ckpt", ".safetensors")
 
@@ -38,8 +37,10 @@ def add_common(target: argparse.ArgumentParser) -> None:
     """What both directions know."""
     target.add_argument(
         "--dtype",
-        choices=DTYPES,
-        help=f"type of the weights written (default: keep; {SEED_DTYPE} when --mindspore_ckpt_path is written)",
+        type=dtype,
+        metavar="TYPE",
+        help="type of the weights written: fp16, bf16, fp32 or another word for them such as bfloat16, half (default: "
+        f"keep; {SEED_DTYPE} when --mindspore_ckpt_path is written)",
     )
     target.add_argument(
         "--config",
@@ -70,7 +71,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input_path",
         type=Path,
-        help="Hugging Face folder; a MindSpore checkpoint with --reversed or to change its layout",
+        help="Hugging Face folder, or its one .safetensors file; a MindSpore checkpoint with --reversed or to change "
+        "its layout",
     )
     parser.add_argument("--output_path", type=Path, help="X.ckpt or X.safetensors; a folder with --reversed")
     parser.add_argument("--torch_ckpt_dir", type=Path, help="Hugging Face folder (with --reversed: to write)")
@@ -131,10 +133,16 @@ def _paths(arguments: argparse.Namespace) -> tuple[Path, Path, Direction]:
         return _one("input", sources), _one("output", targets), "to_hf"
     sources |= torch | {"--pre_ckpt_path": arguments.pre_ckpt_path}
     source, target = _one("input", sources), _one("output", targets | mindspore)
-    from_ms = arguments.pre_ckpt_path or arguments.strategy_dir or (source.is_file() and source.suffix in MS_SUFFIXES)
+    from_ms = arguments.pre_ckpt_path or arguments.strategy_dir or _is_mindspore(source)
     if not from_ms and arguments.input_layout:
         raise UserError("--input_layout describes a MindSpore input, and the input is a Hugging Face folder")
     return source, target, "relayout" if from_ms else "to_ms"
+
+
+def _is_mindspore(source: Path) -> bool:
+    from mindformers_ext.jobs.checkpoint.source import is_hf_file
+
+    return source.is_file() and source.suffix in MS_SUFFIXES and not is_hf_file(source)
 
 
 def _one(what: str, given: Mapping[str, Path | None]) -> Path:

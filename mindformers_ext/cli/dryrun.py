@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
+from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ examples:
 Every option of run_mindformer.py (--epochs, --section.key, ...) works here as well.
 """
 RANK_COMMAND = (sys.executable, "-m", "mindformers_ext.cli.dryrun_rank")  # each process that compiles
+PACKAGES = ("mindformers_ext", "mindspore", "mindformers")
 OWN = ("config", "worker_num", "ranks", "out", "memory", "suggest", "jobs", "compare", "keep_graphs", "options")
 
 
@@ -91,9 +95,11 @@ def _run(arguments: argparse.Namespace) -> int:
     from mindformers_ext.jobs.dryrun.memory import suggestions
     from mindformers_ext.jobs.dryrun.page import write_page
     from mindformers_ext.jobs.dryrun.plan import plan_dry_run
+    from mindformers_ext.jobs.dryrun.progress import DryRunProgress
     from mindformers_ext.jobs.dryrun.ranks import RankJob, compile_ranks
     from mindformers_ext.jobs.dryrun.report import DryRunReport, report_text, write_json
     from mindformers_ext.jobs.dryrun.stubs import ensure_stubs
+    from mindformers_ext.jobs.run.display import choose_sink
 
     path = Path(arguments.config)
     config = apply_flags(load_yaml(path), arguments)
@@ -110,13 +116,7 @@ def _run(arguments: argparse.Namespace) -> int:
     plan = plan_dry_run(config, str(path), arguments.worker_num, arguments.ranks, out, arguments.memory)
     stubs = ensure_stubs()
 
-    def told(facts: RankFacts) -> None:
-        seconds = facts.start_seconds + facts.build_seconds + facts.compile_seconds
-        print(
-            f"rank {facts.rank}: " + ("compiles" if facts.compiles else "FAILS") + f" ({seconds:.0f} s)",
-            file=sys.stderr,
-            flush=True,
-        )
+    at_once = arguments.jobs or os.cpu_count() or 1
 
     def compiled(native: bool) -> tuple[RankFacts, ...]:
         job = RankJob(
@@ -126,18 +126,42 @@ def _run(arguments: argparse.Namespace) -> int:
             folder=out / ("native" if native else "ranks"),
             native=native,
             keep_graphs=arguments.keep_graphs,
-            at_once=arguments.jobs or os.cpu_count() or 1,
+            at_once=at_once,
         )
-        return tuple(compile_ranks(job, told))
+        what = "MindFormers' own network" if native else str(path)
+        progress = DryRunProgress(plan, at_once, choose_sink(sys.stderr, {}), what)
+        with progress.ticking():
+            return tuple(compile_ranks(job, progress.ended, progress.reached))
 
     ranks = compiled(native=False)
-    report = DryRunReport(str(path), plan, ranks, compiled(native=True) if arguments.compare else ())
+    report = DryRunReport(str(path), plan, ranks, compiled(native=True) if arguments.compare else (), _made(arguments))
     write_json(report, out / "report.json")
     write_page(report, out / "report.html")
     print(report_text(report))
     strategy = "" if plan.shape else "strategy/, "
     print(f"{out}: report.html, report.json, {strategy}ranks/rank_*/log.txt")
     return 0 if report.compiles else FAILED
+
+
+def _made(arguments: argparse.Namespace) -> tuple[tuple[str, str], ...]:
+    """How the report comes about, for its reader."""
+    given = [
+        (flag.names[0], getattr(arguments, flag.field)) for flag in FLAGS if getattr(arguments, flag.field) is not None
+    ]
+    options = [f"{name} {value}" for name, value in (*given, *((f"--{key}", text) for key, text in arguments.pairs))]
+    return (
+        ("command", shlex.join(["python", *sys.argv])),
+        ("options over the file", ", ".join(options) or "none"),
+        ("versions", ", ".join(f"{name} {_version(name)}" for name in PACKAGES)),
+        ("date", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z")),
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _check_words_of_training(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mindformers_ext.jobs.dryrun.forks import Request, Work, serve
+from mindformers_ext.jobs.dryrun.forks import Request, Tell, Work, serve
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,8 +27,9 @@ def _loaded() -> Work:
     return compile_request
 
 
-def compile_request(request: Request) -> None:
-    """Compile one rank and write its result; an exception ends its process and stands in its log."""
+def compile_request(request: Request, tell: Tell) -> None:
+    """Compile one rank and write its result, and ``tell`` each phase; an exception ends its process and stands in its
+    log."""
     from mindformers_ext.jobs.dryrun.facts import prediction_facts, rank_facts
     from mindformers_ext.jobs.dryrun.ranks import GRAPHS, keep_result
     from mindformers_ext.jobs.predict.generate import Shape
@@ -36,7 +37,7 @@ def compile_request(request: Request) -> None:
 
     folder = Path(request["folder"])
     if request["shape"]:
-        found = compile_prediction(request["config"], Shape(**request["shape"]), request["world"])
+        found = compile_prediction(request["config"], Shape(**request["shape"]), request["world"], tell)
         facts = prediction_facts(folder / GRAPHS, found.shapes, request["world"], found.graphs)
         keep_result(
             folder,
@@ -47,7 +48,7 @@ def compile_request(request: Request) -> None:
             compile_seconds=found.compile_seconds,
         )
         return
-    step = compile_step(request["config"], request["rows"], folder, request["native"])
+    step = compile_step(request["config"], request["rows"], folder, request["native"], tell)
     facts = rank_facts(folder / GRAPHS, step.shapes, step.trained)
     keep_result(
         folder,

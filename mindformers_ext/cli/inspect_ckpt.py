@@ -18,6 +18,7 @@ EPILOG = """examples:
   python tools/inspect_ckpt.py Mixtral-8x7B-v0.1 --grep 'layers\\.0\\.'
   python tools/inspect_ckpt.py mixtral.ckpt --json > mixtral.json
 """
+LAYOUT = ("layout", "qkv_concat")  # of the description: said in the line before
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +60,8 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     print(f"layout: {found.layout or 'not told'}; fingerprint: {found.fingerprint[:16]}")
     for name, value in (found.description or {}).items():
-        print(f"{name}: {value}")
+        if found.layout is None or name not in LAYOUT:
+            print(f"{name}: {value}")
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
     return 0

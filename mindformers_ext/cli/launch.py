@@ -9,10 +9,11 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mindformers_ext.cli.outcome import exit_code
+from mindformers_ext.cli.start import check_installed
 from mindformers_ext.jobs.launch.arguments import (
     DEFAULTS,
     MSRUN_SCRIPT,
@@ -21,32 +22,37 @@ from mindformers_ext.jobs.launch.arguments import (
     check_master,
     read_launch,
     usage,
-    with_package,
 )
 from mindformers_ext.jobs.launch.msrun import msrun_command, msrun_environment
-from mindformers_ext.jobs.launch.torchrun import torchrun_command
+from mindformers_ext.jobs.launch.program import MSRUN as MSRUN_PROGRAM
+from mindformers_ext.jobs.launch.program import TORCHRUN as TORCHRUN_PROGRAM
+from mindformers_ext.jobs.launch.program import Program
+from mindformers_ext.jobs.launch.torchrun import torchrun_command, torchrun_environment
+from mindformers_ext.jobs.run.display import LAUNCHER, LINES, LIVE, Lines, Sink, Terminal
 
 FAILED = 1
+FRAMEWORKS = {"msrun": "mindspore", "torchrun": "torch"}  # whose part the program is
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackEnd:
     """The program that starts the processes.
 
-    ``command`` and ``environment`` make its words and variables, ``start`` runs it in this process and returns its exit
-    code. The texts are for ``--help``: what TIMEOUT -1 means, what LOG_DIR/launcher.log gets, the variables read, the
-    code of a job that the user stops, where it is always the same.
+    ``script``: its file in scripts/, or the words by which it was called. ``command`` and ``environment`` make its
+    words and variables. The texts are for ``--help``: what TIMEOUT -1 means, and the variables read.
     """
 
-    name: str
+    program: Program
     script: str
     command: Callable[[Launch, Mapping[str, str]], list[str]]
     environment: Callable[[Mapping[str, str]], dict[str, str]]
-    start: Callable[[Launch, Sequence[str], Mapping[str, str]], int]
     forever: str
-    logged: str
     variables: str
-    stopped: str = ""
+
+    @property
+    def name(self) -> str:
+        """The program's name."""
+        return self.program.name
 
     @property
     def only_shows(self) -> str:
@@ -67,62 +73,62 @@ words as a shell does, with its inner quotes, but nothing in it is expanded or r
   PORT           where the master listens, 1024 to 65535 (default {DEFAULTS["PORT"]})
   NODE_RANK      number of this machine, from 0 (default 0)
   LOG_DIR        folder of the logs (default {DEFAULTS["LOG_DIR"]})
-  JOIN           True: show the logs and wait for the end; False: run in the background, {self.logged} goes to
-                 LOG_DIR/launcher.log (default False)
+  JOIN           True: show the first worker's lines and wait for the end; False: run in the background, the same goes
+                 to LOG_DIR/launcher.log (default False)
   TIMEOUT        seconds for all workers to find the master, -1 {self.forever} (default {DEFAULTS["TIMEOUT"]})
 environment:
   {self.only_shows + "=1":<24} print the command and stop
 {self.variables}
+files: LOG_DIR/worker_RANK.log each worker's whole log, LOG_DIR/{self.name}.log what {self.name} says.
 exit code: 0 done (JOIN False: started), 1 the job failed or the number of arguments is wrong, 2 a mistake in the
-arguments{self.stopped}.
+arguments, 130 stopped.
 """
 
 
-def _supervised(launch: Launch, command: Sequence[str], environment: Mapping[str, str]) -> int:
+def _supervised(end: BackEnd, launch: Launch, command: Sequence[str], environment: Mapping[str, str]) -> int:
+    from mindformers_ext.jobs.launch.screen import Screen
     from mindformers_ext.jobs.launch.supervise import supervise
 
-    code = supervise(launch, command, environment, lambda text: print(text, end="", flush=True))
+    is_live = launch.join and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    sink: Sink = Terminal(sys.stdout) if is_live else Lines(sys.stdout)
+    told = {**environment, LAUNCHER: LIVE if is_live else LINES}
+    code = supervise(launch, end.program, command, told, Screen(sink))
     if not launch.join:
         print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} the job ended with exit code {code}", flush=True)
     return code
 
 
-def _replaced(launch: Launch, command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Become torchrun, which ends its workers when it is ended itself."""
-    os.execve(command[0], list(command), dict(environment))
-
-
 MSRUN = BackEnd(
-    name="msrun",
+    program=MSRUN_PROGRAM,
     script=MSRUN_SCRIPT,
     command=msrun_command,
     environment=msrun_environment,
-    start=_supervised,
     forever="for ever",
-    logged="how it ends",
-    stopped=", 130 stopped",
     variables="""\
   MSRUN_BIND_CORE=False    do not bind workers to cores
   MF_LOG_SUFFIX=x          folders LOG_DIR_x and output/log_x
   LOG_MF_PATH, PLOG_REDIRECT_TO_OUTPUT=True   as in MindFormers""",
 )
 TORCHRUN = BackEnd(
-    name="torchrun",
+    program=TORCHRUN_PROGRAM,
     script="torchrun_launcher.sh",
     command=torchrun_command,
-    environment=with_package,
-    start=_replaced,
+    environment=torchrun_environment,
     forever="for a week",
-    logged="its output",
     variables="  MF_LOG_SUFFIX=x          folder LOG_DIR_x",
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the launcher; ``--torchrun`` in front of the arguments chooses torchrun instead of msrun."""
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the launcher; ``--torchrun`` in front of the arguments chooses torchrun instead of msrun.
+
+    ``prog``: the words by which it was called, where that is none of the scripts.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     end = TORCHRUN if arguments[:1] == ["--torchrun"] else MSRUN
     arguments = arguments[end is TORCHRUN :]
+    if prog:
+        end = replace(end, script=f"{prog} --torchrun" if end is TORCHRUN else prog)
     if arguments in (["-h"], ["--help"]):
         print(end.help(), end="")
         return 0
@@ -140,17 +146,19 @@ def _launch(end: BackEnd, arguments: Sequence[str]) -> int:
         print(shlex.join(command))
         return 0
     if launch.workers > 1:
+        check_installed(FRAMEWORKS[end.name])
         check_master(launch, end.script)
     print(f"Running: {shlex.join(command)}\nLogs: {launch.log_dir.absolute()}", flush=True)
     launch.log_dir.mkdir(parents=True, exist_ok=True)
     if launch.join:
-        return end.start(launch, command, environment)
+        return _supervised(end, launch, command, environment)
     log = launch.log_dir / "launcher.log"
     watcher = _fork_away(log)
     if watcher:
-        print(f"The job runs in the background; {end.logged} goes to {log.absolute()}. Stop it: kill {watcher}")
+        print(f"The job runs in the background; its course goes to {log.absolute()}. Stop it: kill {watcher}")
         return 0
-    os._exit(end.start(launch, command, environment))  # nothing of the caller may run in this copy of it
+    # nothing of the caller may run in this copy of it
+    os._exit(exit_code(lambda _: _supervised(end, launch, command, environment), argparse.Namespace(), unwinds=False))
 
 
 def _fork_away(log: Path) -> int:

@@ -3,27 +3,18 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from types import FrameType
+from collections.abc import Callable
+from contextlib import nullcontext
 
+from mindformers_ext.cli.outcome import INTERRUPTED, interruptible
 from mindformers_ext.core.config.run import RunSpec
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.jobs.predict.predict import (
-    STANDARD_INPUT,
-    Predictor,
-    Prompt,
-    Written,
-    open_predictor,
-    read_prompts,
-    write_results,
-)
+from mindformers_ext.jobs.predict.predict import Predictor, Prompt, Written, open_predictor, write_results
+from mindformers_ext.jobs.predict.prompts import STANDARD_INPUT, read_prompts
 
-INTERRUPTED = 130
 SAVED_EVERY = 10.0  # seconds
 
 
@@ -82,7 +73,7 @@ def _answer(
         sys.stdout.flush()
 
     try:
-        with nullcontext() if save else _interruptible():
+        with nullcontext() if save else interruptible():
             for written in predictor.answers(prompts, show):
                 done.append(written)
                 if predictor.rank:
@@ -96,21 +87,6 @@ def _answer(
         print("stopped by Ctrl-C; finished answers are kept", file=sys.stderr)
         return INTERRUPTED
     return 0
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C is a KeyboardInterrupt. While MindSpore runs a graph it answers Ctrl-C by sending SIGTERM to itself."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _talk(predictor: Predictor) -> int:

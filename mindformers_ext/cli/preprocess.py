@@ -50,7 +50,8 @@ def _add_inputs(target: argparse.ArgumentParser) -> None:
         "--dataset_type",
         default="wiki",
         help="wiki: WikiText's token files, cleaned; wikipedia: "
-        "parquet; qa: conversations, loss on the answers only; text: plain text; jsonl: JSON lines "
+        "parquet; qa: conversations of FastChat's or OpenAI's form, loss on the answers only; text: plain text; "
+        "jsonl: JSON lines; all but parquet also as .gz "
         f"(one of {', '.join(TYPES)}; default wiki)",
     )
     target.add_argument("--input_glob", required=True, help="a file, a folder, or a glob pattern in quotes")
@@ -60,7 +61,8 @@ def _add_inputs(target: argparse.ArgumentParser) -> None:
         "--model_file",
         type=Path,
         required=True,
-        help="tokenizer: SentencePiece tokenizer.model, tokenizer.json, or a folder with one",
+        help="tokenizer: a model's folder, its tokenizer.json or tokenizer.model (each stands for the folder), or a "
+        "lone SentencePiece model",
     )
     target.add_argument(
         "--tokenizer",

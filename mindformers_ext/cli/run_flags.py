@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.cli.command import add_switch
+from mindformers_ext.core.config.dtype_keys import name_dtypes
 from mindformers_ext.core.config.overrides import apply_overrides, parse_dotted
 from mindformers_ext.core.config.run import DEVICES, ENGINES, RUN_MODES, TRAINER_KEY, TRAINERS
 from mindformers_ext.core.errors import Problems, UserError, nearest
@@ -138,16 +141,42 @@ FLAGS: tuple[Flag, ...] = (
 )
 
 
+def add_flags(target: argparse.ArgumentParser) -> None:
+    """Every row of ``FLAGS`` as an option, and the switches of the command itself."""
+    for flag in FLAGS:
+        more: dict[str, Any] = {"nargs": "+"} if flag.many else {}
+        if flag.choices:
+            more["choices"] = flag.choices
+        else:
+            more["metavar"] = flag.field.upper() if flag.reader is str else "VALUE"
+        target.add_argument(*flag.names, dest=flag.field, type=flag.reader, action=OneValue, help=flag.help, **more)
+    target.add_argument("--options", nargs="+", metavar="KEY=VALUE", help="older spelling of --key value")
+    add_switch(
+        target, "--verbose", "training: print the whole log, MindFormers' and MindSpore's too, instead of one live line"
+    )
+
+
 def read_arguments(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None, own: Sequence[str] = ()
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, own: Sequence[str] = (), mixed: bool = False
 ) -> argparse.Namespace:
-    """Parse ``argv``; ``pairs`` holds the dotted options. ``own``: options of the command besides ``FLAGS``.
+    """Parse ``argv``; ``pairs`` holds the dotted options.
+
+    Args:
+        parser: the command's.
+        argv: default: the process's.
+        own: options of the command besides ``FLAGS``.
+        mixed: words that belong to no option may stand anywhere between options.
 
     Raises:
         UserError: an option that is neither a row of ``FLAGS`` nor a dotted path.
     """
-    arguments, rest = parser.parse_known_args(argv)
-    known = [name for flag in FLAGS for name in flag.names] + ["--config", "--options", *own]
+    if mixed:
+        plain, dotted = _apart(sys.argv[1:] if argv is None else argv)
+        arguments, rest = parser.parse_known_intermixed_args(plain)
+        rest += dotted
+    else:
+        arguments, rest = parser.parse_known_args(argv)
+    known = [name for flag in FLAGS for name in flag.names] + ["--config", "--options", "--verbose", *own]
     problems = Problems("command line options")
     for word in rest:
         name = word.partition("=")[0]
@@ -161,6 +190,19 @@ def read_arguments(
     problems.raise_if_any()
     arguments.pairs = [*((key, value) for key, _, value in options), *parse_dotted(rest)]
     return arguments
+
+
+def _apart(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """``argv`` without the dotted options, and these with their values."""
+    plain: list[str] = []
+    dotted: list[str] = []
+    takes = False  # the word before is a dotted option that waits for its value
+    for word in argv:
+        name, given, _ = word.partition("=")
+        is_dotted = name.startswith("--") and "." in name
+        (dotted if is_dotted or (takes and not word.startswith("--")) else plain).append(word)
+        takes = is_dotted and not given
+    return plain, dotted
 
 
 def apply_flags(config: Mapping[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -183,7 +225,9 @@ def apply_flags(config: Mapping[str, Any], arguments: argparse.Namespace) -> dic
                     "add it, or drop the option"
                 )
             set_path(result, key, _value(flag, value))
-    return apply_overrides(result, arguments.pairs)
+    result = apply_overrides(result, arguments.pairs)
+    name_dtypes(result)
+    return result
 
 
 def set_path(config: dict[str, Any], key: str, value: Any) -> None:

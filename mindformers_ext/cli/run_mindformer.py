@@ -6,14 +6,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mindformers_ext.cli.outcome import exit_code
-from mindformers_ext.cli.run_flags import FLAGS, OneValue, apply_flags, read_arguments
+from mindformers_ext.cli.command import Command
+from mindformers_ext.cli.outcome import interruptible
+from mindformers_ext.cli.run_flags import add_flags, apply_flags, read_arguments
 from mindformers_ext.core.config.file import load_yaml
-from mindformers_ext.core.config.run import Runner, RunSpec
+from mindformers_ext.core.config.inputs import find_inputs
+from mindformers_ext.core.config.run import MINDSPORE, Runner, RunSpec, run_spec_from_yaml
 from mindformers_ext.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,46 +49,57 @@ A key that does not exist is an error that names the nearest one. Exit code: 0 d
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def parser() -> argparse.ArgumentParser:
+def _options(target: argparse.ArgumentParser) -> None:
     """The command's options."""
-    result = argparse.ArgumentParser(
-        prog="run_mindformer.py",
-        usage="run_mindformer.py --config YAML [options] [--section.key VALUE ...]",
-        description="Train, finetune, evaluate or predict with a MindFormers YAML, on Ascend, GPU or CPU.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    result.add_argument("--config", required=True, metavar="YAML", help="configuration file")
-    for flag in FLAGS:
-        more: dict[str, Any] = {"nargs": "+"} if flag.many else {}
-        if flag.choices:
-            more["choices"] = flag.choices
-        else:
-            more["metavar"] = flag.field.upper() if flag.reader is str else "VALUE"
-        result.add_argument(*flag.names, dest=flag.field, type=flag.reader, action=OneValue, help=flag.help, **more)
-    result.add_argument("--options", nargs="+", metavar="KEY=VALUE", help="older spelling of --key value")
-    return result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 on success, 2 on a user's mistake."""
-
-    def read_and_run(_: argparse.Namespace) -> int:
-        return _run(read_arguments(parser(), argv))
-
-    return exit_code(read_and_run, argparse.Namespace(), unwinds=False)
+    target.add_argument("--config", required=True, metavar="YAML", help="configuration file")
+    add_flags(target)
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    path, config = load_config(arguments.config)
+    return carry_out(apply_flags(config, arguments), str(path), arguments)
+
+
+def carry_out(config: Mapping[str, Any], where: str, arguments: argparse.Namespace) -> int:
+    """Check ``config`` (from ``where``), to which the options are applied, and run it; returns the exit code."""
+    with _alone(run_spec_from_yaml(config, where)):
+        return _carry_out(config, where, arguments)
+
+
+@contextmanager
+def _alone(run: RunSpec) -> Iterator[None]:
+    """What a run holds while it lasts: a training its folder, and Ctrl-C of a lone MindSpore process.
+
+    Started with others, a process dies at once: the launcher ends them all.
+    """
+    from mindformers_ext.jobs.run.checks import launched
+    from mindformers_ext.jobs.run.lock import is_first_rank, training_lock
+
+    with ExitStack() as held:
+        if run.trains and is_first_rank():
+            held.enter_context(training_lock(Path(run.output_dir)))
+        if run.trains and run.engine == MINDSPORE and not launched():
+            held.enter_context(interruptible())
+        yield
+
+
+def _carry_out(config: Mapping[str, Any], where: str, arguments: argparse.Namespace) -> int:
     from mindformers_ext.jobs.run.checks import check_run
 
-    path = _config_path(arguments.config)
-    config = apply_flags(load_yaml(path), arguments)
-    checked = check_run(config, str(path))
+    checked = check_run(config, where)
+    _check_options(arguments, checked.run.runner)
+    if checked.run.trains:
+        from mindformers_ext.cli.training import training
+
+        with training(checked.run, checked.notes, arguments.verbose):
+            return RUNNERS[checked.run.runner](checked, arguments)
     for line in checked.notes:
         print(f"note: {line}", file=sys.stderr)
-    _check_options(arguments, checked.run.runner)
+    if checked.run.runner in (Runner.OWN_EVALUATION, Runner.OWN_PREDICTION):
+        from mindformers_ext.jobs.run.display import compilations
+
+        with compilations(sys.stderr):
+            return RUNNERS[checked.run.runner](checked, arguments)
     return RUNNERS[checked.run.runner](checked, arguments)
 
 
@@ -120,8 +134,12 @@ def _own_loop(checked: CheckedRun, _: argparse.Namespace) -> int:
 
 def _mindformers(checked: CheckedRun, _: argparse.Namespace) -> int:
     _prepare(checked.run)
+    from mindformers_ext.jobs.run.display import current
+
+    current().begin("importing MindFormers")
     from mindformers_ext.mf.run import run
 
+    current().done()
     run(checked.config, checked)
     return 0
 
@@ -134,12 +152,16 @@ RUNNERS: dict[Runner, Callable[[CheckedRun, argparse.Namespace], int]] = {
 }
 
 
-def _config_path(name: str) -> Path:
-    """A relative path counts from here, then from the repository, as MindFormers' own script does."""
+def load_config(name: str) -> tuple[Path, dict[str, Any]]:
+    """The YAML called ``name`` and its content. A relative path counts from here, then from the repository, as
+    MindFormers' own script has it; so do the files that a YAML of the repository names."""
     path = Path(name)
     if not path.is_absolute() and not path.exists() and (ROOT / path).exists():
-        return ROOT / path
-    return path
+        path = ROOT / path
+    config = load_yaml(path)
+    if path.resolve().is_relative_to(ROOT):
+        find_inputs(config, ROOT)
+    return path, config
 
 
 def _prepare(run: RunSpec) -> None:
@@ -152,3 +174,16 @@ def _prepare(run: RunSpec) -> None:
             )
         os.environ["REGISTER_PATH"] = run.register_path
         sys.path.append(run.register_path)
+
+
+COMMAND = Command(
+    prog="run_mindformer.py",
+    usage="run_mindformer.py --config YAML [options] [--section.key VALUE ...]",
+    description="Train, finetune, evaluate or predict with a MindFormers YAML, on Ascend, GPU or CPU.",
+    epilog=EXAMPLES,
+    options=_options,
+    read=read_arguments,
+    run=_run,
+    unwinds=False,
+)
+parser, main = COMMAND.parser, COMMAND.main

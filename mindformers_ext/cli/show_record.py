@@ -35,7 +35,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "--model_file",
         type=Path,
         required=True,
-        help="the tokenizer the file was made with: tokenizer.model, tokenizer.json, or a folder with one",
+        help="the tokenizer the file was made with, as llama_preprocess.py takes it",
     )
     parser.add_argument("--n", type=int, default=3, help="records to show (default 3)")
     parser.add_argument("--skip", type=int, default=0, help="records to pass over first (default 0)")

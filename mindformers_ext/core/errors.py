@@ -25,10 +25,12 @@ class Problems:
         """Record one broken rule: what was found and what to do."""
         self.lines.append(f"{found}: {advice}")
 
-    def positive(self, name: str, value: object) -> None:
-        """``value`` must be an int above 0."""
+    def positive(self, name: str, value: object, most: int | None = None) -> None:
+        """``value`` must be an int above 0, up to ``most``."""
         if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
             self.add(f"{name}={value!r}", "give a whole number above 0")
+        elif most is not None and value > most:
+            self.add(f"{name}={value} is out of range", f"give at most {most}")
 
     def one_of(self, name: str, value: object, allowed: Sequence[object]) -> None:
         """``value`` must be in ``allowed``."""

@@ -18,7 +18,8 @@ from typing import Any
 class ConfigWord:
     """One key of a ``config.json`` beyond those that all families share.
 
-    ``part``: model (``ModelSpec``), moe (``MoESpec``) or shared (``SharedExpertSpec``), whose ``field`` it fills.
+    ``part``: model (``ModelSpec``), moe (``MoESpec``) or shared (``SharedExpertSpec``), whose ``field`` it fills; of
+    several, with blanks between, all.
     """
 
     key: str
@@ -26,6 +27,11 @@ class ConfigWord:
     field: str
     kind: str
     default: Any
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields that it fills."""
+        return tuple(self.field.split())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +43,14 @@ class Family:
     yaml_names: pairs of ``model_config.type`` and ``arch.type`` that mean it in a YAML, the one to write first.
     has_experts: whether some layers are mixtures.
     implied: whether experts, or their absence, mean this family where nothing is named.
-    reads_as: a family of the same tensors and formulas under which it is known here; "" for itself.
+    reads_as: a family of the same tensors and formulas under which it is known here without a window; "" for itself.
     defaults: of transformers' configuration class, by ``ModelSpec`` field (= key); None: derived from other keys.
     words: further keys.
     model, moe, shared: what the family's name fixes of each spec, by field.
     chooses_layers: whether ``decoder_sparse_step`` and ``mlp_only_layers`` make layers dense.
-    window: default of ``sliding_window``; ``window_switch`` a key without which it has no effect.
-    written: constants of a ``config.json`` that transformers wants to see.
+    windowed: whether it has ``sliding_window``: in all layers, or where ``mixes_windows`` in those that ``layer_types``
+        or ``max_window_layers`` name. ``window``: its default; ``window_switch`` a key without which it has no effect.
+    tokenizer: transformers' class where the tokenizer's own files name none.
     """
 
     name: str
@@ -58,11 +65,14 @@ class Family:
     moe: Mapping[str, Any] = field(default_factory=dict)
     shared: Mapping[str, Any] | None = None
     chooses_layers: bool = False
+    windowed: bool = False
+    mixes_windows: bool = False
     window: int | None = None
     window_switch: str = ""
-    written: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: str = ""
 
 
+_LLAMA_TOKENS, _QWEN_TOKENS = "LlamaTokenizer", "Qwen2Tokenizer"
 _LLAMA: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -95,6 +105,16 @@ _QWEN_MOE: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+_QWEN: dict[str, Any] = {
+    **_LLAMA,
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_ATTENTION_BIAS = ConfigWord("attention_bias", "model", "qkv_bias out_bias", "bool", False)
 _NORM_CHOSEN = ConfigWord("norm_topk_prob", "moe", "norm_topk_prob", "bool", False)
 
 LLAMA = Family(
@@ -103,10 +123,45 @@ LLAMA = Family(
     yaml_names=(("PortableLlamaConfig", "PortableLlamaForCausalLM"),),
     implied=True,
     defaults=_LLAMA,
-    written={"attention_bias": False, "mlp_bias": False, "rope_scaling": None},
+    words=(_ATTENTION_BIAS, ConfigWord("mlp_bias", "model", "mlp_bias", "bool", False)),
+    tokenizer=_LLAMA_TOKENS,
 )
 # without a sliding window a llama in every tensor and formula
-MISTRAL = Family(name="mistral", hf_class="MistralForCausalLM", reads_as=LLAMA.name, defaults=_MISTRAL, window=4096)
+MISTRAL = Family(
+    name="mistral",
+    hf_class="MistralForCausalLM",
+    yaml_names=(("MistralConfig", "MistralForCausalLM"),),
+    reads_as=LLAMA.name,
+    defaults=_MISTRAL,
+    windowed=True,
+    window=4096,
+    tokenizer=_LLAMA_TOKENS,
+)
+QWEN2 = Family(
+    name="qwen2",
+    hf_class="Qwen2ForCausalLM",
+    yaml_names=(("Qwen2Config", "Qwen2ForCausalLM"),),
+    defaults=_QWEN,
+    model={"qkv_bias": True},
+    windowed=True,
+    mixes_windows=True,
+    window=4096,
+    window_switch="use_sliding_window",
+    tokenizer=_QWEN_TOKENS,
+)
+QWEN3 = Family(
+    name="qwen3",
+    hf_class="Qwen3ForCausalLM",
+    yaml_names=(("Qwen3Config", "Qwen3ForCausalLM"),),
+    defaults={**_QWEN, "head_dim": 128},
+    words=(_ATTENTION_BIAS,),
+    model={"qk_norm": True},
+    windowed=True,
+    mixes_windows=True,
+    window=4096,
+    window_switch="use_sliding_window",
+    tokenizer=_QWEN_TOKENS,
+)
 MIXTRAL = Family(
     name="mixtral",
     hf_class="MixtralForCausalLM",
@@ -119,7 +174,8 @@ MIXTRAL = Family(
         ConfigWord("num_experts_per_tok", "moe", "num_experts_per_tok", "int", 2),
     ),
     moe={"norm_topk_prob": True},
-    written={"sliding_window": None},
+    windowed=True,
+    tokenizer=_LLAMA_TOKENS,
 )
 QWEN2_MOE = Family(
     name="qwen2_moe",
@@ -138,7 +194,7 @@ QWEN2_MOE = Family(
     shared={"gated": True},
     chooses_layers=True,
     window_switch="use_sliding_window",
-    written={"use_sliding_window": False, "rope_scaling": None},
+    tokenizer=_QWEN_TOKENS,
 )
 QWEN3_MOE = Family(
     name="qwen3_moe",
@@ -150,15 +206,18 @@ QWEN3_MOE = Family(
         ConfigWord("num_experts", "moe", "num_local_experts", "int", 128),
         ConfigWord("num_experts_per_tok", "moe", "num_experts_per_tok", "int", 8),
         ConfigWord("moe_intermediate_size", "moe", "intermediate_size", "int", 768),
+        _ATTENTION_BIAS,
         _NORM_CHOSEN,
     ),
     model={"qk_norm": True},
     chooses_layers=True,
+    windowed=True,
+    window=4096,
     window_switch="use_sliding_window",
-    written={"use_sliding_window": False, "attention_bias": False, "rope_scaling": None},
+    tokenizer=_QWEN_TOKENS,
 )
 
-FAMILIES: dict[str, Family] = {row.name: row for row in (LLAMA, MISTRAL, MIXTRAL, QWEN2_MOE, QWEN3_MOE)}
+FAMILIES: dict[str, Family] = {row.name: row for row in (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE)}
 
 # MindFormers' name for any LLaMA-shaped network: with experts, or where MindFormers' own does not run, it means ours.
 GENERIC_NAMES = ("LlamaConfig", "LlamaForCausalLM")
@@ -190,6 +249,21 @@ def implied_family(has_experts: bool) -> Family:
     return next(row for row in FAMILIES.values() if row.implied and row.has_experts == has_experts)
 
 
+def family_of_features(features: Mapping[str, bool], has_window: bool, mixes: bool) -> Family:
+    """The dense family that can have these of ``core.spec.FEATURES``, a window, layers with and without one.
+
+    MindFormers calls every LLaMA-shaped network a ``LlamaConfig``, a Qwen2 too. The implied one where none fits.
+    """
+    for row in FAMILIES.values():
+        words = [word.fields for word in row.words if word.part == "model"]
+        told = {name for names in words for name in names}
+        fits = all(features[name] == row.model.get(name, False) for name in features if name not in told)
+        fits = fits and all(len({features[name] for name in names}) == 1 for names in words)
+        if not row.has_experts and fits and row.windowed >= has_window and row.mixes_windows >= mixes:
+            return row
+    return implied_family(False)
+
+
 def defaults_of(model_type: str) -> Mapping[str, Any]:
     """Defaults of transformers' configuration class, a LLaMA's where the type is unknown."""
     return FAMILIES.get(model_type, implied_family(False)).defaults
@@ -197,7 +271,7 @@ def defaults_of(model_type: str) -> Mapping[str, Any]:
 
 def own_families() -> tuple[str, ...]:
     """Names of the families that weights are converted to and networks built of."""
-    return tuple(row.name for row in FAMILIES.values() if not row.reads_as)
+    return tuple(FAMILIES)
 
 
 def named_family(config_type: object, architecture: object) -> Family | None:

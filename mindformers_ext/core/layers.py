@@ -12,28 +12,42 @@ from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.families import GATES
 
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
+# every other word for them: MindFormers', torch's, the command lines' of both
+DTYPE_WORDS = {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 AUX_LOSS_TYPES = ("expert", "device", "comm")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 AUX_LOSS_REDUCTIONS = ("sum", "mean")
 
 
+def dtype_name(word: object) -> str | None:
+    """The name in ``DTYPE_NAMES`` that ``word`` means in any command or file ("bf16", "torch.half"), None if none."""
+    name = str(word).lower().removeprefix("torch.")  # mindspore's own types print as Float32
+    name = DTYPE_WORDS.get(name, name)
+    return name if name in DTYPE_NAMES else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-    """Grouped-query attention. ``qkv_bias``: q, k and v have a bias (Qwen2); ``qk_norm``: q and k of every head are
-    normalised before they are turned (Qwen3; Henry et al. 2020, arXiv:2010.04245)."""
+    """Grouped-query attention. ``qkv_bias``: q, k and v have a bias (Qwen2), ``out_bias``: the output projection too;
+    ``qk_norm``: q and k of every head are normalised before they are turned (Qwen3; Henry et al. 2020,
+    arXiv:2010.04245). ``window``: tokens that a token sees, itself included (Beltagy et al. 2020, arXiv:2004.05150,
+    section 3.1); None: all before it."""
 
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
     qkv_bias: bool = False
     qk_norm: bool = False
+    out_bias: bool = False
+    window: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseSpec:
-    """A SwiGLU feed-forward layer that every token passes."""
+    """A SwiGLU feed-forward layer that every token passes; ``bias``: its three products have one."""
 
     intermediate_size: int
+    bias: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 NAME = "mindformers_ext"
@@ -19,8 +20,11 @@ def get_logger(name: str = NAME) -> logging.Logger:
     return logging.getLogger(name if name == NAME or name.startswith(NAME + ".") else f"{NAME}.{name}")
 
 
-def set_up_logging(level: int | str = logging.INFO, file: str | Path | None = None) -> logging.Logger:
-    """Send the package's messages to stderr and, where given, to ``file``; calling it again replaces the former set-up.
+def set_up_logging(
+    level: int | str = logging.INFO, file: str | Path | None = None, more: Iterable[logging.Handler] = ()
+) -> logging.Logger:
+    """Send the package's messages to stderr, to ``more`` and, where given, to ``file``; calling it again replaces the
+    former set-up.
 
     Records do not travel on to the root logger: frameworks set that one up for themselves and would print them twice.
     """
@@ -28,7 +32,7 @@ def set_up_logging(level: int | str = logging.INFO, file: str | Path | None = No
     for handler in [handler for handler in logger.handlers if handler.get_name() == _MARK]:
         logger.removeHandler(handler)
         handler.close()
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr), *more]
     if file is not None:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(file, encoding="utf-8"))

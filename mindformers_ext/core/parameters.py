@@ -63,16 +63,19 @@ def attention_rows(spec: AttentionSpec) -> Iterator[WeightRow]:
         if spec.qkv_bias:
             yield WeightRow(f"attention.{name}.bias", rows, "mp", "zeros")
     yield WeightRow("attention.wo.weight", "D HP", "- mp")
+    if spec.out_bias:
+        yield WeightRow("attention.wo.bias", "D", "-", "zeros")
     if spec.qk_norm:
         yield WeightRow("attention.q_norm.weight", "P", "-", "ones")
         yield WeightRow("attention.k_norm.weight", "P", "-", "ones")
 
 
-def swiglu_rows(prefix: str, width: str) -> Iterator[WeightRow]:
+def swiglu_rows(prefix: str, width: str, bias: bool = False) -> Iterator[WeightRow]:
     """w1 (gate), w2 (down) and w3 (up) of a feed-forward layer whose width has the letter ``width``."""
-    yield WeightRow(f"{prefix}w1.weight", f"{width} D", "mp -")
-    yield WeightRow(f"{prefix}w2.weight", f"D {width}", "- mp")
-    yield WeightRow(f"{prefix}w3.weight", f"{width} D", "mp -")
+    for name, dims, cut in (("w1", f"{width} D", "mp -"), ("w2", f"D {width}", "- mp"), ("w3", f"{width} D", "mp -")):
+        yield WeightRow(f"{prefix}{name}.weight", dims, cut)
+        if bias:
+            yield WeightRow(f"{prefix}{name}.bias", dims.split()[0], cut.split()[0], "zeros")
 
 
 def mixture_rows(spec: MoESpec) -> Iterator[WeightRow]:
@@ -94,7 +97,10 @@ def layer_rows(layer: LayerSpec) -> Iterator[WeightRow]:
     """All weights of a layer, names below ``model.layers.N.``, in the network's order."""
     yield from attention_rows(layer.attention)
     yield WeightRow("ffn_norm.weight", *_NORM)
-    yield from mixture_rows(layer.moe) if layer.moe else swiglu_rows("feed_forward.", "F")
+    if isinstance(layer.feed_forward, MoESpec):
+        yield from mixture_rows(layer.feed_forward)
+    else:
+        yield from swiglu_rows("feed_forward.", "F", layer.feed_forward.bias)
 
 
 def model_weights(model: ModelSpec) -> Iterator[Weight]:

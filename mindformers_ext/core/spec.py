@@ -17,7 +17,22 @@ from mindformers_ext.core.layers import DTYPE_NAMES, AttentionSpec, DenseSpec, L
 from mindformers_ext.core.layers import (
     SharedExpertSpec as SharedExpertSpec,
 )
+from mindformers_ext.core.rope import Rope, RopeScaling
 from mindformers_ext.core.stages import layer_stage
+
+FEATURES = ("qkv_bias", "out_bias", "qk_norm", "mlp_bias")  # what a dense layer may have beyond LLaMA's
+# Sizes beyond every model known, which would take minutes or all memory before anything else could refuse them.
+LARGEST = {
+    "vocab_size": 2**26,
+    "hidden_size": 2**24,
+    "intermediate_size": 2**26,
+    "num_hidden_layers": 2000,
+    "num_attention_heads": 2**20,
+    "num_key_value_heads": 2**20,
+    "head_dim": 2**20,
+    "max_position_embeddings": 2**31 - 1,
+}
+MOST_EXPERTS = 200_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +40,7 @@ class ModelSpec:
     """Sizes and constants of a LLaMA-shaped decoder; ``moe`` makes its feed-forward layers mixtures of experts.
 
     A token id of -1 means that the model has no such token. ``more_eos_token_ids`` also end a text (Llama 3).
+    ``sliding_window``: tokens that a token sees, but in ``full_attention_layers``, where it sees all before it.
     ``dense_layers``: those that stay dense although ``moe`` is there, in rising order. ``family``: a row of
     ``core.families``, "" where experts or their absence tell it; ``layer`` is what a network is built from.
     """
@@ -48,6 +64,11 @@ class ModelSpec:
     more_eos_token_ids: tuple[int, ...] = ()
     qkv_bias: bool = False
     qk_norm: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+    full_attention_layers: tuple[int, ...] = ()
     moe: MoESpec | None = None
     dense_layers: tuple[int, ...] = ()
     family: str = ""
@@ -68,6 +89,11 @@ class ModelSpec:
     def model_type(self) -> str:
         """The family's name: the stem of every file about this model."""
         return self.family_row.name
+
+    @property
+    def rope(self) -> Rope:
+        """The rotary embedding of every layer."""
+        return Rope(self.head_dim, self.rope_theta, self.max_position_embeddings, self.rope_scaling)
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -105,24 +131,22 @@ class ModelSpec:
             head_dim=self.head_dim,
             qkv_bias=self.qkv_bias,
             qk_norm=self.qk_norm,
+            out_bias=self.out_bias,
+            window=None if index in self.full_attention_layers else self.sliding_window,
         )
         if self.moe is None or index in self.dense_layers:
-            return LayerSpec(attention, DenseSpec(intermediate_size=self.intermediate_size))
+            return LayerSpec(attention, DenseSpec(intermediate_size=self.intermediate_size, bias=self.mlp_bias))
         return LayerSpec(attention, replace(self.moe, intermediate_size=self.expert_size))
 
     def collect(self, problems: Problems) -> None:
         """Add every broken rule of this spec, experts included, to ``problems``."""
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-        ):
-            problems.positive(name, getattr(self, name))
+        for name, most in LARGEST.items():
+            problems.positive(name, getattr(self, name), most)
+        if self.moe and self.num_hidden_layers * self.moe.num_local_experts > MOST_EXPERTS:
+            problems.add(
+                f"{self.num_hidden_layers} layers of {self.moe.num_local_experts} experts (expert_num)",
+                f"at most {MOST_EXPERTS} experts of all layers together are built",
+            )
         problems.divides(
             "num_attention_heads",
             self.num_attention_heads,
@@ -139,9 +163,24 @@ class ModelSpec:
                 problems.add(
                     f"{name}={token} is outside the vocabulary of {self.vocab_size}", "correct the id or vocab_size"
                 )
+        if self.rope_scaling:
+            self.rope_scaling.collect(problems)
+        self._collect_window(problems)
         if self.moe:
             self.moe.collect(problems)
         self._collect_family(problems)
+
+    def _collect_window(self, problems: Problems) -> None:
+        window, layers = self.sliding_window, self.full_attention_layers
+        if window is not None and window < 1:
+            problems.add(f"sliding_window={window}", "a token sees itself at least: use 1 or more, or none")
+        if window is None and layers:
+            problems.add(f"full_attention_layers={list(layers)} without sliding_window", "every layer is full then")
+        if layers != tuple(sorted(set(layers))) or any(not 0 <= layer < self.num_hidden_layers for layer in layers):
+            problems.add(
+                f"full_attention_layers={list(layers)} are not layers of a model of {self.num_hidden_layers}",
+                "list each once, rising",
+            )
 
     def _collect_family(self, problems: Problems) -> None:
         if self.family:
@@ -160,10 +199,14 @@ class ModelSpec:
     def _collect_features(self, problems: Problems) -> None:
         """What the family cannot hold could be trained, but neither exported nor loaded by anything else."""
         row = self.family_row
-        told = {(word.part, word.field) for word in row.words}
+        told = {(word.part, name) for word in row.words for name in word.fields}
         found: list[tuple[str, str, Any, Any]] = [
-            ("model", name, getattr(self, name), row.model.get(name, False)) for name in ("qkv_bias", "qk_norm")
+            ("model", name, getattr(self, name), row.model.get(name, False)) for name in FEATURES
         ]
+        if not row.windowed:
+            found += [("model", "sliding_window", self.sliding_window, None)]
+        if not row.mixes_windows:
+            found += [("model", "full_attention_layers", self.full_attention_layers, ())]
         if self.moe:
             wanted = row.moe.get("gate", "linear"), row.moe.get("intermediate_size")
             found += [("moe", "gate", self.moe.gate, wanted[0])]

@@ -41,10 +41,11 @@ def conversation(record: Record, counts: AlpacaCounts) -> dict[str, object]:
     """The conversation of one alpaca record: an id from "1" on, a turn of "human", a turn of "gpt".
 
     Raises:
-        UserError: ``instruction`` or ``output`` is missing, or one of the three fields is no string.
+        UserError: ``instruction`` or ``output`` is missing, or one of the three fields is no string; an ``input`` of
+            null is none.
     """
     instruction, output = record.text("instruction"), record.text("output")
-    given = record.text("input") if "input" in record.value else ""
+    given = "" if record.value.get("input") is None else record.text("input")
     prompt = (WITH_INPUT if given else WITHOUT_INPUT).format(instruction=instruction, input=given)
     counts.records += 1
     counts.with_input += given != ""

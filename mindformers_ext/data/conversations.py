@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mindformers_ext.core.errors import UserError
-from mindformers_ext.data.json_records import Record, read_records
+from mindformers_ext.data.json_records import read_records
 from mindformers_ext.data.packing import Ids
 from mindformers_ext.data.readers import Progress
 from mindformers_ext.data.tokenizers import Tokenizer
+from mindformers_ext.data.turns import Talk, read_talk
 
 TEMPLATE = "vicuna_v1.1"
-PEOPLE = ("human", "gpt")  # as the records call the template's two roles
 IGNORED = -100
 
 
@@ -66,12 +65,14 @@ class QaRow:
 def read_conversations(path: Path, progress: Progress | None = None) -> Iterator[Conversation | None]:
     """The conversations of a JSON list or of JSON lines; None for one in which nobody asks anything.
 
+    A turn of the system stands in place of the template's own words.
+
     Raises:
         UserError: names file, record and line of what is malformed.
     """
     for record in read_records(path, progress):
-        messages = _messages(record)
-        yield _rendered(messages, record.where) if messages else None
+        talk = read_talk(record)
+        yield _rendered(talk, record.where) if talk.said else None
 
 
 def encode_conversations(
@@ -96,31 +97,12 @@ def _template() -> Any:
     return get_conv_template(TEMPLATE)
 
 
-def _messages(record: Record) -> list[str]:
-    """What was said, in turn, a human first. One leading turn of the assistant is left out, as MindFormers does."""
-    turns = record.value.get("conversations")
-    if not isinstance(turns, list):
-        what = "no field 'conversations'" if "conversations" not in record.value else "'conversations' is no list"
-        raise UserError(f"{record.where}: {what}; alpaca_converter.py makes it from alpaca records")
-    said = []
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict) or turn.get("from") not in PEOPLE:
-            found = turn.get("from") if isinstance(turn, dict) else turn
-            raise UserError(f"{record.where}, turn {number}: 'from' is {found!r}; it must be 'human' or 'gpt'")
-        where = Record(record.path, record.number, record.line, turn)
-        said.append((turn["from"], where.text("value")))
-    if said and said[0][0] == PEOPLE[1]:
-        said = said[1:]
-    for number, (who, _) in enumerate(said):
-        if who != PEOPLE[number % 2]:
-            raise UserError(f"{record.where}: two turns of '{who}' in a row; human and gpt must take turns")
-    return [text for _, text in said]
-
-
-def _rendered(messages: Sequence[str], where: str) -> Conversation:
+def _rendered(talk: Talk, where: str) -> Conversation:
     template = _template()
+    if talk.system is not None:
+        template.set_system_message(talk.system)
     answers = []
-    for number, message in enumerate(messages):
+    for number, message in enumerate(talk.said):
         template.append_message(template.roles[number % 2], message)
         if number % 2 and message:
             end = len(template.get_prompt()) - len(template.sep2)

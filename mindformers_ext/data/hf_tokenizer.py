@@ -1,17 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face's tokenizer.json, read by the ``tokenizers`` library; its special tokens from the files beside it."""
+"""The tokenizer of a folder: that of transformers' AutoTokenizer, made of its files by the ``tokenizers`` library.
+
+tokenizer.json is taken as it is, a tokenizer.model is converted; then come the added and special tokens, and what
+stands in front of and behind a text, as transformers 4 puts them there (PreTrainedTokenizerFast, LlamaTokenizerFast).
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mindformers_ext.core.errors import UserError
+import numpy as np
 
-BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
-# where neither file beside names a token: what LLaMA's, Mixtral's and their kin are called
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.data.sentencepiece_file import BLANK, SentencePieceFile, library_form, read_sentencepiece
+from mindformers_ext.data.tokenizer_settings import (
+    FLAGS,
+    LLAMA,
+    TABLE,
+    Special,
+    Token,
+    TokenizerSettings,
+    text_of,
+)
+from mindformers_ext.data.word_cache import WordEncoder, is_separable
+
+# where no file names a token: what LLaMA's, Mixtral's and their kin are called
 USUAL = {
     "unk": ("<unk>",),
     "bos": ("<s>", "<|begin_of_text|>"),
@@ -21,39 +39,69 @@ USUAL = {
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer.json: text to ids and back."""
+    """Text to ids and back."""
 
-    def __init__(self, path: Path) -> None:
-        """Load the file at ``path``; a missing or foreign file is a ``UserError``."""
-        if not path.is_file():
-            raise UserError(f"no tokenizer at {path}: give a tokenizer.json or the folder that holds it")
-        import tokenizers
-
-        try:
-            text = path.read_text(encoding="utf-8")
-            self._model: Any = tokenizers.Tokenizer.from_str(text)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is no tokenizer.json (not UTF-8): give a tokenizer.json") from error
-        except Exception as error:  # noqa: BLE001 the library raises plain Exception for every fault in the file
-            raise UserError(f"{path} is no tokenizer.json ({error}): give one of a Hugging Face model") from error
-        self._model.no_padding()
-        self._model.no_truncation()
+    def __init__(self, path: Path, settings: TokenizerSettings) -> None:
+        """The tokenizer of the file ``path`` (.json or .model) with ``settings``; a wrong file is a ``UserError``."""
+        if path.suffix == ".json":
+            model, of_file = _loaded(path), None
+        else:
+            of_file = read_sentencepiece(path)
+            settings = _as_llama(settings, of_file)
+            model = _library(path, lambda: _converted(of_file, settings))
         self.path = path
-        self._special = _special_ids(self._model, path)
+        self._model: Any = _library(path, lambda: _completed(model, settings))
+        self._special = _special_ids(self._model, settings, of_file)
+        self._frame: tuple[list[int], list[int]] = _library(path, lambda: _frame(self._model))
+        marks = self._model.get_added_tokens_decoder()
+        plain = {
+            token.content: np.int32(number).tobytes()
+            for number, token in marks.items()
+            if not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+        }
+        self._marks = {} if settings.splits_special else plain
+        self._cut, self._any = _either(self._marks), _either([token.content for token in marks.values()])
+        blank = self._model.token_to_id(BLANK)
+        self._words = WordEncoder(self._plain, blank) if is_separable(self._model) else None
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, added tokens included."""
-        return int(self._model.get_vocab_size(with_added_tokens=True))
+        """Number of ids, added tokens included: every id is below it."""
+        highest = max(self._model.get_added_tokens_decoder(), default=-1) + 1
+        return max(int(self._model.get_vocab_size(with_added_tokens=True)), highest)
+
+    @property
+    def base_size(self) -> int:
+        """Number of ids without added tokens that lie beyond them."""
+        return int(self._model.get_vocab_size(with_added_tokens=False))
 
     @property
     def special_ids(self) -> dict[str, int]:
         """``unk_id``, ``bos_id``, ``eos_id`` and ``pad_id``; -1 where the files name none."""
         return dict(self._special)
 
+    @property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer itself puts in front of a text and behind it."""
+        return self._frame
+
     def encode_batch(self, texts: Sequence[str]) -> list[Any]:
-        """Token ids of each text, without BOS and EOS."""
-        return [one.ids for one in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]
+        """Token ids of each text, without what frames it: lists, or int32 arrays."""
+        if self._words is None:
+            return self._plain(texts)
+        sections: list[str] = []
+        plans: list[list[str] | None] = []  # None: the library encodes the text
+        for text in texts:
+            parts = [part for part in self._cut.split(text) if part] if self._cut else [text]
+            own = [part for part in parts if part not in self._marks]
+            if self._any and any(self._any.search(part) for part in own):
+                plans.append(None)
+                continue
+            sections += own
+            plans.append(parts)
+        rest = iter(self._plain([text for text, plan in zip(texts, plans, strict=True) if plan is None]))
+        encoded = iter(self._words.encode(sections))
+        return [next(rest) if plan is None else np.frombuffer(self._joined(plan, encoded), np.int32) for plan in plans]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``; BOS, EOS and padding give nothing, an unknown token its own mark."""
@@ -61,25 +109,159 @@ class HuggingFaceTokenizer:
         kept = [int(token) for token in ids if int(token) not in silent]
         return str(self._model.decode(kept, skip_special_tokens=False))
 
+    def _plain(self, texts: Sequence[str]) -> list[list[int]]:
+        return [one.ids for one in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-def _special_ids(model: Any, path: Path) -> dict[str, int]:
-    words: dict[str, Any] = {}
-    for name in reversed(BESIDE):  # the first one has the last word
-        words |= {key: value for key, value in _json(path.with_name(name)).items() if value is not None}
+    def _joined(self, parts: list[str], encoded: Iterator[bytes]) -> bytes:
+        return b"".join([self._marks[part] if part in self._marks else next(encoded) for part in parts])
+
+
+def _library(path: Path, work: Callable[[], Any]) -> Any:
+    """What ``work`` makes with the library, whose faults are the file's."""
+    try:
+        return work()
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 the library raises plain Exception for every fault in the file
+        raise UserError(
+            f"{path} is no {path.suffix[1:]} tokenizer ({error}): give one of a Hugging Face model"
+        ) from error
+    except BaseException as error:  # noqa: BLE001 what the library did not foresee comes as a panic, below Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{path} is damaged, the tokenizers library fails on it ({error}): copy it again") from error
+
+
+def _loaded(path: Path) -> Any:
+    """The library's tokenizer of a tokenizer.json."""
+    import tokenizers
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no {TABLE} (not UTF-8): give a {TABLE}") from error
+    try:
+        return _library(path, lambda: tokenizers.Tokenizer.from_str(text))
+    except UserError as error:
+        raise UserError(f"{path} is no {TABLE}: {error}") from error
+
+
+def _converted(model: SentencePieceFile, settings: TokenizerSettings) -> Any:
+    kind = settings.kind
+    if kind and not kind.from_model:
+        raise UserError(
+            f"the files beside {model.path} call it a {kind.name}, which is made of a {TABLE}: put that beside it "
+            "(transformers' AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes it)"
+        )
+    names = {number: token.content for number, token in settings.added.items() if number < 3}
+    prefix = bool(settings.prefix_space) if settings.says_prefix else True
+    return library_form(model, settings.legacy, prefix, names)
+
+
+def _as_llama(settings: TokenizerSettings, model: SentencePieceFile) -> TokenizerSettings:
+    """As the slow LLaMA tokenizer, which is converted, has its special tokens: never normalised. Where no file names
+    the class, those of the model under their own texts."""
+    special: dict[str, Special] = {}
+    if settings.kind is None:
+        ids = {name: model.special_ids[f"{name}_id"] for name in ("bos", "eos", "unk")}
+        special |= {f"{name}_token": model.pieces[token].text for name, token in ids.items() if token >= 0}
+    special |= settings.special
+    made = {
+        name: Token(token, normalized=False, special=True) if isinstance(token, str) else token
+        for name, token in special.items()
+    }
+    if settings.kind is None:
+        return replace(settings, kind=LLAMA, special=made, add_bos=settings.add_bos is not False)
+    return replace(settings, special=made)
+
+
+def _completed(model: Any, settings: TokenizerSettings) -> Any:
+    """``model`` with the added and special tokens and the frame of ``settings``."""
+    model.no_padding()
+    model.no_truncation()
+    tokens: list[Any] = [_added(token) for _, token in sorted(settings.added.items())]
+    known = {token.content for token in (*model.get_added_tokens_decoder().values(), *tokens)}
+    texts = {text_of(token) for token in settings.all_special}
+    for token in settings.all_special:
+        made = token if isinstance(token, str) else _added(token)
+        if (made not in known) if isinstance(made, str) else (made not in tokens):
+            tokens.append(_added(Token(made, special=True)) if isinstance(made, str) else made)
+    for token in tokens:
+        token.special = token.special or token.content in texts
+    model.add_tokens(tokens)
+    model.encode_special_tokens = settings.splits_special
+    kind = settings.kind
+    if kind and kind.checks_prefix and not (settings.says_prefix and settings.prefix_space is None):
+        _set_prefix(model, bool(settings.prefix_space))
+    if kind and kind.frames:
+        model.post_processor = _processor(model, settings)
+    return model
+
+
+def _added(token: Token) -> Any:
+    from tokenizers import AddedToken
+
+    flags = {name: getattr(token, name) for name in FLAGS if getattr(token, name) is not None}
+    return AddedToken(token.content, **flags)
+
+
+def _set_prefix(model: Any, wanted: bool) -> None:
+    """A cutter of text that knows ``add_prefix_space`` has the settings' value of it."""
+    from tokenizers import pre_tokenizers
+
+    if model.pre_tokenizer is None:
+        return
+    state = json.loads(model.pre_tokenizer.__getstate__())
+    if state.get("add_prefix_space", wanted) != wanted:
+        kind = getattr(pre_tokenizers, state.pop("type"))
+        model.pre_tokenizer = kind(**{**state, "add_prefix_space": wanted})
+
+
+def _processor(model: Any, settings: TokenizerSettings) -> Any:
+    """What puts BOS in front and EOS behind where ``add_bos_token`` and ``add_eos_token`` say so."""
+    from tokenizers import processors
+
+    bos, eos = (
+        settings.special.get(name) if asked else None
+        for name, asked in (("bos_token", settings.add_bos), ("eos_token", settings.add_eos))
+    )
+    before, after = _mark(bos), _mark(eos)
+    named = [(text_of(token), model.token_to_id(text_of(token))) for token in (bos, eos) if token]
+    return processors.TemplateProcessing(
+        single=[*before, "$A:0", *after], pair=[*before, "$A:0", *after, "$B:1"], special_tokens=named
+    )
+
+
+def _mark(token: Special | None) -> list[str]:
+    return [f"{text_of(token)}:0"] if token else []
+
+
+def _frame(model: Any) -> tuple[list[int], list[int]]:
+    found = model.encode("a", add_special_tokens=True)
+    own = [place for place, added in enumerate(found.special_tokens_mask) if not added]
+    if not own:
+        return found.ids, []
+    return found.ids[: own[0]], found.ids[own[-1] + 1 :]
+
+
+def _either(texts: Iterable[str]) -> re.Pattern[str] | None:
+    """A pattern of any of ``texts``, the longest first, which splits with what it finds; None where there is none."""
+    listed = sorted(filter(None, texts), key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, listed)) + ")") if listed else None
+
+
+def _special_ids(model: Any, settings: TokenizerSettings, of_file: SentencePieceFile | None) -> dict[str, int]:
+    """By the files' names, else by the model's own numbers, else by the usual names."""
     result = {}
     for kind, usual in USUAL.items():
-        value = words.get(f"{kind}_token")
-        text = value.get("content") if isinstance(value, dict) else value
-        ids = [model.token_to_id(name) for name in ([text] if isinstance(text, str) else usual)]
+        name = f"{kind}_token"
+        if name in settings.special:
+            names: Sequence[str] = (text_of(settings.special[name]),)
+        elif of_file is not None:
+            result[f"{kind}_id"] = of_file.special_ids[f"{kind}_id"]
+            continue
+        else:
+            names = usual
+        ids = [model.token_to_id(text) for text in names]
         result[f"{kind}_id"] = next((token for token in ids if token is not None), -1)
     return result
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): mend it, or take it away") from error
-    return content if isinstance(content, dict) else {}

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -12,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.formats.json_pairs import TwiceError, no_twins
+from mindformers_ext.core.json_text import DECODER, HALF_PAIR, TABLES, JsonError, TwiceError, check_marks
+from mindformers_ext.data.text_lines import decoded
 
-CHUNK = 1 << 20  # bytes read at once
+LONGEST = 1 << 25  # characters of one record
 NEAR_END = 16  # characters; an error closer to the end of what is read may be due to the missing rest
 _BLANKS = re.compile(r"[ \t\r\n]*")
-_HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can write it, UTF-8 cannot
 
 
 @dataclass(frozen=True)
@@ -34,18 +33,22 @@ class Record:
         """How errors name it."""
         return f"{self.path}, record {self.number} (line {self.line})"
 
-    def text(self, name: str) -> str:
-        """The string under ``name``, or a ``UserError`` that says what is there instead."""
+    def text(self, name: str, advice: str = "") -> str:
+        """The string under ``name``, or a ``UserError`` that says what is there instead, and ``advice`` where it is
+        missing."""
         value = self.value.get(name)
         if isinstance(value, str):
-            if value.isascii() or not _HALF_PAIR.search(value):
+            if value.isascii() or not HALF_PAIR.search(value):
                 return value
             raise UserError(
                 f"{self.where}: '{name}' holds half of a surrogate pair (\\ud800 to \\udfff); mend the text"
             )
         if name not in self.value:
             fields = ", ".join(map(repr, self.value)) or "no field"
-            raise UserError(f"{self.where}: no field '{name}', it has {fields}; give every record a '{name}'")
+            advice = advice or f"give every record a '{name}'"
+            raise UserError(f"{self.where}: no field '{name}', it has {fields}; {advice}")
+        if value is None:
+            raise UserError(f"{self.where}: '{name}' is null; give it a text, or take the record out")
         raise UserError(f"{self.where}: '{name}' is {json.dumps(value)[:40]}, not a string; write it in quotes")
 
 
@@ -55,13 +58,13 @@ def read_records(path: Path, progress: Callable[[int], object] | None = None) ->
     Only a part of the file is in memory at any time. The first character that is not blank says which of the two it is.
 
     Args:
-        path: UTF-8, with or without a byte order mark, whatever the locale.
+        path: UTF-8, with or without a byte order mark, whatever the locale; unpacked where it ends in .gz.
         progress: is called with the bytes of each part that was read.
 
     Raises:
         UserError: no such file, no record in it, not UTF-8, not JSON, an entry that is no object or holds a name twice.
     """
-    scanner = _Scanner(path, decoded(path, progress or (lambda _: None)))
+    scanner = _Scanner(path, decoded(path, progress))
     first = scanner.peek()
     if not first:
         raise UserError(f"{path} is empty: give a JSON list of objects, or one JSON object a line")
@@ -75,34 +78,10 @@ def read_records(path: Path, progress: Callable[[int], object] | None = None) ->
         raise UserError(f"{path} holds an empty list: give at least one record")
 
 
-def decoded(path: Path, progress: Callable[[int], object]) -> Iterator[str]:
-    """The file's text in parts."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    line = 1
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK):
-                text = decoder.decode(chunk)
-                progress(len(chunk))
-                line += text.count("\n")
-                yield text
-            decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        bad = line + bytes(error.object[: error.start]).count(b"\n")
-        raise UserError(
-            f"{path}, line {bad}: not UTF-8 ({error.reason}); convert it, for example with iconv"
-        ) from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-
-
 def _spoiled(error: Exception) -> str:
     if isinstance(error, TwiceError):
         return f"the record holds the name '{error.name}' twice; leave one"
-    return "the record is nested too deeply"
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=no_twins)
+    return "the record is nested too deeply" if isinstance(error, RecursionError) else f"the record holds {error}"
 
 
 @dataclass
@@ -180,15 +159,17 @@ class _Scanner:
     def _decode_line(self) -> tuple[int, dict[str, Any]]:
         end = self.text.find("\n", self.place)
         while end < 0 and self.more():
+            self._check_length()
             end = self.text.find("\n", self.place)
         end = len(self.text) if end < 0 else end
         line = self.here()
         text = self.text[self.place : end]
         try:
-            value, stop = _DECODER.raw_decode(text)
+            check_marks(text, TABLES)
+            value, stop = DECODER.raw_decode(text)
         except json.JSONDecodeError as error:
             raise self.error(f"not JSON ({error.msg}, column {error.colno}); write one whole object a line") from error
-        except (TwiceError, RecursionError) as error:
+        except (JsonError, RecursionError) as error:
             raise self.error(_spoiled(error)) from error
         if text[stop:].strip():
             raise self.error("there is text after the object; write one object a line")
@@ -200,17 +181,24 @@ class _Scanner:
         while True:
             line = self.here()
             try:
-                value, self.place = _DECODER.raw_decode(self.text, self.place)
+                if len(self.text) - self.place > TABLES.marks:  # shorter texts cannot hold more
+                    check_marks(self.text[self.place :], TABLES)
+                value, self.place = DECODER.raw_decode(self.text, self.place)
                 return line, value
             except json.JSONDecodeError as error:
                 cut_off = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - NEAR_END
                 if cut_off and self.more():
+                    self._check_length()
                     continue
                 bad = line + self.text.count("\n", self.place, error.pos)
                 what = "the file ends inside a record" if cut_off and self.ended else "not JSON"
                 raise self.error(f"{what} ({error.msg}); the record begins in line {line}", bad) from error
-            except (TwiceError, RecursionError) as error:
+            except (JsonError, RecursionError) as error:
                 raise self.error(_spoiled(error)) from error
+
+    def _check_length(self) -> None:
+        if len(self.text) > LONGEST:
+            raise self.error(f"the record is longer than {LONGEST} characters; cut it into several")
 
     @staticmethod
     def _unexpected(found: str, wanted: str) -> str:

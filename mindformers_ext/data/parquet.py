@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.data.readers import Cutting, Fragment, Progress, cut
+from mindformers_ext.data.text_lines import lines_of
 
 ROWS = 256  # articles in memory at once
 
@@ -46,6 +47,6 @@ def _lines(path: Path, name: str, articles: list[object], done: int, cutting: Cu
     for number, text in enumerate(articles, start=done + 1):
         if not isinstance(text, str):
             raise UserError(f"{path}, row {number}: '{name}' holds {text!r:.40}, not text; give another --field")
-        for line in text.split("\n"):
+        for line in lines_of(text):
             if stripped := line.strip():
                 yield from cut(stripped, cutting)

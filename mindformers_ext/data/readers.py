@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.data.json_records import decoded, read_records
+from mindformers_ext.data.json_records import read_records
+from mindformers_ext.data.text_lines import decoded, suffix_of
 from mindformers_ext.data.wiki_text import clean_stream, count_closers, is_heading
 from mindformers_ext.formats.atomic import fresh_file
 
@@ -51,7 +52,7 @@ def find_files(pattern: str, suffixes: tuple[str, ...] = ()) -> list[Path]:
 
     Args:
         pattern: a folder stands for its files with one of ``suffixes`` (any, if there are none), at any depth.
-        suffixes: with the dot.
+        suffixes: with the dot; a file may also have .gz behind its own.
 
     Raises:
         UserError: nothing is there, or a file is empty.
@@ -59,7 +60,7 @@ def find_files(pattern: str, suffixes: tuple[str, ...] = ()) -> list[Path]:
     path = Path(pattern)
     if path.is_dir():
         children = [child for child in path.rglob("*") if child.is_file()]
-        found = [child for child in children if not suffixes or child.suffix in suffixes]
+        found = [child for child in children if not suffixes or suffix_of(child) in suffixes]
     elif path.is_file():
         found = [path]
     else:
@@ -76,7 +77,7 @@ def find_files(pattern: str, suffixes: tuple[str, ...] = ()) -> list[Path]:
 def read_chunks(path: Path, progress: Progress | None = None) -> Iterator[str]:
     """The file's text in parts, line ends as ``\\n``. UTF-8, else a ``UserError`` names the line."""
     lines = io.IncrementalNewlineDecoder(None, translate=True)
-    for part in decoded(path, progress or (lambda _: None)):
+    for part in decoded(path, progress):
         yield lines.decode(part)
     yield lines.decode("", final=True)
 
@@ -95,7 +96,7 @@ def read_wiki(path: Path, cutting: Cutting, progress: Progress | None = None) ->
 def read_jsonl(path: Path, field: str, cutting: Cutting, progress: Progress | None = None) -> Iterator[Fragment]:
     """JSON lines (or a JSON list); the string under ``field`` of each record is a document. Errors name the line."""
     for record in read_records(path, progress):
-        text = record.text(field)
+        text = record.text(field, "name the field that holds the text (--field)")
         if text:
             yield from cut(text, cutting)
 

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizers: SentencePiece models and Hugging Face's tokenizer.json, loaded when one is used; many texts at a time.
+"""Tokenizers: one opener for folders and files, loaded when one is used; many texts at a time.
 
-The texts of special tokens inside a text (``<unk>`` of WikiText, ``<s>``, ``</s>``) become their ids, and what stands
-between them is encoded on its own, as MindFormers' and Hugging Face's LLaMA tokenizers do.
+The texts of special and added tokens inside a text (``<unk>`` of WikiText, ``</s>``, ``<|im_end|>``) become their ids,
+and what stands between them is encoded on its own, as MindFormers' and Hugging Face's LLaMA tokenizers do.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.data.hf_tokenizer import HuggingFaceTokenizer
-from mindformers_ext.data.word_cache import WordEncoder, is_separable
+from mindformers_ext.data.sentencepiece_file import read_sentencepiece
+from mindformers_ext.data.text_lines import lines_of
+from mindformers_ext.data.tokenizer_settings import LLAMA, MODEL, NO_SETTINGS, TABLE, TokenizerSettings, read_settings
 from mindformers_ext.formats.atomic import fresh_file
 
 # LLaMA's first three ids, and a padding id of its own: with pad == unk a loss that masks padding also drops every
@@ -37,12 +37,22 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def base_size(self) -> int:
+        """The same without added tokens, which a network need not have rows for as long as no text uses them."""
+        ...
+
+    @property
     def special_ids(self) -> dict[str, int]:
         """``unk_id``, ``bos_id``, ``eos_id`` and ``pad_id``; -1 where there is none."""
         ...
 
+    @property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The ids that the tokenizer itself puts in front of a plain text and behind it."""
+        ...
+
     def encode_batch(self, texts: Sequence[str]) -> list[Any]:
-        """Token ids of each text (lists or int32 arrays), without BOS and EOS."""
+        """Token ids of each text (lists or int32 arrays), without what frames it."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -51,7 +61,7 @@ class Tokenizer(Protocol):
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model: text to ids and back."""
+    """A SentencePiece model as SentencePiece itself encodes with it: text to ids and back."""
 
     def __init__(self, path: Path) -> None:
         """Load the model file at ``path``; a missing or foreign file is a ``UserError``."""
@@ -65,13 +75,10 @@ class SentencePieceTokenizer:
             raise UserError(f"{path} is no SentencePiece model ({error}): give a tokenizer.model") from error
         self.path = path
         ids = self.special_ids
-        self._marks = {
-            self._model.id_to_piece(ids[name]): np.int32(ids[name]).tobytes() for name in IN_TEXT if ids[name] >= 0
-        }
+        self._marks = {self._model.id_to_piece(ids[name]): ids[name] for name in IN_TEXT if ids[name] >= 0}
         self._pattern = re.compile("(" + "|".join(map(re.escape, self._marks)) + ")")
         byte = self._model.piece_to_id("<0x0A>")  # with byte fallback, unknown tokens come from the text "<unk>" only
         self._byte_fallback = byte >= 0 and bool(self._model.is_byte(byte))
-        self._words = WordEncoder(self._model) if is_separable(self._model) else None
 
     @property
     def vocab_size(self) -> int:
@@ -79,30 +86,34 @@ class SentencePieceTokenizer:
         return int(self._model.vocab_size())
 
     @property
+    def base_size(self) -> int:
+        """The same: a SentencePiece model has no added tokens."""
+        return self.vocab_size
+
+    @property
     def special_ids(self) -> dict[str, int]:
         """``unk_id``, ``bos_id``, ``eos_id`` and ``pad_id``; -1 where the model has none."""
         return {name: int(getattr(self._model, name)()) for name in SPECIAL_IDS}
 
+    @property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """What LLaMA's tokenizers put in front of a text and behind it: BOS and nothing."""
+        bos = self.special_ids["bos_id"]
+        return ([bos] if bos >= 0 else []), []
+
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Token ids of ``text``, between BOS and EOS where asked."""
         ids = self.special_ids
-        return [ids["bos_id"]] * bos + [int(token) for token in self.encode_batch([text])[0]] + [ids["eos_id"]] * eos
+        return [*[ids["bos_id"]] * bos, *self.encode_batch([text])[0], *[ids["eos_id"]] * eos]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Any]:
-        """Token ids of each text as an int32 array; one call of the library for all of them."""
-        sections: list[str] = []
-        plans: list[list[str] | None] = []  # None: the whole text is one section
-        for text in texts:
-            if "<" in text and self._pattern.search(text):
-                parts = [part for part in self._pattern.split(text) if part]
-                sections += (part for part in parts if part not in self._marks)
-                plans.append(parts)
-            else:
-                sections.append(text)
-                plans.append(None)
-        encoded = iter(self._encoded(sections))
+        """Token ids of each text; one call of the library for all of them."""
+        plans = [[part for part in self._pattern.split(text) if part] for text in texts]
+        sections = [part for plan in plans for part in plan if part not in self._marks]
+        encoded = iter(self._model.encode(sections, num_threads=1, out_type=int))
         return [
-            np.frombuffer(next(encoded) if plan is None else self._joined(plan, encoded), np.int32) for plan in plans
+            [token for part in plan for token in ([self._marks[part]] if part in self._marks else next(encoded))]
+            for plan in plans
         ]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -115,35 +126,48 @@ class SentencePieceTokenizer:
         parts = [self._model.decode(tokens[a + 1 : b]) for a, b in zip(places, places[1:], strict=False)]
         return str(self._model.id_to_piece(unk)).join(parts)
 
-    def _encoded(self, sections: list[str]) -> list[bytes]:
-        if self._words is not None:
-            return self._words.encode(sections)
-        return [np.array(ids, np.int32).tobytes() for ids in self._model.encode(sections, num_threads=1, out_type=int)]
-
-    def _joined(self, parts: list[str], encoded: Iterator[bytes]) -> bytes:
-        return b"".join([self._marks[part] if part in self._marks else next(encoded) for part in parts])
-
 
 def open_tokenizer(path: Path) -> Tokenizer:
-    """A SentencePiece file, a tokenizer.json, or a folder that holds one of them (tokenizer.model goes first).
+    """The tokenizer of a folder, with all that its files say of it, or of a lone file.
+
+    A file that is called tokenizer.json or tokenizer.model stands for its folder, so that one folder has one tokenizer
+    whoever opens it. A lone SentencePiece model of another kind than LLaMA's is encoded by SentencePiece.
 
     Raises:
         UserError: nothing of the kind is there, or the file is of another kind.
     """
-    if path.is_dir():
-        for name in ("tokenizer.model", "tokenizer.json"):
-            if (path / name).is_file():
-                return open_tokenizer(path / name)
-        raise UserError(f"no tokenizer.model and no tokenizer.json in the folder {path}: give a tokenizer file")
-    if path.suffix == ".json":
-        return HuggingFaceTokenizer(path)
-    return SentencePieceTokenizer(path)
+    if path.is_dir() or path.name in (TABLE, MODEL):
+        folder = path if path.is_dir() else path.parent
+        settings = read_settings(folder)
+        path = path if not path.is_dir() and not path.is_file() else _main_file(folder, settings)
+    else:
+        settings = NO_SETTINGS
+    if not path.is_file():
+        raise UserError(f"no tokenizer at {path}: give a {TABLE}, a {MODEL} or the folder that holds it")
+    if settings.kind is None and path.suffix != ".json" and not read_sentencepiece(path).is_llamas:
+        return SentencePieceTokenizer(path)
+    return HuggingFaceTokenizer(path, settings)
+
+
+def _main_file(folder: Path, settings: TokenizerSettings) -> Path:
+    """tokenizer.json where there is one, unless the settings have transformers make the tokenizer anew."""
+    table, model = folder / TABLE, folder / MODEL
+    if not table.is_file() and not model.is_file():
+        raise UserError(f"no {TABLE} and no {MODEL} in the folder {folder}: give a tokenizer file")
+    anew = settings.kind is LLAMA and (settings.prefix_space is not None or settings.from_model)
+    return model if model.is_file() and (anew or not table.is_file()) else table
 
 
 def puts_blank(tokenizer: Tokenizer) -> bool:
     """Whether the tokenizer sees every text as if a blank stood before it (LLaMA's do)."""
     both, left, right = (list(ids) for ids in tokenizer.encode_batch(["a b", "a", "b"]))
     return both == left + right
+
+
+def encode_framed(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a whole plain text, framed as the tokenizer does it."""
+    before, after = tokenizer.frame
+    return [*before, *(int(token) for token in tokenizer.encode_batch([text])[0]), *after]
 
 
 def encode_glued(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Any]:
@@ -164,7 +188,7 @@ def train_sentencepiece(documents: Iterable[str], path: Path, vocab_size: int) -
     """
     import sentencepiece
 
-    lines = (line for text in documents for line in text.split("\n") if line.strip())
+    lines = (line for text in documents for line in lines_of(text) if line.strip())
     buffer = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from mindformers_ext.data.text_lines import chunks
+
 BEFORE = (
     ("s '", "s'"),
     (" @-@ ", "-"),
@@ -37,7 +39,6 @@ AFTER = (
     (" N ", " 1 "),
     (" 's", "'s"),
 )
-BLOCK = 1 << 22
 
 
 class _Stage(Protocol):
@@ -119,10 +120,9 @@ class _Tighten:
 def count_closers(path: Path) -> dict[str, int]:
     """How often each closing bracket and quote stands in the file, in one fast pass over its bytes."""
     counts = dict.fromkeys((pair[1] for pair in PAIRS), 0)
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            for closer in counts:
-                counts[closer] += block.count(closer.encode())
+    for block in chunks(path):
+        for closer in counts:
+            counts[closer] += block.count(closer.encode())
     return counts
 
 

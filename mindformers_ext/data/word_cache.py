@@ -1,59 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SentencePiece word by word: each word of a language is encoded once and then looked up, with the same tokens.
+"""LLaMA's tokenizers word by word: each word of a language is encoded once and then looked up, with the same tokens.
 
 Why the tokens are the same: byte-pair encoding merges neighbours, best pair first. If no piece of the vocabulary holds
 a blank behind another character, no merge ever joins a word with the blank that follows, so each stretch of blanks and
 the word behind it is encoded as if it stood alone; the same goes for a line break that no piece holds. That is so for
-LLaMA's and Mixtral's models and is checked for every model: byte pairs, no normalisation, blanks kept and one put in
-front, unknown characters as bytes (consecutive unknown tokens would be joined over a blank). Other models are encoded
-text by text.
+LLaMA's and Mixtral's models and is checked for every tokenizer: byte pairs with bytes for unknown characters (unknown
+tokens in a row would be joined over a blank), no normalisation but a blank put in front. Others are encoded text by
+text.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
-BLANK = "\u2581"  # how pieces write a blank
+from mindformers_ext.data.sentencepiece_file import BLANK
+
 SEGMENT = re.compile(r" +[^ \n]*|\n[^ \n]*")  # blanks or one line break, and what follows
 MOST_WORDS, LONGEST = 200_000, 24  # kept words and their characters: some 40 MB
+# the normaliser of a tokenizer that puts a blank in front of every text and writes blanks as pieces do
+PLAIN = [{"type": "Prepend", "prepend": BLANK}, {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}]
 
-# Field numbers in sentencepiece_model.proto (google/sentencepiece, Apache-2.0).
-TRAINER, NORMALIZER = 2, 3
-MODEL_TYPE, BPE, SUFFIX_BLANKS = 3, 2, 24
-CHARSMAP, DUMMY_PREFIX, REMOVE_BLANKS, ESCAPE_BLANKS = 2, 3, 4, 5
-DENORMALIZER = 5
+Encode = Callable[[Sequence[str]], list[list[int]]]
 
 
 class WordEncoder:
-    """Encodes texts with a model for which ``is_separable`` holds. Ids travel as the bytes of int32."""
+    """Encodes texts with a tokenizer for which ``is_separable`` holds. Ids travel as the bytes of int32."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        # a last blank: alone, the model would take it for nothing
-        self._lone = {" ": np.int32(model.piece_to_id(BLANK)).tobytes()}
+    def __init__(self, encode: Encode, blank: int) -> None:
+        """``encode``: texts to ids, many at a time; ``blank``: the id of a lone blank."""
+        self._encode = encode
+        self._lone = {" ": np.int32(blank).tobytes()}  # a last blank: alone, the library would take it for nothing
         self._known = dict(self._lone)
-        self._break = len(model.encode("\n"))
+        self._break = len(encode(["\n"])[0])
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
-        """Token ids of each text, as the bytes of int32: what SentencePiece's own ``encode`` gives."""
+        """Token ids of each text, as the bytes of int32: what the tokenizer itself gives."""
         split = [SEGMENT.findall(" " + text) if text and BLANK not in text else [] for text in texts]
         missing = [word for word in set(chain.from_iterable(split)) if word not in self._known]
-        # the model puts the first blank of each segment back
+        # the tokenizer puts the first blank of each segment back
         # (and before a line break, one more line break keeps it away)
-        asked = [word[1:] if word[0] == " " else "\n" + word for word in missing]
-        ids = self._model.encode(asked, num_threads=1, out_type=int)
+        ids = self._encode([word[1:] if word[0] == " " else "\n" + word for word in missing])
         for word, found in zip(missing, ids, strict=True):
             self._known[word] = np.array(found if word[0] == " " else found[self._break :], np.int32).tobytes()
         look_up = self._known.__getitem__
         result = [b"".join(map(look_up, words)) for words in split]
         for index, text in enumerate(texts):
             if BLANK in text:
-                result[index] = np.array(self._model.encode(text, out_type=int), np.int32).tobytes()
+                result[index] = np.array(self._encode([text])[0], np.int32).tobytes()
         self._forget(missing)
         return result
 
@@ -67,49 +66,18 @@ class WordEncoder:
 
 
 def is_separable(model: Any) -> bool:
-    """Whether the model's tokens can be found word by word."""
-    sections: dict[int, dict[int, int | bytes]] = {TRAINER: {}, NORMALIZER: {}, DENORMALIZER: {}}
-    for number, value in _fields(model.serialized_model_proto()):
-        if number in sections and isinstance(value, bytes):
-            sections[number].update(_fields(value))
-    trainer, normalizer = sections[TRAINER], sections[NORMALIZER]
-    plain = (
-        trainer.get(MODEL_TYPE, 1) == BPE
-        and not trainer.get(SUFFIX_BLANKS, 0)
-        and not normalizer.get(CHARSMAP, b"")
-        and normalizer.get(DUMMY_PREFIX, 1) == 1
-        and normalizer.get(REMOVE_BLANKS, 1) == 0
-        and normalizer.get(ESCAPE_BLANKS, 1) == 1
-    )
-    if not plain or not model.is_byte(model.piece_to_id("<0x0A>")):
+    """Whether the tokens of a ``tokenizers.Tokenizer`` can be found word by word."""
+    inner = model.model
+    if type(inner).__name__ != "BPE" or model.pre_tokenizer is not None or model.normalizer is None:
         return False
-    pieces = model.id_to_piece(list(range(model.vocab_size())))
-    return BLANK in pieces and not any(BLANK in piece.lstrip(BLANK) or "\n" in piece for piece in pieces)
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The fields of a protobuf message: numbers as int, everything of a length as bytes, fixed ones left out."""
-    place = 0
-
-    def varint() -> int:
-        nonlocal place
-        result = shift = 0
-        while True:
-            byte = message[place]
-            place += 1
-            result |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return result
-            shift += 7
-
-    while place < len(message):
-        key = varint()
-        kind = key & 7
-        if kind == 0:
-            yield key >> 3, varint()
-        elif kind == 2:
-            size = varint()
-            yield key >> 3, message[place : place + size]
-            place += size
-        else:
-            place += 8 if kind == 1 else 4
+    plain = inner.byte_fallback and not inner.dropout and not inner.ignore_merges
+    if not plain or inner.continuing_subword_prefix or inner.end_of_word_suffix:
+        return False
+    normalizer = json.loads(model.normalizer.__getstate__())
+    if normalizer.get("type") != "Sequence" or normalizer.get("normalizers") != PLAIN:
+        return False
+    pieces = model.get_vocab(with_added_tokens=False)
+    bytes_known = all(f"<0x{number:02X}>" in pieces for number in range(256))
+    return (
+        bytes_known and BLANK in pieces and not any(BLANK in piece.lstrip(BLANK) or "\n" in piece for piece in pieces)
+    )

@@ -26,6 +26,7 @@ from mindformers_ext.core.errors import UserError
 ATTEMPTS, PAUSE = 4, 0.1  # two runs that begin at once see each other: both step back for a moment
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 NEW = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_RDWR | os.O_CLOEXEC
+MOVING = ".moving"  # in the folder of a group whose files move: their names
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
@@ -93,8 +94,10 @@ def fresh_group(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
     Longer names move first: of ``rows`` with its index ``rows.db`` the index is there before the file, and of shards
     ``rows0`` comes last, so a group whose first file can be seen is whole. What is replaced is removed before, the
-    first file first; on an exception nothing has moved.
+    first file first; on an exception nothing has moved. A run killed between the moves has left a list of the group's
+    files beside those that wait: ``recover_group`` takes back what moved.
     """
+    recover_group(path)
     with _claimed(path, folder=True) as partial:
         yield partial
         names = sorted((item.name for item in partial.iterdir()), key=lambda name: (len(name), name))
@@ -102,11 +105,41 @@ def fresh_group(path: Path, overwrite: bool = False) -> Iterator[Path]:
         for name, target in zip(names, targets, strict=True):
             flush(partial / name)
             refuse_existing(target, overwrite)
+        (partial / MOVING).write_text("\n".join(names), encoding="utf-8")
+        flush(partial / MOVING)
+        flush(partial)
         for target in targets:
             target.unlink(missing_ok=True)
         for name, target in zip(reversed(names), reversed(targets), strict=True):
             os.rename(partial / name, target)
         flush(path.parent)
+
+
+def recover_group(path: Path) -> None:
+    """Take back what a run that was killed between the moves of the group ``path`` has moved: it was never whole.
+
+    Raises:
+        UserError: a live process writes the group.
+    """
+    if not path.parent.is_dir():
+        return
+    for partial in _beside(path, "partial"):
+        if (partial / MOVING).is_symlink() or not (partial / MOVING).is_file():
+            continue
+        descriptor = os.open(partial, FOLDER)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            listed = (partial / MOVING).read_text(encoding="utf-8", errors="replace").split("\n")
+            names = [name for name in listed if name.startswith(path.name) and "/" not in name and "\0" not in name]
+            moved = [name for name in names if not (partial / name).exists()]
+            if len(moved) < len(names):  # else the first file, which comes last, is there
+                for name in moved:
+                    path.with_name(name).unlink(missing_ok=True)
+            _remove(partial)
+        except BlockingIOError as error:
+            raise UserError(f"output '{path}' is being written by another process: wait for it") from error
+        finally:
+            os.close(descriptor)
 
 
 def flush(path: Path) -> None:

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.layers import DTYPE_NAMES, DTYPE_WORDS, dtype_name
 from mindformers_ext.formats.tensors import Array
 
 BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
@@ -46,16 +47,15 @@ TABLE = (
 BY_NUMPY = {row.numpy: row for row in TABLE}
 BY_SAFETENSORS = {row.safetensors: row.numpy for row in TABLE}
 BY_MINDSPORE = {row.mindspore: row.numpy for row in TABLE}
-SHORT_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 FLOATS = {row.long: row.numpy for row in TABLE if row.long in ("float64", "float32", "float16", "bfloat16")}
 
 
 def float_dtype(name: str) -> np.dtype[Any]:
-    """The numpy type of ``fp32``, ``fp16``, ``bf16`` or their long names; anything else is a ``UserError``."""
-    dtype = FLOATS.get(SHORT_NAMES.get(name, name))
-    if dtype is None or name == "float64":
-        raise UserError(f"dtype '{name}' is unknown: choose one of {', '.join(SHORT_NAMES)}")
-    return dtype
+    """The numpy type that any word of ``core.layers.dtype_name`` means; anything else is a ``UserError``."""
+    known = dtype_name(name)
+    if known is None:
+        raise UserError(f"dtype '{name}' is unknown: choose one of {', '.join((*DTYPE_NAMES, *DTYPE_WORDS))}")
+    return FLOATS[known]
 
 
 def is_float(dtype: np.dtype[Any]) -> bool:

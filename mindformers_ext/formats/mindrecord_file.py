@@ -10,11 +10,10 @@ tell its width (1, 2, 4 or 8 bytes), and the numbers (little endian).
 
 from __future__ import annotations
 
-import json
 import mmap
 import sqlite3
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -23,8 +22,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.json_text import parse_json
 
 LONGEST_HEADER = 1 << 24  # bytes; the writer's own default
+FAULTS = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError)  # of a header with other kinds
 
 
 def record_fields(path: Path) -> dict[str, str]:
@@ -41,17 +42,21 @@ def record_fields(path: Path) -> dict[str, str]:
     try:
         described = _header(path)["schema"][0]["schema"]
         return {str(name): str(field["type"]) for name, field in described.items()}
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is not a MindRecord (its header cannot be read): give a file that llama_preprocess.py wrote"
-        ) from error
+    except FAULTS as error:
+        raise _no_record(path) from error
+
+
+def _no_record(path: Path) -> UserError:
+    return UserError(
+        f"{path} is not a MindRecord (its header cannot be read): give a file that llama_preprocess.py wrote"
+    )
 
 
 def _header(path: Path) -> Any:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         head = file.read(length) if 0 < length <= LONGEST_HEADER else b""
-    return json.loads(head)
+    return parse_json(head)
 
 
 class MindRecordFile:
@@ -66,18 +71,19 @@ class MindRecordFile:
         self.path = path
         kinds = record_fields(path)
         head = _header(path)
-        schema = head["schema"][0]
-        self.fields: tuple[str, ...] = tuple(schema.get("blob_fields") or ())
-        wrong = [f"{name} is {kinds[name]}" for name in self.fields if kinds[name] not in ("int32", "int64")]
+        try:
+            self.fields: tuple[str, ...] = tuple(head["schema"][0].get("blob_fields") or ())
+            wrong = [f"{name} is {kinds[name]}" for name in self.fields if kinds[name] not in ("int32", "int64")]
+            pages = int(head["header_size"]), int(head["page_size"])
+        except FAULTS as error:
+            raise _no_record(path) from error
         if wrong or not self.fields:
             raise UserError(f"{path}: {', '.join(wrong) or 'no field is an array'}: rows of token ids are int32")
         self._types = {name: np.dtype(kinds[name]) for name in self.fields}
         self._packed = str(head.get("version", "")) >= "3.0"
-        self._places = _places(path, int(head["header_size"]), int(head["page_size"]))
+        self._places = _places(path, *pages)
         with path.open("rb") as file:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if len(self._places) and int(self._places.max()) > len(self._data):
-            raise UserError(f"{path} is shorter than its index says: copy the pair again")
 
     def __len__(self) -> int:
         """Rows of the file."""
@@ -136,15 +142,43 @@ def unpacked(data: bytes) -> npt.NDArray[np.int32]:
     return result
 
 
-def _places(path: Path, header: int, page: int) -> npt.NDArray[np.int64]:
-    """Start and end (rows, 2) of every row in the file."""
+def row_count(path: Path) -> int:
+    """Rows of the MindRecord at ``path``, from its index; an index that cannot be read is a ``UserError``."""
+    with _open_index(path) as index:
+        return int(index.execute("select count(*) from INDEXES").fetchone()[0])
+
+
+@contextmanager
+def _open_index(path: Path) -> Iterator[sqlite3.Connection]:
+    """The index of ``path``, read only. What SQLite computes instead of reading it (views, columns made from others)
+    may be endless and is refused."""
     index = path.with_name(path.name + ".db")
     if not index.is_file():
         raise UserError(f"no MindRecord at {path}: the file and its index {index.name} must both be there")
-    query = "select PAGE_ID_BLOB, PAGE_OFFSET_BLOB, PAGE_OFFSET_BLOB_END from INDEXES order by ROW_ID"
     try:
         with closing(sqlite3.connect(f"file:{quote(str(index))}?mode=ro", uri=True)) as found:
-            rows = np.array(found.execute(query).fetchall(), np.int64).reshape(-1, 3)
-    except sqlite3.Error as error:
+            found.execute("pragma trusted_schema = off")
+            kind = found.execute("select type from sqlite_master where upper(name) = 'INDEXES'").fetchall()
+            computed = [row for row in found.execute("pragma table_xinfo(INDEXES)") if row[6]]
+            if kind != [("table",)] or computed:
+                raise UserError(f"the index {index.name} of {path} has no plain table INDEXES: write the data again")
+            yield found
+    except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"the index {index.name} of {path} cannot be read ({error}): write the data again") from error
-    return header + page * rows[:, :1] + rows[:, 1:]
+
+
+def _places(path: Path, header: int, page: int) -> npt.NDArray[np.int64]:
+    """Start and end (rows, 2) of every row in the file, all of them inside it."""
+    query = "select PAGE_ID_BLOB, PAGE_OFFSET_BLOB, PAGE_OFFSET_BLOB_END from INDEXES order by ROW_ID"
+    size = path.stat().st_size
+    with _open_index(path) as index:
+        numbers = np.fromiter((value for row in index.execute(query) for value in row), np.int64)
+    rows = numbers.reshape(-1, 3)
+    inside = 0 <= header <= size and page >= 0 and bool(((rows >= 0) & (rows <= size)).all())
+    inside = inside and bool((rows[:, 0] <= size // max(page, 1)).all())  # so no product is beyond an int64
+    places = header + page * rows[:, :1] + rows[:, 1:] if inside else np.empty((0, 2), np.int64)
+    if not inside or (places > size).any() or (places[:, 0] > places[:, 1]).any():
+        raise UserError(f"{path} is shorter than its index says: copy the pair again")
+    return places

@@ -20,7 +20,7 @@ import numpy as np
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.blocks import Block, NewFile, OpenFile, StoredTensor, checked_bytes, read_stored
 from mindformers_ext.formats.dtypes import BY_MINDSPORE, BY_NUMPY
-from mindformers_ext.formats.tensors import Array, Index, TensorInfo
+from mindformers_ext.formats.tensors import MOST_TENSORS, Array, Index, TensorInfo
 from mindformers_ext.formats.wire import BYTES, VARINT, Cursor, bytes_field, varint, varint_field
 
 SLICE_BYTES = 512 * 2**20  # where MindSpore itself cuts
@@ -80,6 +80,8 @@ class CkptFile:
                         f"'{self._file.path}' holds '{part[0]}' twice: it is damaged or was put together wrongly"
                     )
                 seen.add(part[0])
+                if len(seen) > MOST_TENSORS:
+                    raise UserError(f"'{self._file.path}' holds more than {MOST_TENSORS} tensors: it is no checkpoint")
             slices.append(part)
         if not slices:
             raise UserError(f"'{self._file.path}' holds no parameters: it is empty")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.json_text import SETTINGS, JsonError, parse_json
 from mindformers_ext.formats.ms_ckpt import CkptFile, CkptWriter
 from mindformers_ext.formats.safetensors_file import SafetensorsFile, SafetensorsFileWriter
 from mindformers_ext.formats.tensors import TensorInfo
@@ -57,11 +58,11 @@ class CheckpointMeta:
         return {name: value for name, value in asdict(self).items() if name != "config"}
 
     @staticmethod
-    def from_text(text: str, where: str) -> CheckpointMeta:
+    def from_text(text: str | bytes, where: str) -> CheckpointMeta:
         """Parse; anything but the fields above, with their types, is a ``UserError`` that names ``where``."""
         try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            values = parse_json(text)
+        except JsonError as error:
             raise UserError(f"{where} is not JSON ({error}): remove it and pass --config") from error
         problems = Problems(where)
         fields = FIELDS_1 if isinstance(values, dict) and values.get("version") == 1 else FIELDS
@@ -112,10 +113,8 @@ def read_meta(path: Path, reader: CkptFile | SafetensorsFile) -> CheckpointMeta 
     beside = sidecar(path)
     if not beside.is_file():
         return None
-    try:
-        return CheckpointMeta.from_text(beside.read_text(encoding="utf-8"), f"'{beside}'")
-    except UnicodeDecodeError as error:
-        raise UserError(f"'{beside}' is not text: remove it and pass --config") from error
+    with beside.open("rb") as file:
+        return CheckpointMeta.from_text(file.read(SETTINGS.nbytes + 1), f"'{beside}'")
 
 
 def open_writer(

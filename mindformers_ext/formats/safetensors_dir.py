@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.json_text import TABLES, read_object
 from mindformers_ext.formats.safetensors_file import SafetensorsFile, SafetensorsFileWriter
 from mindformers_ext.formats.tensors import Array, Index, TensorInfo
 
@@ -78,22 +79,31 @@ def weight_files(folder: Path) -> dict[str, list[str] | None]:
 
 
 def _read_index(path: Path) -> dict[str, list[str]]:
-    try:
-        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        names = set(places.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"'{path}' cannot be read as an index with a weight_map: copy it again") from error
-    wrong = [name for name in names if not isinstance(name, str) or not re.fullmatch(r"[\w.\-]+\.safetensors", name)]
-    if wrong or not names:
-        raise UserError(f"'{path}' lists {wrong or 'no files'}: expected names of safetensors files in this folder")
-    return {name: [tensor for tensor, place in places.items() if place == name] for name in sorted(names)}
+    return read_weight_map(path, r"[\w.\-]+\.safetensors")
+
+
+def read_weight_map(path: Path, pattern: str) -> dict[str, list[str]]:
+    """The index at ``path``: file name -> its tensors. File names match ``pattern`` as a whole, or it is a
+    ``UserError``, as is anything that is no index."""
+    places = read_object(path, "copy the index again", TABLES).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise UserError(f"'{path}' has no weight_map with tensors: copy the index again")
+    files: dict[str, list[str]] = {}
+    for tensor, name in places.items():
+        if not isinstance(name, str) or not re.fullmatch(pattern, name, re.ASCII):
+            raise UserError(f"'{path}' puts '{tensor}' into {str(name)[:80]!r}: expected a weight file of this folder")
+        files.setdefault(name, []).append(tensor)
+    return dict(sorted(files.items()))
 
 
 def _check_index(problems: Problems, listed: Mapping[str, list[str] | None], places: Mapping[str, str]) -> None:
+    by_file: dict[str, set[str]] = {}
+    for name, place in places.items():
+        by_file.setdefault(place, set()).add(name)
     for file_name, names in listed.items():
         if names is None:
             continue
-        held = {name for name, place in places.items() if place == file_name}
+        held = by_file.get(file_name, set())
         for name in sorted(set(names) - held):
             problems.add(f"'{name}' is not in {file_name}", f"{INDEX} puts it there; copy that shard again")
         for name in sorted(held - set(names)):

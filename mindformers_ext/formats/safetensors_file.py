@@ -15,12 +15,12 @@ from types import TracebackType
 from typing import Any
 
 from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.json_text import TABLES, JsonError, parse_json
 from mindformers_ext.formats.blocks import Block, NewFile, OpenFile, StoredTensor, checked_bytes, read_stored
 from mindformers_ext.formats.dtypes import BY_NUMPY, BY_SAFETENSORS
-from mindformers_ext.formats.json_pairs import no_twins
-from mindformers_ext.formats.tensors import Array, Index, TensorInfo
+from mindformers_ext.formats.tensors import MOST_TENSORS, Array, Index, TensorInfo
 
-MAX_HEADER = 100_000_000  # the library's own limit
+MAX_DIMS = 32  # numpy's arrays have no more
 METADATA = "__metadata__"
 
 
@@ -51,13 +51,13 @@ class SafetensorsFile:
 def _header(file: OpenFile) -> tuple[dict[str, Any], int]:
     raw = file.bytes_at(0, 8)
     length = int.from_bytes(raw, "little")
-    if len(raw) < 8 or length > min(MAX_HEADER, file.size - 8):
+    if len(raw) < 8 or length > min(TABLES.nbytes, file.size - 8):
         raise UserError(
             f"'{file.path}' is not a safetensors file or was cut: {file.size} bytes, header of {length} bytes promised"
         )
     try:
-        header = json.loads(file.bytes_at(8, length).decode("utf-8"), object_pairs_hook=no_twins)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(file.bytes_at(8, length), TABLES)
+    except JsonError as error:
         raise UserError(f"'{file.path}' is not a safetensors file: its header cannot be read ({error})") from error
     if not isinstance(header, dict):
         raise UserError(f"'{file.path}' is not a safetensors file: its header is no table")
@@ -73,6 +73,8 @@ def _metadata(path: Path, header: dict[str, Any]) -> Mapping[str, str]:
 
 def _tensors(file: OpenFile, header: Mapping[str, Any], start: int) -> dict[str, StoredTensor]:
     problems = Problems(f"'{file.path}'")
+    if len(header) > MOST_TENSORS:
+        raise UserError(f"'{file.path}' holds {len(header)} tensors, more than {MOST_TENSORS}: it is no checkpoint")
     tensors = {}
     for name, entry in header.items():
         wrong = _entry_fault(entry)
@@ -100,11 +102,13 @@ def _entry_fault(entry: object) -> str | None:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return "lacks dtype, shape or data_offsets"
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in BY_SAFETENSORS:
-        return f"has type {entry['dtype']}, known are {', '.join(BY_SAFETENSORS)}"
+        return f"has type {str(entry['dtype'])[:80]}, known are {', '.join(BY_SAFETENSORS)}"
     for key in ("shape", "data_offsets"):
         numbers = entry[key]
         if not isinstance(numbers, list) or not all(type(item) is int and item >= 0 for item in numbers):
-            return f"has a wrong {key}: {numbers}"
+            return f"has a wrong {key}: {str(numbers)[:80]}"
+        if len(numbers) > MAX_DIMS:
+            return f"has {len(numbers)} numbers as {key}, at most {MAX_DIMS} are read"
     offsets = entry["data_offsets"]
     return None if len(offsets) == 2 and offsets[0] <= offsets[1] else f"has wrong data_offsets: {offsets}"
 

@@ -153,7 +153,8 @@ def _files(path: Path) -> list[Path]:
     if not found:
         raise UserError(
             f"strategy folder '{path}' holds no strategy files (*{' or *'.join(SUFFIXES)}): give the folder "
-            "output/strategy of the run, with at least one file for each pipeline stage"
+            "output/strategy of the run, with at least one file for each pipeline stage. A run on one device or in "
+            "data parallel writes none: its ranks hold whole weights, so take the file of rank_0, without a strategy"
         )
     kinds = {file.suffix for file in found}
     if len(kinds) > 1:

@@ -10,14 +10,13 @@ param_split_shape = 3, indices_offset = 4; int32 field = 5, opt_weight_shard_ste
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.formats.json_pairs import TwiceError, no_twins
+from mindformers_ext.core.json_text import TABLES, JsonError, parse_json
 from mindformers_ext.formats.wire import BYTES, VARINT, VarintError, read_varint
 
 MAX_BYTES = 64 * 2**20
@@ -185,8 +184,8 @@ def _whole(value: Any, what: str) -> int:
 
 def _from_json(data: bytes) -> tuple[int | None, dict[str, RawLayout]]:
     try:
-        content = json.loads(data.decode("utf-8"), object_pairs_hook=no_twins)
-    except (UnicodeDecodeError, json.JSONDecodeError, TwiceError, RecursionError) as error:
+        content = parse_json(data, TABLES)
+    except JsonError as error:
         raise _FaultError(f"it is not JSON ({error})") from error
     items, rows = (
         content.get(key) if isinstance(content, dict) else None

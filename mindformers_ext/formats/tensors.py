@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+MOST_TENSORS = 2**17  # of one file; the largest models known have 91,000 in all their files
 Index = tuple[int | slice, ...]
 """Selects along the leading axes, as in numpy; ``()`` is the whole tensor."""
 

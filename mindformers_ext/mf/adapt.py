@@ -47,7 +47,8 @@ def adapt(config: Mapping[str, Any], device_target: str) -> tuple[dict[str, Any]
 
     ``config`` itself is not changed.
     """
-    result: dict[str, Any] = copy.deepcopy({key: value for key, value in config.items() if key not in NOT_THEIRS})
+    kept = {key: value for key, value in config.items() if key not in NOT_THEIRS and value is not None}
+    result: dict[str, Any] = copy.deepcopy(kept)
     notes: list[str] = []
     family = family_of_yaml(config, device_target)
     if family is not None:

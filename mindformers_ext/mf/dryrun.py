@@ -9,7 +9,7 @@ Runs in a process of its own whose environment puts MindSpore's Ascend compiler 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from mindformers_ext.mf.trainer import PortableCausalLanguageModelingTrainer
 from mindformers_ext.ms.engine import MindSporeEngine
 from mindformers_ext.ms.mindrecord import write_mindrecord
 
+BUILDING, COMPILING = "building the network", "compiling"  # phases of a rank
 TOKEN = 5  # every token of the synthetic rows; no value is ever computed
 
 
@@ -63,7 +64,9 @@ class CompiledStep:
     compile_seconds: float
 
 
-def compile_step(config: Mapping[str, Any], rows: int, folder: Path, native: bool = False) -> CompiledStep:
+def compile_step(
+    config: Mapping[str, Any], rows: int, folder: Path, native: bool, tell: Callable[[str], None]
+) -> CompiledStep:
     """Compile this rank's train step of ``config``.
 
     Args:
@@ -71,7 +74,9 @@ def compile_step(config: Mapping[str, Any], rows: int, folder: Path, native: boo
         rows: at least one step's.
         folder: where the synthetic data goes.
         native: compile MindFormers' own network and train step instead of ours.
+        tell: hears of each phase as it begins.
     """
+    tell(BUILDING)
     started = time.time()
     full = prepare(with_synthetic_data(config, rows, folder), native=native)
     MindFormerRegister.register_cls(CompileOnlyTrainer, MindFormerModuleType.TRAINER)
@@ -87,6 +92,7 @@ def compile_step(config: Mapping[str, Any], rows: int, folder: Path, native: boo
     batch = tuple(tuple(shape) for shape in dataset.output_shapes())
     step.set_train()
     built_at = time.time()
+    tell(COMPILING)
     with weights_left_out():
         step.compile(*(Tensor(np.full(shape, TOKEN, np.int32)) for shape in batch))
     logger.info("Dry run: the train step is compiled.")
@@ -103,11 +109,14 @@ class CompiledPrediction:
     compile_seconds: float
 
 
-def compile_prediction(config: Mapping[str, Any], shape: Shape, world: int) -> CompiledPrediction:
+def compile_prediction(
+    config: Mapping[str, Any], shape: Shape, world: int, tell: Callable[[str], None]
+) -> CompiledPrediction:
     """Compile this rank's graphs of a prediction by ``world`` processes; without ``use_past`` only the one that reads.
 
-    MindFormers has no part in it: ``jobs.predict.predict`` answers without.
+    MindFormers has no part in it: ``jobs.predict.predict`` answers without. ``tell`` hears of each phase.
     """
+    tell(BUILDING)
     started = time.time()
     run = run_spec_from_yaml(config)
     spec = dropless_spec(effective_spec(network_spec_from_yaml(config, world))[0], run.device)
@@ -115,6 +124,7 @@ def compile_prediction(config: Mapping[str, Any], shape: Shape, world: int) -> C
     engine.use(run.device)
     network = engine.build(spec, empty=True)
     built = time.time()
+    tell(COMPILING)
     with weights_left_out():
         network.session(shape.rows, shape.length, shape.positions, run.cached)
     shapes = {item.name: item.whole for item in parted_parameters(spec, world)}

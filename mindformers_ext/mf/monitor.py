@@ -7,15 +7,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import mindspore as ms
 from mindformers.core.callback.callback import MFLossMonitor
 from mindformers.tools.logger import logger
 from mindformers.tools.utils import get_output_root_path, get_real_rank
 from mindformers.utils.tensorboard import get_tensorboard_writer
 
+from mindformers_ext.jobs.run.dataset import check_ids
+from mindformers_ext.jobs.run.display import COMPILING, current
 from mindformers_ext.jobs.run.metrics_file import MetricsFile, StepRecord, record_of
 from mindformers_ext.jobs.run.watch import Watch
 from mindformers_ext.mf.hooks import figures_at
 from mindformers_ext.mf.lean import without
+from mindformers_ext.mf.step import real_model
 
 SCALARS = (
     "loss",
@@ -72,6 +76,20 @@ class MoELossMonitor(MFLossMonitor):
                 folder = Path(output_dir) / "tensorboard" / f"rank_{rank}"
                 self.writer = SummaryWriter(logdir=str(folder), purge_step=self.initial_step + 1)
                 self.owns_writer = True
+        if ms.get_context("mode") == ms.GRAPH_MODE:
+            current().begin(COMPILING)  # with the first step
+
+    def on_train_step_begin(self, run_context: Any) -> None:
+        """Look at the step's ids: beyond the embedding MindSpore reads anything, or ends without a word about the data.
+
+        Only the first rows were looked at before the run (``jobs.run.dataset``); in sink mode no step's rows are seen.
+        """
+        super().on_train_step_begin(run_context)
+        parameters = run_context.original_args()
+        batch, spec = parameters.train_dataset_element, getattr(real_model(parameters.train_network), "spec", None)
+        if batch and spec is not None:
+            step = self.initial_step + parameters.cur_step_num
+            check_ids([item.asnumpy() for item in batch], spec.model.vocab_size, f"the rows of step {step}")
 
     def on_train_step_end(self, run_context: Any) -> None:
         """Record, show and judge the step."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers.core.context import build_context
-from mindformers.tools.logger import logger
+from mindformers.tools.logger import get_logger, logger
 from mindformers.tools.register import MindFormerConfig
 from mindformers.trainer import Trainer
 from mindformers.utils.file_utils import set_output_path
@@ -19,7 +19,9 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.jobs.checkpoint.transform import TransformRequest
 from mindformers_ext.jobs.run.checks import CheckedRun
+from mindformers_ext.jobs.run.display import current
 from mindformers_ext.jobs.run.keep import keep_config, keep_lora
+from mindformers_ext.jobs.run.quiet import Passed
 from mindformers_ext.jobs.run.slices import merge_slices, merged_file
 from mindformers_ext.mf.adapt import adapt
 from mindformers_ext.mf.barrier import use_cpu_barrier
@@ -37,6 +39,7 @@ def run(config: Mapping[str, Any], checked: CheckedRun | None = None) -> Any:
     The configuration that MindFormers really gets is kept as ``<output_dir>/run_config/<run_mode>.yaml``.
     """
     full = prepare(config, checked)
+    get_logger().addHandler(Passed(current().say))
     if checked and checked.merge:
         _merge_once(checked.merge, checked.build.network, checked.run.use_parallel)
     trainer = Trainer(full)

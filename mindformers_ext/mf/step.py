@@ -20,7 +20,13 @@ UNBUILT = {
     "grouped_lr_scheduler": None,
 }
 # Arguments MindFormers hands to every wrapper that carry nothing for ours.
-UNUSED = ("parallel_config", "global_norm_spike_threshold", "print_separate_loss", "lr_scheduler")
+UNUSED = (
+    "parallel_config",
+    "global_norm_spike_threshold",
+    "print_separate_loss",
+    "lr_scheduler",
+    "enable_check_overflow",  # of older files; the checks of a run have said so
+)
 
 
 class PortableTrainOneStepCell(TrainStepCell):

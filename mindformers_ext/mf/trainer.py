@@ -26,6 +26,7 @@ from mindformers_ext.mf.load_monitor import MoELoadMonitor
 from mindformers_ext.mf.monitor import MoELossMonitor
 from mindformers_ext.mf.networks import PortableLlamaForCausalLM
 from mindformers_ext.mf.pipeline_step import PortablePipelineStepCell, norm_tells_overflow
+from mindformers_ext.mf.rules import experts_without_sequence_parallel
 from mindformers_ext.mf.step import real_model
 from mindformers_ext.ms.step import STEP_STATE, TrainStepCell, step_state
 
@@ -45,12 +46,13 @@ class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
 
     def training_process(self, *args: Any, **kwargs: Any) -> None:
         """Train with our callbacks in place of MindFormers' of the same name."""
-        with stand_ins():
+        with stand_ins(), experts_without_sequence_parallel():
             super().training_process(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Evaluate, and keep the result as ``eval_result`` and in ``<output_dir>/eval.json``."""
-        super().evaluate(*args, **kwargs)
+        with experts_without_sequence_parallel():
+            super().evaluate(*args, **kwargs)
         metrics = self.compute_metrics or {}
         self.eval_result = {name: metric.eval() for name, metric in metrics.items()}
         path = Path(get_output_root_path()) / "eval.json"

@@ -16,11 +16,13 @@ from mindformers_ext.ms.ops.dtypes import mindspore_dtype
 from mindformers_ext.ms.ops.select import Operators
 from mindformers_ext.ms.strategies import Shards
 
+BIAS_ROWS = {"project in": "bias", "project out": "whole bias"}  # of a product's strategy: that of adding its bias
+
 
 class Linear(nn.Cell):
     """x W^T, plus a bias where asked. Input (T, in), output (T, out), weight (out, in), bias (out).
 
-    ``row``: the product's strategy on many devices; with a bias "project in".
+    ``row``: the product's strategy on many devices; with a bias "project in" or "project out".
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class Linear(nn.Cell):
         self.has_bias = bias
         if bias:
             self.bias = Parameter(initializer("zeros", (width_out,), param_dtype), name="bias")
-            self.add = shards.shard(P.BiasAdd(), "bias")
+            self.add = shards.shard(P.BiasAdd(), BIAS_ROWS[row])
 
     def construct(self, x_TD: Tensor) -> Tensor:
         y_TD = self.product(x_TD, ops.cast(self.weight, x_TD.dtype))
@@ -49,12 +51,10 @@ class Linear(nn.Cell):
         return y_TD
 
 
-def rotary_tables(positions: int, head_dim: int, theta: float, dtype: ms.Type) -> tuple[Tensor, Tensor]:
-    """cos and sin (1, S, 1, P), both halves equal (Su et al. 2021, equation 34, in rotate-half layout)."""
-    frequency = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
-    angle = np.arange(positions, dtype=np.float32)[:, None] * frequency[None]
-    angle = np.concatenate([angle, angle], -1)[None, :, None]
-    return Tensor(np.cos(angle), dtype), Tensor(np.sin(angle), dtype)
+def rotary_tables(tables: tuple[np.ndarray, np.ndarray], dtype: ms.Type) -> tuple[Tensor, Tensor]:
+    """The cosines and sines (S, P) of ``core.rope`` as (1, S, 1, P)."""
+    cos, sin = (Tensor(table[None, :, None], dtype) for table in tables)
+    return cos, sin
 
 
 class Attention(nn.Cell):
@@ -70,7 +70,7 @@ class Attention(nn.Cell):
         self.wq = Linear(hidden, width, std, dtype, shards, "project in", bias)
         self.wk = Linear(hidden, kv_width, std, dtype, shards, "project in", bias)
         self.wv = Linear(hidden, kv_width, std, dtype, shards, "project in", bias)
-        self.wo = Linear(width, hidden, std, dtype, shards, "project out")
+        self.wo = Linear(width, hidden, std, dtype, shards, "project out", attention.out_bias)
         if self.qk_norm:
             self.q_norm = HeadNorm(spec, self.head_dim, operators)
             self.k_norm = HeadNorm(spec, self.head_dim, operators)
@@ -84,7 +84,9 @@ class Attention(nn.Cell):
             self.head_dim,
             spec.seq_length,
             self.softmax_dtype,
+            attention.window,
         )
+        self.window = attention.window
         self.attend = shards.local(attend, "attend")
 
     def query(self, x_TD: Tensor, length: int) -> Tensor:

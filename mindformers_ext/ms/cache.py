@@ -3,7 +3,8 @@
 
 A cache holds M positions for each of B rows and N heads of keys and values; query heads that share one are stacked, so
 nothing is repeated in memory. Rows are filled from position 0 on, each with its own length: there is no padding on the
-left, a position is a place, and what lies behind a row's length is never seen.
+left, a position is a place, and what lies behind a row's length is never seen. A layer with a window W below M holds W
+places and rolls: position p stands at p mod W, where the token that leaves the window stood.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from mindformers_ext.ms.ops.select import Operators
 
 
 class LayerCache(nn.Cell):
-    """Keys and values of one layer, (B*N*M, P) each. Holds no computation."""
+    """Keys and values of one layer, (B*N*M, P) each, or (B*N*W, P) where it ``rolls``. Holds no computation."""
 
     def __init__(self, layer: int, rows: int, positions: int, spec: NetworkSpec) -> None:
         super().__init__(auto_prefix=False)
         attention, dtype = spec.model.layer(layer).attention, mindspore_dtype(spec.numerics.compute_dtype)
-        shape = (rows * attention.num_key_value_heads * positions, attention.head_dim)
+        self.positions = min(attention.window or positions, positions)
+        self.rolls = self.positions < positions
+        shape = (rows * attention.num_key_value_heads * self.positions, attention.head_dim)
         self.key = Parameter(ops.zeros(shape, dtype), name=f"cache.{layer}.key", requires_grad=False)
         self.value = Parameter(ops.zeros(shape, dtype), name=f"cache.{layer}.value", requires_grad=False)
 
@@ -33,8 +36,9 @@ class LayerCache(nn.Cell):
 class PromptAttention(nn.Cell):
     """``attention`` on whole prompts; keys and values go into ``cache`` too.
 
-    Inputs: x (B*S, D), cos and sin (1, S, 1, P), place (B*N*S) int32, the cache rows to write. Output (B*S, D). Rows
-    shorter than S are padded on the right, where causality hides the padding from every real token.
+    Inputs: x (B*S, D), cos and sin (1, S, 1, P) or (B, S, 1, P), and int32 the cache rows to write: (B*N*S); of a cache
+    that rolls (B*N*W), with as many rows of (B*N*S) that go there, ``sources``. Output (B*S, D). Rows shorter than S
+    are padded on the right, where causality hides the padding from every real token.
     """
 
     def __init__(self, attention: Attention, cache: LayerCache, shape: tuple[int, int], operators: Operators) -> None:
@@ -43,21 +47,31 @@ class PromptAttention(nn.Cell):
         self.rows, self.length = shape
         self.heads, self.kv_heads, self.head_dim = attention.heads, attention.kv_heads, attention.head_dim
         self.attend = operators.build(
-            operators.causal_attention, self.heads, self.kv_heads, self.head_dim, self.length, attention.softmax_dtype
+            operators.causal_attention,
+            self.heads,
+            self.kv_heads,
+            self.head_dim,
+            self.length,
+            attention.softmax_dtype,
+            attention.window,
         )
-        self.transpose, self.update = P.Transpose(), P.ScatterUpdate()
+        self.transpose, self.update, self.gather = P.Transpose(), P.ScatterUpdate(), P.Gather()
+        self.rolls = cache.rolls
 
     def _laid_out(self, x_BSNP: Tensor) -> Tensor:
         """(B, S, N, P) -> (B*N*S, P)."""
         return ops.reshape(self.transpose(x_BSNP, (0, 2, 1, 3)), (-1, self.head_dim))
 
-    def construct(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor, places: Tensor) -> Tensor:
+    def construct(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor, places: Tensor, sources: Tensor | None) -> Tensor:
         B, S, own = self.rows, self.length, self.attention
         q = own.rotary(own.query(x_TD, S), cos_SP, sin_SP)
         k = own.rotary(own.key(x_TD, S), cos_SP, sin_SP)
         v = ops.reshape(own.wv(x_TD), (B, S, self.kv_heads, self.head_dim))
-        self.update(self.cache.key, places, self._laid_out(k))
-        self.update(self.cache.value, places, self._laid_out(v))
+        keys, values = self._laid_out(k), self._laid_out(v)
+        if self.rolls:
+            keys, values = self.gather(keys, sources, 0), self.gather(values, sources, 0)
+        self.update(self.cache.key, places, keys)
+        self.update(self.cache.value, places, values)
         mixed = self.attend(ops.reshape(q, (B, S, -1)), ops.reshape(k, (B, S, -1)), ops.reshape(v, (B, S, -1)))
         return own.wo(ops.reshape(mixed, (B * S, -1)))
 

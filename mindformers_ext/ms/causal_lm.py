@@ -135,7 +135,7 @@ class Decoder(nn.Cell):
         self.read_report = shards.local(ReadReport(spec.parallel.groups), "report", _report_shapes, _report_types)
         self.reports = shards.stages == 1
         self.cos_SP, self.sin_SP = rotary_tables(
-            spec.seq_length, model.head_dim, model.rope_theta, operators.dtype(spec.numerics.rotary_dtype)
+            model.rope.tables(spec.seq_length), operators.dtype(spec.numerics.rotary_dtype)
         )
 
     def construct(self, ids_BS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

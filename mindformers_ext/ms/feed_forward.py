@@ -38,14 +38,14 @@ class FeedForward(Protocol):
 class SwiGlu(nn.Cell):
     """w2(silu(w1 x) * w3 x) of every token (Shazeer 2020); a ``FeedForward``. Input and output (T, D)."""
 
-    def __init__(self, spec: NetworkSpec, width: int, operators: Operators) -> None:
+    def __init__(self, spec: NetworkSpec, width: int, operators: Operators, bias: bool = False) -> None:
         super().__init__()
         model, dtype = spec.model, mindspore_dtype(spec.numerics.param_dtype)
         hidden, std = model.hidden_size, model.initializer_range
         shards = Shards(spec)
-        self.w1 = Linear(hidden, width, std, dtype, shards, "project in")
-        self.w2 = Linear(width, hidden, std, dtype, shards, "project out")
-        self.w3 = Linear(hidden, width, std, dtype, shards, "project in")
+        self.w1 = Linear(hidden, width, std, dtype, shards, "project in", bias)
+        self.w2 = Linear(width, hidden, std, dtype, shards, "project out", bias)
+        self.w3 = Linear(hidden, width, std, dtype, shards, "project in", bias)
         self.swiglu = shards.local(operators.build(operators.swiglu), "feed forward")
 
     def product(self, x_TD: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import mindspore.ops.operations as P
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from mindformers_ext.core.capacity import rows_at_once
+from mindformers_ext.core.capacity import last_at_each_place, rows_at_once
 from mindformers_ext.core.cluster.tensor_parallel import head_parts
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.attention import rotary_tables
@@ -57,10 +57,7 @@ class _Graph(nn.Cell):
         self.feed_forwards = nn.CellList(
             [_SecondHalf(layer, rows * length) for layer in self.decoder.layers], auto_prefix=False
         )
-        model = spec.model
-        self.cos, self.sin = rotary_tables(
-            positions, model.head_dim, model.rope_theta, operators.dtype(spec.numerics.rotary_dtype)
-        )
+        self.rotary_dtype = operators.dtype(spec.numerics.rotary_dtype)
         self.gather = P.Gather()
         self.is_part, self.count = count > 1, count
         self.head_is_part = head_parts(spec, count) > 1
@@ -90,8 +87,9 @@ class _Graph(nn.Cell):
 class PromptGraph(_Graph):
     """Reads whole prompts.
 
-    Inputs: ids (B, S) padded on the right, lengths (B), and places (B*N*S), the cache rows to write, all int32. Output:
-    logits (B, V) behind each last token. B are a few of the cache's rows.
+    Inputs, int32: ids (B, S) padded on the right, lengths (B), and places (B*N*S), the cache rows to write; where a
+    layer rolls, its places and sources too (``PromptAttention``); where rotary frequencies follow the length, those of
+    each row (B, P) float32. Output: logits (B, V) behind each last token. B are a few of the cache's rows.
     """
 
     def __init__(
@@ -108,22 +106,36 @@ class PromptGraph(_Graph):
             [PromptAttention(layer.attention, cache, shape[:2], operators) for layer, cache in layers],
             auto_prefix=False,
         )
+        self.rolls = [cache.rolls for cache in caches]
+        rope = network.spec.model.rope
+        self.follows_length, self.any_rolls = rope.follows_length, any(self.rolls)
+        self.cos, self.sin = rotary_tables(rope.tables(self.length), self.rotary_dtype)
         self.place_S = Tensor(np.arange(self.length, dtype=np.int32)[None])
+        self.turn_S = Tensor(np.arange(self.length, dtype=np.float32)[None, :, None, None])
         self.first_B = Tensor(np.arange(self.rows, dtype=np.int32) * self.length)
 
-    def construct(self, ids_BS: Tensor, length_B: Tensor, places: Tensor) -> Tensor:
+    def _tables(self, more: tuple) -> tuple[Tensor, Tensor]:
+        """cos and sin (1, S, 1, P), or (B, S, 1, P)."""
+        if not self.follows_length:
+            return self.cos, self.sin
+        angle = self.turn_S * ops.reshape(more[-1], (self.rows, 1, 1, -1))
+        return ops.cast(ops.cos(angle), self.rotary_dtype), ops.cast(ops.sin(angle), self.rotary_dtype)
+
+    def construct(self, ids_BS: Tensor, length_B: Tensor, places: Tensor, *more: Tensor) -> Tensor:
         valid_BS = ops.cast(self.place_S < ops.expand_dims(length_B, 1), ms.int32)
         valid_T = ops.reshape(valid_BS, (-1,))
-        cos_SP, sin_SP = self.cos[:, : self.length], self.sin[:, : self.length]
+        cos_SP, sin_SP = self._tables(more)
         x_TD = self._embedded(ops.reshape(ids_BS, (-1,)))
         for i in self.layers:
-            x_TD = self._added(x_TD, self.attentions[i](self.norms[i](x_TD), cos_SP, sin_SP, places))
+            where = (more[0], more[1]) if self.rolls[i] else (places, None)
+            x_TD = self._added(x_TD, self.attentions[i](self.norms[i](x_TD), cos_SP, sin_SP, where[0], where[1]))
             x_TD = self._added(x_TD, self.feed_forwards[i](x_TD, valid_T))
         return self._logits(self.gather(x_TD, self.first_B + length_B - 1, 0))
 
 
 class TokenGraph(_Graph):
-    """Inputs: tokens (B) and their positions (B), int32. Output: logits (B, V) behind them."""
+    """Inputs: tokens (B) and their positions (B), int32, and where a layer rolls their places in its cache (B). Output:
+    logits (B, V) behind them."""
 
     def __init__(
         self,
@@ -137,27 +149,43 @@ class TokenGraph(_Graph):
         spec, positions = network.spec, self.positions
         layers = zip(self.decoder.layers, caches, strict=True)
         self.attentions = nn.CellList(
-            [TokenAttention(layer.attention, cache, positions) for layer, cache in layers],
+            [TokenAttention(layer.attention, cache, cache.positions) for layer, cache in layers],
             auto_prefix=False,
         )
-        heads = self.rows * spec.model.num_key_value_heads
-        self.first_BN = Tensor(np.arange(heads, dtype=np.int32).reshape(self.rows, -1) * positions)
+        self.rolls = [cache.rolls for cache in caches]
+        self.any_rolls, self.all_roll = any(self.rolls), all(self.rolls)
+        heads = np.arange(self.rows * spec.model.num_key_value_heads, dtype=np.int32).reshape(self.rows, -1)
+        self.first_BN = Tensor(heads * positions)
+        if self.any_rolls:
+            window = next(cache.positions for cache in caches if cache.rolls)
+            self.first_rolling_BN = Tensor(heads * window)
+            self.place_W = positions_tensor(window)
+        self.cos, self.sin = rotary_tables(spec.model.rope.growing_tables(positions), self.rotary_dtype)
         self.mask_dtype = operators.dtype(spec.numerics.softmax_dtype)
         self.hidden = hidden_addend(self.mask_dtype)
         self.place_S = positions_tensor(positions)
         self.valid_B = Tensor(np.ones(self.rows, np.int32))
         self.tables = TokenTables(spec.model.head_dim, operators.dtype(spec.numerics.rotary_dtype))
 
-    def construct(self, token_B: Tensor, position_B: Tensor) -> Tensor:
+    def _mask(self, place_S: Tensor, position_B: Tensor) -> Tensor:
+        """(B, 1, S) addend that hides what no token stands at yet: of a rolling cache nothing, once it is full."""
+        behind_BS = place_S > ops.reshape(position_B, (-1, 1, 1))
+        return ops.cast(behind_BS, self.mask_dtype) * self.hidden
+
+    def construct(self, token_B: Tensor, position_B: Tensor, *rolling: Tensor) -> Tensor:
         places = ops.reshape(self.first_BN + ops.expand_dims(position_B, 1), (-1,))
-        behind_BS = self.place_S > ops.reshape(position_B, (-1, 1, 1))
-        mask_BS = ops.cast(behind_BS, self.mask_dtype) * self.hidden
+        seen = (places, self._mask(self.place_S, position_B))
+        rolled = seen
+        if self.any_rolls:
+            there = ops.reshape(self.first_rolling_BN + ops.expand_dims(rolling[0], 1), (-1,))
+            rolled = (there, self._mask(self.place_W, position_B))
         cos_BP = ops.reshape(self.gather(self.cos, position_B, 1), (self.rows, 1, 1, -1))
         sin_BP = ops.reshape(self.gather(self.sin, position_B, 1), (self.rows, 1, 1, -1))
         tables = self.tables(cos_BP, sin_BP)
         x_BD = self._embedded(token_B)
         for i in self.layers:
-            x_BD = self._added(x_BD, self.attentions[i](self.norms[i](x_BD), tables, places, mask_BS))
+            where = rolled if self.rolls[i] else seen
+            x_BD = self._added(x_BD, self.attentions[i](self.norms[i](x_BD), tables, where[0], where[1]))
             x_BD = self._added(x_BD, self.feed_forwards[i](x_BD, self.valid_B))
         return self._logits(x_BD)
 
@@ -181,7 +209,9 @@ class MindSporeSession:
         # rows of the cache that a group of prompts fills, counted from the first of its first prompt
         heads = np.arange(self._group * spec.model.num_key_value_heads, dtype=np.int32)
         self._places = (heads[:, None] * positions + np.arange(length, dtype=np.int32)).reshape(-1)
-        self._prompt_rows = spec.model.num_key_value_heads * positions
+        self._heads = spec.model.num_key_value_heads
+        self._rope = spec.model.rope
+        self._window = next((cache.positions for cache in caches if cache.rolls), 0)
         self._prompts = PromptGraph(network, caches, (self._group, length, positions), operators, count)
         self._tokens = TokenGraph(network, caches, (rows, 1, positions), operators, count)
 
@@ -191,12 +221,29 @@ class MindSporeSession:
             return
         self._prompts.compile(*self._group_of(np.zeros((self.rows, self.length)), np.ones(self.rows), 0))
         if use_cache:
-            self._tokens.compile(_int32(np.ones(self.rows)), _int32(np.ones(self.rows)))
+            self._tokens.compile(*self._step_of(np.ones(self.rows), np.ones(self.rows)))
 
-    def _group_of(self, ids: np.ndarray, lengths: np.ndarray, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _group_of(self, ids: np.ndarray, lengths: np.ndarray, first: int) -> tuple[Tensor, ...]:
         """The prompt graph's inputs for the rows from ``first`` on."""
         end = first + self._group
-        return _int32(ids[first:end]), _int32(lengths[first:end]), _int32(self._places + first * self._prompt_rows)
+        places = self._places + first * self._heads * self.positions
+        found: tuple[Tensor, ...] = (_int32(ids[first:end]), _int32(lengths[first:end]), _int32(places))
+        if self._window:
+            rows = np.arange(first * self._heads, end * self._heads)
+            place = rows[:, None] * self._window + np.arange(self._window)
+            sources = np.arange(len(rows))[:, None] * self.length + np.repeat(
+                last_at_each_place(lengths[first:end], self._window), self._heads, axis=0
+            )
+            found += (_int32(place.reshape(-1)), _int32(sources.reshape(-1)))
+        if self._rope.follows_length:
+            turned = [self._rope.frequencies(int(length))[0] for length in lengths[first:end]]
+            found += (Tensor(np.stack([np.concatenate([row, row]) for row in turned])),)
+        return found
+
+    def _step_of(self, tokens: np.ndarray, positions: np.ndarray) -> tuple[Tensor, ...]:
+        """The token graph's inputs."""
+        found = (_int32(tokens), _int32(positions))
+        return (*found, _int32(np.asarray(positions) % self._window)) if self._window else found
 
     def prompt(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """float32 logits (B, V) behind the last token of each row of ``ids`` (B, S), padded on the right."""
@@ -208,7 +255,7 @@ class MindSporeSession:
 
     def token(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """float32 logits (B, V) behind one more token per row, which stands at its position from then on."""
-        return self._tokens(_int32(tokens), _int32(positions)).asnumpy()
+        return self._tokens(*self._step_of(tokens, positions)).asnumpy()
 
 
 def _int32(array: np.ndarray) -> Tensor:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import mindspore.ops.operations as P
 from mindspore import Tensor, nn
 
-from mindformers_ext.core.layers import LayerSpec
+from mindformers_ext.core.layers import DenseSpec, LayerSpec
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.attention import Attention
 from mindformers_ext.ms.feed_forward import FeedForward, FeedForwardOutput, SwiGlu
@@ -19,9 +19,10 @@ from mindformers_ext.ms.strategies import Shards
 
 def build_feed_forward(spec: NetworkSpec, layer: LayerSpec, operators: Operators) -> FeedForward:
     """The second half of ``layer`` with fresh random weights: dense, experts, or experts with a shared one."""
-    if layer.moe is None:
-        return SwiGlu(spec, layer.feed_forward.intermediate_size or spec.model.intermediate_size, operators)
-    return (SharedMoE if layer.moe.shared_expert else MoE)(spec, layer.moe, operators)
+    wanted = layer.feed_forward
+    if isinstance(wanted, DenseSpec):
+        return SwiGlu(spec, wanted.intermediate_size, operators, wanted.bias)
+    return (SharedMoE if wanted.shared_expert else MoE)(spec, wanted, operators)
 
 
 class Layer(nn.Cell):

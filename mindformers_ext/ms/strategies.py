@@ -25,7 +25,7 @@ from mindformers_ext.core.spec import NetworkSpec, ParallelSpec
 
 AXES = ("outer", "ep", "mp")
 # One word per dimension of a tensor: "-" not cut, or what it is cut by. "dp" is data parallel, "tok" cuts the tokens
-# (also over mp under sequence parallel), "head" and "table" cut the vocabulary where it is cut.
+# (also over mp under sequence parallel, which "seq" stands for), "head" and "table" cut the vocabulary where it is cut.
 # Per operator: inputs -> outputs; without outputs MindSpore derives them.
 STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "tokens": (("dp -",), ("dp -",)),
@@ -35,6 +35,7 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "norm": (("tok -", "-"), ("tok -",)),
     "project in": (("dp -", "mp -"), ()),
     "bias": (("dp mp", "mp"), ()),
+    "whole bias": (("tok -", "-"), ()),
     "head norm": (("dp - mp -", "-"), ("dp - mp -",)),
     "rotary": (("dp - mp -", "- - - -", "- - - -"), ("dp - mp -",)),
     "attend": (("dp - mp", "dp - mp", "dp - mp"), ("dp - mp",)),
@@ -44,13 +45,13 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "gate": (("tok -", "- -"), ()),
     "slots": (("tok - -", "-"), ("tok - -", "tok - -", "tok - -", "tok - -", "tok - -", "tok", "tok -")),
     "dispatch": (("tok - -", "tok - -", "tok - -", "tok - -"), ("tok - - -",)),
-    # G = (outer, ep, mp) groups and E experts: tokens to their experts and back, over ep
-    "to experts": (("outer - mp ep - -",), ()),
+    # G = (outer, ep, seq) groups and E experts: tokens to their experts and back, over ep
+    "to experts": (("outer - seq ep - -",), ()),
     "expert in": (("ep outer -", "ep mp -"), ()),
     "expert": (("ep outer mp", "ep outer mp"), ("ep outer mp",)),
     # summed over mp on every device: with a cut output MindSpore would scatter the experts and not the rows
     "expert out": (("ep outer mp", "ep - mp"), ()),
-    "from experts": (("ep outer mp - - -",), ()),
+    "from experts": (("ep outer seq - - -",), ()),
     # the shared expert's rows
     "gated rows": (("tok -", "tok -"), ("tok -",)),
     "scaled rows": (("tok -",), ("tok -",)),
@@ -93,6 +94,7 @@ class Shards:
             **{axis: (axis,) for axis in AXES},
             "dp": AXES[:2],
             "tok": tokens,
+            "seq": tokens[2:],
             "outer+mp": ("outer", "mp"),
             "head": ("mp",) if self.head_is_cut else (),
             "table": ("mp",) if self.head_is_cut else (),

@@ -16,16 +16,20 @@ from mindformers_ext.pt.ops.dtypes import torch_dtype
 
 
 def rotary_tables(
-    positions: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device | None = None
+    tables: tuple[np.ndarray, np.ndarray], dtype: torch.dtype, device: torch.device | None = None
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin (S, P), both halves equal (Su et al. 2021, equation 34, in rotate-half layout)."""
-    frequency = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
-    angle = np.arange(positions, dtype=np.float32)[:, None] * frequency[None]
-    angle = np.concatenate([angle, angle], -1)
-    return (
-        torch.tensor(np.cos(angle), dtype=dtype, device=device),
-        torch.tensor(np.sin(angle), dtype=dtype, device=device),
-    )
+    """The cosines and sines (S, P) of ``core.rope`` as tensors."""
+    cos, sin = (torch.tensor(table, dtype=dtype, device=device) for table in tables)
+    return cos, sin
+
+
+def window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """(S, S) bool, True where a query sees a key; None where the window hides nothing that is not in the future."""
+    if window is None or window >= length:
+        return None
+    place = torch.arange(length, device=device)
+    distance = place[:, None] - place[None]
+    return (distance >= 0) & (distance < window)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -43,13 +47,13 @@ class Attention(nn.Module):
     def __init__(self, spec: NetworkSpec, attention: AttentionSpec) -> None:
         super().__init__()
         self.heads, self.kv_heads = attention.num_attention_heads, attention.num_key_value_heads
-        self.head_dim = attention.head_dim
+        self.head_dim, self.window = attention.head_dim, attention.window
         hidden, width, kv_width = spec.model.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
         std, dtype, bias = spec.model.initializer_range, torch_dtype(spec.numerics.param_dtype), attention.qkv_bias
         self.wq = Linear(hidden, width, std, dtype, bias)
         self.wk = Linear(hidden, kv_width, std, dtype, bias)
         self.wv = Linear(hidden, kv_width, std, dtype, bias)
-        self.wo = Linear(width, hidden, std, dtype)
+        self.wo = Linear(width, hidden, std, dtype, attention.out_bias)
         self.q_norm = RmsNorm(spec, self.head_dim) if attention.qk_norm else None
         self.k_norm = RmsNorm(spec, self.head_dim) if attention.qk_norm else None
 
@@ -65,7 +69,9 @@ class Attention(nn.Module):
         return q, k, heads(self.wv(x_TD), self.kv_heads)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """softmax(q k^T / sqrt(P)) v, causal without ``mask``, through the output projection: (B*S, D)."""
+        """softmax(q k^T / sqrt(P)) v, causal and within the window without ``mask``, through the output projection:
+        (B*S, D)."""
+        mask = window_mask(q.shape[2], self.window, q.device) if mask is None else mask
         grouped = self.heads != self.kv_heads
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
         return self.wo(mixed.transpose(1, 2).reshape(-1, self.heads * self.head_dim))

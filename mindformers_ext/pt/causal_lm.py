@@ -61,14 +61,15 @@ class Decoder(nn.Module):
         self.tok_embeddings = TokenEmbedding(spec)
         self.layers = nn.ModuleList([Layer(spec, model.layer(index)) for index in range(model.num_hidden_layers)])
         self.norm_out = RmsNorm(spec)
-        self.rotary = (model.head_dim, model.rope_theta, torch_dtype(spec.numerics.rotary_dtype))
+        self.rope, self.rotary_dtype = model.rope, torch_dtype(spec.numerics.rotary_dtype)
         self.recompute = False
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin (length, P), kept for the longest text so far."""
-        if self._tables is None or self._tables[0].shape[0] < length or self._tables[0].device != device:
-            self._tables = rotary_tables(length, *self.rotary, device=device)
+        """cos and sin (length, P), kept for the longest text so far, or where they follow its length for the last."""
+        held = 0 if self._tables is None or self._tables[0].device != device else self._tables[0].shape[0]
+        if self._tables is None or held < length or (self.rope.follows_length and held != length):
+            self._tables = rotary_tables(self.rope.tables(length), self.rotary_dtype, device)
         return self._tables[0][:length], self._tables[1][:length]
 
     def forward(self, ids_BS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

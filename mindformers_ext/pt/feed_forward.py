@@ -48,13 +48,13 @@ class FeedForward(Protocol):
 class SwiGlu(nn.Module):
     """w2(silu(w1 x) * w3 x) (Shazeer 2020, arXiv:2002.05202), ``width`` wide. Input and output (T, D)."""
 
-    def __init__(self, spec: NetworkSpec, width: int) -> None:
+    def __init__(self, spec: NetworkSpec, width: int, bias: bool = False) -> None:
         super().__init__()
         hidden, std = spec.model.hidden_size, spec.model.initializer_range
         dtype = torch_dtype(spec.numerics.param_dtype)
-        self.w1 = Linear(hidden, width, std, dtype)
-        self.w2 = Linear(width, hidden, std, dtype)
-        self.w3 = Linear(hidden, width, std, dtype)
+        self.w1 = Linear(hidden, width, std, dtype, bias)
+        self.w2 = Linear(width, hidden, std, dtype, bias)
+        self.w3 = Linear(hidden, width, std, dtype, bias)
 
     def forward(self, x_TD: Tensor) -> FeedForwardOutput:
         return FeedForwardOutput(self.dropless(x_TD))

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mindformers_ext.core.capacity import last_at_each_place
 from mindformers_ext.core.log import get_logger
+from mindformers_ext.pt.attention import rotary_tables
 from mindformers_ext.pt.causal_lm import CausalLM
 
 WARM_UP = 3  # steps before a capture: libraries allocate and choose kernels in them
@@ -24,9 +26,15 @@ class PyTorchSession:
         self.network, self.device = network, device
         self.rows, self.length, self.positions = rows, length, positions
         kind, attentions = network.model.compute_dtype, [layer.attention for layer in network.model.layers]
-        shapes = [(rows, attention.kv_heads, positions, attention.head_dim) for attention in attentions]
+        self.windows = [min(attention.window or positions, positions) for attention in attentions]
+        shapes = [
+            (rows, attention.kv_heads, window, attention.head_dim)
+            for attention, window in zip(attentions, self.windows, strict=True)
+        ]
         self.keys = [torch.zeros(shape, dtype=kind, device=device) for shape in shapes]
         self.values = [torch.zeros(shape, dtype=kind, device=device) for shape in shapes]
+        decoder = network.model
+        self.tables = rotary_tables(decoder.rope.growing_tables(positions), decoder.rotary_dtype, device)
         self.place = torch.arange(positions, device=device)
         self.row = torch.arange(rows, device=device)
         self.token_B = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -59,13 +67,32 @@ class PyTorchSession:
         last_B = torch.from_numpy(np.asarray(lengths, dtype=np.int64)).to(self.device) - 1
         with torch.no_grad():
             decoder, (B, S) = self.network.model, ids_BS.shape
-            cos_SP, sin_SP = decoder.tables(self.positions, self.device)
+            cos_SP, sin_SP = self._prompt_tables(S, lengths)
             x_TD = decoder.tok_embeddings(ids_BS.reshape(-1)).to(decoder.compute_dtype)
             for index, layer in enumerate(decoder.layers):
-                q, k, v = layer.attention.project(layer.attention_norm(x_TD), S, cos_SP[:S], sin_SP[:S])
-                self.keys[index][:, :, :S], self.values[index][:, :, :S] = k, v
+                q, k, v = layer.attention.project(layer.attention_norm(x_TD), S, cos_SP, sin_SP)
+                self._keep(index, k, v, lengths)
                 x_TD = self._fed(layer, x_TD + layer.attention.mix(q, k, v))
             return self._scores(x_TD.view(B, S, -1)[self.row, last_B]).cpu().numpy()
+
+    def _prompt_tables(self, length: int, lengths: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Tables that broadcast to (B, H, S, P): one for all rows, or where they follow the length one a row."""
+        decoder = self.network.model
+        if not decoder.rope.follows_length:
+            return decoder.tables(length, self.device)
+        turned = [decoder.rope.tables_in(length, int(whole)) for whole in lengths]
+        cos, sin = (np.stack(tables)[:, None] for tables in zip(*turned, strict=True))
+        return rotary_tables((cos, sin), decoder.rotary_dtype, self.device)
+
+    def _keep(self, index: int, k: Tensor, v: Tensor, lengths: np.ndarray) -> None:
+        """Put the keys and values (B, N, S, P) of prompts into layer ``index``'s cache."""
+        keys, values, window = self.keys[index], self.values[index], self.windows[index]
+        if k.shape[2] <= window:
+            keys[:, :, : k.shape[2]], values[:, :, : k.shape[2]] = k, v
+            return
+        source = torch.from_numpy(last_at_each_place(lengths, window)).to(self.device)
+        source = source[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+        keys.copy_(k.gather(2, source)), values.copy_(v.gather(2, source))
 
     def token(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """float32 logits (B, V) behind one more token per row, which stands at its position from then on."""
@@ -80,15 +107,15 @@ class PyTorchSession:
     def _step(self) -> Tensor:
         """Logits (B, V) behind ``token_B`` at ``position_B``."""
         decoder = self.network.model
-        tables = decoder.tables(self.positions, self.device)
-        cos, sin = (table[self.position_B][:, None, None] for table in tables)
+        cos, sin = (table[self.position_B][:, None, None] for table in self.tables)
         mask = (self.place <= self.position_B[:, None])[:, None, None]
         x_BD = decoder.tok_embeddings(self.token_B).to(decoder.compute_dtype)
         for index, layer in enumerate(decoder.layers):
             q, k, v = layer.attention.project(layer.attention_norm(x_BD), 1, cos, sin)
-            keys, values = self.keys[index], self.values[index]
-            keys[self.row, :, self.position_B], values[self.row, :, self.position_B] = k[:, :, 0], v[:, :, 0]
-            x_BD = self._fed(layer, x_BD + layer.attention.mix(q, keys, values, mask))
+            keys, values, window = self.keys[index], self.values[index], self.windows[index]
+            place_B = self.position_B % window  # a cache that is full rolls
+            keys[self.row, :, place_B], values[self.row, :, place_B] = k[:, :, 0], v[:, :, 0]
+            x_BD = self._fed(layer, x_BD + layer.attention.mix(q, keys, values, mask[..., :window]))
         return self._scores(x_BD)
 
     def _fed(self, layer: torch.nn.Module, x_TD: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.pt.torch_file import TorchFile
 
 # transformers' tokenizers load protobuf. MindSpore's generated code needs protobuf's Python implementation, which it
 # asks for while it is imported: too late in a process where protobuf came first. So ask before anyone does.
@@ -30,6 +31,9 @@ class HuggingFaceReference:
 
         if not (folder / "config.json").is_file():
             raise UserError(f"no config.json in {folder}: give a Hugging Face model folder")
+        if not any(folder.glob("*.safetensors")):
+            for path in sorted(folder.glob("pytorch_model*.bin")):
+                TorchFile(path)  # refuses what torch.load would build
         self.folder = folder
         self.model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True, output_loading_info=True

@@ -18,7 +18,7 @@ def build_feed_forward(spec: NetworkSpec, layer: LayerSpec) -> FeedForward:
     """Dense, a mixture, or a mixture with a shared expert; with fresh random weights."""
     wanted = layer.feed_forward
     if isinstance(wanted, DenseSpec):
-        return SwiGlu(spec, wanted.intermediate_size)
+        return SwiGlu(spec, wanted.intermediate_size, wanted.bias)
     return SharedMoE(spec, wanted, wanted.shared_expert) if wanted.shared_expert else MoE(spec, wanted)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.pt.pickle_table import MAX_TABLE, check_table
 
 # What damaged or hostile files make torch.load raise.
 FAULTS = (
@@ -29,7 +30,6 @@ FAULTS = (
     NotImplementedError,
     zipfile.BadZipFile,
 )
-MAX_PICKLE = 2**26  # bytes of names and shapes; Mixtral-8x22B has under one million
 
 
 class TorchFile:
@@ -99,20 +99,24 @@ def _check_zip(path: Path) -> list[int]:
 
     Returns the sizes of the stored data, sorted, zeros left out.
     """
+    size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise UserError(f"'{path}' is not laid out as torch.save does it: save the model as safetensors")
             for entry in entries:
-                if entry.filename.endswith("data.pkl") and entry.file_size <= MAX_PICKLE:
-                    archive.read(entry)  # checks its CRC
+                if entry.filename.endswith("data.pkl") and entry.file_size <= min(MAX_TABLE, size):
+                    check_table(archive.read(entry), str(path))
+    except UserError:
+        raise
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError, IndexError) as error:
         raise UserError(
             f"'{path}' is not a file of torch.save (since 1.6), or was cut: copy it again, or save it anew"
         ) from error
-    size = path.stat().st_size
-    packed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size]
+    larger = [entry for entry in entries if entry.file_size > size]
     tables = [entry for entry in entries if entry.filename.endswith("data.pkl")]
-    if packed or len(tables) != 1 or tables[0].file_size > MAX_PICKLE:
+    if larger or len(tables) != 1 or tables[0].file_size > MAX_TABLE:
         raise UserError(f"'{path}' is not laid out as torch.save does it: save the model as safetensors")
     return sorted(
         entry.file_size for entry in entries if entry.file_size and re.search(r"(^|/)data/\d+$", entry.filename)

@@ -39,6 +39,8 @@ def rule_set(spec: ModelSpec, style: str = "per_expert", layout: Layout | None =
     if gmm and not spec.moe:
         raise UserError("the gmm layout transposes experts and this model has none: leave --use_gmm out")
     dense = table.dense_concat if layout.qkv_concat else table.dense
+    if spec.mlp_bias:
+        dense += table.dense_bias_concat if layout.qkv_concat else table.dense_bias
     mixture = _transposed(table.mixtures[style]) if gmm else table.mixtures.get(style, ())
     tied = spec.tie_word_embeddings
     head: tuple[Rule, ...] = () if tied else (llama.HEAD,)

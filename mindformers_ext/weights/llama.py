@@ -33,6 +33,20 @@ FEED_FORWARD_CONCAT = (
     ),
     Rule(_HF + "mlp.down_proj.weight", (_MS + "feed_forward.w2.weight",), "D F"),
 )
+FEED_FORWARD_BIAS = (
+    Rule(_HF + "mlp.gate_proj.bias", (_MS + "feed_forward.w1.bias",), "F"),
+    Rule(_HF + "mlp.down_proj.bias", (_MS + "feed_forward.w2.bias",), "D"),
+    Rule(_HF + "mlp.up_proj.bias", (_MS + "feed_forward.w3.bias",), "F"),
+)
+FEED_FORWARD_BIAS_CONCAT = (
+    Rule(
+        (_HF + "mlp.gate_proj.bias", _HF + "mlp.up_proj.bias"),
+        (_MS + "feed_forward.w_gate_hidden.bias",),
+        ("F", "F"),
+        InterleavedRows(),
+    ),
+    FEED_FORWARD_BIAS[1],
+)
 FINAL_NORM = Rule("model.norm.weight", ("model.norm_out.weight",), "D")
 HEAD = Rule("lm_head.weight", ("lm_head.weight",), "V D")
 
@@ -62,9 +76,13 @@ def attention(spec: AttentionSpec, qkv_concat: bool) -> tuple[Rule, ...]:
             for kind, width in (("weight", " D"), ("bias", ""))
             if kind == "weight" or spec.qkv_bias
         ]
+    outputs = [
+        out,
+        *([Rule(_HF + "self_attn.o_proj.bias", (_MS + "attention.wo.bias",), "D")] if spec.out_bias else []),
+    ]
     norms = [
         Rule(_HF + f"self_attn.{name}_norm.weight", (_MS + f"attention.{name}_norm.weight",), "P")
         for name in "qk"
         if spec.qk_norm
     ]
-    return before, *projections, out, *norms, behind
+    return before, *projections, *outputs, *norms, behind

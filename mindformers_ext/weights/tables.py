@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mindformers_ext.core.families import LLAMA, MIXTRAL, QWEN2_MOE, QWEN3_MOE
+from mindformers_ext.core.families import LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from mindformers_ext.weights import llama, mixtral, qwen2_moe, qwen3_moe
 from mindformers_ext.weights.rules import Rule
 
@@ -16,16 +16,22 @@ class Table:
     """What one family's files call the feed-forward part of a layer.
 
     ``mixtures``: by spelling, the rules of a layer with experts; the first spelling is the one written by default.
-    ``dense``: of a layer without; ``dense_concat`` of the same with gate and up in one tensor (``qkv_concat``).
+    ``dense``: of a layer without; ``dense_concat`` of the same with gate and up in one tensor (``qkv_concat``); where
+    its products have biases (``mlp_bias``), ``dense_bias`` and ``dense_bias_concat`` too.
     """
 
     mixtures: Mapping[str, tuple[Rule, ...]] = field(default_factory=dict)
     dense: tuple[Rule, ...] = llama.FEED_FORWARD
     dense_concat: tuple[Rule, ...] = llama.FEED_FORWARD_CONCAT
+    dense_bias: tuple[Rule, ...] = llama.FEED_FORWARD_BIAS
+    dense_bias_concat: tuple[Rule, ...] = llama.FEED_FORWARD_BIAS_CONCAT
 
 
 TABLES: dict[str, Table] = {
     LLAMA.name: Table(),
+    MISTRAL.name: Table(),
+    QWEN2.name: Table(),
+    QWEN3.name: Table(),
     MIXTRAL.name: Table(mixtral.STYLES),
     QWEN2_MOE.name: Table(qwen2_moe.STYLES),
     QWEN3_MOE.name: Table(qwen3_moe.STYLES),

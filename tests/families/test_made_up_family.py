@@ -104,9 +104,9 @@ sys.path.insert(0, sys.argv.pop(1))
 from mindformers_ext.cli import dryrun_rank
 from tests.helpers import tinymoe
 inner = dryrun_rank.compile_request
-def compile_request(request):
+def compile_request(request, tell):
     tinymoe.register_mindspore_gate()
-    inner(request)
+    inner(request, tell)
 dryrun_rank.compile_request = compile_request
 raise SystemExit(dryrun_rank.main())
 """

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from mindformers_ext.core.families import FAMILIES
 from mindformers_ext.core.layers import DTYPE_NAMES, MoESpec, SharedExpertSpec
-from mindformers_ext.core.spec import KernelSpec, ModelSpec, NetworkSpec, NumericsSpec, ParallelSpec
+from mindformers_ext.core.rope import RopeScaling
+from mindformers_ext.core.spec import FEATURES, KernelSpec, ModelSpec, NetworkSpec, NumericsSpec, ParallelSpec
 
 # The sections of the r1.3 to r1.7 files that a network is read from, with the dead keys and the anchor they carry.
 PRETRAIN_YAML = """
@@ -164,13 +165,46 @@ def moe_specs(draw: st.DrawFn) -> MoESpec:
 
 
 @st.composite
+def rope_scalings(draw: st.DrawFn) -> RopeScaling:
+    """Valid ways to turn positions beyond the trained ones; what a method does not read has its default."""
+    kind = draw(st.sampled_from(["linear", "dynamic", "llama3", "yarn"]))
+    more: dict[str, object] = {}
+    if kind == "llama3":
+        low = draw(st.sampled_from([0.5, 1.0, 2.0]))
+        more = {
+            "low_freq_factor": low,
+            "high_freq_factor": low + draw(st.sampled_from([0.5, 3.0])),
+            "original_max_position_embeddings": draw(st.sampled_from([16, 40])),
+        }
+    if kind == "yarn":
+        scales = draw(st.sampled_from([(None, None), (1.0, 0.5), (0.7, 0.7)]))
+        more = {
+            "original_max_position_embeddings": draw(st.sampled_from([None, 16, 40])),
+            "beta_fast": draw(st.sampled_from([32.0, 8.0])),
+            "beta_slow": draw(st.sampled_from([1.0, 2.0])),
+            "attention_factor": draw(st.sampled_from([None, 1.25])),
+            "mscale": scales[0],
+            "mscale_all_dim": scales[1],
+            "truncate": draw(st.booleans()),
+        }
+    return RopeScaling(rope_type=kind, factor=draw(st.sampled_from([1.0, 2.0, 7.5])), **more)
+
+
+@st.composite
 def model_specs(draw: st.DrawFn) -> ModelSpec:
     """Valid models, dense or with experts, odd widths included."""
     kv_heads = draw(st.integers(1, 4))
     heads = kv_heads * draw(st.integers(1, 3))
     vocab = draw(st.integers(8, 500))
     ids = st.integers(-1, 7)
+    moe = draw(st.none() | moe_specs())
+    bias = moe is None and draw(st.booleans())
     return ModelSpec(
+        qkv_bias=bias,
+        out_bias=bias,
+        mlp_bias=moe is None and draw(st.booleans()),
+        rope_scaling=draw(st.none() | rope_scalings()),
+        sliding_window=draw(st.none() | st.integers(1, 63)) if moe else None,
         vocab_size=vocab,
         hidden_size=draw(st.integers(1, 200)),
         intermediate_size=draw(st.integers(1, 200)),
@@ -188,7 +222,7 @@ def model_specs(draw: st.DrawFn) -> ModelSpec:
         pad_token_id=draw(ids),
         ignore_token_id=draw(st.sampled_from([-100, -1])),
         more_eos_token_ids=tuple(draw(st.lists(st.integers(0, 7), max_size=2))),
-        moe=draw(st.none() | moe_specs()),
+        moe=moe,
     )
 
 
@@ -248,7 +282,7 @@ def family_specs(draw: st.DrawFn, family: str) -> ModelSpec:
     """Small models of one family that its ``config.json`` can describe, at odd sizes."""
     row = FAMILIES[family]
     kv_heads, layers, hidden = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(4, 24))
-    told = {word.field for word in row.words}
+    told = {name for word in row.words for name in word.fields}
     width, moe, dense = draw(st.integers(1, 20)), None, ()
     if row.has_experts:
         experts = draw(st.integers(2, 5))
@@ -273,6 +307,16 @@ def family_specs(draw: st.DrawFn, family: str) -> ModelSpec:
         )
         if row.chooses_layers:
             dense = tuple(sorted(draw(st.sets(st.integers(0, layers - 1), max_size=layers - 1))))
+    window, full = None, ()
+    if row.windowed:
+        windows = st.integers(1, 63)
+        window = draw(windows if row.reads_as else st.none() | windows)
+    if window and row.mixes_windows:
+        full = tuple(sorted(draw(st.sets(st.integers(0, layers - 1), max_size=layers - 1))))
+    features = {name: row.model.get(name, False) for name in FEATURES}
+    for word in row.words:
+        if word.part == "model":
+            features |= dict.fromkeys(word.fields, draw(st.booleans()))
     return ModelSpec(
         vocab_size=draw(st.integers(8, 40)),
         hidden_size=hidden,
@@ -283,9 +327,11 @@ def family_specs(draw: st.DrawFn, family: str) -> ModelSpec:
         head_dim=2 * draw(st.integers(1, 4)),
         tie_word_embeddings=draw(st.booleans()),
         pad_token_id=-1,
-        qkv_bias=draw(st.booleans()) if "qkv_bias" in told else row.model.get("qkv_bias", False),
-        qk_norm=row.model.get("qk_norm", False),
+        rope_scaling=draw(st.none() | rope_scalings()),
+        sliding_window=window,
+        full_attention_layers=full,
         moe=moe,
+        **features,
         dense_layers=dense,
         family="" if row.implied else family,
     )

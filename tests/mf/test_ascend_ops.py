@@ -18,6 +18,7 @@ from mindspore import Tensor, nn, ops
 from mindformers_ext.core.config.file import dump_yaml, load_yaml
 from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.rope import Rope
 from mindformers_ext.core.spec import ParallelSpec
 from mindformers_ext.ms.attention import rotary_tables
 from mindformers_ext.ms.ops import ascend, portable
@@ -221,6 +222,9 @@ def flash_attention(kernel, query, key, value, shift, drop, padding, hidden):
     if kernel.sparse_mode == 2:
         np.testing.assert_array_equal(mask, np.triu(np.ones((2048, 2048)), 1))
         mask = np.triu(np.ones((S, S)), 1)
+    if kernel.sparse_mode == 4:  # the same triangle stands for a band of pre_tokens before the diagonal
+        np.testing.assert_array_equal(mask, np.triu(np.ones((2048, 2048)), 1))
+        mask = np.triu(np.ones((S, S)), 1) + np.tril(np.ones((S, S)), -kernel.pre_tokens - 1)
     assert mask.shape == (S, S) and kernel.next_tokens == 0 and kernel.keep_prob == 1.0
     scores = np.where(mask, -np.inf, kernel.scale_value * (q @ k.transpose(0, 1, 3, 2)))
     weights = np.exp(scores - scores.max(-1, keepdims=True))
@@ -228,12 +232,14 @@ def flash_attention(kernel, query, key, value, shift, drop, padding, hidden):
     return None, None, None, Tensor(mixed.transpose(0, 2, 1, 3).reshape(B, S, -1))
 
 
-@pytest.mark.parametrize("length", [32, 2050])  # of both forms of the mask
-def test_flash_attention_is_causal_attention(length):
+@pytest.mark.parametrize(
+    ("length", "window"), [(32, None), (32, 9), (2050, None), (2050, 700)]
+)  # all forms of the mask
+def test_flash_attention_is_causal_attention(length, window):
     q, k, v = normal(1, length, 64), normal(1, length, 32, seed=1), normal(1, length, 32, seed=2)
-    cell = with_formula(ascend.FlashAttentionOp(4, 2, 16, length, ms.float32), "attend", flash_attention)
-    assert cell.attend.kernel.sparse_mode == (2 if length > 2048 else 0)
-    expected = CausalAttentionOp(4, 2, 16, length, ms.float32)(q, k, v)
+    cell = with_formula(ascend.FlashAttentionOp(4, 2, 16, length, ms.float32, window), "attend", flash_attention)
+    assert cell.attend.kernel.sparse_mode == (0 if length <= 2048 else 2 if window is None else 4)
+    expected = CausalAttentionOp(4, 2, 16, length, ms.float32, window)(q, k, v)
     np.testing.assert_allclose(cell(q, k, v).asnumpy(), expected.asnumpy(), atol=2e-6)
 
 
@@ -264,7 +270,7 @@ def test_rotary_turns_halves_forward_and_back():
         return x * cos + ops.cat((-high, low), -1) * sin
 
     cell, plain = with_formula(ascend.RotaryKernel(), "rotary", rotary), portable.RotaryOp()
-    x, (cos, sin) = normal(2, 6, 3, 8), rotary_tables(6, 8, 100.0, ms.float32)
+    x, (cos, sin) = normal(2, 6, 3, 8), rotary_tables(Rope(8, 100.0, 64).tables(6), ms.float32)
     weight = normal(2, 6, 3, 8, seed=1)
     found, expected = (ms.value_and_grad(lambda y, c=c: (c(y, cos, sin) * weight).sum())(x) for c in (cell, plain))
     for one, other in zip(found, expected, strict=True):

@@ -58,7 +58,7 @@ def pair(tmp_path_factory):
     )
     text = launch(f"{job.fresh} --output_dir whole", 2, free_port(), "log", "True", 120, cwd=folder)
     assert text.startswith("0\n"), text[-3000:]
-    job.rows = rows_of(folder / "whole")
+    job.text, job.rows = text, rows_of(folder / "whole")
     return job
 
 
@@ -124,6 +124,14 @@ def test_two_processes_equal_one_with_the_whole_batch(pair):
         assert row["global_norm"] == pytest.approx(norm, abs=1e-4)
         assert np.array(row["expert_load"]).sum(0).tolist() == load
     assert max(row["global_norm"] for row in pair.rows) > 0.5  # clipped
+
+
+def test_one_process_speaks_and_each_has_its_log(pair):
+    lines = pair.text.splitlines()
+    assert len(lines) <= 40 and sum(line.startswith(f"step {STEPS}/{STEPS}  loss ") for line in lines) == 1
+    assert not any("per_step_time" in line or line.startswith(("[", "train| ")) for line in lines)
+    for rank in range(2):
+        assert (pair.folder / "log" / f"worker_{rank}.log").read_text().count("per_step_time: ") == STEPS
 
 
 def test_every_rank_reports_the_whole_job(pair):

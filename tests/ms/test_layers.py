@@ -29,6 +29,10 @@ MODEL = ModelSpec(
     head_dim=6,
     qkv_bias=True,
     qk_norm=True,
+    out_bias=True,
+    mlp_bias=True,
+    sliding_window=3,
+    full_attention_layers=(0,),
     moe=MoESpec(
         num_local_experts=4,
         num_experts_per_tok=2,
@@ -67,7 +71,7 @@ def test_what_two_processes_compute_adds_up() -> None:
         for rank in range(COUNT)
     ]
     x = Tensor(np.random.default_rng(2).normal(size=(LENGTH, MODEL.hidden_size)).astype(np.float32))
-    tables = rotary_tables(LENGTH, MODEL.head_dim, MODEL.rope_theta, ms.float32)
+    tables = rotary_tables(MODEL.rope.tables(LENGTH), ms.float32)
     valid = Tensor(np.ones(LENGTH, np.int32))
     for index in range(MODEL.num_hidden_layers):
         halves = [

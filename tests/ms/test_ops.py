@@ -12,6 +12,7 @@ import torch
 from mindspore import Tensor, nn, ops
 
 from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.rope import Rope
 from mindformers_ext.ms.attention import rotary_tables
 from mindformers_ext.ms.loss import NextTokenLoss
 from mindformers_ext.ms.moe.aux_loss import AuxiliaryLoss
@@ -106,7 +107,7 @@ def test_swiglu_far_from_zero() -> None:
 def test_rotary_is_transformers_rotate_half(mode: str, dtype: ms.Type) -> None:
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    cos, sin = rotary_tables(11, 6, 1e4, ms.float32)
+    cos, sin = rotary_tables(Rope(6, 1e4, 64).tables(11), ms.float32)
     cos_SP, sin_SP = (torch.from_numpy(table.asnumpy()[0, :, 0].astype(np.float64))[None] for table in (cos, sin))
 
     def plain(x: torch.Tensor) -> torch.Tensor:
@@ -123,22 +124,24 @@ def test_rotary_tables_are_transformers(theta: float, head_dim: int) -> None:
     config = LlamaConfig(hidden_size=2 * head_dim, num_attention_heads=2, head_dim=head_dim, rope_theta=theta)
     places = torch.arange(4096)[None]
     expected = LlamaRotaryEmbedding(config)(torch.zeros(1), places)
-    for table, reference in zip(rotary_tables(4096, head_dim, theta, ms.float32), expected, strict=True):
+    for table, reference in zip(
+        rotary_tables(Rope(head_dim, theta, 4096).tables(4096), ms.float32), expected, strict=True
+    ):
         assert table.shape == (1, 4096, 1, head_dim)
         # an angle of 4096 has 2.4e-4 between neighbours in float32: the two may sit on either side
         np.testing.assert_allclose(table.asnumpy()[0, :, 0], reference[0].numpy(), rtol=0, atol=5e-4)
         np.testing.assert_allclose(table.asnumpy()[0, :64, 0], reference[0, :64].numpy(), rtol=0, atol=5e-6)
 
 
-def attention(heads: int, kv_heads: int, head_dim: int) -> Callable[..., torch.Tensor]:
-    """softmax(q k^T / sqrt(P) + mask) v with repeated key and value heads."""
+def attention(heads: int, kv_heads: int, head_dim: int, window: int = 1000) -> Callable[..., torch.Tensor]:
+    """softmax(q k^T / sqrt(P) + mask) v with repeated key and value heads; a query sees ``window`` keys."""
 
     def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         B, S, _ = q.shape
         q, k, v = (x.reshape(B, S, -1, head_dim).transpose(1, 2) for x in (q, k, v))
         k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
         scores = q @ k.transpose(-1, -2) / head_dim**0.5
-        hidden = torch.ones(S, S, dtype=torch.bool).triu(1)
+        hidden = torch.ones(S, S, dtype=torch.bool).triu(1) | torch.ones(S, S, dtype=torch.bool).tril(-window)
         return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(1, 2).reshape(B, S, -1)
 
     return plain
@@ -162,6 +165,13 @@ def test_attention_in_two_halves(mode: str, dtype: ms.Type, softmax_dtype: ms.Ty
     operator = CausalAttentionOp(4, 2, 4, 512, softmax_dtype)
     assert operator.halved
     check(operator, attention(4, 2, 4), attention_inputs(1, 512, 4, 2, 4), dtype)
+
+
+@pytest.mark.parametrize(("length", "window"), [(11, 4), (512, 100), (512, 300)])
+def test_attention_within_a_window(length: int, window: int) -> None:
+    ms.set_context(mode=ms.GRAPH_MODE)
+    operator = CausalAttentionOp(4, 2, 4, length, ms.float32, window)
+    check(operator, attention(4, 2, 4, window), attention_inputs(1, length, 4, 2, 4), ms.float32)
 
 
 def test_halves_equal_the_whole(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,9 +49,27 @@ def check_network(spec: NetworkSpec, run_mode: str = "train") -> list[str]:
     if problems.lines:  # products of wrong numbers would only repeat the mistakes
         problems.raise_if_any()
     kept, warnings = effective_spec(spec)
-    for check in (_product, _lengths, _widths, _pipeline, _experts, _router_load):
+    for check in (_slices, _lengths, _widths, _pipeline, _experts, _router_load):
         check(kept, run_mode, problems, warnings)
     _quiet_losses(kept, run_mode, warnings)
+    problems.raise_if_any()
+    return warnings
+
+
+def check_cluster(spec: NetworkSpec) -> list[str]:
+    """Judge the sizes of a network that is MindFormers' own, by its rule alone: their product is the number of devices.
+
+    Returns warnings, one line each.
+
+    Raises:
+        UserError: another product, with the nearest valid choice.
+    """
+    problems = Problems("these settings do not fit together")
+    for name in (*SIZES, "device_num"):
+        problems.positive(name, getattr(spec.parallel, name))
+    problems.raise_if_any()
+    kept, warnings = effective_spec(spec)
+    _product(kept, problems)
     problems.raise_if_any()
     return warnings
 
@@ -118,20 +136,34 @@ def nearest_sizes(parallel: ParallelSpec, model: ModelSpec) -> tuple[int, int, i
     return min(choices, key=distance)
 
 
-def _product(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: list[str]) -> None:
+def _product(spec: NetworkSpec, problems: Problems) -> None:
     parallel = spec.parallel
-    dp, mp, pp, cp = (
-        getattr(parallel, name) for name in ("data_parallel", "model_parallel", "pipeline_stage", "context_parallel")
-    )
-    if cp != 1:
-        problems.add(f"context_parallel={cp}", "this network is not cut along the sequence: set context_parallel: 1")
+    sizes = ("data_parallel", "model_parallel", "pipeline_stage", "context_parallel")
+    dp, mp, pp, cp = (getattr(parallel, name) for name in sizes)
     if parallel.parallel_mode == "semi_auto_parallel" and dp * mp * pp * cp != parallel.device_num:
-        near = nearest_sizes(parallel, spec.model)
+        near, asked = nearest_sizes(parallel, spec.model), dp * mp * pp * cp
+        advice = "the nearest choice is data_parallel={}, model_parallel={}, pipeline_stage={}".format(*near)
+        if parallel.device_num == 1:  # of a file written for a cluster, started as one process
+            advice = (
+                f"start {asked} processes (bash scripts/msrun_launcher.sh COMMAND {asked}), see what it needs on "
+                f"{asked} devices (python tools/dryrun.py --config FILE --worker_num {asked}), or, for a network that "
+                "one device holds, set use_parallel to False"
+            )
         problems.add(
-            f"data_parallel*model_parallel*pipeline_stage*context_parallel = {dp}*{mp}*{pp}*{cp} = {dp * mp * pp * cp}"
+            f"data_parallel*model_parallel*pipeline_stage*context_parallel = {dp}*{mp}*{pp}*{cp} = {asked}"
             f" is not the device count {parallel.device_num}",
-            "the nearest choice is data_parallel={}, model_parallel={}, pipeline_stage={}".format(*near),
+            advice,
         )
+
+
+def _slices(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: list[str]) -> None:
+    parallel, dp = spec.parallel, spec.parallel.data_parallel
+    if parallel.context_parallel != 1:
+        problems.add(
+            f"context_parallel={parallel.context_parallel}",
+            "this network is not cut along the sequence: set context_parallel: 1",
+        )
+    _product(spec, problems)
     if run_mode not in TRAINING and spec.batch_size % dp:
         problems.divides("model_config.batch_size", spec.batch_size, "data_parallel", dp)
     if parallel.parallel_mode == "data_parallel" and parallel.device_num > 1 and run_mode in TRAINING:
@@ -226,12 +258,11 @@ def _experts(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: lis
         problems.add(f"data_parallel={dp} is not a multiple of expert_parallel={ep}", near)
     if experts % ep:
         problems.add(f"expert_num={experts} is not a multiple of expert_parallel={ep}", near)
-    if mp > 1 and not parallel.use_seq_parallel:
-        line = f"model_parallel={mp} with experts but without sequence parallel"
-        if run_mode in TRAINING:
-            problems.add(line, "set parallel_config.use_seq_parallel: True")
-        elif run_mode != TOGETHER:
-            warnings.append(f"{line}: every model-parallel rank routes the same tokens")
+    if mp > 1 and not parallel.use_seq_parallel and run_mode != TOGETHER:
+        warnings.append(
+            f"model_parallel={mp} with experts but without sequence parallel: every model-parallel rank routes and "
+            "exchanges the same tokens; parallel_config.use_seq_parallel: True shares them out"
+        )
     if spec.model.moe.use_gmm and max(ep, mp) > 1 and run_mode != TOGETHER:
         problems.add(
             f"use_gmm=True with expert_parallel={ep}, model_parallel={mp}: grouped experts stand whole on every device",

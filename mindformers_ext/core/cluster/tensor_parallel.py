@@ -19,6 +19,7 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec, ParallelSpec
 
 EMBEDDING = "embedding_weight"
+ADDED_ONCE = (".attention.wo.bias", ".feed_forward.w2.bias")
 
 
 def check_tensor_parallel(spec: NetworkSpec) -> list[str]:
@@ -82,7 +83,12 @@ def parted_parameters(spec: NetworkSpec, count: int) -> tuple[PlacedParameter, .
 
 
 def own_part(weight: np.ndarray[Any, Any], placed: PlacedParameter, rank: int) -> np.ndarray[Any, Any]:
-    """The part that process ``rank`` holds of a whole weight (of shape ``placed.whole``): a view."""
+    """The part that process ``rank`` holds of a whole weight (of shape ``placed.whole``): a view.
+
+    A bias that is added to a sum over the processes is the first one's; the others hold zeros.
+    """
+    if rank and placed.name.endswith(ADDED_ONCE):
+        return np.zeros_like(weight)
     places = (
         slice(own * rank, own * (rank + 1)) if own < size else slice(None)
         for size, own in zip(placed.whole, placed.local, strict=True)

@@ -11,15 +11,23 @@ Over several layers the two differ (a product of means is not the mean of produc
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from mindformers_ext.core.config.hf_attention import (
+    ROPE_KEYS,
+    WINDOW_KEYS,
+    read_rope,
+    read_window,
+    written_attention,
+)
 from mindformers_ext.core.config.values import read_value
-from mindformers_ext.core.errors import Problems, nearest
+from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.families import FAMILIES, Family
 from mindformers_ext.core.layers import MoESpec, SharedExpertSpec
-from mindformers_ext.core.spec import ModelSpec
+from mindformers_ext.core.spec import FEATURES, LARGEST, ModelSpec
 
 # field of ModelSpec = Hugging Face's key -> kind
 _COMMON: dict[str, str] = {
@@ -44,7 +52,7 @@ _STEP, _DENSE = "decoder_sparse_step", "mlp_only_layers"
 
 # What a family computes with unless its row or a word of it says otherwise: by part and field.
 _FIXED: dict[str, dict[str, Any]] = {
-    "model": {"qkv_bias": False, "qk_norm": False},
+    "model": dict.fromkeys(FEATURES, False),
     "moe": {
         "gate": "linear",
         "intermediate_size": None,
@@ -59,23 +67,24 @@ _FIXED: dict[str, dict[str, Any]] = {
 # Keys that would change the result and are not built: the values that leave it as it is.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "hidden_act": ("silu", "swish", None),
-    "rope_scaling": (None, {}),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
-    "pretraining_tp": (1, None),  # sliced matmuls of old checkpoints: the same sums in another order
-    "attention_dropout": (0, 0.0, None),
-    "router_jitter_noise": (0, 0.0, None),
+    "rope_interleaved": (False, None),
     "partial_rotary_factor": (1, 1.0, None),
     "quantization_config": (None, {}),
     "add_cross_attention": (False, None),
     "is_encoder_decoder": (False, None),
-    "layer_types": (None,),
-    "use_sliding_window": (False, None),
+}
+# Keys with another value than these are noted: what they change is not this function.
+_NOTED: dict[str, tuple[tuple[object, ...], str]] = {
+    "pretraining_tp": ((1, None), "the same sums in another order"),
+    "attention_dropout": ((0, 0.0, None), "of training only; not built, nothing is dropped"),
+    "router_jitter_noise": ((0, 0.0, None), "of training only; not built, nothing is added"),
 }
 _HARMLESS = frozenset(
     """architectures model_type torch_dtype dtype transformers_version _name_or_path name_or_path _commit_hash use_cache
-    output_router_logits output_attentions output_hidden_states return_dict torchscript auto_map sliding_window
-    rope_parameters attn_implementation _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled
+    output_router_logits output_attentions output_hidden_states return_dict torchscript auto_map
+    attn_implementation _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled
     gradient_checkpointing id2label label2id num_labels problem_type task_specific_params finetuning_task
     tokenizer_class prefix sep_token_id decoder_start_token_id unk_token_id pruned_heads chunk_size_feed_forward
     is_decoder cross_attention_hidden_size tie_encoder_decoder tf_legacy_loss use_bfloat16
@@ -84,7 +93,7 @@ _HARMLESS = frozenset(
     forced_bos_token_id forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size
     num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty
     return_dict_in_generate suppress_tokens temperature top_k top_p typical_p max_sequence_length
-    max_window_layers unsloth_version unsloth_fixed
+    unsloth_version unsloth_fixed
     base_model_tp_plan base_model_pp_plan keys_to_ignore_at_inference""".split()
 )
 
@@ -106,10 +115,14 @@ def model_spec_from_hf(config: Mapping[str, Any]) -> ModelSpec:
         name: read_value(name, config.get(name), reader, row.defaults[name], problems)
         for name, reader in _COMMON.items()
     }
-    values["rope_theta"] = _rope_theta(config, values["rope_theta"], problems)
+    if values["num_hidden_layers"] > LARGEST["num_hidden_layers"]:  # layers are counted through below
+        problems.positive("num_hidden_layers", values["num_hidden_layers"], LARGEST["num_hidden_layers"])
+    values["rope_theta"], values["rope_scaling"] = read_rope(config, values["rope_theta"], problems)
     parts = _words(config, row, problems)
     problems.raise_if_any()
-    own = FAMILIES[row.reads_as or row.name]
+    window, full = read_window(config, row, values["num_hidden_layers"], values["max_position_embeddings"], problems)
+    values |= {"sliding_window": window, "full_attention_layers": full}
+    own = FAMILIES[row.reads_as] if row.reads_as and window is None else row
     values |= {**row.model, **parts["model"], "family": "" if own.implied else own.name}
     values["moe"] = _routing(config, row, parts, values["intermediate_size"], problems) if row.has_experts else None
     values["dense_layers"] = _dense_layers(config, row, values["num_hidden_layers"], problems)
@@ -120,7 +133,6 @@ def model_spec_from_hf(config: Mapping[str, Any]) -> ModelSpec:
     first, *more = (-1,) if no_eos else values["eos_token_id"]
     values |= {"eos_token_id": first, "more_eos_token_ids": tuple(more)}
     _complete_heads(config, row, values, problems)
-    _check_window(config, row, values["max_position_embeddings"], problems)
     spec = ModelSpec(**values)
     spec.collect(problems)
     problems.raise_if_any()
@@ -147,7 +159,7 @@ def hf_config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     result["attention_dropout"] = 0.0
     parts = {"model": spec, "moe": spec.moe, "shared": spec.moe.shared_expert if spec.moe else None}
     for word in row.words:
-        value = getattr(parts[word.part], word.field)
+        value = getattr(parts[word.part], word.fields[0])
         is_width = (word.part, word.field) == ("moe", "intermediate_size")
         result[word.key] = spec.expert_size if is_width else value
     if row.chooses_layers:
@@ -155,7 +167,21 @@ def hf_config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     if spec.moe:
         factor = dict(spec.moe.aux_losses).get("expert", 0.0)
         result[_AUX_COEF[0]] = float(f"{factor / spec.moe.num_experts_per_tok:.15g}")
-    return result | dict(row.written)
+    return result | written_attention(spec, row)
+
+
+def hf_notes(config: Mapping[str, Any]) -> list[str]:
+    """One line per key of ``config.json`` that is set and changes nothing here, but those that say nothing of the
+    function anywhere."""
+    known = {*_COMMON, *_NEUTRAL, *_NOTED, *_HARMLESS, *ROPE_KEYS, *WINDOW_KEYS, _AUX_COEF[0], _STEP, _DENSE}
+    known |= {word.key for row in FAMILIES.values() for word in row.words}
+    notes = [
+        f"config.json: {key}={config[key]!r} has no effect here: {why}"
+        for key, (neutral, why) in _NOTED.items()
+        if key in config and config[key] not in neutral
+    ]
+    unread = [key for key in config if key not in known]
+    return notes + ([f"config.json: not read, as by transformers: {', '.join(unread)}"] if unread else [])
 
 
 def routing_as_hf(moe: MoESpec) -> MoESpec:
@@ -177,6 +203,9 @@ def routing_as_hf(moe: MoESpec) -> MoESpec:
 
 def _family(config: Mapping[str, Any], problems: Problems) -> Family:
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, (list, tuple)) or not all(isinstance(name, str) for name in architectures):
+        problems.add(f"architectures={architectures!r}", "a list of class names is expected")
+        problems.raise_if_any()
     kinds = {row.name for row in FAMILIES.values() if row.hf_class in architectures}
     kind = config.get("model_type")
     if kind is None and len(kinds) == 1:
@@ -192,18 +221,25 @@ def _family(config: Mapping[str, Any], problems: Problems) -> Family:
 
 
 def _check_keys(config: Mapping[str, Any], row: Family, problems: Problems) -> None:
+    """transformers reads the keys that its class knows and no other, so that an unknown one changes nothing. But one
+    that is nearly a known one is taken for a slip, and one that makes another family's experts belongs there."""
+    experts = {word.key for other in FAMILIES.values() for word in other.words if word.part != "model"}
     own = {word.key for word in row.words}
-    known = {*_COMMON, *_NEUTRAL, *_HARMLESS} | own
+    read = {*_COMMON, *_NEUTRAL, *ROPE_KEYS} | own
+    if row.windowed or row.window_switch:
+        read |= set(WINDOW_KEYS)
     if row.has_experts:
-        known |= {_AUX_COEF[0]}
+        read |= {_AUX_COEF[0]}
     if row.chooses_layers:
-        known |= {_STEP, _DENSE}
+        read |= {_STEP, _DENSE}
     for key, value in config.items():
-        if key not in known:
-            problems.add(f"unknown key '{key}'", nearest(key, sorted(known)))
+        if key not in read and key not in _HARMLESS and key not in _NOTED:
+            slip = difflib.get_close_matches(key, sorted(read), 1, 0.9)
+            if slip:
+                problems.add(f"unknown key '{key}'", f"did you mean '{slip[0]}'?")
+            elif key in experts:
+                problems.add(f"unknown key '{key}'", f"a {row.name} has no such experts: correct model_type")
         elif key in _NEUTRAL and key not in own and value not in _NEUTRAL[key]:
-            if _means_nothing(key, value):
-                continue
             problems.add(f"{key}={value!r} is not built", f"only {_NEUTRAL[key][0]!r} is")
 
 
@@ -212,7 +248,7 @@ def _words(config: Mapping[str, Any], row: Family, problems: Problems) -> dict[s
     parts: dict[str, dict[str, Any]] = {"model": {}, "moe": {}, "shared": {}}
     for word in row.words:
         value = read_value(word.key, config.get(word.key), word.kind, word.default, problems)
-        parts[word.part][word.field] = value
+        parts[word.part] |= dict.fromkeys(word.fields, value)
     return parts
 
 
@@ -246,7 +282,7 @@ def _check_expressible(spec: ModelSpec, row: Family) -> None:
     """``UserError`` where the family's ``config.json`` cannot say what ``spec`` is."""
     problems = Problems(f"this network as a Hugging Face {row.name}")
     shared = spec.moe.shared_expert if spec.moe else None
-    told = {(word.part, word.field) for word in row.words}
+    told = {(word.part, name) for word in row.words for name in word.fields}
     rows = {"model": (spec, row.model), "moe": (spec.moe, row.moe), "shared": (shared, row.shared or {})}
     for part, (values, fixed) in rows.items():
         if values is None:
@@ -260,54 +296,18 @@ def _check_expressible(spec: ModelSpec, row: Family) -> None:
     if (shared is not None) != (row.shared is not None):
         has = "has one" if row.shared is not None else "has none"
         problems.add(f"shared_expert={shared!r}", f"a {row.name} {has}")
+    for word in row.words:  # one key for several
+        values = rows[word.part][0]
+        if values is not None and len({getattr(values, name) for name in word.fields}) > 1:
+            said = ", ".join(f"{name}={getattr(values, name)!r}" for name in word.fields)
+            problems.add(said, f"a {row.name} has one word for both, {word.key}")
     if spec.dense_layers and not row.chooses_layers:
         problems.add(f"dense_layers={list(spec.dense_layers)}", f"every layer of a {row.name} is a mixture")
     problems.raise_if_any()
 
 
-def _means_nothing(key: str, value: Any) -> bool:
-    """Long spellings of a neutral value."""
-    if key == "layer_types":
-        return isinstance(value, (list, tuple)) and set(value) == {"full_attention"}
-    if key == "rope_scaling" and isinstance(value, Mapping):
-        return set(value) <= {"type", "rope_type"} and set(value.values()) == {"default"}
-    return False
-
-
 def _is_null(config: Mapping[str, Any], name: str, default: Any) -> bool:
     return config.get(name, default) is None
-
-
-def _rope_theta(config: Mapping[str, Any], theta: float, problems: Problems) -> float:
-    """``rope_theta`` from the top level or from transformers 5's ``rope_parameters``."""
-    rope = config.get("rope_parameters")
-    if rope is None:
-        return theta
-    if not isinstance(rope, Mapping):
-        problems.add(f"rope_parameters={rope!r}", "a mapping with rope_theta is expected")
-        return theta
-    for key in rope:
-        if key not in ("rope_theta", "rope_type", "type") and (key, rope[key]) != ("partial_rotary_factor", 1.0):
-            problems.add(f"rope_parameters.{key}={rope[key]!r} is not built", "only rope_theta is")
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    if scaling != "default":
-        problems.add(f"rope_parameters.rope_type={scaling!r} is not built", "only 'default' is")
-    inner = read_value("rope_parameters.rope_theta", rope.get("rope_theta"), "float", theta, problems)
-    if config.get("rope_theta") is not None and inner != theta:
-        problems.add(f"rope_theta={theta} and rope_parameters.rope_theta={inner} differ", "keep one")
-    return float(inner)
-
-
-def _check_window(config: Mapping[str, Any], row: Family, positions: int, problems: Problems) -> None:
-    """A window narrower than the positions changes attention."""
-    if row.window_switch:  # off, or refused by now
-        return
-    window = read_value("sliding_window", config.get("sliding_window", row.window), "int", None, problems)
-    if window is not None and window < positions:
-        problems.add(
-            f"sliding_window={window} is smaller than max_position_embeddings={positions}",
-            f"windowed attention is not built: set sliding_window to null, or max_position_embeddings to {window}",
-        )
 
 
 def _routing(

@@ -68,6 +68,10 @@ KEYS: tuple[Key, ...] = (
         pad_token_id             pad_token_id             int    0
         ignore_token_id          ignore_token_id          int    -100
         qkv_has_bias             qkv_bias                 bool   False
+        attn_proj_has_bias       out_bias                 bool   False
+        mlp_has_bias             mlp_bias                 bool   False
+        sliding_window           sliding_window           int    -
+        full_attention_layers    full_attention_layers    layers -
         qk_layernorm             qk_norm                  bool   False
         dense_layers             dense_layers             layers -
     """,
@@ -179,6 +183,8 @@ COMPOSED: dict[str, frozenset[str]] = {
             "pet_config",
             "shared_expert_intermediate_size",
             "shared_expert_scale",
+            "extend_method",
+            "scaling_factor",
         }
     ),
     "moe_config": frozenset(
@@ -296,9 +302,6 @@ NOTED: dict[str, dict[str, tuple[object, ...]]] = {
 UNBUILT: dict[str, dict[str, tuple[object, ...]]] = {
     MODEL: {
         "qkv_concat": (False, None),
-        "attn_proj_has_bias": (False, None),
-        "extend_method": ("None", None),
-        "scaling_factor": (1.0, None),
         "use_ring_attention": (False, None),
         "use_eod_attn_mask_compression": (False, None),
         "input_sliced_sig": (False, None),
@@ -332,6 +335,8 @@ UNBUILT: dict[str, dict[str, tuple[object, ...]]] = {
 OTHER_WORDS: dict[str, str] = {
     "num_moe_experts": "moe_config.expert_num",
     "num_local_experts": "moe_config.expert_num",
+    "num_experts": "moe_config.expert_num",
+    "n_routed_experts": "moe_config.expert_num",
     "moe_router_topk": "moe_config.num_experts_chosen",
     "num_experts_per_tok": "moe_config.num_experts_chosen",
     "moe_expert_capacity_factor": "moe_config.capacity_factor",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.byte_sizes import read_size
+from mindformers_ext.core.config.ranges import check_ranges
 from mindformers_ext.core.config.sampling import SamplingSpec, sampling_from_yaml
 from mindformers_ext.core.config.values import read_value, section_at
 from mindformers_ext.core.errors import Problems, UserError
@@ -125,6 +126,11 @@ class RunSpec:
         return self.device.together
 
     @property
+    def compiles(self) -> bool:
+        """Whether the engine compiles graphs before it computes, which takes long and is said."""
+        return self.engine == MINDSPORE and not self.device.pynative
+
+    @property
     def suffix(self) -> str:
         """Of checkpoint files: .ckpt or .safetensors."""
         return f".{self.load_format}"
@@ -157,6 +163,8 @@ def run_spec_from_yaml(config: Mapping[str, Any], where: str = "the configuratio
     if mode not in RUN_MODES:
         raise UserError(f"{where}: run_mode={mode!r}: choose one of {', '.join(RUN_MODES)} (--run_mode)")
     problems = Problems(where)
+    check_ranges(config, mode in TRAINING, problems)
+    problems.raise_if_any()  # what follows takes the values as they are
     target = device_target(config)
     words, runner, arch = (section_at(config, path) for path in (MODEL, "runner_config", "model.arch"))
     output_dir = str(config.get("output_dir") or "./output")

@@ -9,7 +9,7 @@ from typing import Any
 
 from mindformers_ext.core.config.keys import MODES
 from mindformers_ext.core.errors import Problems
-from mindformers_ext.core.layers import DTYPE_NAMES
+from mindformers_ext.core.layers import DTYPE_NAMES, DTYPE_WORDS, dtype_name
 
 
 def read_value(name: str, value: Any, kind: str, default: Any, problems: Problems) -> Any:
@@ -46,7 +46,7 @@ def _float(value: Any) -> float | None:
         return None
     try:
         number = float(value)  # YAML 1.1 reads 1e-5, without a dot, as text
-    except ValueError:
+    except (ValueError, OverflowError):  # text of another kind; an integer beyond all floats
         return None
     return number if math.isfinite(number) else None
 
@@ -59,16 +59,11 @@ def _str(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _dtype(value: Any) -> str | None:
-    name = str(value).lower()  # mindspore's own types print as Float32
-    return name if name in DTYPE_NAMES else None
-
-
 def _mode(value: Any) -> str | None:
-    if isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
         return None
-    if isinstance(value, str) and value.isdecimal():  # some of MindFormers' own files quote the number
-        value = int(value)
+    if isinstance(value, str):  # some of MindFormers' own files quote the number, others write capitals
+        value = int(value) if value in map(str, MODES) else value.lower()
     return value if value in (*MODES.values(), "stand_alone") else MODES.get(value)
 
 
@@ -88,7 +83,7 @@ _READERS: dict[str, tuple[Any, str]] = {
     "float": (_float, "a finite number"),
     "bool": (_bool, "True or False"),
     "str": (_str, "a text"),
-    "dtype": (_dtype, "one of " + ", ".join(DTYPE_NAMES)),
+    "dtype": (dtype_name, "one of " + ", ".join((*DTYPE_NAMES, *DTYPE_WORDS))),
     "mode": (_mode, "one of " + ", ".join(f"{number} ({name})" for number, name in MODES.items())),
     "layers": (_layers, "a list of layer numbers from 0"),
     "ids": (_ids, "a token id or a list of token ids"),

@@ -10,7 +10,8 @@ Our own keys, all in ``model.model_config`` because MindFormers refuses unknown 
 routing losses are part of the loss), ``aux_loss_reduce`` (``sum`` or ``mean`` over layers), ``norm_single_choice`` (a
 single chosen expert gets gate 1, as in Hugging Face's Mixtral; default False, MindFormers' rule); and of the families
 ``moe_intermediate_size``, ``shared_expert_intermediate_size``, ``shared_expert_scale``, ``dense_layers`` (numbers of
-the layers without experts), ``moe_gate`` and ``qk_layernorm``.
+the layers without experts), ``moe_gate`` and ``qk_layernorm``; and of attention ``mlp_has_bias``, ``sliding_window``
+(tokens that a token sees, itself included) and ``full_attention_layers`` (numbers of the layers without a window).
 
 Routing losses: ``aux_loss_types`` with ``aux_loss_factors`` where given (``[]`` means none); where absent or null,
 ``aux_loss_factor`` > 0 means ``expert`` with that factor. MindFormers reads that factor and drops the loss.
@@ -35,13 +36,15 @@ from mindformers_ext.core.config.keys import (
     defaults,
     known_keys,
 )
+from mindformers_ext.core.config.quantised import check_not_quantised
 from mindformers_ext.core.config.recompute import names_without_effect
+from mindformers_ext.core.config.rope_words import read_extension, written_extension
 from mindformers_ext.core.config.run import RUN_MODES
 from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.errors import Problems, nearest
-from mindformers_ext.core.families import GENERIC_NAMES, Family, named_family
-from mindformers_ext.core.layers import MoESpec, SharedExpertSpec
-from mindformers_ext.core.spec import KernelSpec, ModelSpec, NetworkSpec, NumericsSpec, ParallelSpec
+from mindformers_ext.core.families import GENERIC_NAMES, Family, family_of_features, named_family
+from mindformers_ext.core.layers import MoESpec, SharedExpertSpec, dtype_name
+from mindformers_ext.core.spec import FEATURES, KernelSpec, ModelSpec, NetworkSpec, NumericsSpec, ParallelSpec
 
 Sections = dict[str, Mapping[str, Any]]
 ROUTING_POLICY = "TopkRouterV2"
@@ -59,6 +62,7 @@ def network_spec_from_yaml(config: Mapping[str, Any], device_num: int = 1) -> Ne
         UserError: lists every unknown key, wrong kind of value, unbuilt option and broken rule of the model.
     """
     problems = Problems("the configuration")
+    check_not_quantised(config)
     sections = _sections(config, problems)
     _check_keys(sections, problems)
     parts: dict[str, dict[str, Any]] = {
@@ -118,6 +122,7 @@ def yaml_from_network_spec(spec: NetworkSpec) -> dict[str, Any]:
             sections[key.section][key.name] = _plain(key, getattr(parts[key.part], key.field))
     if spec.model.more_eos_token_ids:
         sections[MODEL]["eos_token_id"] = [spec.model.eos_token_id, *spec.model.more_eos_token_ids]
+    sections[MODEL] |= written_extension(spec.model.rope_scaling)
     kind, architecture = spec.model.family_row.yaml_names[0] if spec.model.family else GENERIC_NAMES
     sections[MODEL] |= {"type": kind, "batch_size": spec.batch_size}
     sections["runner_config"]["batch_size"] = spec.batch_size
@@ -143,7 +148,7 @@ def yaml_notes(config: Mapping[str, Any]) -> list[str]:
         if name in sections[section] and sections[section][name] not in neutral
     ]
     notes += [f"recompute_config.select_recompute: {name} keeps nothing here" for name in names_without_effect(config)]
-    if str(sections["moe_config"].get("router_dense_type", "")).lower() == "float16":
+    if dtype_name(sections["moe_config"].get("router_dense_type")) == "float16":
         notes.append("moe_config.router_dense_type float16 is read as float32, as MindFormers does")
     return notes
 
@@ -214,8 +219,12 @@ def _complete_family(sections: Sections, parts: dict[str, dict[str, Any]], probl
 
     A family that experts alone imply (``core.families``) fixes nothing here: training may route otherwise.
     """
-    parts["model"]["dense_layers"] = parts["model"]["dense_layers"] or ()
+    model = parts["model"]
+    model |= {name: model[name] or () for name in ("dense_layers", "full_attention_layers")}
     row = _named_family(sections)
+    if row is None and parts["moe"]["num_local_experts"] in (1, None):
+        features = {name: model[name] for name in FEATURES}
+        row = family_of_features(features, model["sliding_window"] is not None, bool(model["full_attention_layers"]))
     if row is None or row.implied:
         return
     parts["model"]["family"] = row.name
@@ -275,9 +284,13 @@ def _complete_model(model: dict[str, Any], words: Mapping[str, Any], seq_length:
         multiple = read_value(f"{MODEL}.multiple_of", words.get("multiple_of", 256), "int", 256, problems)
         factor = words.get("ffn_dim_multiplier")
         factor = read_value(f"{MODEL}.ffn_dim_multiplier", factor, "float", None, problems)
+        if factor is not None and not 0 < factor <= 1000:
+            problems.add(f"{MODEL}.ffn_dim_multiplier={factor} is out of range", "give a number above 0, about 1")
+            factor = None
         wide = 4 * hidden if factor is None else int((factor + 0.01) * 4 * hidden)
         multiple = max(1, multiple)
         model["intermediate_size"] = multiple * ((int(2 * wide / 3) + multiple - 1) // multiple)
+    model["rope_theta"], model["rope_scaling"] = read_extension(words, model["rope_theta"], problems)
     first, *more = model["eos_token_id"]
     model |= {"eos_token_id": first, "more_eos_token_ids": tuple(more)}
 

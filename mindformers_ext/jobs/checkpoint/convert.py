@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.byte_sizes import read_size
-from mindformers_ext.core.config.hf import model_spec_from_hf
+from mindformers_ext.core.config.hf import hf_notes, model_spec_from_hf
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.formats.atomic import flush, fresh_file, fresh_folder, refuse_existing
 from mindformers_ext.formats.disk import check_space, free_bytes, refusal
 from mindformers_ext.formats.dtypes import BY_NUMPY
 from mindformers_ext.formats.fingerprint import fingerprint
-from mindformers_ext.formats.links import copy_companions, left_out
 from mindformers_ext.formats.ms_ckpt import CkptFile
 from mindformers_ext.formats.ms_file import CheckpointMeta, check_suffix, open_writer, sidecar
 from mindformers_ext.formats.safetensors_dir import SafetensorsDirWriter
 from mindformers_ext.formats.tensors import TensorReader
+from mindformers_ext.jobs.checkpoint.companions import copy_companions, is_companion_folder
 from mindformers_ext.jobs.checkpoint.copy_tensors import copy_tensors
 from mindformers_ext.jobs.checkpoint.source import (
     CONFIG,
@@ -38,20 +38,13 @@ from mindformers_ext.weights.layouts import GMM, Layout
 from mindformers_ext.weights.plan import Direction, Overflow, Plan
 
 DEFAULT_SHARD = 5 * 10**9
-COMPANIONS = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 NO_CONFIG = (
     "no config.json was written, as nothing told the model's: put the original one into the folder, or convert again "
     "with --config"
+)
+NO_TOKENIZER = (
+    "no tokenizer was written: give the folder that holds it with --config, or copy its files (tokenizer.json, "
+    "tokenizer.model, tokenizer_config.json, ...) into the new folder"
 )
 
 
@@ -128,7 +121,7 @@ def convert(request: ConvertRequest) -> ConvertReport:
             started = time.monotonic()
             overflow = Overflow(request.allow_overflow)
             found = (_write_hf if request.direction == "to_hf" else _write_ms)(request, job, overflow)
-            notes = (*job.notes, *found, *_infinite(overflow), *((NO_CONFIG,) if _lacks_config(request, job) else ()))
+            notes = (*job.notes, *_infinite(overflow), *((NO_CONFIG,) if _lacks_config(request, job) else ()), *found)
             return ConvertReport(
                 len(job.plan.targets), job.plan.nbytes, time.monotonic() - started, _left_behind(job.plan), notes
             )
@@ -172,7 +165,7 @@ def _opened(request: ConvertRequest) -> Iterator[_Job]:
             spec = model_spec_from_hf(config)
             check_model(spec, request.model)
             plan = plan_to_mindspore(reader, spec, request.dtype, request.layout)
-            yield _Job(reader, plan, config, spec, "Hugging Face", ())
+            yield _Job(reader, plan, config, spec, "Hugging Face", tuple(hf_notes(config)))
         return
     reader, meta = open_ms(request.input_path, request.strategy_dir)
     with closing(reader):
@@ -224,7 +217,7 @@ def _is_leftover(out: Path, beside: Path) -> bool:
         return False
 
 
-def _write_ms(request: ConvertRequest, job: _Job, overflow: Overflow) -> list[str]:
+def _write_ms(request: ConvertRequest, job: _Job, overflow: Overflow) -> tuple[str, ...]:
     """The description of a ``.ckpt`` comes first: its fingerprint makes readers refuse an older file with it."""
     out = request.output_path
     experts = job.spec.moe.num_local_experts if job.spec.moe else 0
@@ -246,21 +239,21 @@ def _write_ms(request: ConvertRequest, job: _Job, overflow: Overflow) -> list[st
                 meta = CheckpointMeta(**told, hash=fingerprint(written))
             with fresh_file(sidecar(out), overwrite=True) as description:
                 description.write_text(meta.to_text(), encoding="utf-8")
-    return []
+    return ()
 
 
-def _write_hf(request: ConvertRequest, job: _Job, overflow: Overflow) -> list[str]:
-    """The folder; returns notes."""
-    outside: list[str] = []
+def _write_hf(request: ConvertRequest, job: _Job, overflow: Overflow) -> tuple[str, ...]:
+    """Write the folder; returns notes."""
     with fresh_folder(request.output_path, request.overwrite) as partial:
         with SafetensorsDirWriter(partial, job.plan.targets, request.max_shard_bytes) as writer:
             copy_tensors(job.plan, job.reader, writer, overflow)
         if job.config:
             text = json.dumps(_with_dtype(job.config, _dtype_of(job.plan)), indent=2) + "\n"
             (partial / CONFIG).write_text(text, encoding="utf-8")
-        if request.config and request.config.is_dir():
-            outside = left_out(request.config, copy_companions(request.config, partial, COMPANIONS)[1])
-    return outside
+        if request.config is None or not request.config.is_dir():
+            return (NO_TOKENIZER,)
+        copied = copy_companions(request.config, partial)
+        return copied.notes + (() if copied.has_tokenizer else (NO_TOKENIZER,))
 
 
 def _folder(path: Path) -> Path:
@@ -275,7 +268,7 @@ def _protect(request: ConvertRequest) -> None:
             raise UserError(f"output '{request.output_path}' holds '{source}', which is read: choose another folder")
     if not request.overwrite or not out.is_dir() or not any(out.iterdir()):
         return
-    if not (out / CONFIG).is_file() or any(path.is_dir() for path in out.iterdir()):
+    if not (out / CONFIG).is_file() or any(path.is_dir() and not is_companion_folder(path) for path in out.iterdir()):
         raise UserError(
             f"output '{request.output_path}' is not a plain model folder: remove it yourself or choose another"
         )

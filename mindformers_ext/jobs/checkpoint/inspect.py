@@ -15,6 +15,7 @@ from mindformers_ext.formats.dtypes import BY_NUMPY
 from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.formats.ms_ckpt import CkptFile
 from mindformers_ext.formats.ms_file import read_meta, sidecar
+from mindformers_ext.formats.rank_dirs import rank_folders
 from mindformers_ext.formats.safetensors_file import SafetensorsFile
 from mindformers_ext.formats.tensors import TensorInfo, TensorReader
 from mindformers_ext.jobs.checkpoint.source import describe_checkpoint, described_layout, open_hf
@@ -70,7 +71,7 @@ def inspect_ckpt(path: Path) -> Inspection:
     Raises:
         UserError: no weights there, or none that are whole.
     """
-    if path.is_dir() and any(path.glob("rank_*")):
+    if path.is_dir() and rank_folders(path):
         raise UserError(f"'{path}' holds the slices of several ranks: give one of their files")
     kind = _kind(path)
     if kind == "MindSpore .ckpt":

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import numpy as np
 
 from mindformers_ext.core.config.lora import ADAPTER_CONFIG, LORA_A, LORA_B
 from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.json_text import read_object
 from mindformers_ext.formats.atomic import flush, fresh_file
 from mindformers_ext.formats.dtypes import cast
 from mindformers_ext.formats.fingerprint import fingerprint
@@ -86,10 +86,10 @@ def scale_of(file: Path) -> float:
             f"no {ADAPTER_CONFIG} lies beside {file} or up to two folders above: give --lora_scaling "
             "(lora_alpha / lora_rank of the run)"
         )
+    adapter = read_object(found, "give --lora_scaling")
     try:
-        adapter = json.loads(found.read_text(encoding="utf-8"))
         return float(adapter["lora_alpha"]) / float(adapter["r"])
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{found} holds no lora_alpha and r: give --lora_scaling") from error
 
 

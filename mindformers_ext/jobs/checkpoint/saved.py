@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.json_text import JsonError, parse_json
 from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.formats.atomic import flush, write_text
 from mindformers_ext.formats.ms_ckpt import CkptFile
 from mindformers_ext.formats.ms_file import CheckpointMeta, read_meta
+from mindformers_ext.formats.rank_dirs import rank_folders
 from mindformers_ext.formats.safetensors_file import SafetensorsFile
 from mindformers_ext.weights.convert import rule_set
 from mindformers_ext.weights.layouts import DENSE, Layout
@@ -26,7 +28,9 @@ from mindformers_ext.weights.layouts import DENSE, Layout
 SIZES = "sizes.json"
 SUFFIXES = (".ckpt", ".safetensors")
 
-_NAME = re.compile(r"(?P<prefix>.+)_rank_(?P<rank>\d+)(?:_(?P<run>\d+))?-(?P<epoch>\d+)_(?P<step>\d+)$")
+_NAME = re.compile(
+    r"(?P<prefix>.+)_rank_(?P<rank>\d{1,9})(?:_(?P<run>\d{1,9}))?-(?P<epoch>\d{1,18})_(?P<step>\d{1,18})", re.ASCII
+)
 
 
 @dataclass(frozen=True, order=True)
@@ -59,12 +63,16 @@ class ResumePoint:
 
 def saved_in(folder: Path, suffix: str = ".ckpt") -> list[Saved]:
     """The checkpoint files of a rank folder, oldest first."""
-    found = []
-    for path in folder.glob(f"*{suffix}") if folder.is_dir() else ():
-        match = _NAME.match(path.name.removesuffix(suffix))
-        if match:
-            found.append(Saved(int(match["run"] or 0), int(match["epoch"]), int(match["step"]), path))
-    return sorted(found)
+    found = folder.glob(f"*{suffix}") if folder.is_dir() else ()
+    return sorted(saved for path in found if (saved := saved_as(path)) is not None)
+
+
+def saved_as(path: Path) -> Saved | None:
+    """What the name of a checkpoint file tells; None for another file."""
+    match = _NAME.fullmatch(path.stem)
+    if match is None or path.suffix not in SUFFIXES:
+        return None
+    return Saved(int(match["run"] or 0), int(match["epoch"]), int(match["step"]), path)
 
 
 def fault(path: Path) -> str | None:
@@ -91,7 +99,7 @@ def choose_resume(folder: Path, name: str | None = None, suffix: str = ".ckpt") 
     Raises:
         UserError: the folder holds no rank folder, or no step is whole on every rank.
     """
-    ranks = sorted(folder.glob("rank_*"), key=lambda path: int(path.name.removeprefix("rank_")))
+    ranks = list(rank_folders(folder).values()) if folder.is_dir() else []
     if not ranks:
         raise UserError(
             f"nothing to resume from: {folder} has no folder rank_0; give --load_checkpoint the "
@@ -122,7 +130,8 @@ def choose_resume(folder: Path, name: str | None = None, suffix: str = ".ckpt") 
 
 def remove_leftovers(folder: Path) -> list[Path]:
     """Delete the unfinished ``.tmp`` files of all rank folders; returns what was deleted."""
-    found = sorted(folder.glob("rank_*/*.tmp"))
+    ranks = rank_folders(folder).values() if folder.is_dir() else ()
+    found = sorted(path for rank in ranks for path in rank.glob("*.tmp"))
     for path in found:
         path.unlink(missing_ok=True)  # the ranks of a job all look at once
     return found
@@ -144,11 +153,12 @@ def set_aside(folder: Path, first: tuple[int, int], since: float) -> list[Path]:
 
 def noted_sizes(folder: Path) -> dict[str, int]:
     """File name -> bytes, as noted when each file was finished; empty where nothing was noted."""
+    path = folder / SIZES
     try:
-        noted = json.loads((folder / SIZES).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        noted = parse_json(path.read_bytes()) if path.is_file() else {}
+    except JsonError:
         return {}
-    return {str(name): int(size) for name, size in noted.items()} if isinstance(noted, dict) else {}
+    return {name: size for name, size in noted.items() if type(size) is int} if isinstance(noted, dict) else {}
 
 
 def note_size(path: Path) -> None:

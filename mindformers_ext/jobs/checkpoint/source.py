@@ -3,21 +3,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from mindformers_ext.core.config.hf import model_spec_from_hf
-from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.json_text import read_object
 from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.formats.ms_ckpt import CkptFile
 from mindformers_ext.formats.ms_file import CheckpointMeta, open_checkpoint, read_meta, sidecar
-from mindformers_ext.formats.rank_dirs import rank_files
-from mindformers_ext.formats.safetensors_dir import SafetensorsDir
+from mindformers_ext.formats.rank_dirs import rank_files, rank_folders
+from mindformers_ext.formats.safetensors_dir import INDEX, SafetensorsDir, weight_files
 from mindformers_ext.formats.safetensors_file import SafetensorsFile
 from mindformers_ext.formats.tensors import TensorReader
 from mindformers_ext.weights.layouts import Layout, resolve_layout
@@ -25,6 +25,7 @@ from mindformers_ext.weights.model_sizes import sizes_from_shapes
 
 CONFIG = "config.json"
 TORCH_SUFFIXES = (".bin", ".pt")
+HF_MARKS = ("embed_tokens.", ".self_attn.")  # in names of Hugging Face's, in none of MindSpore's
 
 
 class Reader(TensorReader, Protocol):
@@ -35,7 +36,7 @@ class Reader(TensorReader, Protocol):
 
 
 def open_hf(path: Path) -> Reader:
-    """The weights of a Hugging Face folder: safetensors, else PyTorch files (imports torch)."""
+    """The weights of a Hugging Face folder, or one file of weights: safetensors, else PyTorch's (imports torch)."""
     if path.is_dir() and not any(path.glob("*.safetensors*")):
         from mindformers_ext.jobs.checkpoint.torch_dir import TorchDir, torch_files
 
@@ -45,7 +46,19 @@ def open_hf(path: Path) -> Reader:
         from mindformers_ext.jobs.checkpoint.torch_dir import TorchDir
 
         return TorchDir(path)
+    if path.is_file() and path.suffix == ".safetensors":
+        if path.name in (weight_files(path.parent) if (path.parent / INDEX).is_file() else ()):
+            raise UserError(f"'{path}' is one of several files of a model: give their folder, '{path.parent}'")
+        return SafetensorsFile(path)
     return SafetensorsDir(path)
+
+
+def is_hf_file(path: Path) -> bool:
+    """Whether ``path`` is a .safetensors file whose tensors have Hugging Face's names, not MindSpore's."""
+    if not path.is_file() or path.suffix != ".safetensors":
+        return False
+    with closing(SafetensorsFile(path)) as file:
+        return any(mark in name for name in file.infos for mark in HF_MARKS)
 
 
 def open_ms(path: Path, strategy_dir: Path | None = None) -> tuple[Reader, CheckpointMeta | None]:
@@ -69,7 +82,7 @@ def open_ms(path: Path, strategy_dir: Path | None = None) -> tuple[Reader, Check
         except UserError:
             sliced.close()
             raise
-    if path.is_dir() and any(path.glob("rank_*")):
+    if path.is_dir() and rank_folders(path):
         raise UserError(f"'{path}' holds the slices of several ranks: pass --strategy_dir with their strategy files")
     reader = open_checkpoint(path)
     try:
@@ -153,13 +166,25 @@ def read_config(path: Path) -> Mapping[str, Any]:
     file = path / CONFIG if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"'{file}' does not exist: the model's sizes come from a Hugging Face config.json")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"'{file}' is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"'{file}' is not a table of settings")
+    config = read_object(file, "give the config.json of a Hugging Face model")
+    problems = Problems(f"'{file}'")
+    for key, wanted, fits in KINDS:
+        if not fits(config.get(key)):
+            problems.add(f"{key}={str(config[key])[:80]}", f"expected {wanted}")
+    problems.raise_if_any()
     return config
+
+
+def _is_texts(value: object) -> bool:
+    return value is None or isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+# What decides which table of a family is looked up, before any value is read.
+KINDS: tuple[tuple[str, str, Callable[[object], bool]], ...] = (
+    ("architectures", "a list of class names", _is_texts),
+    ("layer_types", "a list of names", _is_texts),
+    ("model_type", "a name", lambda value: value is None or isinstance(value, str)),
+)
 
 
 def _config_of(meta: CheckpointMeta | None, path: Path | None) -> tuple[Mapping[str, Any], tuple[str, ...]]:

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.formats.dtypes import BFLOAT16, BY_NUMPY
+from mindformers_ext.formats.safetensors_dir import read_weight_map
 from mindformers_ext.formats.tensors import Array, Index, TensorInfo
 from mindformers_ext.jobs.engine.door import open_torch_file
 from mindformers_ext.jobs.engine.protocols import TensorFile
@@ -63,17 +63,11 @@ def torch_files(folder: Path) -> Mapping[str, list[str] | None]:
     """File name -> tensors that the index puts there, None where there is no index; empty without any such file."""
     index = folder / INDEX
     if index.is_file():
-        try:
-            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = set(places.values())
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"'{index}' cannot be read as an index with a weight_map: copy it again") from error
-        if not names or not all(isinstance(name, str) and re.fullmatch(r"[\w.\-]+\.bin", name) for name in names):
-            raise UserError(f"'{index}' must list names of .bin files in this folder")
-        missing = sorted(name for name in names if not (folder / name).is_file())
+        files = read_weight_map(index, r"[\w.\-]+\.bin")
+        missing = [name for name in files if not (folder / name).is_file()]
         if missing:
             raise UserError(f"'{folder}' lacks {len(missing)} files of {INDEX}, first {missing[0]}: copy them too")
-        return {name: [tensor for tensor, place in places.items() if place == name] for name in sorted(names)}
+        return files
     if (folder / SINGLE).is_file():
         return {SINGLE: None}
     found = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt"))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process imports what compiling needs, then forks off a process per rank: the imports are paid for once.
 
-``jobs.dryrun.ranks`` starts it and hears on its stdout how each rank ended.
+``jobs.dryrun.ranks`` starts it and hears on its stdout what each rank does and how it ended.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import Any
 
 LOG = "log.txt"
 Request = Mapping[str, Any]
-Work = Callable[[Request], None]
+Tell = Callable[[str], None]
+Work = Callable[[Request, Tell], None]  # the second argument is told each phase as it begins
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,16 @@ class Ended:
     late: bool
 
 
+@dataclass(frozen=True)
+class Reached:
+    """A rank has begun a phase of its work."""
+
+    rank: int
+    phase: str
+
+
 def serve(order: Path, load: Callable[[], Work]) -> None:
-    """Fork a process for every request that ``order`` lists and write a line of JSON on stdout as each ends.
+    """Fork a process for every request that ``order`` lists and write a line of JSON on stdout for all that happens.
 
     Args:
         order: a file of JSON: ``requests`` (paths of files), ``at_once`` and ``timeout``.
@@ -50,24 +59,34 @@ def serve(order: Path, load: Callable[[], Work]) -> None:
     gc.freeze()  # MindSpore collects garbage many times while it compiles, and would look at all imported objects
     loaded = time.monotonic() - started
     requests = [{**request, "start_seconds": 0.0 if place else loaded} for place, request in enumerate(requests)]
-    for ended in forked(requests, work, words["at_once"], words["timeout"]):
-        report.write(json.dumps(asdict(ended)) + "\n")
+    for event in forked(requests, work, words["at_once"], words["timeout"]):
+        report.write(json.dumps(asdict(event)) + "\n")
         report.flush()
 
 
-def forked(requests: Iterable[Request], work: Work, at_once: int, timeout: float) -> Iterator[Ended]:
+def forked(requests: Iterable[Request], work: Work, at_once: int, timeout: float) -> Iterator[Ended | Reached]:
     """Do ``work`` for each request in a fork of this process, ``at_once`` at a time; what each does ends it alone."""
     context = multiprocessing.get_context("fork")
     waiting = deque(requests)
     running: dict[int, tuple[Any, int, float]] = {}  # sentinel: process, rank, end of its time
+    heard: dict[connection.Connection, int] = {}  # where ranks tell their phases
     while waiting or running:
         while waiting and len(running) < at_once:
             request = waiting.popleft()
-            process = context.Process(target=_alone, args=(request, work))
+            reader, writer = context.Pipe(duplex=False)
+            process = context.Process(target=_alone, args=(request, work, writer))
             process.start()
+            writer.close()
+            heard[reader] = request["rank"]
             running[process.sentinel] = process, request["rank"], time.monotonic() + timeout
         left = min(end for _, _, end in running.values()) - time.monotonic()
-        ready = connection.wait(list(running), max(left, 0.0))
+        ready = connection.wait([*running, *heard], max(left, 0.0))
+        for place in [place for place in heard if place in ready]:
+            try:
+                yield Reached(heard[place], str(place.recv()))
+            except EOFError:
+                place.close()
+                del heard[place]
         for sentinel, (process, rank, end) in list(running.items()):
             late = sentinel not in ready and time.monotonic() >= end
             if late:
@@ -78,14 +97,14 @@ def forked(requests: Iterable[Request], work: Work, at_once: int, timeout: float
                 yield Ended(rank, process.exitcode, late)
 
 
-def _alone(request: Request, work: Work) -> None:
+def _alone(request: Request, work: Work, teller: connection.Connection) -> None:
     """In the fork: the rank's environment, folder and log, then its work. An exception's text goes to the log."""
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
     log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(log, stream)
-    work(request)
+    work(request, teller.send)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # nothing of the process that it was forked from is to be cleaned up here

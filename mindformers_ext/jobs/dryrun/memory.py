@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mindformers_ext.core.byte_sizes import read_size, size_text
 from mindformers_ext.core.cluster.cluster_rules import effective_spec
+from mindformers_ext.core.cluster.judged import judge_network, read_network
 from mindformers_ext.core.cluster.memory import StepSettings, prediction_memory, stage_memory
 from mindformers_ext.core.cluster.placement import OPTIMIZER_THRESHOLD
 from mindformers_ext.core.cluster.split_cost import ASSUMPTIONS
 from mindformers_ext.core.cluster.split_search import MACHINE, Split, fitting_splits, step_rows
 from mindformers_ext.core.config.lora import lora_from_yaml
-from mindformers_ext.core.config.recompute import recompute_from_yaml
-from mindformers_ext.core.config.values import read_value
-from mindformers_ext.core.config.view import network_spec_from_yaml
+from mindformers_ext.core.config.recompute import WHERE, recompute_from_yaml
+from mindformers_ext.core.config.run import RunSpec, run_spec_from_yaml
+from mindformers_ext.core.config.values import read_value, section_at
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.jobs.predict.generate import Shape
@@ -28,8 +30,10 @@ NEEDED = (
 )
 
 
-def step_settings(config: Mapping[str, Any], spec: NetworkSpec) -> StepSettings:
+def step_settings(config: Mapping[str, Any], spec: NetworkSpec, ours: bool = True) -> StepSettings:
     """Recompute, the optimizer's cut and accumulation as ``config`` asks for them.
+
+    ``ours``: whether the network is; of MindFormers' own, whole layers are counted alone.
 
     Raises:
         UserError: values of the wrong kind.
@@ -56,8 +60,17 @@ def step_settings(config: Mapping[str, Any], spec: NetworkSpec) -> StepSettings:
     )
     problems.positive("runner_config.gradient_accumulation_steps", steps)
     problems.raise_if_any()
+    if not ours:
+        config = {**config, WHERE: {"recompute": section_at(config, WHERE).get("recompute")}}
     recompute = recompute_from_yaml(config, spec)
     return StepSettings(recompute, int(threshold), bool(shard), int(steps), lora_from_yaml(config))
+
+
+def memory_limit(memory: str | None, configured: object) -> int | None:
+    """Bytes of a device: what the user says, else ``context.max_device_memory``, if that is written."""
+    if memory is not None:
+        return read_size(memory, "--memory")
+    return None if configured is None else read_size(str(configured), "context.max_device_memory")
 
 
 def check_memory(spec: NetworkSpec, settings: StepSettings, memory: str | None, configured: object) -> list[str]:
@@ -167,22 +180,38 @@ def suggestions(config: Mapping[str, Any], where: str, world: int | None, memory
     if limit_text is None:
         raise UserError("--suggest needs the memory of one device: add --memory 64GB")
     limit = read_size(str(limit_text), "--memory" if memory else "context.max_device_memory")
+    words = {**config, "use_parallel": True}
     try:
-        spec = network_spec_from_yaml({**config, "use_parallel": True}, world or 1)
+        run = run_spec_from_yaml(words)
+        spec, _ = read_network(words, run, world or 1)
         parallel = spec.parallel
         devices = world or parallel.data_parallel * parallel.model_parallel * parallel.pipeline_stage
-        spec = network_spec_from_yaml({**config, "use_parallel": True}, devices)
-        rows = step_rows(spec, settings := step_settings(config, effective_spec(spec)[0]))
+        spec = replace(spec, parallel=replace(parallel, device_num=devices))
+        rows = step_rows(spec, settings := step_settings(config, effective_spec(spec)[0], run.family is not None))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     splits = fitting_splits(spec, settings, limit, rows)
     if not splits:
         raise UserError(f"{where}: {_way_out(spec, settings, limit)}; a step of {rows} rows is kept, {limit_text} each")
-    return suggestion_lines(
-        splits,
-        f"{where}: {devices} devices of {limit_text}, {rows} rows of {spec.seq_length} "
-        "tokens per step" + _of_every_layer(spec, settings),
+    head = (
+        f"{where}: {devices} devices of {limit_text}, {rows} rows of {spec.seq_length} tokens per step"
+        + _of_every_layer(spec, settings)
     )
+    return [*suggestion_lines(splits, head), _own_split(spec, run, settings, limit)]
+
+
+def _own_split(spec: NetworkSpec, run: RunSpec, settings: StepSettings, limit: int) -> str:
+    """What becomes of the split in the file: refused by a rule, too large, or how much it needs."""
+    names = ("data_parallel", "model_parallel", "expert_parallel", "pipeline_stage", "use_seq_parallel")
+    own = "the file's own split (" + ", ".join(f"{name}={getattr(spec.parallel, name)}" for name in names) + ")"
+    try:
+        judge_network(spec, run, "train")
+    except UserError as error:
+        return f"{own} is refused: {error}"
+    need = max(stage.total for stage in stage_memory(effective_spec(spec)[0], settings))
+    if need > limit:
+        return f"{own} does not fit: it needs {size_text(need)}"
+    return f"{own} fits: it needs {size_text(need)}"
 
 
 def suggestion_lines(splits: Sequence[Split], head: str) -> list[str]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.capacity import rows_at_once
-from mindformers_ext.core.cluster.cluster_rules import TOGETHER, check_network, effective_spec
+from mindformers_ext.core.cluster.cluster_rules import TOGETHER, effective_spec
+from mindformers_ext.core.cluster.judged import judge_network, read_network
 from mindformers_ext.core.cluster.memory import StageMemory, prediction_memory, stage_memory
 from mindformers_ext.core.config.run import (
     ASCEND,
@@ -21,10 +22,9 @@ from mindformers_ext.core.config.run import (
     run_spec_from_yaml,
 )
 from mindformers_ext.core.config.values import section_at
-from mindformers_ext.core.config.view import network_spec_from_yaml, yaml_notes
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.jobs.dryrun.memory import check_memory, check_prediction_memory, step_settings
+from mindformers_ext.jobs.dryrun.memory import check_memory, check_prediction_memory, memory_limit, step_settings
 from mindformers_ext.jobs.dryrun.predict import check_prediction, prediction_shape
 from mindformers_ext.jobs.predict.generate import Shape
 from mindformers_ext.jobs.predict.network import dropless_spec
@@ -45,7 +45,7 @@ LIMITS = (
 class DryRunPlan:
     """A job that can be compiled: its checked configuration, the spec that is really built, and the ranks asked for.
 
-    ``shape``: of a prediction's graphs.
+    ``shape``: of a prediction's graphs. ``limit``: bytes of a device's memory, where something says it.
     """
 
     config: dict[str, Any]
@@ -55,6 +55,7 @@ class DryRunPlan:
     notes: tuple[str, ...]
     memory: tuple[StageMemory, ...] = ()
     shape: Shape | None = None
+    limit: int | None = None
 
     @property
     def one_run(self) -> str:
@@ -129,17 +130,17 @@ def plan_dry_run(
     notes = _adapt(words, world)
     try:
         run = run_spec_from_yaml(words)
-        check_sections(words, mode)
-        spec = network_spec_from_yaml(words, world)
+        notes += check_sections(words, mode)
+        spec, found = read_network(words, run, world)
         if mode == PREDICT:
             notes += check_prediction(run, spec)
-        notes += [*yaml_notes(words), *check_network(spec, TOGETHER if mode == PREDICT and world > 1 else mode)]
+        notes += [*found, *judge_network(spec, run, TOGETHER if mode == PREDICT and world > 1 else mode)]
         spec = effective_spec(spec)[0]
         asked = asked_ranks(ranks, world, spec.parallel.pipeline_stage)
         shape = prediction_shape(run, spec) if mode == PREDICT else None
         limits = memory, section_at(words, "context").get("max_device_memory")
         if shape is None:
-            settings = step_settings(words, spec)
+            settings = step_settings(words, spec, run.family is not None)
             notes += check_memory(spec, settings, *limits)
             stages = stage_memory(spec, settings)
         else:
@@ -148,7 +149,7 @@ def plan_dry_run(
             stages = (prediction_memory(spec, world, shape.rows, shape.length, shape.positions),)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    return DryRunPlan(words, spec, world, asked, tuple(notes), stages, shape)
+    return DryRunPlan(words, spec, world, asked, tuple(notes), stages, shape, memory_limit(*limits))
 
 
 def _adapt(words: dict[str, Any], world: int) -> list[str]:

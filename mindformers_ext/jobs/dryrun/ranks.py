@@ -45,8 +45,11 @@ class RankJob:
         return self.folder / f"rank_{rank}"
 
 
-def compile_ranks(job: RankJob, done: Callable[[RankFacts], None]) -> list[RankFacts]:
-    """Compile every rank of the plan; ``done`` hears of each as it ends. Result in the order of ranks.
+def compile_ranks(
+    job: RankJob, done: Callable[[RankFacts], None], reached: Callable[[int, str], None] = lambda rank, phase: None
+) -> list[RankFacts]:
+    """Compile every rank of the plan; ``done`` hears of each as it ends, ``reached`` of each phase of a rank. Result in
+    the order of ranks.
 
     A rank that fails is a result as well (``error``), never an exception. When this process is interrupted, the
     processes it started end with it.
@@ -79,7 +82,11 @@ def compile_ranks(job: RankJob, done: Callable[[RankFacts], None]) -> list[RankF
     with server:
         try:
             for line in server.stdout or ():
-                tell(_facts(job, Ended(**json.loads(line))))
+                event = json.loads(line)
+                if "phase" in event:
+                    reached(event["rank"], event["phase"])
+                else:
+                    tell(_facts(job, Ended(**event)))
         finally:  # what is left of it and of its forks, before its number can be another's
             os.killpg(server.pid, signal.SIGKILL)
     for rank in [rank for rank in job.plan.ranks if rank not in results]:  # the server itself died

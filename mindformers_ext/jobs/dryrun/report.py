@@ -53,12 +53,17 @@ LOSS_NOTE = (
 
 @dataclass(frozen=True)
 class DryRunReport:
-    """Everything a report is written from. ``native``: the ranks of MindFormers' own network, when it was asked for."""
+    """Everything a report is written from.
+
+    ``native``: the ranks of MindFormers' own network, when it was asked for. ``made``: how the report came about, as
+    names and texts: command, options over the file, versions, date.
+    """
 
     config: str
     plan: DryRunPlan
     ranks: tuple[RankFacts, ...]
     native: tuple[RankFacts, ...] = ()
+    made: tuple[tuple[str, str], ...] = ()
 
     @property
     def compiles(self) -> bool:
@@ -84,6 +89,8 @@ def report_json(report: DryRunReport) -> dict[str, Any]:
     plan = report.plan
     return {
         "config": report.config,
+        "made": dict(report.made),
+        "device_memory": plan.limit,
         "devices": plan.world,
         "compiles": report.compiles,
         "parallel": sizes(plan.spec.parallel),

@@ -7,6 +7,7 @@ A job names an engine by a word and sees numpy arrays only; which framework answ
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -52,6 +53,7 @@ def open_trainer(engine: str, spec: NetworkSpec, train: TrainSpec, device: Devic
 def open_engine(name: str) -> Engine:
     """The engine called ``name``: "ms" is MindSpore, "pt" PyTorch. Importing it takes seconds; do it once."""
     if name == MINDSPORE:
+        os.environ.setdefault("GLOG_v", "3")  # errors only: its warnings about graphs stand in front of right results
         from mindformers_ext.ms.engine import MindSporeEngine
 
         return MindSporeEngine()

@@ -31,6 +31,7 @@ DEFAULTS = {
 }
 MSRUN_SCRIPT = "msrun_launcher.sh"
 PORTS = (1024, 65535)  # msrun takes no others
+MOST = {"WORKERS": 2**20, "LOCAL_WORKERS": 2**12}
 
 _OPERATORS = (";", "|", "&", ">", "<", "`", "$(")
 _PIECE = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*"|\$\(|\\.|.""", re.DOTALL)  # quoted, $(, escaped, or one character
@@ -70,9 +71,10 @@ class Launch:
         return self.log_dir / f"worker_{rank}.log"
 
 
-def usage(script: str) -> str:
-    """The argument forms of a launcher of scripts/, one a line."""
-    lines = [f"  bash scripts/{script} {' '.join(('COMMAND', *names))}" for names in FORMS.values()]
+def usage(caller: str) -> str:
+    """The argument forms of a launcher, one a line; ``caller``: the words that call it, or its file in scripts/."""
+    words = f"bash scripts/{caller}" if caller.endswith(".sh") else caller
+    lines = [f"  {words} {' '.join(('COMMAND', *names))}" for names in FORMS.values()]
     return "\n".join(lines)
 
 
@@ -119,10 +121,10 @@ def read_launch(arguments: Sequence[str], environment: Mapping[str, str], script
 
 
 def _number(name: str, text: str, problems: Problems) -> int:
-    if re.fullmatch(r"-?\d+", text):
+    if re.fullmatch(r"-?\d{1,18}", text, re.ASCII):
         return int(text)
     problems.add(
-        f"{name}={text!r} is not a whole number",
+        f"{name}={text[:80]!r} is not a whole number of up to 18 digits",
         "the order of the arguments is "
         + ", ".join(MANY_NODES)
         + " for 9 and "
@@ -136,6 +138,9 @@ def _check_numbers(numbers: Mapping[str, int], problems: Problems) -> None:
     workers, local, rank = numbers["WORKERS"], numbers["LOCAL_WORKERS"], numbers["NODE_RANK"]
     problems.positive("WORKERS", workers)
     problems.positive("LOCAL_WORKERS", local)
+    for name in ("WORKERS", "LOCAL_WORKERS"):
+        if numbers[name] > MOST[name]:
+            problems.add(f"{name}={numbers[name]} is out of range", f"use 1 to {MOST[name]}")
     if not PORTS[0] <= numbers["PORT"] <= PORTS[1]:
         problems.add(f"PORT={numbers['PORT']} is out of range", f"use {PORTS[0]} to {PORTS[1]}")
     if numbers["TIMEOUT"] == 0:
@@ -193,7 +198,7 @@ def split_command(text: str) -> list[str]:
 
 def find_script(name: str) -> Path | None:
     """``name`` from here, else from the repository's root; None when neither exists."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # leaves a user that does not exist as it is
     if path.is_file():
         return path
     beside = Path(__file__).resolve().parents[3] / name
@@ -208,9 +213,9 @@ def check_master(launch: Launch, script: str) -> None:
     """
     try:
         family, _, _, _, place = socket.getaddrinfo(launch.master_addr, launch.port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror as error:
+    except (socket.gaierror, ValueError) as error:  # a name with an empty part, or with letters no name has
         raise UserError(
-            f"MASTER_ADDR={launch.master_addr} is no address ({error.strerror}): give the IP address of "
+            f"MASTER_ADDR={launch.master_addr[:80]} is no address ({error.args[-1]}): give the IP address of "
             "the machine with NODE_RANK 0, the same on all machines"
         ) from error
     here = _can_bind(family, (place[0], 0))

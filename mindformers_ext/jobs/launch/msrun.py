@@ -12,7 +12,6 @@ from typing import Any
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.jobs.launch.arguments import Launch, with_package
 
-SCHEDULER_LOG = "scheduler.log"
 MSRUN = "mindspore.parallel.cluster.run"
 
 
@@ -33,8 +32,7 @@ def msrun_command(launch: Launch, environment: Mapping[str, str]) -> list[str]:
     if launch.nodes > 1:
         options |= {"master_addr": launch.master_addr, "node_rank": launch.node_rank}
     options |= {"master_port": launch.port, "log_dir": launch.log_dir, "join": True}
-    if not launch.join:
-        options["tail_worker_log"] = launch.workers  # no worker has this number: the background shows no log
+    options["tail_worker_log"] = launch.workers  # no worker has this number: the launcher shows the first one's log
     options["cluster_time_out"] = launch.timeout
     words = [f"--{name}={value}" for name, value in options.items()]
     return [*([str(msrun)] if msrun.is_file() else [sys.executable, "-m", MSRUN]), *words, *launch.words]

@@ -1,40 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the process that ``jobs.launch.msrun`` describes to its end, and finds out why a job failed.
+"""Runs the process that ``jobs.launch.msrun`` or ``jobs.launch.torchrun`` describes to its end.
 
-MindSpore ends a job whose worker died by itself: msrun kills the other workers of its machine at once, the scheduler
+Both programs end a job whose worker died: msrun kills the other workers of its machine at once, its scheduler
 gives the job up after 30 s without a sign of life, and with it the workers of the other machines. What is added here:
-a job of one machine does not wait for that, nothing stays behind when it fails or the user stops it, and the log to
-read is named.
+a job of one machine does not wait for that, nothing stays behind when it fails, the user stops it or the launcher is
+killed, each worker's log is ``LOG_DIR/worker_<rank>.log``, the first one's is shown, and a failure is explained.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
-import re
+import shutil
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 
 import psutil
 
 from mindformers_ext.jobs.launch.arguments import Launch
-from mindformers_ext.jobs.launch.msrun import SCHEDULER_LOG
+from mindformers_ext.jobs.launch.program import Program
+from mindformers_ext.jobs.launch.screen import Follower, Screen
+from mindformers_ext.jobs.launch.verdict import reason
 
 GRACE = 120.0  # seconds from a worker's death to the end of the job, at most
-GRACE_ALONE = 5.0  # the same where all workers are on this machine: msrun has ended them, only its scheduler waits
-STOP_TIME = 15.0  # seconds that msrun gets to stop its workers
-SHOWN = 12  # lines of a log in a message
-_DIED = re.compile(r"Worker process (\d+) exit with exception\. Error code: (-?\d+)")
-_INCOMPLETE = ("Failed to initialize distributed job cluster", "Failed to initialize the node")
-_PORT_TAKEN = ("Address already in use", "Failed to bind")
-_NOISE = re.compile(r"^\[(WARNING|INFO|DEBUG)\]|^\s*$|^-+$|C\+\+ Call Stack|^mindspore/|^Traceback|^  | - INFO - ")
-
-Show = Callable[[str], None]
+GRACE_ALONE = 5.0  # the same where all workers are on this machine: they have been ended, only a scheduler waits
+STOP_TIME = 15.0  # seconds that the program gets to stop its workers
+LOOK = 0.3  # seconds between two looks at the job
+INTERRUPTED = 130
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 @dataclass
@@ -47,12 +46,17 @@ class _Watched:
     stopped: bool = False
 
 
-def supervise(launch: Launch, command: Sequence[str], environment: Mapping[str, str], show: Show) -> int:
-    """Run ``command`` to its end and return its exit code; ``show`` gets its output and, after a failure, the reason.
+def supervise(
+    launch: Launch, program: Program, command: Sequence[str], environment: Mapping[str, str], screen: Screen
+) -> int:
+    """Run ``command`` to its end and return its exit code; ``screen`` gets what the first worker says and, after a
+    failure, the reason.
 
     SIGINT and SIGTERM stop the job: no worker is left; the code is then 130.
     """
     launch.log_dir.mkdir(parents=True, exist_ok=True)
+    for path in program.logs(launch):
+        path.unlink(missing_ok=True)
     watched = _Watched()
     process = subprocess.Popen(
         command,
@@ -63,60 +67,95 @@ def supervise(launch: Launch, command: Sequence[str], environment: Mapping[str, 
         stderr=subprocess.STDOUT,
         start_new_session=True,
         errors="replace",
+        preexec_fn=_ended_with_us(),
     )
-    log = launch.log_of(0) if launch.workers == 1 else None
-    reader = threading.Thread(target=_read, args=(process, watched, show, log), daemon=True)
+    reader = threading.Thread(target=_read, args=(process, launch, program, watched, screen), daemon=True)
     reader.start()
 
     def stop(number: int, frame: FrameType | None) -> None:
         watched.stopped = True
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    follows = launch.workers > 1 and program.mark is None
+    follower = Follower(launch.log_of(launch.ranks[0])) if follows else None
     try:
-        _wait(process, watched, GRACE if launch.nodes > 1 else GRACE_ALONE)
+        _wait(process, program, watched, GRACE if launch.nodes > 1 else GRACE_ALONE, follower, screen)
     finally:
         _end(process, watched)
         for number, handler in before.items():
             signal.signal(number, handler)
     reader.join(timeout=5)
+    if program.mark:  # the same lines once more, where torchrun keeps them
+        shutil.rmtree(launch.log_dir / program.name, ignore_errors=True)
+    _show(follower, screen)
     if watched.stopped:
-        show("stopped: all workers of this machine were ended\n")
-        return 130
+        screen.say("stopped: all workers of this machine were ended")
+        return INTERRUPTED
     failed = bool(process.returncode or watched.died)
     if failed:
         ranks = {worker.pid: rank for worker, rank in watched.ranks.items()}
-        show(reason(launch, watched.died, ranks, process.returncode))
+        died = (ranks[watched.died[0]], watched.died[1]) if watched.died and watched.died[0] in ranks else None
+        screen.say("\n" + reason(launch, program, died, process.returncode))
     return int(failed)
 
 
-def _read(process: subprocess.Popen, watched: _Watched, show: Show, log: Path | None) -> None:
-    """Pass the output on, and note the first worker's death."""
-    with open(log or "/dev/null", "w", encoding="utf-8") as file:
+def _ended_with_us() -> Callable[[], None]:
+    """In the new process: when this one is killed, it is interrupted and ends its workers."""
+    libc, interrupt = ctypes.CDLL(None), int(signal.SIGINT)
+    return lambda: libc.prctl(PR_SET_PDEATHSIG, interrupt)
+
+
+def _read(process: subprocess.Popen, launch: Launch, program: Program, watched: _Watched, screen: Screen) -> None:
+    """Give each line of the output its log, show the first worker's, and note the first worker's death."""
+    first = launch.ranks[0]
+    with ExitStack() as files:
+        paths = {rank: launch.log_of(rank) for rank in launch.ranks} if program.mark or launch.workers == 1 else {}
+        logs = {rank: files.enter_context(path.open("w", encoding="utf-8")) for rank, path in paths.items()}
+        own = files.enter_context(program.log(launch).open("w", encoding="utf-8")) if launch.workers > 1 else None
         for line in process.stdout or ():
-            show(line)
-            file.write(line)
-            file.flush()
-            match = _DIED.search(line)
-            if match and watched.died is None:
-                watched.died, watched.died_at = (int(match[1]), int(match[2])), time.monotonic()
+            match = program.mark.match(line) if program.mark and own else None
+            rank = int(match["rank"]) if match else (None if own else first)
+            text = match["text"] if match else line
+            file = logs.get(rank, own) if rank is not None else own
+            if file:
+                file.write(text)
+                file.flush()
+            if rank == first:
+                screen.take(text)
+            found = program.died.search(line) if rank is None else None
+            if found and watched.died is None:
+                watched.died, watched.died_at = (int(found["pid"]), int(found["code"])), time.monotonic()
 
 
-def _wait(process: subprocess.Popen, watched: _Watched, grace: float) -> None:
+def _wait(
+    process: subprocess.Popen,
+    program: Program,
+    watched: _Watched,
+    grace: float,
+    follower: Follower | None,
+    screen: Screen,
+) -> None:
     """Until the job ends, the user stops it, or ``grace`` seconds have passed since a worker died."""
     while process.poll() is None and not watched.stopped:
         for child in _children(process.pid):
-            rank = _rank(child) if child not in watched.ranks else None
+            rank = _rank(child, program) if child not in watched.ranks else None
             if rank is not None:
                 watched.ranks[child] = rank
+        _show(follower, screen)
         if watched.died and time.monotonic() - watched.died_at > grace:
             return
-        time.sleep(0.3)
+        time.sleep(LOOK)
+
+
+def _show(follower: Follower | None, screen: Screen) -> None:
+    for line in follower.lines() if follower else ():
+        screen.take(line)
 
 
 def _end(process: subprocess.Popen, watched: _Watched) -> None:
-    """Nothing of the job may stay: msrun first, then whatever it left."""
+    """Nothing of the job may stay: the program first, then whatever it left."""
     if process.poll() is None:
-        process.send_signal(signal.SIGINT)  # msrun's own way to end its workers
+        process.send_signal(signal.SIGINT)  # its own way to end its workers
         try:
             process.wait(STOP_TIME)
         except subprocess.TimeoutExpired:
@@ -125,7 +164,7 @@ def _end(process: subprocess.Popen, watched: _Watched) -> None:
     for worker in watched.ranks:
         if worker.is_running():  # and no other process has its number now
             _kill_group(worker.pid)
-    _kill_group(process.pid)  # scheduler and log readers are in msrun's group
+    _kill_group(process.pid)  # a scheduler is in the program's group
 
 
 def _kill_group(group: int) -> None:
@@ -142,73 +181,8 @@ def _children(pid: int) -> list[psutil.Process]:
         return []
 
 
-def _rank(process: psutil.Process) -> int | None:
-    """The rank of a worker process; None for any other."""
+def _rank(process: psutil.Process, program: Program) -> int | None:
     try:
-        words = process.environ()
+        return program.rank_of(process.environ())
     except psutil.Error:
         return None
-    if words.get("MS_ROLE") == "MS_WORKER" and words.get("RANK_ID", "").isdecimal():
-        return int(words["RANK_ID"])
-    return None
-
-
-def reason(launch: Launch, died: tuple[int, int] | None, ranks: Mapping[int, int], code: int) -> str:
-    """Why the job failed, as far as its logs tell, and which log to read."""
-    logs = {rank: _text(launch.log_of(rank)) for rank in launch.ranks}
-    scheduler = _text(launch.log_dir / SCHEDULER_LOG)
-    lines = ["\nerror: the job failed."]
-    if any(word in scheduler for word in _PORT_TAKEN):
-        lines.append(f"Port {launch.port} was taken by another program: give another PORT, the same on all machines.")
-    elif any(word in text for text in logs.values() for word in _INCOMPLETE):
-        lines.append(_incomplete(launch))
-    rank, how = _first(launch, logs, died, ranks, code)
-    lines.append(f"Worker {rank} {how}. Its log: {launch.log_of(rank)}")
-    lines += [f"  | {line[:200]}" for line in _end_of(logs[rank])]
-    others = [str(launch.log_of(other)) for other in launch.ranks if other != rank]
-    if others:
-        lines.append("The other workers of this machine were ended; their logs: " + ", ".join(others[:8]))
-    return "\n".join(lines) + "\n"
-
-
-def _incomplete(launch: Launch) -> str:
-    if launch.node_rank > 0:
-        return (
-            f"The master {launch.master_addr}:{launch.port} did not answer, or the cluster was not complete, within "
-            f"{launch.timeout} s: start the launcher on the master (NODE_RANK 0), give all machines the same "
-            "MASTER_ADDR, PORT and WORKERS, and check that no firewall closes the port."
-        )
-    missing = f": are the launchers of NODE_RANK 1 to {launch.nodes - 1} running" if launch.nodes > 1 else ""
-    return (
-        f"Not all of the {launch.workers} workers came within {launch.timeout} s{missing}? Look into the logs, or "
-        "give a longer TIMEOUT."
-    )
-
-
-def _first(
-    launch: Launch, logs: Mapping[int, str], died: tuple[int, int] | None, ranks: Mapping[int, int], code: int
-) -> tuple[int, str]:
-    """The worker to look at first, and how it ended."""
-    if launch.workers == 1:
-        return 0, _how(code)
-    if died and died[0] in ranks:
-        return ranks[died[0]], _how(died[1])
-    broken = [rank for rank, text in logs.items() if "error: " in text or "Traceback" in text]
-    return (broken or list(launch.ranks))[0], "ended with an error" if broken else "left no error in its log"
-
-
-def _how(code: int) -> str:
-    if code >= 0:
-        return f"ended with exit code {code}"
-    name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
-    hint = " (from outside: a user, or the system short of memory)" if name == "SIGKILL" else ""
-    return f"was ended by signal {name}{hint}"
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
-def _end_of(text: str) -> list[str]:
-    """The last lines that say something."""
-    return [line for line in text.splitlines() if not _NOISE.search(line)][-SHOWN:]

@@ -10,7 +10,8 @@ from typing import Any
 
 from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.errors import Problems, UserError
-from mindformers_ext.formats.dtypes import FLOATS, SHORT_NAMES
+from mindformers_ext.core.layers import dtype_name
+from mindformers_ext.formats.dtypes import FLOATS
 from mindformers_ext.jobs.merge.references import parse_reference
 from mindformers_ext.jobs.merge.templates import TEMPLATES
 from mindformers_ext.jobs.merge.values import Setting, parse_settings
@@ -195,8 +196,7 @@ def read_dtype(raw: Any, where: str, problems: Problems) -> str | None:
     """The long name of the float type ``raw``, None for None; a problem where it is none."""
     if raw is None:
         return None
-    name = str(raw).removeprefix("torch.")
-    name = SHORT_NAMES.get(name, name)
+    name = dtype_name(raw) or str(raw).removeprefix("torch.")
     if name not in FLOATS:
         problems.add(f"{where} is {raw!r}", f"choose one of {', '.join(FLOATS)}")
         return None

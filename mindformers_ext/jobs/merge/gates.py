@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.data.hf_tokenizer import HuggingFaceTokenizer
-from mindformers_ext.data.tokenizers import Tokenizer, open_tokenizer
+from mindformers_ext.data.tokenizer_settings import read_settings
+from mindformers_ext.data.tokenizers import open_tokenizer
 from mindformers_ext.formats.dtypes import BFLOAT16, cast
 from mindformers_ext.formats.tensors import Array
 from mindformers_ext.jobs.merge.models import Model
@@ -49,9 +47,8 @@ class Prompts:
 
     def __init__(self, base: Model) -> None:
         """The tokenizer of the base model."""
-        table = base.folder / "tokenizer.json"
-        self._tokenizer: Tokenizer = HuggingFaceTokenizer(table) if table.is_file() else open_tokenizer(base.folder)
-        self._bos = _bos_text(base.folder)
+        self._tokenizer = open_tokenizer(base.folder)
+        self._bos = str(read_settings(base.folder).texts.get("bos_token", ""))
         self._rows = base.reader.infos[EMBEDDING.name].shape[0]
         self._name = base.name
 
@@ -71,23 +68,6 @@ class Prompts:
             ids[row, length - len(one) :] = one
             mask[row, length - len(one) :] = 1
         return ids, mask
-
-
-def _bos_text(folder: Path) -> str:
-    """The text of BOS, empty where the tokenizer's files name none."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"'{path}' is not JSON: copy it again") from error
-        token = content.get("bos_token") if isinstance(content, dict) else None
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            return token
-    return ""
 
 
 def _embeddings(base: Model, ids: np.ndarray) -> Array:

@@ -6,41 +6,20 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from threading import Event
-from typing import Any
-
-import numpy as np
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.atomic import fresh_folder
+from mindformers_ext.jobs.merge.cosines import CHANGES, WEIGHTS, Line, mean_cosine, write_picture
 from mindformers_ext.jobs.merge.output import OutputRequest
 from mindformers_ext.jobs.merge.plan import TensorTask
 from mindformers_ext.jobs.merge.stream import TaskRunner
 from mindformers_ext.jobs.merge.threads import in_threads, thread_count
-from mindformers_ext.jobs.run.plot import open_pyplot, save_figure
 
 PAGE, PICTURE, NUMBERS = "report.md", "cosines.png", "cosines.csv"
-WEIGHTS, CHANGES = "weights", "task vectors"
 STRANGERS = 0.2  # mean cosine of matrices below which models have little to do with each other
 LAYER = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp|block_sparse_moe)?\.?(.+?)(?:\.weight)?$")
-SPAN = 0.05
-WRITTEN = 160  # cells of a heatmap that still get their number written in
-
-
-@dataclass(frozen=True)
-class Line:
-    """One cosine: ``what`` of two models, in one tensor. ``layer`` None: the tensor belongs to no layer."""
-
-    what: str
-    kind: str
-    layer: int | None
-    first: str
-    second: str
-    cosine: float
-    matrix: bool
 
 
 def write_likeness(out: OutputRequest, runner: TaskRunner, tasks: Sequence[TensorTask]) -> list[str]:
@@ -61,9 +40,9 @@ def write_likeness(out: OutputRequest, runner: TaskRunner, tasks: Sequence[Tenso
                 (x.what, x.kind, "" if x.layer is None else x.layer, x.first, x.second, f"{x.cosine:.6f}")
                 for x in lines
             )
-        _picture(lines, partial / PICTURE)
+        write_picture(lines, partial / PICTURE)
         (partial / PAGE).write_text(_page(lines), encoding="utf-8")
-    mean = _mean([line for line in lines if line.what == WEIGHTS and line.matrix])
+    mean = mean_cosine([line for line in lines if line.what == WEIGHTS and line.matrix])
     notes = [f"{folder / PAGE}: mean cosine of the models' matrices {mean:.3f}"]
     if mean < STRANGERS:
         notes.append(
@@ -112,11 +91,6 @@ def _lines(runner: TaskRunner, task: TensorTask) -> list[Line]:
     return result
 
 
-def _mean(lines: Sequence[Line]) -> float:
-    values = [line.cosine for line in lines if np.isfinite(line.cosine)]
-    return float(np.mean(values)) if values else float("nan")
-
-
 def _page(lines: Sequence[Line]) -> str:
     parts = [
         "# How alike the models are\n",
@@ -136,62 +110,7 @@ def _page(lines: Sequence[Line]) -> str:
             "|---|" + "---|" * len(pairs),
         ]
         for kind in dict.fromkeys(line.kind for line in chosen):
-            cells = [_mean([x for x in chosen if (x.kind, x.first, x.second) == (kind, *pair)]) for pair in pairs]
+            cells = [mean_cosine([x for x in chosen if (x.kind, x.first, x.second) == (kind, *pair)]) for pair in pairs]
             parts.append(f"| {kind} | " + " | ".join(f"{cell:.4f}" for cell in cells) + " |")
         parts.append("")
     return "\n".join(parts)
-
-
-def _picture(lines: Sequence[Line], path: Path) -> None:
-    """A heatmap over matrices and layers for each of weights and task vectors: the mean over pairs of models.
-
-    Vectors stay out: those of norms are alike in any two models, and would take all of the colours.
-    """
-    pyplot = open_pyplot()
-    lines = [line for line in lines if line.matrix]
-    shown = [what for what in (WEIGHTS, CHANGES) if any(x.what == what and x.layer is not None for x in lines)]
-    if not shown:
-        shown = [WEIGHTS]
-    kinds = list(dict.fromkeys(line.kind for line in lines if line.layer is not None))
-    layers = max((line.layer for line in lines if line.layer is not None), default=0) + 1
-    size = (max(6.0, 2.6 + 0.42 * layers), len(shown) * max(2.2, 1.0 + 0.34 * len(kinds)))
-    figure, panels = pyplot.subplots(len(shown), 1, figsize=size, squeeze=False)
-    for axes, what in zip(panels[:, 0], shown, strict=True):
-        values = np.full((max(1, len(kinds)), layers), np.nan)
-        for row, kind in enumerate(kinds):
-            for layer in range(layers):
-                values[row, layer] = _mean([x for x in lines if (x.what, x.kind, x.layer) == (what, kind, layer)])
-        image = axes.imshow(values, aspect="auto", cmap="cividis", interpolation="nearest", **_range(values))
-        figure.colorbar(image, ax=axes, label="cosine", pad=0.015)
-        axes.set_title(f"{what.capitalize()}: mean cosine between models")
-        axes.set_yticks(range(len(kinds)), kinds)
-        axes.set_xlabel("layer of the merge")
-        axes.set_xticks(range(0, layers, max(1, layers // 16)))
-        axes.grid(False)
-        if values.size <= WRITTEN:
-            _write_numbers(axes, values)
-    save_figure(figure, path)
-
-
-def _range(values: np.ndarray) -> dict[str, float]:
-    """From the smallest to the largest cosine, at least ``SPAN`` wide: noise must not look like a finding."""
-    if not np.isfinite(values).any():
-        return {"vmin": 0.0, "vmax": 1.0}
-    low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    wider = max(0.0, SPAN - (high - low)) / 2
-    return {"vmin": low - wider, "vmax": high + wider}
-
-
-def _write_numbers(axes: Any, values: np.ndarray) -> None:
-    middle = (np.nanmin(values) + np.nanmax(values)) / 2 if np.isfinite(values).any() else 0.0
-    for (row, column), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            axes.text(
-                column,
-                row,
-                f"{value:.2f}",
-                ha="center",
-                va="center",
-                fontsize=7,
-                color="black" if value > middle else "white",
-            )

@@ -40,14 +40,14 @@ def find_model(name: str) -> Path:
     Raises:
         UserError: it is neither.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # leaves a user that does not exist as it is
     if path.is_dir():
         return path
     if path.is_file():
         raise UserError(f"model '{name}' is a file: give the folder with config.json and the weights")
     repository, _, revision = name.partition("@")
     root = os.environ.get("HF_HUB_CACHE") or str(Path(os.environ.get("HF_HOME") or HUB) / "hub")
-    folder = Path(root).expanduser() / ("models--" + repository.replace("/", "--"))
+    folder = Path(os.path.expanduser(root)) / ("models--" + repository.replace("/", "--"))
     reference = folder / "refs" / (revision or "main")
     snapshot = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
     if repository.count("/") <= 1 and snapshot and (folder / "snapshots" / snapshot).is_dir():

@@ -10,7 +10,8 @@ from typing import Any
 
 from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.errors import Problems
-from mindformers_ext.formats.dtypes import FLOATS, SHORT_NAMES
+from mindformers_ext.core.layers import dtype_name
+from mindformers_ext.formats.dtypes import FLOATS
 from mindformers_ext.jobs.merge.moe_outputs import MIXTRAL, OUTPUTS, QWEN2_MOE, Output
 from mindformers_ext.jobs.merge.references import parse_reference
 
@@ -100,7 +101,7 @@ def read_moe_config(path: Path, untrained_is_fine: bool) -> MoEConfig:
     output, said = _output(raw, len(shared), problems)
     dtype = raw.get("dtype")
     if dtype is not None:
-        dtype = SHORT_NAMES.get(str(dtype).removeprefix("torch."), str(dtype).removeprefix("torch."))
+        dtype = dtype_name(dtype) or str(dtype).removeprefix("torch.")
         problems.one_of("dtype", dtype, tuple(FLOATS))
     if len(experts) > 1:
         _check_experts(experts, shared, str(mode), untrained_is_fine, problems)

@@ -75,7 +75,7 @@ QWEN2_MOE = Output(
     ("qwen moe", "qwen2 moe", families.QWEN2_MOE.name),
     "mlp.",
     _SAME_NAMES,
-    (*LLAMA_LIKE, "qwen2"),
+    (*LLAMA_LIKE, families.QWEN2.name),
     _QWEN | {"qkv_bias": True},
     one_kind=True,
     biased=True,
@@ -87,14 +87,15 @@ QWEN3_MOE = Output(
     ("qwen3 moe", families.QWEN3_MOE.name),
     "mlp.",
     _SAME_NAMES,
-    ("qwen3",),
+    (families.QWEN3.name,),
     _QWEN | {"attention_bias": False},
 )
 OUTPUTS = (MIXTRAL, QWEN2_MOE, QWEN3_MOE)
 WHY_NOT = {
     "phi3": "its attention and feed-forward are stored and sized differently, so its experts fit no other model",
-    "qwen2": "its attention has biases, and a Mixtral has none; with one shared_experts entry a Qwen2-MoE is written",
-    "qwen3": "its heads have norms, which only a Qwen3-MoE has, and that has no shared expert",
+    families.QWEN2.name: "its attention has biases, and a Mixtral has none; with one shared_experts entry a Qwen2-MoE "
+    "is written",
+    families.QWEN3.name: "its heads have norms, which only a Qwen3-MoE has, and that has no shared expert",
     "gemma2": "its layers have four norms, and no mixture here has them",
     "granite": "its layers scale what they add, and no mixture here does",
     families.MIXTRAL.name: "it is a mixture already",

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from mindformers_ext.core.errors import Problems
-from mindformers_ext.formats.dtypes import FLOATS, SHORT_NAMES, is_float
+from mindformers_ext.core.layers import dtype_name
+from mindformers_ext.formats.dtypes import FLOATS, is_float
 from mindformers_ext.formats.tensors import TensorInfo
 from mindformers_ext.jobs.merge.fit import check_fit, full_config
 from mindformers_ext.jobs.merge.models import Model
@@ -75,7 +76,7 @@ def plan_targets(
         problems.add(f"the models are {listed}", f"a {config.output.name} is made of models of one kind")
     if problems.lines:
         return [], []
-    wanted = config.dtype or SHORT_NAMES.get(str(base.config.get("torch_dtype")), str(base.config.get("torch_dtype")))
+    wanted = config.dtype or dtype_name(base.config.get("torch_dtype")) or str(base.config.get("torch_dtype"))
     embedding = base.reader.infos.get(EMBEDDING.name)
     dtype = FLOATS.get(wanted) or (embedding.dtype if embedding else np.dtype(np.float32))
     shapes = {name: info.shape for name, info in base.reader.infos.items()}

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.families import FAMILIES
-from mindformers_ext.formats.links import copy_companions, left_out
-from mindformers_ext.jobs.checkpoint.convert import COMPANIONS
+from mindformers_ext.jobs.checkpoint.companions import copy_companions
 
-TOKENIZER_FILES = (*COMPANIONS, "chat_template.json")
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DEFAULT_THETA = 10000.0
 
@@ -76,9 +74,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def copy_tokenizer(name: str, source: Path, target: Path) -> list[str]:
     """Copy tokenizer, chat template and generation settings of model ``name`` as they are; returns notes."""
-    copied, outside = copy_companions(source, target, TOKENIZER_FILES)
-    notes = left_out(source, outside)
-    return notes if copied or notes else [f"'{name}' has no tokenizer files to copy"]
+    copied = copy_companions(source, target)
+    return [*copied.notes, *([] if copied.names else [f"'{name}' has no tokenizer files to copy"])]
 
 
 @dataclass(frozen=True)

@@ -8,57 +8,69 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from mindformers_ext.core.errors import UserError
-from mindformers_ext.formats.links import lies_inside
+from mindformers_ext.data.chat_template import TEMPLATE_FILE, chat_template_of
+from mindformers_ext.data.tokenizer_settings import SETTINGS, read_table
+from mindformers_ext.jobs.checkpoint.companions import belongs
 
-SETTINGS, JINJA = "tokenizer_config.json", "chat_template.jinja"
 _EACH, _END = "{% for message in messages %}", "{% endfor %}"
-_ASK = "{% if add_generation_prompt %}"
-_REFUSE = "{{ raise_exception('this template knows the roles user and assistant only') }}"
+_ASK, _ENDIF = "{% if add_generation_prompt %}", "{% endif %}"
+_ORDER = "{{ raise_exception('user and assistant must take turns, behind a system message at most') }}"
 
-
-def _turns(user: str, assistant: str, system: str, ask: str) -> str:
-    """A template from what each role's message becomes."""
-    body = (
-        f"{_EACH}{{% if message['role'] == 'user' %}}{user}{{% elif message['role'] == 'assistant' %}}{assistant}"
-        f"{{% elif message['role'] == 'system' %}}{system}{{% else %}}{_REFUSE}{{% endif %}}{_END}"
-    )
-    return body + (f"{_ASK}{ask}{{% endif %}}" if ask else "")
-
-
-def _headed(start: str, middle: str, end: str, ask: str) -> str:
-    """A template where a message of any role is ``start`` role ``middle`` content ``end``."""
-    return (
-        f"{_EACH}{{{{ '{start}' + message['role'] + '{middle}' + message['content'] + '{end}' }}}}{_END}"
-        f"{_ASK}{{{{ '{ask}' }}}}{{% endif %}}"
-    )
-
-
-# Formats as their models' cards describe them; each is a text of our own.
+# Each renders what mergekit's template of this name renders (mergekit 0.1.5, in transformers' environment), blanks and
+# line breaks included; each is a text of our own.
 TEMPLATES = {
-    "chatml": _headed("<|im_start|>", r"\n", r"<|im_end|>\n", r"<|im_start|>assistant\n"),
-    "llama3": "{{ bos_token }}"
-    + _headed(
-        "<|start_header_id|>",
-        r"<|end_header_id|>\n\n",
-        "<|eot_id|>",
-        r"<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "chatml": (
+        _EACH
+        + r"{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+        + _END
+        + _ASK
+        + r"{{ '<|im_start|>assistant\n' }}"
+        + _ENDIF
     ),
-    "mistral": "{{ bos_token }}"
-    + _turns(
-        "{{ '[INST] ' + message['content'] + ' [/INST]' }}", "{{ ' ' + message['content'] + eos_token }}", _REFUSE, ""
+    "llama3": (
+        _EACH
+        + "{% if loop.first %}{{ bos_token }}{% endif %}"
+        + r"{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+        + r"{{ message['content'] | trim }}{{ '<|eot_id|>\n' }}"
+        + _END
+        + _ASK
+        + r"{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+        + _ENDIF
     ),
-    "alpaca": _turns(
-        r"{{ '### Instruction:\n' + message['content'] + '\n\n' }}",
-        r"{{ '### Response:\n' + message['content'] + eos_token + '\n\n' }}",
-        r"{{ message['content'] + '\n\n' }}",
-        r"{{ '### Response:\n' }}",
+    "mistral": (
+        "{% set told = messages[0]['role'] == 'system' %}{{ bos_token }}"
+        "{% for message in (messages[1:] if told else messages) %}"
+        "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        + _ORDER
+        + _ENDIF
+        + "{% if message['role'] == 'user' %}"
+        r"{{ ' [INST] ' + (messages[0]['content'] + '\n\n' if told and loop.first else '') }}"
+        "{{ message['content'] + ' [/INST]' }}"
+        "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
+        "{% else %}" + _ORDER + _ENDIF + _END
     ),
-    "exaone": _turns(
-        r"{{ '[|user|]' + message['content'] + '\n' }}",
-        r"{{ '[|assistant|]' + message['content'] + '[|endofturn|]\n' }}",
-        r"{{ '[|system|]' + message['content'] + '[|endofturn|]\n' }}",
-        "{{ '[|assistant|]' }}",
+    "alpaca": (
+        "{% set told = messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | list %}"
+        r"{{ (told[-1] | trim if told else '') + '\n\n' }}"
+        "{% set heads = {'user': 'Instruction', 'assistant': 'Response', 'user_context': 'Input'} %}"
+        + _EACH
+        + "{% if message['role'] in heads %}"
+        r"{{ '### ' + heads[message['role']] + ':\n' + message['content'] | trim }}"
+        r"{% if not loop.last %}{{ '\n\n' }}{% endif %}"
+        "{% endif %}" + _END + "{% if add_generation_prompt and messages[-1]['role'] != 'assistant' %}"
+        r"{{ '### Response:\n' }}" + _ENDIF
+    ),
+    "exaone": (
+        _EACH
+        + "{% if loop.first and message['role'] != 'system' %}"
+        + r"{{ '        [|system|][|endofturn|]\n\n' }}"
+        + _ENDIF
+        + r"{{ '    [|' + message['role'] + '|]' + message['content'] + '\n        ' }}"
+        + r"{{ '\n\n' if message['role'] == 'user' else '[|endofturn|]\n\n' }}"
+        + _END
+        + _ASK
+        + r"{{ '    [|assistant|]\n' }}"
+        + _ENDIF
     ),
 }
 
@@ -67,27 +79,21 @@ def chosen_template(wanted: str, folders: Sequence[Path]) -> str | None:
     """The Jinja text that ``chat_template`` asks for; "auto" is the most common one of the inputs."""
     if wanted != "auto":
         return TEMPLATES.get(wanted, wanted)
-    found = Counter(text for folder in folders if (text := _template_of(folder)))
+    found = Counter(text for folder in folders if (text := _own(folder)))
     return found.most_common(1)[0][0] if found else None
 
 
-def _template_of(folder: Path) -> str | None:
-    if lies_inside(folder, JINJA):  # what a link elsewhere leads to is not written into the merge
-        return (folder / JINJA).read_text(encoding="utf-8")
-    config = folder / SETTINGS
-    if not lies_inside(folder, SETTINGS):
+def _own(folder: Path) -> str | None:
+    """The template of a model's folder; what a link elsewhere leads to is not written into the merge."""
+    if not all(belongs(folder / name, folder) for name in (TEMPLATE_FILE, SETTINGS)):
         return None
-    try:
-        text = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"'{config}' is not a table of settings: copy it again") from error
-    return text if isinstance(text, str) else None
+    return chat_template_of(folder, read_table(folder / SETTINGS).get("chat_template"))
 
 
 def write_template(folder: Path, template: str) -> None:
     """Put the chat template where transformers 4 and 5 look for it."""
-    (folder / JINJA).write_text(template, encoding="utf-8")
+    (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
     config = folder / SETTINGS
     if config.is_file():
-        settings = {**json.loads(config.read_text(encoding="utf-8")), "chat_template": template}
+        settings = {**read_table(config), "chat_template": template}
         config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

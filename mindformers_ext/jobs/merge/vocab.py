@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.json_text import TABLES, read_object
 
 TABLE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 # files that describe one vocabulary otherwise: a tokenizer made anew is tokenizer.json alone
@@ -46,14 +47,16 @@ def read_vocabulary(folder: Path) -> Vocabulary:
 
 def _parsed(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = read_object(path, "copy it again", TABLES)
         ids = table["model"]["vocab"]
         if isinstance(ids, list):
             ids = {item[0]: place for place, item in enumerate(ids)}
         added = {item["content"]: item["id"] for item in table.get("added_tokens") or []}
         result = {**ids, **added}
-        if not all(isinstance(word, str) and type(number) is int for word, number in result.items()):
+        if not all(isinstance(word, str) and type(number) is int and number >= 0 for word, number in result.items()):
             raise TypeError("a token without a number")
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"'{path}' cannot be read as a tokenizer: copy it again") from error
     return table, result
@@ -134,7 +137,7 @@ def write_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     (folder / TABLE).write_text(json.dumps(vocabulary.table, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     path = folder / SETTINGS
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = read_object(path) if path.is_file() else {}
     if "added_tokens_decoder" in settings:  # transformers adds what stands here, under these numbers
         settings["added_tokens_decoder"] = {
             str(item["id"]): {key: value for key, value in item.items() if key != "id"}

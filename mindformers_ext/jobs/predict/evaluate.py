@@ -22,6 +22,7 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.data.packing import check_ids
 from mindformers_ext.data.readers import Cutting, read_jsonl, read_text
+from mindformers_ext.data.text_lines import suffix_of
 from mindformers_ext.data.tokenizers import Tokenizer, encode_glued, puts_blank
 from mindformers_ext.formats.atomic import fresh_file
 from mindformers_ext.jobs.checkpoint.source import read_config
@@ -29,6 +30,7 @@ from mindformers_ext.jobs.engine.door import open_records, open_reference
 from mindformers_ext.jobs.predict.network import asked_weights, check_same_model, open_network
 from mindformers_ext.jobs.predict.predict import open_own_tokenizer
 from mindformers_ext.jobs.run.dataset import check_dataset, dataset_files
+from mindformers_ext.jobs.run.display import current
 
 RESULT = "eval.json"
 TOKENS_AT_ONCE = 2048  # of all rows that a network sees together
@@ -80,6 +82,8 @@ class Evaluation:
         weights, note = asked_weights(self.asked, self.spec.model)
         self.notes.append(note)
         network = open_network(self.asked.engine, self.asked.device, self.spec, weights, self.window)
+        if self.asked.compiles:
+            current().begin("compiling the network")  # with the first windows
         return score(network.logits, self.windows(), self.window)
 
     def reference(self) -> Perplexity:
@@ -142,16 +146,17 @@ def _of_text(
 
 
 def documents(path: Path, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Token ids of each text: the whole file, or the "text" of each JSON record; BOS in front where there is one."""
+    """Token ids of each text: the whole file, or the "text" of each JSON record, framed as the tokenizer does it."""
     cutting = Cutting(blank=puts_blank(tokenizer))
-    fragments = read_jsonl(path, "text", cutting) if path.suffix in JSON else read_text(path, "file", cutting)
-    bos = tokenizer.special_ids["bos_id"]
+    fragments = read_jsonl(path, "text", cutting) if suffix_of(path) in JSON else read_text(path, "file", cutting)
+    before, after = tokenizer.frame
     parts: list[Any] = []
     for item in fragments:
         if item.first:
-            parts = [[bos]] if bos >= 0 else []
+            parts = [before]
         parts.append(encode_glued(tokenizer, [item.text])[0] if item.glued else tokenizer.encode_batch([item.text])[0])
         if item.last:
+            parts.append(after)
             yield np.concatenate([np.asarray(part, np.int32) for part in parts])
 
 
@@ -213,6 +218,7 @@ def _nats(logits: Logits, batch: list[Window], rows: int, length: int) -> float:
         inputs = window.tokens[:-1]
         ids[place, : len(inputs)] = inputs
     found = logits(ids)
+    current().done(", the first windows included")
     total = 0.0
     for place, window in enumerate(batch):
         where = np.flatnonzero(window.counted)

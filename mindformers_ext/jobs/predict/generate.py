@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mindformers_ext.core.capacity import round_up
-from mindformers_ext.core.config.sampling import SamplingSpec, choose, generator_of
+from mindformers_ext.core.config.draws import choose, generator_of
+from mindformers_ext.core.config.sampling import SamplingSpec
 from mindformers_ext.jobs.engine.protocols import Network, Session
+from mindformers_ext.jobs.run.display import current
 
 OnToken = Callable[[int, int], None]  # prompt, token
 
@@ -73,6 +75,7 @@ class Generation:
         seq_length: tokens of prompt and answer at most, whatever ``sampling`` says.
         batch_size: prompts computed together.
         use_cache: False computes the whole text anew for every token; the same answers, slowly.
+        announce: what making a session is called on the display; '' where it takes no time.
     """
 
     network: Network
@@ -80,6 +83,7 @@ class Generation:
     seq_length: int
     batch_size: int
     use_cache: bool = True
+    announce: str = ""
     timing: Timing = field(default_factory=Timing)
     _session: Session | None = None
     _shape: Shape | None = None
@@ -115,10 +119,13 @@ class Generation:
         """The session of the run before where the shape is the same."""
         if self._session is None or self._shape != shape:
             self._session = None  # lets go of the old cache first
+            if self.announce:
+                current().begin(self.announce)
             started = time.perf_counter()
             self._session = self.network.session(shape.rows, shape.length, shape.positions, self.use_cache)
             self._shape = shape
             self.timing.compile += time.perf_counter() - started
+            current().done()
         return self._session
 
     def _fill(self, session: Session, shape: Shape, rows: list[_Row], on_token: OnToken | None) -> None:

@@ -10,13 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.config.hf import model_spec_from_hf
-from mindformers_ext.core.config.keys import KEYS
+from mindformers_ext.core.config.keys import KEYS, MODEL
 from mindformers_ext.core.config.run import ASCEND, RunSpec
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import DeviceSpec, ModelSpec, NetworkSpec
 from mindformers_ext.formats.rank_dirs import rank_folders
 from mindformers_ext.jobs.checkpoint.saved import checkpoint_file, holds_whole
-from mindformers_ext.jobs.checkpoint.source import CONFIG, Reader, described_layout, open_hf, open_ms, read_config
+from mindformers_ext.jobs.checkpoint.source import (
+    CONFIG,
+    Reader,
+    described_layout,
+    is_hf_file,
+    open_hf,
+    open_ms,
+    read_config,
+)
 from mindformers_ext.jobs.engine.door import open_engine
 from mindformers_ext.jobs.engine.protocols import Network
 from mindformers_ext.weights.convert import plan_relayout, plan_to_mindspore
@@ -34,6 +42,9 @@ COMPARED = (
     "rms_norm_eps",
     "rope_theta",
     "tie_word_embeddings",
+    "sliding_window",
+    "full_attention_layers",
+    "rope_scaling",
 )
 COMPARED_MOE = ("num_local_experts", "num_experts_per_tok")
 SUFFIXES = (".ckpt", ".safetensors")
@@ -64,10 +75,15 @@ def open_weights(path: Path, spec: ModelSpec, strategy_dir: Path | None = None) 
     Raises:
         UserError: nothing there, or not of this model: sizes, names and constants that differ are listed.
     """
-    if path.is_dir() and (path / CONFIG).is_file():
-        check_same_model(spec, read_config(path), path)
+    is_file = is_hf_file(path)
+    folder = path.parent if is_file else path
+    if folder.is_dir() and (is_file or (folder / CONFIG).is_file()):
+        if (folder / CONFIG).is_file():
+            check_same_model(spec, read_config(folder), folder)
         reader = open_hf(path)
-        return _planned(reader, lambda: plan_to_mindspore(reader, spec), f"Hugging Face folder {path}")
+        return _planned(
+            reader, lambda: plan_to_mindspore(reader, spec), f"Hugging Face {'file' if is_file else 'folder'} {path}"
+        )
     file, strategies, what = _ms_source(path, strategy_dir, spec)
     reader, meta = open_ms(file, strategies)
 
@@ -121,8 +137,11 @@ def check_same_model(spec: ModelSpec, config: Mapping[str, Any], where: Path) ->
     """
     theirs = model_spec_from_hf(config)
     names = {(key.part, key.field): f"{key.section}.{key.name}" for key in KEYS}
+    names["model", "rope_scaling"] = f"{MODEL}.extend_method, scaling_factor"
     problems = Problems(f"configuration and {where}")
     pairs: list[tuple[str, str, object, object]] = [("model", name, spec, theirs) for name in COMPARED]
+    if theirs.rope_scaling and theirs.rope_scaling.original_max_position_embeddings is None:
+        pairs.append(("model", "max_position_embeddings", spec, theirs))  # where the scaling begins
     if spec.moe and theirs.moe:
         pairs += [("moe", name, spec.moe, theirs.moe) for name in COMPARED_MOE]
     elif bool(spec.moe) != bool(theirs.moe):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,21 +15,23 @@ from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.data.chat_template import ChatTemplate
 from mindformers_ext.data.packing import check_ids
-from mindformers_ext.data.tokenizers import Tokenizer, open_tokenizer
+from mindformers_ext.data.tokenizers import Tokenizer, encode_framed, open_tokenizer
 from mindformers_ext.formats.atomic import fresh_file
+from mindformers_ext.jobs.predict.end_ids import end_ids
 from mindformers_ext.jobs.predict.generate import Answer, Generation, Timing, bucket
 from mindformers_ext.jobs.predict.network import asked_weights, check_memory, open_network
 
-STANDARD_INPUT = "-"
-LONGEST_NAME = 256  # bytes of a file's name
+COMPILING = "compiling the graphs that answer"
 ANSWERS, TEXTS = "predictions.jsonl", "sample.txt"
 OnText = Callable[[int, str], None]  # prompt, more text of it
+BLANK = "blank"  # how the answer to a blank line ends
 UNFINISHED = "\ufffd"  # what a cut UTF-8 character decodes to
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt as given, and its tokens with BOS (and, for chat, with the template around it)."""
+    """One prompt as given, and its tokens as the tokenizer frames a text (for chat, as the template writes it). A blank
+    line among prompts has no tokens, and its answer is blank."""
 
     text: str
     tokens: tuple[int, ...]
@@ -81,13 +82,14 @@ class Predictor:
             self.notes.append(
                 "use_past is False: the whole text is computed anew for every token; True gives the same answer sooner"
             )
-        self._generation = Generation(network, self.sampling, self.spec.seq_length, 1, self.run.cached)
+        announce = COMPILING if self.run.compiles else ""
+        self._generation = Generation(network, self.sampling, self.spec.seq_length, 1, self.run.cached, announce)
 
     def prompts(self, texts: Sequence[str], history: Sequence[Mapping[str, str]] = ()) -> list[Prompt]:
         """Tokens of each text; with a chat template each is a user's message behind ``history``.
 
         Raises:
-            UserError: lists the prompts that are empty or too long.
+            UserError: lists the prompts that are too long.
         """
         problems = Problems("prompts")
         found = []
@@ -97,10 +99,8 @@ class Predictor:
             else min(self.spec.seq_length, self.sampling.max_length)
         )
         for number, text in enumerate(texts, 1):
-            prompt = self._encoded(text, history)
+            prompt = self._encoded(text, history) if text.strip() else Prompt(text, (), 0)
             check_ids(prompt.tokens, self.spec.model.vocab_size, f"prompt {number}")
-            if not text.strip():
-                problems.add(f"prompt {number} is empty", "give some text, or leave it out")
             if len(prompt.tokens) >= limit:
                 problems.add(
                     f"prompt {number} has {len(prompt.tokens)} tokens, prompt and answer may have {limit}",
@@ -113,16 +113,15 @@ class Predictor:
         return found
 
     def _encoded(self, text: str, history: Sequence[Mapping[str, str]]) -> Prompt:
-        ids = self.tokenizer.special_ids
-        whole, bos = text, ids["bos_id"] >= 0
         if self.template:
             whole = self.template.render([*history, {"role": "user", "content": text}])
-            bos = bos and not self.template.starts_with_bos(whole)
-        tokens = [int(token) for token in self.tokenizer.encode_batch([whole])[0]]
-        return Prompt(text, (*([ids["bos_id"]] if bos else []), *tokens), tokens.count(ids["unk_id"]))
+            tokens = [int(token) for token in self.tokenizer.encode_batch([whole])[0]]
+        else:
+            tokens = encode_framed(self.tokenizer, text)
+        return Prompt(text, tuple(tokens), tokens.count(self.tokenizer.special_ids["unk_id"]))
 
     def answers(self, prompts: Sequence[Prompt], on_text: OnText | None = None) -> Iterator[Written]:
-        """Answers in the order of ``prompts``; ``on_text`` gets their text as tokens come.
+        """Answers in the order of ``prompts``, blank ones to blank prompts; ``on_text`` gets their text as tokens come.
 
         Raises:
             UserError: the cache for a batch does not fit this machine's memory.
@@ -131,33 +130,43 @@ class Predictor:
             self.load()
         generation = self._generation
         assert generation is not None
-        generation.batch_size = min(self.run.rows or len(prompts), len(prompts))
-        longest = max(min(self.spec.seq_length, self.sampling.longest(len(p.tokens))) for p in prompts)
+        places = [place for place, prompt in enumerate(prompts) if prompt.tokens]
+        texts = [prompts[place].tokens for place in places]
+        generation.batch_size = min(self.run.rows or len(texts), len(texts))
+        longest = max(min(self.spec.seq_length, self.sampling.longest(len(tokens))) for tokens in texts)
         check_memory(self.spec, generation.batch_size, bucket(longest))
-        asked = repr(([p.tokens for p in prompts], self.sampling, generation.batch_size, self.spec.seq_length))
+        asked = repr((texts, self.sampling, generation.batch_size, self.spec.seq_length))
         if not generation.network.agree(hashlib.sha256(asked.encode()).digest()):
             raise UserError(
                 "the processes that answer together have different prompts, tokenizers or settings: give "
                 "every machine the same files and options"
             )
-        stream = TextStream(self.tokenizer, [prompt.tokens for prompt in prompts], on_text) if on_text else None
-        for answer in generation.answers([p.tokens for p in prompts], stream.take if stream else None):
+        show = (lambda number, text: on_text(places[number], text)) if on_text else None
+        stream = TextStream(self.tokenizer, texts, show, self.sampling.eos_token_ids) if show else None
+        done = 0
+        for answer in generation.answers(texts, stream.take if stream else None):
+            place = places[answer.prompt]
+            yield from (Written(prompt.text, "", 0, 0, BLANK) for prompt in prompts[done:place])
+            done = place + 1
             if stream:
                 stream.end()
-            yield self._written(prompts[answer.prompt], answer)
+            yield self._written(prompts[place], answer)
             if stream:
                 stream.go_on()
+        yield from (Written(prompt.text, "", 0, 0, BLANK) for prompt in prompts[done:])
 
     def _written(self, prompt: Prompt, answer: Answer) -> Written:
-        text = answer_text(self.tokenizer, prompt.tokens, answer.tokens)
+        text = answer_text(self.tokenizer, prompt.tokens, answer.tokens, self.sampling.eos_token_ids)
         return Written(prompt.text, text, len(prompt.tokens), len(answer.tokens), answer.finish)
 
 
 class TextStream:
     """Text of several answers that grow at once, shown one after the other: the first open one live, the rest kept."""
 
-    def __init__(self, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], on_text: OnText) -> None:
-        self._tokenizer, self._prompts, self._on_text = tokenizer, prompts, on_text
+    def __init__(
+        self, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], on_text: OnText, ends: Sequence[int] = ()
+    ) -> None:
+        self._tokenizer, self._prompts, self._on_text, self._ends = tokenizer, prompts, on_text, ends
         self._tokens: list[list[int]] = [[] for _ in prompts]
         self._shown = [0] * len(prompts)
         self._live = 0
@@ -179,17 +188,19 @@ class TextStream:
             self._show(whole=False)
 
     def _show(self, whole: bool) -> None:
-        text = answer_text(self._tokenizer, self._prompts[self._live], self._tokens[self._live])
+        text = answer_text(self._tokenizer, self._prompts[self._live], self._tokens[self._live], self._ends)
         if whole or not text.endswith(UNFINISHED):
             self._on_text(self._live, text[self._shown[self._live] :])
             self._shown[self._live] = len(text)
 
 
-def answer_text(tokenizer: Tokenizer, prompt: Sequence[int], answer: Sequence[int]) -> str:
-    """The answer's text as it follows the prompt's: a tokenizer may drop a blank at the start of a text."""
+def answer_text(tokenizer: Tokenizer, prompt: Sequence[int], answer: Sequence[int], ends: Sequence[int] = ()) -> str:
+    """The answer's text as it follows the prompt's: a tokenizer may drop a blank at the start of a text. The token that
+    ended it, if it is one of ``ends``, is no part of it."""
     size = tokenizer.vocab_size  # a network may have more rows than the tokenizer pieces
+    said = answer[:-1] if answer and answer[-1] in ends else answer
     before = tokenizer.decode(token for token in prompt if token < size)
-    return tokenizer.decode([token for token in (*prompt, *answer) if token < size])[len(before) :]
+    return tokenizer.decode([token for token in (*prompt, *said) if token < size])[len(before) :]
 
 
 def open_predictor(run: RunSpec, spec: NetworkSpec, chat: bool = False) -> Predictor:
@@ -200,19 +211,22 @@ def open_predictor(run: RunSpec, spec: NetworkSpec, chat: bool = False) -> Predi
     """
     model = spec.model
     assert run.sampling is not None
-    sampling = run.sampling.ended_by(model.eos_token_id, *model.more_eos_token_ids)
     tokenizer, path = open_own_tokenizer(run, model)
-    template = ChatTemplate(path if path.is_dir() else path.parent) if chat else None
-    return Predictor(run, spec, tokenizer, template, sampling)
+    folder = path if path.is_dir() else path.parent
+    template = ChatTemplate(folder) if chat else None
+    own, notes = end_ids(dict.fromkeys([*([Path(run.load)] if run.load else []), folder]), model.vocab_size)
+    ends = dict.fromkeys((model.eos_token_id, *model.more_eos_token_ids, *own))
+    return Predictor(run, spec, tokenizer, template, run.sampling.ended_by(*ends), notes)
 
 
 def open_own_tokenizer(run: RunSpec, model: ModelSpec) -> tuple[Tokenizer, Path]:
-    """The tokenizer of ``tokenizer_path``, whose pieces must all be rows of the embedding, and where it lies."""
+    """The tokenizer of ``tokenizer_path``, whose pieces must all be rows of the embedding, and where it lies. Added
+    tokens without a row are refused where a text uses them."""
     path = tokenizer_path(run)
     tokenizer = open_tokenizer(path)
-    if tokenizer.vocab_size > model.vocab_size:
+    if tokenizer.base_size > model.vocab_size:
         raise UserError(
-            f"the tokenizer {path} has {tokenizer.vocab_size} pieces, model_config.vocab_size is "
+            f"the tokenizer {path} has {tokenizer.base_size} pieces, model_config.vocab_size is "
             f"{model.vocab_size}: give the model's own tokenizer, or set vocab_size"
         )
     return tokenizer, path
@@ -231,29 +245,6 @@ def tokenizer_path(run: RunSpec) -> Path:
         "text needs a tokenizer: set processor.tokenizer.vocab_file to the .model file "
         "(--processor.tokenizer.vocab_file)"
     )
-
-
-def read_prompts(items: Sequence[str]) -> list[str]:
-    """The prompts of ``--predict_data``: texts, one text file (a prompt a line), or - for standard input."""
-    if len(items) == 1 and items[0] == STANDARD_INPUT:
-        return _lines(sys.stdin.read(), "standard input")
-    if len(items) == 1 and len(items[0].encode()) < LONGEST_NAME and "\n" not in items[0]:
-        path = Path(items[0])
-        if path.is_file():
-            try:
-                return _lines(path.read_text(encoding="utf-8"), str(path))
-            except UnicodeDecodeError as error:
-                raise UserError(f"--predict_data {path} is not UTF-8 text: {error}") from error
-        if path.suffix == ".txt" and " " not in items[0]:
-            raise UserError(f"--predict_data {path} does not exist: give a text file, or the prompt itself")
-    return list(items)
-
-
-def _lines(text: str, where: str) -> list[str]:
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise UserError(f"{where} holds no prompt: write one on each line")
-    return lines
 
 
 def write_results(written: Sequence[Written], run: RunSpec, timing: Timing) -> Path:

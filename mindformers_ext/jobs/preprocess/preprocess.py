@@ -18,11 +18,12 @@ from mindformers_ext.data.packing import Packer, check_ids
 from mindformers_ext.data.parquet import read_parquet
 from mindformers_ext.data.readers import Cutting, Fragment, Progress, read_jsonl, read_text, read_wiki
 from mindformers_ext.data.tokenizers import Tokenizer, puts_blank
-from mindformers_ext.formats.atomic import fresh_file, fresh_group
+from mindformers_ext.formats.atomic import fresh_file, fresh_group, recover_group
 from mindformers_ext.jobs.engine.door import open_record_writer
 from mindformers_ext.jobs.engine.protocols import RecordWriter
 from mindformers_ext.jobs.preprocess.encode import QaBatch, Setup, TextBatch, Tokens, encode_all
 from mindformers_ext.jobs.preprocess.request import SAMPLES, Checked, PreprocessRequest, check_request
+from mindformers_ext.jobs.run.dataset import loss_tokens
 
 BATCH_CHARACTERS = 1 << 17  # of text that a process encodes at once
 BATCH_CONVERSATIONS = 64
@@ -89,6 +90,7 @@ def preprocess(request: PreprocessRequest) -> Summary:
     Raises:
         UserError: an option, an input line, a tokenizer or an output that does not fit; what and where is said.
     """
+    recover_group(request.output_file)
     checked, tokenizer = check_request(request)
     with fresh_group(request.output_file, request.overwrite) as folder:
         writer = open_record_writer(
@@ -284,14 +286,6 @@ class _Run:
             joined = {name: np.concatenate([block[name] for block in self.block]) for name in self.block[0]}
             self.writer.write(joined)
         self.block, self.block_tokens = [], 0
-
-
-def loss_tokens(ids: np.ndarray, labels: np.ndarray | None, pad_id: int) -> int:
-    """Positions of rows (rows, length) that bear loss: MindFormers' LlamaForCausalLM, the next token is the target."""
-    weight = ids[:, :-1] != pad_id
-    if labels is not None:
-        weight &= labels[:, 1:] != IGNORED
-    return int(weight.sum())
 
 
 def _text_batches(fragments: Iterable[Fragment]) -> Iterator[TextBatch]:

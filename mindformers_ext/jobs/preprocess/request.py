@@ -181,10 +181,10 @@ def _check_config(
 ) -> None:
     model = spec.model
     problems = Problems(f"{request.config} and the data to be written")
-    if tokenizer.vocab_size > model.vocab_size:
+    if tokenizer.base_size > model.vocab_size:
         problems.add(
-            f"ids up to {tokenizer.vocab_size - 1} from the tokenizer, vocab_size={model.vocab_size}",
-            f"set vocab_size to at least {tokenizer.vocab_size}, or use the tokenizer the model was made for",
+            f"ids up to {tokenizer.base_size - 1} from the tokenizer, vocab_size={model.vocab_size}",
+            f"set vocab_size to at least {tokenizer.base_size}, or use the tokenizer the model was made for",
         )
     if seq_length != spec.seq_length:
         problems.add(f"--seq_length {seq_length}, seq_length: {spec.seq_length} in the YAML", "make them equal")

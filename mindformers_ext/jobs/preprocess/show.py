@@ -12,9 +12,8 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.data.show import ShownRecord as ShownRecord  # part of what this module gives
 from mindformers_ext.data.show import show
 from mindformers_ext.data.tokenizers import Tokenizer, open_tokenizer
-from mindformers_ext.formats.mindrecord_file import record_fields
+from mindformers_ext.formats.mindrecord_file import record_fields, row_count
 from mindformers_ext.jobs.engine.door import open_records
-from mindformers_ext.jobs.run.dataset import row_count
 
 FIELDS = ("input_ids", "labels")  # what a causal model reads
 PADS = ("pad_id", "unk_id", "eos_id")  # the first that a tokenizer has pads its rows (see preprocess_request.py)

@@ -10,13 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mindformers_ext.core.cluster.build import BuildSpec, build_spec
-from mindformers_ext.core.cluster.cluster_rules import TOGETHER, check_network
+from mindformers_ext.core.cluster.build import BuildSpec
+from mindformers_ext.core.cluster.cluster_rules import TOGETHER
+from mindformers_ext.core.cluster.judged import build_network, judge_network, read_network
 from mindformers_ext.core.cluster.tensor_parallel import check_tensor_parallel
+from mindformers_ext.core.config.foreign import has_our_weights, is_llama
 from mindformers_ext.core.config.run import (
     ASCEND,
     CPU,
     DEVICES,
+    GPU,
     MINDFORMERS,
     MINDSPORE,
     OWN,
@@ -26,14 +29,16 @@ from mindformers_ext.core.config.run import (
     run_spec_from_yaml,
     settled_yaml,
 )
-from mindformers_ext.core.config.view import network_spec_from_yaml, yaml_notes
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.families import FAMILIES, own_families
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.jobs.checkpoint.transform import TransformRequest
 from mindformers_ext.jobs.run.dataset import check_dataset
+from mindformers_ext.jobs.run.seam import seam_notes
 from mindformers_ext.jobs.run.sections import check_sections
 from mindformers_ext.jobs.run.start import settle_for_mindformers, settle_for_own_loop
+
+LIBRARIES = {ASCEND: "libascendcl.so", GPU: "libcuda.so.1"}
 
 
 @dataclass(frozen=True)
@@ -58,21 +63,13 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
         UserError: the first group of mistakes found: keys and values, then the device, files, and data.
     """
     asked = run = run_spec_from_yaml(config, where)
-    try:
-        check_sections(config, run.mode)
-        read = network_spec_from_yaml(config, device_count(run))
-        together = run.runner is Runner.OWN_PREDICTION and run.use_parallel and launched(run.engine)
-        notes = _check_together(run, read) if together else []
-        notes += [*yaml_notes(config), *check_network(read, TOGETHER if together else run.mode)]
-        build = build_spec(read, config, run.engine == MINDSPORE)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+    read, build, notes = check_words(config, run, device_count(run), where, launched(run.engine))
     check_device(run.device.target)
     _check_lora(run)
     if run.use_parallel and not launched(run.engine):
         run = run.alone()
         alone = replace(read.parallel, parallel_mode="stand_alone", device_num=1)
-        build = build_spec(replace(read, parallel=alone), config, run.engine == MINDSPORE)
+        build = build_network(replace(read, parallel=alone), config, run, run.engine == MINDSPORE)
         script = "torchrun_launcher.sh" if run.engine == PYTORCH else "msrun_launcher.sh"
         notes.append(f"use_parallel becomes False: this process was started alone (scripts/{script})")
     _check_runner(run, where)
@@ -84,13 +81,46 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
         run, found = settle_for_own_loop(run)
         notes += found
     elif run.runner is Runner.MINDFORMERS:
-        run, found, merge = settle_for_mindformers(run, build.network)
+        known = run.family is not None or has_our_weights(config)
+        run, found, merge = settle_for_mindformers(run, build.network, known)
         notes += found
-    if run.runner in (Runner.OWN_LOOP, Runner.MINDFORMERS):
+    if run.runner in (Runner.OWN_LOOP, Runner.MINDFORMERS) and (run.family is not None or is_llama(config)):
         check_tokenizer(run, build.network)
         if run.mode != "predict":
             check_dataset(run, build.network)
+        if run.trains and run.resume:
+            notes += seam_notes(config, run, build.network)
     return CheckedRun(settled_yaml(config, asked, run), run, build, tuple(notes), merge)
+
+
+def check_words(
+    config: Mapping[str, Any], run: RunSpec, devices: int, where: str, together: bool = True
+) -> tuple[NetworkSpec, BuildSpec, list[str]]:
+    """What can be judged by the words of ``config`` alone, from which ``run`` was read, for so many devices.
+
+    Args:
+        config: the YAML's content with options applied.
+        run: what ``run_spec_from_yaml`` makes of it.
+        devices: of the whole job.
+        where: the file, for messages.
+        together: whether a launcher has started the job's processes.
+
+    Returns:
+        The network as written, what is built of it, and notes.
+
+    Raises:
+        UserError: lists what is wrong.
+    """
+    try:
+        dead = check_sections(config, run.mode)
+        read, notes = read_network(config, run, devices)
+        parts = run.runner is Runner.OWN_PREDICTION and run.use_parallel and together
+        if parts:
+            notes = [*_check_together(run, read), *notes]
+        notes = [*dead, *notes, *judge_network(read, run, TOGETHER if parts else run.mode)]
+        return read, build_network(read, config, run, run.engine == MINDSPORE), notes
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _check_runner(run: RunSpec, where: str) -> None:
@@ -116,8 +146,8 @@ def _check_runner(run: RunSpec, where: str) -> None:
 
 
 def _check_lora(run: RunSpec) -> None:
-    """What a run with adapters cannot do yet."""
-    if not run.has_adapters:
+    """What a run of ours with adapters cannot do yet."""
+    if not run.has_adapters or run.family is None:
         return
     if not run.trains:
         raise UserError(
@@ -179,15 +209,19 @@ def check_device(target: str) -> None:
         raise UserError(f"device_target={target!r} is unknown: choose Ascend, GPU or CPU (--device_target)")
     if target == CPU:
         return
-    if target == ASCEND:
-        if not _has_library("libascendcl.so"):
-            raise UserError(
-                "device_target is Ascend, but this machine has no Ascend software (libascendcl.so of CANN is not "
-                "found): run with --device_target CPU, or source CANN's set_env.sh"
-            )
+    if has_device(target):
         return
-    if not _has_library("libcuda.so.1"):
-        raise UserError("device_target is GPU, but this machine has no CUDA driver: run with --device_target CPU")
+    if target == ASCEND:
+        raise UserError(
+            "device_target is Ascend, but this machine has no Ascend software (libascendcl.so of CANN is not found): "
+            "run with --device_target CPU, or source CANN's set_env.sh"
+        )
+    raise UserError("device_target is GPU, but this machine has no CUDA driver: run with --device_target CPU")
+
+
+def has_device(target: str) -> bool:
+    """Whether the library that drives ``target`` is there; a CPU always is."""
+    return target == CPU or _has_library(LIBRARIES[target])
 
 
 def _has_library(name: str) -> bool:
@@ -220,9 +254,9 @@ def check_tokenizer(run: RunSpec, spec: NetworkSpec) -> None:
             raise UserError(f"processor.tokenizer.vocab_file {path} does not exist: give the model's tokenizer")
         return
     if path.suffix == ".model":
-        from mindformers_ext.data.tokenizers import SentencePieceTokenizer
+        from mindformers_ext.data.tokenizers import open_tokenizer
 
-        size = SentencePieceTokenizer(path).vocab_size
+        size = open_tokenizer(path).base_size
         if size > spec.model.vocab_size:
             rows = spec.model.vocab_size
             raise UserError(

@@ -4,21 +4,21 @@
 from __future__ import annotations
 
 import re
-import sqlite3
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 
 from mindformers_ext.core.config.run import DATA_OF, MINDRECORD, PYTORCH, DataSpec, RunSpec
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.data.conversations import IGNORED
+from mindformers_ext.formats.mindrecord_file import row_count
 from mindformers_ext.jobs.engine.door import open_records
 
-SAMPLE_ROWS = 2000  # rows per file whose ids are read
-SAMPLE_FILES = 4
+SAMPLE_ROWS = 20_000  # rows whose ids are read before the run, a second or two; the rest as they come
+BLOCK_ROWS = 256
 _MINDRECORD = re.compile(r"mindrecord\d*$")
 
 
@@ -26,10 +26,11 @@ def check_dataset(run: RunSpec, spec: NetworkSpec) -> None:
     """Check the MindRecord files that ``run`` reads against the network.
 
     Training rows hold seq_length + 1 tokens (the network predicts the next one), evaluation rows seq_length or
-    seq_length + 1. The ids of the first 2000 rows of up to four files are read.
+    seq_length + 1. The ids of the first 20000 rows are read.
 
     Raises:
-        UserError: no file, too few rows, a missing column, another row length, or an id without an embedding.
+        UserError: no file, too few rows, a missing column, another row length, an id without an embedding (the row is
+            named), or rows of which none bears loss.
     """
     data = run.data
     if data is None:
@@ -39,8 +40,17 @@ def check_dataset(run: RunSpec, spec: NetworkSpec) -> None:
     files = dataset_files(data)
     rows = sum(row_count(path) for path in files)
     _check_count(run, data, rows if data.limit is None else min(rows, data.limit))
-    for path in files[:SAMPLE_FILES]:
-        _check_rows(path, data.columns, spec, run)
+    left, bearing = SAMPLE_ROWS, 0
+    for path in files:
+        if left > 0:
+            read, found = _check_rows(path, data, spec, run, left)
+            left, bearing = left - read, bearing + found
+    if not bearing:
+        raise UserError(
+            f"{data.section}: no position of {SAMPLE_ROWS - left} rows bears loss: all tokens are padding "
+            f"(pad_token_id {spec.model.pad_token_id}), or all labels are {spec.model.ignore_token_id}: write the data "
+            "again, with the tokenizer and the template that the model was made for"
+        )
 
 
 def dataset_files(data: DataSpec) -> list[Path]:
@@ -70,15 +80,6 @@ def dataset_files(data: DataSpec) -> list[Path]:
     return files
 
 
-def row_count(path: Path) -> int:
-    """Rows of one MindRecord file, from its index."""
-    try:
-        with closing(sqlite3.connect(f"file:{quote(str(path))}.db?mode=ro", uri=True)) as index:
-            return int(index.execute("select count(*) from INDEXES").fetchone()[0])
-    except sqlite3.Error as error:
-        raise UserError(f"the index {path.name}.db of {path} cannot be read ({error}): write the data again") from error
-
-
 def _check_count(run: RunSpec, data: DataSpec, rows: int) -> None:
     if run.mode == "eval":
         batch = run.batch_size if data.drop_remainder else 1
@@ -91,35 +92,85 @@ def _check_count(run: RunSpec, data: DataSpec, rows: int) -> None:
         )
 
 
-def _check_rows(path: Path, columns: tuple[str, ...], spec: NetworkSpec, run: RunSpec) -> None:
-    seq, vocab = spec.seq_length, spec.model.vocab_size
-    evaluates = run.mode == "eval"
-    allowed = (seq, seq + 1) if evaluates else (seq + 1,)
+def _check_rows(path: Path, data: DataSpec, spec: NetworkSpec, run: RunSpec, most: int) -> tuple[int, int]:
+    """Look at up to ``most`` rows of one file; returns how many were read, and how many positions bear loss."""
+    read = bearing = 0
     problems = Problems(f"data set {path}")
     try:
-        sample = list(islice(open_records(plain=run.engine == PYTORCH).read(path, columns), SAMPLE_ROWS))
+        rows = islice(open_records(plain=run.engine == PYTORCH).read(path, data.columns), most)
+        for first, block in _blocks(rows, data.columns):
+            _check_lengths({len(row) for row in block[0]}, spec, run.mode == "eval", problems)
+            problems.raise_if_any()
+            ids, *more = (np.stack(column) for column in block)
+            _check_block(ids, more[0] if "labels" in data.columns else None, first, spec, problems)
+            problems.raise_if_any()
+            read += len(ids)
+            bearing += loss_tokens(
+                ids, more[0] if "labels" in data.columns else None, spec.model.pad_token_id, spec.model.ignore_token_id
+            )
     except RuntimeError as error:
         line = " ".join(str(error).split())[:300]
-        raise UserError(f"data set {path} cannot be read with the columns {', '.join(columns)}: {line}") from error
-    lengths = sorted({len(row[columns[0]]) for row in sample})
-    if any(length not in allowed for length in lengths):
-        wanted = f"{seq} or {seq + 1}" if evaluates else f"{seq + 1} (seq_length + 1)"
+        raise UserError(f"data set {path} cannot be read with the columns {', '.join(data.columns)}: {line}") from error
+    return read, bearing
+
+
+def _blocks(
+    rows: Iterator[Mapping[str, np.ndarray]], columns: tuple[str, ...]
+) -> Iterator[tuple[int, list[list[np.ndarray]]]]:
+    """The rows in blocks: the number of the first one, and its columns."""
+    first = 0
+    while block := list(islice(rows, BLOCK_ROWS)):
+        yield first, [[row[name] for row in block] for name in columns]
+        first += len(block)
+
+
+def _check_lengths(lengths: set[int], spec: NetworkSpec, evaluates: bool, problems: Problems) -> None:
+    seq = spec.seq_length
+    if lengths <= ({seq, seq + 1} if evaluates else {seq + 1}) and len(lengths) == 1:
+        return
+    wanted = f"{seq} or {seq + 1}" if evaluates else f"{seq + 1} (seq_length + 1)"
+    problems.add(
+        f"rows of {', '.join(map(str, sorted(lengths)))} tokens, model_config.seq_length={seq} needs {wanted}",
+        f"set model.model_config.seq_length to {max(lengths) - 1}, or write the data for {seq}",
+    )
+
+
+def _check_block(ids: np.ndarray, labels: np.ndarray | None, first: int, spec: NetworkSpec, problems: Problems) -> None:
+    """Ids (rows, length) must have an embedding, labels be ids or the one that bears no loss."""
+    vocab, ignored = spec.model.vocab_size, spec.model.ignore_token_id
+    wrong = (ids >= vocab) | (ids < 0)
+    if wrong.any():
+        row = int(np.flatnonzero(wrong.any(axis=1))[0])
         problems.add(
-            f"rows of {', '.join(map(str, lengths))} tokens, model_config.seq_length={seq} needs {wanted}",
-            f"set model.model_config.seq_length to {lengths[-1] - 1}, or write the data for {seq}",
+            f"row {first + row} holds the id {ids[row][wrong[row]][0]} (around it from {ids.min()} to {ids.max()}), "
+            f"model_config.vocab_size={vocab} has embeddings for 0 to {vocab - 1}",
+            "set vocab_size to the tokenizer's size, or write the data with the model's tokenizer",
         )
-    largest = max(int(np.max(row[columns[0]])) for row in sample)
-    smallest = min(int(np.min(row[columns[0]])) for row in sample)
-    if largest >= vocab or smallest < 0:
+    if labels is None:
+        return
+    wrong = (labels >= vocab) | ((labels < 0) & (labels != ignored))
+    if wrong.any():
+        row = int(np.flatnonzero(wrong.any(axis=1))[0])
         problems.add(
-            f"ids from {smallest} to {largest}, model_config.vocab_size={vocab} has embeddings for 0 to {vocab - 1}",
-            f"set vocab_size to {largest + 1} or more (the tokenizer's size)",
+            f"row {first + row} holds the label {labels[row][wrong[row]][0]}",
+            f"use ids below {vocab} or ignore_token_id {ignored}",
         )
-    if "labels" in columns:
-        labels = np.unique(np.concatenate([row["labels"] for row in sample]))
-        wrong = labels[(labels >= vocab) | ((labels < 0) & (labels != spec.model.ignore_token_id))]
-        if wrong.size:
-            problems.add(
-                f"labels such as {wrong[0]}", f"use ids below {vocab} or ignore_token_id {spec.model.ignore_token_id}"
-            )
-    problems.raise_if_any()
+
+
+def check_ids(columns: Sequence[np.ndarray], vocab: int, where: str) -> None:
+    """Ids (first column, any shape) and labels must be below ``vocab``, ids not below 0; a ``UserError`` names
+    ``where``."""
+    lowest, highest = int(columns[0].min()), max(int(column.max()) for column in columns)
+    if lowest < 0 or highest >= vocab:
+        raise UserError(
+            f"{where}: ids without an embedding (from {lowest} to {highest}, vocab_size is {vocab}): set vocab_size to "
+            "the tokenizer's size, or write the data with the model's tokenizer"
+        )
+
+
+def loss_tokens(ids: np.ndarray, labels: np.ndarray | None, pad_id: int, ignored: int = IGNORED) -> int:
+    """Positions of rows (rows, length) that bear loss: MindFormers' LlamaForCausalLM, the next token is the target."""
+    weight = ids[:, :-1] != pad_id
+    if labels is not None:
+        weight &= labels[:, 1:] != ignored
+    return int(weight.sum())

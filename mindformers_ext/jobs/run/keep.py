@@ -26,6 +26,18 @@ def keep_config(config: Mapping[str, Any], folder: Path) -> Path:
     return path
 
 
+def kept_config(folder: Path, mode: str) -> Path | None:
+    """What ``keep_config`` has kept of the last run of this ``run_mode``, None where there is nothing."""
+    path = folder / "run_config" / f"{mode}.yaml"
+    return path if path.is_file() else None
+
+
+def keep_text(path: Path, text: str) -> None:
+    """A text that the user has named a place for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+
+
 def keep_lora(lora: LoraSpec | None, folder: Path) -> None:
     """What ``tools/merge_lora.py`` must know about the adapters, in PEFT's words."""
     if lora:

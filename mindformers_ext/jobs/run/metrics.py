@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.json_text import JsonError, parse_json
 
 FOLDER = "metrics"
 EDGE = 20  # records averaged at the start and at the end of a run
 REQUIRED = ("step", "loss", "lm_loss", "aux_loss", "dropped", "expert_load")
 OPTIONAL = ("learning_rate", "tokens_per_second")
+AXES = {**dict.fromkeys((*REQUIRED, *OPTIONAL), 0), "dropped": 1, "expert_load": 2}
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class RunMetrics:
         """(L, E): each expert's share of its layer's assignments over the records [first, last); rows sum to 1."""
         total = self.expert_load[first:last].sum(axis=0)
         return total / np.maximum(total.sum(axis=-1, keepdims=True), 1.0)
+
+    def step_shares(self) -> np.ndarray:
+        """(N, L, E): the same in every single record."""
+        return self.expert_load / np.maximum(self.expert_load.sum(axis=-1, keepdims=True), 1.0)
 
     def load_cv(self) -> np.ndarray:
         """(N, L): coefficient of variation of the load, standard deviation over mean; 0 is a perfect balance."""
@@ -98,29 +103,50 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
 
 def _read_file(file: Path) -> dict[int, dict[str, Any]]:
     """Step -> record; of a step recorded twice the later record counts."""
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text (byte {error.start}): it is damaged") from error
     records = (_parsed(line, f"{file}, line {number}") for number, line in enumerate(lines, start=1))
     return {record["step"]: record for record in records}
 
 
 def _parsed(line: str, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg})") from error
+        record = parse_json(line)
+    except JsonError as error:
+        raise UserError(f"{where}: not JSON ({error})") from error
     missing = [name for name in REQUIRED if not isinstance(record, dict) or name not in record]
     if missing:
         raise UserError(f"{where}: no {', '.join(missing)}")
+    for name, axes in AXES.items():
+        if not _has_axes(record.get(name), axes):
+            kind = ("a number", "a list of numbers", "lists of numbers of one length")[axes]
+            raise UserError(f"{where}: {name} is not {kind}")
+    if type(record["step"]) is not int or not 0 < record["step"] < 2**53:
+        raise UserError(f"{where}: step={str(record['step'])[:80]} is not the number of a step")
     return record
+
+
+def _has_axes(value: Any, axes: int) -> bool:
+    """Whether ``value`` holds numbers along so many axes; null counts as a number."""
+    if axes:
+        rows = isinstance(value, list) and all(_has_axes(item, axes - 1) for item in value)
+        return rows and bool(value) and (axes == 1 or len({len(item) for item in value}) == 1)
+    if value is None or isinstance(value, float):
+        return True
+    return isinstance(value, int) and abs(value) < 2**63
 
 
 def _stacked(records: list[dict[str, Any]]) -> RunMetrics:
     def column(name: str) -> np.ndarray:
         return np.array([record.get(name) for record in records], dtype=np.float64)  # null becomes NaN
 
-    shapes = {np.shape(record["expert_load"]) for record in records}
+    shapes = {(len(record["dropped"]), *np.shape(record["expert_load"])) for record in records}
     if len(shapes) > 1:
-        raise UserError(f"the records hold expert_load of different shapes {sorted(shapes)}: they come from two models")
+        raise UserError(
+            f"the records hold dropped and expert_load of different shapes {sorted(shapes)}: they come from two models"
+        )
     return RunMetrics(**{name: column(name) for name in (*REQUIRED, *OPTIONAL)})
 
 

@@ -45,6 +45,11 @@ class StepRecord:
         """Whether both losses are numbers."""
         return math.isfinite(self.loss) and math.isfinite(self.lm_loss)
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether the step tells of experts."""
+        return len(self.expert_load[0]) > 1
+
     def line(self) -> str:
         """The record as one line of JSON; values that are not finite are written as null."""
         row = {name: value for name, value in asdict(self).items() if name != "extra"} | self.extra

@@ -59,11 +59,17 @@ def _page(request: ReportRequest, metrics: RunMetrics, report: Report) -> str:
         ("speed, median", f"{metrics.typical_tokens_per_second():,.0f} tokens/s"),
     ]
     if metrics.has_experts:
+        shares = metrics.step_shares()
+        place, layer, expert = np.unravel_index(int(shares.argmax()), shares.shape)
         cv = metrics.load_cv().mean(axis=1)
         dropped = 100 * metrics.dropped.mean(axis=1)
         rows += [
             (f"assignments dropped, first {edge} / last {edge} steps", _pair(dropped, edge, "%")),
             (f"imbalance of the expert load (std / mean), first {edge} / last {edge} steps", _pair(cv, edge)),
+            (
+                f"largest share of one expert in one step (balanced: {100 / shares.shape[2]:.1f}%)",
+                f"{100 * shares.max():.1f}% (step {metrics.step[place]:.0f}, layer {layer}, expert {expert})",
+            ),
         ]
     parts = ["# Training report", _table(rows)]
     if request.parity:

@@ -9,6 +9,7 @@ from pathlib import Path
 from mindformers_ext.core.config.run import RunSpec
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.formats.rank_dirs import rank_folders
 from mindformers_ext.jobs.checkpoint.saved import check_shapes, checkpoint_file, choose_resume, fault, remove_leftovers
 from mindformers_ext.jobs.checkpoint.transform import TransformRequest
 from mindformers_ext.jobs.run.slices import settle_slices
@@ -16,8 +17,12 @@ from mindformers_ext.jobs.run.slices import settle_slices
 SAFETENSORS = "safetensors"
 
 
-def settle_for_mindformers(run: RunSpec, spec: NetworkSpec) -> tuple[RunSpec, list[str], TransformRequest | None]:
+def settle_for_mindformers(
+    run: RunSpec, spec: NetworkSpec, known: bool = True
+) -> tuple[RunSpec, list[str], TransformRequest | None]:
     """Check what MindFormers is to load and choose where to resume: the settled run, notes, and what to merge first.
+
+    ``known``: whether ``spec`` tells the weights; those of another network of MindFormers' own it judges itself.
 
     Raises:
         UserError: nothing there, or what MindFormers cannot load or resume.
@@ -39,6 +44,8 @@ def settle_for_mindformers(run: RunSpec, spec: NetworkSpec) -> tuple[RunSpec, li
             f"load_checkpoint {path} is a Hugging Face folder: convert it first (python convert_weight.py "
             "--help) and give the result"
         )
+    if not known:
+        return run, notes, None
     run, found, merge = settle_slices(run, spec)
     notes += found
     if merge is None:
@@ -57,9 +64,9 @@ def settle_for_own_loop(run: RunSpec) -> tuple[RunSpec, list[str]]:
 def _settle_resume(run: RunSpec, any_kind: bool = False) -> tuple[RunSpec, list[str]]:
     folder = Path(run.load or Path(run.output_dir) / "checkpoint")
     suffix = run.suffix
-    if any_kind and not any(folder.glob(f"rank_*/*{suffix}")) and any(folder.glob(f"rank_*/*.{SAFETENSORS}")):
+    if any_kind and not rank_holds(folder, suffix) and rank_holds(folder, f".{SAFETENSORS}"):
         suffix = f".{SAFETENSORS}"
-    if not run.load and not any(folder.glob(f"rank_*/*{suffix}")):
+    if not run.load and not rank_holds(folder, suffix):
         left = remove_leftovers(folder)
         what = f" ({', '.join(path.name for path in left)} was half written)" if left else ""
         note = f"resume_training: {folder} holds no whole checkpoint yet{what}, the run starts from step 0"
@@ -84,6 +91,12 @@ def _settle_resume(run: RunSpec, any_kind: bool = False) -> tuple[RunSpec, list[
     ]
 
 
+def rank_holds(folder: Path, suffix: str) -> bool:
+    """Whether a rank folder below ``folder`` holds a file that ends in ``suffix``."""
+    ranks = rank_folders(folder).values() if folder.is_dir() else ()
+    return any(path for rank in ranks for path in rank.glob(f"*{suffix}"))
+
+
 def _check_checkpoint(run: RunSpec, spec: NetworkSpec) -> tuple[RunSpec, list[str]]:
     """Shapes of a whole checkpoint; a sliced one can only be judged with its strategy."""
     path = Path(run.load or "")
@@ -96,7 +109,7 @@ def _check_checkpoint(run: RunSpec, spec: NetworkSpec) -> tuple[RunSpec, list[st
             f"load_checkpoint {path} holds no {run.suffix} file: give a checkpoint file, or a folder with rank_0 in it "
             "(load_ckpt_format chooses .ckpt or .safetensors)"
         )
-    if len(list(path.glob("rank_*"))) > 1 or run.auto_transform:
+    if path.is_dir() and len(rank_folders(path)) > 1 or run.auto_transform:
         return run, []
     check_shapes(file, spec.model)
     if file.suffix != f".{SAFETENSORS}":

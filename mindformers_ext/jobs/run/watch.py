@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.jobs.checkpoint.saved import set_aside
+from mindformers_ext.jobs.run.display import current
 from mindformers_ext.jobs.run.keep import last_good
 from mindformers_ext.jobs.run.metrics_file import StepRecord
 
@@ -55,7 +56,7 @@ class Watch:
         self.overflowed: list[float] = []  # loss scale of each step of the present streak
 
     def see(self, record: StepRecord) -> None:
-        """Log the step when it is its turn.
+        """Show the step, and log it when it is its turn.
 
         Raises:
             UserError: the loss is not a number, or gradients overflow 50 steps in a row (5 while the loss scale is
@@ -64,12 +65,13 @@ class Watch:
         done = record.step - self.first
         if done > 1:  # the first step compiles
             self.recent.append(record.seconds)
+        left = (self.steps - record.step) * (statistics.median(self.recent) if self.recent else record.seconds)
         if (done - 1) % self.every == 0 or not record.is_finite:
-            self._show(record)
+            self._log(record, left)
+        current().step(record, self.steps, left if self.recent else None)
         self._judge(record)
 
-    def _show(self, record: StepRecord) -> None:
-        left = (self.steps - record.step) * (statistics.median(self.recent) if self.recent else record.seconds)
+    def _log(self, record: StepRecord, left: float) -> None:
         self.log(
             LINE,
             record.epoch,

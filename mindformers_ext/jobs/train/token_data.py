@@ -14,7 +14,7 @@ from mindformers_ext.core.config.train import OWN_LOOPS
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.data.row_order import RowOrder
 from mindformers_ext.formats.mindrecord_file import MindRecordFile
-from mindformers_ext.jobs.run.dataset import dataset_files
+from mindformers_ext.jobs.run.dataset import check_ids, dataset_files
 
 COLUMNS = (("input_ids",), ("input_ids", "labels"))
 LOADERS = (None, "MindDataset")
@@ -46,13 +46,20 @@ class TokenData:
         shards: processes that MindRecord deals the rows out to, one by one: process r has r, r + shards, ... of an
             epoch's order, and the first rows again where they do not come out even.
         engine: whose words an error uses.
+        vocab: ids of a row must be below; None: they are not looked at.
 
     Raises:
         UserError: keys that are not built, no data, too few rows, or rows of another length than ``width``.
     """
 
     def __init__(
-        self, config: Mapping[str, Any], section: str, rows: int, shards: int = 1, engine: str = PYTORCH
+        self,
+        config: Mapping[str, Any],
+        section: str,
+        rows: int,
+        shards: int = 1,
+        engine: str = PYTORCH,
+        vocab: int | None = None,
     ) -> None:
         words = config.get(section) or {}
         loader = words.get("data_loader") or {}
@@ -69,7 +76,7 @@ class TokenData:
         training = section == "train_dataset"
         shuffles, seed = loader.get("shuffle", training), int(words.get("seed") or config.get("seed") or 0)
         self.order = RowOrder(held, training if shuffles is None else bool(shuffles), seed)
-        self.rows, self.shards = rows, shards
+        self.rows, self.shards, self.vocab = rows, shards, vocab
         self.per_epoch = each // (rows // shards)
         if training and not self.per_epoch:
             raise UserError(
@@ -88,11 +95,26 @@ class TokenData:
         found = [self._row(int(row)) for row in rows]
         if len({len(row[0]) for row in found}) > 1:
             raise UserError(f"{self.files[0].path}: rows of different lengths: write the data again, packed")
-        return tuple(np.stack([row[i] for row in found]) for i in range(len(self.columns)))
+        columns = tuple(np.stack([row[i] for row in found]) for i in range(len(self.columns)))
+        self._check_ids(columns, rows)
+        return columns
+
+    def _check_ids(self, columns: tuple[np.ndarray, ...], rows: np.ndarray) -> None:
+        """Only the first rows were looked at before the run (``jobs.run.dataset``)."""
+        if self.vocab is None or (columns[0].min() >= 0 and max(column.max() for column in columns) < self.vocab):
+            return
+        for place, number in enumerate(rows):
+            file, row = self._place(int(number))
+            check_ids([column[place] for column in columns], self.vocab, f"{file.path}, row {row}")
+
+    def _place(self, row: int) -> tuple[MindRecordFile, int]:
+        """The file that holds a row, and its number there."""
+        file = next(i for i, end in enumerate(self._ends) if row < end)
+        return self.files[file], row - (self._ends[file - 1] if file else 0)
 
     def _row(self, row: int) -> tuple[np.ndarray, ...]:
-        file = next(i for i, end in enumerate(self._ends) if row < end)
-        return self.files[file].read(row - (self._ends[file - 1] if file else 0), self.columns)
+        file, number = self._place(row)
+        return file.read(number, self.columns)
 
     def close(self) -> None:
         """Let go of the files."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from mindformers_ext.core.cluster.cluster_rules import effective_spec
 from mindformers_ext.core.config.recompute import recompute_from_yaml
-from mindformers_ext.core.config.run import MINDSPORE, RunSpec
+from mindformers_ext.core.config.run import MINDSPORE, PYTORCH, RunSpec
 from mindformers_ext.core.config.train import TrainSpec, train_spec_from_yaml
 from mindformers_ext.core.log import get_logger, set_up_logging
 from mindformers_ext.core.spec import NetworkSpec
@@ -22,12 +22,16 @@ from mindformers_ext.formats.atomic import write_text
 from mindformers_ext.jobs.engine.door import open_trainer
 from mindformers_ext.jobs.engine.protocols import Trainer
 from mindformers_ext.jobs.predict.network import open_weights
+from mindformers_ext.jobs.run.display import COMPILING, current
 from mindformers_ext.jobs.run.keep import keep_config, keep_lora
 from mindformers_ext.jobs.run.metrics_file import MetricsFile, StepRecord, record_of
+from mindformers_ext.jobs.run.quiet import Passed
 from mindformers_ext.jobs.run.watch import Watch
 from mindformers_ext.jobs.train.checkpoint_folder import CheckpointFolder, Resumed
 from mindformers_ext.jobs.train.hooks import BIAS, BiasBalance, LoadLog, TrainHook, hook_state, restore_hooks
 from mindformers_ext.jobs.train.token_data import BatchSource, TokenData
+
+FRAMEWORKS = {MINDSPORE: "MindSpore", PYTORCH: "PyTorch"}
 
 
 @dataclass
@@ -75,11 +79,15 @@ def train(
         training = replace(training, recomputed=recompute_from_yaml(config, spec))
     elif spec.numerics.softmax_dtype != "float32":
         more.append(f"softmax_compute_type {spec.numerics.softmax_dtype}: PyTorch's attention sums in float32")
+    current().begin(f"opening {FRAMEWORKS[engine]} and building the network")
     trainer = open_trainer(engine, spec, training, asked.device)
+    current().done()
     rank = trainer.ranks.rank
-    set_up_logging(file=folder / "log" / f"rank_{rank}" / "info.log")
+    set_up_logging(file=folder / "log" / f"rank_{rank}" / "info.log", more=[Passed(current().say)])
     for note in (*notes, *more):
         get_logger(__name__).info("%s", note)
+    for note in more:
+        current().say(f"note: {note}")
     run = Run(asked, training, data, trainer, folder)
     if rank == 0:
         keep_config(config, folder)
@@ -99,7 +107,8 @@ def open_rows(asked: RunSpec, config: Mapping[str, Any], spec: NetworkSpec) -> T
     mode = spec.parallel.parallel_mode
     processes = 1 if mode == "stand_alone" else spec.parallel.device_num
     shards = processes if mode == "data_parallel" else 1
-    return TokenData(config, "train_dataset", spec.batch_size * asked.accumulation * processes, shards, asked.engine)
+    rows = spec.batch_size * asked.accumulation * processes
+    return TokenData(config, "train_dataset", rows, shards, asked.engine, spec.model.vocab_size)
 
 
 def hooks_of(train: TrainSpec, trainer: Trainer, layers: tuple[int, ...] = ()) -> list[TrainHook]:
@@ -126,6 +135,7 @@ def _load(run: Run, spec: NetworkSpec) -> None:
         finally:
             found.close()
         get_logger(__name__).info("Resumed from %s at step %d", found.path, run.first)
+        current().say(f"Resumed from {found.path} at step {run.first}")
         return
     if name:
         weights = open_weights(Path(name), spec.model, run.asked.strategies)
@@ -152,6 +162,8 @@ def _steps(run: Run) -> None:
         train.print_every,
         plan.suffix if plan else ".ckpt",
     )
+    if run.asked.compiles:
+        current().begin(COMPILING)
     started = time.perf_counter()
     _set_inputs(run, run.first + 1)
     for number in range(run.first + 1, train.steps + 1):

@@ -24,7 +24,7 @@ from mindspore.ops.auto_generate import FlashAttentionScore, GroupedMatmul, Rota
 from mindformers_ext.core.spec import NetworkSpec
 
 MASK_WIDTH = 2048  # of the mask that stands for any longer causal one (FlashAttentionScore, sparse_mode 2)
-LEFT_UP_CAUSAL, WHOLE_MASK = 2, 0  # sparse_mode
+LEFT_UP_CAUSAL, WHOLE_MASK, BAND = 2, 0, 4  # sparse_mode
 HEAD_MULTIPLE, HEAD_LIMIT = 16, 512  # FlashAttentionScore: D is a multiple of 16 up to 512
 ROPE_LIMIT = 896  # RotaryPositionEmbedding: D < 896
 KDROP, SDROP = 1, 0  # drop_type of TopKRouter
@@ -78,27 +78,45 @@ class RotaryKernel(nn.Cell):
 
 
 @functools.cache
-def hidden_keys(seq_length: int) -> Tensor:
-    """uint8 mask, 1 where a key is hidden: (S, S), or the 2048 x 2048 corner that stands for a longer one."""
+def hidden_keys(seq_length: int, window: int | None = None) -> Tensor:
+    """uint8 mask, 1 where a key is hidden: (S, S), or the 2048 x 2048 corner that stands for a longer one, of which
+    the kernel reads the triangle alone."""
     width = min(seq_length, MASK_WIDTH)
-    return Tensor(np.triu(np.ones((width, width), np.uint8), 1))
+    hidden = np.triu(np.ones((width, width), np.uint8), 1)
+    if window is not None and seq_length <= MASK_WIDTH:
+        hidden |= np.tril(np.ones((width, width), np.uint8), -window)
+    return Tensor(hidden)
 
 
 class FlashAttentionOp(nn.Cell):
     """As ``CausalAttentionOp``, by FlashAttentionScore (Dao et al. 2022) in layout BSH.
 
-    It finds the number of key heads from the widths, and computes its softmax in float32 whatever is asked.
+    It finds the number of key heads from the widths, and computes its softmax in float32 whatever is asked. A window
+    shorter than the text is a band of ``pre_tokens`` before the diagonal (sparse_mode 4), or stands in the whole mask.
     """
 
-    def __init__(self, heads: int, kv_heads: int, head_dim: int, seq_length: int, softmax_dtype: ms.Type) -> None:
+    def __init__(
+        self,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        seq_length: int,
+        softmax_dtype: ms.Type,
+        window: int | None = None,
+    ) -> None:
         super().__init__()
-        self.hidden = hidden_keys(seq_length)
+        if window is not None and window >= seq_length:
+            window = None
+        self.hidden = hidden_keys(seq_length, window)
+        long_mode = LEFT_UP_CAUSAL if window is None else BAND
+        before = {} if window is None or seq_length <= MASK_WIDTH else {"pre_tokens": window - 1}
         self.attend = FlashAttentionScore(
             head_num=heads,
             scale_value=1.0 / math.sqrt(head_dim),
             input_layout="BSH",
             next_tokens=0,  # what sparse_mode 0 needs to know of the mask; the others ignore it
-            sparse_mode=LEFT_UP_CAUSAL if seq_length > MASK_WIDTH else WHOLE_MASK,
+            sparse_mode=long_mode if seq_length > MASK_WIDTH else WHOLE_MASK,
+            **before,
         )
 
     def construct(self, q_BSD: Tensor, k_BSD: Tensor, v_BSD: Tensor) -> Tensor:
@@ -174,6 +192,8 @@ def attention_unfit(spec: NetworkSpec) -> str:
 def rope_unfit(spec: NetworkSpec) -> str:
     """Why RotaryPositionEmbedding cannot take this network's tensors; '' when it can."""
     head_dim = spec.model.head_dim
+    if spec.model.rope.follows_length:
+        return "RotaryPositionEmbedding takes one table for all rows, dynamic scaling turns each by its length"
     return "" if head_dim < ROPE_LIMIT else f"RotaryPositionEmbedding takes heads below {ROPE_LIMIT}, not {head_dim}"
 
 

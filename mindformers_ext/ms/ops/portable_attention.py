@@ -16,10 +16,10 @@ from mindspore import Tensor, nn, ops
 _HALVES_FROM = 512
 
 
-def causal_mask(first_query: int, queries: int, dtype: ms.Type) -> Tensor:
+def causal_mask(first_query: int, queries: int, dtype: ms.Type, window: int | None = None) -> Tensor:
     """(queries, first_query + queries) addend: 0 where a query may see a key, else so low that exp gives exactly 0."""
-    keys = np.arange(first_query + queries)
-    hidden = keys[None] > np.arange(first_query, first_query + queries)[:, None]
+    distance = np.arange(first_query, first_query + queries)[:, None] - np.arange(first_query + queries)[None]
+    hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
     return Tensor(np.where(hidden, -6e4 if dtype == ms.float16 else -1e9, 0.0).astype(np.float32), dtype)
 
 
@@ -30,9 +30,11 @@ class AttentionBlock(nn.Cell):
     (Z, R*Sq, P) and the weights (Z, R*Sq, Sk), which only the gradient reads.
     """
 
-    def __init__(self, first_query: int, queries: int, head_dim: int, softmax_dtype: ms.Type) -> None:
+    def __init__(
+        self, first_query: int, queries: int, head_dim: int, softmax_dtype: ms.Type, window: int | None = None
+    ) -> None:
         super().__init__()
-        self.mask = causal_mask(first_query, queries, softmax_dtype)
+        self.mask = causal_mask(first_query, queries, softmax_dtype, window)
         self.square = (-1, queries, first_query + queries)
         self.softmax_dtype = softmax_dtype
         self.softmax = P.Softmax(axis=-1)
@@ -66,17 +68,26 @@ class CausalAttentionOp(nn.Cell):
     """Grouped-query causal attention; key and value heads are shared by stacking queries, never repeated.
 
     Inputs: ``q`` (B, S, H*P), ``k`` and ``v`` (B, S, N*P). Output: (B, S, H*P). S is the length it was built for.
+    ``window``: tokens that a token sees, itself included; None: all before it.
     """
 
-    def __init__(self, heads: int, kv_heads: int, head_dim: int, seq_length: int, softmax_dtype: ms.Type) -> None:
+    def __init__(
+        self,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        seq_length: int,
+        softmax_dtype: ms.Type,
+        window: int | None = None,
+    ) -> None:
         super().__init__()
         self.kv_heads, self.repeats, self.head_dim = kv_heads, heads // kv_heads, head_dim
         self.scale = head_dim**-0.5
         self.halved = seq_length >= _HALVES_FROM and seq_length % 2 == 0
         self.last_length = seq_length // 2 if self.halved else seq_length
-        self.last = AttentionBlock(seq_length - self.last_length, self.last_length, head_dim, softmax_dtype)
+        self.last = AttentionBlock(seq_length - self.last_length, self.last_length, head_dim, softmax_dtype, window)
         if self.halved:
-            self.first = AttentionBlock(0, self.last_length, head_dim, softmax_dtype)
+            self.first = AttentionBlock(0, self.last_length, head_dim, softmax_dtype, window)
         self.halve_queries = P.Split(axis=2, output_num=2)
         self.halve_keys = P.Split(axis=1, output_num=2)
         self.join = P.Concat(axis=2)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.families import LLAMA, MISTRAL, MIXTRAL, Family
+from mindformers_ext.core.families import LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, Family
 from mindformers_ext.weights import llama, mixtral
 from mindformers_ext.weights.rules import Rule
 
@@ -117,18 +117,10 @@ GRANITE_DEFAULTS = dict.fromkeys(
 TABLE = (
     _family(LLAMA, *ATTENTION, *DENSE, *LLAMA_BIASES),
     _family(MISTRAL, *ATTENTION, *DENSE),
-    _model("qwen2", "Qwen2ForCausalLM", *ATTENTION, *BIASES, *DENSE),
+    _family(QWEN2, *ATTENTION, *BIASES, *DENSE),
     _family(MIXTRAL, *ATTENTION, *EXPERTS),
     _model("phi3", "Phi3ForCausalLM", *(row for row in ATTENTION if "norm" in row.name), *PHI3),
-    _model(
-        "qwen3",
-        "Qwen3ForCausalLM",
-        *ATTENTION,
-        *HEAD_NORMS,
-        *ATTENTION_BIASES,
-        *DENSE,
-        defaults={"head_dim": 128, "num_key_value_heads": 32},
-    ),
+    _family(QWEN3, *ATTENTION, *HEAD_NORMS, *ATTENTION_BIASES, *DENSE),
     _model(
         "gemma2",
         "Gemma2ForCausalLM",

@@ -299,6 +299,7 @@ def test_inspect_every_format(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "layers.1.feed_forward.ffn.w1.weight" in text and "layers.0" not in text
     assert "(3, 8, 12)" in text and "bfloat16" in text and "layout: gmm" in text and "23 tensors" in text
+    assert text.count("layout") == 1
     assert inspect_ckpt.main([str(out), "--json"]) == 0
     words = json.loads(capsys.readouterr().out)
     assert words["layout"] == "gmm" and words["description"]["experts"] == 3 and len(words["tensors"]) == 23

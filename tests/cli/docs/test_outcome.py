@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from mindformers_ext.cli.outcome import exit_code
+from mindformers_ext.core.errors import UserError
 from tests.helpers.cluster import wait_for
 
 
@@ -62,3 +67,61 @@ def running(folder: Path) -> list[str]:
         if str(folder).encode() in words:
             found.append(path.parent.name)
     return found
+
+
+def failing(error: BaseException) -> Callable[[argparse.Namespace], int]:
+    def run(_: argparse.Namespace) -> int:
+        raise error
+
+    return run
+
+
+MISHAPS: list[tuple[BaseException, int, str]] = [
+    (UserError("correct it"), 2, "error: correct it\n"),
+    (OSError(errno.ENOSPC, "No space left on device", "a/b"), 2, "error: 'a/b': No space left on device: make room"),
+    (PermissionError(errno.EACCES, "Permission denied", b"a"), 2, "error: 'a': Permission denied: choose a place"),
+    (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 5000), 2, "...': File name too long: choose a shorter"),
+    (OSError(errno.EIO, "Input/output error"), 2, "the system refused what was asked (Input/output error): the disk"),
+    (OSError("plain text"), 2, "error: plain text\n"),
+    (MemoryError(), 2, "error: there is not enough memory: free some"),
+    (RecursionError(), 2, "error: the input is nested too deeply"),
+    (
+        UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"),
+        2,
+        "error: a text cannot be read or written",
+    ),
+    (ValueError("embedded null byte"), 2, "error: a path holds a character of value 0"),
+    (KeyboardInterrupt(), 130, "interrupted\n"),
+]
+
+
+@pytest.mark.parametrize(("error", "code", "text"), MISHAPS, ids=lambda value: type(value).__name__)
+def test_a_mishap_is_a_message_and_a_code(
+    error: BaseException, code: int, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(failing(error), argparse.Namespace()) == code
+    assert text in capsys.readouterr().err
+
+
+def test_a_fault_of_the_program_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        exit_code(failing(ZeroDivisionError()), argparse.Namespace())
+
+
+def test_real_refusals_of_the_system(tmp_path: Path, repo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mindformers_ext.cli.tiny_model import main
+
+    (tmp_path / "file").write_text("")
+    words = ["--config", str(repo_root / "configs" / "tiny" / "mixtral_pretrain.yaml"), "--output_dir"]
+    for place in (tmp_path / "file" / "below", tmp_path / ("x" * 300)):
+        assert main([*words, str(place)]) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+    done = subprocess.run(
+        [sys.executable, "tools/make_tiny_model.py", "--help"],
+        cwd=repo_root,
+        stdout=open("/dev/full", "w"),  # noqa: SIM115
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr

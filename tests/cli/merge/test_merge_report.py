@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 from mindformers_ext.cli.merge import main
-from mindformers_ext.jobs.merge.templates import TEMPLATES
 from tests.helpers.merge_models import config_of, family, make_model, shapes_of, tensors_of
 
 pytest.importorskip("torch", reason="merging computes with torch")
@@ -98,26 +97,3 @@ def test_a_stack_of_two_7b_has_9b_parameters(capsys):
     layer = 2 * 4096 + 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336
     total = 40 * layer + 2 * 32000 * 4096 + 4096
     assert f"{total / 1e6:.1f} M parameters" in capsys.readouterr().out and 8.9e9 < total < 9.1e9
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_chat_templates_render(name):
-    from jinja2 import Environment
-
-    def refuse(message):
-        raise ValueError(message)
-
-    template = Environment().from_string(TEMPLATES[name])
-    talk = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
-    words = dict(bos_token="<s>", eos_token="</s>", raise_exception=refuse)
-    text = template.render(messages=talk, add_generation_prompt=False, **words)
-    asked = template.render(messages=talk[:1], add_generation_prompt=True, **words)
-    assert text.index("Hi?") < text.index("Yes.") and "Yes." not in asked and "\\n" not in text
-    assert {
-        "chatml": "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n",
-        "llama3": "<s><|start_header_id|>user<|end_header_id|>\n\nHi?<|eot_id|><|start_header_id|>assistant"
-        "<|end_header_id|>\n\n",
-        "mistral": "<s>[INST] Hi? [/INST]",
-        "alpaca": "### Instruction:\nHi?\n\n### Response:\n",
-        "exaone": "[|user|]Hi?\n[|assistant|]",
-    }[name] == asked

@@ -91,7 +91,7 @@ BAD = [
         r"record 2 \(line 2\): no field 'instruction'",
     ),
     ('[{"instruction": "a", "output": 7}]', "record 1 (line 1): 'output' is 7, not a string"),
-    ('[{"instruction": "a", "input": null, "output": "b"}]', "record 1 (line 1): 'input' is null, not a string"),
+    ('[{"instruction": "a", "input": "c", "output": null}]', "record 1 (line 1): 'output' is null; give it a text"),
     ('[{"instruction": "a", "output": "\\udc00"}]', "record 1 (line 1): 'output' holds half of a surrogate pair"),
     ('{"instruction": "a", "output": "b"}\n{"instruction": ', "line 2: not JSON"),
     ("", "is empty"),

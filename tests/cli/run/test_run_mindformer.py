@@ -39,7 +39,24 @@ def whole(job):
     output = job.parent / "whole"
     result = run_job(job, "--output_dir", output, cwd=job.parent)
     assert result.returncode == 0, result.stderr[-3000:]
+    (output / "seen.txt").write_text(result.stdout + result.stderr)
     return output
+
+
+def test_people_see_few_lines_and_the_log_holds_all(whole):
+    seen = (whole / "seen.txt").read_text()
+    lines = seen.splitlines()
+    assert len(lines) <= 40 and "[WARNING]" not in seen and " - INFO - " not in seen
+    log = whole / "log" / "rank_0" / "output.log"
+    for text in (
+        f"note: the whole log is {log} (--verbose shows it)",
+        "importing MindFormers: done in ",
+        "compiling the training step ...",
+        "compiling the training step: done in ",
+        f"step {STEPS}/{STEPS}  loss {losses(whole)[-1]:.4f}  aux ",
+    ):
+        assert [line for line in lines if line.startswith(text)], text
+    assert log.read_text().count("per_step_time: ") >= STEPS  # as today
 
 
 def losses(output):

@@ -9,14 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mindformers_ext.core.config.sampling import (
-    SamplingSpec,
-    adjusted,
-    choose,
-    generator_of,
-    probabilities,
-    sampling_from_yaml,
-)
+from mindformers_ext.core.config.draws import adjusted, choose, generator_of, probabilities
+from mindformers_ext.core.config.sampling import SamplingSpec, sampling_from_yaml
 from mindformers_ext.core.errors import UserError
 
 DRAWS = 20_000

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mindformers_ext.core.errors import UserError
 from mindformers_ext.data.conversations import (
     IGNORED,
     Conversation,
@@ -24,6 +23,7 @@ from mindformers_ext.data.conversations import (
 )
 from mindformers_ext.data.corpus import standard_library_text
 from mindformers_ext.data.tokenizers import SentencePieceTokenizer, Tokenizer, open_tokenizer, train_sentencepiece
+from mindformers_ext.data.turns import Talk
 
 SPECIAL = Specials(1, 2, 0)
 TURNS = [
@@ -126,7 +126,7 @@ def test_what_masks_a_whole_conversation_in_mindformers_does_not_here(
 def test_every_answer_and_nothing_else(small: SentencePieceTokenizer, texts: list[str]) -> None:
     from mindformers_ext.data.conversations import _rendered
 
-    conversation = _rendered([part for text in texts for part in ("Question?", text)], "here")
+    conversation = _rendered(Talk(tuple(part for text in texts for part in ("Question?", text))), "here")
     assert [conversation.text[start:end] for start, end in conversation.answers] == texts
     length = 300 + 8 * sum(map(len, texts)) * len(texts)
     (row,) = encode_conversations(small, [conversation], SPECIAL, length)
@@ -150,23 +150,6 @@ def test_rows_are_cut_at_the_end(small: SentencePieceTokenizer, tmp_path: Path) 
 
 def test_nobody_asks(tmp_path: Path) -> None:
     assert read(tmp_path, as_records([[], [("gpt", "only me")]])) == [None, None]
-
-
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ({"text": "x"}, r"talk\.json, record 1 \(line 1\): no field 'conversations'"),
-        ({"conversations": "x"}, "'conversations' is no list"),
-        ({"conversations": ["x"]}, "turn 1: 'from' is 'x'"),
-        ({"conversations": [{"from": "system", "value": "x"}]}, "turn 1: 'from' is 'system'"),
-        ({"conversations": [{"from": "human"}]}, "no field 'value'"),
-        ({"conversations": [{"from": "human", "value": 3}]}, "'value' is 3, not a string"),
-        ({"conversations": [{"from": "human", "value": "a"}] * 2}, "two turns of 'human' in a row"),
-    ],
-)
-def test_malformed_records_are_named(record: dict, message: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=message):
-        read(tmp_path, [record])
 
 
 @given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.data import json_records
+from mindformers_ext.data import text_lines
 from mindformers_ext.data.json_records import read_records
 
 TEXTS = ["", "a", '{["]},\\', "é漢\U0001f600", "two\nlines", "x" * 50]
@@ -37,7 +37,7 @@ def as_lines(records: list[dict[str, object]], **more: object) -> str:
 @pytest.mark.parametrize("write", [as_list, as_lines])
 @pytest.mark.parametrize("ascii_only", [True, False])
 def test_every_chunk_size_gives_what_json_gives(tmp_path, monkeypatch, chunk, write, ascii_only) -> None:
-    monkeypatch.setattr(json_records, "CHUNK", chunk)
+    monkeypatch.setattr(text_lines, "CHUNK", chunk)
     records, path = make_records(40), tmp_path / "a.json"
     path.write_bytes(f" \n{write(records, ensure_ascii=ascii_only)}\n".encode("utf-8-sig"))
     read: list[int] = []
@@ -88,7 +88,7 @@ BAD = [
 @pytest.mark.parametrize("chunk", [3, 1 << 20])
 @pytest.mark.parametrize(("data", "message"), BAD, ids=[message[:24] for _, message in BAD])
 def test_spoiled_files(tmp_path: Path, monkeypatch, chunk: int, data: bytes, message: str) -> None:
-    monkeypatch.setattr(json_records, "CHUNK", chunk)
+    monkeypatch.setattr(text_lines, "CHUNK", chunk)
     path = tmp_path / "bad.json"
     path.write_bytes(data)
     with pytest.raises(UserError, match=message) as caught:
@@ -103,7 +103,7 @@ def test_a_field_that_is_no_string_is_named(tmp_path: Path) -> None:
     assert first.text("a") == "x"
     with pytest.raises(UserError, match=r"record 1 \(line 1\): no field 'b', it has 'a'"):
         first.text("b")
-    with pytest.raises(UserError, match=r"record 2 \(line 2\): 'a' is null, not a string"):
+    with pytest.raises(UserError, match=r"record 2 \(line 2\): 'a' is null; give it a text"):
         second.text("a")
     with pytest.raises(UserError, match="half of a surrogate pair"):
         second.text("b")

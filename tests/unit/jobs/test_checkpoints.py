@@ -152,3 +152,13 @@ def test_the_file_that_a_folder_stands_for(tmp_path):
     assert checkpoint_file(tmp_path) is None
     newest = [write(named(tmp_path, label)) for label in ("1_9", "1_10")][-1]
     assert checkpoint_file(tmp_path) == newest and checkpoint_file(newest) == newest
+
+
+@pytest.mark.parametrize("foreign", ["rank_0.bak", "rank_", "rank_x", "rank_-1", "rank_1 (copy)", "rank_99999999999"])
+def test_foreign_folders_beside_the_ranks_are_no_ranks(tmp_path, foreign):
+    kept = write(named(tmp_path, "1_3"))
+    write(tmp_path / foreign / "tiny_rank_0-9_9.ckpt")
+    half = tmp_path / foreign / "x.tmp"
+    half.write_bytes(b"mine")
+    assert choose_resume(tmp_path).saved.path == kept
+    assert remove_leftovers(tmp_path) == [] and half.exists()

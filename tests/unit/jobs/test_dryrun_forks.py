@@ -32,7 +32,8 @@ def load():
     time.sleep(0.1)
     return work
 
-def work(request):
+def work(request, tell):
+    tell("working")
     print("process", os.getpid(), "rank", os.environ["RANK_ID"], "in", os.getcwd(), flush=True)
     deed = {deeds}.get(request["rank"])
     if deed:
@@ -81,7 +82,11 @@ def gone(log: Path) -> bool:
 
 def test_each_rank_has_its_own_folder_and_log(tmp_path: Path) -> None:
     told: list[int] = []
-    facts = compile_ranks(job(tmp_path, at_once=1), lambda one: told.append(one.rank))
+    phases: list[tuple[int, str]] = []
+    facts = compile_ranks(
+        job(tmp_path, at_once=1), lambda one: told.append(one.rank), lambda *phase: phases.append(phase)
+    )
+    assert phases == [(rank, "working") for rank in (0, 1, 8)]
     assert told == [0, 1, 8] == [one.rank for one in facts] and all(one.compiles for one in facts)
     assert [one.stage for one in facts] == [0, 0, 1]
     assert facts[0].start_seconds > 0.1 and [one.start_seconds for one in facts[1:]] == [0.0, 0.0]

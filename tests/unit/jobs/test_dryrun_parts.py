@@ -217,7 +217,8 @@ def test_report_and_page(tmp_path: Path, graph: Path) -> None:
     plan = plan_dry_run(yaml.safe_load(PRETRAIN_YAML), "job<1>.yaml", 16, "stages", tmp_path)
     good = RankFacts(rank=0, stage=0, traffic=traffic, matmul_flops=10**12)
     bad = RankFacts(rank=8, stage=1, error="ValueError: <X> is wrong")
-    report = DryRunReport("job<1>.yaml", plan, (good, bad), native=(good,))
+    made = (("command", "python dryrun.py 'a<b'"), ("versions", "mindspore 2.9.0"), ("date", "2026-01-01"))
+    report = DryRunReport("job<1>.yaml", plan, (good, bad), native=(good,), made=made)
     html, text = page(report), report_text(report)
     tags: list[str] = []
 
@@ -234,4 +235,10 @@ def test_report_and_page(tmp_path: Path, graph: Path) -> None:
     for words in (html, text):
         assert "23.36 GB" in words  # optimizer states of stage 1, by arithmetic
         assert "nothing was computed" in words and "AlltoAll" in words and "throws it away" in words
+    assert "a&lt;b" in html and "mindspore 2.9.0" in html and "2026-01-01" in html
+    stage = plan.memory[0]
+    assert plan.limit == read_size(plan.config["context"]["max_device_memory"], "x")
+    most = max(plan.limit, stage.activations + stage.gathered)
+    assert f"width:{100 * stage.activations / most:.2f}%" in html  # in the bar of rank 0, which holds no parameter
+    assert f"left:calc({100 * plan.limit / most:.2f}%" in html and f"{size_text(plan.limit)}</span>" in html
     assert "rank 8 does not compile" in text and "1 of the 2 ranks asked for did not compile" in html

@@ -80,13 +80,6 @@ WRONG: list[tuple[str, dict[str, Any], int, str, str]] = [
     ),
     ("ep 0", {PC + "expert_parallel": 0}, 16, "expert_parallel=0", "above 0"),
     (
-        "mp without sequence parallel",
-        {**R17, PC + "use_seq_parallel": False},
-        16,
-        "model_parallel=4 with experts but without sequence parallel",
-        "set parallel_config.use_seq_parallel: True",
-    ),
-    (
         "heads over mp",
         {**R17, PC + "model_parallel": 3, PC + "pipeline_stage": 1},
         6,
@@ -314,7 +307,7 @@ def test_there_are_forty() -> None:
 def test_every_broken_rule_is_told_at_once() -> None:
     text = refusal({PC + "model_parallel": 3, PC + "micro_batch_num": 1, MC + "seq_length": 4097}, 16)
     assert "8*3*2*1 = 48 is not the device count 16" in text
-    assert "use_seq_parallel: True" in text and "micro_batch_num=1" in text and "num_heads=32" in text
+    assert "micro_batch_num=1" in text and "num_heads=32" in text
 
 
 @pytest.mark.parametrize(
@@ -360,6 +353,13 @@ def test_suggestions_of_a_file_whose_own_split_is_wrong() -> None:
     lines = suggestions(changed({PC + "model_parallel": 3}), "job.yaml", 16, "64GB")
     assert lines[0] == "job.yaml: 16 devices of 64GB, 128 rows of 4096 tokens per step"
     assert "data_parallel=" in "\n".join(lines) and "bubble = (stages - 1)" in "\n".join(lines)
+    assert "the file's own split (data_parallel=8, model_parallel=3, expert_parallel=8" in lines[-1]
+    assert "is refused" in lines[-1] and "8*3*2*1 = 48 is not the device count 16" in lines[-1]
+
+
+@pytest.mark.parametrize("memory, verdict", [("64GB", "fits: it needs 5"), ("52GB", "does not fit: it needs 5")])
+def test_suggestions_tell_what_the_files_own_split_needs(memory: str, verdict: str) -> None:
+    assert verdict in suggestions(changed({}), "job.yaml", 16, memory)[-1]
 
 
 def test_suggestions_need_a_memory() -> None:

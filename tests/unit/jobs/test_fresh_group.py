@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.formats.atomic import fresh_group, write_text
+from mindformers_ext.formats.atomic import fresh_group, recover_group, write_text
 
 
 def fill(folder: Path, text: str, names: tuple[str, ...]) -> None:
@@ -74,3 +75,42 @@ def test_a_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.undo()
     write_text(path, "new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("moves", range(len(NAMES) + 1))
+def test_a_kill_between_the_moves_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int, overwrite: bool
+) -> None:
+    if overwrite:
+        fill(tmp_path, "old", NAMES)
+    rename, done = os.rename, []
+
+    def killed(old: str, new: str) -> None:
+        if len(done) == moves:
+            raise KeyboardInterrupt  # stands for SIGKILL: what it would leave is put back below
+        done.append(new)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", killed)
+    monkeypatch.setattr("shutil.rmtree", lambda *given, **named: None)  # nothing is cleared after a SIGKILL
+    with suppress(KeyboardInterrupt), fresh_group(tmp_path / "x", overwrite) as folder:
+        fill(folder, "new", NAMES)
+    monkeypatch.undo()
+    recover_group(tmp_path / "x")
+    left = {item.name: item.read_text() for item in tmp_path.iterdir()}
+    assert left in ({}, dict.fromkeys(NAMES, "new")) and bool(left) == (moves == len(NAMES))
+    with fresh_group(tmp_path / "x", overwrite=bool(left)) as folder:
+        fill(folder, "newer", NAMES)
+    assert {item.name: item.read_text() for item in tmp_path.iterdir()} == dict.fromkeys(NAMES, "newer")
+
+
+def test_a_list_of_moves_leads_nowhere_else(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    partial = tmp_path / "other" / ".x.0123456789ab.partial"
+    partial.mkdir()
+    fill(tmp_path, "mine", ("x.db", "y"))
+    (partial / ".moving").write_text("x/../../y\n../x.db\n/x\nx\nx0")
+    (partial / "x").write_text("waits")
+    recover_group(tmp_path / "other" / "x")
+    assert not partial.exists() and (tmp_path / "y").exists() and (tmp_path / "x.db").exists()

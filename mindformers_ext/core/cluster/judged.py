@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The network of a run, read from its YAML and judged as far as it is ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mindformers_ext.core.cluster.build import BuildSpec, build_spec
+from mindformers_ext.core.cluster.cluster_rules import check_cluster, check_network, effective_spec
+from mindformers_ext.core.config.foreign import foreign_spec
+from mindformers_ext.core.config.run import RunSpec
+from mindformers_ext.core.config.view import network_spec_from_yaml, yaml_notes
+from mindformers_ext.core.spec import NetworkSpec
+
+
+def read_network(config: Mapping[str, Any], run: RunSpec, device_num: int) -> tuple[NetworkSpec, list[str]]:
+    """The network that ``run``, read from ``config``, is about: sizes as written, and notes.
+
+    Of a network of MindFormers' own (``run.family`` is None) the sizes alone are read.
+
+    Raises:
+        UserError: lists every key and value that cannot be.
+    """
+    if run.family is None:
+        return foreign_spec(config, device_num)
+    return network_spec_from_yaml(config, device_num), yaml_notes(config)
+
+
+def judge_network(spec: NetworkSpec, run: RunSpec, mode: str) -> list[str]:
+    """Check ``spec`` as ``read_network`` gives it for ``mode`` (of ``cluster_rules.JUDGED_MODES``); returns warnings.
+
+    Raises:
+        UserError: lists every broken rule.
+    """
+    return check_cluster(spec) if run.family is None else check_network(spec, mode)
+
+
+def build_network(spec: NetworkSpec, config: Mapping[str, Any], run: RunSpec, recompute: bool = True) -> BuildSpec:
+    """What is built of ``spec``; of a network of MindFormers' own its sizes alone.
+
+    Raises:
+        UserError: ``pet_config`` or ``recompute_config`` does not fit it.
+    """
+    if run.family is None:
+        return BuildSpec(network=effective_spec(spec)[0])
+    return build_spec(spec, config, recompute)

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sixty spoiled inputs of every format that is read from others: no traceback, bounded memory, bounded time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.fuzz_formats import FORMATS
+
+COUNT = 60
+ABOVE = 400 * 2**20  # bytes above what the process held before
+
+
+@pytest.mark.slow
+def test_sixty_spoiled_inputs_of_every_format(tmp_path: Path, repo_root: Path) -> None:
+    words = [sys.executable, "-m", "tests.helpers.fuzz_formats", str(tmp_path / "work"), str(COUNT)]
+    (tmp_path / "work").mkdir()
+    done = subprocess.run(words, cwd=repo_root, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    print(f"\n{result['done']}\npeak {result['above'] / 1e6:.0f} MB above idle")
+    assert not result["violations"], "\n".join(result["violations"])
+    assert sum(result["done"].values()) == COUNT * len(FORMATS)
+    refused = {name: result["done"].get(f"{name}: refused", 0) for name in FORMATS}
+    assert min(refused.values()) >= COUNT // 6, refused  # the spoiling spoils
+    assert result["above"] < ABOVE
