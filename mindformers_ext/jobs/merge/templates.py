@@ -84,8 +84,9 @@ def chosen_template(wanted: str, folders: Sequence[Path]) -> str | None:
 
 
 def _own(folder: Path) -> str | None:
-    """The template of a model's folder; what a link elsewhere leads to is not written into the merge."""
-    if not all(belongs(folder / name, folder) for name in (TEMPLATE_FILE, SETTINGS)):
+    """The folder's own template: what a link elsewhere leads to is not written into the merge."""
+    files = [folder / name for name in (TEMPLATE_FILE, SETTINGS)]
+    if not all(belongs(file, folder) for file in files if file.exists()):
         return None
     return chat_template_of(folder, read_table(folder / SETTINGS).get("chat_template"))
 
