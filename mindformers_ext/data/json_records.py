@@ -81,7 +81,11 @@ def read_records(path: Path, progress: Callable[[int], object] | None = None) ->
 def _spoiled(error: Exception) -> str:
     if isinstance(error, TwiceError):
         return f"the record holds the name '{error.name}' twice; leave one"
-    return "the record is nested too deeply" if isinstance(error, RecursionError) else f"the record holds {error}"
+    return (
+        "the record is nested too deeply"
+        if isinstance(error, RecursionError)
+        else f"the record cannot be used: {error}"
+    )
 
 
 @dataclass

@@ -333,10 +333,7 @@ UNBUILT: dict[str, dict[str, tuple[object, ...]]] = {
 
 # Words of other tables (MindFormers' mcore models, Hugging Face) and where ours stands.
 OTHER_WORDS: dict[str, str] = {
-    "num_moe_experts": "moe_config.expert_num",
-    "num_local_experts": "moe_config.expert_num",
-    "num_experts": "moe_config.expert_num",
-    "n_routed_experts": "moe_config.expert_num",
+    **dict.fromkeys(("num_experts", "num_moe_experts", "num_local_experts"), "moe_config.expert_num"),
     "moe_router_topk": "moe_config.num_experts_chosen",
     "num_experts_per_tok": "moe_config.num_experts_chosen",
     "moe_expert_capacity_factor": "moe_config.capacity_factor",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mindformers_ext.cli.outcome import exit_code
+from mindformers_ext.cli.outcome import exit_code, interruptible
 from mindformers_ext.core.errors import UserError
 from tests.helpers.cluster import wait_for
 
@@ -125,3 +125,15 @@ def test_real_refusals_of_the_system(tmp_path: Path, repo_root: Path, capsys: py
         check=False,
     )
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_mindspores_answer_to_ctrl_c_ends_as_ctrl_c_does(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(_: argparse.Namespace) -> int:
+        with interruptible():
+            os.kill(os.getpid(), number)  # what its handler does while a graph runs
+            raise AssertionError("not reached")
+
+    before = signal.getsignal(number)
+    assert exit_code(run, argparse.Namespace(), unwinds=False) == 130
+    assert capsys.readouterr().err == "interrupted\n" and signal.getsignal(number) is before
