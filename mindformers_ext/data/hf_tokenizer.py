@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.data.sentencepiece_file import BLANK, SentencePieceFile, library_form, read_sentencepiece
+from mindformers_ext.data.sentencepiece_file import BLANK, SentencePieceFile, library_form
 from mindformers_ext.data.tokenizer_settings import (
     FLAGS,
     LLAMA,
@@ -41,12 +41,14 @@ USUAL = {
 class HuggingFaceTokenizer:
     """Text to ids and back."""
 
-    def __init__(self, path: Path, settings: TokenizerSettings) -> None:
-        """The tokenizer of the file ``path`` (.json or .model) with ``settings``; a wrong file is a ``UserError``."""
-        if path.suffix == ".json":
-            model, of_file = _loaded(path), None
+    def __init__(self, path: Path, settings: TokenizerSettings, of_file: SentencePieceFile | None = None) -> None:
+        """The tokenizer of the file ``path`` with ``settings``; a wrong file is a ``UserError``.
+
+        ``of_file``: what was read from ``path`` where it is a SentencePiece model; else it is a tokenizer.json.
+        """
+        if of_file is None:
+            model = _loaded(path)
         else:
-            of_file = read_sentencepiece(path)
             settings = _as_llama(settings, of_file)
             model = _library(path, lambda: _converted(of_file, settings))
         self.path = path
@@ -60,7 +62,8 @@ class HuggingFaceTokenizer:
             if not (token.normalized or token.lstrip or token.rstrip or token.single_word)
         }
         self._marks = {} if settings.splits_special else plain
-        self._cut, self._any = _either(self._marks), _either([token.content for token in marks.values()])
+        rest = {token.content for token in marks.values()} - self._marks.keys()
+        self._cut, self._hard = _either(self._marks), _either(rest)
         blank = self._model.token_to_id(BLANK)
         self._words = WordEncoder(self._plain, blank) if is_separable(self._model) else None
 
@@ -92,12 +95,13 @@ class HuggingFaceTokenizer:
         sections: list[str] = []
         plans: list[list[str] | None] = []  # None: the library encodes the text
         for text in texts:
-            parts = [part for part in self._cut.split(text) if part] if self._cut else [text]
-            own = [part for part in parts if part not in self._marks]
-            if self._any and any(self._any.search(part) for part in own):
+            if self._hard and self._hard.search(text):
                 plans.append(None)
                 continue
-            sections += own
+            parts = [text]
+            if self._cut and self._cut.search(text):
+                parts = [part for part in self._cut.split(text) if part]
+            sections += (part for part in parts if part not in self._marks)
             plans.append(parts)
         rest = iter(self._plain([text for text, plan in zip(texts, plans, strict=True) if plan is None]))
         encoded = iter(self._words.encode(sections))

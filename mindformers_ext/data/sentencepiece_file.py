@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -139,6 +140,22 @@ def _algorithm(model: SentencePieceFile, texts: Sequence[str], scores: Sequence[
     return models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
 
 
+# how every trainer writes a piece: its text (below 128 bytes), its score, its kind where that is another than normal
+_USUAL = re.compile(rb"\x0a([\x00-\x7f])(.*)\x15(.{4})(?:\x18([\x01-\x06]))?", re.DOTALL)
+
+
+def _piece(message: bytes) -> Piece:
+    found = _USUAL.fullmatch(message)
+    if found and found[1][0] == len(found[2]):
+        (score,) = struct.unpack("<f", found[3])
+        return Piece(found[2].decode("utf-8"), score, found[4][0] if found[4] else NORMAL)
+    fields = dict(_fields(message))
+    text = fields.get(TEXT, b"")
+    if not isinstance(text, bytes):
+        raise ValueError("a piece has no text")
+    return Piece(text.decode("utf-8"), float(fields.get(SCORE, 0.0)), int(fields.get(KIND, NORMAL)))
+
+
 def _sections(data: bytes) -> tuple[list[Piece], Fields, Fields]:
     pieces: list[Piece] = []
     sections: dict[int, Fields] = {TRAINER: {}, NORMALIZER: {}}
@@ -146,11 +163,7 @@ def _sections(data: bytes) -> tuple[list[Piece], Fields, Fields]:
         if not isinstance(value, bytes):
             continue
         if number == PIECE:
-            piece = dict(_fields(value))
-            text = piece.get(TEXT, b"")
-            if not isinstance(text, bytes):
-                raise ValueError("a piece has no text")
-            pieces.append(Piece(text.decode("utf-8"), float(piece.get(SCORE, 0.0)), int(piece.get(KIND, NORMAL))))
+            pieces.append(_piece(value))
         elif number in sections:
             sections[number].update(_fields(value))
     return pieces, sections[TRAINER], sections[NORMALIZER]

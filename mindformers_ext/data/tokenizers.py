@@ -144,9 +144,12 @@ def open_tokenizer(path: Path) -> Tokenizer:
         settings = NO_SETTINGS
     if not path.is_file():
         raise UserError(f"no tokenizer at {path}: give a {TABLE}, a {MODEL} or the folder that holds it")
-    if settings.kind is None and path.suffix != ".json" and not read_sentencepiece(path).is_llamas:
+    if path.suffix == ".json":
+        return HuggingFaceTokenizer(path, settings)
+    model = read_sentencepiece(path)
+    if settings.kind is None and not model.is_llamas:
         return SentencePieceTokenizer(path)
-    return HuggingFaceTokenizer(path, settings)
+    return HuggingFaceTokenizer(path, settings, model)
 
 
 def _main_file(folder: Path, settings: TokenizerSettings) -> Path:

@@ -19,7 +19,6 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.jobs.checkpoint.transform import TransformRequest
 from mindformers_ext.jobs.run.checks import CheckedRun
-from mindformers_ext.jobs.run.display import current
 from mindformers_ext.jobs.run.keep import keep_config, keep_lora
 from mindformers_ext.jobs.run.quiet import Passed
 from mindformers_ext.jobs.run.slices import merge_slices, merged_file
@@ -39,7 +38,8 @@ def run(config: Mapping[str, Any], checked: CheckedRun | None = None) -> Any:
     The configuration that MindFormers really gets is kept as ``<output_dir>/run_config/<run_mode>.yaml``.
     """
     full = prepare(config, checked)
-    get_logger().addHandler(Passed(current().say))
+    if not any(isinstance(handler, Passed) for handler in get_logger().handlers):
+        get_logger().addHandler(Passed())
     if checked and checked.merge:
         _merge_once(checked.merge, checked.build.network, checked.run.use_parallel)
     trainer = Trainer(full)

@@ -31,7 +31,7 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "tokens": (("dp -",), ("dp -",)),
     "own targets": (("dp -",), ("dp", "dp")),
     "targets": (("dp -", "dp -"), ("dp", "dp")),
-    "embedding": (("table -", "rows"), ()),
+    "embedding": (("table -", "rows"), ("tok -",)),
     "norm": (("tok -", "-"), ("tok -",)),
     "project in": (("dp -", "mp -"), ()),
     "bias": (("dp mp", "mp"), ()),

@@ -11,7 +11,6 @@ violations, counts by format and outcome, and the peak above what the process ha
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import json
 import random
@@ -22,7 +21,7 @@ import time
 import traceback
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,134 +31,10 @@ import torch
 
 from mindformers_ext.core.config.file import load_yaml, parse_yaml
 from mindformers_ext.core.errors import UserError
-from tests.helpers.fuzz_weights import HOSTILE, edit_header, hf_folder
+from tests.helpers.fuzz_weights import edit_header, hf_folder
+from tests.helpers.spoil import spoiled_bytes, spoiled_json, spoiled_yaml
 
 SECONDS = 20.0
-HUGE = [
-    "9" * 5000,
-    "-" + "9" * 5000,
-    "1e999",
-    "[" * 100_000,
-    "[" + "[]," * 2_000_000 + "1]",
-    '{"a":' * 3000 + "1" + "}" * 3000,
-    '"\\ud800"',
-    "\x00",
-    "\ufeff{}",
-    "NaN",
-    '{"a": 1, "a": 2}',
-]
-KINDS = [*HOSTILE, [[1], {}], ["a"] * 40, [1] * 33, {"a": {"b": []}}, "\ud800", "a\0b", "~nosuchuser/x", 10**400]
-
-
-def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of every value inside ``value``."""
-    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield (*path, key)
-        yield from leaves(item, (*path, key))
-
-
-def other_value(value: Any, rng: random.Random) -> Any:
-    """A copy of ``value`` in which one value is of another kind, gone, or under another name."""
-    result = copy.deepcopy(value)
-    path = rng.choice(list(leaves(result)))
-    here = result
-    for key in path[:-1]:
-        here = here[key]
-    kind = rng.randrange(8)
-    if kind == 0:
-        del here[path[-1]]
-    elif kind == 1 and isinstance(here, dict):
-        here[str(path[-1]) + rng.choice(["x", "\ud800", "\0", ".", "é"])] = here.pop(path[-1])
-    else:
-        here[path[-1]] = rng.choice(KINDS)
-    return result
-
-
-def spoiled_bytes(data: bytes, rng: random.Random) -> bytes:
-    """Bytes flipped, cut, doubled, filled in or replaced."""
-    at, size = rng.randrange(len(data)), rng.randrange(1, 40)
-    kind = rng.randrange(7)
-    if kind < 3:  # in the first bytes most files say what they are
-        flipped = bytearray(data)
-        flipped[at if kind else at % 64] ^= 1 << rng.randrange(8)
-        return bytes(flipped)
-    if kind == 3:
-        return data[:at]
-    if kind == 4:
-        return data[:at] + data[at : at + size] * 2 + data[at + size :]
-    if kind == 5:
-        return data[:at] + rng.randbytes(size) + data[at:]
-    return rng.choice([b"", b"\0" * 4096, rng.randbytes(3000), b"\xff" * 64, data * 2])
-
-
-def spoiled_json(text: str, rng: random.Random) -> bytes:
-    """A JSON text with a value changed, one made huge, or bytes spoiled."""
-    kind = rng.randrange(6)
-    if kind < 3:
-        changed = other_value(json.loads(text), rng)
-        with unlimited_digits():
-            return json.dumps(changed).encode()
-    if kind == 3:
-        names = list(re.finditer(r": ", text))
-        at = rng.choice(names).end() if names else 0
-        end = next((i for i in range(at, len(text)) if text[i] in ",}]"), len(text))
-        return (text[:at] + rng.choice(HUGE) + text[end:]).encode()
-    if kind == 4:
-        return rng.choice(HUGE).encode("utf-8", "surrogatepass")
-    return spoiled_bytes(text.encode(), rng)
-
-
-@contextlib.contextmanager
-def unlimited_digits() -> Iterator[None]:
-    """Python refuses to write integers of more than 4300 digits."""
-    before = sys.get_int_max_str_digits()
-    sys.set_int_max_str_digits(0)
-    try:
-        yield
-    finally:
-        sys.set_int_max_str_digits(before)
-
-
-YAML_VALUES = [
-    "2001-13-45",
-    "!!int abc",
-    "!!bool maybe",
-    "!!python/object/apply:os.system [ls]",
-    "9" * 5000,
-    "0x" + "f" * 400,
-    "1:2:3:99",
-    "0b2",
-    ".inf",
-    ".nan",
-    "-1",
-    "0",
-    "1e999",
-    "[1, [2, {a: b}]]",
-    "{a: &x [*x]}",
-    "*nothing",
-    "~",
-    "'",
-    "? [a]",
-    "- - - -",
-    "\t1",
-    "| a",
-    "<<: 5",
-    "[" * 60,
-    "[" + "1, " * 60_000 + "1]",
-    '"\\ud800"',
-    '"a\\0b"',
-    "~nosuchuser/x",
-    "",
-]
-
-
-def spoiled_yaml(text: str, rng: random.Random) -> bytes:
-    """A YAML text with one value, or one name, replaced; or bytes spoiled."""
-    if rng.random() < 0.2:
-        return spoiled_bytes(text.encode(), rng)
-    places = list(re.finditer(r"(?<=: )[^,\n{}\[\]]+|\b\w+(?=:)", text))
-    place = rng.choice(places)
-    return (text[: place.start()] + rng.choice(YAML_VALUES) + text[place.end() :]).encode("utf-8", "surrogatepass")
 
 
 @dataclass(frozen=True)
@@ -197,6 +72,16 @@ def as_lines(file: str) -> Callable[[Path, random.Random], None]:
 def as_yaml(file: str) -> Callable[[Path, random.Random], None]:
     """Spoil ``file`` as YAML."""
     return lambda folder, rng: _write(folder / file, spoiled_yaml((folder / file).read_text(), rng))
+
+
+def tables_of_tokens(folder: Path, rng: random.Random) -> None:
+    """Spoil a tokenizer.json that stands alone."""
+    (folder / "tokens" / "tokenizer.model").unlink()
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4, "ab": 5}
+    model = {"type": "BPE", "vocab": vocab, "merges": [["a", "b"]], "unk_token": "<unk>", "byte_fallback": False}
+    added = [{"id": 1, "content": "<s>", "special": True, "normalized": False}]
+    whole = {"version": "1.0", "added_tokens": added, "pre_tokenizer": {"type": "Whitespace"}, "model": model}
+    _write(folder / "tokens" / "tokenizer.json", spoiled_json(json.dumps(whole), rng))
 
 
 def header(folder: Path, rng: random.Random) -> None:
@@ -250,6 +135,13 @@ def metrics(folder: Path, out: Path) -> None:
     from mindformers_ext.jobs.run.metrics import read_metrics
 
     read_metrics(folder / "run")
+
+
+def tokens(folder: Path, out: Path) -> None:
+    from mindformers_ext.data.tokenizers import open_tokenizer
+
+    found = open_tokenizer(folder / "tokens")
+    found.decode(found.encode_batch(["a text of words", "\U0001f600"])[0])
 
 
 def settings(folder: Path, out: Path) -> None:
@@ -318,6 +210,9 @@ FORMATS: dict[str, Format] = {
     "mindrecord": Format("rows.mindrecord", as_bytes("rows.mindrecord"), rows),
     "mindrecord index": Format("rows.mindrecord", as_bytes("rows.mindrecord.db"), rows),
     "jsonl": Format("text.jsonl", as_lines("text.jsonl"), records),
+    "tokenizer.model": Format("tokens", as_bytes("tokens/tokenizer.model"), tokens),
+    "tokenizer_config.json": Format("tokens", as_json("tokens/tokenizer_config.json"), tokens),
+    "tokenizer.json": Format("tokens", tables_of_tokens, tokens),
     "job.yaml": Format("job.yaml", as_yaml("job.yaml"), settings),
     "metrics": Format("run", as_lines("run/metrics/rank_0.jsonl"), metrics),
     "launcher": Format("words.json", words_of_launcher, launch),
@@ -334,6 +229,13 @@ STEP: dict[str, Any] = {
     "dropped": [0.5, 0.5],
     "expert_load": [[1.0, 2.0], [2.0, 1.0]],
 }
+TOKENIZER = {
+    "tokenizer_class": "LlamaTokenizer",
+    "bos_token": {"content": "<s>", "lstrip": False},
+    "add_bos_token": True,
+    "added_tokens_decoder": {"400": {"content": "<|end|>", "special": True}},
+    "chat_template": "{{ messages }}",
+}
 MERGE = """merge_method: linear
 models:
   - model: HF/hf
@@ -348,6 +250,7 @@ dtype: bfloat16
 def whole_inputs(folder: Path, root: Path) -> None:
     """One whole file of every format."""
     from mindformers_ext.cli.convert import main
+    from mindformers_ext.data.tokenizers import train_sentencepiece
     from mindformers_ext.jobs.engine.door import open_record_writer
     from mindformers_ext.jobs.run.metrics_file import StepRecord
     from tests.helpers.tiny_run import YAML
@@ -364,6 +267,9 @@ def whole_inputs(folder: Path, root: Path) -> None:
     writer.close()
     (folder / "text.jsonl").write_text('{"text": "one", "n": [1, 2]}\n{"text": "two \\u00e9"}\n')
     (folder / "job.yaml").write_text(YAML)
+    texts = [path.read_text() for path in sorted((root / "unit" / "core").glob("*.py"))]
+    train_sentencepiece(texts, folder / "tokens" / "tokenizer.model", 400)
+    (folder / "tokens" / "tokenizer_config.json").write_text(json.dumps(TOKENIZER))
     (folder / "run" / "metrics").mkdir(parents=True)
     (folder / "run" / "metrics" / "rank_0.jsonl").write_text(
         "".join(StepRecord(step, **STEP).line() for step in (1, 2))

@@ -2,6 +2,7 @@
 """The parts that MindFormers sees of us, one by one."""
 
 import copy
+import importlib
 import json
 
 import mindspore as ms
@@ -25,6 +26,7 @@ from mindformers_ext.mf.checkpoint import WholeCheckpointMonitor
 from mindformers_ext.mf.hooks import HookCallback
 from mindformers_ext.mf.monitor import MoELossMonitor
 from mindformers_ext.mf.pipeline_step import norm_tells_overflow
+from mindformers_ext.mf.rules import experts_without_sequence_parallel
 from mindformers_ext.mf.trainer import PortableCausalLanguageModelingTrainer, stand_ins
 from mindformers_ext.ms.causal_lm import build_causal_lm
 from tests.helpers.tiny_run import YAML
@@ -227,3 +229,12 @@ def test_hooks_stand_before_the_checkpoint_and_behind_the_monitor() -> None:
     callbacks = [cls.__new__(cls) for cls in order]
     found = PortableCausalLanguageModelingTrainer.sort_callbacks(callbacks)
     assert [type(item) for item in found] == [MoELossMonitor, HookCallback, WholeCheckpointMonitor]
+
+
+def test_mindformers_takes_experts_without_sequence_parallel_while_we_train():
+    rules = importlib.import_module("mindformers.tools.check_rules")
+    asked = MindFormerConfig(moe_config={"expert_num": 8}, parallel_config={"use_seq_parallel": False})
+    with experts_without_sequence_parallel():
+        rules._check_moe_parallel_valid(asked, 4)
+    with pytest.raises(ValueError, match="without also enabling sequence parallelism"):
+        rules._check_moe_parallel_valid(asked, 4)

@@ -79,7 +79,7 @@ def test_a_file_is_accepted_for_its_devices(path):
     warnings = [*yaml_notes(config), *check_network(spec, config["run_mode"])]
     expected = (
         "vocab_emb_dp becomes False",
-        "every model-parallel rank routes the same tokens",
+        "every model-parallel rank routes and exchanges the same tokens",
         "use_fused_ops_topkrouter",
     )
     assert [line for line in warnings if not any(word in line for word in expected)] == []

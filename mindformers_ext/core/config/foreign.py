@@ -8,13 +8,15 @@ LLaMA on Ascend knows more (stretched positions, joined projections, an embeddin
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import eq
 from typing import Any
 
 from mindformers_ext.core.config.keys import MODEL, TOP, UNBUILT, known_keys
 from mindformers_ext.core.config.quantised import check_not_quantised
 from mindformers_ext.core.config.values import section_at
 from mindformers_ext.core.config.view import advice, network_spec_from_yaml
-from mindformers_ext.core.families import GENERIC_NAMES
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.families import FAMILIES, GENERIC_NAMES
 from mindformers_ext.core.spec import NetworkSpec
 
 # What the checks of data, weights and memory read of ``model.model_config``: of any network, and of a LLaMA.
@@ -39,6 +41,7 @@ def foreign_spec(config: Mapping[str, Any], device_num: int) -> tuple[NetworkSpe
         UserError: a size of the wrong kind, an unknown key where MindFormers refuses it too, or a quantised network.
     """
     check_not_quantised(config)
+    _check_names(config)
     words, known = section_at(config, MODEL), known_keys(TOP)
     kept = {key: value for key, value in config.items() if key in known and key not in (*UNBUILT[TOP], "moe_config")}
     for section, unbuilt in UNBUILT.items():
@@ -60,6 +63,18 @@ def foreign_spec(config: Mapping[str, Any], device_num: int) -> tuple[NetworkSpe
         if name not in known_keys(section)
     ]
     return network_spec_from_yaml(kept, device_num), notes
+
+
+def _check_names(config: Mapping[str, Any]) -> None:
+    """Of a pair of names that means a family of ours, both must be there: half of one is no network of MindFormers'."""
+    names = section_at(config, MODEL).get("type"), section_at(config, "model.arch").get("type")
+    for row in FAMILIES.values():
+        for pair in row.yaml_names:
+            if names != pair and any(map(eq, names, pair)):
+                raise UserError(
+                    f"{MODEL}.type={names[0]!r} and model.arch.type={names[1]!r} do not belong together: "
+                    f"write {pair[0]} and {pair[1]}, or {GENERIC_NAMES[0]} and {GENERIC_NAMES[1]}"
+                )
 
 
 def is_llama(config: Mapping[str, Any]) -> bool:

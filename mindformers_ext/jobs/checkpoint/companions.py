@@ -50,7 +50,7 @@ def copy_companions(source: Path, target: Path) -> Copied:
     names, left = [], []
     for name in _names(source):
         file = source / name
-        if not _belongs(file, source):
+        if not belongs(file, source):
             left.append(name)
         elif file.is_file():
             (target / name).parent.mkdir(exist_ok=True)
@@ -72,7 +72,7 @@ def _names(source: Path) -> Iterator[str]:
             yield from (f"{folder}/{path.name}" for path in sorted((source / folder).glob(f"*{suffix}")))
 
 
-def _belongs(file: Path, source: Path) -> bool:
+def belongs(file: Path, source: Path) -> bool:
     """Whether ``file`` is below ``source``, or is a link as the hub's cache has it: snapshots/X/F -> blobs/Y."""
     found, home = file.resolve(), source.resolve()
     blobs = home.parent.parent / "blobs"

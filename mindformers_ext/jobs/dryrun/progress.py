@@ -16,6 +16,7 @@ from mindformers_ext.jobs.run.display import Sink
 
 # Seconds on a quiet core, from full-width runs (research/mixtral/NOTES.md): 16 layers of 16 micro batches took 75.
 IMPORTS, RANK, LAYER = 20.0, 5.0, 0.28
+OVERDUE = 0.1  # of what a rank has taken, when it takes longer than was expected
 TICK = 1.0  # seconds between two pictures of the live line
 IMPORTING = "importing MindFormers"
 
@@ -53,7 +54,7 @@ class DryRunProgress:
         ranks = ", ".join(map(str, plan.ranks[:8])) + (" ..." if len(plan.ranks) > 8 else "")
         sink.line(
             f"compiling {what}: {len(plan.ranks)} of {plan.world} ranks ({ranks}), {at_once} at a time; "
-            f"about {_duration(self.left())} ({IMPORTING} first)"
+            f"about {_duration(self.left())} on quiet cores ({IMPORTING} first)"
         )
 
     def left(self) -> float:
@@ -61,11 +62,8 @@ class DryRunProgress:
         now = self.clock()
         by_layers = {rank: expected_rank_seconds(self.plan, rank) for rank in self.plan.ranks}
         measured = sum(self.took.values()) / sum(by_layers[rank] for rank in self.took) if self.took else 1.0
-        waiting = [
-            max(measured * by_layers[rank] - (now - self.since.get(rank, now)), 0.0)
-            for rank in self.plan.ranks
-            if rank not in self.took
-        ]
+        spent = {rank: now - self.since.get(rank, now) for rank in self.plan.ranks if rank not in self.took}
+        waiting = [max(measured * by_layers[rank] - done, done * OVERDUE) for rank, done in spent.items()]
         imports = 0.0 if self.since or self.took else max(IMPORTS - (now - self.began), 0.0)
         return imports + max(sum(waiting) / self.at_once, *waiting, 0.0)
 

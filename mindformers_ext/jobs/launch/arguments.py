@@ -61,6 +61,11 @@ class Launch:
         return self.workers // self.local_workers
 
     @property
+    def machine(self) -> str:
+        """What the names of this machine's own files end with: machines may share LOG_DIR."""
+        return f"_{self.node_rank}" if self.nodes > 1 and self.node_rank > 0 else ""
+
+    @property
     def ranks(self) -> range:
         """Ranks that run on this machine."""
         first = self.node_rank * self.local_workers if self.nodes > 1 else 0

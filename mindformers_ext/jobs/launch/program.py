@@ -16,7 +16,7 @@ class Program:
     """One such program.
 
     Attributes:
-        name: its own output goes to ``LOG_DIR/<name>.log``.
+        name: its own output goes to ``LOG_DIR/<name>.log``, with the machine's number behind the name but on the first.
         died: in a line of its output; groups ``pid`` and ``code`` of a worker that has failed.
         rank: the variable that holds a worker's rank, and ``role``: one that every worker has, with its value or None.
         mark: of a worker's line in the program's output, groups ``rank`` and ``text``; None: the program itself writes
@@ -33,11 +33,11 @@ class Program:
 
     def log(self, launch: Launch) -> Path:
         """What the program itself says."""
-        return launch.log_dir / f"{self.name}.log"
+        return launch.log_dir / f"{self.name}{launch.machine}.log"
 
     def logs(self, launch: Launch) -> list[Path]:
         """All that a job of this machine writes: of an earlier job they would be taken for this one's."""
-        beside = [launch.log_dir / self.scheduler] if self.scheduler else []
+        beside = [launch.log_dir / self.scheduler] if self.scheduler and not launch.machine else []
         return [*map(launch.log_of, launch.ranks), *beside, self.log(launch)]
 
     def rank_of(self, environment: Mapping[str, str]) -> int | None:

@@ -86,7 +86,7 @@ def supervise(
             signal.signal(number, handler)
     reader.join(timeout=5)
     if program.mark:  # the same lines once more, where torchrun keeps them
-        shutil.rmtree(launch.log_dir / program.name, ignore_errors=True)
+        shutil.rmtree(program.log(launch).with_suffix(""), ignore_errors=True)
     _show(follower, screen)
     if watched.stopped:
         screen.say("stopped: all workers of this machine were ended")

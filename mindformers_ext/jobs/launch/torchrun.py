@@ -26,7 +26,7 @@ def torchrun_command(launch: Launch, environment: Mapping[str, str]) -> list[str
         "node-rank": launch.node_rank,
         "master-addr": launch.master_addr,
         "master-port": launch.port,
-        "log-dir": launch.log_dir / "torchrun",
+        "log-dir": launch.log_dir / f"torchrun{launch.machine}",
         "tee": 3,
         "rdzv-conf": f"timeout={timeout}",
     }

@@ -25,7 +25,7 @@ def gate_rows(config: MoEConfig, base: Model, seed: int) -> tuple[np.ndarray, li
     from mindformers_ext.surgery.merge.random_gates import condition, random_rows
 
     if config.gate_mode in WITHOUT_PROMPTS:
-        shape = (base.layers, len(config.experts) + len(config.shared), int(base.config["hidden_size"]))
+        shape = (base.layers, len(config.experts) + len(config.shared), base.reader.infos[EMBEDDING.name].shape[1])
         return random_rows(shape, seed, config.gate_mode == UNIFORM), []
     prompts = Prompts(base)
     rows = _cheap(config, base, prompts) if config.gate_mode == CHEAP else _hidden(config, base, prompts)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +96,22 @@ def _open(name: str, adapted: str | None) -> Model:
     if type(layers) is not int or layers < 1:
         raise UserError(f"'{folder / CONFIG}' has num_hidden_layers={layers!r}: a whole number above 0 is expected")
     reader = open_hf(folder)
-    if architecture.experts:
+    try:
+        return _seen(Model(name, folder, config, architecture, layers, reader), adapter, adapted)
+    except UserError:
+        reader.close()
+        raise
+
+
+def _seen(model: Model, adapter: str | None, adapted: str | None) -> Model:
+    """``model`` with fused experts as matrices and its adapter merged, if there are any."""
+    reader, experts = model.reader, model.architecture.experts
+    if experts:
         reader = unfused(reader)
+    if model.layers * max(experts, 1) > len(reader.infos):  # a plan has a row for each
+        wanted = f"{model.layers} layers" + (f" of {experts} experts" if experts else "")
+        raise UserError(f"'{model.folder / CONFIG}' says {wanted}, and there are {len(reader.infos)} tensors")
     if adapter:
-        try:
-            lora = open_adapter(find_model(adapter), reader.infos)
-        except UserError:
-            reader.close()
-            raise
+        lora = open_adapter(find_model(adapter), reader.infos)
         reader = AdaptedReader(reader, lora, FLOATS[adapted] if adapted else None)
-    return Model(name, folder, config, architecture, layers, reader)
+    return replace(model, reader=reader)

@@ -14,7 +14,7 @@ from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.layers import dtype_name
 from mindformers_ext.formats.dtypes import FLOATS, is_float
 from mindformers_ext.formats.tensors import TensorInfo
-from mindformers_ext.jobs.merge.fit import check_fit
+from mindformers_ext.jobs.merge.fit import check_fit, full_config
 from mindformers_ext.jobs.merge.models import Model
 from mindformers_ext.jobs.merge.moe_config import Expert, MoEConfig
 from mindformers_ext.jobs.merge.moe_outputs import BIASES, DOWN, GATE, UP, WHY_NOT, Output
@@ -81,7 +81,9 @@ def plan_targets(
     dtype = FLOATS.get(wanted) or (embedding.dtype if embedding else np.dtype(np.float32))
     shapes = {name: info.shape for name, info in base.reader.infos.items()}
     check_fit(shapes, base.architecture, base.config, f"'{base.name}'", problems)
-    width, segments = int(base.config.get("intermediate_size", 0)), config.segments
+    if problems.lines:
+        return [], []
+    width, segments = int(full_config(base.architecture, base.config)["intermediate_size"]), config.segments
     if width % segments:
         problems.add(
             f"intermediate_size {width} of '{base.name}' is no multiple of segments {segments}", "choose another"
@@ -146,6 +148,7 @@ class _Builder:
     ) -> None:
         self.config, self.models, self.dtype, self.problems = config, models, dtype, problems
         self.base = models[config.base_model]
+        self.full = full_config(self.base.architecture, self.base.config)
         self.targets: list[Target] = []
 
     def run(self, fused: bool) -> list[Target]:
@@ -188,9 +191,8 @@ class _Builder:
     def _moe(self, layer: int, fused: bool) -> None:
         old, output = f"model.layers.{layer}.mlp.", self.config.output
         new = old if fused else f"model.layers.{layer}.{output.moe}"
-        hidden, segments = int(self.base.config["hidden_size"]), self.config.segments
-        whole = _shapes(int(self.base.config["intermediate_size"]), hidden)
-        width = int(self.base.config["intermediate_size"]) // segments
+        hidden, width, segments = self.full["hidden_size"], self.full["intermediate_size"], self.config.segments
+        whole, width = _shapes(width, hidden), width // segments
         shapes = _shapes(width, hidden)
         parts = [(expert, segment) for expert in self.config.experts for segment in range(segments)]
         count = len(parts)

@@ -28,7 +28,8 @@ def with_both_ropes(config: Mapping[str, Any]) -> dict[str, Any]:
         rope = scaling.get("rope_type", scaling.get("type", "default"))
     else:
         theta = config.get("rope_theta")
-        scaling = dict(config.get("rope_scaling") or {})
+        given = config.get("rope_scaling")
+        scaling = dict(given) if isinstance(given, Mapping) else {}
         rope = scaling.get("rope_type", scaling.get("type", "default"))
     theta = (FAMILIES[kind].defaults["rope_theta"] if kind in FAMILIES else DEFAULT_THETA) if theta is None else theta
     result["rope_theta"] = theta

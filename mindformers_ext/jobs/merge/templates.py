@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mindformers_ext.data.chat_template import TEMPLATE_FILE, chat_template_of
 from mindformers_ext.data.tokenizer_settings import SETTINGS, read_table
+from mindformers_ext.jobs.checkpoint.companions import belongs
 
 _EACH, _END = "{% for message in messages %}", "{% endfor %}"
 _ASK, _ENDIF = "{% if add_generation_prompt %}", "{% endif %}"
@@ -83,6 +84,10 @@ def chosen_template(wanted: str, folders: Sequence[Path]) -> str | None:
 
 
 def _own(folder: Path) -> str | None:
+    """The folder's own template: what a link elsewhere leads to is not written into the merge."""
+    files = [folder / name for name in (TEMPLATE_FILE, SETTINGS)]
+    if not all(belongs(file, folder) for file in files if file.exists()):
+        return None
     return chat_template_of(folder, read_table(folder / SETTINGS).get("chat_template"))
 
 

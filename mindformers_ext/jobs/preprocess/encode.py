@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from queue import Queue
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ import numpy as np
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.data.conversations import IGNORED, Conversation, Specials, encode_conversations
 from mindformers_ext.data.readers import Fragment
-from mindformers_ext.data.tokenizers import Tokenizer, encode_glued, open_tokenizer
+from mindformers_ext.data.tokenizers import Tokenizer, encode_glued
 
 WINDOW = 3  # batches per process that may be under way: enough to hide waiting, few enough for any memory
 
@@ -44,7 +43,6 @@ class QaBatch(NamedTuple):
 class Setup:
     """What a process needs to encode. ``framed``: documents get BOS and EOS."""
 
-    model_file: Path
     special: Specials
     row_length: int
     framed: bool
@@ -118,8 +116,9 @@ def encode_all(
     if workers == 1:
         yield from map(Encoder(setup, tokenizer).encode, batches)
         return
-    # forked: no thread runs yet, and a process that starts from nothing would first import everything again
-    team = [_start(setup) for _ in range(workers)]
+    # forked: no thread of Python runs yet, and a process that starts from nothing would first import everything again
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    team = [_start(Encoder(setup, tokenizer)) for _ in range(workers)]
     free: Queue[Connection] = Queue()
     for member in team:
         free.put(member.pipe)
@@ -150,10 +149,10 @@ class _Member:
     pipe: Connection
 
 
-def _start(setup: Setup) -> _Member:
+def _start(encoder: Encoder) -> _Member:
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(setup, theirs, os.getpid()), daemon=True)
+    process = context.Process(target=_work, args=(encoder, theirs, os.getpid()), daemon=True)
     process.start()
     theirs.close()
     return _Member(process, ours)
@@ -176,12 +175,10 @@ def _encoded(free: Queue[Connection], batch: TextBatch | QaBatch) -> Tokens:
     return found
 
 
-def _work(setup: Setup, pipe: Connection, parent: int) -> None:
+def _work(encoder: Encoder, pipe: Connection, parent: int) -> None:
     """In the process: encode what comes through the pipe until it is closed."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as a fork it has its parent's handler, which unwinds
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    encoder = Encoder(setup, open_tokenizer(setup.model_file))
     while True:
         try:
             batch = pipe.recv()

@@ -181,7 +181,7 @@ class _Run:
         )
 
     def _first_pass(self, progress: Progress) -> None:
-        setup = Setup(self.tokenizer.path, self.checked.special, self.checked.row_length, not self.framed_rows)
+        setup = Setup(self.checked.special, self.checked.row_length, not self.framed_rows)
         workers = min(self.request.workers, 1 + sum(path.stat().st_size for path in self.checked.files) // SHARE)
         encoded = encode_all(setup, self.tokenizer, self._batches(progress), workers)
         spool = (self.folder / SPOOLED).open("wb") if (self.request.repeat or 1) > 1 else None

@@ -209,7 +209,7 @@ def step_text(record: StepRecord, steps: int, left: float | None, each: str = ""
     if record.has_experts:
         parts += [f"aux {record.aux_loss:.4f}", f"dropped {100 * record.drop_rate:.1f}%"]
     if record.overflow:
-        parts.append("OVERFLOW")
+        parts.append("overflow: no update")
     if left is not None:
         parts += [f"{record.tokens_per_second:,.0f} tokens/s{each}", f"{timedelta(seconds=int(max(left, 0)))} left"]
     return "  ".join(parts)

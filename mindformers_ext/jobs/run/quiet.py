@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.jobs.run.display import current
 
 OUTPUT = "output.log"
 OURS = f"{os.sep}mindformers_ext{os.sep}"  # in the path of every file of this package
@@ -37,6 +40,7 @@ def output_to(path: Path) -> Iterator[TextIO]:
     kept = [os.dup(1), os.dup(2)]
     stream = os.fdopen(os.dup(kept[1]), "w", encoding="utf-8", errors="replace")
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
+    os.write(log, f"---- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(sys.argv)}\n".encode())
     try:
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -62,15 +66,11 @@ def _flush() -> None:
 
 
 class Passed(logging.Handler):
-    """Passes on what people should see of a log: our own warnings, errors of anyone, results."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        super().__init__()
-        self.say = say
+    """Passes on to the display what people should see of a log: our own warnings, errors of anyone, results."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Judge one record."""
         text = record.getMessage()
         warns = record.levelno >= (logging.WARNING if OURS in record.pathname else logging.ERROR)
         if warns or text.startswith(RESULTS):
-            self.say(f"{record.levelname.lower()}: {text}" if warns else text)
+            current().say(f"{record.levelname.lower()}: {text}" if warns else text)

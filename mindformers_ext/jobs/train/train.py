@@ -83,7 +83,7 @@ def train(
     trainer = open_trainer(engine, spec, training, asked.device)
     current().done()
     rank = trainer.ranks.rank
-    set_up_logging(file=folder / "log" / f"rank_{rank}" / "info.log", more=[Passed(current().say)])
+    set_up_logging(file=folder / "log" / f"rank_{rank}" / "info.log", more=[Passed()])
     for note in (*notes, *more):
         get_logger(__name__).info("%s", note)
     for note in more:

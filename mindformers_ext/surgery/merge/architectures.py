@@ -138,9 +138,13 @@ TABLE = (
 def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
     """The table of the model that ``config`` (of config.json) describes; an unknown one is a ``UserError``."""
     classes = config.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"'{where}' has architectures={classes!r}: a list of class names is expected")
     for entry in TABLE:
         if set(entry.classes) & set(classes) or (not classes and config.get("model_type") == entry.model_type):
-            experts = int(config.get("num_local_experts", 8)) if entry.model_type == MIXTRAL.name else 0
+            experts = config.get("num_local_experts", 8) if entry.model_type == MIXTRAL.name else 0
+            if type(experts) is not int or experts < 0:
+                raise UserError(f"'{where}' has num_local_experts={experts!r}: a whole number is expected")
             return replace(entry, experts=experts)
     raise UserError(
         f"'{where}' is a {classes or config.get('model_type')}: models merged here are "

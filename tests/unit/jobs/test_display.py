@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mindformers_ext.cli.training import training
+from mindformers_ext.core.config.run import Runner, RunSpec
 from mindformers_ext.core.figures import StepFigures
 from mindformers_ext.jobs.run import display as shows
 from mindformers_ext.jobs.run.display import LAUNCHER, Display, Lines, Terminal, choose_sink, current, shown
@@ -87,7 +89,7 @@ def test_the_live_line_is_no_wider_than_the_terminal(monkeypatch: pytest.MonkeyP
 
 def test_what_experts_and_overflow_add() -> None:
     dense = shows.step_text(record(3, experts=1, overflow=True), 9, 61.0)
-    assert dense == "step 3/9  loss 5.2500  OVERFLOW  2,000 tokens/s  0:01:01 left"
+    assert dense == "step 3/9  loss 5.2500  overflow: no update  2,000 tokens/s  0:01:01 left"
 
 
 @pytest.mark.parametrize(
@@ -119,20 +121,21 @@ def test_nothing_is_shown_outside_a_run() -> None:
 
 
 def test_of_a_log_our_warnings_all_errors_and_results_are_passed_on() -> None:
-    said: list[str] = []
-    logger = logging.Logger("mindformers")
-    logger.addHandler(Passed(said.append))
+    stream, logger = io.StringIO(), logging.Logger("mindformers")
+    logger.addHandler(Passed())
 
     def log(level: int, path: str, text: str) -> None:
         logger.handle(logging.LogRecord("x", level, path, 1, text, (), None))
 
     ours, theirs = "/x/mindformers_ext/mf/run.py", "/x/mindformers/core/context.py"
-    log(logging.INFO, ours, "an info")
-    log(logging.WARNING, ours, "of ours")
-    log(logging.WARNING, theirs, "of theirs")
-    log(logging.ERROR, theirs, "an error of theirs")
-    log(logging.INFO, theirs, "Eval result: {}")
-    assert said == ["warning: of ours", "error: an error of theirs", "Eval result: {}"]
+    with shown(Display(Lines(stream))):
+        log(logging.INFO, ours, "an info")
+        log(logging.WARNING, ours, "of ours")
+        log(logging.WARNING, theirs, "of theirs")
+        log(logging.ERROR, theirs, "an error of theirs")
+        log(logging.INFO, theirs, "Eval result: {}")
+    log(logging.ERROR, theirs, "after the run")
+    assert stream.getvalue().splitlines() == ["warning: of ours", "error: an error of theirs", "Eval result: {}"]
 
 
 SCRIPT = """
@@ -168,3 +171,26 @@ def test_what_a_process_prints_goes_to_the_log_and_its_end_to_the_user(deed: str
     text = log.read_text()
     assert set(text.splitlines()) >= {"another language", "child", "python"}
     assert ("Traceback" in text and name in text) == bool(name)
+
+
+@pytest.mark.parametrize("kind", ["quiet", "verbose", "a network of MindFormers' own", "launched"])
+def test_what_a_training_shows_and_what_it_keeps(
+    kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = Runner.MINDFORMERS if "own" in kind else Runner.OWN_LOOP
+    if kind == "launched":
+        monkeypatch.setenv(LAUNCHER, "lines")
+    with training(RunSpec(mode="train", runner=runner, output_dir=str(tmp_path)), ("a note",), kind == "verbose"):
+        os.write(2, b"[WARNING] MindSpore\n")
+        current().step(record(1), 1, 0.0)
+    shown_lines = capfd.readouterr().err.splitlines()
+    step, warning = shows.step_text(record(1), 1, 0.0), "[WARNING] MindSpore"
+    log = tmp_path / "log" / "rank_0" / "output.log"
+    if kind == "quiet":
+        assert shown_lines == ["note: a note", f"note: the whole log is {log} (--verbose shows it)", step]
+        assert warning in log.read_text()
+    elif kind == "launched":
+        assert sorted(shown_lines) == sorted([f"{shows.STAYS}note: a note", warning, shows.STAYS + step])
+    else:
+        assert sorted(shown_lines) == [warning, "note: a note"]
+    assert log.exists() == (kind == "quiet")

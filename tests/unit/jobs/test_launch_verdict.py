@@ -55,6 +55,17 @@ def test_where_no_worker_has_started_the_programs_own_words_are_shown(tmp_path: 
     assert "Port 8118 was taken by another program: give another PORT" in reason(job, TORCHRUN, None, 1)
 
 
+def test_machines_that_share_a_log_folder_keep_each_others_files(tmp_path: Path) -> None:
+    for program in (MSRUN, TORCHRUN):
+        words = ["16", "8", "127.0.0.1", "8118"]
+        files = [
+            program.logs(read_launch(["run_mindformer.py", *words, str(node), str(tmp_path), "True", "9"], {}))
+            for node in range(2)
+        ]
+        assert not set(files[0]) & set(files[1]) and tmp_path / f"{program.name}_1.log" in files[1]
+        assert len(files[0]) == 8 + 1 + (program is MSRUN) and len(files[1]) == 9
+
+
 def test_torchruns_words_are_understood() -> None:
     prefix = torchrun_environment({})["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"]
     line = TORCHRUN.mark.match(prefix.replace("${rank}", "12") + "loss 1\n")

@@ -99,6 +99,7 @@ def test_a_network_of_mindformers_own_is_not_judged(change: dict[str, Any], note
         ({"use_parallel": "Flase"}, "use_parallel='Flase' is not True or False"),
         ({"model.model_config.quant_config": {"quant_method": "rtn"}}, "quant_config asks for a quantised network"),
         ({"optimizer.beta3": 0.9}, "unknown key 'beta3' in optimizer"),
+        ({"model.model_config.type": "MixtralConfig"}, "do not belong together: write MixtralConfig and Mixtral"),
     ],
 )
 def test_its_sizes_and_sections_are(change: dict[str, Any], message: str) -> None:
