@@ -16,13 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from mindformers_ext.core.errors import Problems
 
-Array = np.ndarray[Any, Any]
+if TYPE_CHECKING:  # functions import it: whoever shows a help reads specs, and computes nothing
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +122,14 @@ class Rope:
 
     def tables_in(self, positions: int, length: int) -> tuple[Array, Array]:
         """The same of the first ``positions`` in a text of ``length`` tokens."""
+        import numpy as np
+
         return _turned(np.arange(positions), *self.frequencies(length))
 
     def growing_tables(self, positions: int) -> tuple[Array, Array]:
         """The same where position p is the last of a text: what a token is turned by that continues one."""
+        import numpy as np
+
         if not self.follows_length or positions <= self.max_position_embeddings:
             return self.tables(positions)
         trained = self.max_position_embeddings
@@ -135,16 +140,22 @@ class Rope:
 
 
 def _turned(places: Array, frequencies: Array, scale: float) -> tuple[Array, Array]:
+    import numpy as np
+
     angles = places.astype(np.float32)[:, None] * frequencies[None]
     angles = np.concatenate([angles, angles], -1)
     return np.cos(angles) * np.float32(scale), np.sin(angles) * np.float32(scale)
 
 
 def _plain(head_dim: int, theta: float) -> Array:
+    import numpy as np
+
     return (1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)).astype(np.float32)
 
 
 def _linear(rope: Rope, scaling: RopeScaling, length: int) -> tuple[Array, float]:
+    import numpy as np
+
     return (_plain(rope.head_dim, rope.theta) / scaling.factor).astype(np.float32), 1.0
 
 
@@ -156,6 +167,8 @@ def _dynamic(rope: Rope, scaling: RopeScaling, length: int) -> tuple[Array, floa
 
 
 def _llama3(rope: Rope, scaling: RopeScaling, length: int) -> tuple[Array, float]:
+    import numpy as np
+
     plain = _plain(rope.head_dim, rope.theta)
     trained = scaling.original_max_position_embeddings or rope.max_position_embeddings
     turns = trained * plain / (2 * math.pi)  # over all trained positions
@@ -167,6 +180,8 @@ def _llama3(rope: Rope, scaling: RopeScaling, length: int) -> tuple[Array, float
 
 
 def _yarn(rope: Rope, scaling: RopeScaling, length: int) -> tuple[Array, float]:
+    import numpy as np
+
     width, pairs = rope.head_dim, rope.head_dim // 2
     trained = scaling.original_max_position_embeddings or rope.max_position_embeddings
 

@@ -121,7 +121,7 @@ def test_training_on_a_text_goes_on_from_the_folder_and_leaves_one_that_is_taken
     folder: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "notes.txt"
-    file.write_text(text[:6000], "utf-8")
+    file.write_text(text[:3500], "utf-8")
     options = ["--engine", "pt", "--device_target", "CPU"]
     sizes = ["--seq_length", "32", "--lr_schedule.learning_rate", "1e-2"]
     assert mf("train", folder, "--data", file, *options, *sizes, "--output_dir", "run", "--save_yaml", "run.yaml") == 0
