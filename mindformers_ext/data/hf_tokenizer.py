@@ -64,6 +64,8 @@ class HuggingFaceTokenizer:
         self._marks = {} if settings.splits_special else plain
         rest = {token.content for token in marks.values()} - self._marks.keys()
         self._cut, self._hard = _either(self._marks), _either(rest)
+        numbers = (self._model.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        self._bytes = frozenset(number for number in numbers if number is not None)
         blank = self._model.token_to_id(BLANK)
         self._words = WordEncoder(self._plain, blank) if is_separable(self._model) else None
 
@@ -87,6 +89,11 @@ class HuggingFaceTokenizer:
     def frame(self) -> tuple[list[int], list[int]]:
         """What the tokenizer itself puts in front of a text and behind it."""
         return self._frame
+
+    @property
+    def byte_ids(self) -> frozenset[int]:
+        """Ids of single bytes: the library writes a run of them that is no UTF-8 as one mark for each byte."""
+        return self._bytes
 
     def encode_batch(self, texts: Sequence[str]) -> list[Any]:
         """Token ids of each text, without what frames it: lists, or int32 arrays."""

@@ -51,6 +51,11 @@ class Tokenizer(Protocol):
         """The ids that the tokenizer itself puts in front of a plain text and behind it."""
         ...
 
+    @property
+    def byte_ids(self) -> frozenset[int]:
+        """Ids of single bytes whose text depends on the bytes that follow."""
+        ...
+
     def encode_batch(self, texts: Sequence[str]) -> list[Any]:
         """Token ids of each text (lists or int32 arrays), without what frames it."""
         ...
@@ -100,6 +105,11 @@ class SentencePieceTokenizer:
         """What LLaMA's tokenizers put in front of a text and behind it: BOS and nothing."""
         bos = self.special_ids["bos_id"]
         return ([bos] if bos >= 0 else []), []
+
+    @property
+    def byte_ids(self) -> frozenset[int]:
+        """None: SentencePiece keeps the text of whole characters whatever follows."""
+        return frozenset()
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Token ids of ``text``, between BOS and EOS where asked."""

@@ -143,21 +143,25 @@ class Predictor:
             )
         show = (lambda number, text: on_text(places[number], text)) if on_text else None
         stream = TextStream(self.tokenizer, texts, show, self.sampling.eos_token_ids) if show else None
-        done = 0
+        bounds = [*places, len(prompts)]
+        yield from _blanks(prompts[: bounds[0]])
         for answer in generation.answers(texts, stream.take if stream else None):
-            place = places[answer.prompt]
-            yield from (Written(prompt.text, "", 0, 0, BLANK) for prompt in prompts[done:place])
-            done = place + 1
+            place, following = bounds[answer.prompt], bounds[answer.prompt + 1]
             if stream:
                 stream.end()
             yield self._written(prompts[place], answer)
+            yield from _blanks(prompts[place + 1 : following])
             if stream:
                 stream.go_on()
-        yield from (Written(prompt.text, "", 0, 0, BLANK) for prompt in prompts[done:])
 
     def _written(self, prompt: Prompt, answer: Answer) -> Written:
         text = answer_text(self.tokenizer, prompt.tokens, answer.tokens, self.sampling.eos_token_ids)
         return Written(prompt.text, text, len(prompt.tokens), len(answer.tokens), answer.finish)
+
+
+def _blanks(prompts: Sequence[Prompt]) -> Iterator[Written]:
+    """The answers to blank prompts."""
+    return (Written(prompt.text, "", 0, 0, BLANK) for prompt in prompts)
 
 
 class TextStream:
@@ -188,7 +192,10 @@ class TextStream:
             self._show(whole=False)
 
     def _show(self, whole: bool) -> None:
-        text = answer_text(self._tokenizer, self._prompts[self._live], self._tokens[self._live], self._ends)
+        tokens = self._tokens[self._live]
+        if not whole and tokens and tokens[-1] in self._tokenizer.byte_ids:
+            return
+        text = answer_text(self._tokenizer, self._prompts[self._live], tokens, self._ends)
         if whole or not text.endswith(UNFINISHED):
             self._on_text(self._live, text[self._shown[self._live] :])
             self._shown[self._live] = len(text)

@@ -158,7 +158,8 @@ def test_weights_of_every_kind_give_the_same_answers(job, expected, tmp_path, ki
 def test_prompts_of_every_kind(job, expected, tmp_path, monkeypatch):
     words = ["--load_checkpoint", job.parent / "hf", "--output_dir", tmp_path]
     (tmp_path / "prompts.txt").write_text("\n\n".join(PROMPTS) + "\n")
-    assert predict(job, "--predict_data", "prompts.txt", *words) == 0 and texts(tmp_path) == expected
+    assert predict(job, "--predict_data", "prompts.txt", *words) == 0
+    assert texts(tmp_path) == [expected[0], "", expected[1], "", expected[2]]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(PROMPTS[:2])))
     assert predict(job, "--predict_data", "-", *words, "--model.model_config.use_past", False) == 0
     assert texts(tmp_path) == expected[:2]

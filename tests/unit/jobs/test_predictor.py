@@ -84,6 +84,20 @@ def test_blank_lines_keep_their_place_and_the_rest_is_answered_in_order(folder):
     assert [item.answer for item in found] == ["" if not line.strip() else "<|im_start|><|im_end|>" for line in lines]
     assert sorted({number for number, _ in shown}) == [1, 3, 4]
     assert "".join(text for number, text in shown if number == 3) == "<|im_start|><|im_end|>"
+    events: list[object] = []
+    for item in made.answers(made.prompts(lines), lambda number, text: events.append(number) if text else None):
+        events.append(item.finish)
+    order = [event for place, event in enumerate(events) if place == 0 or event != events[place - 1]]
+    assert order == ["blank", 1, "eos", "blank", 3, "eos", 4, "eos", "blank"]  # nothing is shown before its turn
+
+
+@pytest.mark.parametrize("said", [[115, 154, 2], [14, 244, 163, 156, 132, 2], [14, 244, 5], [115, 600, 154, 300, 2]])
+def test_what_is_shown_as_it_comes_is_the_answer(folder, said):
+    """Bytes of characters, and bytes that are none: o and 0x96, a line break and an emoji, half of one."""
+    made = predictor(folder, said)
+    shown: list[str] = []
+    (answer,) = made.answers(made.prompts(["one"]), lambda number, text: shown.append(text))
+    assert "".join(shown) == answer.answer and len(answer.answer) >= 2
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
