@@ -6,6 +6,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+MOST_LINES = 200  # problems in one message; finding the word nearest to an unknown one takes milliseconds
 LISTED = 20  # names, numbers or known words that a message lists in full
 
 
@@ -22,8 +23,11 @@ class Problems:
         self.lines: list[str] = []
 
     def add(self, found: str, advice: str) -> None:
-        """Record one broken rule: what was found and what to do."""
+        """Record one broken rule: what was found and what to do. So many that nobody reads them are raised at once."""
         self.lines.append(f"{found}: {advice}")
+        if len(self.lines) >= MOST_LINES:
+            self.lines.append(f"and perhaps more: reading stopped after {MOST_LINES} problems")
+            self.raise_if_any()
 
     def positive(self, name: str, value: object, most: int | None = None) -> None:
         """``value`` must be an int above 0, up to ``most``."""

@@ -110,3 +110,10 @@ def test_routing_groups_follow_sequence_parallel() -> None:
     whole = replace(cut, use_seq_parallel=False)
     assert (cut.groups, cut.router_model_parallel) == (8, 1)
     assert (whole.groups, whole.router_model_parallel) == (2, 4)
+
+
+def test_so_many_problems_that_nobody_reads_them_are_raised_at_once() -> None:
+    problems = Problems("the file")
+    with pytest.raises(UserError) as caught:
+        problems.unknown_keys("x", (f"key{number}" for number in range(10**9)), ["name"])  # would take weeks
+    assert len(str(caught.value).splitlines()) == 202 and "reading stopped after 200" in str(caught.value)
