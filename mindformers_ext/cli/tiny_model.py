@@ -75,7 +75,7 @@ def _spec(arguments: argparse.Namespace) -> ModelSpec:
     shared = None
     if row.shared is not None:
         shared = SharedExpertSpec(intermediate_size=sizes["intermediate_size"], **row.shared)
-    told = {word.field: word.default for word in row.words if word.part == "model"}
+    told = {name: word.default for word in row.words if word.part == "model" for name in word.fields}
     return ModelSpec(
         **sizes,
         **told,

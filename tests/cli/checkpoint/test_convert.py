@@ -224,7 +224,7 @@ def test_metadata_that_is_damaged_or_from_the_future(tmp_path, capsys):
     beside.write_text("{")
     refused(capsys, words, "is not JSON", "--config")
     beside.write_bytes(b"\xff")
-    refused(capsys, words, "is not text")
+    refused(capsys, words, "not UTF-8", "--config")
     assert not (tmp_path / "back").exists()
 
 
