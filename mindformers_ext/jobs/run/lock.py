@@ -19,8 +19,10 @@ WITHOUT = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # file s
 
 
 def is_first_rank(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is rank 0 of its job, which holds the folder for all of them."""
-    return all(environment.get(name, "0") in ("", "0") for name in ("RANK", "RANK_ID"))
+    """Whether this process is rank 0 of its job, which holds the folder for all of them: no scheduler of msrun's."""
+    return environment.get("MS_ROLE") != "MS_SCHED" and all(
+        environment.get(name, "0") in ("", "0") for name in ("RANK", "RANK_ID")
+    )
 
 
 @contextmanager

@@ -62,3 +62,4 @@ def test_a_link_under_the_locks_name_is_not_followed(tmp_path: Path) -> None:
 def test_the_first_rank_holds_the_folder_for_its_job() -> None:
     assert is_first_rank({}) and is_first_rank({"RANK": "0"}) and is_first_rank({"RANK_ID": "0"})
     assert not is_first_rank({"RANK": "1"}) and not is_first_rank({"RANK_ID": "3", "RANK": "0"})
+    assert not is_first_rank({"MS_ROLE": "MS_SCHED", "RANK_ID": "0"})  # it runs the same script
