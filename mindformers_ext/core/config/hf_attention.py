@@ -11,20 +11,18 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from mindformers_ext.core.config.rope_words import scaling_from
 from mindformers_ext.core.config.values import read_value
-from mindformers_ext.core.errors import Problems, nearest
+from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.families import Family
-from mindformers_ext.core.rope import NEEDED, READ, ROPE_TYPES, RopeScaling
+from mindformers_ext.core.rope import ROPE_TYPES, RopeScaling
 from mindformers_ext.core.spec import ModelSpec
 
 ROPE_KEYS = ("rope_scaling", "rope_parameters")
 WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 MAX_WINDOW_LAYERS = 28  # transformers' default of max_window_layers
 FULL, WINDOWED = "full_attention", "sliding_attention"
-_KINDS = {item.name: "int" if "int" in str(item.type) else "float" for item in fields(RopeScaling)} | {
-    "rope_type": "str",
-    "truncate": "bool",
-}
+FIELDS = frozenset(item.name for item in fields(RopeScaling))  # files carry words of other methods along
 _NAMES = ("rope_type", "type")  # of the method; the second is older
 
 
@@ -72,20 +70,7 @@ def _scaling(key: str, words: dict[str, Any], problems: Problems) -> RopeScaling
         if words:
             problems.add(f"{key} without rope_type has {', '.join(map(str, words))}", "name the method as rope_type")
         return None
-    known_words = ("factor", *READ[kind])
-    values: dict[str, Any] = {}
-    for name, value in words.items():
-        if name in known_words:
-            default = next(item.default for item in fields(RopeScaling) if item.name == name)
-            default = 1.0 if name == "factor" else default
-            values[name] = read_value(f"{key}.{name}", value, _KINDS[name], default, problems)
-        elif name not in _KINDS:
-            problems.add(f"unknown key '{key}.{name}'", nearest(str(name), sorted(known_words)))
-    missing = [name for name in ("factor", *NEEDED.get(kind, ())) if values.get(name) is None]
-    if missing:
-        problems.add(f"{key} of rope_type {kind} lacks {', '.join(missing)}", "copy it from the original config.json")
-        return None
-    return RopeScaling(rope_type=kind, **values)
+    return scaling_from(kind, words, key, problems, ignored=FIELDS)
 
 
 def read_window(

@@ -10,7 +10,7 @@ attention_factor and truncate.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from mindformers_ext.core.rope import NEEDED, READ, RopeScaling, grown
 METHOD, FACTOR = "extend_method", "scaling_factor"
 NUMBERS = {"PI": "linear", "NTK": ""}  # with a number as factor; NTK is no method of ours
 MAPPINGS = {"LINEAR": "linear", "LLAMA3": "llama3", "YARN": "yarn", "DYNAMIC": "dynamic"}
-_KINDS = {"original_max_position_embeddings": "int", "truncate": "bool"}
+KINDS = {"original_max_position_embeddings": "int", "truncate": "bool"}  # of a field's value; the others: float
 
 
 def read_extension(words: Mapping[str, Any], theta: float, problems: Problems) -> tuple[float, RopeScaling | None]:
@@ -49,25 +49,34 @@ def read_extension(words: Mapping[str, Any], theta: float, problems: Problems) -
 
 
 def _scaling(kind: str, given: Mapping[str, Any], problems: Problems) -> RopeScaling | None:
-    defaults = {item.name: item.default for item in fields(RopeScaling)}
-    known, values = ("factor", *READ[kind]), {}
-    for name, value in given.items():
-        path = f"{MODEL}.{FACTOR}.{name}"
-        if name not in known:
-            problems.add(f"unknown key '{path}'", nearest(str(name), sorted(known)))
-            continue
-        default = 1.0 if name == "factor" else defaults[name]
-        values[name] = read_value(path, value, _KINDS.get(name, "float"), default, problems)
-    missing = [name for name in ("factor", *NEEDED.get(kind, ())) if values.get(name) is None]
-    if missing:
-        problems.add(f"{MODEL}.{FACTOR} of {METHOD} {kind} lacks {', '.join(missing)}", "add it")
-        return None
-    scaling = RopeScaling(rope_type=kind, **values)
+    scaling = scaling_from(kind, given, f"{MODEL}.{FACTOR}", problems)
     # MindFormers takes mscale where mscale_all_dim is 0, transformers then takes neither: said as one number
-    if scaling.mscale is not None and not scaling.mscale_all_dim and scaling.attention_factor is None:
+    if scaling and scaling.mscale is not None and not scaling.mscale_all_dim and scaling.attention_factor is None:
         alone = replace(scaling, mscale=None, mscale_all_dim=None)
         return alone if scaling.mscale == 1 else replace(alone, attention_factor=grown(scaling.mscale, scaling.factor))
     return scaling
+
+
+def scaling_from(
+    kind: str, given: Mapping[str, Any], where: str, problems: Problems, ignored: Collection[str] = ()
+) -> RopeScaling | None:
+    """The scaling of method ``kind`` with the fields that ``given`` (called ``where``) holds.
+
+    A problem for a field that the method does not read, but those of ``ignored``, and for one that is missing; then
+    None.
+    """
+    defaults = {item.name: item.default for item in fields(RopeScaling)} | {"factor": 1.0}
+    known, values = ("factor", *READ[kind]), {}
+    for name, value in given.items():
+        if name in known:
+            values[name] = read_value(f"{where}.{name}", value, KINDS.get(name, "float"), defaults[name], problems)
+        elif name not in ignored:
+            problems.add(f"unknown key '{where}.{name}'", nearest(str(name), sorted(known)))
+    missing = [name for name in ("factor", *NEEDED.get(kind, ())) if values.get(name) is None]
+    if missing:
+        problems.add(f"{where} of rope_type {kind} lacks {', '.join(missing)}", "copy it from the original config.json")
+        return None
+    return RopeScaling(rope_type=kind, **values)
 
 
 def written_extension(scaling: RopeScaling | None) -> dict[str, Any]:
