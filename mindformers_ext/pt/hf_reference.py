@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mindformers_ext.core.config.hf_attention import with_both_ropes
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.json_text import read_object
 from mindformers_ext.pt.torch_file import TorchFile
 
 # transformers' tokenizers load protobuf. MindSpore's generated code needs protobuf's Python implementation, which it
@@ -27,7 +29,7 @@ class HuggingFaceReference:
             UserError: no model there, or weights missing or left over (transformers itself would fill the missing
                 ones with random numbers and only warn).
         """
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         if not (folder / "config.json").is_file():
             raise UserError(f"no config.json in {folder}: give a Hugging Face model folder")
@@ -35,8 +37,17 @@ class HuggingFaceReference:
             for path in sorted(folder.glob("pytorch_model*.bin")):
                 TorchFile(path)  # refuses what torch.load would build
         self.folder = folder
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        if hasattr(config, "rope_theta"):  # transformers 4 does not read what transformers 5 writes, and takes defaults
+            full = with_both_ropes(read_object(folder / "config.json"))
+            config.rope_theta, config.rope_scaling = full["rope_theta"], full["rope_scaling"]
         self.model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True, output_loading_info=True
+            folder,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            local_files_only=True,
+            output_loading_info=True,
         )
         wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
         if wrong:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.pt import names
 from mindformers_ext.pt.causal_lm import CausalLM, build_causal_lm
 from mindformers_ext.pt.generate import PyTorchSession
+from mindformers_ext.pt.hf_reference import HuggingFaceReference
 from mindformers_ext.weights.convert import to_mindspore
 from tests.helpers.dense_bases import CASES, LENGTH, PROMPTS, Base, answers, reference, transformers_model
 
@@ -57,3 +61,17 @@ def test_generates_the_tokens_of_transformers(name: str) -> None:
     assert [[int(tokens[row]) for tokens in chosen] for row in range(2)] == expected
     windows = [layer.attention.window for layer in session.network.model.layers]
     assert [keys.shape[2] for keys in session.keys] == [window or max(PROMPTS) + new for window in windows]
+
+
+def test_the_judge_reads_rotary_settings_in_either_spelling(tmp_path: Path) -> None:
+    """transformers 5 writes ``rope_parameters`` alone, of which transformers 4 knows nothing."""
+    model = transformers_model("yarn")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    scaling = {"rope_theta": config.pop("rope_theta"), **config.pop("rope_scaling")}
+    path.write_text(json.dumps(config | {"rope_parameters": scaling}), encoding="utf-8")
+    ids = Base("yarn").ids()
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids.astype(np.int64)), use_cache=False).logits.numpy()
+    np.testing.assert_array_equal(HuggingFaceReference(tmp_path).logits(ids), expected)

@@ -14,13 +14,14 @@ from typing import Any
 from mindformers_ext.core.config.rope_words import scaling_from
 from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.errors import Problems
-from mindformers_ext.core.families import Family
+from mindformers_ext.core.families import FAMILIES, Family
 from mindformers_ext.core.rope import ROPE_TYPES, RopeScaling
 from mindformers_ext.core.spec import ModelSpec
 
 ROPE_KEYS = ("rope_scaling", "rope_parameters")
 WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 MAX_WINDOW_LAYERS = 28  # transformers' default of max_window_layers
+DEFAULT_THETA = 10000.0
 FULL, WINDOWED = "full_attention", "sliding_attention"
 FIELDS = frozenset(item.name for item in fields(RopeScaling))  # files carry words of other methods along
 _NAMES = ("rope_type", "type")  # of the method; the second is older
@@ -135,4 +136,26 @@ def written_attention(spec: ModelSpec, row: Family) -> dict[str, Any]:
     if row.mixes_windows and spec.sliding_window is not None:
         full = spec.full_attention_layers
         result["layer_types"] = [FULL if i in full else WINDOWED for i in range(spec.num_hidden_layers)]
+    return result
+
+
+def with_both_ropes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` with the rotary settings in both spellings: transformers 4 reads rope_theta and rope_scaling at the
+    top and silently takes its own default without them, transformers 5 reads rope_parameters."""
+    result = dict(config)
+    kind = str(config.get("model_type"))
+    nested = config.get("rope_parameters")
+    if isinstance(nested, Mapping):
+        theta = nested.get("rope_theta", config.get("rope_theta"))
+        scaling = {key: value for key, value in nested.items() if key != "rope_theta"}
+        rope = scaling.get("rope_type", scaling.get("type", "default"))
+    else:
+        theta = config.get("rope_theta")
+        given = config.get("rope_scaling")
+        scaling = dict(given) if isinstance(given, Mapping) else {}
+        rope = scaling.get("rope_type", scaling.get("type", "default"))
+    theta = (FAMILIES[kind].defaults["rope_theta"] if kind in FAMILIES else DEFAULT_THETA) if theta is None else theta
+    result["rope_theta"] = theta
+    result["rope_scaling"] = None if rope == "default" else scaling
+    result["rope_parameters"] = {**scaling, "rope_theta": theta, "rope_type": rope}
     return result

@@ -13,6 +13,7 @@ from typing import Any
 
 from mindformers_ext.core.byte_sizes import read_size
 from mindformers_ext.core.config.hf import hf_notes, model_spec_from_hf
+from mindformers_ext.core.config.hf_attention import with_both_ropes
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.formats.atomic import flush, fresh_file, fresh_folder, refuse_existing
@@ -248,7 +249,8 @@ def _write_hf(request: ConvertRequest, job: _Job, overflow: Overflow) -> tuple[s
         with SafetensorsDirWriter(partial, job.plan.targets, request.max_shard_bytes) as writer:
             copy_tensors(job.plan, job.reader, writer, overflow)
         if job.config:
-            text = json.dumps(_with_dtype(job.config, _dtype_of(job.plan)), indent=2) + "\n"
+            config = with_both_ropes(_with_dtype(job.config, _dtype_of(job.plan)))
+            text = json.dumps(config, indent=2) + "\n"
             (partial / CONFIG).write_text(text, encoding="utf-8")
         if request.config is None or not request.config.is_dir():
             return (NO_TOKENIZER,)

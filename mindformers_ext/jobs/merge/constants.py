@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mindformers_ext.core.config.hf_attention import with_both_ropes
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.jobs.merge.fit import full_config
 from mindformers_ext.jobs.merge.models import Model
-from mindformers_ext.jobs.merge.sidecars import with_both_ropes
 
 ACTIVATION = "hidden_act"
 DECIDING = ("num_attention_heads", "num_key_value_heads", "head_dim", ACTIVATION)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mindformers_ext.core import families
-from mindformers_ext.jobs.merge.sidecars import with_both_ropes
+from mindformers_ext.core.config.hf_attention import with_both_ropes
 
 GATE, DOWN, UP = "gate_proj", "down_proj", "up_proj"
 BIASES = tuple(f"self_attn.{name}_proj.bias" for name in "qkv")

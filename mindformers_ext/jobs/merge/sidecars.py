@@ -9,33 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mindformers_ext.core.families import FAMILIES
+from mindformers_ext.core.config.hf_attention import with_both_ropes
 from mindformers_ext.jobs.checkpoint.companions import copy_companions
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-DEFAULT_THETA = 10000.0
-
-
-def with_both_ropes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` with the rotary settings in both spellings: transformers 4 reads rope_theta and rope_scaling at the
-    top and silently takes its own default without them, transformers 5 reads rope_parameters."""
-    result = dict(config)
-    kind = str(config.get("model_type"))
-    nested = config.get("rope_parameters")
-    if isinstance(nested, Mapping):
-        theta = nested.get("rope_theta", config.get("rope_theta"))
-        scaling = {key: value for key, value in nested.items() if key != "rope_theta"}
-        rope = scaling.get("rope_type", scaling.get("type", "default"))
-    else:
-        theta = config.get("rope_theta")
-        given = config.get("rope_scaling")
-        scaling = dict(given) if isinstance(given, Mapping) else {}
-        rope = scaling.get("rope_type", scaling.get("type", "default"))
-    theta = (FAMILIES[kind].defaults["rope_theta"] if kind in FAMILIES else DEFAULT_THETA) if theta is None else theta
-    result["rope_theta"] = theta
-    result["rope_scaling"] = None if rope == "default" else scaling
-    result["rope_parameters"] = {**scaling, "rope_theta": theta, "rope_type": rope}
-    return result
 
 
 def merged_config(
