@@ -14,18 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mindformers_ext.cli.command import add_switch
+from mindformers_ext.cli.command import add_switch, boolean
 from mindformers_ext.core.config.dtype_keys import name_dtypes
 from mindformers_ext.core.config.overrides import apply_overrides, parse_dotted
 from mindformers_ext.core.config.run import DEVICES, ENGINES, RUN_MODES, TRAINER_KEY, TRAINERS
 from mindformers_ext.core.errors import Problems, UserError, nearest
-
-
-def boolean(text: str) -> bool:
-    """True or False, in any case; anything else is an error of the option."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
-    return text.lower() == "true"
 
 
 def boolean_or_name(text: str) -> bool | str:

@@ -114,6 +114,7 @@ _QWEN: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+_QWEN_WINDOWS: dict[str, Any] = {"windowed": True, "window": 4096, "window_switch": "use_sliding_window"}
 _ATTENTION_BIAS = ConfigWord("attention_bias", "model", "qkv_bias out_bias", "bool", False)
 _NORM_CHOSEN = ConfigWord("norm_topk_prob", "moe", "norm_topk_prob", "bool", False)
 
@@ -143,10 +144,8 @@ QWEN2 = Family(
     yaml_names=(("Qwen2Config", "Qwen2ForCausalLM"),),
     defaults=_QWEN,
     model={"qkv_bias": True},
-    windowed=True,
+    **_QWEN_WINDOWS,
     mixes_windows=True,
-    window=4096,
-    window_switch="use_sliding_window",
     tokenizer=_QWEN_TOKENS,
 )
 QWEN3 = Family(
@@ -156,10 +155,8 @@ QWEN3 = Family(
     defaults={**_QWEN, "head_dim": 128},
     words=(_ATTENTION_BIAS,),
     model={"qk_norm": True},
-    windowed=True,
+    **_QWEN_WINDOWS,
     mixes_windows=True,
-    window=4096,
-    window_switch="use_sliding_window",
     tokenizer=_QWEN_TOKENS,
 )
 MIXTRAL = Family(
@@ -211,9 +208,7 @@ QWEN3_MOE = Family(
     ),
     model={"qk_norm": True},
     chooses_layers=True,
-    windowed=True,
-    window=4096,
-    window_switch="use_sliding_window",
+    **_QWEN_WINDOWS,
     tokenizer=_QWEN_TOKENS,
 )
 

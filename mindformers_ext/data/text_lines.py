@@ -80,12 +80,12 @@ def suffix_of(path: Path) -> str:
 
 
 @contextmanager
-def _unpacked(file: IO[bytes], packed: bool) -> Iterator[IO[bytes]]:
+def _unpacked(file: IO[bytes], packed: bool) -> Iterator[IO[bytes] | gzip.GzipFile]:
     if not packed:
         yield file
         return
     with gzip.GzipFile(fileobj=file) as stream:
-        yield stream  # type: ignore[misc]  # reads as a file does
+        yield stream
 
 
 def _not_utf8(where: str, line: int, error: UnicodeDecodeError) -> UserError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The words of a YAML's generation keys; what they do is in ``core.config.draws``."""
+"""The words of a YAML's generation keys; what they do is in ``jobs.predict.sampling``."""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mindformers_ext.core.capacity import round_up
-from mindformers_ext.core.config.draws import choose, generator_of
 from mindformers_ext.core.config.sampling import SamplingSpec
 from mindformers_ext.jobs.engine.protocols import Network, Session
+from mindformers_ext.jobs.predict.sampling import choose, generator_of
 from mindformers_ext.jobs.run.display import current
 
 OnToken = Callable[[int, int], None]  # prompt, token

@@ -21,6 +21,7 @@ from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.layers import dtype_name
 from mindformers_ext.core.spec import ModelSpec
+from mindformers_ext.data import tokenizer_settings
 from mindformers_ext.formats.mindrecord_file import MindRecordFile
 from mindformers_ext.formats.ms_ckpt import CkptFile
 from mindformers_ext.formats.ms_file import CheckpointMeta
@@ -29,7 +30,6 @@ from mindformers_ext.jobs.checkpoint.saved import checkpoint_file
 from mindformers_ext.jobs.checkpoint.source import CONFIG, is_hf_file, own_meta, read_config
 from mindformers_ext.jobs.run.checks import has_device
 
-TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 ABOVE = 4  # a run's folder, checkpoint/, rank_0/, a file
 FULL = "float32"
 
@@ -129,7 +129,9 @@ def _kept_configs(path: Path) -> Iterator[Path]:
 
 
 def _has_tokenizer(place: Path) -> bool:
-    return place.is_file() or any((place / name).is_file() for name in TOKENIZERS)
+    return place.is_file() or any(
+        (place / name).is_file() for name in (tokenizer_settings.TABLE, tokenizer_settings.MODEL)
+    )
 
 
 def _meta(file: Path) -> CheckpointMeta | None:

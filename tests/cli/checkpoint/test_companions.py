@@ -5,25 +5,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mindformers_ext.cli import convert, merge
-from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.formats.ms_ckpt import CkptFile
 from mindformers_ext.jobs.checkpoint.tiny_model import TinyModelRequest, make_tiny_model
+from tests.helpers.fuzz_weights import SPEC as MIXTURE
 
-SPEC = ModelSpec(
-    vocab_size=20,
-    hidden_size=8,
-    intermediate_size=12,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=2,
-)
+SPEC = replace(MIXTURE, moe=None)
 BESIDE = {
     "tokenizer.json": "{}",
     "tokenizer_config.json": "{}",

@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mindformers_ext.core.config.draws import adjusted, choose, generator_of, probabilities
 from mindformers_ext.core.config.sampling import SamplingSpec, sampling_from_yaml
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.jobs.predict.sampling import adjusted, choose, generator_of, probabilities
 
 DRAWS = 20_000
 LOGITS = np.array([1.0, 3.0, 2.5, -1.0, 2.9, 0.0, 2.5, -4.0], np.float32)
