@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from mindformers_ext.core.config.hf_attention import (
+    LAYER_TYPES,
     ROPE_KEYS,
     WINDOW_KEYS,
     read_rope,
@@ -173,14 +174,13 @@ def hf_config_from_spec(spec: ModelSpec) -> dict[str, Any]:
 def hf_notes(config: Mapping[str, Any]) -> list[str]:
     """One line per key of ``config.json`` that is set and changes nothing here, but those that say nothing of the
     function anywhere."""
-    known = {*_COMMON, *_NEUTRAL, *_NOTED, *_HARMLESS, *ROPE_KEYS, *WINDOW_KEYS, _AUX_COEF[0], _STEP, _DENSE}
-    known |= {word.key for row in FAMILIES.values() for word in row.words}
+    known = {*_read_keys(_family(config, Problems("config.json"))), *_NOTED, *_HARMLESS}
     notes = [
         f"config.json: {key}={config[key]!r} has no effect here: {why}"
         for key, (neutral, why) in _NOTED.items()
         if key in config and config[key] not in neutral
     ]
-    unread = [key for key in config if key not in known]
+    unread = [key for key, value in config.items() if key not in known and value is not None]
     return notes + ([f"config.json: not read, as by transformers: {', '.join(unread)}"] if unread else [])
 
 
@@ -224,14 +224,7 @@ def _check_keys(config: Mapping[str, Any], row: Family, problems: Problems) -> N
     """transformers reads the keys that its class knows and no other, so that an unknown one changes nothing. But one
     that is nearly a known one is taken for a slip, and one that makes another family's experts belongs there."""
     experts = {word.key for other in FAMILIES.values() for word in other.words if word.part != "model"}
-    own = {word.key for word in row.words}
-    read = {*_COMMON, *_NEUTRAL, *ROPE_KEYS} | own
-    if row.windowed or row.window_switch:
-        read |= set(WINDOW_KEYS)
-    if row.has_experts:
-        read |= {_AUX_COEF[0]}
-    if row.chooses_layers:
-        read |= {_STEP, _DENSE}
+    own, read = {word.key for word in row.words}, _read_keys(row)
     for key, value in config.items():
         if key not in read and key not in _HARMLESS and key not in _NOTED:
             slip = difflib.get_close_matches(key, sorted(read), 1, 0.9)
@@ -241,6 +234,16 @@ def _check_keys(config: Mapping[str, Any], row: Family, problems: Problems) -> N
                 problems.add(f"unknown key '{key}'", f"a {row.name} has no such experts: correct model_type")
         elif key in _NEUTRAL and key not in own and value not in _NEUTRAL[key]:
             problems.add(f"{key}={value!r} is not built", f"only {_NEUTRAL[key][0]!r} is")
+
+
+def _read_keys(row: Family) -> set[str]:
+    """The keys of ``config.json`` that a family computes with."""
+    read = {*_COMMON, *_NEUTRAL, *ROPE_KEYS, LAYER_TYPES, *(word.key for word in row.words)}
+    if row.windowed or row.window_switch:
+        read |= set(WINDOW_KEYS)
+    if row.has_experts:
+        read |= {_AUX_COEF[0]}
+    return read | ({_STEP, _DENSE} if row.chooses_layers else set())
 
 
 def _words(config: Mapping[str, Any], row: Family, problems: Problems) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,8 @@ from mindformers_ext.core.rope import ROPE_TYPES, RopeScaling
 from mindformers_ext.core.spec import ModelSpec
 
 ROPE_KEYS = ("rope_scaling", "rope_parameters")
-WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+LAYER_TYPES = "layer_types"
+WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", LAYER_TYPES)
 MAX_WINDOW_LAYERS = 28  # transformers' default of max_window_layers
 DEFAULT_THETA = 10000.0
 FULL, WINDOWED = "full_attention", "sliding_attention"
@@ -96,7 +97,7 @@ def read_window(
 
 
 def _full_layers(config: Mapping[str, Any], layers: int, problems: Problems) -> tuple[int, ...]:
-    types = config.get("layer_types")
+    types = config.get(LAYER_TYPES)
     if types is None:
         first = read_value("max_window_layers", config.get("max_window_layers"), "int", MAX_WINDOW_LAYERS, problems)
         return tuple(range(min(max(first, 0), layers)))
@@ -108,7 +109,7 @@ def _full_layers(config: Mapping[str, Any], layers: int, problems: Problems) -> 
 
 def _check_types(config: Mapping[str, Any], window: int | None, layers: int, problems: Problems) -> None:
     """``layer_types`` where all layers are alike: those that say so."""
-    types = config.get("layer_types")
+    types = config.get(LAYER_TYPES)
     if types is None:
         return
     wanted = FULL if window is None else WINDOWED
@@ -135,7 +136,7 @@ def written_attention(spec: ModelSpec, row: Family) -> dict[str, Any]:
         result[row.window_switch] = spec.sliding_window is not None
     if row.mixes_windows and spec.sliding_window is not None:
         full = spec.full_attention_layers
-        result["layer_types"] = [FULL if i in full else WINDOWED for i in range(spec.num_hidden_layers)]
+        result[LAYER_TYPES] = [FULL if i in full else WINDOWED for i in range(spec.num_hidden_layers)]
     return result
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
-from mindformers_ext.core.config.hf import hf_config_from_spec, model_spec_from_hf, routing_as_hf
+from mindformers_ext.core.config.hf import hf_config_from_spec, hf_notes, model_spec_from_hf, routing_as_hf
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.layers import MoESpec
 from mindformers_ext.core.spec import ModelSpec
@@ -124,6 +124,23 @@ def test_defaults_by_model_type() -> None:
 )
 def test_both_spellings_of_theta(rope: dict[str, Any]) -> None:
     assert model_spec_from_hf(without(MIXTRAL, "rope_theta") | rope).rope_theta == 5e5
+
+
+@pytest.mark.parametrize(
+    ("more", "notes"),
+    [
+        ({}, []),
+        ({"sliding_window": None, "unsloth_version": "1"}, []),
+        ({"pretraining_tp": 2}, ["config.json: pretraining_tp=2 has no effect here: the same sums in another order"]),
+        (
+            {"neftune_noise_alpha": 5, "sliding_window": 8, "max_window_layers": 1},  # a llama has no window
+            ["config.json: not read, as by transformers: neftune_noise_alpha, sliding_window, max_window_layers"],
+        ),
+    ],
+)
+def test_what_changes_nothing_is_noted(more: dict[str, Any], notes: list[str]) -> None:
+    assert hf_notes(LLAMA | more) == notes
+    assert model_spec_from_hf(LLAMA | more) == model_spec_from_hf(LLAMA)
 
 
 def test_token_ids() -> None:
