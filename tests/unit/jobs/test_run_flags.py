@@ -78,7 +78,7 @@ def test_a_mistake_is_named(argv, words):
 @pytest.mark.parametrize(
     "argv",
     [
-        ["--use_parallel", "yes"],
+        ["--use_parallel", "maybe"],
         ["--run_mode", "test"],
         ["--device_target", "TPU"],
         ["--train_data", "a", "--train_dataset_dir", "b"],
