@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The noise of gates that add it, handed to MindFormers' train step as one more column of every batch.
 
-MindFormers reads the batch; the noise follows from the seed, the number of updates and the row (``core.philox``), so that
-a resumed run goes on with the same. Without sink mode alone: a queue on the device is filled by the data set.
+MindFormers reads the batch; the noise follows from the seed, the number of updates and the row (``core.philox``), so
+that a resumed run goes on with the same. Without sink mode alone: a queue on the device is filled by the data set.
 """
 
 from __future__ import annotations
