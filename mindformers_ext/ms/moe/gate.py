@@ -36,6 +36,9 @@ class Gate(Protocol):
     def scores(self, x_TD: Tensor) -> Tensor:
         """(T, S) float32 of rows (T, D); S is the gate's own affair."""
 
+    def noisy_scores(self, x_TD: Tensor, noise_TE: Tensor) -> Tensor:
+        """The same of a training step, with what the gate needs of the noise; asked of gates that add it."""
+
     def bias(self) -> Tensor:
         """(E) float32 that moves the choice between steps, not by gradients; zeros where nothing does."""
 
@@ -51,10 +54,9 @@ class RouterGate(nn.Cell):
 
     def __init__(self, hidden: int, experts: int, std: float, router_dtype: ms.Type) -> None:
         super().__init__()
+        start = initializer(Normal(sigma=std) if std else "zeros", (experts, hidden), ms.float32)
         # small: kept whole on every device, as MindFormers does; cutting it would cost a gather more per layer
-        self.weight = Parameter(
-            initializer(Normal(sigma=std), (experts, hidden), ms.float32), name="weight", parallel_optimizer=False
-        )
+        self.weight = Parameter(start, name="weight", parallel_optimizer=False)
         self.dtype = router_dtype
         self.product = P.MatMul(transpose_b=True)
 
@@ -162,6 +164,10 @@ class LinearGate(nn.Cell):
     def scores(self, x_TD: Tensor) -> Tensor:
         """Logits (T, E)."""
         return self.dense(x_TD)
+
+    def noisy_scores(self, x_TD: Tensor, noise_TE: Tensor) -> Tensor:
+        """See ``Gate``; this one adds none."""
+        return self.scores(x_TD)
 
     def bias(self) -> Tensor:
         """See ``Gate``."""
