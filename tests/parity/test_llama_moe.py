@@ -66,9 +66,7 @@ def assert_same(case: str, engine: str, logits: np.ndarray, loss: float, gradien
     worst = {n: float(np.abs(gradients[n] - g).max() / (np.abs(g).max() + 1e-9)) for n, g in wanted.items()}
     name = max(worst, key=lambda name: worst[name])
     difference = float(np.abs(logits - wanted_logits).max())
-    print(
-        f"\n{case} {engine}: logits {difference:.1e} loss {abs(loss - wanted_loss):.1e} gradient {worst[name]:.1e} {name}"
-    )
+    print(f"\n{case} {engine}: logits {difference:.1e} loss {abs(loss - wanted_loss):.1e} gradient {worst[name]:.1e}")
     assert 0.5 <= np.abs(wanted_logits).max() <= 20
     assert difference <= 1e-4 and abs(loss - wanted_loss) <= 1e-5 and worst[name] <= 1e-3
 
@@ -92,7 +90,7 @@ def test_torch_equals_the_saved_code(case: str) -> None:
 @pytest.mark.parametrize("case", list(CASES)[:1])
 def test_mindspore_equals_the_saved_code(case: str) -> None:
     spec, weights, *_ = theirs(case)
-    ms.set_context(mode=ms.GRAPH_MODE)
+    ms.set_context(mode=ms.PYNATIVE_MODE)  # compiled: tests/ms/test_llama_moe.py, tests/mf/test_noise.py
     network = build_mindspore(spec)
     MindSporeNetwork(network).load(weights)
     logits = network(Tensor(ids()[:, :-1].astype(np.int32))).asnumpy()
