@@ -29,11 +29,15 @@ from mindformers_ext.pt import names
 from mindformers_ext.pt.causal_lm import build_causal_lm as build_torch
 from mindformers_ext.pt.trainer import TorchTrainer
 from mindformers_ext.weights.convert import to_hf, to_mindspore
-from tests.helpers.llama_moe_models import model_of, token_ids
+from tests.helpers.llama_moe_models import UNEQUAL, model_of, token_ids
 
 WORDS = {"gate_balance_loss_weight": 0.1, "score_scale_factor": [2.5, 1.0, 2.0], "gate_network": "mlp"}
 OTHERS = {"gate_network": "linear", "gate_use_softmax": False, "load_compat": "reference", "tie_word_embeddings": True}
-CASES: dict[str, dict[str, Any]] = {"two layers": WORDS, "linear, logits, as released, tied": WORDS | OTHERS}
+CASES: dict[str, dict[str, Any]] = {
+    "two layers": WORDS,
+    "linear, logits, as released, tied": WORDS | OTHERS,
+    "unequal": WORDS | {"size_experts": UNEQUAL},
+}
 SEED, UPDATES, BATCH, LENGTH = 9, 3, 2, 11
 KEYS = noise_keys(SEED, UPDATES, range(BATCH))
 

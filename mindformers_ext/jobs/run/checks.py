@@ -73,6 +73,12 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
         script = "torchrun_launcher.sh" if run.engine == PYTORCH else "msrun_launcher.sh"
         notes.append(f"use_parallel becomes False: this process was started alone (scripts/{script})")
     _check_runner(run, where)
+    moe = build.network.model.moe
+    if run.trains and not run.load and moe is not None and moe.expert_sizes:
+        raise UserError(
+            "size_experts without load_checkpoint: experts of different sizes come from a model that was cut, and "
+            "random weights have one size; give its weights, or leave size_experts out"
+        )
     if run.mode == "predict" and not run.prompts:
         raise UserError('run_mode predict has nothing to predict: give --predict_data "a prompt"')
     merge = None
