@@ -7,25 +7,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.core.families import LLAMA_MOE
 from mindformers_ext.formats.atomic import write_text
 
 SAVED = Path(__file__).parent / "saved"
+CAUSAL = LLAMA_MOE.hf_class
+STEM = CAUSAL.removesuffix("ForCausalLM")
 MODELS = {
-    "AutoModel": "LlamaMoEModel",
-    "AutoModelForCausalLM": "LlamaMoEForCausalLM",
-    "AutoModelForSequenceClassification": "LlamaMoEForSequenceClassification",
+    "AutoModel": f"{STEM}Model",
+    "AutoModelForCausalLM": CAUSAL,
+    "AutoModelForSequenceClassification": f"{STEM}ForSequenceClassification",
 }
 
 
 def auto_map() -> dict[str, str]:
     """The entry of ``config.json`` by which transformers finds the classes."""
-    models = {auto: f"modeling_llama_moe.{name}" for auto, name in MODELS.items()}
-    return {"AutoConfig": "configuration_llama_moe.LlamaMoEConfig", **models}
+    models = {auto: f"modeling_{LLAMA_MOE.name}.{name}" for auto, name in MODELS.items()}
+    return {"AutoConfig": f"configuration_{LLAMA_MOE.name}.{STEM}Config", **models}
 
 
 def code_files() -> dict[str, str]:
     """File name -> text of every file that a model's folder carries."""
-    return {path.name: path.read_text("utf-8") for path in sorted(SAVED.glob("*_llama_moe.py"))}
+    return {path.name: path.read_text("utf-8") for path in sorted(SAVED.glob(f"*_{LLAMA_MOE.name}.py"))}
 
 
 def save_code(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,5 +39,5 @@ def save_code(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     for name, text in code_files().items():
         write_text(folder / name, text)
     given = list(config.get("architectures") or ())
-    named = given if given and set(given) <= set(MODELS.values()) else [MODELS["AutoModelForCausalLM"]]
-    return {**config, "architectures": named, "auto_map": auto_map()}
+    named = given if given and set(given) <= set(MODELS.values()) else [CAUSAL]
+    return {**config, "model_type": LLAMA_MOE.name, "architectures": named, "auto_map": auto_map()}
