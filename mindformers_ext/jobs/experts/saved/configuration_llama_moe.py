@@ -13,7 +13,7 @@ GATE_NETWORKS = ("mlp", "linear")
 DROPPING = "SwitchDropTokenCalculator"
 CALCULATORS = ("UniversalCalculator", DROPPING)
 PADDINGS = ("zero", "input")
-LOADS = ("exact", "reference")
+LOADS = ("correct", "reference")
 ROPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
 # What the words of config.json mean; a value of theirs is an attribute of the same name.
@@ -44,7 +44,7 @@ MIXTURE: dict[str, Any] = {
     "gate_balance_loss_weight": 1e-2,
     "gate_add_noise": True,  # in training
     "gate_noise_epsilon": 1e-2,
-    "load_compat": "exact",  # reference: counts load as the released code does
+    "load_compat": "correct",  # reference: counts load as the released code does
     "calculator_type": CALCULATORS[0],
     "multiply_gate_scores": True,  # else a plain sum of the chosen experts
     "score_scale_factor": 1.0,  # or a list, one a layer
