@@ -89,8 +89,8 @@ def serve_saved(tokens: int, factor: float) -> None:
     """The feed-forward of the code that is saved with a model."""
     import torch
 
-    from mindformers_ext.jobs.experts.saved.configuration_llama_moe import LlamaMoEConfig
-    from mindformers_ext.jobs.experts.saved.mixture_llama_moe import LlamaMoEMixture
+    from mindformers_ext.jobs.checkpoint.saved.configuration_llama_moe import LlamaMoEConfig
+    from mindformers_ext.jobs.checkpoint.saved.mixture_llama_moe import LlamaMoEMixture
 
     a = torch_arrays(tokens)
     sizes = {"hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": 1, "num_attention_heads": 8}

@@ -31,6 +31,11 @@ def code_files() -> dict[str, str]:
     return {path.name: path.read_text("utf-8") for path in sorted(SAVED.glob(f"*_{LLAMA_MOE.name}.py"))}
 
 
+def with_code(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` of a model that is written into ``folder``: where transformers has no network for it, with ours."""
+    return save_code(folder, config) if config.get("model_type") == LLAMA_MOE.name else dict(config)
+
+
 def save_code(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Write the code into a folder that exists, and return ``config`` with the entries that lead to it.
 
