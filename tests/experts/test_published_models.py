@@ -20,7 +20,7 @@ from mindformers_ext.core.config.hf import model_spec_from_hf
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.jobs.checkpoint.convert import ConvertRequest, convert
 from mindformers_ext.jobs.checkpoint.hf_code import save_code
-from mindformers_ext.jobs.checkpoint.saved.modeling_llama_moe import LlamaMoEForCausalLM
+from mindformers_ext.jobs.checkpoint.model_code.modeling_llama_moe import LlamaMoEForCausalLM
 from mindformers_ext.weights.convert import rule_set
 from tests.helpers.llama_moe_models import config_of, randomise
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mindformers_ext.jobs.checkpoint.saved.mixture_llama_moe import (
+from mindformers_ext.jobs.checkpoint.model_code.mixture_llama_moe import (
     LlamaMoEGate,
     LlamaMoEMixture,
     LlamaMoEResidualMixture,

@@ -89,8 +89,8 @@ def serve_saved(tokens: int, factor: float) -> None:
     """The feed-forward of the code that is saved with a model."""
     import torch
 
-    from mindformers_ext.jobs.checkpoint.saved.configuration_llama_moe import LlamaMoEConfig
-    from mindformers_ext.jobs.checkpoint.saved.mixture_llama_moe import LlamaMoEMixture
+    from mindformers_ext.jobs.checkpoint.model_code.configuration_llama_moe import LlamaMoEConfig
+    from mindformers_ext.jobs.checkpoint.model_code.mixture_llama_moe import LlamaMoEMixture
 
     a = torch_arrays(tokens)
     sizes = {"hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": 1, "num_attention_heads": 8}
@@ -179,7 +179,7 @@ def serve_mindspore(tokens: int, factor: float, dense: bool = False) -> None:
         layer.router.dense.weight.set_data(ms.Tensor(a["first"]))
         layer.router.out.weight.set_data(ms.Tensor(a["second"]))
         for name, part, axis in (("w1", "gate", 0), ("w3", "up", 0), ("w2", "down", 1)):
-            getattr(layer.ffn, name).set_data(ms.Tensor(np.stack(cut(a[part], axis))))
+            getattr(layer.ffn, name).weight.set_data(ms.Tensor(np.stack(cut(a[part], axis))))
         layer.set_train(False)
         facts = {"dropped": float(layer(x)[2].asnumpy()[:, -1].mean())}
         trained = WithNoise(layer, noise)

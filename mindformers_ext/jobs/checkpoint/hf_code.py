@@ -10,7 +10,7 @@ from typing import Any
 from mindformers_ext.core.families import LLAMA_MOE
 from mindformers_ext.formats.atomic import write_text
 
-SAVED = Path(__file__).parent / "saved"
+SAVED = Path(__file__).parent / "model_code"
 CAUSAL = LLAMA_MOE.hf_class
 STEM = CAUSAL.removesuffix("ForCausalLM")
 MODELS = {
