@@ -46,7 +46,7 @@ FLOORS = {
 }
 ENGINE_DOOR = ("jobs", "engine", "door.py")  # the one file of jobs/ that may open ms or pt, inside a function
 # Code that is copied into a model's folder and run there by transformers: it stands alone, and nobody imports it.
-SAVED, SAVED_FLOOR = ("jobs", "experts", "saved"), _floor("", "torch transformers")
+SAVED, SAVED_FLOOR = ("jobs", "checkpoint", "model_code"), _floor("", "torch transformers")
 LEAN = ("mf", "lean.py")  # imports on its first use what MindFormers imports at its own import
 STARTS = (("cli", "start.py"), ("cli", "mfext.py"), ("cli", "experts.py"))  # import a command of cli/ by its name
 STOREYS = ("core", "formats", "weights data", "surgery ms pt", "jobs", "mf", "cli", "scripts")

@@ -26,6 +26,7 @@ from mindformers_ext.formats.safetensors_dir import SafetensorsDirWriter
 from mindformers_ext.formats.tensors import TensorReader
 from mindformers_ext.jobs.checkpoint.companions import copy_companions, is_companion_folder
 from mindformers_ext.jobs.checkpoint.copy_tensors import copy_tensors
+from mindformers_ext.jobs.checkpoint.hf_code import with_code
 from mindformers_ext.jobs.checkpoint.source import (
     CONFIG,
     check_model,
@@ -250,7 +251,7 @@ def _write_hf(request: ConvertRequest, job: _Job, overflow: Overflow) -> tuple[s
             copy_tensors(job.plan, job.reader, writer, overflow)
         if job.config:
             config = with_both_ropes(_with_dtype(job.config, _dtype_of(job.plan)))
-            text = json.dumps(config, indent=2) + "\n"
+            text = json.dumps(with_code(partial, config), indent=2) + "\n"
             (partial / CONFIG).write_text(text, encoding="utf-8")
         if request.config is None or not request.config.is_dir():
             return (NO_TOKENIZER,)
