@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.families import MIXTRAL
 from mindformers_ext.formats.dtypes import FLOATS
+from mindformers_ext.jobs.checkpoint.fused import unfused
 from mindformers_ext.jobs.checkpoint.source import CONFIG, Reader, open_hf, read_config
 from mindformers_ext.jobs.merge.adapted import AdaptedReader
 from mindformers_ext.jobs.merge.adapters import open_adapter
-from mindformers_ext.jobs.merge.fused import unfused
 from mindformers_ext.jobs.merge.references import split_reference
 from mindformers_ext.surgery.merge.architectures import Architecture, architecture_of
 
@@ -107,7 +108,7 @@ def _seen(model: Model, adapter: str | None, adapted: str | None) -> Model:
     """``model`` with fused experts as matrices and its adapter merged, if there are any."""
     reader, experts = model.reader, model.architecture.experts
     if experts:
-        reader = unfused(reader)
+        reader = unfused(reader, MIXTRAL.name)
     if model.layers * max(experts, 1) > len(reader.infos):  # a plan has a row for each
         wanted = f"{model.layers} layers" + (f" of {experts} experts" if experts else "")
         raise UserError(f"'{model.folder / CONFIG}' says {wanted}, and there are {len(reader.infos)} tensors")
