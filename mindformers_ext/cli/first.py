@@ -122,6 +122,8 @@ def _made(job: str, arguments: argparse.Namespace) -> dict[str, Any]:
     if prompts and job != "predict":
         raise UserError(f"mfext {job} {folder}: what is '{prompts[0]}'? Give one folder, and quote a text with blanks")
     found = describe(find_folder(Path(folder), arguments.download))
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
     device, engine = this_device(arguments.engine)
     if arguments.device_target:
         device, engine = arguments.device_target, arguments.engine
