@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mindformers_ext.surgery.merge.names import NAMES, name_fault
@@ -73,14 +73,11 @@ def test_task_vector_methods(seed, shape, rows, densities, weights, normalize, f
     deltas = [x - base for x in inputs]  # as float32, so that the magnitudes rank alike
     shared = {"normalize": normalize, "lambda": factor}
     each = [{"weight": w, "density": d} for w, d in zip(weights, densities, strict=True)]
-    if not normalize or abs(sum(weights)) > 0.05:
-        want = oracle.combine(*wide([base]), wide(deltas), weights, elect=False, normalize=normalize, factor=factor)
-        np.testing.assert_allclose(
-            merged("task_arithmetic", base, inputs, shared, [{"weight": w} for w in weights], rows),
-            want,
-            rtol=3e-6,
-            atol=2e-5,
-        )
+    # A sum of weights near 0 divides: float32's rounding of the sum would be all that is compared.
+    assume(not normalize or abs(sum(weights)) > 0.05)
+    want = oracle.combine(*wide([base]), wide(deltas), weights, elect=False, normalize=normalize, factor=factor)
+    own = [{"weight": w} for w in weights]
+    np.testing.assert_allclose(merged("task_arithmetic", base, inputs, shared, own, rows), want, rtol=3e-6, atol=2e-5)
     trimmed = [oracle.trim(d, density).astype(np.float64) for d, density in zip(deltas, densities, strict=True)]
     want = oracle.combine(base.astype(np.float64), trimmed, weights, elect=True, normalize=normalize, factor=factor)
     np.testing.assert_allclose(merged("ties", base, inputs, shared, each, rows), want, rtol=3e-6, atol=2e-5)
