@@ -26,6 +26,7 @@ from mindformers_ext.mf.adapt import adapt
 from mindformers_ext.mf.barrier import use_cpu_barrier
 from mindformers_ext.mf.config import WRITTEN, remember
 from mindformers_ext.mf.register import register_families  # importing it registers our other classes
+from mindformers_ext.mf.trainer import BASE
 
 
 def run(config: Mapping[str, Any], checked: CheckedRun | None = None) -> Any:
@@ -42,10 +43,13 @@ def run(config: Mapping[str, Any], checked: CheckedRun | None = None) -> Any:
         get_logger().addHandler(Passed())
     if checked and checked.merge:
         _merge_once(checked.merge, checked.build.network, checked.run.use_parallel)
+    if checked and checked.run.base:
+        full[BASE] = checked.run.base
     trainer = Trainer(full)
     mode = full.run_mode
     if mode in TRAINING:
-        keep_lora(checked.build.lora if checked else lora_from_yaml(config), Path(full.output_dir))
+        asked = checked.run if checked else run_spec_from_yaml(config)
+        keep_lora(checked.build.lora if checked else lora_from_yaml(config), Path(full.output_dir), asked)
         return trainer.train()
     if mode == "eval":
         trainer.evaluate(eval_checkpoint=full.load_checkpoint or None)

@@ -7,12 +7,14 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mindformers_ext.core.cluster.cluster_rules import effective_spec
+from mindformers_ext.core.config.lora import DROPOUT_SEED
 from mindformers_ext.core.config.recompute import recompute_from_yaml
 from mindformers_ext.core.config.run import MINDSPORE, PYTORCH, RunSpec
 from mindformers_ext.core.config.train import TrainSpec, train_spec_from_yaml
@@ -28,7 +30,15 @@ from mindformers_ext.jobs.run.metrics_file import MetricsFile, StepRecord, recor
 from mindformers_ext.jobs.run.quiet import Passed
 from mindformers_ext.jobs.run.watch import Watch
 from mindformers_ext.jobs.train.checkpoint_folder import CheckpointFolder, Resumed
-from mindformers_ext.jobs.train.hooks import BIAS, BiasBalance, LoadLog, TrainHook, hook_state, restore_hooks
+from mindformers_ext.jobs.train.hooks import (
+    BIAS,
+    AdapterDropout,
+    BiasBalance,
+    LoadLog,
+    TrainHook,
+    hook_state,
+    restore_hooks,
+)
 from mindformers_ext.jobs.train.token_data import BatchSource, TokenData
 
 FRAMEWORKS = {MINDSPORE: "MindSpore", PYTORCH: "PyTorch"}
@@ -91,7 +101,7 @@ def train(
     run = Run(asked, training, data, trainer, folder)
     if rank == 0:
         keep_config(config, folder)
-        keep_lora(training.lora, folder)
+        keep_lora(training.lora, folder, asked)
     _load(run, spec)
     run.hooks += [*hooks_of(training, trainer, spec.model.moe_layers), *hooks]
     restore_hooks(run.hooks, run.left)
@@ -118,6 +128,8 @@ def hooks_of(train: TrainSpec, trainer: Trainer, layers: tuple[int, ...] = ()) -
         hooks.append(BiasBalance(train.bias_rate, trainer.values(BIAS)))
     if train.load_every:
         hooks.append(LoadLog(log.info, log.warning, train.load_every, layers))
+    if train.lora and (seeds := trainer.values(DROPOUT_SEED)):
+        hooks.append(AdapterDropout(train.seed, trainer.ranks.rank, seeds))
     return hooks
 
 
@@ -127,13 +139,17 @@ def _load(run: Run, spec: NetworkSpec) -> None:
     if resume and name:
         path = Path(name)
         found = Resumed(path if path.is_file() else path / "rank_0" / str(resume))
+        base = open_weights(Path(run.asked.base), spec.model, run.asked.strategies) if run.asked.base else None
         try:
-            run.trainer.fill(found.weights())
+            below = base.plan.run(base.reader) if base else ()
+            run.trainer.fill(chain(below, found.weights()), partly=run.train.lora is not None and base is None)
             run.trainer.open()
             run.trainer.restore(found.state())
             run.first, run.left = found.step, found.hooks()
         finally:
             found.close()
+            if base:
+                base.close()
         get_logger(__name__).info("Resumed from %s at step %d", found.path, run.first)
         current().say(f"Resumed from {found.path} at step {run.first}")
         return

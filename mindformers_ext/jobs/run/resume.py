@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a run continues: the checkpoint, and what must happen to it where another split has saved it.
+
+Weights, the optimizer's moments and counters lie in the same slices, so they are put together alike. Rows of the data
+need nothing: which ones a step takes follows from its number (``data.row_order``).
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+from mindformers_ext.core.cluster.build import BuildSpec
+from mindformers_ext.core.cluster.placement import placed_parameters
+from mindformers_ext.core.config.keys import SHARDED_MODES
+from mindformers_ext.core.config.run import MINDSPORE, RunSpec
+from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.formats.ms_file import open_checkpoint
+from mindformers_ext.formats.rank_dirs import rank_folders
+from mindformers_ext.jobs.checkpoint.saved import Saved, choose_resume, fault, last_whole, remove_leftovers, saved_in
+from mindformers_ext.jobs.checkpoint.transform import TransformRequest
+from mindformers_ext.jobs.run.adapters import settle_adapters
+from mindformers_ext.jobs.run.slices import merge_request, merged_file
+
+SAFETENSORS = ".safetensors"
+STRATEGY = "strategy"  # beside the folder ``checkpoint`` of a run
+Settled = tuple[RunSpec, list[str], TransformRequest | None]
+
+
+def settle_resume(run: RunSpec, build: BuildSpec | None, own_loop: bool = False) -> Settled:
+    """The run that continues, notes, and what one process must merge first (None: nothing).
+
+    Args:
+        run: asks for a resume.
+        build: the network's, None for one of MindFormers' own, which it judges itself.
+        own_loop: our loop continues, from one file for all processes or from slices that it reads itself.
+
+    Raises:
+        UserError: nothing there, or nothing that this run can continue.
+    """
+    lora, notes = build.lora if build else None, list[str]()
+    if build and lora:
+        if run.engine == MINDSPORE and run.use_parallel and build.network.parallel.parallel_mode in SHARDED_MODES:
+            raise UserError(
+                "pet_config with resume_training is not built for adapters that are cut over devices: continue with "
+                "--parallel.parallel_mode 0 (data parallel) or on one device, or start again from the base weights"
+            )
+        run, notes = settle_adapters(run, lora)
+    folder = Path(run.load or Path(run.output_dir) / "checkpoint")
+    suffix = run.suffix
+    if own_loop and not rank_holds(folder, suffix) and rank_holds(folder, SAFETENSORS):
+        suffix = SAFETENSORS
+    if not run.load and not rank_holds(folder, suffix):
+        left = remove_leftovers(folder)
+        what = f" ({', '.join(path.name for path in left)} was half written)" if left else ""
+        note = f"resume_training: {folder} holds no whole checkpoint yet{what}, the run starts from step 0"
+        return replace(run, resume=False, load=run.base, base=None), [note], None
+    if suffix == SAFETENSORS and not run.use_parallel and not own_loop:
+        raise UserError(
+            f"cannot resume from {folder}: MindFormers resumes one device from .ckpt only, load_ckpt_format is "
+            "safetensors; save with checkpoint_format: ckpt, or start from the weights without --resume_training"
+        )
+    if folder.is_file():
+        reason = fault(folder)
+        if reason:
+            raise UserError(f"cannot resume from {folder}: {reason}")
+        if build:
+            _check_whole(folder, build)
+        return replace(run, load=str(folder)), [*notes, f"resuming from {folder}"], None
+    return _from_folder(run, folder, suffix, build, own_loop, notes)
+
+
+def _from_folder(
+    run: RunSpec, folder: Path, suffix: str, build: BuildSpec | None, own_loop: bool, notes: list[str]
+) -> Settled:
+    wanted = run.resume if isinstance(run.resume, str) else None
+    devices = build.network.parallel.device_num if build else 1
+    ranks = rank_folders(folder) if folder.is_dir() else {}
+    saved, passed_over = (
+        _of_first_rank(folder, wanted, suffix, build) if own_loop or len(ranks) != devices else None,
+        (),
+    )
+    if saved is None:
+        point = choose_resume(folder, wanted, suffix)
+        saved, passed_over = point.saved, point.passed_over
+    remove_leftovers(folder)
+    notes = [
+        *notes,
+        *(f"passed over: {reason}" for reason in passed_over),
+        f"resuming from {saved.path}, the newest whole checkpoint (epoch {saved.epoch}, step {saved.step} of it)",
+    ]
+    run = replace(run, load=str(folder), resume=saved.path.name)
+    if build is None:
+        return run, notes, None
+    if not own_loop and run.use_parallel and build.network.parallel.parallel_mode in SHARDED_MODES:
+        if not run.auto_transform:  # with it, MindFormers cuts by the strategy that it has compiled
+            _check_slices(folder, saved, build)
+        return run, notes, None
+    if _is_whole(saved.path, build):
+        if not own_loop and len(ranks) != devices:
+            notes.append(f"saved by {len(ranks)} processes, continued by {devices}: all load {saved.path}")
+            run = replace(run, load=str(saved.path), resume=True)
+        strategies = run.strategies if run.base else None
+        return replace(run, auto_transform=False, strategies=strategies), notes, None
+    if len(ranks) == 1 or run.base:
+        _check_whole(saved.path, build)
+    strategies = run.strategies or folder.parent / STRATEGY
+    if not strategies.exists():
+        raise UserError(
+            f"cannot resume from {folder}: it holds the slices of {len(ranks)} ranks, and {strategies} does not exist; "
+            f"give the folder {STRATEGY} of the run that saved it (--src_strategy_path_or_dir)"
+        )
+    run = replace(run, strategies=strategies, auto_transform=False)
+    if own_loop:
+        return run, [*notes, f"the slices of {len(ranks)} ranks are put together by {strategies}"], None
+    request = merge_request(run, folder, label_of(saved))
+    run = replace(run, load=str(merged_file(request)), load_format="ckpt", resume=True)
+    return run, [*notes, f"the slices of {len(ranks)} ranks are merged to {run.load}"], request
+
+
+def label_of(saved: Saved) -> str:
+    """How the names of a step's files end, on all ranks."""
+    return f"_{saved.run}-{saved.label}" if saved.run else f"-{saved.label}"
+
+
+def rank_holds(folder: Path, suffix: str) -> bool:
+    """Whether a rank folder below ``folder`` holds a file that ends in ``suffix``."""
+    ranks = rank_folders(folder).values() if folder.is_dir() else ()
+    return any(path for rank in ranks for path in rank.glob(f"*{suffix}"))
+
+
+def _of_first_rank(folder: Path, wanted: str | None, suffix: str, build: BuildSpec | None) -> Saved | None:
+    """The checkpoint of the first rank, if that holds the whole network: other ranks need not have it."""
+    if build is None:
+        return None
+    if wanted:
+        found = next(
+            (item for item in saved_in(folder / "rank_0", suffix) if item.path.stem == Path(wanted).stem), None
+        )
+        found = found if found and fault(found.path) is None else None
+    else:
+        found = last_whole(folder / "rank_0", suffix)
+    return found if found and _is_whole(found.path, build) else None
+
+
+def _wanted(build: BuildSpec) -> dict[str, tuple[int, ...]]:
+    """Name -> whole shape of what a checkpoint holds: all weights, or the adapters."""
+    placed = placed_parameters(build.network, lora=build.lora)
+    return {item.name: item.whole for item in placed if item.trained or not build.lora}
+
+
+def _is_whole(file: Path, build: BuildSpec) -> bool:
+    with closing(open_checkpoint(file)) as reader:
+        held = {name: info.shape for name, info in reader.infos.items()}
+    return all(held.get(name) == shape for name, shape in _wanted(build).items())
+
+
+def _check_whole(file: Path, build: BuildSpec) -> None:
+    with closing(open_checkpoint(file)) as reader:
+        held = {name: info.shape for name, info in reader.infos.items()}
+    problems, wanted = (
+        Problems(f"cannot resume from {file}, which does not fit the network of the configuration"),
+        _wanted(build),
+    )
+    what = "adapters" if build.lora else "weights"
+    wrong = [f"{n} is {held[n]}, the network has {shape}" for n, shape in wanted.items() if held.get(n, shape) != shape]
+    problems.add_names(what, "of another shape", wrong, "give the configuration of the run that saved it")
+    missing = [name for name in wanted if name not in held]
+    problems.add_names(what, "missing", missing, "give the checkpoint of a run with this configuration")
+    problems.raise_if_any()
+
+
+def _check_slices(folder: Path, saved: Saved, build: BuildSpec) -> None:
+    """Every rank's slices must be those of this run's split: MindFormers would stop in the middle of loading them."""
+    parallel, placed = build.network.parallel, placed_parameters(build.network, lora=build.lora)
+    ranks, found = rank_folders(folder), ""
+    if len(ranks) != parallel.device_num:
+        found = f"{len(ranks)} ranks have saved it, this run has {parallel.device_num}"
+    per_stage = max(1, parallel.device_num // max(1, parallel.pipeline_stage))
+    for rank, place in ranks.items():
+        file = next(
+            (item.path for item in saved_in(place, saved.path.suffix) if label_of(item) == label_of(saved)), None
+        )
+        if found or file is None:
+            break
+        with closing(open_checkpoint(file)) as reader:
+            held = {name: info.shape for name, info in reader.infos.items()}
+        for item in placed:
+            if item.stage != rank // per_stage or (build.lora and not item.trained):
+                continue
+            if item.name not in held:
+                found = f"rank_{rank} lacks {item.name}, which stage {item.stage} has"
+            elif held[item.name] not in (item.local, item.gathered):
+                found = f"{item.name} is {held[item.name]} in rank_{rank}, a slice of this run is {item.local}"
+    if found:
+        raise UserError(
+            f"cannot resume from {folder}: it was cut by another split ({found}). Set --auto_trans_ckpt True and "
+            f"--src_strategy_path_or_dir {folder.parent / STRATEGY}, or cut it before: tools/dryrun.py writes this "
+            f"run's strategy, then python tools/transform_ckpt.py --src_ckpt_dir {folder} --src_ckpt_strategy "
+            f"{folder.parent / STRATEGY} --dst_ckpt_strategy DRYRUN/strategy --dst_ckpt_dir NEW --pick {saved.label}, "
+            "and continue with --load_checkpoint NEW"
+        )
