@@ -30,6 +30,7 @@ from mindformers_ext.mf.networks import PortableLlamaForCausalLM
 from mindformers_ext.mf.pipeline_step import PortablePipelineStepCell, norm_tells_overflow
 from mindformers_ext.mf.rules import experts_without_sequence_parallel
 from mindformers_ext.mf.step import real_model
+from mindformers_ext.ms.causal_lm import build_causal_lm
 from mindformers_ext.ms.engine import fill
 from mindformers_ext.ms.step import STEP_STATE, TrainStepCell, step_state
 
@@ -125,10 +126,15 @@ class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
 
 def fill_base(network: PortableLlamaForCausalLM, base: str | None) -> None:
     """Weights below adapters: from ``base``, or the first ones of the seed; a checkpoint holds the adapters alone."""
-    network.init_parameters_data()
     if base:
         with closing(open_weights(Path(base), network.spec.model)) as weights:
             fill(network.causal_lm, weights.plan.run(weights.reader), optional=BESIDE_BASE)
+    else:  # MindFormers has built this network without any
+        ms.set_seed(ms.get_seed())
+        first = build_causal_lm(network.spec)
+        first.init_parameters_data()
+        drawn = ((item.name, item.asnumpy()) for item in first.get_parameters())
+        fill(network.causal_lm, drawn, optional=BESIDE_BASE)
     logger.info("Weights below the adapters: %s", base or "the first ones of the seed")
 
 
