@@ -7,6 +7,7 @@ need nothing: which ones a step takes follows from its number (``data.row_order`
 
 from __future__ import annotations
 
+import os
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +19,21 @@ from mindformers_ext.core.config.run import MINDSPORE, RunSpec
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.formats.ms_file import open_checkpoint
 from mindformers_ext.formats.rank_dirs import rank_folders
-from mindformers_ext.jobs.checkpoint.saved import Saved, choose_resume, fault, last_whole, remove_leftovers, saved_in
+from mindformers_ext.jobs.checkpoint.saved import (
+    Saved,
+    choose_resume,
+    fault,
+    last_whole,
+    remove_leftovers,
+    saved_as,
+    saved_in,
+)
 from mindformers_ext.jobs.checkpoint.transform import TransformRequest
 from mindformers_ext.jobs.run.adapters import settle_adapters
 from mindformers_ext.jobs.run.slices import merge_request, merged_file
 
 SAFETENSORS = ".safetensors"
+RESUMED = "resumed"  # below output_dir: a link per rank to the file that all continue from
 STRATEGY = "strategy"  # beside the folder ``checkpoint`` of a run
 Settled = tuple[RunSpec, list[str], TransformRequest | None]
 
@@ -67,7 +77,9 @@ def settle_resume(run: RunSpec, build: BuildSpec | None, own_loop: bool = False)
             raise UserError(f"cannot resume from {folder}: {reason}")
         if build:
             _check_whole(folder, build)
-        return replace(run, load=str(folder)), [*notes, f"resuming from {folder}"], None
+        devices = build.network.parallel.device_num if build else 1
+        run = replace(run, load=str(folder)) if own_loop else for_every_rank(run, folder, devices)
+        return run, [*notes, f"resuming from {folder}"], None
     return _from_folder(run, folder, suffix, build, own_loop, notes)
 
 
@@ -77,10 +89,9 @@ def _from_folder(
     wanted = run.resume if isinstance(run.resume, str) else None
     devices = build.network.parallel.device_num if build else 1
     ranks = rank_folders(folder) if folder.is_dir() else {}
-    saved, passed_over = (
-        _of_first_rank(folder, wanted, suffix, build) if own_loop or len(ranks) != devices else None,
-        (),
-    )
+    saved, passed_over = None, tuple[str, ...]()
+    if own_loop or len(ranks) != devices:
+        saved = _of_first_rank(folder, wanted, suffix, build)
     if saved is None:
         point = choose_resume(folder, wanted, suffix)
         saved, passed_over = point.saved, point.passed_over
@@ -100,7 +111,7 @@ def _from_folder(
     if _is_whole(saved.path, build):
         if not own_loop and len(ranks) != devices:
             notes.append(f"saved by {len(ranks)} processes, continued by {devices}: all load {saved.path}")
-            run = replace(run, load=str(saved.path), resume=True)
+            run = for_every_rank(run, saved.path, devices)
         strategies = run.strategies if run.base else None
         return replace(run, auto_transform=False, strategies=strategies), notes, None
     if len(ranks) == 1 or run.base:
@@ -114,14 +125,25 @@ def _from_folder(
     run = replace(run, strategies=strategies, auto_transform=False)
     if own_loop:
         return run, [*notes, f"the slices of {len(ranks)} ranks are put together by {strategies}"], None
-    request = merge_request(run, folder, label_of(saved))
-    run = replace(run, load=str(merged_file(request)), load_format="ckpt", resume=True)
-    return run, [*notes, f"the slices of {len(ranks)} ranks are merged to {run.load}"], request
+    request = merge_request(run, folder, saved.ending)
+    merged = merged_file(request)
+    run = for_every_rank(replace(run, load_format="ckpt"), merged, devices, saved.ending)
+    return run, [*notes, f"the slices of {len(ranks)} ranks are merged to {merged}"], request
 
 
-def label_of(saved: Saved) -> str:
-    """How the names of a step's files end, on all ranks."""
-    return f"_{saved.run}-{saved.label}" if saved.run else f"-{saved.label}"
+def for_every_rank(run: RunSpec, file: Path, devices: int, ending: str = "") -> RunSpec:
+    """``run`` that loads ``file``, which need not be there yet, on all ranks: MindFormers resumes from a folder per
+    rank alone, so each gets a link to it. ``ending``: of the links' names, by default of the file's."""
+    saved = saved_as(file)
+    ending = ending or (saved.ending if saved else "")
+    folder = Path(run.output_dir) / RESUMED
+    for rank in range(devices):
+        link = folder / f"rank_{rank}" / f"whole_rank_{rank}{ending}{file.suffix}"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        beside = link.with_name(f".{os.getpid()}.{link.name}")  # all ranks do this at once
+        beside.symlink_to(file.resolve())
+        os.replace(beside, link)
+    return replace(run, load=str(folder), resume=f"whole_rank_0{ending}{file.suffix}")
 
 
 def rank_holds(folder: Path, suffix: str) -> bool:
@@ -179,9 +201,7 @@ def _check_slices(folder: Path, saved: Saved, build: BuildSpec) -> None:
         found = f"{len(ranks)} ranks have saved it, this run has {parallel.device_num}"
     per_stage = max(1, parallel.device_num // max(1, parallel.pipeline_stage))
     for rank, place in ranks.items():
-        file = next(
-            (item.path for item in saved_in(place, saved.path.suffix) if label_of(item) == label_of(saved)), None
-        )
+        file = next((item.path for item in saved_in(place, saved.path.suffix) if item.ending == saved.ending), None)
         if found or file is None:
             break
         with closing(open_checkpoint(file)) as reader:

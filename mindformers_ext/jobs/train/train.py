@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -18,6 +19,7 @@ from mindformers_ext.core.config.lora import DROPOUT_SEED
 from mindformers_ext.core.config.recompute import recompute_from_yaml
 from mindformers_ext.core.config.run import MINDSPORE, PYTORCH, RunSpec
 from mindformers_ext.core.config.train import TrainSpec, train_spec_from_yaml
+from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.log import get_logger, set_up_logging
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.formats.atomic import write_text
@@ -135,32 +137,57 @@ def hooks_of(train: TrainSpec, trainer: Trainer, layers: tuple[int, ...] = ()) -
 
 def _load(run: Run, spec: NetworkSpec) -> None:
     """Weights, then the optimizer; a resumed run takes both and its step from one checkpoint."""
-    name, resume = run.asked.load, run.asked.resume
-    if resume and name:
-        path = Path(name)
-        found = Resumed(path if path.is_file() else path / "rank_0" / str(resume))
-        base = open_weights(Path(run.asked.base), spec.model, run.asked.strategies) if run.asked.base else None
-        try:
-            below = base.plan.run(base.reader) if base else ()
-            run.trainer.fill(chain(below, found.weights()), partly=run.train.lora is not None and base is None)
-            run.trainer.open()
-            run.trainer.restore(found.state())
-            run.first, run.left = found.step, found.hooks()
-        finally:
-            found.close()
-            if base:
-                base.close()
-        get_logger(__name__).info("Resumed from %s at step %d", found.path, run.first)
-        current().say(f"Resumed from {found.path} at step {run.first}")
+    name = run.asked.load
+    if run.asked.resume and name:
+        _resume(run, Path(name), spec)
         return
     if name:
-        weights = open_weights(Path(name), spec.model, run.asked.strategies)
-        try:
+        with closing(open_weights(Path(name), spec.model, run.asked.strategies)) as weights:
             run.trainer.fill(weights.plan.run(weights.reader))
-        finally:
-            weights.close()
         get_logger(__name__).info("Weights: %s", weights.what)
     run.trainer.open()
+
+
+def _resume(run: Run, path: Path, spec: NetworkSpec) -> None:
+    asked, lora = run.asked, run.train.lora is not None
+    slices = asked.strategies if path.is_dir() and not lora else None
+    with ExitStack() as stack:
+        found = Resumed(path if path.is_file() else path / "rank_0" / str(asked.resume), slices)
+        stack.callback(found.close)
+        below: Iterable[tuple[str, np.ndarray]] = ()
+        if asked.base:
+            base = open_weights(Path(asked.base), spec.model, asked.strategies)
+            stack.callback(base.close)
+            below = base.plan.run(base.reader)
+        run.first, state = counted_anew(found, run.data.rows)
+        run.trainer.fill(chain(below, found.weights()), partly=lora and not asked.base)
+        run.trainer.open()
+        run.trainer.restore(state)
+        run.left = found.hooks()
+    get_logger(__name__).info("Resumed from %s at step %d", found.path, run.first)
+    current().say(f"Resumed from {found.path} at step {run.first}")
+
+
+def counted_anew(found: Resumed, rows: int) -> tuple[int, dict[str, np.ndarray]]:
+    """Steps done and the optimizer's state, in steps of ``rows`` rows, as MindFormers counts them anew.
+
+    Raises:
+        UserError: no whole number of such steps.
+    """
+    step, state = found.step, found.state()
+    if found.rows in (0, rows):
+        return step, state
+    if step * found.rows % rows:
+        raise UserError(
+            f"cannot resume from {found.path}: {step} steps of {found.rows} rows are no whole number of steps of "
+            f"{rows}; choose batch_size, gradient_accumulation_steps and the number of processes so that a step takes "
+            f"{found.rows} rows, or a part or a multiple of them"
+        )
+    updates = int(np.asarray(state["global_step"]).reshape(-1)[0])
+    state["global_step"] = np.array([updates * found.rows // rows], np.int32)
+    first = step * found.rows // rows
+    current().say(f"note: a step takes {rows} rows, {found.rows} before: step {step} becomes step {first}")
+    return first, state
 
 
 def _steps(run: Run) -> None:
