@@ -15,12 +15,14 @@ from pathlib import Path
 from mindformers_ext.core.cluster.build import BuildSpec
 from mindformers_ext.core.cluster.placement import placed_parameters
 from mindformers_ext.core.config.keys import SHARDED_MODES
+from mindformers_ext.core.config.lora import LORA_A, LORA_B
 from mindformers_ext.core.config.run import MINDSPORE, RunSpec
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.formats.ms_file import open_checkpoint
 from mindformers_ext.formats.rank_dirs import rank_folders
 from mindformers_ext.jobs.checkpoint.saved import (
     Saved,
+    check_shapes,
     choose_resume,
     fault,
     last_whole,
@@ -30,6 +32,7 @@ from mindformers_ext.jobs.checkpoint.saved import (
 )
 from mindformers_ext.jobs.checkpoint.transform import TransformRequest
 from mindformers_ext.jobs.run.adapters import settle_adapters
+from mindformers_ext.jobs.run.keep import WEIGHTS
 from mindformers_ext.jobs.run.slices import merge_request, merged_file
 
 SAFETENSORS = ".safetensors"
@@ -51,7 +54,7 @@ def settle_resume(run: RunSpec, build: BuildSpec | None, own_loop: bool = False)
     """
     lora, notes = build.lora if build else None, list[str]()
     if build and lora:
-        if run.engine == MINDSPORE and run.use_parallel and build.network.parallel.parallel_mode in SHARDED_MODES:
+        if run.engine == MINDSPORE and run.use_parallel and _cuts(build):
             raise UserError(
                 "pet_config with resume_training is not built for adapters that are cut over devices: continue with "
                 "--parallel.parallel_mode 0 (data parallel) or on one device, or start again from the base weights"
@@ -89,12 +92,8 @@ def _from_folder(
     wanted = run.resume if isinstance(run.resume, str) else None
     devices = build.network.parallel.device_num if build else 1
     ranks = rank_folders(folder) if folder.is_dir() else {}
-    saved, passed_over = None, tuple[str, ...]()
-    if own_loop or len(ranks) != devices:
-        saved = _of_first_rank(folder, wanted, suffix, build)
-    if saved is None:
-        point = choose_resume(folder, wanted, suffix)
-        saved, passed_over = point.saved, point.passed_over
+    cuts = not own_loop and run.use_parallel and _cuts(build)
+    saved, passed_over = _chosen(folder, wanted, suffix, build, own_loop or (len(ranks) != devices and not cuts))
     remove_leftovers(folder)
     notes = [
         *notes,
@@ -104,13 +103,13 @@ def _from_folder(
     run = replace(run, load=str(folder), resume=saved.path.name)
     if build is None:
         return run, notes, None
-    if not own_loop and run.use_parallel and build.network.parallel.parallel_mode in SHARDED_MODES:
+    if cuts:
         if not run.auto_transform:  # with it, MindFormers cuts by the strategy that it has compiled
             _check_slices(folder, saved, build)
         return run, notes, None
     if _is_whole(saved.path, build):
-        if not own_loop and len(ranks) != devices:
-            notes.append(f"saved by {len(ranks)} processes, continued by {devices}: all load {saved.path}")
+        if not own_loop and not (len(ranks) == devices and all(_holds(rank, saved) for rank in ranks.values())):
+            notes.append(f"all processes load {saved.path}, which holds the whole network")
             run = for_every_rank(run, saved.path, devices)
         strategies = run.strategies if run.base else None
         return replace(run, auto_transform=False, strategies=strategies), notes, None
@@ -120,7 +119,8 @@ def _from_folder(
     if not strategies.exists():
         raise UserError(
             f"cannot resume from {folder}: it holds the slices of {len(ranks)} ranks, and {strategies} does not exist; "
-            f"give the folder {STRATEGY} of the run that saved it (--src_strategy_path_or_dir)"
+            f"give the folder {STRATEGY} of the run that saved it (--src_strategy_path_or_dir); if these are whole "
+            "copies of another network, give its configuration (tools/inspect_ckpt.py shows what they hold)"
         )
     run = replace(run, strategies=strategies, auto_transform=False)
     if own_loop:
@@ -146,10 +146,41 @@ def for_every_rank(run: RunSpec, file: Path, devices: int, ending: str = "") -> 
     return replace(run, load=str(folder), resume=f"whole_rank_0{ending}{file.suffix}")
 
 
+def _holds(folder: Path, saved: Saved) -> Path | None:
+    """The file of the step ``saved`` in another rank's folder."""
+    return next((item.path for item in saved_in(folder, saved.path.suffix) if item.ending == saved.ending), None)
+
+
 def rank_holds(folder: Path, suffix: str) -> bool:
     """Whether a rank folder below ``folder`` holds a file that ends in ``suffix``."""
     ranks = rank_folders(folder).values() if folder.is_dir() else ()
     return any(path for rank in ranks for path in rank.glob(f"*{suffix}"))
+
+
+def _cuts(build: BuildSpec | None) -> bool:
+    """Whether devices hold slices of the network."""
+    return build is not None and build.network.parallel.parallel_mode in SHARDED_MODES
+
+
+def _chosen(
+    folder: Path, wanted: str | None, suffix: str, build: BuildSpec | None, alone: bool
+) -> tuple[Saved, tuple[str, ...]]:
+    """The step to continue from, and what was passed over.
+
+    A step that all ranks hold; but where the first rank's file holds the whole network, others need not have it, which
+    counts if this run has other processes (``alone``) or the folder has seen a run that had.
+    """
+    first = _of_first_rank(folder, wanted, suffix, build)
+    if first and alone:
+        return first, ()
+    try:
+        point = choose_resume(folder, wanted, suffix)
+    except UserError:
+        if first is None:
+            raise
+        return first, ()
+    newer = first is not None and first.run > point.saved.run
+    return (first, ()) if first and newer else (point.saved, point.passed_over)
 
 
 def _of_first_rank(folder: Path, wanted: str | None, suffix: str, build: BuildSpec | None) -> Saved | None:
@@ -166,30 +197,33 @@ def _of_first_rank(folder: Path, wanted: str | None, suffix: str, build: BuildSp
     return found if found and _is_whole(found.path, build) else None
 
 
-def _wanted(build: BuildSpec) -> dict[str, tuple[int, ...]]:
-    """Name -> whole shape of what a checkpoint holds: all weights, or the adapters."""
-    placed = placed_parameters(build.network, lora=build.lora)
-    return {item.name: item.whole for item in placed if item.trained or not build.lora}
-
-
 def _is_whole(file: Path, build: BuildSpec) -> bool:
-    with closing(open_checkpoint(file)) as reader:
-        held = {name: info.shape for name, info in reader.infos.items()}
-    return all(held.get(name) == shape for name, shape in _wanted(build).items())
+    try:
+        _check_whole(file, build)
+    except UserError:
+        return False
+    return True
 
 
 def _check_whole(file: Path, build: BuildSpec) -> None:
+    """Whether ``file`` holds all weights of the network, or all of its adapters.
+
+    Raises:
+        UserError: lists what is missing, of another shape, or not the network's.
+    """
+    if build.lora is None:
+        check_shapes(file, build.network.model)
+        return
     with closing(open_checkpoint(file)) as reader:
-        held = {name: info.shape for name, info in reader.infos.items()}
-    problems, wanted = (
-        Problems(f"cannot resume from {file}, which does not fit the network of the configuration"),
-        _wanted(build),
-    )
-    what = "adapters" if build.lora else "weights"
-    wrong = [f"{n} is {held[n]}, the network has {shape}" for n, shape in wanted.items() if held.get(n, shape) != shape]
-    problems.add_names(what, "of another shape", wrong, "give the configuration of the run that saved it")
-    missing = [name for name in wanted if name not in held]
-    problems.add_names(what, "missing", missing, "give the checkpoint of a run with this configuration")
+        held = {name: info.shape for name, info in reader.infos.items() if name.endswith((LORA_A, LORA_B))}
+        held = {name: shape for name, shape in held.items() if name.startswith(WEIGHTS)}
+    wanted = {item.name: item.whole for item in placed_parameters(build.network, lora=build.lora) if item.trained}
+    problems = Problems(f"cannot resume from {file}: its adapters are not those of pet_config")
+    wrong = [f"{n} is {held[n]}, not {shape}" for n, shape in wanted.items() if held.get(n, shape) != shape]
+    problems.add_names("adapters", "of another shape", wrong, "set lora_rank to that of the run that saved it")
+    missing, extra = [n for n in wanted if n not in held], [n for n in held if n not in wanted]
+    for what, names in (("missing", missing), ("too many", extra)):
+        problems.add_names("adapters", what, names, "set target_modules and exclude_layers to those of that run")
     problems.raise_if_any()
 
 
@@ -201,7 +235,7 @@ def _check_slices(folder: Path, saved: Saved, build: BuildSpec) -> None:
         found = f"{len(ranks)} ranks have saved it, this run has {parallel.device_num}"
     per_stage = max(1, parallel.device_num // max(1, parallel.pipeline_stage))
     for rank, place in ranks.items():
-        file = next((item.path for item in saved_in(place, saved.path.suffix) if item.ending == saved.ending), None)
+        file = _holds(place, saved)
         if found or file is None:
             break
         with closing(open_checkpoint(file)) as reader:
