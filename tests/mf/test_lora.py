@@ -2,6 +2,7 @@
 """LoRA: only adapters train, checkpoints hold only them, and merging gives the network with adapters."""
 
 import json
+import shutil
 
 import mindspore as ms
 import numpy as np
@@ -71,6 +72,33 @@ def test_a_checkpoint_holds_only_adapters_and_their_state(tuned):
     assert moments == {f"{kind}{name}" for kind in ("adam_m.", "adam_v.") for name in weights}
     words = json.loads((output / "adapter_config.json").read_text())
     assert (words["r"], words["lora_alpha"], words["target_modules"]) == (4, 8, PET["target_modules"])
+
+
+@pytest.mark.slow
+def test_a_stopped_run_continues_as_if_it_had_not_stopped(tuned, job):
+    """Dropout included: the same figures, the same bits of adapters and moments."""
+    base, output, rows = tuned
+    again = job.folder / "lora" / "again"
+    shutil.copytree(output, again)
+    (again / "checkpoint" / "rank_0" / "tiny_rank_0-2_10.ckpt").unlink()
+    config = config_of(
+        job.yaml,
+        f"output_dir={again}",
+        "runner_config.epochs=2",
+        f"load_checkpoint={base}",
+        "lr_schedule.learning_rate=0.02",
+        "resume_training=True",
+    )
+    checked = check_run(with_pet(config), "test")
+    run(checked.config, checked)
+    figures = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows_of(again)]
+    assert figures == [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+    whole, last = (
+        ms.load_checkpoint(str(next((folder / "checkpoint" / "rank_0").glob("*-2_10.ckpt"))))
+        for folder in (output, again)
+    )
+    assert whole.keys() == last.keys() and len(whole) == 38
+    assert all(np.array_equal(whole[name].asnumpy(), last[name].asnumpy()) for name in whole)
 
 
 @pytest.mark.slow
