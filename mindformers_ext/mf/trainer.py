@@ -94,6 +94,8 @@ class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
             logger.info("MFPipelineWithLossScaleCell becomes %s: the clipping norm tells overflow", words.type)
         if is_ours and self.config.resume_training and real_model(network).adapted:
             fill_base(real_model(network), self.config.get(BASE))
+        if is_ours and not real_model(network).causal_lm.model.reports and self._shows_load():
+            real_model(network).causal_lm.keep_reports()
         wrapper = super().create_model_wrapper(network, optimizer)
         if wrapper is not None:
             wrapper.first_step = int(self.config.runner_config.initial_step or 0)
@@ -109,6 +111,11 @@ class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
         others = [item for item in found if not isinstance(item, HookCallback)]
         place = next((i for i, item in enumerate(others) if isinstance(item, CheckpointMonitor)), len(others))
         return [*others[:place], *hooks, DropoutSeeds(), *others[place:]]
+
+    def _shows_load(self) -> bool:
+        return any(
+            item.get("type") in ("MoEDropRateCallback", "MoELoadMonitor") for item in self.config.callbacks or ()
+        )
 
     def _step_accumulates(self) -> bool:
         wrapper = self.config.runner_wrapper

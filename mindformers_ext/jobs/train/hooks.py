@@ -149,8 +149,8 @@ class LoadLog(QuietHook):
         elif not self.is_told:
             self.is_told = True
             self.warn(
-                "The expert load is not shown: it needs experts, our train step (PortableTrainOneStepCell) "
-                "and one pipeline stage, because no stage sees the load of all layers."
+                "The expert load is not shown: it needs experts, and our network with our train step "
+                "(PortableTrainOneStepCell) or in a pipeline."
             )
 
 
