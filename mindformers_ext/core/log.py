@@ -7,8 +7,8 @@ import logging
 import os
 import sys
 from collections.abc import Iterable
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TextIO
 
 from mindformers_ext.core.plain_file import open_plain
 
@@ -22,7 +22,7 @@ logging.getLogger(NAME).addHandler(logging.NullHandler())
 class _LogFile(logging.FileHandler):
     """The end of a file, never through a link."""
 
-    def _open(self) -> TextIO:
+    def _open(self) -> TextIOWrapper:
         return os.fdopen(open_plain(self.baseFilename), "a", encoding=self.encoding)
 
 
