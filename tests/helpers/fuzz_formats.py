@@ -324,6 +324,7 @@ def run(folder: Path, count: int, root: Path) -> dict[str, Any]:
     """``count`` mutations of every format."""
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         whole_inputs(folder / "whole", root)
+        values.warm(folder / "whole", folder / "warm")
     violations, done, before = [], Counter[str](), peak()
     for name, form in FORMATS.items():
         for number in range(count):

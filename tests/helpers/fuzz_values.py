@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,17 @@ def check(folder: Path, out: Path) -> None:
     found = check_run(config, "job.yaml")
     if found.run.trains:
         train_spec_from_yaml(found.config, found.build.network.parallel, 10, 0.0, found.run.engine)
+
+
+def warm(folder: Path, out: Path) -> None:
+    """Import what reading needs: frameworks are no memory of an input."""
+    check(folder, out)
+    for kind, file in (("yaml", "recipes.json"), ("moe", "mixtures.json")):
+        first = json.loads((folder / file).read_text())[0]
+        out.mkdir()
+        (out / "one.yaml").write_text(yaml.safe_dump(first))
+        assert merge(kind)(out, out) == 0
+        shutil.rmtree(out)
 
 
 def launch(folder: Path, out: Path) -> None:
