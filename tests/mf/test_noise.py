@@ -28,6 +28,7 @@ WORDS = (
 
 
 @pytest.mark.slow
+@pytest.mark.turn("noise")
 def test_both_loops_add_the_same_noise(job, tmp_path):
     run(config_of(job.yaml, *WORDS, f"output_dir={tmp_path / 'theirs'}"))
     config = config_of(job.yaml, *WORDS, "engine=pt", "loop=own", f"output_dir={tmp_path / 'ours'}")

@@ -125,6 +125,7 @@ def test_what_we_write_the_saved_code_reads(case: str) -> None:
     assert {name: config.get(name) for name in same} == {name: known[name] for name in same}
 
 
+@pytest.mark.turn("noise")
 def test_both_trainers_add_the_same_noise_and_go_on_with_it() -> None:
     """Three steps of two micro batches; then a trainer that has its state from a file takes the last one again."""
     ms.set_context(mode=ms.GRAPH_MODE)
