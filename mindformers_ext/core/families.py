@@ -19,7 +19,7 @@ class ConfigWord:
     """One key of a ``config.json`` beyond those that all families share.
 
     ``part``: model (``ModelSpec``), moe (``MoESpec``) or shared (``SharedExpertSpec``), whose ``field`` it fills; of
-    several, with blanks between, all.
+    several, with blanks between, all. ``means``: where the file's values are called otherwise here, each pair of them.
     """
 
     key: str
@@ -27,6 +27,7 @@ class ConfigWord:
     field: str
     kind: str
     default: Any
+    means: tuple[tuple[Any, Any], ...] = ()
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -46,7 +47,10 @@ class Family:
     reads_as: a family of the same tensors and formulas under which it is known here without a window; "" for itself.
     defaults: of transformers' configuration class, by ``ModelSpec`` field (= key); None: derived from other keys.
     words: further keys.
+    says: keys that change the function, each with the one value that is built; written, and read where it stands.
     model, moe, shared: what the family's name fixes of each spec, by field.
+    weighs_loss: whether ``router_aux_loss_coef`` weighs a loss of its routing.
+    shares_width: whether its experts are parts of one layer as wide as ``intermediate_size``.
     chooses_layers: whether ``decoder_sparse_step`` and ``mlp_only_layers`` make layers dense.
     windowed: whether it has ``sliding_window``: in all layers, or where ``mixes_windows`` in those that ``layer_types``
         or ``max_window_layers`` name. ``window``: its default; ``window_switch`` a key without which it has no effect.
@@ -61,9 +65,12 @@ class Family:
     reads_as: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     words: tuple[ConfigWord, ...] = ()
+    says: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     moe: Mapping[str, Any] = field(default_factory=dict)
     shared: Mapping[str, Any] | None = None
+    weighs_loss: bool = True
+    shares_width: bool = False
     chooses_layers: bool = False
     windowed: bool = False
     mixes_windows: bool = False
@@ -211,8 +218,40 @@ QWEN3_MOE = Family(
     **_QWEN_WINDOWS,
     tokenizer=_QWEN_TOKENS,
 )
+# the feed-forward of a LLaMA cut into experts (Zhu et al. 2024, arXiv:2406.16554)
+LLAMA_MOE = Family(
+    name="llama_moe",
+    hf_class="LlamaMoEForCausalLM",
+    yaml_names=(("LlamaMoEConfig", "LlamaMoEForCausalLM"),),
+    has_experts=True,
+    defaults={**_LLAMA, "pad_token_id": 0},
+    words=(
+        ConfigWord("num_experts", "moe", "num_local_experts", "int", 16),
+        ConfigWord("num_selects", "moe", "num_experts_per_tok", "int", 4),
+        ConfigWord("gate_network", "moe", "gate", "str", "mlp", (("mlp", "mlp_noisy"), ("linear", "linear_noisy"))),
+        ConfigWord("gate_use_softmax", "moe", "gate_use_softmax", "bool", True),
+        ConfigWord("gate_use_balance", "moe", "gate_use_balance", "bool", True),
+        ConfigWord("gate_balance_loss_weight", "moe", "gate_balance_loss_weight", "float", 1e-2),
+        ConfigWord("gate_add_noise", "moe", "gate_add_noise", "bool", True),
+        ConfigWord("gate_noise_epsilon", "moe", "gate_noise_epsilon", "float", 1e-2),
+        ConfigWord("multiply_gate_scores", "moe", "multiply_gate_scores", "bool", True),
+        ConfigWord("score_scale_factor", "moe", "score_scale_factor", "factors", 1.0),
+        ConfigWord("size_experts", "moe", "expert_sizes", "sizes", None),
+    ),
+    says={
+        "gate_type": "TopKBalancedNoisyGate",
+        "calculator_type": "UniversalCalculator",
+        "add_weight_norm": False,
+    },
+    moe={"norm_topk_prob": False},  # the gate's own softmax is over the chosen alone
+    weighs_loss=False,
+    shares_width=True,
+    tokenizer=_LLAMA_TOKENS,
+)
 
-FAMILIES: dict[str, Family] = {row.name: row for row in (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE)}
+FAMILIES: dict[str, Family] = {
+    row.name: row for row in (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, LLAMA_MOE)
+}
 
 # MindFormers' name for any LLaMA-shaped network: with experts, or where MindFormers' own does not run, it means ours.
 GENERIC_NAMES = ("LlamaConfig", "LlamaForCausalLM")
@@ -229,7 +268,14 @@ class GateWeight:
 
 
 # What a gate holds, by the name in ``MoESpec.gate``; always float32 and whole on every device.
-GATES: dict[str, tuple[GateWeight, ...]] = {"linear": (GateWeight("dense.weight", "E D"),)}
+_NOISE = GateWeight("noise.weight", "E D", "zeros")
+GATES: dict[str, tuple[GateWeight, ...]] = {
+    "linear": (GateWeight("dense.weight", "E D"),),
+    "mlp_noisy": (GateWeight("dense.weight", "E D"), GateWeight("out.weight", "E E"), _NOISE),
+    "linear_noisy": (GateWeight("dense.weight", "E D", "zeros"), _NOISE),
+}
+# Those that keep the logits of the best K alone, have a balance loss of their own and are trained with noise.
+NOISY_GATES = ("mlp_noisy", "linear_noisy")
 
 
 def register_family(family: Family) -> None:

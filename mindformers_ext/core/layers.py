@@ -6,10 +6,13 @@ Field names are Hugging Face's where Hugging Face has a name, and the field's st
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from mindformers_ext.core.errors import Problems
-from mindformers_ext.core.families import GATES
+from mindformers_ext.core.families import GATES, NOISY_GATES
 
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
 # every other word for them: MindFormers', torch's, the command lines' of both
@@ -17,6 +20,28 @@ DTYPE_WORDS = {"fp32": "float32", "float": "float32", "fp16": "float16", "half":
 AUX_LOSS_TYPES = ("expert", "device", "comm")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 AUX_LOSS_REDUCTIONS = ("sum", "mean")
+LOAD_FORMS = ("exact", "reference")
+# Fields of ``MoESpec`` that the gates of ``NOISY_GATES`` read alone, and those that they do not read.
+NOISY_WORDS = (
+    "gate_use_softmax",
+    "gate_use_balance",
+    "gate_balance_loss_weight",
+    "gate_add_noise",
+    "gate_noise_epsilon",
+    "multiply_gate_scores",
+    "score_scale_factor",
+    "load_compat",
+)
+_QUIET_WORDS = (
+    "use_gating_sigmoid",
+    "routed_scaling_factor",
+    "topk_method",
+    "n_group",
+    "topk_group",
+    "aux_losses",
+    "z_loss_factor",
+    "balance_via_topk_bias",
+)
 
 
 def dtype_name(word: object) -> str | None:
@@ -24,6 +49,13 @@ def dtype_name(word: object) -> str | None:
     name = str(word).lower().removeprefix("torch.")  # mindspore's own types print as Float32
     name = DTYPE_WORDS.get(name, name)
     return name if name in DTYPE_NAMES else None
+
+
+def expert_sizes_told(moe: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
+    """``expert_sizes`` of ``MoESpec`` from its read fields and the model's: None where they say what goes unsaid."""
+    sizes, experts = moe.get("expert_sizes"), moe["num_local_experts"]
+    alike = ((model["intermediate_size"] // max(experts, 1),) * experts,) * model["num_hidden_layers"]
+    return {"expert_sizes": None if sizes == alike else sizes}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +104,14 @@ class MoESpec:
     ``norm_single_choice`` extends ``norm_topk_prob`` to one chosen expert, whose gate is then 1, as in Hugging Face's
     Mixtral; MindFormers leaves it its probability, through which the router learns. ``intermediate_size``: width of an
     expert, None where it is the model's. ``gate``: what scores the experts (``core.families.GATES``).
+
+    Of the gates of ``NOISY_GATES`` (LLaMA-MoE, arXiv:2406.16554; Shazeer et al. 2017, arXiv:1701.06538, appendix A): the
+    score of a chosen expert is the softmax over the chosen logits, or with ``gate_use_softmax`` off the logit. An
+    expert's output is multiplied by its score and ``score_scale_factor`` (one, or one per layer), with
+    ``multiply_gate_scores`` off by nothing. ``gate_balance_loss_weight``: of the squared variations of importance and
+    load, per layer. ``gate_add_noise``: training adds noise to the logits, of at least ``gate_noise_epsilon``.
+    ``load_compat`` "reference" counts the load as the released models did, which compares the noise alone with the
+    threshold. ``expert_sizes``: per layer, None where experts are alike.
     """
 
     num_local_experts: int
@@ -98,7 +138,36 @@ class MoESpec:
     max_router_load: int = 131072
     intermediate_size: int | None = None
     gate: str = "linear"
+    gate_use_softmax: bool = True
+    gate_use_balance: bool = True
+    gate_balance_loss_weight: float = 1e-2
+    gate_add_noise: bool = True
+    gate_noise_epsilon: float = 1e-2
+    multiply_gate_scores: bool = True
+    score_scale_factor: float | tuple[float, ...] = 1.0
+    load_compat: str = "exact"
+    expert_sizes: tuple[tuple[int, ...], ...] | None = None
     shared_expert: SharedExpertSpec | None = None
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether its gate is one of ``NOISY_GATES``."""
+        return self.gate in NOISY_GATES
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether a training step needs noise, one value for every token, layer and expert."""
+        return self.is_noisy and self.gate_add_noise
+
+    @property
+    def balance_weight(self) -> float:
+        """Of a noisy gate's own loss; 0: none."""
+        return self.gate_balance_loss_weight if self.gate_use_balance else 0.0
+
+    def scale_of(self, layer: int) -> float:
+        """``score_scale_factor`` of one layer."""
+        factor = self.score_scale_factor
+        return factor[layer] if isinstance(factor, tuple) else factor
 
     def collect(self, problems: Problems) -> None:
         """Add every broken rule of this spec to ``problems`` (spec section 1)."""
@@ -110,6 +179,7 @@ class MoESpec:
                 f"num_experts_chosen={chosen} exceeds expert_num={experts}", f"choose at most {experts} experts"
             )
         problems.one_of("moe_gate", self.gate, tuple(GATES))
+        self._collect_gate(problems)
         if self.intermediate_size is not None:
             problems.positive("moe_intermediate_size", self.intermediate_size)
         if self.shared_expert:
@@ -147,6 +217,18 @@ class MoESpec:
             problems.add(f"topk_bias_update_rate={self.topk_bias_update_rate} is out of range", "use 0 up to below 1")
         if self.topk_method != "greedy":
             self._collect_groups(problems)
+
+    def _collect_gate(self, problems: Problems) -> None:
+        """What belongs to gates of the other kind has no effect on this one."""
+        defaults = {item.name: item.default for item in fields(self)}
+        for name in _QUIET_WORDS if self.is_noisy else NOISY_WORDS:
+            if getattr(self, name) != defaults[name]:
+                problems.add(f"{name}={getattr(self, name)!r} has no effect on moe_gate '{self.gate}'", "leave it out")
+        problems.one_of("load_compat", self.load_compat, LOAD_FORMS)
+        if not 0 <= self.gate_balance_loss_weight < math.inf:
+            problems.add(f"gate_balance_loss_weight={self.gate_balance_loss_weight}", "use 0 (off) or more")
+        if not 0 < self.gate_noise_epsilon < math.inf:
+            problems.add(f"gate_noise_epsilon={self.gate_noise_epsilon}", "use a small positive value, 0.01")
 
     def _collect_groups(self, problems: Problems) -> None:
         experts, chosen = self.num_local_experts, self.num_experts_per_tok

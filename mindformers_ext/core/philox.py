@@ -7,6 +7,7 @@ Each parameter takes one 63-bit number from numpy's generator and draws from Phi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -42,15 +43,32 @@ def philox(seed: int, first: int, blocks: int) -> npt.NDArray[np.uint32]:
     return words
 
 
-def normal(seed: int, count: int, std: float) -> npt.NDArray[np.float32]:
-    """``count`` values of mean 0 and standard deviation ``std``, float32."""
+def normal(seed: int, count: int, std: float, first: int = 0) -> npt.NDArray[np.float32]:
+    """``count`` values of mean 0 and standard deviation ``std``, float32, from block ``first`` of the stream."""
     result = np.empty(count + count % 2, np.float32)
     for start in range(0, len(result), CHUNK):
         part = result[start : start + CHUNK]
-        bits = philox(seed, start // 4, -(-len(part) // 4))[: len(part)]
+        bits = philox(seed, first + start // 4, -(-len(part) // 4))[: len(part)]
         uniform = ((bits & np.uint32(0x7FFFFF)) | np.uint32(127 << 23)).view(np.float32) - np.float32(1)
         uniform = np.maximum(uniform, _SMALLEST)
         radius = np.sqrt(np.float32(-2) * np.log(uniform[0::2])) * np.float32(std)
         angle = np.float32(2) * _PI * uniform[1::2]
         part[0::2], part[1::2] = radius * np.cos(angle), radius * np.sin(angle)
     return result[:count]
+
+
+def step_noise(seed: int, step: int, rows: range, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """Standard normal noise of one training step, (rows, *shape).
+
+    A row's values follow from its number in the whole batch of the step, whoever holds it and however the batch is cut.
+
+    Args:
+        seed: of the run.
+        step: updates done before.
+        rows: the rows at hand.
+        shape: of one row's noise.
+    """
+    count = math.prod(shape)
+    blocks, key = -(-count // 4), (step + 1) << 32 | seed & 0xFFFFFFFF
+    drawn = normal(key, len(rows) * blocks * 4, 1.0, rows.start * blocks)
+    return drawn.reshape(len(rows), -1)[:, :count].reshape(len(rows), *shape)

@@ -104,6 +104,8 @@ class ModelSpec:
     @property
     def expert_size(self) -> int:
         """Width of a routed expert; of the feed-forward layer in a dense model."""
+        if self.moe and self.family_row.shares_width:
+            return self.intermediate_size // self.moe.num_local_experts
         return (self.moe.intermediate_size if self.moe else None) or self.intermediate_size
 
     @property
@@ -136,7 +138,8 @@ class ModelSpec:
         )
         if self.moe is None or index in self.dense_layers:
             return LayerSpec(attention, DenseSpec(intermediate_size=self.intermediate_size, bias=self.mlp_bias))
-        return LayerSpec(attention, replace(self.moe, intermediate_size=self.expert_size))
+        factor = self.moe.scale_of(index)
+        return LayerSpec(attention, replace(self.moe, intermediate_size=self.expert_size, score_scale_factor=factor))
 
     def collect(self, problems: Problems) -> None:
         """Add every broken rule of this spec, experts included, to ``problems``."""
@@ -168,6 +171,7 @@ class ModelSpec:
         self._collect_window(problems)
         if self.moe:
             self.moe.collect(problems)
+            self._collect_factors(self.moe, problems)
         self._collect_family(problems)
 
     def _collect_window(self, problems: Problems) -> None:
@@ -181,6 +185,19 @@ class ModelSpec:
                 f"full_attention_layers={list(layers)} are not layers of a model of {self.num_hidden_layers}",
                 "list each once, rising",
             )
+
+    def _collect_factors(self, moe: MoESpec, problems: Problems) -> None:
+        layers, width, sizes = self.num_hidden_layers, self.intermediate_size, moe.expert_sizes
+        factors = moe.score_scale_factor if isinstance(moe.score_scale_factor, tuple) else ()
+        if factors and len(factors) != layers:
+            problems.add(f"score_scale_factor has {len(factors)} values", f"give one, or one per layer ({layers})")
+        if sizes is not None:
+            problems.add(
+                f"size_experts={[list(layer) for layer in sizes]}: experts of different sizes are not built",
+                "split every layer into experts of one size",
+            )
+        elif self.family in FAMILIES and self.family_row.shares_width and moe.num_local_experts > 0:
+            problems.divides("intermediate_size", width, "num_experts (expert_num)", moe.num_local_experts)
 
     def _collect_family(self, problems: Problems) -> None:
         if self.family:
@@ -209,6 +226,9 @@ class ModelSpec:
             found += [("model", "full_attention_layers", self.full_attention_layers, ())]
         if self.moe:
             wanted = row.moe.get("gate", "linear"), row.moe.get("intermediate_size")
+            for word in row.words:
+                if word.means:
+                    problems.one_of(word.key, getattr(self.moe, word.field), [ours for _, ours in word.means])
             found += [("moe", "gate", self.moe.gate, wanted[0])]
             found += [("moe", "intermediate_size", self.moe.intermediate_size, wanted[1])]
             found += [("shared", "shared_expert", self.moe.shared_expert is not None, row.shared is not None)]
@@ -306,6 +326,14 @@ class NetworkSpec:
     parallel: ParallelSpec = field(default_factory=ParallelSpec)
     kernels: KernelSpec = field(default_factory=KernelSpec)
     return_extra_loss: bool = True
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int] | None:
+        """(mixtures, S, E): the noise of one row that a training step takes; None: it takes none."""
+        moe = self.model.moe
+        if moe is None or not moe.draws_noise:
+            return None
+        return len(self.model.moe_layers), self.seq_length, moe.num_local_experts
 
     def layer_stage(self, layer: int) -> int:
         """The pipeline stage of a layer."""

@@ -49,7 +49,7 @@ class TokenEmbedding(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers, final norm.
 
-    Input (B, S) int. Outputs: hidden (B*S, D), aux_loss (), load (mixtures, E) and dropped (mixtures); a dense model
+    Inputs (B, S) int, and the noise (B, mixtures, S, E) of gates that add it. Outputs: hidden (B*S, D), aux_loss (), load (mixtures, E) and dropped (mixtures); a dense model
     returns load (1, 1) and dropped (1) of zeros. ``recompute``: layers that compute their activations again.
     """
 
@@ -72,15 +72,16 @@ class Decoder(nn.Module):
             self._tables = rotary_tables(self.rope.tables(length), self.rotary_dtype, device)
         return self._tables[0][:length], self._tables[1][:length]
 
-    def forward(self, ids_BS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, ids_BS: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         cos_SP, sin_SP = self.tables(ids_BS.shape[1], ids_BS.device)
         x_TD = self.tok_embeddings(ids_BS.reshape(-1)).to(self.compute_dtype)
-        losses, reports = [], []
+        losses, reports = list[Tensor](), list[Tensor]()
         for layer in self.layers:
+            inputs = x_TD, cos_SP, sin_SP, None if noise is None else noise[:, len(losses)].flatten(0, 1)
             if self.recompute and self.training:
-                x_TD, aux_loss_G, report_GE = checkpoint(layer, x_TD, cos_SP, sin_SP, use_reentrant=False)
+                x_TD, aux_loss_G, report_GE = checkpoint(layer, *inputs, use_reentrant=False)
             else:
-                x_TD, aux_loss_G, report_GE = layer(x_TD, cos_SP, sin_SP)
+                x_TD, aux_loss_G, report_GE = layer(*inputs)
             if aux_loss_G is not None and report_GE is not None:
                 losses.append(aux_loss_G)
                 reports.append(report_GE.detach())
@@ -117,18 +118,26 @@ class CausalLM(nn.Module):
         return self.lm_head(x_TD)
 
     def forward(
-        self, ids_BS: Tensor, labels_BT: Tensor | None = None, losses: bool = False, tokens: Tensor | None = None
+        self,
+        ids_BS: Tensor,
+        labels_BT: Tensor | None = None,
+        losses: bool = False,
+        tokens: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor | Terms:
-        """See the class. ``tokens``: counted tokens to divide the loss by, where other ranks hold a share of them."""
+        """See the class. ``tokens``: counted tokens to divide the loss by, where other ranks hold a share of them;
+        ``noise``: (B, mixtures, S, E) of gates that add it."""
         if losses:
-            return self._losses(ids_BS, labels_BT, tokens)
+            return self._losses(ids_BS, labels_BT, tokens, noise)
         x_TD, _, _, _ = self.model(ids_BS)
         return self.head(x_TD).float().view(*ids_BS.shape, -1)
 
-    def _losses(self, ids_BT: Tensor, labels_BT: Tensor | None, tokens: Tensor | None) -> Terms:
+    def _losses(
+        self, ids_BT: Tensor, labels_BT: Tensor | None, tokens: Tensor | None, noise: Tensor | None
+    ) -> Terms:
         """The shift by one token happens here. Tokens equal to the pad id do not count."""
         model = self.spec.model
-        x_TD, aux_loss, load, dropped = self.model(ids_BT[:, :-1])
+        x_TD, aux_loss, load, dropped = self.model(ids_BT[:, :-1], noise)
         target_T, counted_T = targets(ids_BT, labels_BT, model.pad_token_id, model.ignore_token_id)
         total, count = next_token_loss(self.head(x_TD), target_T, counted_T)
         lm_loss = total / (count if tokens is None else tokens).clamp(min=1)

@@ -30,10 +30,10 @@ class FeedForwardOutput(NamedTuple):
 class FeedForward(Protocol):
     """A module that stands behind attention: nobody asks which one it is. Input (T, D), output ``FeedForwardOutput``.
 
-    A mixture takes the tokens of its routing groups one after the other.
+    A mixture takes the tokens of its routing groups one after the other, and the noise (T, E) that its gate adds.
     """
 
-    def __call__(self, x_TD: Tensor) -> FeedForwardOutput: ...
+    def __call__(self, x_TD: Tensor, noise_TE: Tensor | None = None) -> FeedForwardOutput: ...
 
     def dropless(self, x_TD: Tensor) -> Tensor:
         """y (T, D) without losses, reports and dropping: inference."""
@@ -56,7 +56,7 @@ class SwiGlu(nn.Module):
         self.w2 = Linear(width, hidden, std, dtype, bias)
         self.w3 = Linear(hidden, width, std, dtype, bias)
 
-    def forward(self, x_TD: Tensor) -> FeedForwardOutput:
+    def forward(self, x_TD: Tensor, noise_TE: Tensor | None = None) -> FeedForwardOutput:
         return FeedForwardOutput(self.dropless(x_TD))
 
     def dropless(self, x_TD: Tensor) -> Tensor:

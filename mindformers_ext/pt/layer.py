@@ -9,6 +9,7 @@ from mindformers_ext.core.layers import DenseSpec, LayerSpec
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.pt.attention import Attention
 from mindformers_ext.pt.feed_forward import FeedForward, FeedForwardOutput, SwiGlu
+from mindformers_ext.pt.moe import noisy_gate as noisy_gate
 from mindformers_ext.pt.moe.layer import MoE
 from mindformers_ext.pt.moe.shared import SharedMoE
 from mindformers_ext.pt.norm import RmsNorm
@@ -25,7 +26,7 @@ def build_feed_forward(spec: NetworkSpec, layer: LayerSpec) -> FeedForward:
 class Layer(nn.Module):
     """Attention and feed-forward, each behind a norm and added to the residual.
 
-    Input (T, D); output as that of its feed-forward layer, with y (T, D) the state behind this layer.
+    Inputs (T, D), the rotary tables, and of a mixture the noise (T, E) that its gate adds; output as that of its feed-forward layer, with y (T, D) the state behind this layer.
     """
 
     def __init__(self, spec: NetworkSpec, layer: LayerSpec) -> None:
@@ -35,7 +36,9 @@ class Layer(nn.Module):
         self.ffn_norm = RmsNorm(spec)
         self.feed_forward = build_feed_forward(spec, layer)
 
-    def forward(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> FeedForwardOutput:
+    def forward(
+        self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor, noise_TE: Tensor | None = None
+    ) -> FeedForwardOutput:
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), cos_SP, sin_SP)
-        fed = self.feed_forward(self.ffn_norm(x_TD))
+        fed = self.feed_forward(self.ffn_norm(x_TD), noise_TE)
         return FeedForwardOutput(x_TD + fed.y_TD, fed.aux_loss_G, fed.report_GE)

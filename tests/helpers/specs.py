@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import strategies as st
 
-from mindformers_ext.core.families import FAMILIES
+from mindformers_ext.core.families import FAMILIES, Family
 from mindformers_ext.core.layers import DTYPE_NAMES, MoESpec, SharedExpertSpec
 from mindformers_ext.core.rope import RopeScaling
 from mindformers_ext.core.spec import FEATURES, KernelSpec, ModelSpec, NetworkSpec, NumericsSpec, ParallelSpec
@@ -278,6 +280,23 @@ def network_specs(draw: st.DrawFn) -> NetworkSpec:
 
 
 @st.composite
+def noisy_words(draw: st.DrawFn, row: Family, layers: int) -> dict[str, Any]:
+    """The gate of a family that has several, and what it is told; nothing for others."""
+    kinds = [ours for word in row.words for _, ours in word.means]
+    if not kinds:
+        return {}
+    number = st.sampled_from([0.25, 1.0, 4.0])
+    return {
+        "gate": draw(st.sampled_from(kinds)),
+        **{name: draw(st.booleans()) for name in ("gate_use_softmax", "gate_use_balance", "gate_add_noise")},
+        "multiply_gate_scores": draw(st.booleans()),
+        "gate_noise_epsilon": draw(number),
+        "gate_balance_loss_weight": draw(number),
+        "score_scale_factor": draw(number | st.tuples(*(number for _ in range(layers)))),
+    }
+
+
+@st.composite
 def family_specs(draw: st.DrawFn, family: str) -> ModelSpec:
     """Small models of one family that its ``config.json`` can describe, at odd sizes."""
     row = FAMILIES[family]
@@ -291,6 +310,8 @@ def family_specs(draw: st.DrawFn, family: str) -> ModelSpec:
         factor = draw(st.integers(0, 100)) / 1000 * chosen
         own_width = draw(st.integers(1, 20)) if "intermediate_size" in told else width
         shared = None
+        if row.shares_width:
+            width = own_width = experts * draw(st.integers(1, 6))
         if row.shared is not None:
             shared = SharedExpertSpec(intermediate_size=draw(st.integers(1, 20)), **row.shared)
         moe = MoESpec(
@@ -299,11 +320,12 @@ def family_specs(draw: st.DrawFn, family: str) -> ModelSpec:
             norm_topk_prob=normed,
             norm_single_choice=normed and chosen == 1,
             capacity_factor=0.0,
-            aux_losses=(("expert", float(f"{factor:.12g}")),) if factor else (),
-            aux_loss_reduce="mean",
+            aux_losses=(("expert", float(f"{factor:.12g}")),) if factor and row.weighs_loss else (),
+            aux_loss_reduce="mean" if row.weighs_loss else "sum",
             intermediate_size=None if own_width == width else own_width,
             shared_expert=shared,
             **{key: value for key, value in row.moe.items() if key != "norm_topk_prob"},
+            **draw(noisy_words(row, layers)),
         )
         if row.chooses_layers:
             dense = tuple(sorted(draw(st.sets(st.integers(0, layers - 1), max_size=layers - 1))))

@@ -27,7 +27,7 @@ from mindformers_ext.core.config.hf_attention import (
 from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.families import FAMILIES, Family
-from mindformers_ext.core.layers import MoESpec, SharedExpertSpec
+from mindformers_ext.core.layers import NOISY_WORDS, MoESpec, SharedExpertSpec, expert_sizes_told
 from mindformers_ext.core.spec import FEATURES, LARGEST, ModelSpec
 
 # field of ModelSpec = Hugging Face's key -> kind
@@ -77,7 +77,11 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "is_encoder_decoder": (False, None),
 }
 # Keys with another value than these are noted: what they change is not this function.
+_DROPS = "of experts that drop tokens; here none is dropped"
 _NOTED: dict[str, tuple[tuple[object, ...], str]] = {
+    "drop_tokens": ((True, None), _DROPS),
+    "dropped_padding": (("zero", None), _DROPS),
+    "capacity_factor": ((1.25, None), _DROPS),
     "pretraining_tp": ((1, None), "the same sums in another order"),
     "attention_dropout": ((0, 0.0, None), "of training only; not built, nothing is dropped"),
     "router_jitter_noise": ((0, 0.0, None), "of training only; not built, nothing is added"),
@@ -125,7 +129,7 @@ def model_spec_from_hf(config: Mapping[str, Any]) -> ModelSpec:
     values |= {"sliding_window": window, "full_attention_layers": full}
     own = FAMILIES[row.reads_as] if row.reads_as and window is None else row
     values |= {**row.model, **parts["model"], "family": "" if own.implied else own.name}
-    values["moe"] = _routing(config, row, parts, values["intermediate_size"], problems) if row.has_experts else None
+    values["moe"] = _routing(config, row, parts, values, problems) if row.has_experts else None
     values["dense_layers"] = _dense_layers(config, row, values["num_hidden_layers"], problems)
     problems.raise_if_any()
     for name in ("bos_token_id", "pad_token_id"):
@@ -152,7 +156,7 @@ def hf_config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     row = spec.family_row
     _check_expressible(spec, row)
     result: dict[str, Any] = {"architectures": [row.hf_class], "model_type": row.name, "hidden_act": "silu"}
-    result |= {name: getattr(spec, name) for name in _COMMON}
+    result |= {**row.says, **{name: getattr(spec, name) for name in _COMMON}}
     for name in ("bos_token_id", "pad_token_id", "eos_token_id"):
         result[name] = None if result[name] < 0 else result[name]
     if spec.more_eos_token_ids:
@@ -162,10 +166,11 @@ def hf_config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     for word in row.words:
         value = getattr(parts[word.part], word.fields[0])
         is_width = (word.part, word.field) == ("moe", "intermediate_size")
-        result[word.key] = spec.expert_size if is_width else value
+        value = {ours: theirs for theirs, ours in word.means}[value] if word.means else value
+        result[word.key] = spec.expert_size if is_width else list(value) if isinstance(value, tuple) else value
     if row.chooses_layers:
         result |= {_STEP: 1, _DENSE: list(spec.dense_layers)}
-    if spec.moe:
+    if spec.moe and row.weighs_loss:
         factor = dict(spec.moe.aux_losses).get("expert", 0.0)
         result[_AUX_COEF[0]] = float(f"{factor / spec.moe.num_experts_per_tok:.15g}")
     return result | written_attention(spec, row)
@@ -193,11 +198,12 @@ def routing_as_hf(moe: MoESpec) -> MoESpec:
         norm_topk_prob=moe.norm_topk_prob,
         capacity_factor=0.0,
         aux_losses=expert,
-        aux_loss_reduce="mean",
+        aux_loss_reduce="sum" if moe.is_noisy else "mean",
         norm_single_choice=moe.norm_topk_prob and moe.num_experts_per_tok == 1,
         intermediate_size=moe.intermediate_size,
         gate=moe.gate,
         shared_expert=moe.shared_expert,
+        **{name: getattr(moe, name) for name in NOISY_WORDS if name != "load_compat"},
     )
 
 
@@ -232,16 +238,18 @@ def _check_keys(config: Mapping[str, Any], row: Family, problems: Problems) -> N
                 problems.add(f"unknown key '{key}'", f"did you mean '{slip[0]}'?")
             elif key in experts:
                 problems.add(f"unknown key '{key}'", f"a {row.name} has no such experts: correct model_type")
+        elif key in row.says and value not in (row.says[key], None):
+            problems.add(f"{key}={value!r} is not built", f"only {row.says[key]!r} is")
         elif key in _NEUTRAL and key not in own and value not in _NEUTRAL[key]:
             problems.add(f"{key}={value!r} is not built", f"only {_NEUTRAL[key][0]!r} is")
 
 
 def _read_keys(row: Family) -> set[str]:
     """The keys of ``config.json`` that a family computes with."""
-    read = {*_COMMON, *_NEUTRAL, *ROPE_KEYS, LAYER_TYPES, *(word.key for word in row.words)}
+    read = {*_COMMON, *_NEUTRAL, *ROPE_KEYS, *row.says, LAYER_TYPES, *(word.key for word in row.words)}
     if row.windowed or row.window_switch:
         read |= set(WINDOW_KEYS)
-    if row.has_experts:
+    if row.has_experts and row.weighs_loss:
         read |= {_AUX_COEF[0]}
     return read | ({_STEP, _DENSE} if row.chooses_layers else set())
 
@@ -251,6 +259,9 @@ def _words(config: Mapping[str, Any], row: Family, problems: Problems) -> dict[s
     parts: dict[str, dict[str, Any]] = {"model": {}, "moe": {}, "shared": {}}
     for word in row.words:
         value = read_value(word.key, config.get(word.key), word.kind, word.default, problems)
+        if word.means:
+            problems.one_of(word.key, value, [theirs for theirs, _ in word.means])
+            value = dict(word.means).get(value)
         parts[word.part] |= dict.fromkeys(word.fields, value)
     return parts
 
@@ -314,17 +325,24 @@ def _is_null(config: Mapping[str, Any], name: str, default: Any) -> bool:
 
 
 def _routing(
-    config: Mapping[str, Any], row: Family, parts: Mapping[str, Mapping[str, Any]], width: int, problems: Problems
+    config: Mapping[str, Any],
+    row: Family,
+    parts: Mapping[str, Mapping[str, Any]],
+    model: Mapping[str, Any],
+    problems: Problems,
 ) -> MoESpec:
-    key, kind, default = _AUX_COEF
-    coef = read_value(key, config.get(key), kind, default, problems)
     fields = {**row.moe, **parts["moe"]}
     problems.raise_if_any()
     if row.shared is not None:
         fields["shared_expert"] = SharedExpertSpec(**{**row.shared, **parts["shared"]})
-    if fields.get("intermediate_size") == width:
+    if fields.get("intermediate_size") == model["intermediate_size"]:
         fields["intermediate_size"] = None  # one width for all: one way to say it
+    fields |= {"capacity_factor": 0.0, **expert_sizes_told(fields, model)}
+    if not row.weighs_loss:
+        return MoESpec(**fields)
+    key, kind, default = _AUX_COEF
+    coef = read_value(key, config.get(key), kind, default, problems)
     factor = float(f"{coef * fields['num_experts_per_tok']:.12g}")  # so that / k * k gives the factor back
     moe = MoESpec(**fields, aux_losses=(("expert", factor),) if factor else ())
     single = moe.norm_topk_prob and moe.num_experts_per_tok == 1
-    return replace(moe, capacity_factor=0.0, aux_loss_reduce="mean", norm_single_choice=single)
+    return replace(moe, aux_loss_reduce="mean", norm_single_choice=single)

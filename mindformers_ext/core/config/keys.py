@@ -31,13 +31,13 @@ class Key:
     name: str
     part: str  # model, moe, numerics, kernels, parallel or network
     field: str
-    kind: str  # int, float, bool, str, dtype, mode, ids
+    kind: str  # int, float, bool, str, dtype, mode, ids, layers, factors, sizes
     default: Any
 
 
 def _keys(section: str, part: str, rows: str) -> tuple[Key, ...]:
     """Rows of ``yaml_name field kind default``; ``-`` as default means null."""
-    readers: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": "True".__eq__, "ids": int}
+    readers: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": "True".__eq__, "ids": int, "factors": float}
     found = []
     for row in rows.strip().splitlines():
         name, field, kind, default = row.split()
@@ -113,7 +113,16 @@ KEYS: tuple[Key, ...] = (
         aux_loss_reduce          aux_loss_reduce          str    sum
         norm_single_choice       norm_single_choice       bool   False
         moe_intermediate_size    intermediate_size        int    -
-        moe_gate                 gate                     str    linear
+        moe_gate                 gate                     str    -
+        gate_use_softmax         gate_use_softmax         bool   True
+        gate_use_balance         gate_use_balance         bool   True
+        gate_balance_loss_weight gate_balance_loss_weight float  0.01
+        gate_add_noise           gate_add_noise           bool   True
+        gate_noise_epsilon       gate_noise_epsilon       float  0.01
+        multiply_gate_scores     multiply_gate_scores     bool   True
+        score_scale_factor       score_scale_factor       factors 1.0
+        load_compat              load_compat              str    exact
+        size_experts             expert_sizes             sizes  -
     """,
     ),
     *_keys(
@@ -329,47 +338,6 @@ UNBUILT: dict[str, dict[str, tuple[object, ...]]] = {
     PIPELINE: {"pipeline_scheduler": ("1f1b", None)},
     "runner_config": {},
     TOP: {"use_legacy": (True, None), "calculate_per_token_loss": (False, None)},
-}
-
-# Words of other tables (MindFormers' mcore models, Hugging Face) and where ours stands.
-OTHER_WORDS: dict[str, str] = {
-    **dict.fromkeys(("num_experts", "num_moe_experts", "num_local_experts"), "moe_config.expert_num"),
-    "moe_router_topk": "moe_config.num_experts_chosen",
-    "num_experts_per_tok": "moe_config.num_experts_chosen",
-    "moe_expert_capacity_factor": "moe_config.capacity_factor",
-    "moe_token_drop_policy": "moe_config.enable_sdrop",
-    "moe_router_dtype": "moe_config.router_dense_type",
-    "moe_router_dense_type": "moe_config.router_dense_type",
-    "moe_grouped_gemm": "moe_config.use_gmm",
-    "moe_z_loss_coeff": "moe_config.z_loss_factor",
-    "moe_aux_loss_coeff": "moe_config.aux_loss_factors",
-    "router_aux_loss_coef": "moe_config.aux_loss_factor",
-    "moe_router_load_balancing_type": "moe_config.aux_loss_types",
-    "moe_ffn_hidden_size": "model.model_config.moe_intermediate_size",
-    "moe_router_num_groups": "moe_config.n_group",
-    "moe_router_group_topk": "moe_config.topk_group",
-    "moe_router_topk_scaling_factor": "moe_config.routed_scaling_factor",
-    "moe_router_enable_expert_bias": "moe_config.balance_via_topk_bias",
-    "moe_router_bias_update_rate": "moe_config.topk_bias_update_rate",
-    "expert_model_parallel_size": "parallel_config.expert_parallel",
-    "tensor_model_parallel_size": "parallel_config.model_parallel",
-    "pipeline_model_parallel_size": "parallel_config.pipeline_stage",
-    "context_parallel_size": "parallel_config.context_parallel",
-    "sequence_parallel": "parallel_config.use_seq_parallel",
-    "num_hidden_layers": "model.model_config.num_layers",
-    "num_attention_heads": "model.model_config.num_heads",
-    "num_key_value_heads": "model.model_config.n_kv_heads",
-    "num_query_groups": "model.model_config.n_kv_heads",
-    "ffn_hidden_size": "model.model_config.intermediate_size",
-    "kv_channels": "model.model_config.head_dim",
-    "max_position_embeddings": "model.model_config.max_position_embedding",
-    "layernorm_epsilon": "model.model_config.rms_norm_eps",
-    "rope_theta": "model.model_config.theta",
-    "rotary_base": "model.model_config.theta",
-    "initializer_range": "model.model_config.init_method_std",
-    "params_dtype": "model.model_config.param_init_type",
-    "layernorm_compute_dtype": "model.model_config.layernorm_compute_type",
-    "softmax_compute_dtype": "model.model_config.softmax_compute_type",
 }
 
 OUR_SECTIONS = (

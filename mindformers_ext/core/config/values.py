@@ -13,9 +13,10 @@ from mindformers_ext.core.layers import DTYPE_NAMES, DTYPE_WORDS, dtype_name
 
 
 def read_value(name: str, value: Any, kind: str, default: Any, problems: Problems) -> Any:
-    """``value`` as ``kind`` (int, float, bool, str, dtype, mode, layers, ids); null means ``default``.
+    """``value`` as ``kind`` (int, float, bool, str, dtype, mode, layers, ids, factors, sizes); null means ``default``.
 
-    Returns the default and records a problem where the value is of another kind. ``ids`` gives a tuple of ints.
+    Returns the default and records a problem where the value is of another kind. ``ids`` gives a tuple of ints,
+    ``factors`` a number or a tuple of them, ``sizes`` a tuple of tuples of ints.
     """
     if value is None:
         value = default
@@ -78,6 +79,18 @@ def _layers(value: Any) -> tuple[int, ...] | None:
     return tuple(value)
 
 
+def _factors(value: Any) -> float | tuple[float, ...] | None:
+    if not isinstance(value, (list, tuple)):
+        return _float(value)
+    numbers = tuple(_float(item) for item in value)
+    return numbers if numbers and None not in numbers else None  # type: ignore[return-value]
+
+
+def _sizes(value: Any) -> tuple[tuple[int, ...], ...] | None:
+    rows = tuple(_layers(row) for row in value) if isinstance(value, (list, tuple)) else ()
+    return rows if rows and all(rows) else None  # type: ignore[return-value]
+
+
 _READERS: dict[str, tuple[Any, str]] = {
     "int": (_int, "a whole number"),
     "float": (_float, "a finite number"),
@@ -87,4 +100,6 @@ _READERS: dict[str, tuple[Any, str]] = {
     "mode": (_mode, "one of " + ", ".join(f"{number} ({name})" for number, name in MODES.items())),
     "layers": (_layers, "a list of layer numbers from 0"),
     "ids": (_ids, "a token id or a list of token ids"),
+    "factors": (_factors, "a finite number, or a list with one per layer"),
+    "sizes": (_sizes, "a list per layer of the sizes of its experts"),
 }

@@ -10,11 +10,9 @@ Our own keys, all in ``model.model_config`` because MindFormers refuses unknown 
 routing losses are part of the loss), ``aux_loss_reduce`` (``sum`` or ``mean`` over layers), ``norm_single_choice`` (a
 single chosen expert gets gate 1, as in Hugging Face's Mixtral; default False, MindFormers' rule); and of the families
 ``moe_intermediate_size``, ``shared_expert_intermediate_size``, ``shared_expert_scale``, ``dense_layers`` (numbers of
-the layers without experts), ``moe_gate`` and ``qk_layernorm``; and of attention ``mlp_has_bias``, ``sliding_window``
+the layers without experts), ``moe_gate`` with the words of its noisy kinds (``core.layers.NOISY_WORDS``),
+``size_experts`` and ``qk_layernorm``; and of attention ``mlp_has_bias``, ``sliding_window``
 (tokens that a token sees, itself included) and ``full_attention_layers`` (numbers of the layers without a window).
-
-Routing losses: ``aux_loss_types`` with ``aux_loss_factors`` where given (``[]`` means none); where absent or null,
-``aux_loss_factor`` > 0 means ``expert`` with that factor. MindFormers reads that factor and drops the loss.
 """
 
 from __future__ import annotations
@@ -27,7 +25,6 @@ from mindformers_ext.core.config.keys import (
     MODEL,
     MODES,
     NOTED,
-    OTHER_WORDS,
     OUR_SECTIONS,
     PIPELINE,
     TOP,
@@ -36,18 +33,19 @@ from mindformers_ext.core.config.keys import (
     defaults,
     known_keys,
 )
+from mindformers_ext.core.config.other_words import OTHER_WORDS
 from mindformers_ext.core.config.quantised import check_not_quantised
 from mindformers_ext.core.config.recompute import names_without_effect
 from mindformers_ext.core.config.rope_words import read_extension, written_extension
+from mindformers_ext.core.config.routing_words import read_routing, written_routing
 from mindformers_ext.core.config.run import RUN_MODES
 from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.errors import Problems, nearest
 from mindformers_ext.core.families import GENERIC_NAMES, Family, family_of_features, named_family
-from mindformers_ext.core.layers import MoESpec, SharedExpertSpec, dtype_name
+from mindformers_ext.core.layers import MoESpec, SharedExpertSpec, dtype_name, expert_sizes_told
 from mindformers_ext.core.spec import FEATURES, KernelSpec, ModelSpec, NetworkSpec, NumericsSpec, ParallelSpec
 
 Sections = dict[str, Mapping[str, Any]]
-ROUTING_POLICY = "TopkRouterV2"
 READ_MODES = (*RUN_MODES, "predict_with_train_model", None)  # MindFormers' own templates leave it out
 
 
@@ -77,14 +75,15 @@ def network_spec_from_yaml(config: Mapping[str, Any], device_num: int = 1) -> Ne
     _complete_model(parts["model"], sections[MODEL], parts["network"]["seq_length"], problems)
     _check_types_agree(sections[MODEL], parts["numerics"], problems)
     problems.positive("moe_config.expert_num", parts["moe"]["num_local_experts"])
-    parts["moe"] |= _routing(sections, problems)
+    parts["moe"] |= read_routing(sections["moe_config"], parts["moe"], problems)
     parts["moe"]["shared_expert"] = _shared_expert(sections, parts, problems)
     parts["network"]["batch_size"] = _batch_size(sections, problems)
     if not read_value("use_parallel", sections[TOP].get("use_parallel", False), "bool", False, problems):
         parts["parallel"]["parallel_mode"] = "stand_alone"
     problems.raise_if_any()
 
-    moe = MoESpec(**parts["moe"]) if parts["moe"]["num_local_experts"] > 1 else None
+    alike = expert_sizes_told(parts["moe"], parts["model"])
+    moe = MoESpec(**parts["moe"] | alike) if parts["moe"]["num_local_experts"] > 1 else None
     model = ModelSpec(**parts["model"], moe=moe)
     model.collect(problems)
     numerics = NumericsSpec(**parts["numerics"])
@@ -127,7 +126,7 @@ def yaml_from_network_spec(spec: NetworkSpec) -> dict[str, Any]:
     sections[MODEL] |= {"type": kind, "batch_size": spec.batch_size}
     sections["runner_config"]["batch_size"] = spec.batch_size
     if spec.model.moe:
-        sections["moe_config"] |= _plain_routing(spec.model.moe)
+        sections["moe_config"] |= written_routing(spec.model.moe)
         sections[MODEL] |= _plain_shared(spec.model.moe.shared_expert)
     if spec.parallel.pipeline_interleave:
         sections["parallel"]["pipeline_config"] = sections[PIPELINE]
@@ -222,7 +221,10 @@ def _complete_family(sections: Sections, parts: dict[str, dict[str, Any]], probl
     model = parts["model"]
     model |= {name: model[name] or () for name in ("dense_layers", "full_attention_layers")}
     row = _named_family(sections)
-    if row is None and parts["moe"]["num_local_experts"] in (1, None):
+    moe = parts["moe"]
+    kinds = [word.means for word in row.words if word.field == "gate"] if row else []
+    moe["gate"] = moe["gate"] or (kinds[0][0][1] if kinds else "linear")  # the first that the family has
+    if row is None and moe["num_local_experts"] in (1, None):
         features = {name: model[name] for name in FEATURES}
         row = family_of_features(features, model["sliding_window"] is not None, bool(model["full_attention_layers"]))
     if row is None or row.implied:
@@ -303,53 +305,6 @@ def _check_types_agree(words: Mapping[str, Any], numerics: Mapping[str, str], pr
             problems.add(f"{MODEL}.{name}={value} is not built yet", f"remove it or set it to {numerics[other]}")
 
 
-def _routing(sections: Sections, problems: Problems) -> dict[str, Any]:
-    """The MoE fields that several keys fill together."""
-    words = sections["moe_config"]
-    policy = words.get("routing_policy", "TopkRouterV1")
-    if policy != ROUTING_POLICY and words.get("expert_num", 1) not in (1, None):
-        problems.add(
-            f"moe_config.routing_policy={policy!r}" + ("" if "routing_policy" in words else " (the default)"),
-            f"LLaMA's experts are routed by {ROUTING_POLICY}: set routing_policy: {ROUTING_POLICY}",
-        )
-    overlapped = read_value(
-        "moe_config.comp_comm_parallel", words.get("comp_comm_parallel", False), "bool", False, problems
-    )
-    degree = read_value(
-        "moe_config.comp_comm_parallel_degree", words.get("comp_comm_parallel_degree", 2), "int", 2, problems
-    )
-    router = next(key for key in KEYS if key.field == "router_dtype")
-    dtype = read_value(_path(router), words.get("router_dense_type", "float32"), "dtype", "float32", problems)
-    return {
-        "aux_losses": _aux_losses(words, problems),
-        "comp_comm_parallel_degree": degree if overlapped else 1,
-        "router_dtype": "float32" if dtype == "float16" else dtype,  # MindFormers' dtype_map
-    }
-
-
-def _aux_losses(words: Mapping[str, Any], problems: Problems) -> tuple[tuple[str, float], ...]:
-    kinds, factors = words.get("aux_loss_types"), words.get("aux_loss_factors")
-    if kinds is None:
-        if factors:
-            problems.add(f"moe_config.aux_loss_factors={factors} without aux_loss_types", "name their kinds")
-        name = "moe_config.aux_loss_factor"
-        factor = read_value(name, words.get("aux_loss_factor", 0.05), "float", 0.05, problems)
-        if factor is not None and not 0 <= factor < 1:
-            problems.add(f"{name}={factor} is out of range", "use 0 (off) up to below 1")
-        return (("expert", float(factor)),) if factor and words.get("expert_num", 1) != 1 else ()
-    factors = [] if factors is None else factors
-    if not isinstance(kinds, (list, tuple)) or not isinstance(factors, (list, tuple)):
-        problems.add(f"moe_config.aux_loss_types={kinds!r}, aux_loss_factors={factors!r}", "both must be lists")
-        return ()
-    if len(kinds) != len(factors):
-        problems.add(
-            f"moe_config.aux_loss_types has {len(kinds)} entries, aux_loss_factors {len(factors)}",
-            "give one factor per kind",
-        )
-    read = [read_value("moe_config.aux_loss_factors", factor, "float", 0.0, problems) for factor in factors]
-    return tuple((str(kind), factor) for kind, factor in zip(kinds, read, strict=False))
-
-
 def _batch_size(sections: Sections, problems: Problems) -> int:
     """Sequences per data-parallel slice when training, of the whole batch otherwise.
 
@@ -372,19 +327,9 @@ def _plain_shared(shared: SharedExpertSpec | None) -> dict[str, Any]:
 def _plain(key: Key, value: Any) -> Any:
     if key.kind == "mode":
         return next((number for number, name in MODES.items() if name == value), 1)
-    return list(value) if key.kind == "layers" else value
-
-
-def _plain_routing(moe: MoESpec) -> dict[str, Any]:
-    degree = moe.comp_comm_parallel_degree
-    overlap = {"comp_comm_parallel": True, "comp_comm_parallel_degree": degree} if degree > 1 else {}
-    return {
-        "routing_policy": ROUTING_POLICY,
-        "aux_loss_types": [kind for kind, _ in moe.aux_losses],
-        "aux_loss_factors": [factor for _, factor in moe.aux_losses],
-        **overlap,
-        **({"shared_expert_num": 1, "use_shared_expert_gating": moe.shared_expert.gated} if moe.shared_expert else {}),
-    }
+    if isinstance(value, tuple) and key.kind in ("layers", "factors", "sizes"):
+        return [list(item) if isinstance(item, tuple) else item for item in value]
+    return value
 
 
 def _path(key: Key) -> str:

@@ -35,7 +35,7 @@ class Choice(NamedTuple):
 
 
 class Gate(Protocol):
-    """A module over the tokens (G, N, D) of every routing group."""
+    """A module over the tokens (G, N, D) of every routing group; one that draws noise takes it too, (T, E)."""
 
     def __call__(self, x_GND: Tensor) -> Choice: ...
 
@@ -150,12 +150,11 @@ def best(score_GNE: Tensor, count: int) -> Tensor:
     return torch.sort(score_GNE, dim=-1, descending=True, stable=True).indices[..., :count]
 
 
-def count_assignments(expert_GNK: Tensor, experts: int) -> Tensor:
-    """Assignments (G, E) int64 of each expert."""
+def count_assignments(expert_GNK: Tensor, experts: int, counted_GNK: Tensor | None = None) -> Tensor:
+    """Assignments (G, E) int64 of each expert; where ``counted`` is given, those of which it is true."""
     flat = expert_GNK.flatten(1)
-    return torch.zeros(flat.shape[0], experts, dtype=torch.int64, device=flat.device).scatter_add_(
-        1, flat, torch.ones_like(flat)
-    )
+    ones = torch.ones_like(flat) if counted_GNK is None else counted_GNK.flatten(1).to(flat.dtype)
+    return torch.zeros(flat.shape[0], experts, dtype=torch.int64, device=flat.device).scatter_add_(1, flat, ones)
 
 
 GATES: dict[str, Callable[[NetworkSpec, MoESpec], Gate]] = {"linear": LinearGate}

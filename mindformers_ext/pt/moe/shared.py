@@ -32,8 +32,8 @@ class SharedMoE(nn.Module):
             self.shared_experts_gate = RouterGate(model.hidden_size, 1, model.initializer_range, dtype)
         self.scale = shared.scale
 
-    def forward(self, x_TD: Tensor) -> FeedForwardOutput:
-        routed = self.routed_experts(x_TD)
+    def forward(self, x_TD: Tensor, noise_TE: Tensor | None = None) -> FeedForwardOutput:
+        routed = self.routed_experts(x_TD, noise_TE)
         return FeedForwardOutput(routed.y_TD + self._shared(x_TD), routed.aux_loss_G, routed.report_GE)
 
     def _shared(self, x_TD: Tensor) -> Tensor:
