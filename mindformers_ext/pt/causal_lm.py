@@ -132,9 +132,7 @@ class CausalLM(nn.Module):
         x_TD, _, _, _ = self.model(ids_BS)
         return self.head(x_TD).float().view(*ids_BS.shape, -1)
 
-    def _losses(
-        self, ids_BT: Tensor, labels_BT: Tensor | None, tokens: Tensor | None, noise: Tensor | None
-    ) -> Terms:
+    def _losses(self, ids_BT: Tensor, labels_BT: Tensor | None, tokens: Tensor | None, noise: Tensor | None) -> Terms:
         """The shift by one token happens here. Tokens equal to the pad id do not count."""
         model = self.spec.model
         x_TD, aux_loss, load, dropped = self.model(ids_BT[:, :-1], noise)

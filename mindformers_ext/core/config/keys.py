@@ -37,7 +37,13 @@ class Key:
 
 def _keys(section: str, part: str, rows: str) -> tuple[Key, ...]:
     """Rows of ``yaml_name field kind default``; ``-`` as default means null."""
-    readers: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": "True".__eq__, "ids": int, "factors": float}
+    readers: dict[str, Callable[[str], Any]] = {
+        "int": int,
+        "float": float,
+        "bool": "True".__eq__,
+        "ids": int,
+        "factors": float,
+    }
     found = []
     for row in rows.strip().splitlines():
         name, field, kind, default = row.split()

@@ -48,9 +48,7 @@ def read_routing(words: Mapping[str, Any], moe: Mapping[str, Any], problems: Pro
     }
 
 
-def _aux_losses(
-    words: Mapping[str, Any], has_own: bool, problems: Problems
-) -> tuple[tuple[str, float], ...]:
+def _aux_losses(words: Mapping[str, Any], has_own: bool, problems: Problems) -> tuple[tuple[str, float], ...]:
     """``has_own``: the gate has a loss of its own; MindFormers' template writes its default factor there too."""
     kinds, factors = words.get("aux_loss_types"), words.get("aux_loss_factors")
     if kinds is None:

@@ -59,7 +59,7 @@ def convert(request: MixtureRequest, write: bool = True) -> MergeReport:
         result = mixture_config(config, request.splits, request.gating, dtype)
 
         def beside(folder: Path) -> list[str]:
-            write_json(folder / CONFIG, result | save_code(folder))
+            write_json(folder / CONFIG, save_code(folder, result))
             write_neurons(folder / NEURONS, ids_of(request.splits))
             return copy_tokenizer(str(request.model), request.model, folder)
 

@@ -55,16 +55,12 @@ def reverse(request: DenseRequest, write: bool = True) -> MergeReport:
             splits = {layer: _in_order(count) for layer, count in sizes.items()}
         tasks = _joined_tasks(reader, splits, layers)
         result = _dense_config(config, splits)
-        return write_model(
-            request.output,
-            tasks,
-            lambda folder: (
-                [write_json(folder / CONFIG, result) or ""][:0]
-                + copy_tokenizer(str(request.model), request.model, folder)
-            ),
-            notes,
-            write,
-        )
+
+        def beside(folder: Path) -> list[str]:
+            write_json(folder / CONFIG, result)
+            return copy_tokenizer(str(request.model), request.model, folder)
+
+        return write_model(request.output, tasks, beside, notes, write)
     finally:
         reader.close()
 

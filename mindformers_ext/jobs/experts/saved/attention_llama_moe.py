@@ -46,9 +46,7 @@ def _yarn(plain: torch.Tensor, words: dict[str, Any], trained: int, width: int) 
     trained = words.get("original_max_position_embeddings") or trained
     factor, theta = words["factor"], words["rope_theta"]
     fast, slow = words.get("beta_fast") or 32.0, words.get("beta_slow") or 1.0
-    first, last = (
-        width * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (fast, slow)
-    )
+    first, last = (width * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (fast, slow))
     if words.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, width - 1)
@@ -64,7 +62,9 @@ def _yarn(plain: torch.Tensor, words: dict[str, Any], trained: int, width: int) 
     return plain / factor * (1 - kept) + plain * kept, float(scale if scale is not None else grown(1.0))
 
 
-def rope_tables(config: LlamaMoEConfig, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_tables(
+    config: LlamaMoEConfig, positions: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines (B, 1, S, P) for positions (B, S)."""
     length = int(positions.max()) + 1 if config.rope_parameters["rope_type"] == "dynamic" and positions.numel() else 0
     plain, scale = rope_frequencies(config, length)

@@ -171,13 +171,17 @@ class LlamaMoEConfig(PretrainedConfig):
 def _sizes(name: str, value: Any, layer: int, count: int, total: int) -> list[int]:
     if value is None:
         if total % count:
-            raise ValueError(f"{total} neurons are not divisible by {count} experts: give {name}, a list for each layer")
+            raise ValueError(
+                f"{total} neurons are not divisible by {count} experts: give {name}, a list for each layer"
+            )
         return [total // count] * count
     if layer >= len(value):
         raise ValueError(f"{name} has {len(value)} lists, layer {layer} has none")
     sizes = [int(size) for size in value[layer]]
     if len(sizes) != count or sum(sizes) != total or min(sizes) < 1:
-        raise ValueError(f"{name} of layer {layer} is {sizes}: {count} sizes of 1 or more that sum to {total} are wanted")
+        raise ValueError(
+            f"{name} of layer {layer} is {sizes}: {count} sizes of 1 or more that sum to {total} are wanted"
+        )
     return sizes
 
 

@@ -60,9 +60,7 @@ def gate_network(kind: str, hidden: int, experts: int) -> nn.Module:
     """Two layers with tanh between, or one that starts at 0."""
     if kind == "linear":
         return LlamaMoEZeroLinear(hidden, experts)
-    return nn.Sequential(
-        nn.Linear(hidden, experts, bias=False), nn.Tanh(), nn.Linear(experts, experts, bias=False)
-    )
+    return nn.Sequential(nn.Linear(hidden, experts, bias=False), nn.Tanh(), nn.Linear(experts, experts, bias=False))
 
 
 class LlamaMoEGate(nn.Module):
@@ -119,7 +117,10 @@ class LlamaMoEGate(nn.Module):
         It has to exceed the K-th largest of the other logits. The released code asks noise alone whether an expert is
         in (``load_compat="reference"``).
         """
-        last_in, first_out = ordered[:, self.config.num_selects - 1 :][:, :1], ordered[:, self.config.num_selects :][:, :1]
+        last_in, first_out = (
+            ordered[:, self.config.num_selects - 1 :][:, :1],
+            ordered[:, self.config.num_selects :][:, :1],
+        )
         inside = (noise if self.config.load_compat == "reference" else logits) > first_out
         return torch.special.ndtr((clean - torch.where(inside, first_out, last_in)) / sigma)
 
