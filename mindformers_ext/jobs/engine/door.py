@@ -21,6 +21,7 @@ from mindformers_ext.core.spec import DeviceSpec, NetworkSpec
 from mindformers_ext.formats.mindrecord_file import MindRecordFile
 from mindformers_ext.jobs.engine.protocols import (
     Engine,
+    LayerProbe,
     LayerStates,
     RecordStore,
     RecordWriter,
@@ -126,3 +127,20 @@ def open_layer_states(folder: Path, read: Callable[[str], np.ndarray]) -> LayerS
     from mindformers_ext.pt.hidden_states import HiddenStates
 
     return HiddenStates(folder, read)
+
+
+def open_probe(engine: str, spec: NetworkSpec, device: DeviceSpec) -> LayerProbe:
+    """A dense decoder that shows what it computes inside, layer by layer."""
+    if engine == MINDSPORE:
+        os.environ.setdefault("GLOG_v", "3")  # see open_engine
+        from mindformers_ext.ms.engine import MindSporeEngine
+        from mindformers_ext.ms.probe import MindSporeLayerProbe
+
+        MindSporeEngine().use(device)
+        return MindSporeLayerProbe(spec)
+    from mindformers_ext.pt.engine import PyTorchEngine
+    from mindformers_ext.pt.probe import TorchLayerProbe
+
+    torch = PyTorchEngine()
+    torch.use(device)
+    return TorchLayerProbe(spec, torch.device)
