@@ -41,6 +41,8 @@ ROWS = (
     Row("transform", "merge, cut and cut anew the ranks of a checkpoint", "transform_ckpt", "COMMAND",
         "python tools/transform_ckpt.py"),
     Row("merge", "merge models, or assemble them to a mixture of experts", "merge", "COMMAND", "python tools/merge.py"),
+    Row("experts", "cut a dense LLaMA into a mixture of experts, stage by stage", "experts", "COMMAND",
+        "python tools/build_experts.py"),
     Row("preprocess", "text and conversations to MindRecord files of token rows", "preprocess", "COMMAND", PREPROCESS),
     Row("train", "train a model folder on a file, or a YAML", "first", "TRAIN"),
     Row("predict", "answer prompts with a model folder, or a YAML", "first", "PREDICT"),

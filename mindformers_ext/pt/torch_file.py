@@ -6,13 +6,14 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.pt.pickle_table import MAX_TABLE, check_table
+from mindformers_ext.pt.pickle_table import MAX_TABLE, NAMES, check_table
 
 # What damaged or hostile files make torch.load raise.
 FAULTS = (
@@ -42,12 +43,12 @@ class TorchFile:
             UserError: not a zip file of torch.save, damaged, or holding anything but plain tensors.
         """
         self.path = path
-        stored = _check_zip(path)
+        stored = check_zip(path)
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except FAULTS as error:
             raise UserError(
-                f"'{path}' cannot be read as plain tensors ({_reason(error)}): it is damaged, or holds Python "
+                f"'{path}' cannot be read as plain tensors ({fault_text(error)}): it is damaged, or holds Python "
                 "objects, which are never run. Save the model as safetensors"
             ) from error
         if not isinstance(loaded, dict):
@@ -55,10 +56,7 @@ class TorchFile:
         self._tensors: dict[str, torch.Tensor] = {}
         for name, tensor in loaded.items():
             self._tensors[str(name)] = self._checked(name, tensor)
-        storages = [tensor.untyped_storage() for tensor in self._tensors.values()]
-        mapped = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
-        if sorted(mapped.values()) != stored:  # torch maps what the table says, beyond an entry's end too
-            raise UserError(f"'{path}' is damaged: its table of tensors and its data differ in size; copy it again")
+        check_storages(path, self._tensors.values(), stored)
 
     @property
     def infos(self) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -77,15 +75,31 @@ class TorchFile:
                 f"'{self.path}' holds {name!r} of type {type(tensor).__name__}, not a tensor by name: "
                 "save model.state_dict()"
             )
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-            raise UserError(f"'{self.path}': '{name}' is sparse, quantised or without data: save it as a plain tensor")
-        # a small storage spread over a large shape (strides of 0) would fill the memory when read
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise UserError(f"'{self.path}': '{name}' {tuple(tensor.shape)} has less data than its shape needs")
-        return tensor.detach()
+        return checked_tensor(self.path, f"'{name}'", tensor)
 
 
-def _reason(error: BaseException) -> str:
+def checked_tensor(path: Path, what: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that ``what`` names, without its history; one that is not plain data is a ``UserError``."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        raise UserError(f"'{path}': {what} is sparse, quantised or without data: save it as a plain tensor")
+    # a small storage spread over a large shape (strides of 0) would fill the memory when read
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise UserError(f"'{path}': {what} {tuple(tensor.shape)} has less data than its shape needs")
+    return tensor.detach()
+
+
+def check_storages(path: Path, tensors: Iterable[torch.Tensor], stored: list[int]) -> None:
+    """What ``tensors`` map must be the file's entries: torch maps what the table says, beyond an entry's end too.
+
+    stored: the entries' sizes, from ``check_zip``.
+    """
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    mapped = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
+    if sorted(mapped.values()) != stored:
+        raise UserError(f"'{path}' is damaged: its table of tensors and its data differ in size; copy it again")
+
+
+def fault_text(error: BaseException) -> str:
     """A few words; torch's own text goes on to advise loading the file with all its code."""
     named = re.search(r"GLOBAL ([\w.]+)", str(error))
     if named:
@@ -94,10 +108,10 @@ def _reason(error: BaseException) -> str:
     return text[0][:200] if text and "eights only load" not in text[0] else type(error).__name__
 
 
-def _check_zip(path: Path) -> list[int]:
+def check_zip(path: Path, names: re.Pattern[str] = NAMES) -> list[int]:
     """torch.save has written zip files since 1.6, nothing compressed; mapping works with those alone.
 
-    Returns the sizes of the stored data, sorted, zeros left out.
+    names: what its table may ask for. Returns the sizes of the stored data, sorted, zeros left out.
     """
     size = path.stat().st_size
     try:
@@ -107,7 +121,7 @@ def _check_zip(path: Path) -> list[int]:
                 raise UserError(f"'{path}' is not laid out as torch.save does it: save the model as safetensors")
             for entry in entries:
                 if entry.filename.endswith("data.pkl") and entry.file_size <= min(MAX_TABLE, size):
-                    check_table(archive.read(entry), str(path))
+                    check_table(archive.read(entry), str(path), names)
     except UserError:
         raise
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError, IndexError) as error:

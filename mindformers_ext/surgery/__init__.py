@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods that make new weights out of others: merging; torch tensors and no files."""
+"""Methods that make new weights out of others: merging, and experts out of dense parts; no files."""

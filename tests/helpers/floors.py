@@ -39,14 +39,14 @@ FLOORS = {
     "surgery": _floor("core weights", "numpy torch"),
     "ms": _floor("core", "numpy mindspore"),
     "pt": _floor("core", "numpy torch triton", late_third="transformers"),
-    "jobs": _floor("core formats weights data surgery", "numpy tqdm psutil", late_third="matplotlib"),
+    "jobs": _floor("core formats weights data surgery", "numpy tqdm psutil", late_third="matplotlib ray"),
     "mf": _floor("core data ms jobs", "numpy mindspore mindformers", late_third="tensorboardX"),
     "cli": _floor("jobs weights core", late_ours="mf"),
     "scripts": _floor("cli"),  # root scripts and tools/ (tools/bench/ measures, and may import what it measures)
 }
 ENGINE_DOOR = ("jobs", "engine", "door.py")  # the one file of jobs/ that may open ms or pt, inside a function
 LEAN = ("mf", "lean.py")  # imports on its first use what MindFormers imports at its own import
-STARTS = (("cli", "start.py"), ("cli", "mfext.py"))  # import a command of cli/ by its name
+STARTS = (("cli", "start.py"), ("cli", "mfext.py"), ("cli", "experts.py"))  # import a command of cli/ by its name
 STOREYS = ("core", "formats", "weights data", "surgery ms pt", "jobs", "mf", "cli", "scripts")
 # The inner order of a folder, lowest first: what stands on one line never sees each other. Loose files stand as `name`.
 INNER = {
@@ -58,7 +58,7 @@ INNER = {
         "config",
         "cluster",
     ),
-    "jobs": ("engine", "checkpoint", "run", "preprocess merge predict launch", "train dryrun"),
+    "jobs": ("engine", "checkpoint", "run", "preprocess merge predict launch experts", "train dryrun"),
 }
 INNER_NUMBER = {
     house: {name: number for number, names in enumerate(order) for name in names.split()}

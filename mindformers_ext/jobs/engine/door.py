@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from mindformers_ext.core.config.run import ASCEND, ENGINES, MINDSPORE, PYTORCH
 from mindformers_ext.core.config.train import TrainSpec
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import DeviceSpec, NetworkSpec
+from mindformers_ext.formats.atomic import fresh_file
 from mindformers_ext.formats.mindrecord_file import MindRecordFile
 from mindformers_ext.jobs.engine.protocols import (
     Engine,
@@ -144,3 +146,25 @@ def open_probe(engine: str, spec: NetworkSpec, device: DeviceSpec) -> LayerProbe
     torch = PyTorchEngine()
     torch.use(device)
     return TorchLayerProbe(spec, torch.device)
+
+
+def write_plain(path: Path, value: Any, overwrite: bool = False) -> None:
+    """A file of torch.save that torch.load reads by its default; it appears whole or not at all. Imports torch.
+
+    value: ints in a list or in lists, an array, or arrays by name.
+    """
+    from mindformers_ext.pt.plain_file import write_plain as write
+
+    with fresh_file(path, overwrite) as partial:
+        write(partial, value)
+
+
+def read_plain(path: Path, allow_pickle: bool = False) -> Any:
+    """The numbers in such a file: ints in lists, arrays. ``allow_pickle``: also an older one with numpy's numbers.
+
+    Raises:
+        UserError: not such a file, damaged, or holding anything else. No code of a file is run.
+    """
+    from mindformers_ext.pt.plain_file import read_plain as read
+
+    return read(path, allow_pickle)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python tools/build_experts.py STAGE ...``: a dense LLaMA becomes a mixture of experts. Each stage has its file.
+
+Each ``cli/experts_STAGE.py`` has ``configure(parser)``, which adds its options, and ``run(words)``, which does the work
+and returns the exit code; it loads nothing heavy before ``run``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from mindformers_ext.cli.command import Command
+
+EPILOG = """examples:
+  python tools/build_experts.py split --model_path llama_7B --save_path experts --num_experts 8
+  python tools/build_experts.py split --help
+"""
+STAGES = {
+    "split": "which neurons make up which expert",
+    "features": "what the dense model computes inside, as data for gates",
+    "select": "fit the gates that choose experts",
+    "convert": "write the mixture, or the dense model again",
+    "run": "all stages from one YAML",
+    "report": "one page of figures about a mixture",
+}
+
+
+def stage_module(stage: str) -> Any:
+    """The file of one stage."""
+    return importlib.import_module(f"{__package__}.experts_{stage}")
+
+
+def run_stage(stage: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """One stage alone, as the scripts of research/llama_moe/ call it; the exit code."""
+    module = stage_module(stage)
+    return Command(
+        prog=prog or sys.argv[0].rpartition("/")[2],
+        description=f"{STAGES[stage][0].upper()}{STAGES[stage][1:]}.",
+        options=module.configure,
+        run=module.run,
+    ).main(argv)
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    found = [stage for stage in STAGES if importlib.util.find_spec(f"{__package__}.experts_{stage}")]
+    stages = parser.add_subparsers(dest="stage", required=True, metavar="|".join(found))
+    for stage in found:
+        text = f"{STAGES[stage][0].upper()}{STAGES[stage][1:]}."
+        stage_module(stage).configure(
+            stages.add_parser(stage, allow_abbrev=False, help=STAGES[stage], description=text)
+        )
+
+
+def _run(words: argparse.Namespace) -> int:
+    code: int = stage_module(words.stage).run(words)
+    return code
+
+
+COMMAND = Command(
+    prog="build_experts.py",
+    description="Turn a dense LLaMA folder into a mixture of experts (LLaMA-MoE), stage by stage.",
+    epilog=EPILOG,
+    options=_options,
+    run=_run,
+)
+parser, main = COMMAND.parser, COMMAND.main
