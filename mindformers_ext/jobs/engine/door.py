@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mindformers_ext.core.config.run import ASCEND, ENGINES, MINDSPORE, PYTORCH
+from mindformers_ext.core.config.run import ASCEND, CPU, ENGINES, MINDSPORE, PYTORCH
 from mindformers_ext.core.config.train import TrainSpec
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import DeviceSpec, NetworkSpec
@@ -144,7 +144,8 @@ def open_probe(engine: str, spec: NetworkSpec, device: DeviceSpec) -> LayerProbe
     from mindformers_ext.pt.probe import TorchLayerProbe
 
     torch = PyTorchEngine()
-    torch.use(device)
+    if device.target != CPU:  # else freed memory would be kept (pt/ops/memory.py), which is for training
+        torch.use(device)
     return TorchLayerProbe(spec, torch.device)
 
 
