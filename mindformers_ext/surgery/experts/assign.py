@@ -3,9 +3,9 @@
 
 Two steps. Prices: a row takes the column whose score minus price is highest; setting a column's price so that exactly
 as many rows take it as it has places is one step of coordinate descent on the dual, and a few steps leave almost every
-row where it belongs. Repair: rows that are too many travel over shortest paths of the graph whose nodes are the columns and
-whose edge a -> b costs what the cheapest move of a row from a to b loses (successive shortest paths; a negative cycle,
-which only rounding of prices can leave, is taken as well). No negative cycle at the end proves the optimum.
+row where it belongs. Repair: rows that are too many travel over shortest paths of the graph whose nodes are the columns
+and whose edge a -> b costs what the cheapest move of a row from a to b loses: successive shortest paths keep the
+optimum. A negative cycle, which only rounding of prices can leave, is taken as well.
 """
 
 from __future__ import annotations

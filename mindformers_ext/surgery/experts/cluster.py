@@ -24,6 +24,7 @@ PASSES = 500
 PROJECTION = 72  # directions in which restarts run
 REFINED = 2  # restarts that go on in the full space
 ROUGH, FINE = 1e-5, 1e-8  # a pass that raises the sum by less, relatively, is the last one
+POLISHED = 1e-5  # a round of exchanges that raises it by less is the last one
 ROUNDS = 8  # of exchanges and passes behind them
 BLOCK = 1024  # rows that are looked at together where a whole copy of the matrix would be made
 
@@ -91,7 +92,7 @@ def unit_rows(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 def own_order(rows: np.ndarray) -> np.ndarray:
     """An order that depends on what the rows hold, not on where they stand."""
-    sums = np.array([zlib.crc32(row.tobytes()) for row in rows], np.uint32)
+    sums = np.array([zlib.crc32(np.ascontiguousarray(row)) for row in rows], np.uint32)
     return np.lexsort((rows[:, -1], rows[:, 0], sums))
 
 
@@ -150,10 +151,10 @@ class _Space:
             state.labels = exchange(self.x, state.labels, state.sums, self.objective)
             state.sums = self._sums(state.labels)
             state.value = self.objective.value(state.sums)
-            if state.value - before <= FINE * abs(before):
-                break
             while self.step(state, state.sums):
                 pass
+            if state.value - before <= POLISHED * abs(before):
+                break
         return state
 
     def _sums(self, labels: np.ndarray) -> np.ndarray:

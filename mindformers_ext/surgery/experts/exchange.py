@@ -13,7 +13,7 @@ import numpy as np
 from mindformers_ext.surgery.experts.objective import Objective
 
 CANDIDATES = 512
-SWEEPS = 4
+SWEEPS = 2
 LEAST = 1e-9  # gain relative to the objective, below which rounding decides
 
 
