@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mindformers_ext.core.config.run import ASCEND, ENGINES, MINDSPORE, PYTORCH
+from mindformers_ext.core.config.run import ASCEND, CPU, ENGINES, MINDSPORE, PYTORCH
 from mindformers_ext.core.config.train import TrainSpec
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import DeviceSpec, NetworkSpec
@@ -23,6 +23,7 @@ from mindformers_ext.formats.atomic import fresh_file
 from mindformers_ext.formats.mindrecord_file import MindRecordFile
 from mindformers_ext.jobs.engine.protocols import (
     Engine,
+    LayerProbe,
     LayerStates,
     RecordStore,
     RecordWriter,
@@ -128,6 +129,24 @@ def open_layer_states(folder: Path, read: Callable[[str], np.ndarray]) -> LayerS
     from mindformers_ext.pt.hidden_states import HiddenStates
 
     return HiddenStates(folder, read)
+
+
+def open_probe(engine: str, spec: NetworkSpec, device: DeviceSpec) -> LayerProbe:
+    """A dense decoder that shows what it computes inside, layer by layer."""
+    if engine == MINDSPORE:
+        os.environ.setdefault("GLOG_v", "3")  # see open_engine
+        from mindformers_ext.ms.engine import MindSporeEngine
+        from mindformers_ext.ms.probe import MindSporeLayerProbe
+
+        MindSporeEngine().use(device)
+        return MindSporeLayerProbe(spec)
+    from mindformers_ext.pt.engine import PyTorchEngine
+    from mindformers_ext.pt.probe import TorchLayerProbe
+
+    torch = PyTorchEngine()
+    if device.target != CPU:  # else freed memory would be kept (pt/ops/memory.py), which is for training
+        torch.use(device)
+    return TorchLayerProbe(spec, torch.device)
 
 
 def write_plain(path: Path, value: Any, overwrite: bool = False) -> None:
