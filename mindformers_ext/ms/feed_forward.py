@@ -21,8 +21,8 @@ FeedForwardOutput = tuple[Tensor, Tensor | None, Tensor | None]
 class FeedForward(Protocol):
     """A layer's second half, whatever is in it."""
 
-    def __call__(self, x_TD: Tensor) -> FeedForwardOutput:
-        """Rows (T, D) in training and evaluation."""
+    def __call__(self, x_TD: Tensor, noise_TE: Tensor | None = None) -> FeedForwardOutput:
+        """Rows (T, D) in training and evaluation, and the noise that a mixture's gate adds in training."""
 
     def for_inference(self, tokens: int) -> nn.Cell:
         """A cell of the same parameters for graphs of ``tokens`` rows that drops none: x (T, D) and valid (T) int32,
@@ -52,7 +52,7 @@ class SwiGlu(nn.Cell):
         """The output alone."""
         return self.w2(self.swiglu(self.w1(x_TD), self.w3(x_TD)))
 
-    def construct(self, x_TD: Tensor) -> FeedForwardOutput:
+    def construct(self, x_TD: Tensor, noise_TE: Tensor | None = None) -> FeedForwardOutput:
         return self.product(x_TD), None, None
 
     def for_inference(self, tokens: int) -> nn.Cell:

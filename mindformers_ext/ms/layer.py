@@ -10,6 +10,7 @@ from mindformers_ext.core.layers import DenseSpec, LayerSpec
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.attention import Attention
 from mindformers_ext.ms.feed_forward import FeedForward, FeedForwardOutput, SwiGlu
+from mindformers_ext.ms.moe import noisy_gate as noisy_gate
 from mindformers_ext.ms.moe.layer import MoE
 from mindformers_ext.ms.moe.shared import SharedMoE
 from mindformers_ext.ms.norm import RmsNorm
@@ -28,7 +29,7 @@ def build_feed_forward(spec: NetworkSpec, layer: LayerSpec, operators: Operators
 class Layer(nn.Cell):
     """Attention and feed-forward, each behind a norm and added to the residual.
 
-    Inputs: x (T, D), the rotary tables. Outputs: ``FeedForwardOutput``.
+    Inputs: x (T, D), the rotary tables, and of a mixture the noise (T, E) that its gate adds. Outputs: ``FeedForwardOutput``.
     """
 
     def __init__(self, spec: NetworkSpec, layer: LayerSpec, operators: Operators) -> None:
@@ -39,7 +40,9 @@ class Layer(nn.Cell):
         self.feed_forward = build_feed_forward(spec, layer, operators)
         self.add = Shards(spec).shard(P.Add(), "residual")
 
-    def construct(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> FeedForwardOutput:
+    def construct(
+        self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor, noise_TE: Tensor | None = None
+    ) -> FeedForwardOutput:
         x_TD = self.add(x_TD, self.attention(self.attention_norm(x_TD), cos_SP, sin_SP))
-        y_TD, aux_loss_G, report_GE = self.feed_forward(self.ffn_norm(x_TD))
+        y_TD, aux_loss_G, report_GE = self.feed_forward(self.ffn_norm(x_TD), noise_TE)
         return self.add(x_TD, y_TD), aux_loss_G, report_GE

@@ -209,10 +209,13 @@ class LossNetwork(nn.Cell):
     def __init__(self, network: nn.Cell) -> None:
         super().__init__(auto_prefix=False)
         self.network = network
+        self.draws = network.spec.noise_shape is not None
 
-    def construct(self, input_ids: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
-        """LossTerms of token ids (B, S+1) and optional labels (B, S+1)."""
-        return self.network.losses(input_ids, labels)
+    def construct(self, input_ids: Tensor, labels: Tensor | None = None, noise: Tensor | None = None) -> Terms:
+        """LossTerms of token ids (B, S+1), optional labels (B, S+1), and where gates add it the noise, always last."""
+        if self.draws and noise is None:
+            return self.network.losses(input_ids, None, labels)
+        return self.network.losses(input_ids, labels, noise)
 
 
 def step_state(cell: TrainStepCell) -> dict[str, Parameter]:

@@ -31,7 +31,7 @@ Choice = tuple[Tensor, Tensor, Tensor]
 
 
 class Gate(Protocol):
-    """What a mixture asks of its gate."""
+    """What a mixture asks of its gate; one that draws noise also has ``noisy_scores`` of rows and noise (T, E)."""
 
     def scores(self, x_TD: Tensor) -> Tensor:
         """(T, S) float32 of rows (T, D); S is the gate's own affair."""
@@ -51,10 +51,9 @@ class RouterGate(nn.Cell):
 
     def __init__(self, hidden: int, experts: int, std: float, router_dtype: ms.Type) -> None:
         super().__init__()
+        start = initializer(Normal(sigma=std) if std else "zeros", (experts, hidden), ms.float32)
         # small: kept whole on every device, as MindFormers does; cutting it would cost a gather more per layer
-        self.weight = Parameter(
-            initializer(Normal(sigma=std), (experts, hidden), ms.float32), name="weight", parallel_optimizer=False
-        )
+        self.weight = Parameter(start, name="weight", parallel_optimizer=False)
         self.dtype = router_dtype
         self.product = P.MatMul(transpose_b=True)
 

@@ -30,7 +30,7 @@ class MoE(nn.Cell):
         super().__init__()
         hidden, chosen, shards = spec.model.hidden_size, moe.num_experts_per_tok, Shards(spec)
         self.experts, self.chosen, self.is_sorted = moe.num_local_experts, chosen, moe.use_gmm
-        self.groups = spec.parallel.groups
+        self.groups, self.draws = spec.parallel.groups, moe.draws_noise
         self.router = build_gate(spec, moe, operators)
         self.slots = build_slots(spec, moe, operators)
         self.ffn = (SortedExperts if self.is_sorted else SlotExperts)(spec, moe, operators)
@@ -50,8 +50,16 @@ class MoE(nn.Cell):
         report_GE = self.join((counts_GE, ops.expand_dims(dropped_G, 1)))
         return dispatch_GEC, slot_GNK, kept_GNK, weight_GNK * kept_GNK, assignment_GEC, aux_loss_G, report_GE
 
-    def construct(self, x_TD: Tensor) -> FeedForwardOutput:
-        scores_TS, bias_E = self.router.scores(x_TD), self.router.bias()
+    def scores(self, x_TD: Tensor, noise_TE: Tensor | None) -> Tensor:
+        """The gate's (T, S); noise is added in training alone."""
+        if not self.draws or not self.training:
+            return self.router.scores(x_TD)
+        if noise_TE is None:
+            raise ValueError("a gate that adds noise is trained with noise: give it, or call set_train(False)")
+        return self.router.noisy_scores(x_TD, noise_TE)
+
+    def construct(self, x_TD: Tensor, noise_TE: Tensor | None = None) -> FeedForwardOutput:
+        scores_TS, bias_E = self.scores(x_TD, noise_TE), self.router.bias()
         scores_GNS = ops.reshape(scores_TS, (self.groups, -1, scores_TS.shape[1]))
         found = self.cut_places(scores_GNS, bias_E) if self.is_cut else self.places(scores_GNS, bias_E)
         dispatch_GEC, slot_GNK, kept_GNK, coeff_GNK, assignment_GEC, aux_loss_G, report_GE = found

@@ -65,8 +65,8 @@ class SharedMoE(nn.Cell):
             return self.weigh(y_TD, self.shared_experts_gate(x_TD))
         return self.scale(y_TD)
 
-    def construct(self, x_TD: Tensor) -> FeedForwardOutput:
-        y_TD, aux_loss_G, report_GE = self.routed_experts(x_TD)
+    def construct(self, x_TD: Tensor, noise_TE: Tensor | None = None) -> FeedForwardOutput:
+        y_TD, aux_loss_G, report_GE = self.routed_experts(x_TD, noise_TE)
         return self.add(y_TD, self.always(x_TD)), aux_loss_G, report_GE
 
     def for_inference(self, tokens: int) -> nn.Cell:

@@ -174,3 +174,32 @@ class RotaryOp(nn.Cell):
         cos, sin = self._table(cos_SP, shape), self._table(sin_SP, shape)
         dx_BSHP = ops.cast(d * cos - self._turn(d) * sin, x_BSHP.dtype)
         return dx_BSHP, ops.zeros_like(cos_SP), ops.zeros_like(sin_SP)
+
+
+class TanhOp(nn.Cell):
+    """tanh by expm1, to float32's rounding: MindSpore's own on CPU is off by 1e-4. Any shape, float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expm1 = P.Expm1()
+
+    def construct(self, x: Tensor) -> Tensor:
+        power = self.expm1(2.0 * ops.minimum(ops.maximum(x, -9.0), 9.0))  # beyond 9 it is 1 to rounding
+        return power / (power + 2.0)
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        return (dout * (1.0 - out * out),)
+
+
+class SoftplusOp(nn.Cell):
+    """log(1 + exp x) by log1p, to float32's rounding. Any shape, float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log1p, self.expm1, self.relu = P.Log1p(), P.Expm1(), P.ReLU()
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.log1p(self.expm1(-ops.abs(x)) + 1.0) + self.relu(x)
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        return (-dout * self.expm1(-out),)

@@ -97,9 +97,13 @@ class NoisyGate(nn.Module):
             raise ValueError("a gate that adds noise is trained with noise: give it, or call eval()")
         shape, x_TD = (*x_GND.shape[:2], -1), x_GND.flatten(0, 1)
         clean_GNE = self.logits(x_TD).view(shape)
-        if noise_TE is None or not self.training:
+        if not self.training:
             return self.router(clean_GNE, None, None)
-        return self.router(clean_GNE, self.noise(x_TD).view(shape), noise_TE.view(shape))
+        raw_GNE = None if noise_TE is None else self.noise(x_TD).view(shape)
+        choice = self.router(clean_GNE, raw_GNE, None if noise_TE is None else noise_TE.view(shape))
+        # a plain sum, one expert or no noise leave weights without effect: their gradient is zero, not missing
+        unused = sum((weight.sum() * 0.0 for weight in self.parameters()), choice.aux_loss_G)
+        return choice._replace(aux_loss_G=unused)
 
     def choose(self, x_GND: Tensor) -> tuple[Tensor, Tensor]:
         """See ``Gate``."""

@@ -121,7 +121,9 @@ def test_a_named_family_makes_the_round_trip(family: str, data: st.DataObject) -
     config = yaml.safe_load(yaml.safe_dump(yaml_from_network_spec(spec)))
     assert network_spec_from_yaml(config) == spec
     several = any(word.means for word in spec.model.family_row.words)
-    for key in ("qk_layernorm",) if several else ("qk_layernorm", "moe_gate"):  # what the name fixes need not be written
+    for key in (
+        ("qk_layernorm",) if several else ("qk_layernorm", "moe_gate")
+    ):  # what the name fixes need not be written
         config["model"]["model_config"].pop(key, None)
     assert network_spec_from_yaml(config) == spec
 
