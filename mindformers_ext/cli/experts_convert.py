@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindformers_ext.cli.command import boolean
+from mindformers_ext.cli.experts_flags import TEMPLATE
 from mindformers_ext.core.errors import UserError
 
 if TYPE_CHECKING:
+    from mindformers_ext.jobs.experts.convert import MixtureRequest
     from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest
 
-TEMPLATE = "layers.{}.mlp.gate_proj.weight"
 # what may come out, by the reference's word; the file's ``architectures`` and the head follow from it
 CLASSES = ("LlamaMoEForCausalLM", "LlamaMoEModel", "LlamaMoEForSequenceClassification")
 
@@ -52,6 +53,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--out-shard-size", default="5B", metavar="SIZE", help="bytes of one shard; default 5B (5e9)")
     add("--allow_pickle", action="store_true", help="read older split and gate files that hold numpy's numbers")
     add("--overwrite", action="store_true", help="replace an existing output folder")
+    add("--eval_text", type=Path, metavar="FILE", help="also print the loss on this text: dense, gate, static cut, ...")
+    add("--eval_tokens", type=int, default=32768, metavar="N", help="of that text; default %(default)s")
+    add("--block_size", type=int, default=512, metavar="N", help="tokens of a row of it; default %(default)s")
     add("--dry-run", "--dry_run", action="store_true", help="check everything, write nothing")
     add("--quiet", action="store_true", help="no progress bar and no notes")
 
@@ -72,16 +76,14 @@ def run(words: argparse.Namespace) -> int:
 
 
 def _converted(words: argparse.Namespace) -> MergeReport:
-    from mindformers_ext.jobs.checkpoint.source import read_config
     from mindformers_ext.jobs.experts.convert import MixtureRequest, convert
     from mindformers_ext.jobs.experts.gate_files import read_gates
     from mindformers_ext.jobs.experts.splits import read_splits
 
     if words.split_file_path is None:
         raise UserError("--split_file_path is missing: give the folder that split has written")
-    config = read_config(words.model_path)
-    layers, width = (int(config.get(key) or 0) for key in ("num_hidden_layers", "intermediate_size"))
-    splits = read_splits(words.split_file_path, words.template, layers, width, words.num_experts, words.allow_pickle)
+    layers, width = _sizes(words.model_path)
+    splits = read_splits(words.split_file_path, words.template, layers, words.num_experts, words.allow_pickle, width)
     gates = None
     if words.select_file_path is not None and not words.use_random_gate:
         gates = read_gates(words.select_file_path, words.template, layers, words.allow_pickle)
@@ -94,7 +96,40 @@ def _converted(words: argparse.Namespace) -> MergeReport:
         dtype=words.dtype,
         seed=words.seed,
     )
-    return convert(request, write=not words.dry_run)
+    report = convert(request, write=not words.dry_run)
+    for line in _quality(words, request):
+        print(line)
+    return report
+
+
+def _sizes(model: Path) -> tuple[int, int]:
+    """Layers and neurons that config.json tells."""
+    from mindformers_ext.jobs.checkpoint.source import read_config
+
+    config = read_config(model)
+    return int(config.get("num_hidden_layers") or 0), int(config.get("intermediate_size") or 0)
+
+
+def _quality(words: argparse.Namespace, request: MixtureRequest) -> list[str]:
+    """The loss of the mixture beside simpler choices, where a text is given."""
+    if words.eval_text is None:
+        return [
+            "quality: not measured; --eval_text FILE prints the loss beside that of the dense model and simpler cuts"
+        ]
+    from mindformers_ext.jobs.experts.calibration import Calibration
+    from mindformers_ext.jobs.experts.quality import QualityRequest, measure
+
+    texts = Calibration(
+        model_path=words.model_path,
+        text=words.eval_text,
+        block_size=words.block_size,
+        max_tokens=2 * words.eval_tokens,
+        quiet=words.quiet,
+    )
+    ladder = measure(
+        QualityRequest(texts=texts, splits=request.splits, gates=request.gates, gating=request.gating, seed=words.seed)
+    )
+    return [f"loss per token over {ladder.tokens} tokens:", *(f"  {line}" for line in ladder.lines())]
 
 
 def _gating(words: argparse.Namespace, gates: Any, layers: int) -> Any:
@@ -132,17 +167,13 @@ def _factor_file(folder: Path, layers: int) -> Any:
 
 
 def _reversed(words: argparse.Namespace) -> MergeReport:
-    from mindformers_ext.jobs.checkpoint.source import read_config
     from mindformers_ext.jobs.experts.reverse import DenseRequest, reverse
     from mindformers_ext.jobs.experts.splits import read_splits
 
     splits = None
     if words.split_file_path is not None:
-        config = read_config(words.model_path)
-        layers, width, experts = (
-            int(config.get(key) or 0) for key in ("num_hidden_layers", "intermediate_size", "num_experts")
-        )
-        splits = read_splits(words.split_file_path, words.template, layers, width, experts, words.allow_pickle)
+        layers, width = _sizes(words.model_path)
+        splits = read_splits(words.split_file_path, words.template, layers, None, words.allow_pickle, width)
     request = DenseRequest(model=words.model_path, output=_output(words), splits=splits)
     return reverse(request, write=not words.dry_run)
 

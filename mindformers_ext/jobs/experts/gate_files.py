@@ -14,7 +14,7 @@ import numpy as np
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.json_text import read_object
 from mindformers_ext.formats.atomic import write_text
-from mindformers_ext.jobs.engine.door import write_plain
+from mindformers_ext.jobs.engine.door import read_plain, write_plain
 
 SUMMARY = "select.json"
 LISTS = ("train_epochs", "train_loss", "train_acc", "valid_epochs", "valid_loss", "valid_acc")
@@ -76,6 +76,30 @@ class GateFiles:
             if number.isdecimal() and self.path(int(number)).is_file():
                 found.append(read_object(path))
         return sorted(found, key=lambda one: int(one["layer"]))
+
+
+def read_gates(
+    folder: Path, template: str, layers: int, allow_pickle: bool = False
+) -> dict[int, dict[str, np.ndarray]]:
+    """The gates of a model's layers, tensors by their names below ``gate.``.
+
+    Raises:
+        UserError: no such folder, a layer that is missing, or a file that holds no tensors.
+    """
+    if not folder.is_dir():
+        raise UserError(f"'{folder}' is no folder: give the one that select has written")
+    files, gates = GateFiles(folder, template), {}
+    missing = [layer for layer in range(layers) if not files.path(layer).is_file()]
+    if missing:
+        raise UserError(f"'{folder}' lacks the gates of layers {missing}: fit them (select --specify_layer ...)")
+    for layer in range(layers):
+        found = read_plain(files.path(layer), allow_pickle)
+        if not isinstance(found, dict) or not all(isinstance(item, np.ndarray) for item in found.values()):
+            raise UserError(f"'{files.path(layer)}' holds no gate's tensors: fit it again")
+        if not all(np.isfinite(item).all() for item in found.values()):
+            raise UserError(f"'{files.path(layer)}' holds NaN or infinite values: fit it again")
+        gates[layer] = found
+    return gates
 
 
 def _short(value: float) -> str:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mindformers_ext.jobs.engine.protocols import LayerProbe
 from mindformers_ext.jobs.experts.gating import WEIGHTS, Gating
-from mindformers_ext.jobs.experts.probe import Course, Part
+from mindformers_ext.jobs.experts.probe import Arrays, Course, Part
 from mindformers_ext.jobs.experts.states import States
 from mindformers_ext.surgery.experts.split import LayerSplit
 
@@ -27,9 +27,9 @@ POINTS = ("mlp_input", "hidden", "mlp_output")
 DENSE, ORACLE, GATE, RANDOM, STATIC = "dense", "oracle", "gate", "random", "static"
 MEANING = {
     DENSE: "all neurons",
-    ORACLE: "for every token the experts whose neurons answer most, as nobody knows before computing them",
+    ORACLE: "the experts whose neurons answer most, which nobody knows before computing them all",
     GATE: "the experts that the gate chooses",
-    STATIC: "as many neurons, the same for every token: those that answer most on the text the gates were fitted to",
+    STATIC: "as many neurons, the same for every token: those that add most on the text's first half",
     RANDOM: "experts drawn at random for every token",
 }
 

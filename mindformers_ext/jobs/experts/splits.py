@@ -87,6 +87,13 @@ def open_split(
     return split
 
 
+def read_splits(
+    folder: Path, template: str, layers: int, experts: int | None, allow_pickle: bool, width: int
+) -> dict[int, LayerSplit]:
+    """The splits of a model's layers; see ``open_split``."""
+    return {layer: open_split(folder, template, layer, experts, allow_pickle, width) for layer in range(layers)}
+
+
 def _from_file(value: Any, settings: Mapping[str, Any], experts: int | None, width: int | None) -> LayerSplit:
     is_lists = isinstance(value, list) and bool(value) and isinstance(value[0], list | np.ndarray)
     if is_lists or isinstance(value, np.ndarray) and value.ndim == 2:
