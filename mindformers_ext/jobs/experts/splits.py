@@ -77,7 +77,7 @@ def open_split(
     value = read_plain(path, allow_pickle)
     try:
         split = _from_file(value, settings, experts, width)
-    except (UserError, TypeError, ValueError) as error:
+    except (UserError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"'{path}': {error}") from error
     if experts is not None and len(split.experts) != experts:
         raise UserError(f"'{path}' has {len(split.experts)} experts, --num_experts is {experts}: correct one of them")
