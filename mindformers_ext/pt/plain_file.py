@@ -21,6 +21,7 @@ from mindformers_ext.pt.pickle_values import read_values
 from mindformers_ext.pt.torch_file import FAULTS, check_storages, check_zip, checked_tensor, fault_text
 
 Plain = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | Mapping[str, np.ndarray]
+PROTOCOL = 2  # torch's own, and the newest that its reader without code knows
 MOST_NUMBERS = 2**22  # in lists: one may be named many times in few bytes
 
 
@@ -46,13 +47,16 @@ def read_plain(path: Path, allow_pickle: bool = False) -> Any:
         return _old_values(path)
     try:
         stored = check_zip(path)
+        is_old = _protocol(path) > PROTOCOL
     except UserError as error:
         if "numpy" not in str(error) and "STACK_GLOBAL" not in str(error):
             raise
+        is_old = True
+    if is_old:
         raise UserError(
             f"'{path}' was written by an older tool: pass --allow_pickle to read it (nothing of it is run), or write "
             "it again"
-        ) from error
+        )
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FAULTS as error:
@@ -61,6 +65,15 @@ def read_plain(path: Path, allow_pickle: bool = False) -> Any:
     value = _plain(loaded, path, tensors)
     check_storages(path, tensors, stored)
     return value
+
+
+def _protocol(path: Path) -> int:
+    """Of the pickle in a file that ``check_zip`` has passed."""
+    with zipfile.ZipFile(path) as archive:
+        (table,) = (entry for entry in archive.infolist() if entry.filename.endswith("data.pkl"))
+        with archive.open(table) as start:
+            first = start.read(2)
+    return first[1] if first[:1] == b"\x80" else 0
 
 
 def _old_values(path: Path) -> Any:
