@@ -21,6 +21,7 @@ EPILOG = """examples:
 STAGES = {
     "split": "which neurons make up which expert",
     "features": "what the dense model computes inside, as data for gates",
+    "importance": "how much the loss feels each neuron, for the gradient split",
     "select": "fit the gates that choose experts",
     "convert": "write the mixture, or the dense model again",
     "run": "all stages from one YAML",

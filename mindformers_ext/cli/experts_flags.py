@@ -44,7 +44,8 @@ def add_calibration(parser: argparse.ArgumentParser, required: bool = True) -> N
     group.add_argument(
         "--mixture", type=weights, metavar="KEY=N,...", help="weights of other domains than LLaMA's: wiki=3,code=1"
     )
-    group.add_argument("--data_use_percent", type=float, default=0.01, help="share of the texts; default %(default)s")
+    share = "share of the texts; default 0.01" + ("" if required else ". Of features: share of the files; default 1")
+    group.add_argument("--data_use_percent", type=float, help=share)
     group.add_argument("--max_tokens", type=int, help="tokens at most")
     group.add_argument("--block_size", type=int, default=2048, help="tokens a row; default %(default)s")
     group.add_argument("--batch_size", type=int, default=4, help="rows a batch; default %(default)s")
@@ -74,7 +75,7 @@ def calibration(words: argparse.Namespace) -> Calibration:
         train_data_path=words.train_data_path,
         train_data_cache_path=words.train_data_cache_path,
         text=words.text,
-        data_use_percent=words.data_use_percent,
+        data_use_percent=0.01 if words.data_use_percent is None else words.data_use_percent,
         block_size=words.block_size,
         batch_size=words.batch_size,
         max_tokens=words.max_tokens,

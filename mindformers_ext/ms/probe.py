@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import mindspore as ms
 import mindspore.ops.operations as P
@@ -34,7 +35,7 @@ class LayerPoints(nn.Cell):
 
     def __init__(self, layer: Layer) -> None:
         super().__init__(auto_prefix=False)
-        self.layer = layer
+        self.layer: Any = layer  # its feed-forward part is a SwiGlu: the model is dense
 
     def construct(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> tuple[Tensor, ...]:
         layer = self.layer
@@ -55,7 +56,7 @@ class ShiftedLayer(nn.Cell):
 
     def __init__(self, layer: Layer) -> None:
         super().__init__(auto_prefix=False)
-        self.layer = layer
+        self.layer: Any = layer  # its feed-forward part is a SwiGlu: the model is dense
 
     def construct(
         self,
@@ -113,8 +114,8 @@ class MindSporeLayerProbe:
         self.dtype = operators.dtype(spec.numerics.compute_dtype)
         rotary = operators.dtype(spec.numerics.rotary_dtype)
         self._tables = rotary_tables(spec.model.rope.tables(spec.seq_length), rotary)
-        self._points: nn.Cell | None = None
-        self._gradients: nn.Cell | None = None
+        self._points: Any = None
+        self._gradients: Any = None
         self._layer: Layer | None = None
         self._built: LayerSpec | None = None
         self._head: tuple[nn.Cell, nn.Cell] | None = None

@@ -7,6 +7,7 @@ Points are those of ``core.layers.POINTS``. Everything is float32 unless the spe
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ class TorchLayerProbe:
             raise ValueError("no layer is in memory: fill first")
         cos_SP, sin_SP = self._rotary(length)
         middle_TD = x_TD + layer.attention(layer.attention_norm(x_TD), cos_SP, sin_SP)
-        ffn = layer.feed_forward
+        ffn: Any = layer.feed_forward  # a SwiGlu: the model is dense
         input_TD = layer.ffn_norm(middle_TD)
         linear_TF = ffn.w1(input_TD)
         gate_TF = F.silu(linear_TF)

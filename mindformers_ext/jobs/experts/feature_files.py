@@ -43,7 +43,7 @@ class FeatureSink:
     def __init__(
         self, folder: Path, kind: str, rank: int, interval: int, fmt: str, widths: tuple[int, int], most: int
     ) -> None:
-        self.values = ("mlp_input", POINT_OF[kind])
+        self.values: tuple[str, ...] = ("mlp_input", POINT_OF[kind])
         self.nbytes = 2 * 2 * most * sum(widths)  # a shard, and its copy while it is written
         self._folders = [folder / INPUTS, folder / OUTPUTS[kind]]
         self._rank, self._interval, self._format, self._widths, self._most = rank, interval, fmt, widths, most

@@ -33,7 +33,7 @@ class StateFile:
         """(rows, length, D) of the rows' first ``length`` tokens."""
         found = np.empty((len(rows), length, self._width), np.float32)
         for place, row in enumerate(rows):
-            view = memoryview(found[place].reshape(-1).view(np.uint8))
+            view = found[place].reshape(-1).view(np.uint8).data
             if os.preadv(self._file, [view], self._place(row)) != len(view):
                 raise UserError(f"'{self._path}' is shorter than it was written: start again with --overwrite")
         return found
@@ -41,7 +41,7 @@ class StateFile:
     def write(self, rows: range, states: np.ndarray) -> None:
         """Put (rows, tokens, D) at the rows' beginnings."""
         for row, state in zip(rows, states, strict=True):
-            data = memoryview(np.ascontiguousarray(state, np.float32).reshape(-1).view(np.uint8))
+            data = np.ascontiguousarray(state, np.float32).reshape(-1).view(np.uint8).data
             done = 0
             while done < len(data):
                 done += os.pwrite(self._file, data[done:], self._place(row) + done)
