@@ -69,12 +69,21 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Opened:
-    """The course of this process; ``tokens`` and ``rows`` are those of all processes."""
+    """The course of this process; ``every`` are the rows of all processes."""
 
     course: Course
-    tokens: int
-    rows: int
+    every: Rows
     notes: tuple[str, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Of all processes."""
+        return self.every.tokens
+
+    @property
+    def rows(self) -> int:
+        """Of all processes."""
+        return len(self.every.ids)
 
     @property
     def model(self) -> DenseModel:
@@ -98,7 +107,7 @@ def opened(asked: Calibration, share: Share) -> Iterator[Opened]:
         device = DeviceSpec(asked.device_target, share.local if share.size > 1 else asked.device_id)
         own = rows.share(share)
         course = Course(model, own, asked.engine, device, asked.batch_size, quiet=asked.quiet or share.rank > 0)
-        yield Opened(course, rows.tokens, len(rows.ids), tuple(notes))
+        yield Opened(course, rows, tuple(notes))
     finally:
         model.close()
 

@@ -42,9 +42,9 @@ class GateFiles:
         path = self.path(layer, ".json")
         return self.path(layer).is_file() and path.is_file() and read_object(path).get("about") == dict(about)
 
-    def todo(self, layers: Sequence[int], about: Mapping[str, Any], overwrite: bool) -> tuple[int, ...]:
+    def todo(self, layers: Sequence[int], about: Mapping[int, Mapping[str, Any]], overwrite: bool) -> tuple[int, ...]:
         """The layers that are left; gates of another request are refused unless ``overwrite``."""
-        left = tuple(layer for layer in layers if not self.done(layer, about))
+        left = tuple(layer for layer in layers if not self.done(layer, about[layer]))
         others = [layer for layer in left if self.path(layer).exists()]
         if others and not overwrite:
             raise UserError(

@@ -13,18 +13,17 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import psutil
 from tqdm import tqdm
 
-from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.errors import Problems
 from mindformers_ext.formats.atomic import write_text
 from mindformers_ext.formats.fingerprint import fingerprint
-from mindformers_ext.jobs.engine.door import read_plain
 from mindformers_ext.jobs.experts.dense_model import TEMPLATE, DenseModel, open_dense, template_kind
 from mindformers_ext.jobs.experts.feature_files import LayerFeatures, find_features
 from mindformers_ext.jobs.experts.gate_files import SUMMARY, GateFiles, gates_folder
 from mindformers_ext.jobs.experts.layer_data import FEWEST, Gathered, gather
+from mindformers_ext.jobs.experts.splits import open_split, split_sha
 from mindformers_ext.surgery.experts.split import LayerSplit
 
 if TYPE_CHECKING:
@@ -118,11 +117,12 @@ def select(request: SelectRequest, tell: Callable[[str], object] = lambda line: 
     try:
         layers = model.check_layers(request.layers)
         files = GateFiles(gates_folder(request.save_path, model.name, request.experts, request.gate), request.template)
-        splits = {layer: read_layer_split(request, model, layer) for layer in layers}
+        splits = {layer: layer_split(request, model, layer) for layer in layers}
         if request.features is not None:
             for layer in layers:
                 find_features(request.features, kind, layer, request.allow_pickle)
-        about = _about(request, model, splits)
+        asked = _about(request, model)
+        about = {layer: {**asked, "split": split_sha(split)} for layer, split in splits.items()}
         todo = files.todo(layers, about, request.overwrite)
         notes: list[str] = []
         if request.dry_run:
@@ -135,26 +135,13 @@ def select(request: SelectRequest, tell: Callable[[str], object] = lambda line: 
             notes += _from_files(request, todo, files, about)
     finally:
         model.close()
-    return _report(request, files, todo, notes, about)
+    return _report(files, todo, notes, asked)
 
 
-def read_layer_split(request: SelectRequest, model: DenseModel, layer: int) -> LayerSplit:
+def layer_split(request: SelectRequest, model: DenseModel, layer: int) -> LayerSplit:
     """The split of one layer, which must have the model's width and the request's experts."""
-    path = request.split_path / request.template.format(layer)
-    if not path.is_file():
-        raise UserError(f"'{path}' is missing: give the folder that split wrote, with the same --templates")
-    found, width = read_plain(path, request.allow_pickle), model.spec.intermediate_size
-    lists = isinstance(found, list) and found and isinstance(found[0], list)
-    if lists:
-        split = LayerSplit(width, tuple(np.asarray(ids) for ids in found))
-    else:
-        split = LayerSplit.from_labels(found, request.experts)
-    if split.width != width or len(split.experts) != request.experts:
-        raise UserError(
-            f"the split in '{path}' has {len(split.experts)} experts of a layer of {split.width} neurons, the model "
-            f"has {width}, --num_experts is {request.experts}: give the split of this model"
-        )
-    return split
+    width = model.spec.intermediate_size
+    return open_split(request.split_path, request.template, layer, request.experts, request.allow_pickle, width)
 
 
 def worker_count(asked: int | None, layers: int) -> int:
@@ -194,11 +181,13 @@ def fit_and_write(
     files.write(layer, weights, figures, about)
 
 
-def _from_files(request: SelectRequest, todo: Sequence[int], files: GateFiles, about: Mapping[str, Any]) -> list[str]:
+def _from_files(
+    request: SelectRequest, todo: Sequence[int], files: GateFiles, about: Mapping[int, dict[str, Any]]
+) -> list[str]:
     """Every layer from its shards, several at a time."""
     workers = worker_count(request.workers, len(todo))
     limit = token_limit(request, workers)
-    jobs = [(request, layer, files, dict(about), limit) for layer in todo]
+    jobs = [(request, layer, files, about[layer], limit) for layer in todo]
     thinned = []
     bar = tqdm(total=len(jobs), desc="gates", unit="layer", disable=request.quiet or None)
     with bar:
@@ -232,7 +221,7 @@ def _layer_from_files(job: tuple[SelectRequest, int, GateFiles, dict[str, Any], 
     model = open_dense(request.model_path)
     try:
         kind = template_kind(request.template)
-        split = read_layer_split(request, model, layer)
+        split = layer_split(request, model, layer)
         features = _share(find_features(request.features or Path(), kind, layer, request.allow_pickle), request.percent)
         ridge = request.gate == "ridge"
         found = gather(features, model, layer, split, kind, request.criterion, ridge, limit)
@@ -249,7 +238,7 @@ def _share(features: LayerFeatures, percent: float) -> LayerFeatures:
     return LayerFeatures(features.inputs[:count], features.outputs[:count], features.allow_pickle)
 
 
-def _about(request: SelectRequest, model: DenseModel, splits: Mapping[int, LayerSplit]) -> dict[str, Any]:
+def _about(request: SelectRequest, model: DenseModel) -> dict[str, Any]:
     """What makes a gate the same: kept beside it."""
     words = ("template", "criterion", "experts", "selects", "gate", "init", "softmax", "lr", "epochs", "batch",
              "patience", "balance", "noise", "percent", "damping", "seed")  # fmt: skip
@@ -261,13 +250,11 @@ def _about(request: SelectRequest, model: DenseModel, splits: Mapping[int, Layer
     return asked | {"model": model.name, "weights": fingerprint(model.reader)}
 
 
-def _report(
-    request: SelectRequest, files: GateFiles, todo: tuple[int, ...], notes: list[str], about: Mapping[str, Any]
-) -> SelectReport:
-    found = [one for one in files.figures() if one.get("about") == dict(about)]
+def _report(files: GateFiles, todo: tuple[int, ...], notes: list[str], asked: Mapping[str, Any]) -> SelectReport:
+    found = [one for one in files.figures() if {**one.get("about", {}), **asked} == one.get("about")]
     if todo:
         short = [{key: value for key, value in one.items() if key not in ("curve", "about")} for one in found]
-        write_text(files.folder / SUMMARY, json.dumps({"about": dict(about), "layers": short}, indent=1) + "\n")
+        write_text(files.folder / SUMMARY, json.dumps({"about": dict(asked), "layers": short}, indent=1) + "\n")
         from mindformers_ext.jobs.experts.gate_plot import plot_gates
 
         plot_gates(found, files.folder / "select.png")

@@ -81,7 +81,7 @@ def stream(
     model: DenseModel,
     splits: Mapping[int, LayerSplit],
     files: GateFiles,
-    about: Mapping[str, Any],
+    about: Mapping[int, Mapping[str, Any]],
     tell: Callable[[str], object],
 ) -> None:
     """Fit the gates of the layers of ``splits`` in one pass through the model. A killed run goes on where it was.
@@ -108,7 +108,7 @@ def stream(
             model,
             splits,
             tokens,
-            lambda layer, found: fit_and_write(request, model, layer, splits[layer], found, files, about),
+            lambda layer, found: fit_and_write(request, model, layer, splits[layer], found, files, about[layer]),
         )
         wanted = needs(start.course, sink, len(splits), backward=False)
         for line in (
@@ -119,7 +119,7 @@ def stream(
             tell(line)
         check_needs(wanted, files.folder)
         place = files.folder / ".states"
-        digest = start.course.rows.digest(json.dumps(dict(about), sort_keys=True))
+        digest = start.course.rows.digest(json.dumps({str(layer): one for layer, one in about.items()}, sort_keys=True))
         states = States(place, start.course.length, model.spec.hidden_size, digest, keep=False)
         if states.done("forward") > min(splits):
             states.finish("forward", 0)  # a gate behind that point was taken away
