@@ -16,6 +16,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save_interval", type=int, default=1, help="batches a file; default %(default)s")
     parser.add_argument("--format", default="pth", help="pth or npy; default %(default)s")
     add_writing(parser)
+    # what torch.distributed.launch adds to a script's words; the same stands in LOCAL_RANK
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
 def run(words: argparse.Namespace) -> int:
