@@ -7,6 +7,7 @@ import gc
 import os
 import subprocess
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,17 @@ def shared_data(repo_root: Path) -> Path:
     if not folder.is_dir():
         pytest.skip("no folder shared/data beside the working tree")
     return folder
+
+
+@pytest.fixture(scope="session")
+def remote_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where transformers copies a model's own code before it runs it. One for a process: it becomes a package."""
+    from transformers import dynamic_module_utils
+
+    folder = tmp_path_factory.mktemp("remote_code")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

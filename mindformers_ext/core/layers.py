@@ -116,7 +116,7 @@ class MoESpec:
     Mixtral; MindFormers leaves it its probability, through which the router learns. ``intermediate_size``: width of an
     expert, None where it is the model's. ``gate``: what scores the experts (``core.families.GATES``).
 
-    Of the gates of ``NOISY_GATES`` (LLaMA-MoE, arXiv:2406.16554; Shazeer et al. 2017, arXiv:1701.06538, appendix A): the
+    Of the gates of ``NOISY_GATES`` (LLaMA-MoE, arXiv:2406.16554; Shazeer et al. 2017, arXiv:1701.06538, A): the
     score of a chosen expert is the softmax over the chosen logits, or with ``gate_use_softmax`` off the logit. An
     expert's output is multiplied by its score and ``score_scale_factor`` (one, or one per layer), with
     ``multiply_gate_scores`` off by nothing. ``gate_balance_loss_weight``: of the squared variations of importance and

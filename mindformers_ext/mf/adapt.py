@@ -8,10 +8,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from mindformers_ext.core.config.keys import MODES
+from mindformers_ext.core.config.keys import MODEL, MODES
 from mindformers_ext.core.config.run import ASCEND, CPU, TRAINER_KEY
+from mindformers_ext.core.config.values import section_at
 from mindformers_ext.core.families import GENERIC_NAMES, Family, family_of_yaml
 from mindformers_ext.mf.config import WRITTEN
+from mindformers_ext.mf.noise import NOISE, may_draw
 
 NOT_THEIRS = ("engine", TRAINER_KEY, "register_path")  # obeyed before MindFormers is opened
 # Sections that describe the network; kept as written for ``mf.config``.
@@ -43,7 +45,8 @@ def adapt(config: Mapping[str, Any], device_target: str) -> tuple[dict[str, Any]
       callbacks behind MindFormers' names.
     - ``AdamW`` becomes our ``FusedAdamW``, the same numbers in one kernel, off Ascend and with float32 weights.
     - No more reading threads than cores; no optimizer states cut over data-parallel processes off Ascend.
-    - Sink mode goes off on the CPU: MindFormers multiplies the epochs by the steps for it, MindSpore then runs without.
+    - Sink mode goes off on the CPU: MindFormers multiplies the epochs by the steps for it, MindSpore then runs without;
+      and where gates add noise, which comes with every step (``mf.noise``).
 
     ``config`` itself is not changed.
     """
@@ -61,11 +64,20 @@ def adapt(config: Mapping[str, Any], device_target: str) -> tuple[dict[str, Any]
             result[f"{section}_task"]["dataset_config"] = result[section]
             _limit_workers(result[section], section, notes)
     _adapt_parallel(result, device_target, notes)
+    draws = family is not None and may_draw(family, section_at(config, MODEL))
+    if draws and result.get("train_dataset"):  # the names of what the network is called with
+        columns = result["train_dataset"].get("input_columns") or ["input_ids"]
+        result["train_dataset"]["construct_args_key"] = [*columns, NOISE]
+    why = ""
     if device_target == CPU:
-        runner = result.setdefault("runner_config", {})
-        if runner.get("sink_mode", True):
-            runner["sink_mode"] = False
-            notes.append("runner_config.sink_mode becomes False: the CPU has no data sinking")
+        why = "the CPU has no data sinking"
+    elif draws:
+        why = "the noise of the gates comes with every step"
+    runner = result.setdefault("runner_config", {}) if why else {}
+    if why and runner.get("sink_mode", True):
+        runner["sink_mode"] = False
+        notes.append(f"runner_config.sink_mode becomes False: {why}")
+    if device_target == CPU:
         result["postprocess_use_numpy"] = True  # sampling: MindSpore's own top-k has no CPU kernel
     return result, notes
 

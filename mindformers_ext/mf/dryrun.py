@@ -94,7 +94,11 @@ def compile_step(
     built_at = time.time()
     tell(COMPILING)
     with weights_left_out():
-        step.compile(*(Tensor(np.full(shape, TOKEN, np.int32)) for shape in batch))
+        columns = [Tensor(np.full(shape, TOKEN, np.int32)) for shape in batch]
+        noise = getattr(step, "noise", None)
+        if noise is not None:
+            columns.append(Tensor(np.zeros((batch[0][0], *noise.shape), np.float32)))
+        step.compile(*columns)
     logger.info("Dry run: the train step is compiled.")
     return CompiledStep(shapes, trained, batch, built_at - started, time.time() - built_at)
 

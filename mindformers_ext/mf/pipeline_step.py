@@ -10,12 +10,14 @@ from typing import Any
 from mindformers.wrapper.wrapper import MFPipelineWithLossScaleCell, grad_scale, shard_grad_scale
 from mindspore import Tensor, get_auto_parallel_context, nn, ops
 
+from mindformers_ext.mf.noise import NoiseFed
+
 # What of MindFormers' step the one here leaves out; with any of them, MindFormers' own is taken.
 LEFT_OUT = ("local_norm", "calculate_per_token_loss", "use_skip_data_by_global_norm")
 DUMPS = ("dump_local_norm_path", "dump_device_local_norm")
 
 
-class PortablePipelineStepCell(MFPipelineWithLossScaleCell):
+class PortablePipelineStepCell(NoiseFed, MFPipelineWithLossScaleCell):
     """``MFPipelineWithLossScaleCell`` whose overflow check asks no other device.
 
     The norm for clipping is summed over all devices already, and is infinite or NaN on every one as soon as one

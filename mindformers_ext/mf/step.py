@@ -10,6 +10,7 @@ from mindspore import Tensor, nn
 
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.mf.networks import PortableLlamaForCausalLM
+from mindformers_ext.mf.noise import NoiseFed
 from mindformers_ext.ms.step import TrainStepCell
 
 # Options of MFTrainOneStepCell that change the result and are not built, with the value that means off.
@@ -29,7 +30,7 @@ UNUSED = (
 )
 
 
-class PortableTrainOneStepCell(TrainStepCell):
+class PortableTrainOneStepCell(NoiseFed, TrainStepCell):
     """``MFTrainOneStepCell`` on any device: same arguments, same first five outputs, our statistics after them.
 
     Args:

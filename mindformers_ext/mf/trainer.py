@@ -17,6 +17,8 @@ from mindformers.tools.utils import get_output_root_path, get_real_rank
 from mindformers.trainer.causal_language_modeling import CausalLanguageModelingTrainer
 from mindspore import nn
 
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.jobs.checkpoint.saved import checkpoint_file
 from mindformers_ext.jobs.train.hooks import PREFIX
 from mindformers_ext.mf.balance import MoETopkBiasBalanceCallback
@@ -25,7 +27,8 @@ from mindformers_ext.mf.hooks import HookCallback
 from mindformers_ext.mf.load_monitor import MoELoadMonitor
 from mindformers_ext.mf.monitor import MoELossMonitor
 from mindformers_ext.mf.networks import PortableLlamaForCausalLM
-from mindformers_ext.mf.pipeline_step import PortablePipelineStepCell, norm_tells_overflow
+from mindformers_ext.mf.noise import NoiseFed, noise_of
+from mindformers_ext.mf.pipeline_step import LEFT_OUT, PortablePipelineStepCell, norm_tells_overflow
 from mindformers_ext.mf.rules import experts_without_sequence_parallel
 from mindformers_ext.mf.step import real_model
 from mindformers_ext.ms.step import STEP_STATE, TrainStepCell, step_state
@@ -88,11 +91,25 @@ class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
             words.type = PortablePipelineStepCell.__name__
             logger.info("MFPipelineWithLossScaleCell becomes %s: the clipping norm tells overflow", words.type)
         wrapper = super().create_model_wrapper(network, optimizer)
+        if is_ours:
+            self._feed_noise(wrapper, real_model(network).spec)
         if wrapper is not None:
             wrapper.first_step = int(self.config.runner_config.initial_step or 0)
         if isinstance(wrapper, TrainStepCell) and self.config.resume_training and self.config.checkpoint.load_path:
             restore_step_state(wrapper, self._resume_file())
         return wrapper
+
+    def _feed_noise(self, wrapper: nn.Cell, spec: NetworkSpec) -> None:
+        """Gates that add noise get it from the train step, which has to be one of ours."""
+        noise = noise_of(spec, int(self.config.seed or 0), get_real_rank())
+        if noise is None:
+            return
+        if not isinstance(wrapper, NoiseFed):
+            raise UserError(
+                f"{type(wrapper).__name__} hands no noise to the gates: set runner_wrapper.use_clip_grad: True, leave "
+                f"{', '.join(LEFT_OUT)} out, or set model.model_config.gate_add_noise: False"
+            )
+        wrapper.noise = noise
 
     @staticmethod
     def sort_callbacks(default_callbacks: list[Any]) -> list[Any]:

@@ -29,7 +29,8 @@ def build_feed_forward(spec: NetworkSpec, layer: LayerSpec, operators: Operators
 class Layer(nn.Cell):
     """Attention and feed-forward, each behind a norm and added to the residual.
 
-    Inputs: x (T, D), the rotary tables, and of a mixture the noise (T, E) that its gate adds. Outputs: ``FeedForwardOutput``.
+    Inputs: x (T, D), the rotary tables, and of a mixture the noise (T, E) that its gate adds. Outputs:
+    ``FeedForwardOutput``.
     """
 
     def __init__(self, spec: NetworkSpec, layer: LayerSpec, operators: Operators) -> None:

@@ -49,8 +49,9 @@ class TokenEmbedding(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers, final norm.
 
-    Inputs (B, S) int, and the noise (B, mixtures, S, E) of gates that add it. Outputs: hidden (B*S, D), aux_loss (), load (mixtures, E) and dropped (mixtures); a dense model
-    returns load (1, 1) and dropped (1) of zeros. ``recompute``: layers that compute their activations again.
+    Inputs (B, S) int, and the noise (B, mixtures, S, E) of gates that add it. Outputs: hidden (B*S, D), aux_loss (),
+    load (mixtures, E) and dropped (mixtures); a dense model returns load (1, 1) and dropped (1) of zeros.
+    ``recompute``: layers that compute their activations again.
     """
 
     def __init__(self, spec: NetworkSpec) -> None:

@@ -45,6 +45,8 @@ FLOORS = {
     "scripts": _floor("cli"),  # root scripts and tools/ (tools/bench/ measures, and may import what it measures)
 }
 ENGINE_DOOR = ("jobs", "engine", "door.py")  # the one file of jobs/ that may open ms or pt, inside a function
+# Code that is copied into a model's folder and run there by transformers: it stands alone, and nobody imports it.
+SAVED, SAVED_FLOOR = ("jobs", "experts", "saved"), _floor("", "torch transformers")
 LEAN = ("mf", "lean.py")  # imports on its first use what MindFormers imports at its own import
 STARTS = (("cli", "start.py"), ("cli", "mfext.py"), ("cli", "experts.py"))  # import a command of cli/ by its name
 STOREYS = ("core", "formats", "weights data", "surgery ms pt", "jobs", "mf", "cli", "scripts")
@@ -188,6 +190,17 @@ def _judge_inner(item: Import, where: tuple[str, ...]) -> str | None:
     return f"imports {house}/{there} (inner order of {house}/: {' < '.join(INNER[house])})"
 
 
+def _judge_saved(item: Import, where: tuple[str, ...]) -> str | None:
+    """Why the import is not allowed to code that is saved with a model, or of it by other code, or None."""
+    parts = item.target.split(".")
+    target = tuple(parts[1 : 1 + len(SAVED)]) == SAVED and parts[0] == PACKAGE
+    if where[: len(SAVED)] != SAVED:
+        return f"imports {'/'.join(SAVED)}, which is copied and never imported" if target else None
+    if target or parts[0] in sys.stdlib_module_names or parts[0] in SAVED_FLOOR.third:
+        return None
+    return f"imports {parts[0]} in code that is saved with a model (allowed: its own files, torch, transformers)"
+
+
 def check_floors(root: Path) -> list[str]:
     """One line per import that the floor table does not allow."""
     problems = []
@@ -199,10 +212,14 @@ def check_floors(root: Path) -> list[str]:
         door = where.parts[1:] == ENGINE_DOOR
         walker = imports_of(path, root)
         inside = where.parts[1:]
+        saved = inside[: len(SAVED)] == SAVED
         faults = [
             (item.line, why)
             for item in walker.found
-            if (why := _judge(item, floor, door) or _judge_inner(item, inside))
+            if (
+                why := _judge_saved(item, inside)
+                or (not saved and (_judge(item, floor, door) or _judge_inner(item, inside)))
+            )
         ]
         if not door and inside not in (LEAN, *STARTS):
             faults += [(line, "imports a module whose name is only known at run time") for line in walker.dynamic]

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from mindformers_ext.core.philox import step_noise
 from mindformers_ext.pt.layer import build_feed_forward
 from mindformers_ext.pt.moe.layer import MoE
 from mindformers_ext.pt.names import load

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The words of ``moe_config`` that fill several fields, or fields together with others.
 
-``aux_loss_types`` with ``aux_loss_factors`` where given (``[]`` means none); where absent or null, ``aux_loss_factor`` > 0
-means ``expert`` with that factor. MindFormers reads that factor and drops the loss.
+``aux_loss_types`` with ``aux_loss_factors`` where given (``[]`` means none); where absent or null, ``aux_loss_factor``
+> 0 means ``expert`` with that factor. MindFormers reads that factor and drops the loss.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.formats.atomic import write_text
+
 SAVED = Path(__file__).parent / "saved"
 MODELS = {
     "AutoModel": "LlamaMoEModel",
@@ -32,7 +34,7 @@ def save_code(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     ``architectures`` stays where it names one of the classes, and is the causal model's otherwise.
     """
     for name, text in code_files().items():
-        (folder / name).write_text(text, "utf-8")
+        write_text(folder / name, text)
     given = list(config.get("architectures") or ())
     named = given if given and set(given) <= set(MODELS.values()) else [MODELS["AutoModelForCausalLM"]]
     return {**config, "architectures": named, "auto_map": auto_map()}

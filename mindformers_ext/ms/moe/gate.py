@@ -31,10 +31,13 @@ Choice = tuple[Tensor, Tensor, Tensor]
 
 
 class Gate(Protocol):
-    """What a mixture asks of its gate; one that draws noise also has ``noisy_scores`` of rows and noise (T, E)."""
+    """What a mixture asks of its gate."""
 
     def scores(self, x_TD: Tensor) -> Tensor:
         """(T, S) float32 of rows (T, D); S is the gate's own affair."""
+
+    def noisy_scores(self, x_TD: Tensor, noise_TE: Tensor) -> Tensor:
+        """The same of a training step, with what the gate needs of the noise; asked of gates that add it."""
 
     def bias(self) -> Tensor:
         """(E) float32 that moves the choice between steps, not by gradients; zeros where nothing does."""
@@ -161,6 +164,10 @@ class LinearGate(nn.Cell):
     def scores(self, x_TD: Tensor) -> Tensor:
         """Logits (T, E)."""
         return self.dense(x_TD)
+
+    def noisy_scores(self, x_TD: Tensor, noise_TE: Tensor) -> Tensor:
+        """See ``Gate``; this one adds none."""
+        return self.scores(x_TD)
 
     def bias(self) -> Tensor:
         """See ``Gate``."""

@@ -37,7 +37,7 @@ class Choice(NamedTuple):
 class Gate(Protocol):
     """A module over the tokens (G, N, D) of every routing group; one that draws noise takes it too, (T, E)."""
 
-    def __call__(self, x_GND: Tensor) -> Choice: ...
+    def __call__(self, x_GND: Tensor, noise_TE: Tensor | None = None) -> Choice: ...
 
     def choose(self, x_GND: Tensor) -> tuple[Tensor, Tensor]:
         """Weights (G, N, K) float32 and experts (G, N, K), without losses and counts: inference."""

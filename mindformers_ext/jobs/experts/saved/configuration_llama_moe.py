@@ -85,12 +85,12 @@ class LlamaMoEConfig(PretrainedConfig):
         rope_parameters: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        for name, default in {**LLAMA, **MIXTURE, **RESIDUAL}.items():
-            setattr(self, name, kwargs.pop(name, default))
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+        words = {name: kwargs.pop(name, default) for name, default in {**LLAMA, **MIXTURE, **RESIDUAL}.items()}
+        heads = words["num_attention_heads"]
+        words["num_key_value_heads"] = words["num_key_value_heads"] or heads
+        words["head_dim"] = words["head_dim"] or words["hidden_size"] // heads
+        for name, value in words.items():
+            setattr(self, name, value)
         self.rope_parameters = _rope(rope_theta, rope_scaling, rope_parameters)
         self.rope_theta = self.rope_parameters["rope_theta"]
         self.check()
@@ -170,10 +170,8 @@ class LlamaMoEConfig(PretrainedConfig):
 
 def _sizes(name: str, value: Any, layer: int, count: int, total: int) -> list[int]:
     if value is None:
-        if total % count:
-            raise ValueError(
-                f"{total} neurons are not divisible by {count} experts: give {name}, a list for each layer"
-            )
+        if total < count or total % count:
+            raise ValueError(f"{total} neurons cannot be shared by {count} experts: give {name}, a list for each layer")
         return [total // count] * count
     if layer >= len(value):
         raise ValueError(f"{name} has {len(value)} lists, layer {layer} has none")

@@ -7,7 +7,7 @@ adds noise (from torch's generator) and the loss of balance, summed over the lay
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .attention_llama_moe import LlamaMoEAttention, attention_mask, rope_tables
 from .configuration_llama_moe import LlamaMoEConfig
@@ -25,25 +25,34 @@ from .switches_llama_moe import LlamaMoESwitches
 HEADS = ("lm_head.weight", "score.weight")  # what one class has and another has not
 
 
-@dataclass
-class LlamaMoEOutput(ModelOutput):
-    """What a model computed. Importance, load (layers, E) and the loss of balance: in training or with labels."""
+# what the installed version calls the cache in outputs
+CACHE = "cache" if "cache" in {item.name for item in fields(BaseModelOutputWithPast)} else "past_key_values"
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
+
+@dataclass
+class LlamaMoEOutput(BaseModelOutputWithPast):
+    """Of the decoder. Load and importance (layers, E), dropped assignments and the loss of balance: where counted."""
+
     balance_loss: torch.Tensor | None = None
     num_dropped_tokens: int | None = None
     gate_load: torch.Tensor | None = None
     gate_importance: torch.Tensor | None = None
 
-    @property
-    def cache(self) -> Cache | None:
-        """transformers 5's name of ``past_key_values``."""
-        return self.past_key_values
+
+@dataclass
+class LlamaMoEHeadOutput(CausalLMOutputWithPast):
+    """Of a model with a head: the same, counted in training or with labels; ``loss`` has the loss of balance in it."""
+
+    balance_loss: torch.Tensor | None = None
+    num_dropped_tokens: int | None = None
+    gate_load: torch.Tensor | None = None
+    gate_importance: torch.Tensor | None = None
+
+
+def headed(output: LlamaMoEOutput, loss: torch.Tensor | None, logits: torch.Tensor) -> LlamaMoEHeadOutput:
+    """What a head makes of the decoder's output."""
+    kept = {item.name: getattr(output, item.name) for item in fields(output) if item.name != "last_hidden_state"}
+    return LlamaMoEHeadOutput(loss=loss, logits=logits, **kept)
 
 
 class LlamaMoERMSNorm(nn.Module):
@@ -80,12 +89,13 @@ class LlamaMoEDecoderLayer(nn.Module):
         past: int,
         weights_wanted: bool,
         counted: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, LlamaMoEReport]:
-        """x (B, S, H) -> the stream behind the layer, attention's weights, the mixture's report."""
+    ) -> tuple:
+        """x (B, S, H) -> the stream behind the layer, attention's weights, and the items of the mixture's report:
+        flat, because a recomputed layer passes gradients through its outputs alone, not through what is in them."""
         out, weights = self.self_attn(self.input_layernorm(x), tables, mask, cache, past, weights_wanted)
         x = x + out
         out, report = self.mlp(self.post_attention_layernorm(x), real, counted)
-        return x + out, weights, report
+        return x + out, weights, *report
 
 
 class LlamaMoEPreTrainedModel(LlamaMoESwitches, PreTrainedModel):
@@ -193,17 +203,16 @@ class LlamaMoEModel(LlamaMoEPreTrainedModel):
         states, weights, reports = [x], [], []
         for layer in self.layers:
             call = (self._gradient_checkpointing_func, layer.__call__) if saving else (layer,)
-            x, weight, report = call[0](*call[1:], x, *run.values())
+            x, weight, *report = call[0](*call[1:], x, *run.values())
             states.append(x)
             weights.append(weight)
-            reports.append(report)
+            reports.append(LlamaMoEReport(*report))
         states[-1] = x = self.norm(x)
         output = LlamaMoEOutput(
             last_hidden_state=x,
-            past_key_values=cache,
             hidden_states=tuple(states) if _choice(output_hidden_states, self.config.output_hidden_states) else None,
             attentions=tuple(weights) if run.weights_wanted else None,
-            **(_summed(reports) if run.counted else {}),
+            **{CACHE: cache, **(_summed(reports) if run.counted else {})},
         )
         return output if _choice(return_dict, self.config.return_dict) else output.to_tuple()
 
@@ -296,7 +305,7 @@ class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
-    ) -> LlamaMoEOutput | tuple:
+    ) -> LlamaMoEHeadOutput | tuple:
         """Logits (B, S, V) of the last ``logits_to_keep`` tokens (0: all); with labels (B, S) the mean loss of the next
         token, -100 left out, plus the loss of balance."""
         output = self.model(
@@ -313,19 +322,12 @@ class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        output.logits = self.lm_head(output.last_hidden_state[:, keep])
+        logits, loss = self.lm_head(output.last_hidden_state[:, keep]), None
         if labels is not None:
-            logits = output.logits[:, :-1].flatten(0, 1).float()
-            loss = nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1).to(logits.device))
-            output.loss = loss + output.balance_loss
-        return _headed(output, _choice(return_dict, self.config.return_dict))
-
-
-def _headed(output: LlamaMoEOutput, as_dict: bool) -> LlamaMoEOutput | tuple:
-    """Without what the head has used."""
-    items = {name: value for name, value in output.items() if name != "last_hidden_state"}
-    output = LlamaMoEOutput(**items)
-    return output if as_dict else output.to_tuple()
+            wide = logits[:, :-1].flatten(0, 1).float()
+            loss = nn.functional.cross_entropy(wide, labels[:, 1:].reshape(-1).to(wide.device)) + output.balance_loss
+        output = headed(output, loss, logits)
+        return output if _choice(return_dict, self.config.return_dict) else output.to_tuple()
 
 
 class LlamaMoEForSequenceClassification(LlamaMoEPreTrainedModel):
@@ -354,7 +356,7 @@ class LlamaMoEForSequenceClassification(LlamaMoEPreTrainedModel):
         labels: torch.Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> LlamaMoEOutput | tuple:
+    ) -> LlamaMoEHeadOutput | tuple:
         """Logits (B, labels) at the last token that is not padding, by the mask or else by ``pad_token_id``; with
         labels (B,) the loss of ``problem_type``, plus the loss of balance."""
         output = self.model(
@@ -367,10 +369,11 @@ class LlamaMoEForSequenceClassification(LlamaMoEPreTrainedModel):
         )
         states = output.last_hidden_state
         last = self.last_token(input_ids, attention_mask, states)
-        output.logits = self.score(states[torch.arange(len(states), device=states.device), last])
+        logits, loss = self.score(states[torch.arange(len(states), device=states.device), last]), None
         if labels is not None:
-            output.loss = self.head_loss(output.logits, labels.to(output.logits.device)) + output.balance_loss
-        return _headed(output, _choice(return_dict, self.config.return_dict))
+            loss = self.head_loss(logits, labels.to(logits.device)) + output.balance_loss
+        output = headed(output, loss, logits)
+        return output if _choice(return_dict, self.config.return_dict) else output.to_tuple()
 
     def last_token(
         self, input_ids: torch.Tensor | None, mask: torch.Tensor | None, states: torch.Tensor

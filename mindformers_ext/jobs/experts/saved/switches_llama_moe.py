@@ -43,7 +43,7 @@ class LlamaMoESwitches:
     config: LlamaMoEConfig
 
     def set_moe(self, key: str, value: Any, layer_index: int | None = None) -> None:
-        """Set a switch. Raises KeyError for one that the network has not, ValueError for a value that is not allowed."""
+        """Set a switch. Raises KeyError for one that the network has not, ValueError for a value not allowed."""
         config = self.config
         needed = SWITCHES.get(key)
         has = {ALWAYS: True, DROPS: config.calculator_type == DROPPING, RESIDUES: config.num_experts_residual > 0}
@@ -79,6 +79,10 @@ class LlamaMoESwitches:
     set_moe_residual_gate_use_softmax = _switch("gate_use_softmax_residual")
     set_moe_residual_calculator_multiply_gate_scores = _switch("multiply_gate_scores_residual")
     set_moe_residual_calculator_score_scale_factor = _switch("score_scale_factor_residual")
+
+    def decoder(self) -> Any:
+        """What has the layers."""
+        raise NotImplementedError
 
     def mixtures(self) -> list[Any]:
         """Each layer's routed part."""

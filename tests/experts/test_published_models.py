@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three published LLaMA-MoE models: names, shapes and counts of their weights at full size, and tiny ones of the
+same names loaded as they are saved, in several files.
+
+Source of the table: the spec of LLaMA-MoE-v1 (E, K, neurons of an expert, factor, weights in all, weights of a token).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from mindformers_ext.jobs.experts.hf_code import save_code
+from mindformers_ext.jobs.experts.saved.modeling_llama_moe import LlamaMoEForCausalLM
+from tests.helpers.llama_moe_models import config_of, randomise
+
+PUBLISHED = {
+    "3_5B-2_8": (8, 2, 1376, 4.0, 6_740_514_816, 3_494_123_520),
+    "3_5B-4_16": (16, 4, 688, 4.0, 6_742_618_112, 3_496_226_816),
+    "3_0B-2_16": (16, 2, 688, 8.0, 6_742_618_112, 2_955_161_600),
+}
+# What their config.json says; position embeddings and eps are LLaMA-2's.
+WORDS = {
+    "model_type": "llama_moe",
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.02,
+    "pretraining_tp": 1,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "use_cache": True,
+    "gate_type": "TopKBalancedNoisyGate",
+    "gate_network": "mlp",
+    "gate_use_softmax": True,
+    "gate_use_balance": True,
+    "gate_balance_loss_weight": 0.01,
+    "gate_add_noise": True,
+    "gate_noise_epsilon": 0.01,
+    "calculator_type": "UniversalCalculator",
+    "multiply_gate_scores": True,
+    "add_weight_norm": False,
+    "drop_tokens": True,
+    "dropped_padding": "zero",
+    "capacity_factor": 1.25,
+}
+
+
+def published(name: str, hidden: int, size: int, layers: int, heads: int, vocab: int) -> dict:
+    """A config.json as the published one, at other sizes."""
+    experts, chosen, _, factor, *_ = PUBLISHED[name]
+    return {
+        **WORDS,
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": experts * size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": 4096,
+        "num_experts": experts,
+        "num_selects": chosen,
+        "size_experts": [[size] * experts] * layers,
+        "score_scale_factor": [factor] * layers,
+    }
+
+
+def shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """Every weight of a published checkpoint, written from the spec's table of names."""
+    hidden, vocab, experts = config["hidden_size"], config["vocab_size"], config["num_experts"]
+    found = {
+        "model.embed_tokens.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (vocab, hidden),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}."
+        found |= {f"{at}self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"}
+        found |= {f"{at}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+        found[f"{at}mlp.gate.gate_network.0.weight"] = (experts, hidden)
+        found[f"{at}mlp.gate.gate_network.2.weight"] = (experts, experts)
+        found[f"{at}mlp.gate.weight_noise.weight"] = (experts, hidden)
+        for expert, size in enumerate(config["size_experts"][layer]):
+            found[f"{at}mlp.calculator.experts.weight_gate.{expert}"] = (size, hidden)
+            found[f"{at}mlp.calculator.experts.weight_up.{expert}"] = (size, hidden)
+            found[f"{at}mlp.calculator.experts.weight_down.{expert}"] = (hidden, size)
+    return found
+
+
+def count(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model_has_these_weights(name: str) -> None:
+    experts, chosen, size, _, total, active = PUBLISHED[name]
+    config = published(name, 4096, size, 32, 32, 32000)
+    with torch.device("meta"):
+        model = LlamaMoEForCausalLM(config_of(**config))
+    made = {key: tuple(weight.shape) for key, weight in model.state_dict().items()}
+    assert made == shapes(config)
+    assert sum(map(count, made.values())) == total
+    idle = sum(count(shape) for key, shape in made.items() if ".experts.weight_" in key) * (experts - chosen) // experts
+    assert total - idle == active
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.usefixtures("remote_code")
+def test_a_model_of_the_published_names_loads_from_several_files(name: str, tmp_path: Path) -> None:
+    config = published(name, 32, 6, 2, 4, 50)
+    wanted = LlamaMoEForCausalLM(config_of(**config)).eval()
+    randomise(wanted)
+    tensors = dict(wanted.state_dict())
+    assert {key: tuple(weight.shape) for key, weight in tensors.items()} == shapes(config)
+    tensors |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}  # of old versions
+    folder, files = tmp_path / f"model-{name}", {}
+    folder.mkdir()
+    for number in range(3):
+        part = {key: tensors[key] for key in sorted(tensors)[number::3]}
+        files |= dict.fromkeys(part, f"model-0000{number + 1}-of-00003.safetensors")
+        save_file(part, folder / f"model-0000{number + 1}-of-00003.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 0}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+    (folder / "config.json").write_text(json.dumps(save_code(folder, config)), "utf-8")
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    for key, weight in model.state_dict().items():
+        assert torch.equal(weight, tensors[key]), key
+    x = torch.randint(3, 50, (2, 9))
+    assert torch.equal(model(x).logits, wanted(x).logits) and wanted(x).logits.abs().max() > 0.1
