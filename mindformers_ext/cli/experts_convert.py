@@ -10,54 +10,63 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindformers_ext.cli.command import boolean
-from mindformers_ext.cli.experts_flags import TEMPLATE
+from mindformers_ext.cli.experts_flags import add_model, add_writing
 from mindformers_ext.core.errors import UserError
 
 if TYPE_CHECKING:
-    from mindformers_ext.jobs.experts.convert import MixtureRequest
+    from mindformers_ext.jobs.experts.gating import Gating
+    from mindformers_ext.jobs.experts.ladder import Gates, Ladder
     from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest
+    from mindformers_ext.surgery.experts.split import LayerSplit
 
 # what may come out, by the reference's word; the file's ``architectures`` and the head follow from it
+PRESETS = ("moefication", "llama_moe")  # of jobs/experts/gating.py
 CLASSES = ("LlamaMoEForCausalLM", "LlamaMoEModel", "LlamaMoEForSequenceClassification")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The stage's options."""
+    add_model(parser, "folder to write")
+    add_gating(parser)
     add = parser.add_argument
-    add("--model_path", type=Path, required=True, help="folder of the dense LLaMA; with --reversed of the mixture")
+    add("--convert_type", choices=CLASSES, default=CLASSES[0], help="only the first is written")
+    add("--dtype", metavar="TYPE", help="type of the written weights; default: the stored one")
+    add("--reversed", action="store_true", help="--model_path is the mixture, --save_path becomes the dense model")
+    add("--to_mindspore", "--to-mindspore", type=Path, metavar="OUT.ckpt", help="also convert the result for MindSpore")
+    add(
+        "--out_shard_size",
+        "--out-shard-size",
+        default="5B",
+        metavar="SIZE",
+        help="bytes of one shard; default 5B (5e9)",
+    )
+    add_writing(parser)
+
+
+def add_gating(parser: argparse.ArgumentParser) -> None:
+    """Split, gates, how experts are chosen and weighed, and a text on which that is judged."""
+    add = parser.add_argument
     add("--split_file_path", type=Path, help="folder that split has written")
     add("--select_file_path", type=Path, help="folder that select has written; without it gates are random")
-    add("--save_path", type=Path, required=True, help="folder to write")
-    add(
-        "--template", "--templates", default=TEMPLATE, help=f"names of the split's and gates' files; default {TEMPLATE}"
-    )
-    add("--num_experts", type=int, default=8, metavar="N", help="experts per layer; default 8")
-    add("--num_selects", type=int, default=2, metavar="K", help="experts that a token passes; default 2")
+    add("--num_experts", type=int, default=8, metavar="N", help="experts per layer; default %(default)s")
+    add("--num_selects", type=int, default=2, metavar="K", help="experts that a token passes; default %(default)s")
     add(
         "--preset",
-        choices=("moefication", "llama_moe"),
+        choices=PRESETS,
         help="moefication: chosen experts are added up (default with fitted gates); llama_moe: weighed by their "
         "probabilities times N / K, to be trained on (default with random gates)",
     )
     add("--gate_type", choices=("mlp", "linear"), help="two matrices with tanh between, or one; default: as fitted")
-    add("--use_random_gate", type=boolean, default=None, metavar="BOOL", help="random gates, whatever was fitted")
-    add("--use_softmax", type=boolean, default=None, metavar="BOOL", help="instead of the preset's")
-    add("--multiply_gate_scores", type=boolean, default=None, metavar="BOOL", help="instead of the preset's")
+    add("--use_random_gate", type=boolean, metavar="BOOL", help="random gates, whatever was fitted")
+    add("--use_softmax", type=boolean, metavar="BOOL", help="instead of the preset's")
+    add("--multiply_gate_scores", type=boolean, metavar="BOOL", help="instead of the preset's")
     add("--score_scale_factor", type=float, metavar="X", help="instead of the preset's")
     add("--score_scale_factor_file_path", type=Path, metavar="DIR", help="folder with score_scale_factors.txt")
-    add("--convert_type", choices=CLASSES, default=CLASSES[0], help="only the first is written")
-    add("--dtype", metavar="TYPE", help="type of the written weights; default: the stored one")
-    add("--seed", type=int, default=0, help="of random gates; default 0")
-    add("--reversed", action="store_true", help="from the mixture back to the dense model")
-    add("--to-mindspore", "--to_mindspore", type=Path, metavar="OUT.ckpt", help="also convert the result for MindSpore")
-    add("--out-shard-size", default="5B", metavar="SIZE", help="bytes of one shard; default 5B (5e9)")
+    add("--seed", type=int, default=0, help="of random gates and choices; default %(default)s")
     add("--allow_pickle", action="store_true", help="read older split and gate files that hold numpy's numbers")
-    add("--overwrite", action="store_true", help="replace an existing output folder")
-    add("--eval_text", type=Path, metavar="FILE", help="also print the loss on this text: dense, gate, static cut, ...")
-    add("--eval_tokens", type=int, default=32768, metavar="N", help="of that text; default %(default)s")
+    add("--eval_text", type=Path, metavar="FILE", help="measure the loss on this text: dense, gate, static cut, ...")
+    add("--eval_tokens", type=int, default=32768, metavar="N", help="tokens that judge; default %(default)s")
     add("--block_size", type=int, default=512, metavar="N", help="tokens of a row of it; default %(default)s")
-    add("--dry-run", "--dry_run", action="store_true", help="check everything, write nothing")
-    add("--quiet", action="store_true", help="no progress bar and no notes")
 
 
 def run(words: argparse.Namespace) -> int:
@@ -77,29 +86,39 @@ def run(words: argparse.Namespace) -> int:
 
 def _converted(words: argparse.Namespace) -> MergeReport:
     from mindformers_ext.jobs.experts.convert import MixtureRequest, convert
+
+    splits, gates, gating = read_parts(words)
+    request = MixtureRequest(
+        model=words.model_path,
+        splits=splits,
+        gates=gates,
+        gating=gating,
+        output=_output(words),
+        dtype=words.dtype,
+        seed=words.seed,
+    )
+    report = convert(request, write=not words.dry_run)
+    ladder = quality_of(words, splits, gates, gating) if not words.dry_run else None
+    if ladder is None:
+        print("quality: not measured; --eval_text FILE prints the loss beside the dense model's and simpler cuts'")
+    else:
+        print(f"loss per token over {ladder.tokens} tokens:", *ladder.lines(), sep="\n  ")
+    return report
+
+
+def read_parts(words: argparse.Namespace) -> tuple[dict[int, LayerSplit], Gates | None, Gating]:
+    """Split and gates by layer, and how experts are chosen."""
     from mindformers_ext.jobs.experts.gate_files import read_gates
     from mindformers_ext.jobs.experts.splits import read_splits
 
     if words.split_file_path is None:
         raise UserError("--split_file_path is missing: give the folder that split has written")
     layers, width = _sizes(words.model_path)
-    splits = read_splits(words.split_file_path, words.template, layers, words.num_experts, words.allow_pickle, width)
+    splits = read_splits(words.split_file_path, words.templates, layers, words.num_experts, words.allow_pickle, width)
     gates = None
     if words.select_file_path is not None and not words.use_random_gate:
-        gates = read_gates(words.select_file_path, words.template, layers, words.allow_pickle)
-    request = MixtureRequest(
-        model=words.model_path,
-        splits=splits,
-        gates=gates,
-        gating=_gating(words, gates, layers),
-        output=_output(words),
-        dtype=words.dtype,
-        seed=words.seed,
-    )
-    report = convert(request, write=not words.dry_run)
-    for line in _quality(words, request):
-        print(line)
-    return report
+        gates = read_gates(words.select_file_path, words.templates, layers, words.allow_pickle)
+    return splits, gates, _gating(words, gates, layers)
 
 
 def _sizes(model: Path) -> tuple[int, int]:
@@ -110,12 +129,12 @@ def _sizes(model: Path) -> tuple[int, int]:
     return int(config.get("num_hidden_layers") or 0), int(config.get("intermediate_size") or 0)
 
 
-def _quality(words: argparse.Namespace, request: MixtureRequest) -> list[str]:
+def quality_of(
+    words: argparse.Namespace, splits: dict[int, LayerSplit], gates: Gates | None, gating: Gating
+) -> Ladder | None:
     """The loss of the mixture beside simpler choices, where a text is given."""
     if words.eval_text is None:
-        return [
-            "quality: not measured; --eval_text FILE prints the loss beside that of the dense model and simpler cuts"
-        ]
+        return None
     from mindformers_ext.jobs.experts.calibration import Calibration
     from mindformers_ext.jobs.experts.quality import QualityRequest, measure
 
@@ -126,13 +145,10 @@ def _quality(words: argparse.Namespace, request: MixtureRequest) -> list[str]:
         max_tokens=2 * words.eval_tokens,
         quiet=words.quiet,
     )
-    ladder = measure(
-        QualityRequest(texts=texts, splits=request.splits, gates=request.gates, gating=request.gating, seed=words.seed)
-    )
-    return [f"loss per token over {ladder.tokens} tokens:", *(f"  {line}" for line in ladder.lines())]
+    return measure(QualityRequest(texts=texts, splits=splits, gates=gates, gating=gating, seed=words.seed))
 
 
-def _gating(words: argparse.Namespace, gates: Any, layers: int) -> Any:
+def _gating(words: argparse.Namespace, gates: Gates | None, layers: int) -> Gating:
     from mindformers_ext.jobs.experts.gating import WEIGHTS, Gating, preset, read_factors
 
     if not 1 <= words.num_selects <= words.num_experts:
@@ -173,7 +189,7 @@ def _reversed(words: argparse.Namespace) -> MergeReport:
     splits = None
     if words.split_file_path is not None:
         layers, width = _sizes(words.model_path)
-        splits = read_splits(words.split_file_path, words.template, layers, None, words.allow_pickle, width)
+        splits = read_splits(words.split_file_path, words.templates, layers, None, words.allow_pickle, width)
     request = DenseRequest(model=words.model_path, output=_output(words), splits=splits)
     return reverse(request, write=not words.dry_run)
 

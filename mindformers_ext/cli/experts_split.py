@@ -13,6 +13,7 @@ from mindformers_ext.cli.experts_flags import add_layers, add_model, add_writing
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.experts.run_split import SplitPlan, SplitReport
+    from mindformers_ext.jobs.experts.split_methods import SplitRequest
 
 METHODS = ("clustering", "random", "graph", "gradient")  # rows of jobs/experts/split_methods.py, which loads numpy
 OWN = (  # options that go into the request as they are
@@ -79,15 +80,8 @@ def _add_methods(parser: argparse.ArgumentParser) -> None:
 def run(words: argparse.Namespace) -> int:
     """Split, or show the plan, and say what was done."""
     from mindformers_ext.jobs.experts.run_split import plan_split, run_split
-    from mindformers_ext.jobs.experts.split_methods import SplitRequest
 
-    request = SplitRequest(
-        model_path=words.model_path,
-        save_path=words.save_path,
-        template=words.templates,
-        layers=layers(words),
-        **{name: getattr(words, name) for name in OWN},
-    )
+    request = request_of(words)
     plan = plan_split(request)
     if words.dry_run:
         print(_planned(plan))
@@ -96,6 +90,19 @@ def run(words: argparse.Namespace) -> int:
         print(f"note: {len(plan.kept)} layers are finished and kept", file=sys.stderr)
     print(_done(run_split(request, plan, words.quiet)))
     return 0
+
+
+def request_of(words: argparse.Namespace) -> SplitRequest:
+    """What the options ask for."""
+    from mindformers_ext.jobs.experts.split_methods import SplitRequest
+
+    return SplitRequest(
+        model_path=words.model_path,
+        save_path=words.save_path,
+        template=words.templates,
+        layers=layers(words),
+        **{name: getattr(words, name) for name in OWN},
+    )
 
 
 def _planned(plan: SplitPlan) -> str:

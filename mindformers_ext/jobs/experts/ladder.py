@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mindformers_ext.jobs.engine.protocols import LayerProbe
 from mindformers_ext.jobs.experts.gating import WEIGHTS, Gating
-from mindformers_ext.jobs.experts.probe import Arrays, Course, Part
+from mindformers_ext.jobs.experts.probe import Course, Part
 from mindformers_ext.jobs.experts.states import States
 from mindformers_ext.surgery.experts.split import LayerSplit
 

@@ -155,6 +155,13 @@ def split_sha(split: LayerSplit) -> str:
     return digest.hexdigest()
 
 
+def note_done(path: Path, stage: str, digest: str) -> None:
+    """Enter in the JSON file ``path`` that a stage with these options is finished."""
+    with locked(path.parent):
+        known = read_object(path) if path.is_file() else {}
+        write_text(path, json.dumps(known | {stage: digest}, indent=1) + "\n")
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One process at a time inside, of those that write the folder."""
