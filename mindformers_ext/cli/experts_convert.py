@@ -7,21 +7,24 @@ import argparse
 import resource
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mindformers_ext.cli.command import boolean
 from mindformers_ext.cli.experts_flags import add_model, add_writing
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.families import LLAMA_MOE
 
 if TYPE_CHECKING:
-    from mindformers_ext.jobs.experts.gating import Gating
-    from mindformers_ext.jobs.experts.ladder import Gates, Ladder
+    from mindformers_ext.jobs.experts.ladder import Ladder
+    from mindformers_ext.jobs.experts.parts import Parts
     from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest
-    from mindformers_ext.surgery.experts.split import LayerSplit
 
-# what may come out, by the reference's word; the file's ``architectures`` and the head follow from it
-PRESETS = ("moefication", "llama_moe")  # of jobs/experts/gating.py
-CLASSES = ("LlamaMoEForCausalLM", "LlamaMoEModel", "LlamaMoEForSequenceClassification")
+PRESETS = ("moefication", LLAMA_MOE.name)  # of jobs/experts/gating.py
+# what may come out, by the reference's word; transformers leaves out or adds the head of what is written
+CLASSES = (
+    LLAMA_MOE.hf_class,
+    *(LLAMA_MOE.hf_class.replace("ForCausalLM", end) for end in ("Model", "ForSequenceClassification")),
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -87,18 +90,18 @@ def run(words: argparse.Namespace) -> int:
 def _converted(words: argparse.Namespace) -> MergeReport:
     from mindformers_ext.jobs.experts.convert import MixtureRequest, convert
 
-    splits, gates, gating = read_parts(words)
+    parts = parts_of(words)
     request = MixtureRequest(
         model=words.model_path,
-        splits=splits,
-        gates=gates,
-        gating=gating,
+        splits=parts.splits,
+        gates=parts.gates,
+        gating=parts.gating,
         output=_output(words),
         dtype=words.dtype,
         seed=words.seed,
     )
     report = convert(request, write=not words.dry_run)
-    ladder = quality_of(words, splits, gates, gating) if not words.dry_run else None
+    ladder = quality_of(words, parts) if not words.dry_run else None
     if ladder is None:
         print("quality: not measured; --eval_text FILE prints the loss beside the dense model's and simpler cuts'")
     else:
@@ -106,32 +109,32 @@ def _converted(words: argparse.Namespace) -> MergeReport:
     return report
 
 
-def read_parts(words: argparse.Namespace) -> tuple[dict[int, LayerSplit], Gates | None, Gating]:
-    """Split and gates by layer, and how experts are chosen."""
-    from mindformers_ext.jobs.experts.gate_files import read_gates
-    from mindformers_ext.jobs.experts.splits import read_splits
+def parts_of(words: argparse.Namespace) -> Parts:
+    """Split, gates and gating in the words of ``add_gating``."""
+    from mindformers_ext.jobs.experts.parts import PartsRequest, read_parts
 
-    if words.split_file_path is None:
-        raise UserError("--split_file_path is missing: give the folder that split has written")
-    layers, width = _sizes(words.model_path)
-    splits = read_splits(words.split_file_path, words.templates, layers, words.num_experts, words.allow_pickle, width)
-    gates = None
-    if words.select_file_path is not None and not words.use_random_gate:
-        gates = read_gates(words.select_file_path, words.templates, layers, words.allow_pickle)
-    return splits, gates, _gating(words, gates, layers)
+    return read_parts(
+        PartsRequest(
+            model=words.model_path,
+            split=words.split_file_path,
+            gates=None if words.use_random_gate else words.select_file_path,
+            templates=words.templates,
+            experts=words.num_experts,
+            chosen=words.num_selects,
+            preset=words.preset,
+            network=words.gate_type,
+            factors=words.score_scale_factor_file_path,
+            own={
+                "softmax": words.use_softmax,
+                "multiply": words.multiply_gate_scores,
+                "factors": words.score_scale_factor,
+            },
+            allow_pickle=words.allow_pickle,
+        )
+    )
 
 
-def _sizes(model: Path) -> tuple[int, int]:
-    """Layers and neurons that config.json tells."""
-    from mindformers_ext.jobs.checkpoint.source import read_config
-
-    config = read_config(model)
-    return int(config.get("num_hidden_layers") or 0), int(config.get("intermediate_size") or 0)
-
-
-def quality_of(
-    words: argparse.Namespace, splits: dict[int, LayerSplit], gates: Gates | None, gating: Gating
-) -> Ladder | None:
+def quality_of(words: argparse.Namespace, parts: Parts) -> Ladder | None:
     """The loss of the mixture beside simpler choices, where a text is given."""
     if words.eval_text is None:
         return None
@@ -145,51 +148,16 @@ def quality_of(
         max_tokens=2 * words.eval_tokens,
         quiet=words.quiet,
     )
-    return measure(QualityRequest(texts=texts, splits=splits, gates=gates, gating=gating, seed=words.seed))
-
-
-def _gating(words: argparse.Namespace, gates: Gates | None, layers: int) -> Gating:
-    from mindformers_ext.jobs.experts.gating import WEIGHTS, Gating, preset, read_factors
-
-    if not 1 <= words.num_selects <= words.num_experts:
-        raise UserError(f"--num_selects {words.num_selects} of {words.num_experts} experts: choose 1 to all of them")
-    fields = preset(
-        words.preset or ("llama_moe" if gates is None else "moefication"), words.num_experts, words.num_selects
+    return measure(
+        QualityRequest(texts=texts, splits=parts.splits, gates=parts.gates, gating=parts.gating, seed=words.seed)
     )
-    if words.score_scale_factor_file_path is not None:
-        fields["factors"] = _factor_file(words.score_scale_factor_file_path, layers)
-    for name, field in (
-        ("use_softmax", "softmax"),
-        ("multiply_gate_scores", "multiply"),
-        ("score_scale_factor", "factors"),
-    ):
-        value = getattr(words, name)
-        if value is not None:
-            fields[field] = value if field != "factors" else read_factors(value, layers)
-    first = next(iter(gates.values())) if gates else {}
-    fitted = next((kind for kind, names in WEIGHTS.items() if first and set(names) <= set(first)), "mlp")
-    return Gating(chosen=words.num_selects, network=words.gate_type or fitted, **fields)
-
-
-def _factor_file(folder: Path, layers: int) -> Any:
-    """The factors of ``score_scale_factors.txt``, a list as Python and JSON write it."""
-    from mindformers_ext.core.json_text import read_json
-    from mindformers_ext.jobs.experts.gating import read_factors
-
-    path = folder / "score_scale_factors.txt" if folder.is_dir() else folder
-    if not path.is_file():
-        raise UserError(f"'{path}' does not exist: give the folder that holds score_scale_factors.txt")
-    return read_factors(read_json(path, "expected a list of numbers, one for each layer"), layers)
 
 
 def _reversed(words: argparse.Namespace) -> MergeReport:
+    from mindformers_ext.jobs.experts.parts import read_own_splits
     from mindformers_ext.jobs.experts.reverse import DenseRequest, reverse
-    from mindformers_ext.jobs.experts.splits import read_splits
 
-    splits = None
-    if words.split_file_path is not None:
-        layers, width = _sizes(words.model_path)
-        splits = read_splits(words.split_file_path, words.templates, layers, None, words.allow_pickle, width)
+    splits = read_own_splits(words.model_path, words.split_file_path, words.templates, words.allow_pickle)
     request = DenseRequest(model=words.model_path, output=_output(words), splits=splits)
     return reverse(request, write=not words.dry_run)
 

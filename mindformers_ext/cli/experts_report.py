@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from mindformers_ext.cli.experts_convert import add_gating, quality_of, read_parts
+from mindformers_ext.cli.experts_convert import add_gating, parts_of, quality_of
 from mindformers_ext.cli.experts_flags import add_model
 
 
@@ -19,18 +19,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(words: argparse.Namespace) -> int:
     """Measure, write the page, and say what came out."""
-    from mindformers_ext.formats.atomic import refuse_existing
     from mindformers_ext.jobs.experts.gate_files import GateFiles
-    from mindformers_ext.jobs.experts.report import MixtureFacts, verdict, write_report
+    from mindformers_ext.jobs.experts.report import MixtureFacts, check_place, verdict, write_report
 
-    refuse_existing(words.save_path, words.overwrite)
-    splits, gates, gating = read_parts(words)
-    ladder = quality_of(words, splits, gates, gating)
+    check_place(words.save_path, words.overwrite)
+    parts = parts_of(words)
+    ladder = quality_of(words, parts)
     facts = MixtureFacts(
         model=words.model_path.resolve().name,
-        splits=splits,
+        splits=parts.splits,
         chosen=words.num_selects,
-        gates=GateFiles(words.select_file_path, words.templates).figures() if gates else (),
+        gates=GateFiles(words.select_file_path, words.templates).figures() if parts.gates else (),
         ladder=ladder,
     )
     page = write_report(facts, words.save_path, words.overwrite)

@@ -52,12 +52,12 @@ class Gating:
 def preset(name: str, experts: int, chosen: int) -> dict[str, Any]:
     """Fields of ``Gating``: ``moefication`` adds the chosen experts up as the dense model would, ``llama_moe`` weighs
     them by their probabilities times experts / chosen, to be trained on (llama-moe's README, "Convert")."""
-    if name == "moefication":
+    if name == PRESETS[0]:
         return {"softmax": False, "multiply": False, "factors": 1.0, "noise": False}
     return {"softmax": True, "multiply": True, "factors": experts / chosen, "noise": True}
 
 
-PRESETS = ("moefication", "llama_moe")
+PRESETS = ("moefication", LLAMA_MOE.name)
 
 
 def mixture_config(

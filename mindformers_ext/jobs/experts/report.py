@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mindformers_ext.formats.atomic import fresh_folder
+from mindformers_ext.formats.atomic import fresh_folder, refuse_existing
 from mindformers_ext.jobs.experts.gate_plot import plot_gates
 from mindformers_ext.jobs.experts.ladder import DENSE, GATE, MEANING, STATIC, Ladder
 from mindformers_ext.jobs.run import html
@@ -29,6 +29,11 @@ class MixtureFacts:
     chosen: int
     gates: Sequence[Mapping[str, Any]] = ()
     ladder: Ladder | None = None
+
+
+def check_place(folder: Path, overwrite: bool) -> None:
+    """Refuse (``UserError``) a folder that stands there already, before anything is measured."""
+    refuse_existing(folder, overwrite)
 
 
 def write_report(facts: MixtureFacts, folder: Path, overwrite: bool = False) -> Path:
