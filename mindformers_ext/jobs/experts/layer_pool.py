@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import multiprocessing
 import os
 import threading
@@ -12,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from mindformers_ext.core.errors import UserError
@@ -96,14 +96,19 @@ def _solve_alone(request: SplitRequest, layer: int) -> Solved:
     return found
 
 
+def check_ray() -> None:
+    """``UserError`` where Ray is not installed."""
+    if find_spec("ray") is None:
+        raise UserError("--ray needs Ray, which is not installed: pip install 'mindformers_ext[ray]'")
+
+
 def solve_on_ray(request: SplitRequest, layers: Sequence[int], address: str) -> Iterator[Solved]:
     """The machines of the Ray cluster at ``address``; each has this package and sees the model under the same path.
 
     Raises:
         UserError: Ray is not installed, the cluster does not answer, or a machine is lost.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise UserError("--ray needs Ray, which is not installed: pip install 'mindformers_ext[ray]'")
+    check_ray()
     import ray
 
     if not layers:
