@@ -60,7 +60,7 @@ def plan_split(request: SplitRequest) -> SplitPlan:
     """
     method = check_words(request)
     if request.ray is not None:
-        check_ray()
+        check_ray(request.ray)
     model = open_dense(request.model_path)
     try:
         layers = model.check_layers(request.layers)

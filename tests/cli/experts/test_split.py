@@ -264,9 +264,31 @@ def test_gradient_splits_take_importance_by_the_number_of_its_folder(model: Path
     assert split(model, tmp_path, *words, "--expert_size", 9) == 2
 
 
-def test_ray_that_is_not_installed_is_told(
+def test_a_cluster_that_cannot_be_used_is_told(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(layer_pool, "find_spec", lambda name: None)
     assert split(model, tmp_path, "--method", "random", "--ray", "auto") == 2
-    assert "pip install 'mindformers_ext[ray]'" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert "pip install 'mindformers_ext[ray]'" in capsys.readouterr().err
+    monkeypatch.setattr(layer_pool, "find_spec", lambda name: name)
+    assert split(model, tmp_path, "--method", "random", "--ray", "127.0.0.1:1") == 2
+    assert "nobody answers" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_machines_of_a_ray_cluster_give_the_same_splits(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="pip install 'mindformers_ext[ray]'")
+    from ray.cluster_utils import Cluster
+
+    each = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args=each)
+    try:
+        cluster.add_node(**each)
+        cluster.wait_for_nodes()
+        assert split(model, tmp_path / "ray", "--ray", cluster.address) == 0
+    finally:
+        cluster.shutdown()
+    assert split(model, tmp_path / "here") == 0
+    name = "llama_tiny-8Expert-Split-Clustering"
+    there, here = (files(tmp_path / place / name) for place in ("ray", "here"))
+    assert {file: data for file, (data, _) in there.items()} == {file: data for file, (data, _) in here.items()}
