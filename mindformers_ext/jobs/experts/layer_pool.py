@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import multiprocessing
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from mindformers_ext.core.errors import UserError
@@ -21,6 +22,7 @@ from mindformers_ext.jobs.experts.split_methods import METHODS, SplitRequest
 from mindformers_ext.surgery.experts.split import LayerSplit
 
 Solved = tuple[int, LayerSplit, dict[str, Any], float]
+CONNECTING = 5.0  # seconds
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -96,14 +98,27 @@ def _solve_alone(request: SplitRequest, layer: int) -> Solved:
     return found
 
 
+def check_ray(address: str) -> None:
+    """``UserError`` where Ray is not installed, or nobody listens at ``address``: Ray itself tries for minutes."""
+    if find_spec("ray") is None:
+        raise UserError("--ray needs Ray, which is not installed: pip install 'mindformers_ext[ray]'")
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return  # "auto", "local"
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECTING).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"nobody answers at the Ray address '{address}' ({error}): start the cluster, or correct --ray"
+        ) from error
+
+
 def solve_on_ray(request: SplitRequest, layers: Sequence[int], address: str) -> Iterator[Solved]:
     """The machines of the Ray cluster at ``address``; each has this package and sees the model under the same path.
 
     Raises:
         UserError: Ray is not installed, the cluster does not answer, or a machine is lost.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise UserError("--ray needs Ray, which is not installed: pip install 'mindformers_ext[ray]'")
     import ray
 
     if not layers:

@@ -19,7 +19,7 @@ import psutil
 
 from mindformers_ext.core.errors import UserError, listed
 from mindformers_ext.jobs.experts.dense_model import DenseModel, open_dense, template_kind
-from mindformers_ext.jobs.experts.layer_pool import solve_here, solve_in_processes, solve_on_ray
+from mindformers_ext.jobs.experts.layer_pool import check_ray, solve_here, solve_in_processes, solve_on_ray
 from mindformers_ext.jobs.experts.overlap_files import write_overlap
 from mindformers_ext.jobs.experts.split_methods import Method, SplitRequest, check_words
 from mindformers_ext.jobs.experts.splits import META, layer_file, locked, open_split, read_meta, split_sha, write_split
@@ -59,6 +59,8 @@ def plan_split(request: SplitRequest) -> SplitPlan:
         UserError: anything wrong with the options, the model, the inputs, or a split that stands there already.
     """
     method = check_words(request)
+    if request.ray is not None:
+        check_ray(request.ray)
     model = open_dense(request.model_path)
     try:
         layers = model.check_layers(request.layers)

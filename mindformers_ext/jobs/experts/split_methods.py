@@ -15,6 +15,7 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.disk import check_space
 from mindformers_ext.jobs.experts.dense_model import TEMPLATE, DenseModel, template_kind
 from mindformers_ext.jobs.experts.feature_files import find_features, read_shard
+from mindformers_ext.jobs.experts.importance import LEVELS, TYPES
 from mindformers_ext.jobs.experts.importance_scores import read_scores, score_folders
 from mindformers_ext.jobs.experts.metis import split_graph
 from mindformers_ext.jobs.experts.splits import GRAPH_PARTS, open_split
@@ -26,8 +27,6 @@ from mindformers_ext.surgery.experts.random import random_split
 from mindformers_ext.surgery.experts.split import LayerSplit, expert_size
 
 EXPERTS = 8
-LEVELS = ("sample", "total")
-TYPES = {"feature_grad": "grad", "feature_change": "change"}  # what stands behind the name of an importance file
 
 
 @dataclass(frozen=True, kw_only=True)
