@@ -29,6 +29,7 @@ from mindformers_ext.surgery.experts.split import LayerSplit
 
 META = "split_meta.json"
 VERSION = 1
+GRAPH_PARTS = "gp_split"  # folder in that of a graph split, whose own files are graphs
 OTHER_ENDS = ("", "-l2", "-cos")  # what later versions of the reference put behind a clustering's folder
 
 
@@ -47,7 +48,7 @@ def find_split_folder(path: Path) -> Path:
     name = re.sub(r"-(l2|cos)$", "", path.name)
     for found in (path, *(path.with_name(name + end) for end in OTHER_ENDS)):
         if found.is_dir():
-            return found
+            return found / GRAPH_PARTS if (found / GRAPH_PARTS).is_dir() else found
     raise UserError(f"split folder '{path}' does not exist: run split first, or correct --split_file_path")
 
 
@@ -62,8 +63,8 @@ def open_split(
     """The split of one layer; every form of file that the reference has written is read.
 
     experts: how many there must be, without residual ones; None takes what the file has. width: neurons of the layer;
-    None takes what ``split_meta.json`` or the file says. allow_pickle: also files with numpy's numbers, as the reference
-    has written them (no code of a file is run).
+    None takes what ``split_meta.json`` or the file says. allow_pickle: also files with numpy's numbers, as the
+    reference has written them (no code of a file is run).
 
     Raises:
         UserError: no such folder or file, one that is no split, or one of other sizes.
@@ -76,7 +77,7 @@ def open_split(
     value = read_plain(path, allow_pickle)
     try:
         split = _from_file(value, settings, experts, width)
-    except (UserError, TypeError, ValueError) as error:
+    except (UserError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"'{path}': {error}") from error
     if experts is not None and len(split.experts) != experts:
         raise UserError(f"'{path}' has {len(split.experts)} experts, --num_experts is {experts}: correct one of them")

@@ -10,6 +10,7 @@ rows change places where that raises the sum (``exchange``), which leaves fixed 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.surgery.experts.assign import assign
 from mindformers_ext.surgery.experts.exchange import exchange
 from mindformers_ext.surgery.experts.objective import METRICS, Objective
+from mindformers_ext.surgery.experts.split import expert_size
 
 STARTS = 10
 PASSES = 500
@@ -43,7 +45,7 @@ def balanced_clusters(
     rows: np.ndarray,
     clusters: int,
     metric: str = "l2",
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     starts: int = STARTS,
     init_labels: np.ndarray | None = None,
 ) -> Clusters:
@@ -92,7 +94,7 @@ def unit_rows(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 def own_order(rows: np.ndarray) -> np.ndarray:
     """An order that depends on what the rows hold, not on where they stand."""
-    sums = np.array([zlib.crc32(np.ascontiguousarray(row)) for row in rows], np.uint32)
+    sums = np.array([zlib.crc32(np.ascontiguousarray(row).data) for row in rows], np.uint32)
     return np.lexsort((rows[:, -1], rows[:, 0], sums))
 
 
@@ -219,20 +221,23 @@ def _only(rows: np.ndarray, metric: str) -> float:
     return Objective(metric, len(x)).inertia(x, x.sum(0, dtype=np.float64)[None])
 
 
+def check_finite(rows: np.ndarray) -> None:
+    """A row with a value that is no number is a ``UserError``."""
+    for start in range(0, len(rows), BLOCK):
+        good = np.isfinite(rows[start : start + BLOCK]).all(1)
+        if not good.all():
+            raise UserError(
+                f"row {start + int(good.argmin())} holds NaN or infinity: the weights are damaged, copy the model again"
+            )
+
+
 def _check(rows: np.ndarray, clusters: int, metric: str, init_labels: np.ndarray | None) -> None:
     if rows.ndim != 2 or not rows.size:
         raise UserError(f"rows of a matrix are clustered, found an array of shape {rows.shape}")
     if metric not in METRICS:
         raise UserError(f"metric '{metric}' is unknown: choose one of {', '.join(METRICS)}")
-    if clusters < 1 or clusters > len(rows) or len(rows) % clusters:
-        raise UserError(
-            f"{len(rows)} rows cannot be cut into {clusters} experts of one size: choose a divisor of {len(rows)}"
-        )
-    bad = [start for start in range(0, len(rows), BLOCK) if not np.isfinite(rows[start : start + BLOCK]).all()]
-    if bad:
-        part = rows[bad[0] : bad[0] + BLOCK]
-        row = bad[0] + int(np.flatnonzero(~np.isfinite(part).all(1))[0])
-        raise UserError(f"row {row} holds NaN or infinity: the weights are damaged, copy the model again")
+    expert_size(len(rows), clusters)
+    check_finite(rows)
     if init_labels is not None:
         counts = np.bincount(np.asarray(init_labels), minlength=clusters) if len(init_labels) == len(rows) else ()
         if len(counts) != clusters or len(set(counts)) != 1:
