@@ -29,7 +29,7 @@ from mindformers_ext.jobs.experts.ranks import Share
 from mindformers_ext.jobs.experts.states import States
 
 Arrays = Mapping[str, np.ndarray]
-BASE = 500 * 10**6  # bytes of a process that has imported a framework
+BASE = 350 * 10**6  # bytes of a process that has imported a framework
 TOKENS = 2048  # that a layer computes at once, unless one row has more
 
 
@@ -137,7 +137,7 @@ def needs(course: Course, sink: Sink, layers: int, backward: bool) -> Needs:
     tokens = max(course.tokens // course.length, 1) * course.length
     narrow, wide = spec.hidden_size, spec.intermediate_size
     taps = sum({"D": narrow, "F": wide}[POINTS[name]] for name in (*sink.values, *sink.gradients))
-    work = 4 * tokens * (12 * narrow + (8 if backward else 4) * wide + 2 * taps)
+    work = 4 * tokens * ((14 if backward else 6) * narrow + (6 if backward else 4) * wide + taps)
     head = 4 * (spec.vocab_size * narrow + 3 * 512 * spec.vocab_size + 4 * tokens * narrow) if backward else 0
     embedding = 4 * 2 * (tokens + 4096) * narrow
     memory = BASE + sink.nbytes + max(weights + max(2 * largest, work), head, embedding)
