@@ -234,6 +234,7 @@ LLAMA_MOE = Family(
         ConfigWord("gate_balance_loss_weight", "moe", "gate_balance_loss_weight", "float", 1e-2),
         ConfigWord("gate_add_noise", "moe", "gate_add_noise", "bool", True),
         ConfigWord("gate_noise_epsilon", "moe", "gate_noise_epsilon", "float", 1e-2),
+        ConfigWord("load_compat", "moe", "load_compat", "str", "correct"),
         ConfigWord("multiply_gate_scores", "moe", "multiply_gate_scores", "bool", True),
         ConfigWord("score_scale_factor", "moe", "score_scale_factor", "factors", 1.0),
         ConfigWord("size_experts", "moe", "expert_sizes", "sizes", None),
@@ -242,6 +243,7 @@ LLAMA_MOE = Family(
         "gate_type": "TopKBalancedNoisyGate",
         "calculator_type": "UniversalCalculator",
         "add_weight_norm": False,
+        "num_experts_residual": 0,
     },
     moe={"norm_topk_prob": False},  # the gate's own softmax is over the chosen alone
     weighs_loss=False,

@@ -20,7 +20,7 @@ DTYPE_WORDS = {"fp32": "float32", "float": "float32", "fp16": "float16", "half":
 AUX_LOSS_TYPES = ("expert", "device", "comm")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 AUX_LOSS_REDUCTIONS = ("sum", "mean")
-LOAD_FORMS = ("exact", "reference")
+LOAD_FORMS = ("correct", "reference")
 # Fields of ``MoESpec`` that the gates of ``NOISY_GATES`` read alone, and those that they do not read.
 NOISY_WORDS = (
     "gate_use_softmax",
@@ -156,7 +156,7 @@ class MoESpec:
     gate_noise_epsilon: float = 1e-2
     multiply_gate_scores: bool = True
     score_scale_factor: float | tuple[float, ...] = 1.0
-    load_compat: str = "exact"
+    load_compat: str = "correct"
     expert_sizes: tuple[tuple[int, ...], ...] | None = None
     shared_expert: SharedExpertSpec | None = None
 

@@ -7,7 +7,6 @@ Each parameter takes one 63-bit number from numpy's generator and draws from Phi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,8 +15,9 @@ import numpy.typing as npt
 Words = npt.NDArray[np.uint64]
 CHUNK = 1 << 20  # values drawn at once; even, so that pairs stay together
 _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
-_FACTORS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_KEY_STEPS = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
+FACTORS, KEY_STEPS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
+_FACTORS = np.uint64(FACTORS[0]), np.uint64(FACTORS[1])
+_KEY_STEPS = np.uint64(KEY_STEPS[0]), np.uint64(KEY_STEPS[1])
 _PI, _SMALLEST = np.float32(3.1415926), np.float32(1e-7)
 
 
@@ -57,18 +57,34 @@ def normal(seed: int, count: int, std: float, first: int = 0) -> npt.NDArray[np.
     return result[:count]
 
 
-def step_noise(seed: int, step: int, rows: range, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """Standard normal noise of one training step, (rows, *shape).
+def noise_keys(seed: int, step: int, rows: range) -> npt.NDArray[np.int32]:
+    """What a training step's noise follows from, (rows, 3): the seed's low 32 bits, updates done before plus 1, and the
+    row's number in the whole batch of the step, whoever holds it and however the batch is cut."""
+    keys = np.empty((len(rows), 3), np.int64)
+    keys[:, 0], keys[:, 1], keys[:, 2] = seed & 0xFFFFFFFF, step + 1, np.arange(rows.start, rows.stop)
+    return keys.astype(np.int32)
 
-    A row's values follow from its number in the whole batch of the step, whoever holds it and however the batch is cut.
+
+def noise_blocks(tokens: int, experts: int) -> int:
+    """Blocks of four values that one row takes of the stream for each mixture."""
+    return -(-tokens * experts // 4)
+
+
+def mixture_noise(keys: npt.NDArray[np.int32], place: int, shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
+    """Standard normal noise (rows, tokens, experts) of mixture number ``place`` of a step.
+
+    Both engines compute the same where they need it (``ms.ops.noise``, ``pt.ops.noise``); this is what they are held
+    against.
 
     Args:
-        seed: of the run.
-        step: updates done before.
-        rows: the rows at hand.
-        shape: of one row's noise.
+        keys: ``noise_keys``.
+        place: of the mixture among all, from 0.
+        shape: mixtures, tokens, experts.
     """
-    count = math.prod(shape)
-    blocks, key = -(-count // 4), (step + 1) << 32 | seed & 0xFFFFFFFF
-    drawn = normal(key, len(rows) * blocks * 4, 1.0, rows.start * blocks)
-    return drawn.reshape(len(rows), -1)[:, :count].reshape(len(rows), *shape)
+    mixtures, tokens, experts = shape
+    blocks, found = noise_blocks(tokens, experts), []
+    for low, step, row in keys.astype(np.int64) & 0xFFFFFFFF:
+        first = (int(row) * mixtures + place) * blocks
+        found.append(normal(int(step) << 32 | int(low), 4 * blocks, 1.0, first)[: tokens * experts])
+    noise: npt.NDArray[np.float32] = np.stack(found).reshape(len(keys), tokens, experts)
+    return noise

@@ -95,9 +95,8 @@ def compile_step(
     tell(COMPILING)
     with weights_left_out():
         columns = [Tensor(np.full(shape, TOKEN, np.int32)) for shape in batch]
-        noise = getattr(step, "noise", None)
-        if noise is not None:
-            columns.append(Tensor(np.zeros((batch[0][0], *noise.shape), np.float32)))
+        if getattr(step, "noise", None) is not None:
+            columns.append(step.noise.column(0, batch[0][0]))
         step.compile(*columns)
     logger.info("Dry run: the train step is compiled.")
     return CompiledStep(shapes, trained, batch, built_at - started, time.time() - built_at)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The noise of gates that add it, handed to MindFormers' train step as one more column of every batch.
+"""The keys of the noise of gates that add it, handed to MindFormers' train step as one more column of every batch.
 
 MindFormers reads the batch; the noise follows from the seed, the number of updates and the row (``core.philox``), so
 that a resumed run goes on with the same. Without sink mode alone: a queue on the device is filled by the data set.
@@ -14,28 +14,27 @@ from typing import Any
 from mindspore import Tensor
 
 from mindformers_ext.core.families import Family
-from mindformers_ext.core.philox import step_noise
+from mindformers_ext.core.philox import noise_keys
 from mindformers_ext.core.spec import NetworkSpec, ParallelSpec
 
-NOISE = "noise"  # the network's input, by name
+NOISE = "noise_keys"  # the network's input, by name
 
 
 @dataclass(frozen=True)
 class StepNoise:
-    """``shape``: of one row's noise; ``share``: which of the equal parts of a batch this process reads."""
+    """``share``: which of the equal parts of a batch this process reads."""
 
-    shape: tuple[int, ...]
     seed: int
     share: int = 0
 
     def column(self, updates: int, rows: int) -> Tensor:
-        """(rows, *shape) float32 of the step behind ``updates``."""
+        """(rows, 3) int32 of the step behind ``updates``."""
         first = self.share * rows
-        return Tensor(step_noise(self.seed, updates, range(first, first + rows), self.shape))
+        return Tensor(noise_keys(self.seed, updates, range(first, first + rows)))
 
 
 class NoiseFed:
-    """A train step that adds the noise to the columns it is called with, where it has some; before the step's cell."""
+    """A train step that adds the keys to the columns it is called with, where it has some; before the step's cell."""
 
     noise: StepNoise | None = None
 
@@ -51,7 +50,7 @@ def noise_of(spec: NetworkSpec, seed: int, rank: int) -> StepNoise | None:
     """What a network's gates need in this process; None: nothing."""
     if spec.noise_shape is None:
         return None
-    return StepNoise(spec.noise_shape, seed, _share(spec.parallel, rank))
+    return StepNoise(seed, _share(spec.parallel, rank))
 
 
 def _share(parallel: ParallelSpec, rank: int) -> int:

@@ -7,6 +7,7 @@ Parameter names are MindFormers'; ``core.parameters`` lists them.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import mindspore as ms
 import mindspore.ops.operations as P
@@ -20,6 +21,7 @@ from mindformers_ext.ms.layer import Layer
 from mindformers_ext.ms.loss import NextTokenLoss, ShiftedTokens, Targets, token_shape
 from mindformers_ext.ms.norm import RmsNorm
 from mindformers_ext.ms.ops.dtypes import mindspore_dtype
+from mindformers_ext.ms.ops.noise import MixtureNoise, noise_shape
 from mindformers_ext.ms.ops.select import Operators, select_operators
 from mindformers_ext.ms.strategies import Shards
 
@@ -80,30 +82,24 @@ class MeanLoss(nn.Cell):
         return self.scale(self.mean(total_G, 0), self.factor)
 
 
-class LayerNoise(nn.Cell):
-    """The noise (B*S, E) of mixture number ``place`` among those (B, mixtures, S, E) of a step."""
-
-    def __init__(self, place: int) -> None:
-        super().__init__(auto_prefix=False)
-        self.place = place
-
-    def construct(self, noise: Tensor) -> Tensor:
-        return ops.reshape(noise[:, self.place], (-1, noise.shape[3]))
-
-
-def _noise_shape(noise: list) -> list:
-    return [noise[0] * noise[2], noise[3]]
-
-
-def _noise_type(noise: ms.Type) -> ms.Type:
-    return noise
+def _noise_type(keys: ms.Type) -> ms.Type:
+    return ms.TensorType(ms.float32)
 
 
 class NoNoise(nn.Cell):
-    """In the place of ``LayerNoise`` at a layer whose gate adds none."""
+    """In the place of ``MixtureNoise`` at a layer whose gate adds none."""
 
-    def construct(self, noise: Tensor | None) -> None:
+    def construct(self, keys_B3: Tensor | None) -> None:
         return None
+
+
+def _noise(spec: NetworkSpec, layer: int, shards: Shards) -> nn.Cell:
+    """Draws the noise of a layer's gate."""
+    shape, mixtures = spec.noise_shape, spec.model.moe_layers
+    if shape is None or layer not in mixtures:
+        return NoNoise()
+    cell = MixtureNoise(mixtures.index(layer), shape)
+    return shards.local(cell, "noise", partial(noise_shape, shape), _noise_type)
 
 
 class ReadReport(nn.Cell):
@@ -128,10 +124,10 @@ def _report_types(report: ms.Type) -> tuple:
 class Decoder(nn.Cell):
     """Embedding, layers, final norm.
 
-    Inputs (B, S) int32, and the noise (B, mixtures, S, E) of gates that add it. Outputs: hidden (B*S, D), aux_loss (),
-    load (mixtures, E) and dropped (mixtures), float32, a mixture being a layer with experts; a dense model has none and
-    returns load (1, 1) and dropped (1) of zeros. In a pipeline no stage sees all layers, so load and dropped are not
-    reported: aux_loss stands in their place.
+    Inputs (B, S) int32, and the keys (B, 3) of the noise of gates that add it (``core.philox``). Outputs:
+    hidden (B*S, D), aux_loss (), load (mixtures, E) and dropped (mixtures), float32, a mixture being a layer with
+    experts; a dense model has none and returns load (1, 1) and dropped (1) of zeros. In a pipeline no stage sees all
+    layers, so load and dropped are not reported: aux_loss stands in their place.
     """
 
     def __init__(self, spec: NetworkSpec, operators: Operators) -> None:
@@ -157,14 +153,7 @@ class Decoder(nn.Cell):
             ]
         )
         self.noises = nn.CellList(
-            [
-                shards.stage(
-                    shards.local(LayerNoise(self.mixtures.index(index)), "noise", _noise_shape, _noise_type), stage
-                )
-                if spec.noise_shape and index in self.mixtures
-                else NoNoise()
-                for index, stage in enumerate(stages)
-            ]
+            [shards.stage(_noise(spec, index, shards), stage) for index, stage in enumerate(stages)]
         )
         self.mean_loss = shards.stage(MeanLoss(shards, aux_scale), shards.stages - 1)
         self.stack = shards.shard_list(P.Stack(), "tok -", len(self.mixtures))
@@ -175,14 +164,14 @@ class Decoder(nn.Cell):
             model.rope.tables(spec.seq_length), operators.dtype(spec.numerics.rotary_dtype)
         )
 
-    def construct(self, ids_BS: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def construct(self, ids_BS: Tensor, keys_B3: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         _check_length(ids_BS.shape[1], self.seq_length)
         cos_SP, sin_SP = self.cos_SP, self.sin_SP
         x_TD = ops.cast(self.tok_embeddings(ops.reshape(ids_BS, (-1,))), self.compute_dtype)
         aux_loss_G = None
         reports: tuple = ()
         for index in range(self.depth):
-            noise_TE = None if noise is None else self.noises[index](noise)
+            noise_TE = None if keys_B3 is None else self.noises[index](keys_B3)
             x_TD, layer_aux_G, report_GE = self.layers[index](x_TD, cos_SP, sin_SP, noise_TE)
             aux_loss_G = self.add_losses[index](aux_loss_G, layer_aux_G)
             reports = reports + (report_GE,)
@@ -215,9 +204,9 @@ def _check_length(length: int, seq_length: int) -> None:
 class CausalLM(nn.Cell):
     """Decoder and head.
 
-    ``construct(ids (B, S)) -> logits (B, S, V)`` float32; ``losses(ids (B, S+1), labels=None, noise=None)`` -> (loss,
+    ``construct(ids (B, S)) -> logits (B, S, V)`` float32; ``losses(ids (B, S+1), labels=None, keys=None)`` -> (loss,
     lm_loss, aux_loss, load (mixtures, E), dropped (mixtures)) with loss = lm_loss + aux_loss, or lm_loss alone when
-    ``return_extra_loss`` is off. ``noise``: (B, mixtures, S, E) float32 of gates that add it, in training.
+    ``return_extra_loss`` is off. ``keys``: (B, 3) int32, of the noise of gates that add it, in training.
     """
 
     def __init__(self, spec: NetworkSpec, operators: Operators | None = None) -> None:
@@ -258,10 +247,10 @@ class CausalLM(nn.Cell):
         return ops.reshape(logits, (ids_BS.shape[0], ids_BS.shape[1], self.vocab_size))
 
     def losses(
-        self, ids_BT: Tensor, labels_BT: Tensor | None = None, noise: Tensor | None = None
+        self, ids_BT: Tensor, labels_BT: Tensor | None = None, keys_B3: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """See the class; the shift by one token happens here. Tokens equal to the pad id do not count."""
-        x_TD, aux_loss, load, dropped = self.model(self.tokens(ids_BT), noise)
+        x_TD, aux_loss, load, dropped = self.model(self.tokens(ids_BT), keys_B3)
         target_T, weight_T = self.targets(ids_BT, labels_BT)
         lm_loss = self.next_token_loss(self._head(x_TD), target_T, weight_T)
         loss = self.add(lm_loss, aux_loss) if self.add_aux_loss else lm_loss

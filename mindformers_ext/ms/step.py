@@ -211,11 +211,11 @@ class LossNetwork(nn.Cell):
         self.network = network
         self.draws = network.spec.noise_shape is not None
 
-    def construct(self, input_ids: Tensor, labels: Tensor | None = None, noise: Tensor | None = None) -> Terms:
-        """LossTerms of token ids (B, S+1), optional labels (B, S+1), and where gates add it the noise, always last."""
-        if self.draws and noise is None:
+    def construct(self, input_ids: Tensor, labels: Tensor | None = None, keys: Tensor | None = None) -> Terms:
+        """LossTerms of token ids (B, S+1), optional labels (B, S+1), and where gates add noise its keys, last."""
+        if self.draws and keys is None:
             return self.network.losses(input_ids, None, labels)
-        return self.network.losses(input_ids, labels, noise)
+        return self.network.losses(input_ids, labels, keys)
 
 
 def step_state(cell: TrainStepCell) -> dict[str, Parameter]:

@@ -44,7 +44,7 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "feed forward": (("dp mp", "dp mp"), ("dp mp",)),
     "gate": (("tok -", "- -"), ()),
     "gate rows": (("tok -",), ("tok -",)),
-    "noise": (("dp - - -",), ("dp -",)),
+    "noise": (("dp -",), ("dp -",)),
     "slots": (("tok - -", "-"), ("tok - -", "tok - -", "tok - -", "tok - -", "tok - -", "tok", "tok -")),
     "dispatch": (("tok - -", "tok - -", "tok - -", "tok - -"), ("tok - - -",)),
     # G = (outer, ep, seq) groups and E experts: tokens to their experts and back, over ep

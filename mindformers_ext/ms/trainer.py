@@ -18,7 +18,7 @@ from mindformers_ext.core.config.train import LossScale, TrainSpec, group_of
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.figures import StepFigures, figures_of
 from mindformers_ext.core.log import get_logger
-from mindformers_ext.core.philox import step_noise
+from mindformers_ext.core.philox import noise_keys
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.causal_lm import CausalLM, build_causal_lm
 from mindformers_ext.ms.engine import fill
@@ -112,7 +112,7 @@ class MindSporeTrainer:
     def step(self, columns: tuple[np.ndarray, ...]) -> StepFigures:
         """One update from this rank's rows: token ids (R, S+1) and, if any, labels; R a multiple of micro batches."""
         outputs = self.cell(
-            *(Tensor(np.ascontiguousarray(column, np.int32)) for column in columns), *self._noise(len(columns[0]))
+            *(Tensor(np.ascontiguousarray(column, np.int32)) for column in columns), *self._noise_keys(len(columns[0]))
         )
         figures = figures_of(outputs)
         if self.cell.has_group_lr:  # the step tells the rate of one group
@@ -120,13 +120,13 @@ class MindSporeTrainer:
             figures = figures._replace(learning_rate=self.train_spec.schedule.rate(updates))
         return figures
 
-    def _noise(self, rows: int) -> tuple[Tensor, ...]:
-        """(R, mixtures, S, E) of this rank's rows, where gates add it."""
-        shape, first = self.spec.noise_shape, self.ranks.rank * rows
-        if shape is None:
+    def _noise_keys(self, rows: int) -> tuple[Tensor, ...]:
+        """(R, 3) of this rank's rows, where gates add noise."""
+        first = self.ranks.rank * rows
+        if self.spec.noise_shape is None:
             return ()
         updates = int(self.cell.optimizer.global_step.asnumpy()[0])
-        return (Tensor(step_noise(self.train_spec.seed, updates, range(first, first + rows), shape)),)
+        return (Tensor(noise_keys(self.train_spec.seed, updates, range(first, first + rows))),)
 
     def values(self, ending: str) -> dict[str, np.ndarray]:
         """The network's parameters whose name ends in ``ending``, in its order."""

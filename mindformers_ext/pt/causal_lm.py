@@ -16,6 +16,7 @@ from mindformers_ext.pt.linear import Linear
 from mindformers_ext.pt.loss import next_token_loss, targets
 from mindformers_ext.pt.norm import RmsNorm
 from mindformers_ext.pt.ops.dtypes import torch_dtype
+from mindformers_ext.pt.ops.noise import mixture_noise
 
 
 class Terms(NamedTuple):
@@ -49,9 +50,9 @@ class TokenEmbedding(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers, final norm.
 
-    Inputs (B, S) int, and the noise (B, mixtures, S, E) of gates that add it. Outputs: hidden (B*S, D), aux_loss (),
-    load (mixtures, E) and dropped (mixtures); a dense model returns load (1, 1) and dropped (1) of zeros.
-    ``recompute``: layers that compute their activations again.
+    Inputs (B, S) int, and the keys (B, 3) of the noise of gates that add it (``core.philox``). Outputs: hidden
+    (B*S, D), aux_loss (), load (mixtures, E) and dropped (mixtures); a dense model returns load (1, 1) and dropped (1)
+    of zeros. ``recompute``: layers that compute their activations again.
     """
 
     def __init__(self, spec: NetworkSpec) -> None:
@@ -64,6 +65,7 @@ class Decoder(nn.Module):
         self.norm_out = RmsNorm(spec)
         self.rope, self.rotary_dtype = model.rope, torch_dtype(spec.numerics.rotary_dtype)
         self.recompute = False
+        self.drawing = len(model.moe_layers), model.moe.num_local_experts if model.moe else 0
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -73,12 +75,18 @@ class Decoder(nn.Module):
             self._tables = rotary_tables(self.rope.tables(length), self.rotary_dtype, device)
         return self._tables[0][:length], self._tables[1][:length]
 
-    def forward(self, ids_BS: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def noise(self, keys_B3: Tensor | None, place: int, tokens: int) -> Tensor | None:
+        """(B*S, E) for mixture number ``place``, where there are keys."""
+        if keys_B3 is None or place == self.drawing[0]:
+            return None
+        return mixture_noise(keys_B3, place, (self.drawing[0], tokens, self.drawing[1]))
+
+    def forward(self, ids_BS: Tensor, keys_B3: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         cos_SP, sin_SP = self.tables(ids_BS.shape[1], ids_BS.device)
         x_TD = self.tok_embeddings(ids_BS.reshape(-1)).to(self.compute_dtype)
         losses, reports = list[Tensor](), list[Tensor]()
         for layer in self.layers:
-            inputs = x_TD, cos_SP, sin_SP, None if noise is None else noise[:, len(losses)].flatten(0, 1)
+            inputs = x_TD, cos_SP, sin_SP, self.noise(keys_B3, len(losses), ids_BS.shape[1])
             if self.recompute and self.training:
                 x_TD, aux_loss_G, report_GE = checkpoint(layer, *inputs, use_reentrant=False)
             else:
@@ -124,19 +132,19 @@ class CausalLM(nn.Module):
         labels_BT: Tensor | None = None,
         losses: bool = False,
         tokens: Tensor | None = None,
-        noise: Tensor | None = None,
+        keys: Tensor | None = None,
     ) -> Tensor | Terms:
         """See the class. ``tokens``: counted tokens to divide the loss by, where other ranks hold a share of them;
-        ``noise``: (B, mixtures, S, E) of gates that add it."""
+        ``keys``: (B, 3) of the noise of gates that add it."""
         if losses:
-            return self._losses(ids_BS, labels_BT, tokens, noise)
+            return self._losses(ids_BS, labels_BT, tokens, keys)
         x_TD, _, _, _ = self.model(ids_BS)
         return self.head(x_TD).float().view(*ids_BS.shape, -1)
 
-    def _losses(self, ids_BT: Tensor, labels_BT: Tensor | None, tokens: Tensor | None, noise: Tensor | None) -> Terms:
+    def _losses(self, ids_BT: Tensor, labels_BT: Tensor | None, tokens: Tensor | None, keys: Tensor | None) -> Terms:
         """The shift by one token happens here. Tokens equal to the pad id do not count."""
         model = self.spec.model
-        x_TD, aux_loss, load, dropped = self.model(ids_BT[:, :-1], noise)
+        x_TD, aux_loss, load, dropped = self.model(ids_BT[:, :-1], keys)
         target_T, counted_T = targets(ids_BT, labels_BT, model.pad_token_id, model.ignore_token_id)
         total, count = next_token_loss(self.head(x_TD), target_T, counted_T)
         lm_loss = total / (count if tokens is None else tokens).clamp(min=1)

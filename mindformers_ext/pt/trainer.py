@@ -17,7 +17,7 @@ from mindformers_ext.core.config.lora import LORA_A, LORA_B
 from mindformers_ext.core.config.train import ParameterGroup, TrainSpec, group_of
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.figures import StepFigures
-from mindformers_ext.core.philox import step_noise
+from mindformers_ext.core.philox import noise_keys
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.pt import names
 from mindformers_ext.pt.causal_lm import CausalLM, Terms
@@ -76,7 +76,7 @@ class TorchTrainer:
         """One update from this rank's rows: token ids (R, S+1) and, if any, labels; R a multiple of micro batches."""
         torch.manual_seed(self.train_spec.seed + self.updates * self.ranks.size + self.ranks.rank)  # LoRA's dropout
         tensors = [torch.from_numpy(column.astype(np.int64)).to(self.device) for column in columns]
-        terms = self._backward(tensors, self._noise(len(columns[0])))
+        terms = self._backward(tensors, self._noise_keys(len(columns[0])))
         gradients = [self.ranks.gradient(name, p.grad) for name, p in self._named if p.grad is not None]
         if len(gradients) != len(self._named):
             missing = [name for name, p in self._named if p.grad is None]
@@ -93,25 +93,25 @@ class TorchTrainer:
         self._next_scale(not finite)
         return StepFigures(loss, not finite, self.scale, rate, norm, lm_loss, aux_loss, load, dropped)
 
-    def _noise(self, rows: int) -> Tensor | None:
-        """(R, mixtures, S, E) of this rank's rows, where gates add it."""
-        shape, first = self.network.spec.noise_shape, self.ranks.rank * rows
-        if shape is None:
+    def _noise_keys(self, rows: int) -> Tensor | None:
+        """(R, 3) of this rank's rows, where gates add noise."""
+        first = self.ranks.rank * rows
+        if self.network.spec.noise_shape is None:
             return None
-        drawn = step_noise(self.train_spec.seed, self.updates, range(first, first + rows), shape)
-        return torch.from_numpy(drawn).to(self.device)
+        keys = noise_keys(self.train_spec.seed, self.updates, range(first, first + rows))
+        return torch.from_numpy(keys).to(self.device)
 
-    def _backward(self, tensors: list[Tensor], noise: Tensor | None) -> list[Terms]:
+    def _backward(self, tensors: list[Tensor], keys: Tensor | None) -> list[Terms]:
         """Terms of every micro batch; gradients are summed over them, times the loss scale."""
         count = self.train_spec.micro_batches
-        noises = noise.chunk(count) if noise is not None else (None,) * count
+        parts_of_keys = keys.chunk(count) if keys is not None else (None,) * count
         parts = [tensor.chunk(self.train_spec.micro_batches) for tensor in tensors]
         found = []
         for index, micro in enumerate(zip(*parts, strict=True)):
             self.ranks.last_micro_batch(self.network, index == len(parts[0]) - 1)
             ids, labels = micro[0], micro[1] if len(micro) > 1 else None
             tokens = self.ranks.counted(ids, labels, self.network.spec.model)
-            terms = self.network(ids, labels, losses=True, tokens=tokens, noise=noises[index])
+            terms = self.network(ids, labels, losses=True, tokens=tokens, keys=parts_of_keys[index])
             (terms.loss * self.scale).backward()
             found.append(Terms(*(term.detach() for term in terms)))
         return found

@@ -70,9 +70,7 @@ def test_a_gate_decides_as_the_closed_forms(words: dict, noisy: bool, dtype: tor
     near = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-6, "atol": 2e-6}
     for name in ("scores", "importance", "load"):
         np.testing.assert_allclose(array(getattr(got, name)), getattr(wanted, name), **near)
-    assert got.balance_loss.item() == pytest.approx(
-        wanted.balance, rel=1e-10 if dtype == torch.float64 else 1e-5
-    )
+    assert got.balance_loss.item() == pytest.approx(wanted.balance, rel=1e-10 if dtype == torch.float64 else 1e-5)
 
 
 @pytest.mark.parametrize("words", CASES[:5], ids=str)

@@ -54,7 +54,7 @@ class NoisyCase:
             score_scale_factor=self.factor,
             gate_balance_loss_weight=0.25,
             gate_add_noise=self.noise,
-            load_compat="reference" if self.released else "exact",
+            load_compat="reference" if self.released else "correct",
         )
         model = ModelSpec(
             vocab_size=50,

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from mindformers_ext.core.families import FAMILIES, Family
-from mindformers_ext.core.layers import DTYPE_NAMES, MoESpec, SharedExpertSpec
+from mindformers_ext.core.layers import DTYPE_NAMES, LOAD_FORMS, MoESpec, SharedExpertSpec
 from mindformers_ext.core.rope import RopeScaling
 from mindformers_ext.core.spec import FEATURES, KernelSpec, ModelSpec, NetworkSpec, NumericsSpec, ParallelSpec
 
@@ -291,6 +291,7 @@ def noisy_words(draw: st.DrawFn, row: Family, layers: int) -> dict[str, Any]:
         **{name: draw(st.booleans()) for name in ("gate_use_softmax", "gate_use_balance", "gate_add_noise")},
         "multiply_gate_scores": draw(st.booleans()),
         "gate_noise_epsilon": draw(number),
+        "load_compat": draw(st.sampled_from(LOAD_FORMS)),
         "gate_balance_loss_weight": draw(number),
         "score_scale_factor": draw(number | st.tuples(*(number for _ in range(layers)))),
     }

@@ -98,7 +98,8 @@ def test_a_network_is_built_from_it(path):
     shapes = {parameter.name: parameter.shape for parameter in network.get_parameters()}
     experts = (config.get("moe_config") or {}).get("expert_num", 1)
     if experts > 1:
-        assert shapes["model.layers.1.feed_forward.ffn.w1.weight"] == (experts, 96, 64)
+        width = 96 // experts if network.spec.model.family_row.shares_width else 96
+        assert shapes["model.layers.1.feed_forward.ffn.w1.weight"] == (experts, width, 64)
         assert shapes["model.layers.1.feed_forward.router.dense.weight"] == (experts, 64)
     assert shapes["lm_head.weight"] == (128, 64)
 

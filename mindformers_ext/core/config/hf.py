@@ -203,7 +203,7 @@ def routing_as_hf(moe: MoESpec) -> MoESpec:
         intermediate_size=moe.intermediate_size,
         gate=moe.gate,
         shared_expert=moe.shared_expert,
-        **{name: getattr(moe, name) for name in NOISY_WORDS if name != "load_compat"},
+        **{name: getattr(moe, name) for name in NOISY_WORDS},
     )
 
 

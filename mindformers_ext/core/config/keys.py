@@ -127,7 +127,7 @@ KEYS: tuple[Key, ...] = (
         gate_noise_epsilon       gate_noise_epsilon       float  0.01
         multiply_gate_scores     multiply_gate_scores     bool   True
         score_scale_factor       score_scale_factor       factors 1.0
-        load_compat              load_compat              str    exact
+        load_compat              load_compat              str    correct
         size_experts             expert_sizes             sizes  -
     """,
     ),

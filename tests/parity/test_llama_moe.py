@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both engines beside the LLaMA-MoE code that is saved with a model: logits, loss with balance, every gradient.
+
+Training steps with the same noise; ``pytest -s`` prints what was measured.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+import pytest
+import torch
+from mindspore import Tensor
+
+from mindformers_ext.core.config.hf import hf_config_from_spec, model_spec_from_hf
+from mindformers_ext.core.philox import mixture_noise, noise_keys
+from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.ms.causal_lm import build_causal_lm as build_mindspore
+from mindformers_ext.ms.engine import MindSporeNetwork
+from mindformers_ext.ms.step import LossNetwork
+from mindformers_ext.pt import names
+from mindformers_ext.pt.causal_lm import build_causal_lm as build_torch
+from mindformers_ext.weights.convert import to_hf, to_mindspore
+from tests.helpers.llama_moe_models import model_of, token_ids
+
+WORDS = {"gate_balance_loss_weight": 0.1, "score_scale_factor": [2.5, 1.0, 2.0], "gate_network": "mlp"}
+OTHERS = {"gate_network": "linear", "gate_use_softmax": False, "load_compat": "reference", "tie_word_embeddings": True}
+CASES: dict[str, dict[str, Any]] = {"two layers": WORDS, "linear, logits, as released, tied": WORDS | OTHERS}
+SEED, UPDATES, BATCH, LENGTH = 9, 3, 2, 11
+KEYS = noise_keys(SEED, UPDATES, range(BATCH))
+
+
+def ids() -> np.ndarray:
+    """(B, S+1)."""
+    return token_ids(BATCH, LENGTH + 1).numpy()
+
+
+@functools.cache
+def theirs(case: str) -> tuple[NetworkSpec, dict[str, np.ndarray], np.ndarray, float, dict[str, np.ndarray]]:
+    """Our spec of the saved model and its weights; logits of evaluation, loss and gradients of a training step."""
+    model = model_of(**CASES[case])
+    spec = NetworkSpec(
+        model=model_spec_from_hf(model.config.to_dict() | {"model_type": "llama_moe"}), seq_length=LENGTH
+    )
+    weights = to_mindspore({n: p for n, p in model.state_dict().items()}, spec.model)
+    tokens = torch.from_numpy(ids()).long()
+    with torch.no_grad():
+        logits = model(tokens[:, :-1]).logits.numpy()
+    model.train()
+    for place, layer in enumerate(model.model.layers):
+        noise = torch.from_numpy(mixture_noise(KEYS, place, spec.noise_shape)).flatten(0, 1)
+        layer.mlp.gate.draw = lambda logits, noise=noise: noise
+    found = model(tokens[:, :-1])
+    loss = torch.nn.functional.cross_entropy(found.logits.flatten(0, 1), tokens[:, 1:].flatten()) + found.balance_loss
+    loss.backward()
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    return spec, weights, logits, loss.item(), to_mindspore(gradients, spec.model)
+
+
+def assert_same(case: str, engine: str, logits: np.ndarray, loss: float, gradients: dict[str, np.ndarray]) -> None:
+    _, _, wanted_logits, wanted_loss, wanted = theirs(case)
+    assert gradients.keys() == wanted.keys()
+    worst = {n: float(np.abs(gradients[n] - g).max() / (np.abs(g).max() + 1e-9)) for n, g in wanted.items()}
+    name = max(worst, key=lambda name: worst[name])
+    difference = float(np.abs(logits - wanted_logits).max())
+    print(
+        f"\n{case} {engine}: logits {difference:.1e} loss {abs(loss - wanted_loss):.1e} gradient {worst[name]:.1e} {name}"
+    )
+    assert 0.5 <= np.abs(wanted_logits).max() <= 20
+    assert difference <= 1e-4 and abs(loss - wanted_loss) <= 1e-5 and worst[name] <= 1e-3
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_torch_equals_the_saved_code(case: str) -> None:
+    spec, weights, *_ = theirs(case)
+    network = build_torch(spec)
+    names.load(network, weights)
+    network.eval()
+    with torch.no_grad():
+        logits = network(torch.from_numpy(ids()[:, :-1]).long()).numpy()
+    terms = network.train()(torch.from_numpy(ids()).long(), losses=True, keys=torch.from_numpy(KEYS))
+    terms.loss.backward()
+    gradients = {}
+    for name, parameter in network.named_parameters():
+        gradients |= {part: view.numpy() for part, view in names.split_experts(name, parameter.grad).items()}
+    assert_same(case, "PyTorch", logits, terms.loss.item(), gradients)
+
+
+@pytest.mark.parametrize("case", list(CASES)[:1])
+def test_mindspore_equals_the_saved_code(case: str) -> None:
+    spec, weights, *_ = theirs(case)
+    ms.set_context(mode=ms.GRAPH_MODE)
+    network = build_mindspore(spec)
+    MindSporeNetwork(network).load(weights)
+    logits = network(Tensor(ids()[:, :-1].astype(np.int32))).asnumpy()
+    parameters = network.trainable_params()
+    step = ms.value_and_grad(LossNetwork(network).set_train(), None, parameters, has_aux=True)
+    terms, gradients = step(Tensor(ids().astype(np.int32)), Tensor(KEYS))
+    named = {item.name: gradient.asnumpy() for item, gradient in zip(parameters, gradients, strict=True)}
+    assert_same(case, "MindSpore", logits, float(terms[0].asnumpy()), named)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_we_write_the_saved_code_reads(case: str) -> None:
+    """Names and sizes of every tensor, and every word of the configuration."""
+    spec, weights, *_ = theirs(case)
+    model = model_of(**CASES[case])
+    back, held = to_hf(weights, spec.model), model.state_dict()
+    assert back.keys() == held.keys() - ({"lm_head.weight"} if spec.model.tie_word_embeddings else set())
+    assert all(np.array_equal(back[name], held[name].numpy()) for name in back)
+    config = type(model.config)(**hf_config_from_spec(spec.model)).to_dict()
+    known = {**model.config.to_dict(), "architectures": config["architectures"]}
+    same = {name for name in known if name not in ("transformers_version", "torch_dtype", "dtype")}
+    assert {name: config.get(name) for name in same} == {name: known[name] for name in same}
