@@ -14,7 +14,7 @@ import numpy as np
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.families import LLAMA, LLAMA_MOE
 from mindformers_ext.formats.dtypes import BY_NUMPY, float_dtype
-from mindformers_ext.jobs.checkpoint.source import CONFIG, Reader
+from mindformers_ext.jobs.checkpoint.source import CONFIG, Reader, read_config
 from mindformers_ext.jobs.experts.cut import MLP, Cut, cuts, dense_matrix, ids_of, in_type, routed_prefix
 from mindformers_ext.jobs.experts.gating import NOISE, Gating, check_gate, mixture_config, random_gates
 from mindformers_ext.jobs.experts.hf_code import save_code
@@ -69,11 +69,12 @@ def convert(request: MixtureRequest, write: bool = True) -> MergeReport:
 @contextmanager
 def _dense(folder: Path) -> Iterator[tuple[Mapping[str, Any], Reader]]:
     """An open dense model whose tensors are those of its config.json."""
+    kind = read_config(folder).get("model_type")
+    if kind != LLAMA.name:
+        raise UserError(f"'{folder}' is a {kind}: give a dense {LLAMA.name} folder")
     with opened([str(folder)]) as models:
         model = models[str(folder)]
         problems = Problems(f"'{folder}'")
-        if model.architecture.model_type != LLAMA.name:
-            problems.add(f"it is a {model.architecture.model_type}", f"give a dense {LLAMA.name} folder")
         for key in ("attention_bias", "mlp_bias"):
             if model.config.get(key):
                 problems.add(f"it has {key}", f"a {LLAMA_MOE.name} has no biases")

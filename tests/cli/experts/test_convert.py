@@ -151,9 +151,9 @@ def test_one_yaml_makes_all_of_it_and_does_nothing_twice(
         (["--num_experts", 4], "give the --num_experts of the split"),
         (["--gate_type", "linear"], "pass --gate_type mlp"),
         (["--score_scale_factor_file_path", "factors"], "2 score scale factors for 3 layers"),
-        (["--save_path", "{dense}"], "which is read"),
+        (["--save_path", "{dense}", "--overwrite"], "which is read"),
         (["--select_file_path", "few"], "lacks the gates of layers [1, 2]"),
-        (["--model_path", "moe"], "mixture"),
+        (["--model_path", "moe"], "give a dense llama folder"),
     ],
 )
 def test_what_cannot_be_is_said_and_nothing_is_written(
