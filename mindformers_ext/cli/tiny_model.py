@@ -82,7 +82,7 @@ def _spec(arguments: argparse.Namespace) -> ModelSpec:
         **row.model,
         head_dim=sizes["hidden_size"] // max(1, sizes["num_attention_heads"]),
         pad_token_id=3,
-        moe=MoESpec(**routing, **row.moe, shared_expert=shared) if row.has_experts else None,
+        moe=MoESpec(**{"gate": row.gate, **row.moe, **routing}, shared_expert=shared) if row.has_experts else None,
         family="" if row.implied else row.name,
     )
 

@@ -78,6 +78,12 @@ class Family:
     window_switch: str = ""
     tokenizer: str = ""
 
+    @property
+    def gate(self) -> str:
+        """The gate of its mixtures where none is named (of ``GATES``)."""
+        kinds = [ours for word in self.words if word.field == "gate" for _, ours in word.means]
+        return kinds[0] if kinds else str(self.moe.get("gate", "linear"))
+
 
 _LLAMA_TOKENS, _QWEN_TOKENS = "LlamaTokenizer", "Qwen2Tokenizer"
 _LLAMA: dict[str, Any] = {

@@ -6,8 +6,8 @@ Parameter names are MindFormers'; ``core.parameters`` lists them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 
 import mindspore as ms
 import mindspore.ops.operations as P
@@ -17,11 +17,12 @@ from mindspore.common.initializer import Normal, initializer
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.core.stages import layer_stage
 from mindformers_ext.ms.attention import Linear, rotary_tables
+from mindformers_ext.ms.kept_reports import kept_reports, name_reports
 from mindformers_ext.ms.layer import Layer
 from mindformers_ext.ms.loss import NextTokenLoss, ShiftedTokens, Targets, token_shape
 from mindformers_ext.ms.norm import RmsNorm
 from mindformers_ext.ms.ops.dtypes import mindspore_dtype
-from mindformers_ext.ms.ops.noise import MixtureNoise, noise_shape
+from mindformers_ext.ms.ops.noise import StageNoise
 from mindformers_ext.ms.ops.select import Operators, select_operators
 from mindformers_ext.ms.strategies import Shards
 
@@ -82,24 +83,13 @@ class MeanLoss(nn.Cell):
         return self.scale(self.mean(total_G, 0), self.factor)
 
 
-def _noise_type(keys: ms.Type) -> ms.Type:
-    return ms.TensorType(ms.float32)
-
-
-class NoNoise(nn.Cell):
-    """In the place of ``MixtureNoise`` at a layer whose gate adds none."""
-
-    def construct(self, keys_B3: Tensor | None) -> None:
-        return None
-
-
-def _noise(spec: NetworkSpec, layer: int, shards: Shards) -> nn.Cell:
-    """Draws the noise of a layer's gate."""
+def _noises(spec: NetworkSpec, drawn: Mapping[int, list[int]], shards: Shards) -> list[nn.Cell]:
+    """What draws the noise of the mixtures among the layers of each stage; nothing where no gate adds any."""
     shape, mixtures = spec.noise_shape, spec.model.moe_layers
-    if shape is None or layer not in mixtures:
-        return NoNoise()
-    cell = MixtureNoise(mixtures.index(layer), shape)
-    return shards.local(cell, "noise", partial(noise_shape, shape), _noise_type)
+    if shape is None:
+        return []
+    places = {stage: tuple(map(mixtures.index, layers)) for stage, layers in drawn.items() if layers}
+    return [shards.stage(StageNoise(found, shape, shards), stage) for stage, found in places.items()]
 
 
 class ReadReport(nn.Cell):
@@ -152,17 +142,23 @@ class Decoder(nn.Cell):
                 for index, stage in enumerate(stages)
             ]
         )
-        self.noises = nn.CellList(
-            [shards.stage(_noise(spec, index, shards), stage) for index, stage in enumerate(stages)]
-        )
+        drawn = {stage: [i for i in self.mixtures if stages[i] == stage] for stage in sorted(set(stages))}
+        self.noises = nn.CellList(_noises(spec, drawn, shards))
+        self.noise_order = [index for found in drawn.values() for index in found]
         self.mean_loss = shards.stage(MeanLoss(shards, aux_scale), shards.stages - 1)
         self.stack = shards.shard_list(P.Stack(), "tok -", len(self.mixtures))
         self.total = shards.shard(P.ReduceSum(), "reports")
         self.read_report = shards.local(ReadReport(spec.parallel.groups), "report", _report_shapes, _report_types)
-        self.reports = shards.stages == 1
+        self.reports, self.keeps = shards.stages == 1, False
+        self.kept = nn.CellList([])
         self.cos_SP, self.sin_SP = rotary_tables(
             model.rope.tables(spec.seq_length), operators.dtype(spec.numerics.rotary_dtype)
         )
+
+    def keep_reports(self, spec: NetworkSpec) -> None:
+        """From now on every mixture's reports are added up in a parameter of its stage."""
+        self.kept, self.keeps = kept_reports(spec), True
+        name_reports(self.kept)
 
     def construct(self, ids_BS: Tensor, keys_B3: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         _check_length(ids_BS.shape[1], self.seq_length)
@@ -170,9 +166,12 @@ class Decoder(nn.Cell):
         x_TD = ops.cast(self.tok_embeddings(ops.reshape(ids_BS, (-1,))), self.compute_dtype)
         aux_loss_G = None
         reports: tuple = ()
+        noises = self._drawn(keys_B3)
         for index in range(self.depth):
-            noise_TE = None if keys_B3 is None else self.noises[index](keys_B3)
+            noise_TE = noises[self.noise_order.index(index)] if noises and index in self.noise_order else None
             x_TD, layer_aux_G, report_GE = self.layers[index](x_TD, cos_SP, sin_SP, noise_TE)
+            if self.keeps:
+                x_TD = self.kept[index](x_TD, report_GE)
             aux_loss_G = self.add_losses[index](aux_loss_G, layer_aux_G)
             reports = reports + (report_GE,)
         if not self.has_experts:
@@ -183,6 +182,14 @@ class Decoder(nn.Cell):
             load, dropped = self.read_report(self.total(self.stack(self._of_mixtures(reports)), 1))
             return self.norm_out(x_TD), aux_loss, load, dropped
         return self.norm_out(x_TD), aux_loss, aux_loss, aux_loss
+
+    def _drawn(self, keys_B3: Tensor | None) -> tuple:
+        """The noise of every mixture, in the order of ``noise_order``."""
+        found: tuple = ()
+        if keys_B3 is not None:
+            for stage in self.noises:
+                found = found + stage(keys_B3)
+        return found
 
     def _of_mixtures(self, reports: tuple) -> tuple:
         """Without the None of dense layers. A tuple that leaves an ``if`` has no layout in MindSpore's cut graph."""
@@ -235,6 +242,10 @@ class CausalLM(nn.Cell):
         """From now on tokens are dropped in training only."""
         for layer in self.model.layers:
             layer.feed_forward.keep_all_in_evaluation()
+
+    def keep_reports(self) -> None:
+        """In a pipeline: see ``ms.kept_reports``; before the network is compiled."""
+        self.model.keep_reports(self.spec)
 
     def _head(self, x_TD: Tensor) -> Tensor:
         if self.tied:

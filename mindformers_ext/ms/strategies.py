@@ -45,6 +45,7 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "gate": (("tok -", "- -"), ()),
     "gate rows": (("tok -",), ("tok -",)),
     "noise": (("dp -",), ("dp -",)),
+    "noises": (("dp -",), ()),
     "slots": (("tok - -", "-"), ("tok - -", "tok - -", "tok - -", "tok - -", "tok - -", "tok", "tok -")),
     "dispatch": (("tok - -", "tok - -", "tok - -", "tok - -"), ("tok - - -",)),
     # G = (outer, ep, seq) groups and E experts: tokens to their experts and back, over ep
@@ -65,6 +66,8 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "scaled groups": (("tok", ""), ()),
     "reports": (("- tok -",), ()),
     "report": (("- -",), ("- -", "-")),
+    "kept report": (("tok -",), ("tok -",)),
+    "kept reports": (("tok -", "tok -"), ()),
     "head": (("rest -", "head -"), ()),
     "rows": (("rest -", "rest", "rest"), ("rest",)),
     "row sums": (("- rest",), ()),

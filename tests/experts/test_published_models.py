@@ -8,6 +8,7 @@ Source of the table: the spec of LLaMA-MoE-v1 (E, K, neurons of an expert, facto
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from mindformers_ext.jobs.experts.hf_code import save_code
-from mindformers_ext.jobs.experts.saved.modeling_llama_moe import LlamaMoEForCausalLM
+from mindformers_ext.core.config.hf import model_spec_from_hf
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.jobs.checkpoint.convert import ConvertRequest, convert
+from mindformers_ext.jobs.checkpoint.hf_code import save_code
+from mindformers_ext.jobs.checkpoint.model_code.modeling_llama_moe import LlamaMoEForCausalLM
+from mindformers_ext.weights.convert import rule_set
 from tests.helpers.llama_moe_models import config_of, randomise
 
 PUBLISHED = {
@@ -113,25 +118,70 @@ def test_a_published_model_has_these_weights(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-@pytest.mark.usefixtures("remote_code")
-def test_a_model_of_the_published_names_loads_from_several_files(name: str, tmp_path: Path) -> None:
+def test_a_conversion_knows_these_weights(name: str) -> None:
+    """Every name and shape at full size, and none beside them: what a plan is made of."""
+    config = published(name, 4096, PUBLISHED[name][2], 32, 32, 32000)
+    spec = model_spec_from_hf(config)
+    assert {key: shape for rule in rule_set(spec).bindings for key, shape in rule.hf.items()} == shapes(config)
+    scales = {spec.moe.scale_of(layer) for layer in range(32)}
+    assert (spec.moe.num_experts_per_tok, scales) == (PUBLISHED[name][1], {PUBLISHED[name][3]})
+
+
+def tiny(name: str, folder: Path) -> tuple[dict, LlamaMoEForCausalLM, dict[str, torch.Tensor]]:
+    """A folder of three files as on the hub: a config.json without code of ours, weights, an old version's buffers."""
     config = published(name, 32, 6, 2, 4, 50)
-    wanted = LlamaMoEForCausalLM(config_of(**config)).eval()
-    randomise(wanted)
-    tensors = dict(wanted.state_dict())
+    model = LlamaMoEForCausalLM(config_of(**config)).eval()
+    randomise(model)
+    tensors = dict(model.state_dict())
     assert {key: tuple(weight.shape) for key, weight in tensors.items()} == shapes(config)
-    tensors |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}  # of old versions
-    folder, files = tmp_path / f"model-{name}", {}
+    files = tensors | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
+    weight_map = {}
     folder.mkdir()
     for number in range(3):
-        part = {key: tensors[key] for key in sorted(tensors)[number::3]}
-        files |= dict.fromkeys(part, f"model-0000{number + 1}-of-00003.safetensors")
+        part = {key: files[key] for key in sorted(files)[number::3]}
+        weight_map |= dict.fromkeys(part, f"model-0000{number + 1}-of-00003.safetensors")
         save_file(part, folder / f"model-0000{number + 1}-of-00003.safetensors", metadata={"format": "pt"})
-    index = {"metadata": {"total_size": 0}, "weight_map": files}
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
-    (folder / "config.json").write_text(json.dumps(save_code(folder, config)), "utf-8")
+    hub = {"AutoModelForCausalLM": "modeling_llama_moe_hf.LlamaMoEForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": hub}), "utf-8")
+    return config, model, tensors
+
+
+def assert_loads(folder: Path, wanted: LlamaMoEForCausalLM, tensors: dict[str, torch.Tensor]) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     for key, weight in model.state_dict().items():
         assert torch.equal(weight, tensors[key]), key
     x = torch.randint(3, 50, (2, 9))
     assert torch.equal(model(x).logits, wanted(x).logits) and wanted(x).logits.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.usefixtures("remote_code")
+def test_a_model_of_the_published_names_loads_and_comes_back_from_mindspore(name: str, tmp_path: Path) -> None:
+    hub, loads = tmp_path / "hub", tmp_path / f"model-{name}"
+    config, model, tensors = tiny(name, hub)
+    shutil.copytree(hub, loads)
+    (loads / "config.json").write_text(json.dumps(save_code(loads, config)), "utf-8")
+    assert_loads(loads, model, tensors)
+    middle, back = tmp_path / "model.safetensors", tmp_path / f"back-{name}"
+    convert(ConvertRequest(input_path=hub, output_path=middle))
+    convert(ConvertRequest(input_path=middle, output_path=back, direction="to_hf", config=hub))
+    assert_loads(back, model, tensors)
+
+
+@pytest.mark.parametrize("fault", ["missing", "left over"])
+def test_a_conversion_refuses_a_weight_missing_or_left_over(fault: str, tmp_path: Path) -> None:
+    _, _, tensors = tiny("3_5B-2_8", tmp_path / "hub")
+    (tmp_path / "hub" / "model.safetensors.index.json").unlink()
+    for file in (tmp_path / "hub").glob("*.safetensors"):
+        file.unlink()
+    key = "model.layers.1.mlp.calculator.experts.weight_gate.3"
+    if fault == "left over":
+        tensors["model.layers.1.mlp.calculator.experts.weight_gate.8"] = torch.ones(6, 32)
+    else:  # what a version of transformers made of it
+        tensors[key.replace("weight_gate", "parametrizations.weight.original0ate")] = tensors.pop(key)
+    save_file(tensors, tmp_path / "hub" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"weight_gate\.[38]"):
+        convert(ConvertRequest(input_path=tmp_path / "hub", output_path=tmp_path / "out.safetensors"))
+    assert not (tmp_path / "out.safetensors").exists()

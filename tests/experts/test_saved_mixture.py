@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from mindformers_ext.jobs.experts.saved.mixture_llama_moe import LlamaMoEGate, LlamaMoEMixture, LlamaMoEResidualMixture
+from mindformers_ext.jobs.checkpoint.model_code.mixture_llama_moe import (
+    LlamaMoEGate,
+    LlamaMoEMixture,
+    LlamaMoEResidualMixture,
+)
 from tests.helpers import llama_moe_oracle as oracle
 from tests.helpers.llama_moe_models import (
     UNEQUAL,

@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from mindformers_ext.jobs.experts.hf_code import code_files
+from mindformers_ext.jobs.checkpoint.hf_code import code_files
 from tests.helpers.llama_moe_models import SIZES, UNEQUAL, folder_of, model_of, token_ids
 
 DENSE = {"num_experts": 4, "num_selects": 4, "multiply_gate_scores": False}

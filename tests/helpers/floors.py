@@ -39,22 +39,25 @@ FLOORS = {
     "surgery": _floor("core weights", "numpy torch"),
     "ms": _floor("core", "numpy mindspore"),
     "pt": _floor("core", "numpy torch triton", late_third="transformers"),
-    "jobs": _floor("core formats weights data surgery", "numpy tqdm psutil", late_third="matplotlib ray"),
+    "jobs": _floor(
+        "core formats weights data surgery", "numpy tqdm psutil", late_third="matplotlib huggingface_hub ray"
+    ),
     "mf": _floor("core data ms jobs", "numpy mindspore mindformers", late_third="tensorboardX"),
     "cli": _floor("jobs weights core", late_ours="mf"),
     "scripts": _floor("cli"),  # root scripts and tools/ (tools/bench/ measures, and may import what it measures)
 }
 ENGINE_DOOR = ("jobs", "engine", "door.py")  # the one file of jobs/ that may open ms or pt, inside a function
 # Code that is copied into a model's folder and run there by transformers: it stands alone, and nobody imports it.
-SAVED, SAVED_FLOOR = ("jobs", "experts", "saved"), _floor("", "torch transformers")
+SAVED, SAVED_FLOOR = ("jobs", "checkpoint", "model_code"), _floor("", "torch transformers")
 LEAN = ("mf", "lean.py")  # imports on its first use what MindFormers imports at its own import
 STARTS = (("cli", "start.py"), ("cli", "mfext.py"), ("cli", "experts.py"))  # import a command of cli/ by its name
 STOREYS = ("core", "formats", "weights data", "surgery ms pt", "jobs", "mf", "cli", "scripts")
 # The inner order of a folder, lowest first: what stands on one line never sees each other. Loose files stand as `name`.
 INNER = {
     "core": (
-        "errors log capacity philox stages families figures",
-        "byte_sizes json_text weight_fit layers rope",
+        "errors capacity philox stages families figures",
+        "plain_file",
+        "log byte_sizes json_text weight_fit layers rope",
         "spec",
         "parameters",
         "config",

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from mindformers_ext.jobs.experts.hf_code import save_code
-from mindformers_ext.jobs.experts.saved.configuration_llama_moe import LlamaMoEConfig
-from mindformers_ext.jobs.experts.saved.modeling_llama_moe import LlamaMoEForCausalLM
+from mindformers_ext.jobs.checkpoint.hf_code import save_code
+from mindformers_ext.jobs.checkpoint.model_code.configuration_llama_moe import LlamaMoEConfig
+from mindformers_ext.jobs.checkpoint.model_code.modeling_llama_moe import LlamaMoEForCausalLM
 from tests.helpers import llama_moe_oracle as oracle
 
 SIZES: dict[str, Any] = {

@@ -31,7 +31,7 @@ class NoisyCase:
     """One way to route. ``noise``: a training step's, or none."""
 
     name: str
-    gate: str = "mlp_noisy"
+    gate_kind: str = "mlp_noisy"
     experts: int = 6
     chosen: int = 2
     softmax: bool = True
@@ -47,7 +47,7 @@ class NoisyCase:
             num_local_experts=self.experts,
             num_experts_per_tok=self.chosen,
             capacity_factor=0.0,
-            gate=self.gate,
+            gate=self.gate_kind,
             norm_topk_prob=False,
             gate_use_softmax=self.softmax,
             multiply_gate_scores=self.multiply,
@@ -73,7 +73,7 @@ class NoisyCase:
         """By the names below ``feed_forward.``."""
         random, experts = np.random.default_rng(5), self.experts
         shapes = {"router.dense": (experts, HIDDEN), "router.noise": (experts, HIDDEN)}
-        shapes |= {"router.out": (experts, experts)} if self.gate == "mlp_noisy" else {}
+        shapes |= {"router.out": (experts, experts)} if self.gate_kind == "mlp_noisy" else {}
         shapes |= {"ffn.w1": (experts, WIDTH, HIDDEN), "ffn.w3": (experts, WIDTH, HIDDEN)}
         shapes |= {"ffn.w2": (experts, HIDDEN, WIDTH)}
         found = {f"{name}.weight": random.normal(0, 0.6, shape).astype(np.float32) for name, shape in shapes.items()}
@@ -90,34 +90,48 @@ class NoisyCase:
         drawn = np.random.default_rng(7).normal(0, 1, (TOKENS, self.experts)).astype(np.float32)
         return drawn if self.noise else None
 
+    def gate(self) -> tuple[oracle.Gate, oracle.GateForm]:
+        """The oracle's form."""
+        weights = self.weights()
+        layers = tuple(weights[name] for name in self.layers())
+        return (
+            oracle.Gate(layers, weights["router.noise.weight"]),
+            oracle.GateForm(self.chosen, self.softmax, weight=0.25, released=self.released),
+        )
+
+    def layers(self) -> list[str]:
+        """Names of the gate's matrices."""
+        return ["router.dense.weight", *(["router.out.weight"] if self.gate_kind == "mlp_noisy" else [])]
+
+    def output(self, keep_TK: np.ndarray | None = None) -> np.ndarray:
+        """(T, D), where ``keep_TK`` is given of the assignments that it keeps."""
+        weights, x = self.weights(), self.x()
+        parts = (weights[f"ffn.{name}.weight"] for name in ("w1", "w3", "w2"))
+        routing = oracle.route(x, *self.gate(), self.z())
+        experts = list(zip(*parts, strict=True))
+        return oracle.routed_output(x, routing, experts, multiply=self.multiply, factor=self.factor, keep_TK=keep_TK)
+
     def told(self) -> Told:
         """The closed forms."""
-        weights, x, z = self.weights(), self.x(), self.z()
-        names = ["router.dense.weight", *(["router.out.weight"] if self.gate == "mlp_noisy" else [])]
-        gate = oracle.Gate(tuple(weights[name] for name in names), weights["router.noise.weight"])
-        form = oracle.GateForm(self.chosen, self.softmax, weight=0.25, released=self.released)
+        x, z, (gate, form) = self.x(), self.z(), self.gate()
         routing = oracle.route(x, gate, form, z)
         layers, noise, _ = oracle.balance_gradients(x, gate, form, z)
-        experts = [
-            (weights["ffn.w1.weight"][e], weights["ffn.w3.weight"][e], weights["ffn.w2.weight"][e])
-            for e in range(self.experts)
-        ]
         return Told(
             routing.index,
             routing.scores * self.factor if self.multiply else np.ones_like(routing.scores),
             routing.balance,
-            {**dict(zip(names, layers, strict=True)), "router.noise.weight": noise},
-            oracle.routed_output(x, routing, experts, multiply=self.multiply, factor=self.factor),
+            {**dict(zip(self.layers(), layers, strict=True)), "router.noise.weight": noise},
+            self.output(),
         )
 
 
 CASES = [
     NoisyCase("two layers, noise"),
     NoisyCase("two layers, noise, as released", released=True),
-    NoisyCase("linear, raw logits as scores, noise", gate="linear_noisy", softmax=False),
+    NoisyCase("linear, raw logits as scores, noise", gate_kind="linear_noisy", softmax=False),
     NoisyCase("plain sum, no noise", multiply=False, noise=False),
     NoisyCase("raw logits, no noise, as released", softmax=False, noise=False, released=True),
     NoisyCase("all chosen", chosen=6, factor=6.0),
     NoisyCase("one expert", experts=1, chosen=1),
-    NoisyCase("equal logits", gate="linear_noisy", noise=False, tied=True),
+    NoisyCase("equal logits", gate_kind="linear_noisy", noise=False, tied=True),
 ]

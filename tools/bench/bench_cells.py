@@ -21,3 +21,15 @@ class ForwardBackward(nn.Cell):
 
     def construct(self, x: Tensor, dout: Tensor) -> tuple:
         return self.gradients(self.first, self.weights)(x, dout)
+
+
+class WithNoise(nn.Cell):
+    """A mixture that is given its gate's noise; its loss is added to the output, so that it is differentiated too."""
+
+    def __init__(self, layer: nn.Cell, noise: Tensor) -> None:
+        super().__init__(auto_prefix=False)
+        self.layer, self.noise = layer, noise
+
+    def construct(self, x: Tensor) -> tuple:
+        out, loss, told = self.layer(x, self.noise)
+        return out + loss.sum(), told

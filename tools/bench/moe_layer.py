@@ -3,17 +3,24 @@
 
     python tools/bench/moe_layer.py [--tokens 64 1024] [--capacity_factor 1.1] [--rounds 15]
     python tools/bench/moe_layer.py --engine pt [--dtype bfloat16] [--tokens 64 1024] [--rounds 15]
+    python tools/bench/moe_layer.py --model llama_moe [--engine pt] [--tokens 1 64 512 2048] [--rounds 15]
 
 Ours in MindSpore (GRAPH) or, with ``--engine pt``, in PyTorch; that is dropless unless told otherwise, as transformers
 is. Hidden 512, ffn 1792, 8 experts, top-2. "checked" is the largest difference of the outputs over the tokens that lost
 nothing to capacity. The limit for all is 6 N k D F multiply-adds at the machine's matrix speed; with ``--engine pt`` it
 is measured too: the experts' matrix products alone, outputs preallocated ("gemms").
+
+With ``--model llama_moe`` a LLaMA's feed-forward beside the same neurons as experts: see llama_moe_layer.py.
 """
 
 from __future__ import annotations
 
+import set_up  # noqa: F401 (first)
+
+# isort: split
 import argparse
 
+import llama_moe_layer
 import numpy as np
 from peers import THREADS, compare, machine, report, serve
 
@@ -197,20 +204,27 @@ ENGINES = {"ms": ("mindspore", "transformers"), "pt": ("pytorch", "transformers"
 def main() -> None:
     """Parent: compare both; child (--worker): be measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 1024], help="tokens per call")
+    parser.add_argument("--model", choices=("mixtral", "llama_moe"), default="mixtral", help="whose layer is measured")
+    parser.add_argument("--tokens", type=int, nargs="+", help="tokens per call")
     parser.add_argument("--engine", choices=ENGINES, default="ms", help="whose layer: MindSpore's or PyTorch's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="with --engine pt")
     parser.add_argument("--capacity_factor", type=float, help="slots, by default 1.1 (ms) or dropless (pt, -1)")
     parser.add_argument("--rounds", type=int, default=15, help="measured calls per engine")
-    parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=WORKERS | llama_moe_layer.WORKERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     factor = options.capacity_factor if options.capacity_factor is not None else {"ms": 1.1, "pt": -1.0}[options.engine]
+    if options.model == "llama_moe":
+        if options.worker:
+            llama_moe_layer.WORKERS[options.worker](options.tokens[0], factor)
+        else:
+            llama_moe_layer.measure(__file__, options.engine, options.tokens, factor, options.rounds)
+        return
     if options.worker:
         WORKERS[options.worker](options.tokens[0], factor, options.dtype)
         return
     keys = ENGINES[options.engine]
     print(machine())
-    for tokens in options.tokens:
+    for tokens in options.tokens or (64, 1024):
         shared = ["--tokens", str(tokens), "--capacity_factor", str(factor), "--dtype", options.dtype]
         result = compare({key: [__file__, "--worker", key, *shared] for key in keys}, NAMES, options.rounds)
         title = f"MoE layer T={tokens}"

@@ -35,8 +35,8 @@ def serve(facts: dict, measurements: dict[str, Callable[[], None]], warm: int = 
 class Worker:
     """A worker process; ``facts`` is what it said of itself when it was ready."""
 
-    def __init__(self, command: Sequence[str]) -> None:
-        environment = dict(os.environ, OMP_NUM_THREADS=str(THREADS), MKL_NUM_THREADS=str(THREADS), GLOG_v="3")
+    def __init__(self, command: Sequence[str], threads: int = THREADS) -> None:
+        environment = dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), GLOG_v="3")
         self.process = subprocess.Popen(
             [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -63,9 +63,9 @@ class Worker:
         self.process.wait()
 
 
-def compare(workers: dict[str, Sequence[str]], names: Sequence[str], rounds: int) -> dict:
+def compare(workers: dict[str, Sequence[str]], names: Sequence[str], rounds: int, threads: int = THREADS) -> dict:
     """{measurement: {worker: {"wall": median s, "cpu": median s}}} and each worker's facts under "facts"."""
-    running = {key: Worker(command) for key, command in workers.items()}
+    running = {key: Worker(command, threads) for key, command in workers.items()}
     samples: dict = {name: {key: [] for key in running} for name in names}
     for _ in range(rounds):
         for name in names:
@@ -93,7 +93,9 @@ def report(title: str, result: dict, names: Sequence[str], ours: str, peer: str)
         )
 
 
-def machine() -> str:
+def machine(threads: int = THREADS) -> str:
     """What was measured on, for the record."""
     load = os.getloadavg()[0]
-    return f"machine: {platform.machine()}, {os.cpu_count()} cores, load {load:.1f} at the start, {THREADS} threads"
+    return (
+        f"machine: {platform.machine()}, {os.cpu_count()} cores, load {load:.1f} at the start, {threads} thread(s) each"
+    )

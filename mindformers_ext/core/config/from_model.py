@@ -63,6 +63,8 @@ def yaml_from_model(model: ModelSpec, asked: FirstTry) -> dict[str, Any]:
     sections = _short(yaml_from_network_spec(network))
     kind, architecture = model.family_row.yaml_names[0]  # on every device ours
     words = {"type": kind, **{name: value for name, value in section_at(sections, MODEL).items() if name != "type"}}
+    if words.get("moe_gate") == model.family_row.gate:  # the name says it
+        del words["moe_gate"]
     sections["model"] = {"model_config": words, "arch": {"type": architecture}}
     head: dict[str, Any] = {"run_mode": mode, "seed": 0, "output_dir": "./output", "use_parallel": False}
     head |= {"engine": asked.engine} if asked.engine else {}

@@ -222,8 +222,7 @@ def _complete_family(sections: Sections, parts: dict[str, dict[str, Any]], probl
     model |= {name: model[name] or () for name in ("dense_layers", "full_attention_layers")}
     row = _named_family(sections)
     moe = parts["moe"]
-    kinds = [word.means for word in row.words if word.field == "gate"] if row else []
-    moe["gate"] = moe["gate"] or (kinds[0][0][1] if kinds else "linear")  # the first that the family has
+    moe["gate"] = moe["gate"] or (row.gate if row else "linear")
     if row is None and moe["num_local_experts"] in (1, None):
         features = {name: model[name] for name in FEATURES}
         row = family_of_features(features, model["sliding_window"] is not None, bool(model["full_attention_layers"]))

@@ -21,6 +21,7 @@ from mindformers_ext.data.tokenizers import SentencePieceTokenizer
 from mindformers_ext.formats.atomic import fresh_folder
 from mindformers_ext.formats.safetensors_dir import SafetensorsDirWriter
 from mindformers_ext.formats.tensors import TensorInfo
+from mindformers_ext.jobs.checkpoint.hf_code import with_code
 from mindformers_ext.weights.convert import rule_set
 
 SHARD_BYTES = 5 * 10**9
@@ -75,6 +76,7 @@ def make_tiny_model(request: TinyModelRequest) -> TinyModelSummary:
         with SafetensorsDirWriter(folder, targets, SHARD_BYTES) as writer:
             for name, array in _random(targets, spec.initializer_range, request.seed):
                 writer.add(name, array)
+        config = with_code(folder, config)
         _write_json(folder / "config.json", {**config, "torch_dtype": "float32", "use_cache": True})
         if request.tokenizer:
             shutil.copyfile(request.tokenizer, folder / "tokenizer.model")

@@ -12,6 +12,7 @@ from typing import Any
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.formats.dtypes import BY_NUMPY
 from mindformers_ext.formats.tensors import Array
+from mindformers_ext.jobs.checkpoint.hf_code import with_code
 from mindformers_ext.jobs.checkpoint.source import CONFIG
 from mindformers_ext.jobs.merge.config import MergeConfig, need_slices, read_merge_config
 from mindformers_ext.jobs.merge.course import Prepared, run_merge
@@ -59,7 +60,7 @@ def _opened(request: MergeRequest) -> Iterator[Prepared]:
     config = read_merge_config(request.config)
     need_slices(config)
     names = config.models()
-    check_output(request.output, [request.config, *folders_of(names)])
+    check_output(request.output, [request.config, *folders_of(names, request.output.download)])
     with opened(names, request.adapted) as models:
         base = models[config.base_model or names[0]]
         chosen = choose_tokenizer(config.tokenizer, models, base, config.base_model is not None)
@@ -167,7 +168,7 @@ def _check_model(plan: MergePlan, base: Model, result: Mapping[str, Any]) -> Non
 def _write_beside(
     folder: Path, out: OutputRequest, config: MergeConfig, chosen: Tokenizers, result: Mapping[str, Any]
 ) -> list[str]:
-    write_json(folder / CONFIG, result)
+    write_json(folder / CONFIG, with_code(folder, result))
     notes = []
     if out.copy_tokenizer:
         notes += copy_tokenizer(chosen.donor.name, chosen.donor.folder, folder)

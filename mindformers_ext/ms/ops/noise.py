@@ -7,6 +7,7 @@ Philox4x32-10 in 64-bit integers, whose products wrap as they should, and Box an
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import mindspore as ms
 import mindspore.ops.operations as P
@@ -14,6 +15,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from mindformers_ext.core.philox import FACTORS, KEY_STEPS, noise_blocks
+from mindformers_ext.ms.strategies import Shards
 
 ROUNDS, SMALLEST = 10, 1e-7  # of a uniform number, which 0 counts as
 
@@ -52,18 +54,20 @@ class Philox(nn.Cell):
 
 
 class MixtureNoise(nn.Cell):
-    """Noise (B*S, E) float32 of mixture ``place`` from keys (B, 3) int32 (``core.philox.noise_keys``).
+    """Noise (B*S, P*E) float32 of P mixtures, one beside the other, from keys (B, 3) int32 (``core.philox``).
 
-    ``shape``: mixtures, tokens, experts.
+    ``places``: their numbers. ``shape``: of all mixtures, tokens, experts. It has no gradient, and says so: MindSpore
+    would compile one.
     """
 
-    def __init__(self, place: int, shape: tuple[int, int, int]) -> None:
+    def __init__(self, places: tuple[int, ...], shape: tuple[int, int, int]) -> None:
         super().__init__(auto_prefix=False)
-        self.mixtures, self.tokens, self.experts = shape
+        self.count, (mixtures, self.tokens, self.experts) = len(places), shape
         blocks = noise_blocks(self.tokens, self.experts)
-        self.blocks, self.per_row = Tensor(np.arange(blocks)[None] + place * blocks), _whole(self.mixtures * blocks)
+        number = np.arange(blocks)[None] + np.array(places)[:, None] * blocks
+        self.blocks, self.per_row = Tensor(number.reshape(1, -1)), _whole(mixtures * blocks)
         self.mask, self.bits = _whole(0xFFFFFFFF), _whole(0x7FFFFF)
-        self.philox, self.both, self.stack = Philox(), P.BitwiseAnd(), P.Stack(axis=-1)
+        self.philox, self.both, self.stack, self.transpose = Philox(), P.BitwiseAnd(), P.Stack(axis=-1), P.Transpose()
         self.log1p, self.cos, self.sin, self.sqrt = P.Log1p(), P.Cos(), P.Sin(), P.Sqrt()
         self.split = P.Split(axis=2, output_num=4)
 
@@ -80,13 +84,35 @@ class MixtureNoise(nn.Cell):
         near, far = self._radius(uniform[0]), self._radius(uniform[2])
         turn, more = ops.maximum(uniform[1], SMALLEST) * _TURN, ops.maximum(uniform[3], SMALLEST) * _TURN
         drawn = (near * self.cos(turn), near * self.sin(turn), far * self.cos(more), far * self.sin(more))
-        row = ops.reshape(self.stack(drawn), (keys_B3.shape[0], -1))[:, : self.tokens * self.experts]
-        return ops.reshape(row, (-1, self.experts))
+        values = self.tokens * self.experts
+        row = ops.reshape(self.stack(drawn), (keys_B3.shape[0], self.count, -1))[:, :, :values]
+        noise = ops.reshape(row, (-1, self.count, self.tokens, self.experts))
+        return ops.reshape(self.transpose(noise, (0, 2, 1, 3)), (-1, self.count * self.experts))
+
+    def bprop(self, keys_B3: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        return (ops.zeros_like(keys_B3),)
 
 
 _TURN = 2.0 * 3.1415926  # as ``core.philox``, that is MindSpore, has it
 
 
-def noise_shape(shape: tuple[int, int, int], keys: list) -> list:
-    """Of ``MixtureNoise``, for MindSpore's cut graph."""
-    return [keys[0] * shape[1], shape[2]]
+class StageNoise(nn.Cell):
+    """The same as a tuple of (B*S, E), one for each mixture; a cell of their pipeline stage."""
+
+    def __init__(self, places: tuple[int, ...], shape: tuple[int, int, int], shards: Shards) -> None:
+        super().__init__(auto_prefix=False)
+        _, tokens, experts = shape
+        whole = partial(_noise_shape, tokens, len(places) * experts)
+        self.draw = shards.local(MixtureNoise(places, shape), "noise", whole, _noise_type)
+        self.split = shards.shard(P.Split(axis=1, output_num=len(places)), "noises")
+
+    def construct(self, keys_B3: Tensor) -> tuple[Tensor, ...]:
+        return self.split(self.draw(keys_B3))
+
+
+def _noise_shape(tokens: int, width: int, keys: list) -> list:
+    return [keys[0] * tokens, width]
+
+
+def _noise_type(keys: ms.Type) -> ms.Type:
+    return ms.TensorType(ms.float32)

@@ -34,6 +34,7 @@ SMALL = {
     "model.model_config.rotary_dtype": "float32",
     "model.model_config.param_init_type": "float32",
 }
+MODELS = ("mixtral", "llama_moe")  # the commands of the second are those of the first with other files
 DATA_PARALLEL = {"parallel.parallel_mode": "0"}
 RUN_ELSEWHERE = {
     "python tools/transform_ckpt.py": "tests/cli/checkpoint/test_transform_ckpt.py",
@@ -79,16 +80,18 @@ def run(command: str, folder: Path, **more: str) -> subprocess.CompletedProcess:
     )
 
 
-def readme(repo_root: Path, name: str = "README.md") -> list[str]:
-    return commands((repo_root / "research" / "mixtral" / name).read_text("utf-8"))
+def readme(repo_root: Path, name: str = "README.md", model: str = "mixtral") -> list[str]:
+    return commands((repo_root / "research" / model / name).read_text("utf-8"))
 
 
-def test_both_languages_give_the_same_commands(repo_root: Path) -> None:
-    assert readme(repo_root) == readme(repo_root, "README_CN.md")
+@pytest.mark.parametrize("model", MODELS)
+def test_both_languages_give_the_same_commands(repo_root: Path, model: str) -> None:
+    assert readme(repo_root, model=model) == readme(repo_root, "README_CN.md", model)
 
 
-def test_every_named_file_exists(repo_root: Path) -> None:
-    for command in readme(repo_root):
+@pytest.mark.parametrize("model", MODELS)
+def test_every_named_file_exists(repo_root: Path, model: str) -> None:
+    for command in readme(repo_root, model=model):
         for word in re.findall(r"(?:scripts|tools|configs|research)/[\w/.-]+|\b\w+\.py\b", command):
             assert (repo_root / word).exists(), f"{word} in: {command}"
 
