@@ -71,6 +71,9 @@ def test_a_clustering_is_a_file_per_layer_that_torch_loads_by_default(
     before = files(folder)
     assert split(model, tmp_path) == 0 and files(folder) == before  # all is kept
     assert "3 layers are finished" in capsys.readouterr().err
+    begun = tmp_path / "begun"
+    assert split(model, begun, "--specify_layer", 1, "--init_labels", folder) == 0
+    assert torch.load(begun / folder.name / NAME.format(1)) == torch.load(folder / NAME.format(1))
     assert split(model, tmp_path / "other", "--workers", 2) == 0
     other = files(tmp_path / "other" / folder.name)
     assert {name: data for name, (data, _) in other.items()} == {name: data for name, (data, _) in before.items()}
