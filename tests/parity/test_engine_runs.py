@@ -72,6 +72,7 @@ def test_the_same_curve(mindspore: Path, pytorch: Path) -> None:
     assert theirs[0]["expert_load"] == ours[0]["expert_load"]
 
 
+@pytest.mark.turn("same figures")
 def test_the_same_curve_of_other_options(job: Path) -> None:
     """The other optimizer, accumulated gradients, sigmoid gates of limited groups, a bias that follows the load; and a
     Qwen2-MoE: a dense layer, biases, a gated shared expert."""
@@ -135,6 +136,7 @@ def test_mindspore_reads_a_pytorch_checkpoint_and_both_write_the_same_text(job: 
     assert texts["ms"] == texts["pt"] and len(texts["pt"]) > 30
 
 
+@pytest.mark.turn("killed")
 def test_killed_and_resumed_is_as_if_it_had_not_been(job: Path, pytorch: Path) -> None:
     output = job.parent / "killed"
     words = command(

@@ -102,6 +102,7 @@ def launch(job: Path, *options: object) -> subprocess.Popen:
 
 
 @pytest.mark.slow
+@pytest.mark.turn("killed pair")
 def test_two_processes_killed_and_resumed(job: Path) -> None:
     """FSDP2 and expert parallel from one YAML; the resumed run equals the one that was left alone."""
     whole = launch(job, "--output_dir", "whole")
