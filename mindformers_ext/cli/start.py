@@ -19,7 +19,7 @@ CORE = ("numpy", "yaml", "safetensors", "ml_dtypes", "tqdm", "psutil")
 # what some commands need, and notice under way
 MORE = (
     *("mindspore", "mindformers", "torch", "triton", "transformers"),
-    *("sentencepiece", "tokenizers", "pyarrow", "jinja2", "fastchat", "matplotlib", "tensorboardX"),
+    *("sentencepiece", "tokenizers", "pyarrow", "jinja2", "fastchat", "matplotlib", "tensorboardX", "huggingface_hub"),
 )
 SET_UP = """\
 Set up once, in the folder of this repository, then activate the environment:

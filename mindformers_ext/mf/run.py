@@ -26,6 +26,7 @@ from mindformers_ext.mf.adapt import adapt
 from mindformers_ext.mf.barrier import use_cpu_barrier
 from mindformers_ext.mf.config import WRITTEN, remember
 from mindformers_ext.mf.register import register_families  # importing it registers our other classes
+from mindformers_ext.mf.trainer import BASE
 
 
 def run(config: Mapping[str, Any], checked: CheckedRun | None = None) -> Any:
@@ -33,19 +34,25 @@ def run(config: Mapping[str, Any], checked: CheckedRun | None = None) -> Any:
 
     Args:
         config: the YAML's content with the command line's options applied, and with what the checks have settled.
-        checked: what they have made of it; None reads ``config`` as it is.
+        checked: what they have made of it; None reads ``config`` as it is, which does not tell what lies below
+            resumed adapters.
 
     The configuration that MindFormers really gets is kept as ``<output_dir>/run_config/<run_mode>.yaml``.
     """
+    asked = checked.run if checked else run_spec_from_yaml(config)
+    if checked is None and asked.resume and asked.has_adapters:
+        raise UserError("a resumed run with pet_config needs what jobs.run.checks.check_run makes of it")
     full = prepare(config, checked)
     if not any(isinstance(handler, Passed) for handler in get_logger().handlers):
         get_logger().addHandler(Passed())
     if checked and checked.merge:
         _merge_once(checked.merge, checked.build.network, checked.run.use_parallel)
+    if asked.base:
+        full[BASE] = asked.base
     trainer = Trainer(full)
     mode = full.run_mode
     if mode in TRAINING:
-        keep_lora(checked.build.lora if checked else lora_from_yaml(config), Path(full.output_dir))
+        keep_lora(checked.build.lora if checked else lora_from_yaml(config), Path(full.output_dir), asked)
         return trainer.train()
     if mode == "eval":
         trainer.evaluate(eval_checkpoint=full.load_checkpoint or None)

@@ -39,7 +39,9 @@ FLOORS = {
     "surgery": _floor("core weights", "numpy torch"),
     "ms": _floor("core", "numpy mindspore"),
     "pt": _floor("core", "numpy torch triton", late_third="transformers"),
-    "jobs": _floor("core formats weights data surgery", "numpy tqdm psutil", late_third="matplotlib ray"),
+    "jobs": _floor(
+        "core formats weights data surgery", "numpy tqdm psutil", late_third="matplotlib huggingface_hub ray"
+    ),
     "mf": _floor("core data ms jobs", "numpy mindspore mindformers", late_third="tensorboardX"),
     "cli": _floor("jobs weights core", late_ours="mf"),
     "scripts": _floor("cli"),  # root scripts and tools/ (tools/bench/ measures, and may import what it measures)

@@ -78,16 +78,31 @@ def record_of(figures: StepFigures, step: int, per_epoch: int, seconds: float, t
     )
 
 
+@dataclass(frozen=True)
+class StageLoad:
+    """In a pipeline, what one step's mixtures of one stage had to do, by their numbers among all ``layers``."""
+
+    step: int
+    stage: int
+    layers: list[int]
+    expert_load: list[list[float]]
+    dropped: list[float]
+
+    def line(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self)) + "\n"
+
+
 class MetricsFile:
-    """Appends records to ``<output_dir>/metrics/rank_<rank>.jsonl``.
+    """Appends records to ``<output_dir>/metrics/rank_<rank>.jsonl``, or with ``kind`` before that name.
 
     A run from the start sets an older file aside as ``.previous``; a resumed run keeps the rows up to its first step,
     so that the file always reads as one uninterrupted run.
     """
 
-    def __init__(self, output_dir: str, rank: int, first_step: int) -> None:
+    def __init__(self, output_dir: str, rank: int, first_step: int, kind: str = "") -> None:
         """``first_step``: the number of steps already done."""
-        self.path = Path(output_dir) / FOLDER / f"rank_{rank}.jsonl"
+        self.path = Path(output_dir) / FOLDER / f"{kind}rank_{rank}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if first_step == 0:
             if self.path.exists():
@@ -95,7 +110,7 @@ class MetricsFile:
         elif self.path.exists():
             self._keep(first_step)
 
-    def append(self, record: StepRecord) -> None:
+    def append(self, record: StepRecord | StageLoad) -> None:
         """Write one row; it is in the file when this returns."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(record.line())
