@@ -3,8 +3,9 @@
 
 One thread, processor seconds, both in this process in turn on the same matrix. Rows are Zipf-sized groups, a part of
 low rank and noise, with lognormal lengths, then of length 1; "flat" has no structure at all. ``starts`` are k-means'
-n_init. Where the peer is not installed (extra ``peer``, in an environment of its own) ours is measured alone:
+n_init. The peer wants numpy 2, so it lives in an environment of its own; elsewhere ours is measured alone:
 
+    python -m venv peer && peer/bin/pip install k-means-constrained==0.9.1
     PYTHONPATH=. peer/bin/python tools/bench/cluster.py [--rounds 3] [--only 2048x512]
 """
 

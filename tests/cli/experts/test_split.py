@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,9 @@ def test_a_clustering_is_a_file_per_layer_that_torch_loads_by_default(
     before = files(folder)
     assert split(model, tmp_path) == 0 and files(folder) == before  # all is kept
     assert "3 layers are finished" in capsys.readouterr().err
+    begun = tmp_path / "begun"
+    assert split(model, begun, "--specify_layer", 1, "--init_labels", folder) == 0
+    assert torch.load(begun / folder.name / NAME.format(1)) == torch.load(folder / NAME.format(1))
     assert split(model, tmp_path / "other", "--workers", 2) == 0
     other = files(tmp_path / "other" / folder.name)
     assert {name: data for name, (data, _) in other.items()} == {name: data for name, (data, _) in before.items()}
@@ -119,6 +123,22 @@ def test_what_was_made_otherwise_is_refused_unless_overwritten(
     again = spoiled(model, tmp_path / "llama_tiny", 1, lambda weight: weight * 2)
     assert split(again, tmp_path / "c", "--specify_layer", 1) == 2
     assert "other inputs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("method", "name"), [("random", "Random"), ("clustering", "Clustering")])
+def test_the_seeds_scripts_are_the_stage(
+    method: str, name: str, model: Path, tmp_path: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = tmp_path / "llama_7B"  # its folders are called after the name given
+    link.symlink_to(model)
+    script = repo_root / "research" / "llama_moe" / f"llama_split_{method}.py"
+    words = ("--model_path", link, "--save_path", tmp_path / "temp", "--num_experts", 4, "--specify_layer", 2)
+    monkeypatch.setattr("sys.argv", [str(script), *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 0
+    labels = torch.load(tmp_path / "temp" / f"llama_7B-4Expert-Split-{name}" / NAME.format(2))
+    assert np.bincount(labels).tolist() == [WIDTH // 4] * 4
 
 
 BAD = [
@@ -236,6 +256,10 @@ def test_a_graph_split_uses_gpmetis_where_it_is_and_its_own_parts_elsewhere(
     assert found.sizes == (24,) * 4  # part 3, which it left empty, is filled
     raw = np.tile([0, 1, 2, 0, 1, 2, 0, 1], 12)
     assert (found.labels() != raw).sum() == 24
+    program.unlink()
+    assert split(model, tmp_path / "metis", *words, "--overwrite") == 0  # its file of parts is of this graph
+    assert "part.4" in json.loads((graph / "gp_split" / "split_meta.json").read_text())["layers"]["0"]["by"]
+    assert np.array_equal(open_split(graph, NAME, 0).labels(), found.labels())
 
 
 def test_gradient_splits_take_importance_by_the_number_of_its_folder(model: Path, tmp_path: Path) -> None:
