@@ -3,7 +3,7 @@
 
 One thread, processor seconds, both in this process in turn on the same matrix. Rows are Zipf-sized groups, a part of
 low rank and noise, with lognormal lengths, then of length 1; "flat" has no structure at all. ``starts`` are k-means'
-n_init. The peer is not among this package's own (extra ``peer``), so run it where it is:
+n_init. Where the peer is not installed (extra ``peer``, in an environment of its own) ours is measured alone:
 
     PYTHONPATH=. peer/bin/python tools/bench/cluster.py [--rounds 3] [--only 2048x512]
 """
@@ -11,6 +11,7 @@ n_init. The peer is not among this package's own (extra ``peer``), so run it whe
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import platform
 import resource
@@ -33,6 +34,7 @@ CASES = {
     "2048x512, one start": (2048, 512, 8, 1, True),
     "4096x512, one start": (4096, 512, 8, 1, True),
     "11008x4096, one start": (11008, 4096, 16, 1, True),
+    "256x64": (256, 64, 8, 2, True),  # to see that it runs
 }
 
 
@@ -89,9 +91,9 @@ def main() -> None:
     """Print a line per case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="of each case but the largest, which has one")
-    parser.add_argument("--only", nargs="*", default=list(CASES))
-    parser.add_argument("--no_peer", action="store_true", help="ours alone")
+    parser.add_argument("--only", nargs="*", default=list(CASES)[:-1])
     words = parser.parse_args()
+    has_peer = importlib.util.find_spec("k_means_constrained") is not None
     print(f"{platform.machine()}, {os.cpu_count()} cores, numpy {np.__version__}, one thread, processor seconds")
     for name in words.only:
         rows, width, clusters, starts, grouped = CASES[name]
@@ -103,13 +105,13 @@ def main() -> None:
             grown = peak() - before
             times["ours"].append(seconds)
             text = f"{name}: ours {inertia(x, labels):.3f}"
-            if not words.no_peer:
+            if has_peer:
                 seconds, judged = timed(theirs, x, clusters, starts)
                 times["peer"].append(seconds)
                 text += f", peer {inertia(x, judged):.3f}, inertia ratio {inertia(x, labels) / inertia(x, judged):.5f}"
         middle = {who: statistics.median(found) for who, found in times.items() if found}
         text += "".join(f", {who} {seconds:.3f} s" for who, seconds in middle.items())
-        if not words.no_peer:
+        if has_peer:
             text += f", time ratio {middle['ours'] / middle['peer']:.3f}"
         print(f"{text}, memory +{grown:.0f} MB for a matrix of {x.nbytes / 2**20:.0f} MB", flush=True)
 

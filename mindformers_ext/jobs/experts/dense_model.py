@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -52,8 +53,8 @@ class DenseModel:
 
     @property
     def name(self) -> str:
-        """The folder's own name, of which output folders are called."""
-        return self.folder.resolve().name
+        """The folder's name as given, after which output folders are called; a link keeps its own."""
+        return Path(os.path.abspath(self.folder)).name
 
     def close(self) -> None:
         """Let go of the files."""

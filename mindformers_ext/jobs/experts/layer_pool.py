@@ -8,7 +8,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ def solve_layer(request: SplitRequest, model: DenseModel, layer: int) -> Solved:
     return layer, split, about, time.monotonic() - started
 
 
-def solve_here(request: SplitRequest, layers: Sequence[int]) -> Iterator[Solved]:
+def solve_here(request: SplitRequest, layers: Sequence[int]) -> Generator[Solved, None, None]:
     """One layer after the other in this process."""
     if not layers:
         return
@@ -58,7 +58,7 @@ def _work(layer: int) -> Solved:
     return solve_layer(_worker["request"], _worker["model"], layer)
 
 
-def solve_in_processes(request: SplitRequest, layers: Sequence[int], workers: int) -> Iterator[Solved]:
+def solve_in_processes(request: SplitRequest, layers: Sequence[int], workers: int) -> Generator[Solved, None, None]:
     """``workers`` processes that share the machine's cores.
 
     Raises:
@@ -113,7 +113,7 @@ def check_ray(address: str) -> None:
         ) from error
 
 
-def solve_on_ray(request: SplitRequest, layers: Sequence[int], address: str) -> Iterator[Solved]:
+def solve_on_ray(request: SplitRequest, layers: Sequence[int], address: str) -> Generator[Solved, None, None]:
     """The machines of the Ray cluster at ``address``; each has this package and sees the model under the same path.
 
     Raises:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,10 @@ import psutil
 
 from mindformers_ext.core.errors import UserError, listed
 from mindformers_ext.jobs.experts.dense_model import DenseModel, open_dense, template_kind
-from mindformers_ext.jobs.experts.layer_pool import check_ray, solve_here, solve_in_processes, solve_on_ray
+from mindformers_ext.jobs.experts.layer_pool import Solved, check_ray, solve_here, solve_in_processes, solve_on_ray
 from mindformers_ext.jobs.experts.overlap_files import write_overlap
 from mindformers_ext.jobs.experts.split_methods import Method, SplitRequest, check_words
 from mindformers_ext.jobs.experts.splits import META, layer_file, locked, open_split, read_meta, split_sha, write_split
-from mindformers_ext.surgery.experts.split import LayerSplit
 
 COPIES = 3  # of a layer's matrix as float32 that solving one layer holds
 LEAST_LAYERS = 2  # a process more is started for so many layers: it takes a second
@@ -85,9 +85,9 @@ def run_split(request: SplitRequest, plan: SplitPlan, quiet: bool = False) -> Sp
     if request.overwrite:
         _clear(plan.folder, request.template, plan.settings)
     plan.folder.mkdir(parents=True, exist_ok=True)
-    found = solved(request, plan)
     hidden = quiet or not plan.todo
-    with tqdm(total=len(plan.todo), unit="layer", desc="splitting", disable=hidden, dynamic_ncols=True) as bar:
+    bar = tqdm(total=len(plan.todo), unit="layer", desc="splitting", disable=hidden, dynamic_ncols=True)
+    with bar, closing(solved(request, plan)) as found:  # processes end with it, however it ends
         for layer, split, figures, seconds in found:
             about[layer] = {**figures, "seconds": round(seconds, 3)}
             entry = {"input_sha256": plan.marks[layer], **about[layer]}
@@ -100,7 +100,7 @@ def run_split(request: SplitRequest, plan: SplitPlan, quiet: bool = False) -> Sp
     return SplitReport(plan, dict(sorted(about.items())), time.monotonic() - started)
 
 
-def solved(request: SplitRequest, plan: SplitPlan) -> Iterator[tuple[int, LayerSplit, dict[str, Any], float]]:
+def solved(request: SplitRequest, plan: SplitPlan) -> Generator[Solved, None, None]:
     """(layer, split, figures, seconds) of each layer to do, as they are finished."""
     if request.ray is not None:
         return solve_on_ray(request, plan.todo, request.ray)

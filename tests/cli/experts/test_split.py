@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,22 @@ def test_what_was_made_otherwise_is_refused_unless_overwritten(
     again = spoiled(model, tmp_path / "llama_tiny", 1, lambda weight: weight * 2)
     assert split(again, tmp_path / "c", "--specify_layer", 1) == 2
     assert "other inputs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("method", "name"), [("random", "Random"), ("clustering", "Clustering")])
+def test_the_seeds_scripts_are_the_stage(
+    method: str, name: str, model: Path, tmp_path: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = tmp_path / "llama_7B"  # its folders are called after the name given
+    link.symlink_to(model)
+    script = repo_root / "research" / "llama_moe" / f"llama_split_{method}.py"
+    words = ("--model_path", link, "--save_path", tmp_path / "temp", "--num_experts", 4, "--specify_layer", 2)
+    monkeypatch.setattr("sys.argv", [str(script), *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 0
+    labels = torch.load(tmp_path / "temp" / f"llama_7B-4Expert-Split-{name}" / NAME.format(2))
+    assert np.bincount(labels).tolist() == [WIDTH // 4] * 4
 
 
 BAD = [
