@@ -35,7 +35,7 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gate", default="mlp", help="mlp (two layers), linear, or ridge (closed form, no training); default mlp"
     )
-    group.add_argument("--mlp_init_criterion", default="weight", help="weight or random; default %(default)s")
+    group.add_argument("--mlp_init_criterion", default="ridge", help="ridge, weight or random; default %(default)s")
     _switch(group, "--use_softmax", "train towards the softmax of the scores instead of the best k")
     group.add_argument("--lr", type=float, default=1e-2, help="AdamW's rate; default %(default)s")
     group.add_argument("--epochs", type=int, default=100, help="at most; default %(default)s")

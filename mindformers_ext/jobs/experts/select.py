@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 CRITERIA = ("plain", "positive", "l1_norm", "l2_norm")  # surgery/experts/scores.py, which imports torch
 GATES = ("mlp", "linear", "ridge")
-INITS = ("weight", "random")
+INITS = ("ridge", "weight", "random")
 MOST = 1 << 18  # tokens of a layer that are held in memory
 MOST_WORKERS = 8
 LAYERS_A_WORKER = 4
@@ -52,7 +52,7 @@ class SelectRequest:
     selects: int = 2
     layers: tuple[int, ...] | None = None
     gate: str = "mlp"
-    init: str = "weight"
+    init: str = "ridge"
     softmax: bool = False
     lr: float = 1e-2
     epochs: int = 100

@@ -13,7 +13,8 @@ from torch import Tensor
 from mindformers_ext.surgery.experts.scores import GateQuality, best, quality
 
 MLP, LINEAR, RIDGE = KINDS = ("mlp", "linear", "ridge")
-INITS = ("weight", "random")
+INITS = ("ridge", "weight", "random")
+SPREAD = 0.5  # standard deviation of what enters tanh, from ridge rows: they decide, and are not yet cut off
 FIRST, SECOND, ONLY, NOISE = (
     "gate_network.0.weight",
     "gate_network.2.weight",
@@ -88,13 +89,30 @@ def all_logits(weights: dict[str, Tensor], x: Tensor) -> Tensor:
     return torch.cat([logits(weights, part) for part in x.split(JUDGED)])
 
 
-def first_weights(kind: str, init: str, centres: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """A gate before training: its first rows are the experts' ``centres`` (E, D), or drawn from N(0, 1)."""
-    count, width = centres.shape
-    rows = centres.clone() if init == "weight" else torch.randn(count, width, generator=generator)
+def first_weights(kind: str, rows: Tensor) -> dict[str, Tensor]:
+    """A gate before training that chooses as ``rows`` (E, D) alone do: the second layer is the identity, and tanh
+    keeps the order."""
+    rows, count = rows.clone(), len(rows)
     if kind == LINEAR:
         return {ONLY: rows}
     return {FIRST: rows, SECOND: torch.eye(count)}
+
+
+def first_rows(init: str, centres: Tensor, data: GateData, damping: float, generator: torch.Generator) -> Tensor:
+    """The rows (E, D) that a gate starts from.
+
+    "ridge": those that predict the root of the scores best, by ``RidgeSums``. "weight": the experts' ``centres``
+    (E, D). "random": drawn from N(0, 1).
+    """
+    if init == "weight":
+        return centres
+    if init == "random":
+        return torch.randn(centres.shape, generator=generator)
+    sums = RidgeSums(*reversed(centres.shape))
+    sums.add(data.x, data.scores.clamp(min=0).sqrt())
+    rows = sums.solve(damping)
+    seen = all_logits({ONLY: rows}, data.x[: 4 * JUDGED])
+    return rows * (SPREAD / float(seen.std().clamp(min=1e-12)))
 
 
 def target_loss(found: Tensor, scores: Tensor, how: GateTraining) -> Tensor:

@@ -22,6 +22,7 @@ from mindformers_ext.surgery.experts.gate_fit import (
     GateData,
     GateTraining,
     RidgeSums,
+    first_rows,
     first_weights,
     judge_gate,
     target_loss,
@@ -118,8 +119,8 @@ def one_thread() -> Iterator[None]:
 
 def _trained(wish: GateWish, centres: Tensor, train: GateData, valid: GateData) -> FittedGate:
     generator = torch.Generator().manual_seed(wish.training.seed)
-    kind = LINEAR if wish.kind == LINEAR else MLP
-    return train_gate(first_weights(kind, wish.init, centres, generator), train, valid, wish.training)
+    rows = first_rows(wish.init, centres, train, wish.damping, generator)
+    return train_gate(first_weights(LINEAR if wish.kind == LINEAR else MLP, rows), train, valid, wish.training)
 
 
 def _ridge(tokens: LayerTokens, valid: GateData, wish: GateWish) -> FittedGate:
