@@ -20,7 +20,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--select_criterion",
         default="l2_norm",
-        help="plain, positive, l1_norm or l2_norm: what of an expert's answers counts; default %(default)s",
+        help="plain, positive, l1_norm or l2_norm: what of an expert's answers counts; output_norm: the length of what "
+        "it adds; default %(default)s",
     )
     parser.add_argument("--num_experts", type=int, default=8, help="experts per layer; default %(default)s")
     parser.add_argument("--num_selects", type=int, default=2, help="experts a token passes; default %(default)s")

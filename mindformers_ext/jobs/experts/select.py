@@ -22,14 +22,14 @@ from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.jobs.experts.dense_model import TEMPLATE, DenseModel, open_dense, template_kind
 from mindformers_ext.jobs.experts.feature_files import LayerFeatures, find_features
 from mindformers_ext.jobs.experts.gate_files import SUMMARY, GateFiles, gates_folder
-from mindformers_ext.jobs.experts.layer_data import FEWEST, Gathered, gather
+from mindformers_ext.jobs.experts.layer_data import FEWEST, OUTPUT_NORM, Gathered, gather
 from mindformers_ext.jobs.experts.splits import open_split, split_sha
 from mindformers_ext.surgery.experts.split import LayerSplit
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.experts.calibration import Calibration
 
-CRITERIA = ("plain", "positive", "l1_norm", "l2_norm")  # surgery/experts/scores.py, which imports torch
+CRITERIA = ("plain", "positive", "l1_norm", "l2_norm", OUTPUT_NORM)  # surgery/experts/scores.py, which imports torch
 GATES = ("mlp", "linear", "ridge")
 INITS = ("ridge", "weight", "random")
 MOST = 1 << 18  # tokens of a layer that are held in memory

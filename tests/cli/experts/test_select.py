@@ -91,10 +91,11 @@ def test_processes_fit_what_one_does(made: Path, tmp_path: Path) -> None:
     assert all(torch.equal(one[name][key], two[name][key]) for name in one for key in one[name])
 
 
-@pytest.mark.parametrize("kind", ["ridge", "mlp"])
-def test_stream_fits_the_same_without_features(made: Path, tmp_path: Path, kind: str) -> None:
-    assert main(words(made, tmp_path / "stored", "--gate", kind)) == 0
-    more = ("--gate", kind, "--stream", *texts(made))
+@pytest.mark.parametrize(("kind", "criterion"), [("ridge", "l2_norm"), ("mlp", "output_norm")])
+def test_stream_fits_the_same_without_features(made: Path, tmp_path: Path, kind: str, criterion: str) -> None:
+    gate = ("--gate", kind, "--select_criterion", criterion)
+    assert main(words(made, tmp_path / "stored", *gate)) == 0
+    more = (*gate, "--stream", *texts(made))
     assert main(words(made, tmp_path / "stream", *more, stored=False)) == 0
     name = {"ridge": "Ridge", "mlp": "MLP"}[kind]
     stored, stream = (
