@@ -45,6 +45,9 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--balance_loss_lambda", type=float, default=0.0, help="factor; default %(default)s")
     _switch(group, "--add_noise", "noisy logits in training")
     group.add_argument("--ridge_lambda", type=float, default=0.01, help="damping of ridge; default %(default)s")
+    group.add_argument(
+        "--ridge_target", default="chosen", help="what ridge predicts: chosen (the best k) or norm; default %(default)s"
+    )
     group.add_argument("--workers", type=int, help="processes, a layer each; default: by the layers and processors")
     _switch(group, "--allow_pickle", "read older files with numpy's numbers (nothing of them is run)")
 
@@ -84,6 +87,7 @@ def run(words: argparse.Namespace) -> int:
         noise=words.add_noise,
         percent=1.0 if words.stream or words.data_use_percent is None else words.data_use_percent,
         damping=words.ridge_lambda,
+        ridge_target=words.ridge_target,
         reservoir=words.reservoir,
         workers=words.workers,
         seed=words.seed,

@@ -16,6 +16,7 @@ from mindformers_ext.surgery.experts.gate_fit import (
     first_weights,
     judge_gate,
     logits,
+    ridge_targets,
     target_loss,
     train_gate,
 )
@@ -66,16 +67,22 @@ def test_what_experts_add_sums_to_the_layer_and_its_lengths_are_theirs() -> None
     )
 
 
-def test_ridge_is_the_weighted_least_squares_solution() -> None:
-    x, targets = torch.randn(200, WIDTH), torch.rand(200, EXPERTS) + 0.1
+@pytest.mark.parametrize("kind", ["chosen", "norm"])
+def test_ridge_is_the_least_squares_solution(kind: str) -> None:
+    x, norms = torch.randn(200, WIDTH), torch.rand(200, EXPERTS) + 0.1
+    targets = ridge_targets(norms, 2, kind)
+    top = norms.argsort(1, descending=True)[:, :2]
+    wanted = (
+        torch.full_like(norms, -0.5).scatter(1, top, 0.5) if kind == "chosen" else norms / norms.norm(dim=1)[:, None]
+    )
+    torch.testing.assert_close(targets, wanted)
     sums = RidgeSums(WIDTH, EXPERTS)
     for part, target in zip(x.split(70), targets.split(70), strict=True):
         sums.add(part, target)
-    root = (1 / targets.norm(dim=1, keepdim=True)).double()
-    scaled, wanted = x.double() * root, targets.double() * root
-    damping = 0.1 * float((scaled.T @ scaled).diagonal().mean())
-    stacked = torch.cat((scaled, damping**0.5 * torch.eye(WIDTH, dtype=torch.float64)))
-    solution = torch.linalg.lstsq(stacked, torch.cat((wanted, torch.zeros(WIDTH, EXPERTS).double()))).solution
+    damping = 0.1 * float((x.T @ x).diagonal().mean())
+    stacked = torch.cat((x.double(), damping**0.5 * torch.eye(WIDTH, dtype=torch.float64)))
+    zeros = torch.zeros(WIDTH, EXPERTS, dtype=torch.float64)
+    solution = torch.linalg.lstsq(stacked, torch.cat((wanted.double(), zeros))).solution
     torch.testing.assert_close(sums.solve(0.1).double(), solution.T, rtol=1e-4, atol=1e-6)
 
 

@@ -21,6 +21,7 @@ FIRST, SECOND, ONLY, NOISE = (
     "gate_network.weight",
     "weight_noise.weight",
 )
+TARGETS = ("chosen", "norm")
 NOISE_EPSILON = 1e-2
 PLATEAU = {"factor": 0.9, "threshold": 0.05, "patience": 10}
 JUDGED = 1 << 16  # tokens whose logits are made at once
@@ -101,7 +102,7 @@ def first_weights(kind: str, rows: Tensor) -> dict[str, Tensor]:
 def first_rows(init: str, centres: Tensor, data: GateData, damping: float, generator: torch.Generator) -> Tensor:
     """The rows (E, D) that a gate starts from.
 
-    "ridge": those that predict the root of the scores best, by ``RidgeSums``. "weight": the experts' ``centres``
+    "ridge": those that predict the root of the scores best. "weight": the experts' ``centres``
     (E, D). "random": drawn from N(0, 1).
     """
     if init == "weight":
@@ -109,7 +110,7 @@ def first_rows(init: str, centres: Tensor, data: GateData, damping: float, gener
     if init == "random":
         return torch.randn(centres.shape, generator=generator)
     sums = RidgeSums(*reversed(centres.shape))
-    sums.add(data.x, data.scores.clamp(min=0).sqrt())
+    sums.add(data.x, ridge_targets(data.scores.clamp(min=0).sqrt(), 1, "norm"))
     rows = sums.solve(damping)
     seen = all_logits({ONLY: rows}, data.x[: 4 * JUDGED])
     return rows * (SPREAD / float(seen.std().clamp(min=1e-12)))
@@ -208,11 +209,19 @@ def _copy(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: weight.detach().clone() for name, weight in weights.items()}
 
 
-class RidgeSums:
-    """X'X and X'T of weighted tokens, gathered part by part in float64.
+def ridge_targets(norms: Tensor, selects: int, kind: str) -> Tensor:
+    """What a ridge gate predicts (T, E) from the lengths of what experts add.
 
-    ``weight`` of a token is by default 1 / |T_t|^2, so that tokens of massive activations do not rule the sums.
+    "chosen": 1 for the k that add most and 0 for the others, less the mean k / E. "norm": the lengths, each token's in
+    relation to all of its own, so that tokens of massive activations do not rule.
     """
+    if kind == "chosen":
+        return best(norms, selects).to(torch.float32) - selects / norms.shape[1]
+    return norms / norms.norm(dim=1, keepdim=True).clamp(min=1e-12)
+
+
+class RidgeSums:
+    """X'X and X'T, gathered part by part in float64."""
 
     def __init__(self, width: int, experts: int) -> None:
         self.squares = torch.zeros(width, width, dtype=torch.float64)
@@ -222,9 +231,8 @@ class RidgeSums:
         """Tokens (T, D) and their targets (T, E)."""
         for part, target in zip(x.split(JUDGED), targets.split(JUDGED), strict=True):
             part = part.to(torch.float32)
-            weight = 1 / target.square().sum(1, keepdim=True).clamp(min=1e-12)
-            self.squares += (part.T @ (part * weight)).double()
-            self.products += (part.T @ (target * weight)).double()
+            self.squares += (part.T @ part).double()
+            self.products += (part.T @ target).double()
 
     def solve(self, damping: float) -> Tensor:
         """The gate (E, D): (X'X + damping * mean(diag X'X) I)^-1 X'T, without an intercept, which stock files lack."""
