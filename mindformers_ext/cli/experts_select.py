@@ -20,7 +20,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--select_criterion",
         default="l2_norm",
-        help="plain, positive, l1_norm or l2_norm: what of an expert's answers counts; default %(default)s",
+        help="plain, positive, l1_norm or l2_norm: what of an expert's answers counts; output_norm: the length of what "
+        "it adds; default %(default)s",
     )
     parser.add_argument("--num_experts", type=int, default=8, help="experts per layer; default %(default)s")
     parser.add_argument("--num_selects", type=int, default=2, help="experts a token passes; default %(default)s")
@@ -35,7 +36,7 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gate", default="mlp", help="mlp (two layers), linear, or ridge (closed form, no training); default mlp"
     )
-    group.add_argument("--mlp_init_criterion", default="weight", help="weight or random; default %(default)s")
+    group.add_argument("--mlp_init_criterion", default="ridge", help="ridge, weight or random; default %(default)s")
     _switch(group, "--use_softmax", "train towards the softmax of the scores instead of the best k")
     group.add_argument("--lr", type=float, default=1e-2, help="AdamW's rate; default %(default)s")
     group.add_argument("--epochs", type=int, default=100, help="at most; default %(default)s")
@@ -44,6 +45,9 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--balance_loss_lambda", type=float, default=0.0, help="factor; default %(default)s")
     _switch(group, "--add_noise", "noisy logits in training")
     group.add_argument("--ridge_lambda", type=float, default=0.01, help="damping of ridge; default %(default)s")
+    group.add_argument(
+        "--ridge_target", default="chosen", help="what ridge predicts: chosen (the best k) or norm; default %(default)s"
+    )
     group.add_argument("--workers", type=int, help="processes, a layer each; default: by the layers and processors")
     _switch(group, "--allow_pickle", "read older files with numpy's numbers (nothing of them is run)")
 
@@ -83,6 +87,7 @@ def run(words: argparse.Namespace) -> int:
         noise=words.add_noise,
         percent=1.0 if words.stream or words.data_use_percent is None else words.data_use_percent,
         damping=words.ridge_lambda,
+        ridge_target=words.ridge_target,
         reservoir=words.reservoir,
         workers=words.workers,
         seed=words.seed,

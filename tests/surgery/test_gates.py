@@ -16,11 +16,12 @@ from mindformers_ext.surgery.experts.gate_fit import (
     first_weights,
     judge_gate,
     logits,
+    ridge_targets,
     target_loss,
     train_gate,
 )
 from mindformers_ext.surgery.experts.gate_layer import GateWish, LayerTokens, fit_gate, norms_of, scores_of
-from mindformers_ext.surgery.experts.scores import CRITERIA, best, centroids, expert_scores, output_norms, quality
+from mindformers_ext.surgery.experts.scores import CRITERIA, best, expert_scores, output_norms, quality
 from mindformers_ext.surgery.experts.split import LayerSplit
 from mindformers_ext.surgery.experts.text_clusters import kmeans, tfidf
 
@@ -66,16 +67,22 @@ def test_what_experts_add_sums_to_the_layer_and_its_lengths_are_theirs() -> None
     )
 
 
-def test_ridge_is_the_weighted_least_squares_solution() -> None:
-    x, targets = torch.randn(200, WIDTH), torch.rand(200, EXPERTS) + 0.1
+@pytest.mark.parametrize("kind", ["chosen", "norm"])
+def test_ridge_is_the_least_squares_solution(kind: str) -> None:
+    x, norms = torch.randn(200, WIDTH), torch.rand(200, EXPERTS) + 0.1
+    targets = ridge_targets(norms, 2, kind)
+    top = norms.argsort(1, descending=True)[:, :2]
+    wanted = (
+        torch.full_like(norms, -0.5).scatter(1, top, 0.5) if kind == "chosen" else norms / norms.norm(dim=1)[:, None]
+    )
+    torch.testing.assert_close(targets, wanted)
     sums = RidgeSums(WIDTH, EXPERTS)
     for part, target in zip(x.split(70), targets.split(70), strict=True):
         sums.add(part, target)
-    root = (1 / targets.norm(dim=1, keepdim=True)).double()
-    scaled, wanted = x.double() * root, targets.double() * root
-    damping = 0.1 * float((scaled.T @ scaled).diagonal().mean())
-    stacked = torch.cat((scaled, damping**0.5 * torch.eye(WIDTH, dtype=torch.float64)))
-    solution = torch.linalg.lstsq(stacked, torch.cat((wanted, torch.zeros(WIDTH, EXPERTS).double()))).solution
+    damping = 0.1 * float((x.T @ x).diagonal().mean())
+    stacked = torch.cat((x.double(), damping**0.5 * torch.eye(WIDTH, dtype=torch.float64)))
+    zeros = torch.zeros(WIDTH, EXPERTS, dtype=torch.float64)
+    solution = torch.linalg.lstsq(stacked, torch.cat((wanted.double(), zeros))).solution
     torch.testing.assert_close(sums.solve(0.1).double(), solution.T, rtol=1e-4, atol=1e-6)
 
 
@@ -102,14 +109,14 @@ def planted(tokens: int = 1500) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return x, answers, rows, LayerSplit.from_labels(labels.numpy(), EXPERTS)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_gate_finds_planted_experts_and_leaves_its_inputs_alone(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "init"), [*((kind, "ridge") for kind in KINDS), ("mlp", "weight"), ("mlp", "random")])
+def test_every_gate_finds_planted_experts_and_leaves_its_inputs_alone(kind: str, init: str) -> None:
     x, answers, rows, split = planted()
     scores = scores_of(answers.numpy(), split, "l2_norm")
     targets = np.sqrt(scores) if kind == "ridge" else None
     given = [x.numpy().copy(), scores.copy()]
     tokens = LayerTokens(x.numpy(), scores, 1200, targets)
-    wish = GateWish(kind, "weight", GateTraining(2, epochs=40, seed=5), 0.01)
+    wish = GateWish(kind, init, GateTraining(2, epochs=40, seed=5), 0.01)
     weights, figures = fit_gate(tokens, rows.numpy(), split, wish)
     shapes = {name: weight.shape for name, weight in weights.items()}
     assert shapes == (
@@ -119,7 +126,8 @@ def test_every_gate_finds_planted_experts_and_leaves_its_inputs_alone(kind: str)
     )
     np.testing.assert_array_equal(tokens.x, given[0])
     np.testing.assert_array_equal(tokens.scores, given[1])
-    assert figures["recall"] >= 0.85 and figures["captured"] >= 0.9 * figures["oracle"]
+    least = 0.6 if init == "random" else 0.85  # of N(0, 1) most of tanh is cut off
+    assert figures["recall"] >= least and figures["captured"] >= (least + 0.05) * figures["oracle"]
     assert figures["baselines"]["random"]["recall"] == 0.5
     again, _ = fit_gate(tokens, rows.numpy(), split, wish)
     assert all(np.array_equal(weights[name], again[name]) for name in weights)
@@ -129,8 +137,7 @@ def test_training_keeps_the_best_epoch_and_stops_early() -> None:
     x, answers, rows, split = planted(600)
     scores = torch.from_numpy(scores_of(answers.numpy(), split, "l2_norm"))
     train, valid = GateData(x[:500].half(), scores[:500]), GateData(x[500:], scores[500:])
-    centres = centroids(rows, tuple(map(torch.from_numpy, split.experts)))
-    start = first_weights("mlp", "random", centres, torch.Generator().manual_seed(0))
+    start = first_weights("mlp", torch.randn(EXPERTS, WIDTH, generator=torch.Generator().manual_seed(0)))
     told: list[int] = []
     how = GateTraining(2, epochs=200, patience=3, noise=True, balance=1e-3)
     fitted = train_gate(start, train, valid, how, told.append)

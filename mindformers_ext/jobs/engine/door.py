@@ -10,6 +10,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,22 @@ def open_layer_states(folder: Path, read: Callable[[str], np.ndarray]) -> LayerS
     return HiddenStates(folder, read)
 
 
+def join_job(engine: str, device: DeviceSpec) -> None:
+    """Take this process's place in msrun's job, where that has started it: its scheduler runs the same script, ends in
+    here, and waits for the workers. Processes of torchrun need none of this as long as they send each other nothing.
+
+    Raises:
+        UserError: msrun, which starts MindSpore's jobs, and another engine.
+    """
+    if not os.environ.get("MS_ROLE"):
+        return
+    if engine != MINDSPORE:
+        raise UserError("msrun starts jobs of MindSpore: give --engine ms, or start PyTorch's with torchrun")
+    from mindformers_ext.ms.engine import MindSporeEngine
+
+    MindSporeEngine().use(replace(device, together=True))
+
+
 def open_probe(engine: str, spec: NetworkSpec, device: DeviceSpec) -> LayerProbe:
     """A dense decoder that shows what it computes inside, layer by layer."""
     if engine == MINDSPORE:
@@ -141,7 +158,8 @@ def open_probe(engine: str, spec: NetworkSpec, device: DeviceSpec) -> LayerProbe
         from mindformers_ext.ms.engine import MindSporeEngine
         from mindformers_ext.ms.probe import MindSporeLayerProbe
 
-        MindSporeEngine().use(device)
+        if not os.environ.get("MS_ROLE"):  # else join_job has
+            MindSporeEngine().use(device)
         return MindSporeLayerProbe(spec)
     from mindformers_ext.pt.engine import PyTorchEngine
     from mindformers_ext.pt.probe import TorchLayerProbe

@@ -12,6 +12,7 @@ from mindformers_ext.core.config.run import ASCEND, CPU, DEVICES, ENGINES, MINDS
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import DeviceSpec
 from mindformers_ext.data.tokenizers import open_tokenizer
+from mindformers_ext.jobs.engine.door import join_job
 from mindformers_ext.jobs.experts.dense_model import DenseModel, open_dense
 from mindformers_ext.jobs.experts.mixture import (
     MIXTURE,
@@ -99,12 +100,14 @@ def opened(asked: Calibration, share: Share) -> Iterator[Opened]:
         UserError: see ``Calibration.check``, ``open_dense``, ``read_mixture``; fewer rows than processes.
     """
     asked.check()
+    number = share.local if share.size > 1 and asked.device_target != CPU else asked.device_id
+    device = DeviceSpec(asked.device_target, number)
+    join_job(asked.engine, device)
     model = open_dense(asked.model_path)
     try:
         rows, notes = _rows(asked, model, share)
         if len(rows.ids) < share.size:
             raise UserError(f"{len(rows.ids)} rows for {share.size} processes: give more text, or start fewer")
-        device = DeviceSpec(asked.device_target, share.local if share.size > 1 else asked.device_id)
         own = rows.share(share)
         course = Course(model, own, asked.engine, device, asked.batch_size, quiet=asked.quiet or share.rank > 0)
         yield Opened(course, rows, tuple(notes))

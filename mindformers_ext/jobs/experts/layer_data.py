@@ -15,6 +15,7 @@ from mindformers_ext.surgery.experts.split import LayerSplit
 
 TRAIN_SHARE = 0.95
 FILES = 20  # from which on whole files are kept for validation, else the last tokens
+OUTPUT_NORM = "output_norm"  # the criterion that asks what an expert adds instead of what its neurons answer
 FEWEST = 40  # tokens of a layer that a gate is fitted to
 
 
@@ -42,14 +43,18 @@ def gather(
 ) -> Gathered:
     """Read every shard once, and keep every n-th token where there are more than ``limit``.
 
+    ``ridge``: the lengths of what experts add are wanted beside the scores; with the criterion "output_norm" they are
+    the scores.
+
     Raises:
         UserError: features of another width than the model's, or too few tokens.
     """
     from mindformers_ext.surgery.experts.gate_layer import hidden_of, norms_of, scores_of
 
     spec = model.spec
-    down = model.matrix("down_proj", layer) if ridge else None
-    up = model.matrix("up_proj", layer) if ridge and kind == "gate_proj" else None
+    norms = ridge or criterion == OUTPUT_NORM
+    down = model.matrix("down_proj", layer) if norms else None
+    up = model.matrix("up_proj", layer) if norms and kind == "gate_proj" else None
     xs: list[np.ndarray] = []
     scores: list[np.ndarray] = []
     targets: list[np.ndarray] = []
@@ -61,7 +66,8 @@ def gather(
         there += len(x)
         x, a = x[first::step], a[first::step]
         xs.append(x)
-        scores.append(scores_of(a, split, criterion))
+        if criterion != OUTPUT_NORM:
+            scores.append(scores_of(a, split, criterion))
         if down is not None:
             targets.append(norms_of(a if up is None else hidden_of(a, x, up), down, split))
         marks.append(marks[-1] + len(x))
@@ -69,7 +75,7 @@ def gather(
         raise UserError(f"layer {layer} has features of {there} tokens, a gate needs {FEWEST} at least: write more")
     return Gathered(
         np.concatenate(xs),
-        np.concatenate(scores),
+        np.concatenate(scores or targets),
         np.concatenate(targets) if targets else None,
         train_count(marks),
         there,

@@ -22,16 +22,18 @@ from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.jobs.experts.dense_model import TEMPLATE, DenseModel, open_dense, template_kind
 from mindformers_ext.jobs.experts.feature_files import LayerFeatures, find_features
 from mindformers_ext.jobs.experts.gate_files import SUMMARY, GateFiles, gates_folder
-from mindformers_ext.jobs.experts.layer_data import FEWEST, Gathered, gather
-from mindformers_ext.jobs.experts.splits import open_split, split_sha
+from mindformers_ext.jobs.experts.layer_data import FEWEST, OUTPUT_NORM, Gathered, gather
+from mindformers_ext.jobs.experts.ranks import own_share
+from mindformers_ext.jobs.experts.splits import locked, open_split, split_sha
 from mindformers_ext.surgery.experts.split import LayerSplit
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.experts.calibration import Calibration
 
-CRITERIA = ("plain", "positive", "l1_norm", "l2_norm")  # surgery/experts/scores.py, which imports torch
+CRITERIA = ("plain", "positive", "l1_norm", "l2_norm", OUTPUT_NORM)  # surgery/experts/scores.py, which imports torch
 GATES = ("mlp", "linear", "ridge")
-INITS = ("weight", "random")
+TARGETS = ("chosen", "norm")
+INITS = ("ridge", "weight", "random")
 MOST = 1 << 18  # tokens of a layer that are held in memory
 MOST_WORKERS = 8
 LAYERS_A_WORKER = 4
@@ -52,7 +54,7 @@ class SelectRequest:
     selects: int = 2
     layers: tuple[int, ...] | None = None
     gate: str = "mlp"
-    init: str = "weight"
+    init: str = "ridge"
     softmax: bool = False
     lr: float = 1e-2
     epochs: int = 100
@@ -62,6 +64,7 @@ class SelectRequest:
     noise: bool = False
     percent: float = 1.0
     damping: float = 0.01
+    ridge_target: str = "chosen"
     reservoir: int = 1 << 16
     workers: int | None = None
     seed: int = 0
@@ -78,6 +81,7 @@ class SelectRequest:
         problems.one_of("--select_criterion", self.criterion, CRITERIA)
         problems.one_of("--gate", self.gate, GATES)
         problems.one_of("--mlp_init_criterion", self.init, INITS)
+        problems.one_of("--ridge_target", self.ridge_target, TARGETS)
         for name in ("experts", "selects", "epochs", "batch", "patience", "reservoir"):
             problems.positive(f"--{name if name not in ('experts', 'selects') else 'num_' + name}", getattr(self, name))
         if self.workers is not None:
@@ -116,6 +120,9 @@ def select(request: SelectRequest, tell: Callable[[str], object] = lambda line: 
     model = open_dense(request.model_path)
     try:
         layers = model.check_layers(request.layers)
+        if request.features is not None:  # several processes divide the layers
+            share = own_share()
+            layers = layers[share.rank :: share.size]
         files = GateFiles(gates_folder(request.save_path, model.name, request.experts, request.gate), request.template)
         splits = {layer: layer_split(request, model, layer) for layer in layers}
         if request.features is not None:
@@ -174,7 +181,7 @@ def fit_and_write(
         noise=request.noise,
         seed=request.seed + layer,
     )
-    wish = GateWish(request.gate, request.init, how, request.damping)
+    wish = GateWish(request.gate, request.init, how, request.damping, request.ridge_target)
     tokens = LayerTokens(found.x, found.scores, found.train, found.targets)
     rows = model.matrix(template_kind(request.template), layer)
     weights, figures = fit_gate(tokens, rows, split, wish)
@@ -241,7 +248,7 @@ def _share(features: LayerFeatures, percent: float) -> LayerFeatures:
 def _about(request: SelectRequest, model: DenseModel) -> dict[str, Any]:
     """What makes a gate the same: kept beside it."""
     words = ("template", "criterion", "experts", "selects", "gate", "init", "softmax", "lr", "epochs", "batch",
-             "patience", "balance", "noise", "percent", "damping", "seed")  # fmt: skip
+             "patience", "balance", "noise", "percent", "damping", "ridge_target", "seed")  # fmt: skip
     asked: dict[str, Any] = {word: getattr(request, word) for word in words}
     if request.calibration is not None:
         texts = request.calibration
@@ -251,11 +258,19 @@ def _about(request: SelectRequest, model: DenseModel) -> dict[str, Any]:
 
 
 def _report(files: GateFiles, todo: tuple[int, ...], notes: list[str], asked: Mapping[str, Any]) -> SelectReport:
-    found = [one for one in files.figures() if {**one.get("about", {}), **asked} == one.get("about")]
-    if todo:
+    found = _figures(files, asked)
+    if not todo:
+        return SelectReport(files.folder, todo, found, tuple(notes))
+    with locked(files.folder):  # another process may fit other layers
+        found = _figures(files, asked)
         short = [{key: value for key, value in one.items() if key not in ("curve", "about")} for one in found]
         write_text(files.folder / SUMMARY, json.dumps({"about": dict(asked), "layers": short}, indent=1) + "\n")
         from mindformers_ext.jobs.experts.gate_plot import plot_gates
 
         plot_gates(found, files.folder / "select.png")
-    return SelectReport(files.folder, todo, tuple(found), tuple(notes))
+    return SelectReport(files.folder, todo, found, tuple(notes))
+
+
+def _figures(files: GateFiles, asked: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Of the layers there that were fitted as ``asked``."""
+    return tuple(one for one in files.figures() if {**one.get("about", {}), **asked} == one.get("about"))

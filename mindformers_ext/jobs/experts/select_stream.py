@@ -13,7 +13,7 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.jobs.experts.calibration import opened
 from mindformers_ext.jobs.experts.dense_model import POINT_OF, DenseModel, template_kind
 from mindformers_ext.jobs.experts.gate_files import GateFiles
-from mindformers_ext.jobs.experts.layer_data import FEWEST, TRAIN_SHARE, Gathered
+from mindformers_ext.jobs.experts.layer_data import FEWEST, OUTPUT_NORM, TRAIN_SHARE, Gathered
 from mindformers_ext.jobs.experts.probe import Part, check_needs, forward, needs
 from mindformers_ext.jobs.experts.ranks import own_share
 from mindformers_ext.jobs.experts.states import States
@@ -36,10 +36,11 @@ class Reservoir:
     def __init__(
         self, request: SelectRequest, model: DenseModel, splits: Mapping[int, LayerSplit], tokens: int, fit: Fit
     ) -> None:
-        self._kind, self._ridge = template_kind(request.template), request.gate == "ridge"
+        self._kind = template_kind(request.template)
+        self._norms = request.gate == "ridge" or request.criterion == OUTPUT_NORM
         self._criterion, self._model, self._splits, self._fit = request.criterion, model, splits, fit
         answers = (POINT_OF[self._kind],)
-        self.values = ("mlp_input", *answers, *(("hidden",) if self._ridge and "hidden" not in answers else ()))
+        self.values = ("mlp_input", *answers, *(("hidden",) if self._norms and "hidden" not in answers else ()))
         count = min(tokens, request.reservoir)
         draws = np.random.default_rng(request.seed)
         self._places = np.sort(draws.choice(tokens, count, replace=False))
@@ -47,7 +48,7 @@ class Reservoir:
         self.nbytes = count * (4 * width + 8 * experts) * 2
         self._x = np.empty((count, width), np.float32)
         self._scores = np.empty((count, experts), np.float32)
-        self._targets = np.empty((count, experts), np.float32) if self._ridge else None
+        self._targets = np.empty((count, experts), np.float32) if self._norms else None
         self._down: np.ndarray | None = None
         self._seen, self._there = 0, tokens
 
@@ -63,7 +64,8 @@ class Reservoir:
             return
         split = self._splits[layer]
         self._x[first:end] = values["mlp_input"][inside]
-        self._scores[first:end] = scores_of(values[POINT_OF[self._kind]][inside], split, self._criterion)
+        if self._criterion != OUTPUT_NORM:
+            self._scores[first:end] = scores_of(values[POINT_OF[self._kind]][inside], split, self._criterion)
         if self._targets is not None:
             if self._down is None:
                 self._down = self._model.matrix("down_proj", layer)
@@ -72,7 +74,8 @@ class Reservoir:
     def end(self, layer: int) -> None:
         """Fit the layer's gate."""
         train = int(TRAIN_SHARE * len(self._x))
-        self._fit(layer, Gathered(self._x, self._scores, self._targets, train, self._there))
+        scores = self._targets if self._targets is not None and self._criterion == OUTPUT_NORM else self._scores
+        self._fit(layer, Gathered(self._x, scores, self._targets, train, self._there))
         self._seen, self._down = 0, None
 
 

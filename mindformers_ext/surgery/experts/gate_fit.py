@@ -13,13 +13,15 @@ from torch import Tensor
 from mindformers_ext.surgery.experts.scores import GateQuality, best, quality
 
 MLP, LINEAR, RIDGE = KINDS = ("mlp", "linear", "ridge")
-INITS = ("weight", "random")
+INITS = ("ridge", "weight", "random")
+SPREAD = 0.5  # standard deviation of what enters tanh, from ridge rows: they decide, and are not yet cut off
 FIRST, SECOND, ONLY, NOISE = (
     "gate_network.0.weight",
     "gate_network.2.weight",
     "gate_network.weight",
     "weight_noise.weight",
 )
+TARGETS = ("chosen", "norm")
 NOISE_EPSILON = 1e-2
 PLATEAU = {"factor": 0.9, "threshold": 0.05, "patience": 10}
 JUDGED = 1 << 16  # tokens whose logits are made at once
@@ -88,13 +90,30 @@ def all_logits(weights: dict[str, Tensor], x: Tensor) -> Tensor:
     return torch.cat([logits(weights, part) for part in x.split(JUDGED)])
 
 
-def first_weights(kind: str, init: str, centres: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """A gate before training: its first rows are the experts' ``centres`` (E, D), or drawn from N(0, 1)."""
-    count, width = centres.shape
-    rows = centres.clone() if init == "weight" else torch.randn(count, width, generator=generator)
+def first_weights(kind: str, rows: Tensor) -> dict[str, Tensor]:
+    """A gate before training that chooses as ``rows`` (E, D) alone do: the second layer is the identity, and tanh
+    keeps the order."""
+    rows, count = rows.clone(), len(rows)
     if kind == LINEAR:
         return {ONLY: rows}
     return {FIRST: rows, SECOND: torch.eye(count)}
+
+
+def first_rows(init: str, centres: Tensor, data: GateData, damping: float, generator: torch.Generator) -> Tensor:
+    """The rows (E, D) that a gate starts from.
+
+    "ridge": those that predict the root of the scores best. "weight": the experts' ``centres``
+    (E, D). "random": drawn from N(0, 1).
+    """
+    if init == "weight":
+        return centres
+    if init == "random":
+        return torch.randn(centres.shape, generator=generator)
+    sums = RidgeSums(*reversed(centres.shape))
+    sums.add(data.x, ridge_targets(data.scores.clamp(min=0).sqrt(), 1, "norm"))
+    rows = sums.solve(damping)
+    seen = all_logits({ONLY: rows}, data.x[: 4 * JUDGED])
+    return rows * (SPREAD / float(seen.std().clamp(min=1e-12)))
 
 
 def target_loss(found: Tensor, scores: Tensor, how: GateTraining) -> Tensor:
@@ -190,11 +209,19 @@ def _copy(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: weight.detach().clone() for name, weight in weights.items()}
 
 
-class RidgeSums:
-    """X'X and X'T of weighted tokens, gathered part by part in float64.
+def ridge_targets(norms: Tensor, selects: int, kind: str) -> Tensor:
+    """What a ridge gate predicts (T, E) from the lengths of what experts add.
 
-    ``weight`` of a token is by default 1 / |T_t|^2, so that tokens of massive activations do not rule the sums.
+    "chosen": 1 for the k that add most and 0 for the others, less the mean k / E. "norm": the lengths, each token's in
+    relation to all of its own, so that tokens of massive activations do not rule.
     """
+    if kind == "chosen":
+        return best(norms, selects).to(torch.float32) - selects / norms.shape[1]
+    return norms / norms.norm(dim=1, keepdim=True).clamp(min=1e-12)
+
+
+class RidgeSums:
+    """X'X and X'T, gathered part by part in float64."""
 
     def __init__(self, width: int, experts: int) -> None:
         self.squares = torch.zeros(width, width, dtype=torch.float64)
@@ -204,9 +231,8 @@ class RidgeSums:
         """Tokens (T, D) and their targets (T, E)."""
         for part, target in zip(x.split(JUDGED), targets.split(JUDGED), strict=True):
             part = part.to(torch.float32)
-            weight = 1 / target.square().sum(1, keepdim=True).clamp(min=1e-12)
-            self.squares += (part.T @ (part * weight)).double()
-            self.products += (part.T @ (target * weight)).double()
+            self.squares += (part.T @ part).double()
+            self.products += (part.T @ target).double()
 
     def solve(self, damping: float) -> Tensor:
         """The gate (E, D): (X'X + damping * mean(diag X'X) I)^-1 X'T, without an intercept, which stock files lack."""

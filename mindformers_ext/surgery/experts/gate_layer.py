@@ -22,8 +22,10 @@ from mindformers_ext.surgery.experts.gate_fit import (
     GateData,
     GateTraining,
     RidgeSums,
+    first_rows,
     first_weights,
     judge_gate,
+    ridge_targets,
     target_loss,
     train_gate,
 )
@@ -36,12 +38,14 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class GateWish:
-    """Which gate: ``kind`` of ``gate_fit.KINDS``, its first weights, how it is trained, the ridge's damping."""
+    """Which gate: ``kind`` of ``gate_fit.KINDS``, its first weights, how it is trained; of the ridge gate what it
+    predicts (``gate_fit.TARGETS``) and its damping."""
 
     kind: str
     init: str
     training: GateTraining
     damping: float
+    target: str = "chosen"
 
 
 @dataclass(frozen=True)
@@ -118,15 +122,16 @@ def one_thread() -> Iterator[None]:
 
 def _trained(wish: GateWish, centres: Tensor, train: GateData, valid: GateData) -> FittedGate:
     generator = torch.Generator().manual_seed(wish.training.seed)
-    kind = LINEAR if wish.kind == LINEAR else MLP
-    return train_gate(first_weights(kind, wish.init, centres, generator), train, valid, wish.training)
+    rows = first_rows(wish.init, centres, train, wish.damping, generator)
+    return train_gate(first_weights(LINEAR if wish.kind == LINEAR else MLP, rows), train, valid, wish.training)
 
 
 def _ridge(tokens: LayerTokens, valid: GateData, wish: GateWish) -> FittedGate:
     if tokens.targets is None:
         raise ValueError("the ridge gate needs the length of what each expert adds")
     sums = RidgeSums(tokens.x.shape[1], tokens.scores.shape[1])
-    sums.add(_tensor(tokens.x[: tokens.train]), _tensor(tokens.targets[: tokens.train]))
+    wanted = ridge_targets(_tensor(tokens.targets[: tokens.train]), wish.training.selects, wish.target)
+    sums.add(_tensor(tokens.x[: tokens.train]), wanted)
     weights: Mapping[str, Tensor] = {ONLY: sums.solve(wish.damping)}
     loss = float(target_loss(gate_logits(dict(weights), valid.x), valid.scores, wish.training))
     recall = judge_gate(dict(weights), valid, wish.training.selects).recall
