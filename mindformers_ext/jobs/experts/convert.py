@@ -14,10 +14,10 @@ import numpy as np
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.families import LLAMA, LLAMA_MOE
 from mindformers_ext.formats.dtypes import BY_NUMPY, float_dtype
+from mindformers_ext.jobs.checkpoint.hf_code import save_code
 from mindformers_ext.jobs.checkpoint.source import CONFIG, Reader, read_config
 from mindformers_ext.jobs.experts.cut import MLP, Cut, cuts, dense_matrix, ids_of, in_type, routed_prefix
 from mindformers_ext.jobs.experts.gating import NOISE, Gating, check_gate, mixture_config, random_gates
-from mindformers_ext.jobs.experts.hf_code import save_code
 from mindformers_ext.jobs.experts.neuron_file import NEURONS, write_neurons
 from mindformers_ext.jobs.experts.writing import Task, Tensors, copied, given, in_type_of, write_model
 from mindformers_ext.jobs.merge.fit import check_fit

@@ -104,7 +104,7 @@ def at_random(experts: int, chosen: int, seed: int) -> Weigh:
 
 
 def gated(gates: Gates, gating: Gating) -> Weigh:
-    """As the mixture's own gate decides and weighs (``jobs/experts/saved``)."""
+    """As the mixture's own gate decides and weighs (``jobs/checkpoint/hf_code.py``)."""
 
     def weigh(layer: int, x: np.ndarray, h: np.ndarray) -> np.ndarray:
         gate = gates[layer]
