@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mindformers.utils.file_utils import set_output_path
 from mindformers_ext.core.config.lora import lora_from_yaml
 from mindformers_ext.core.config.run import CPU, TRAINING, run_spec_from_yaml
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.plain_file import AFRESH, open_plain
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.jobs.checkpoint.transform import TransformRequest
 from mindformers_ext.jobs.run.checks import CheckedRun
@@ -107,7 +109,8 @@ def _merge_once(request: TransformRequest, spec: NetworkSpec, together: bool) ->
 def _keep_texts(result: Any, path: Path) -> None:
     """The generated texts as plain text, one after the other; MindFormers' own file holds a printed list."""
     texts = [text for item in result for text in item.get("text_generation_text", ())]
-    path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    with os.fdopen(open_plain(path, AFRESH), "w", encoding="utf-8") as file:
+        file.writelines(f"{text}\n" for text in texts)
     logger.info("The texts are in %s", path)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from mindformers.trainer.causal_language_modeling import CausalLanguageModelingT
 from mindspore import nn
 
 from mindformers_ext.core.config.lora import BESIDE_BASE
+from mindformers_ext.core.plain_file import AFRESH, open_plain
 from mindformers_ext.jobs.checkpoint.saved import checkpoint_file
 from mindformers_ext.jobs.predict.network import open_weights
 from mindformers_ext.jobs.train.hooks import PREFIX
@@ -61,7 +63,8 @@ class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
         metrics = self.compute_metrics or {}
         self.eval_result = {name: metric.eval() for name, metric in metrics.items()}
         path = Path(get_output_root_path()) / "eval.json"
-        path.write_text(json.dumps(self.eval_result, indent=1) + "\n", encoding="utf-8")
+        with os.fdopen(open_plain(path, AFRESH), "w", encoding="utf-8") as file:
+            file.write(json.dumps(self.eval_result, indent=1) + "\n")
         logger.info("Evaluation: %s, kept in %s", self.eval_result, path)
 
     def _check_grad_accumulation_steps(self) -> None:

@@ -53,8 +53,9 @@ STOREYS = ("core", "formats", "weights data", "surgery ms pt", "jobs", "mf", "cl
 # The inner order of a folder, lowest first: what stands on one line never sees each other. Loose files stand as `name`.
 INNER = {
     "core": (
-        "errors log capacity philox stages families figures",
-        "byte_sizes json_text weight_fit layers rope",
+        "errors capacity philox stages families figures",
+        "plain_file",
+        "log byte_sizes json_text weight_fit layers rope",
         "spec",
         "parameters",
         "config",

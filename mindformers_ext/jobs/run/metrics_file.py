@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.figures import StepFigures
+from mindformers_ext.core.plain_file import open_plain, refuse_other
 from mindformers_ext.formats.atomic import write_text
 
 FOLDER = "metrics"
@@ -104,6 +105,7 @@ class MetricsFile:
         """``first_step``: the number of steps already done."""
         self.path = Path(output_dir) / FOLDER / f"{kind}rank_{rank}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        refuse_other(self.path)
         if first_step == 0:
             if self.path.exists():
                 os.replace(self.path, self.path.with_name(self.path.name + ".previous"))
@@ -112,7 +114,7 @@ class MetricsFile:
 
     def append(self, record: StepRecord | StageLoad) -> None:
         """Write one row; it is in the file when this returns."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with os.fdopen(open_plain(self.path), "a", encoding="utf-8") as file:
             file.write(record.line())
 
     def _keep(self, steps: int) -> None:
