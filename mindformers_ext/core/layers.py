@@ -111,7 +111,8 @@ class MoESpec:
     ``multiply_gate_scores`` off by nothing. ``gate_balance_loss_weight``: of the squared variations of importance and
     load, per layer. ``gate_add_noise``: training adds noise to the logits, of at least ``gate_noise_epsilon``.
     ``load_compat`` "reference" counts the load as the released models did, which compares the noise alone with the
-    threshold. ``expert_sizes``: per layer, None where experts are alike.
+    threshold. ``expert_sizes``: per layer, None where experts are alike; a narrower one is
+    held as wide as the widest, with zeros that no gradient reaches.
     """
 
     num_local_experts: int

@@ -104,6 +104,8 @@ class ModelSpec:
     @property
     def expert_size(self) -> int:
         """Width of a routed expert; of the feed-forward layer in a dense model."""
+        if self.moe and self.moe.expert_sizes:
+            return max(map(max, self.moe.expert_sizes))
         if self.moe and self.family_row.shares_width:
             return self.intermediate_size // self.moe.num_local_experts
         return (self.moe.intermediate_size if self.moe else None) or self.intermediate_size
@@ -138,8 +140,8 @@ class ModelSpec:
         )
         if self.moe is None or index in self.dense_layers:
             return LayerSpec(attention, DenseSpec(intermediate_size=self.intermediate_size, bias=self.mlp_bias))
-        factor = self.moe.scale_of(index)
-        return LayerSpec(attention, replace(self.moe, intermediate_size=self.expert_size, score_scale_factor=factor))
+        moe = replace(self.moe, intermediate_size=self.expert_size, expert_sizes=None)
+        return LayerSpec(attention, replace(moe, score_scale_factor=self.moe.scale_of(index)))
 
     def collect(self, problems: Problems) -> None:
         """Add every broken rule of this spec, experts included, to ``problems``."""
@@ -192,10 +194,12 @@ class ModelSpec:
         if factors and len(factors) != layers:
             problems.add(f"score_scale_factor has {len(factors)} values", f"give one, or one per layer ({layers})")
         if sizes is not None:
-            problems.add(
-                f"size_experts={[list(layer) for layer in sizes]}: experts of different sizes are not built",
-                "split every layer into experts of one size",
-            )
+            odd = [layer for layer in sizes if len(layer) != moe.num_local_experts or min(layer) < 1]
+            if odd or len(sizes) != layers or any(sum(layer) != width for layer in sizes):
+                problems.add(
+                    f"size_experts={[list(layer) for layer in sizes]}",
+                    f"give a list per layer ({layers}) of {moe.num_local_experts} sizes whose sum is {width}",
+                )
         elif self.family in FAMILIES and self.family_row.shares_width and moe.num_local_experts > 0:
             problems.divides("intermediate_size", width, "num_experts (expert_num)", moe.num_local_experts)
 

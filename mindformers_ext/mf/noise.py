@@ -55,10 +55,10 @@ def noise_of(spec: NetworkSpec, seed: int, rank: int) -> StepNoise | None:
 
 def _share(parallel: ParallelSpec, rank: int) -> int:
     """The number of this process's part of a batch; 0 where each reads the whole."""
+    if parallel.parallel_mode in ("data_parallel", "hybrid_parallel"):  # full_batch means nothing there
+        return rank
     if parallel.parallel_mode == "stand_alone" or parallel.full_batch:
         return 0
-    if parallel.parallel_mode in ("data_parallel", "hybrid_parallel"):
-        return rank
     return rank % (parallel.device_num // parallel.pipeline_stage) // parallel.model_parallel
 
 

@@ -18,7 +18,7 @@ from itertools import groupby
 from mindformers_ext.core.parameters import shape_of, size_letters
 from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.weights.transforms import Identity, Transform
-from mindformers_ext.weights.views import Shape, View, whole
+from mindformers_ext.weights.views import Shape, View, crop, pad, whole
 
 
 @dataclass(frozen=True)
@@ -70,20 +70,26 @@ class Extras:
 
 @dataclass(frozen=True)
 class Binding:
-    """One rule at concrete names and shapes: ``hf`` and ``ms`` map name -> shape, in the transform's order."""
+    """One rule at concrete names and shapes: ``hf`` and ``ms`` map name -> shape, in the transform's order.
+
+    ``full``: shapes of the Hugging Face tensors as the transform has them, where narrower experts are padded.
+    """
 
     hf: Mapping[str, Shape]
     ms: Mapping[str, Shape]
     transform: Transform
+    full: tuple[Shape, ...]
 
     def ms_views(self, hf: Mapping[str, View]) -> dict[str, View]:
         """The MindSpore tensors as views, from views of the Hugging Face tensors."""
-        return dict(zip(self.ms, self.transform.to_ms([hf[name] for name in self.hf]), strict=True))
+        given = [pad(hf[name], shape) for name, shape in zip(self.hf, self.full, strict=True)]
+        return dict(zip(self.ms, self.transform.to_ms(given), strict=True))
 
     def hf_views(self) -> dict[str, View]:
         """The Hugging Face tensors as views of stored MindSpore tensors."""
         stored = [whole(name, shape) for name, shape in self.ms.items()]
-        return dict(zip(self.hf, self.transform.to_hf(stored, tuple(self.hf.values())), strict=True))
+        found = self.transform.to_hf(stored, self.full)
+        return {name: crop(view, shape) for (name, shape), view in zip(self.hf.items(), found, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -112,26 +118,33 @@ class RuleSet:
 
     def _expand(self) -> Iterable[Binding]:
         sizes = size_letters(self.spec)
+        told = self.spec.moe.expert_sizes if self.spec.moe else None
         kinds = ["mixture" if self.spec.layer(i).moe else "dense" for i in range(self.spec.num_hidden_layers)]
         for per_layer, group in groupby(self.rules, key=lambda rule: rule.per_layer):
             rules = tuple(group)
             for layer in range(self.spec.num_hidden_layers if per_layer else 1):
                 fitting = (rule for rule in rules if not per_layer or rule.layers in ("all", kinds[layer]))
-                yield from (bind(rule, layer, sizes) for rule in fitting)
+                widths = told[layer] if told and per_layer else ()
+                yield from (bind(rule, layer, sizes, widths) for rule in fitting)
 
 
-def bind(rule: Rule, layer: int, sizes: Mapping[str, int]) -> Binding:
-    """``rule`` at one layer: concrete names and shapes of both sides."""
-    listed = [
-        (template.format(layer=layer, expert=expert), shape_of(dims, sizes))
+def bind(rule: Rule, layer: int, sizes: Mapping[str, int], widths: tuple[int, ...] = ()) -> Binding:
+    """``rule`` at one layer: concrete names and shapes of both sides; ``widths``: of experts that are not alike."""
+    each = [
+        (template.format(layer=layer, expert=expert), dims, {"M": widths[expert]} if widths else {})
         for template, dims in rule.hf_templates
         for expert in range(sizes["E"] if "{expert}" in template else 1)
     ]
-    made = [view.shape for view in rule.transform.to_ms([whole(name, shape) for name, shape in listed])]
+    listed = [(name, shape_of(dims, {**sizes, **own})) for name, dims, own in each]
+    full = tuple(shape_of(dims, sizes) for _, dims, _ in each)
+    made = [
+        view.shape
+        for view in rule.transform.to_ms([whole(name, shape) for (name, _), shape in zip(listed, full, strict=True)])
+    ]
     names = [template.format(layer=layer) for template in rule.ms]
     if len(names) != len(made):
         raise ValueError(f"rule {rule.hf}: {type(rule.transform).__name__} makes {len(made)} tensors, named {names}")
     hf, ms = dict(listed), dict(zip(names, made, strict=True))
     if len(hf) != len(listed) or len(ms) != len(made):
         raise ValueError(f"rule {rule.hf} -> {rule.ms} gives one name to two tensors")
-    return Binding(hf, ms, rule.transform)
+    return Binding(hf, ms, rule.transform, full)

@@ -84,7 +84,20 @@ class Interleaved:
         return (len(self.parts) * self.parts[0].shape[0], *self.parts[0].shape[1:])
 
 
-View: TypeAlias = "Slab | Stacked | Joined | Interleaved"
+@dataclass(frozen=True)
+class Padded:
+    """A view in the first corner of a larger shape, zeros elsewhere."""
+
+    part: View
+    shape: Shape
+
+    @property
+    def parts(self) -> tuple[View]:
+        """The one that it holds."""
+        return (self.part,)
+
+
+View: TypeAlias = "Slab | Stacked | Joined | Interleaved | Padded"
 
 
 class BlockSource(Protocol):
@@ -149,9 +162,23 @@ def swap(view: View) -> View:
     """The last two axes exchanged."""
     if isinstance(view, Stacked):
         return stack([swap(piece) for piece in view.parts])
+    if isinstance(view, Padded):
+        return Padded(swap(view.part), (*view.shape[:-2], view.shape[-1], view.shape[-2]))
     if not isinstance(view, Slab) or len(view.shape) < 2 or view.ranges[view.dropped][2] != 1:
         raise ValueError(f"{view} is not swapped")
     return replace(view, swapped=not view.swapped)
+
+
+def pad(view: View, shape: Shape) -> View:
+    """``view`` in a larger shape; itself where that is its own."""
+    return view if view.shape == shape else Padded(view, shape)
+
+
+def crop(view: View, shape: Shape) -> View:
+    """The first corner of ``view``."""
+    for axis, size in enumerate(shape):
+        view = view if view.shape[axis] == size else part(view, axis, 0, size)
+    return view
 
 
 def stack(views: Sequence[View]) -> View:
@@ -207,7 +234,13 @@ def describe(view: View) -> str:
     """A few words about where the data comes from."""
     names = list(dict.fromkeys(slab.name for slab in leaves(view)))
     first = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-    words = {Stacked: "stack of", Joined: "rows of", Interleaved: "alternating rows of", Slab: "part of"}
+    words = {
+        Stacked: "stack of",
+        Joined: "rows of",
+        Interleaved: "alternating rows of",
+        Slab: "part of",
+        Padded: "padded",
+    }
     slabs = list(leaves(view))
     kind = "" if len(slabs) == 1 and slabs[0].dropped == 0 and slabs[0].ranges[0][2] == 1 else words[type(view)] + " "
     return f"{kind}{first}{', transposed' if slabs[0].swapped else ''}"
@@ -226,6 +259,11 @@ def stream(view: View, source: BlockSource, scratch: list[Array] | None = None) 
             box = ((low, min(low + step, rows)), *((0, size) for size in rest))
             turns = np.stack([source.finish(piece.name, _read(piece, source, box)) for piece in view.parts], axis=1)
             yield turns.reshape(-1, *rest)
+    elif isinstance(view, Padded):
+        held = np.concatenate([block.reshape(-1).copy() for block in stream(view.part, source, scratch)])
+        filled = np.zeros(view.shape, held.dtype)
+        filled[tuple(slice(size) for size in view.part.shape)] = held.reshape(view.part.shape)
+        yield filled
     elif not isinstance(view, Slab):
         for piece in view.parts:
             yield from stream(piece, source, scratch)

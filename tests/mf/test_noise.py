@@ -49,4 +49,4 @@ def test_a_process_has_the_noise_of_its_rows(job):
 
     assert shares(data_parallel=2, model_parallel=2, pipeline_stage=2) == [0] * 8
     assert shares(data_parallel=2, model_parallel=2, pipeline_stage=2, full_batch=False) == [0, 0, 1, 1] * 2
-    assert shares(parallel_mode="data_parallel", full_batch=False) == list(range(8))
+    assert shares(parallel_mode="data_parallel", full_batch=True) == list(range(8))

@@ -44,6 +44,12 @@ QWEN = replace(
     moe=replace(MOE, intermediate_size=12, shared_expert=SharedExpertSpec(intermediate_size=20, gated=True)),
     family="qwen2_moe",
 )
+NOISY = replace(
+    MODEL,
+    moe=replace(MOE, aux_losses=(), gate="mlp_noisy", norm_topk_prob=False, gate_balance_loss_weight=0.1),
+    family="llama_moe",
+)
+MODELS = {"qwen": QWEN, "noisy": NOISY}
 TRAIN = TrainSpec(
     optimizer=OptimizerSpec(weight_decay=0.1),
     steps=9,
@@ -57,7 +63,7 @@ FIXED = ("one", "empty")  # routings by a bias, dropless
 
 def spec_of(size: int, ep: int, routing: str, alone: bool) -> NetworkSpec:
     """The network; ``alone`` computes the routing groups of all ranks in one process."""
-    model = QWEN if routing == "qwen" else MODEL
+    model = MODELS.get(routing, MODEL)
     model = replace(model, moe=replace(model.routing, capacity_factor=0.0 if routing in FIXED else 1.0))
     parallel = ParallelSpec(
         data_parallel=size,

@@ -57,7 +57,7 @@ def largest(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
     return max(float(np.abs(a[name] - b[name]).max()) for name in a)
 
 
-CASES = [(1, "capacity"), (2, "capacity"), (2, "one"), (2, "empty"), (2, "qwen")]
+CASES = [(1, "capacity"), (2, "capacity"), (2, "one"), (2, "empty"), (2, "qwen"), (2, "noisy")]
 
 
 @pytest.fixture(scope="module")

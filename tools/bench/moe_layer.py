@@ -15,6 +15,9 @@ With ``--model llama_moe`` a LLaMA's feed-forward beside the same neurons as exp
 
 from __future__ import annotations
 
+import set_up  # noqa: F401 (first)
+
+# isort: split
 import argparse
 
 import llama_moe_layer

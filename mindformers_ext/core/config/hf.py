@@ -167,7 +167,7 @@ def hf_config_from_spec(spec: ModelSpec) -> dict[str, Any]:
         value = getattr(parts[word.part], word.fields[0])
         is_width = (word.part, word.field) == ("moe", "intermediate_size")
         value = {ours: theirs for theirs, ours in word.means}[value] if word.means else value
-        result[word.key] = spec.expert_size if is_width else list(value) if isinstance(value, tuple) else value
+        result[word.key] = spec.expert_size if is_width else _plain(value)
     if row.chooses_layers:
         result |= {_STEP: 1, _DENSE: list(spec.dense_layers)}
     if spec.moe and row.weighs_loss:
@@ -203,6 +203,7 @@ def routing_as_hf(moe: MoESpec) -> MoESpec:
         intermediate_size=moe.intermediate_size,
         gate=moe.gate,
         shared_expert=moe.shared_expert,
+        expert_sizes=moe.expert_sizes,
         **{name: getattr(moe, name) for name in NOISY_WORDS},
     )
 
@@ -318,6 +319,11 @@ def _check_expressible(spec: ModelSpec, row: Family) -> None:
     if spec.dense_layers and not row.chooses_layers:
         problems.add(f"dense_layers={list(spec.dense_layers)}", f"every layer of a {row.name} is a mixture")
     problems.raise_if_any()
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as the lists of JSON."""
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _is_null(config: Mapping[str, Any], name: str, default: Any) -> bool:

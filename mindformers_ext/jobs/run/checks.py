@@ -73,16 +73,22 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
         script = "torchrun_launcher.sh" if run.engine == PYTORCH else "msrun_launcher.sh"
         notes.append(f"use_parallel becomes False: this process was started alone (scripts/{script})")
     _check_runner(run, where)
+    moe = build.network.model.moe
+    if run.trains and not run.load and moe is not None and moe.expert_sizes:
+        raise UserError(
+            "size_experts without load_checkpoint: experts of different sizes come from a model that was cut, and "
+            "random weights have one size; give its weights, or leave size_experts out"
+        )
     if run.mode == "predict" and not run.prompts:
         raise UserError('run_mode predict has nothing to predict: give --predict_data "a prompt"')
     merge = None
     # our prediction and our evaluation judge weights and data themselves
     if run.runner is Runner.OWN_LOOP:
-        run, found = settle_for_own_loop(run)
+        run, found = settle_for_own_loop(run, build)
         notes += found
     elif run.runner is Runner.MINDFORMERS:
         known = run.family is not None or has_our_weights(config)
-        run, found, merge = settle_for_mindformers(run, build.network, known)
+        run, found, merge = settle_for_mindformers(run, build, known)
         notes += found
     if run.runner in (Runner.OWN_LOOP, Runner.MINDFORMERS) and (run.family is not None or is_llama(config)):
         check_tokenizer(run, build.network)
@@ -153,11 +159,6 @@ def _check_lora(run: RunSpec) -> None:
         raise UserError(
             f"pet_config with run_mode {run.mode}: merge the adapters into the base first (python "
             "tools/merge_lora.py --help), load the result, and leave pet_config out"
-        )
-    if run.resume:
-        raise UserError(
-            "pet_config with resume_training is not built: the checkpoints hold the adapters only; start "
-            "again from the base weights"
         )
 
 

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaMA-MoE's names, sizes and configuration: the published layout exactly, and a clear error for anything else."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mindformers_ext.core.config.hf import hf_config_from_spec, hf_notes, model_spec_from_hf
+from mindformers_ext.core.config.view import network_spec_from_yaml, yaml_from_network_spec
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.parameters import model_weights
+from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.formats.tensors import MappingReader
+from mindformers_ext.weights.convert import plan_relayout, rule_set, to_hf, to_mindspore
+from mindformers_ext.weights.layouts import GMM, Layout
+
+PUBLISHED = {"model_type": "llama_moe", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
+TINY = {
+    **PUBLISHED,
+    "vocab_size": 11,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_experts": 3,
+    "num_selects": 2,
+}
+UNEQUAL = {"size_experts": [[2, 7, 3], [4, 4, 4]]}
+
+
+def spec_of(**words: Any) -> Any:
+    return model_spec_from_hf({**TINY, **words})
+
+
+def tensors_of(**words: Any) -> dict[str, np.ndarray]:
+    """Random tensors of the names that a checkpoint has."""
+    random = np.random.default_rng(1)
+    bindings = rule_set(spec_of(**words)).bindings
+    shapes = {name: shape for binding in bindings for name, shape in binding.hf.items()}
+    return {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def refusal(**words: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        spec_of(**words)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("experts", "chosen", "total", "active"),
+    [
+        (8, 2, 6_740_514_816, 3_494_123_520),
+        (16, 4, 6_742_618_112, 3_496_226_816),
+        (16, 2, 6_742_618_112, 2_955_161_600),
+    ],
+)
+def test_the_published_sizes(experts: int, chosen: int, total: int, active: int) -> None:
+    spec = model_spec_from_hf({**PUBLISHED, "num_experts": experts, "num_selects": chosen})
+    assert spec.expert_size == 11008 // experts
+    sizes = {weight.name: math.prod(weight.shape) for weight in model_weights(spec)}
+    routed = sum(size for name, size in sizes.items() if ".ffn." in name)
+    assert sum(sizes.values()) == total and total - routed + routed * chosen // experts == active
+
+
+@pytest.mark.parametrize("kind", ["mlp", "linear"])
+def test_names_are_the_published_ones(kind: str) -> None:
+    held, start = tensors_of(gate_network=kind), "model.layers.1.mlp."
+    shapes = {n.removeprefix(start): t.shape for n, t in held.items() if n.startswith(start)}
+    network = {"0.weight": (3, 8), "2.weight": (3, 3)} if kind == "mlp" else {"weight": (3, 8)}
+    wanted = {f"gate.gate_network.{name}": shape for name, shape in network.items()}
+    wanted |= {"gate.weight_noise.weight": (3, 8)}
+    for expert in range(3):
+        wanted |= {f"calculator.experts.weight_{name}.{expert}": (4, 8) for name in ("gate", "up")}
+        wanted |= {f"calculator.experts.weight_down.{expert}": (8, 4)}
+    assert shapes == wanted
+
+
+@pytest.mark.parametrize("words", [{}, UNEQUAL, {"gate_network": "linear", "tie_word_embeddings": True}])
+def test_weights_make_the_round_trip(words: dict[str, Any]) -> None:
+    spec, held = spec_of(**words), tensors_of(**words)
+    inside = to_mindspore(held | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}, spec)
+    assert {name: array.shape for name, array in inside.items()} == {w.name: w.shape for w in model_weights(spec)}
+    gmm = Layout(GMM)
+    turned = dict(plan_relayout(MappingReader(inside), spec, Layout(), gmm).run(MappingReader(inside)))
+    again = dict(plan_relayout(MappingReader(turned), spec, gmm, Layout()).run(MappingReader(turned)))
+    for found in (inside, again):
+        back = to_hf(found, spec)
+        assert back.keys() == held.keys() and all(np.array_equal(back[name], held[name]) for name in held)
+
+
+def test_narrow_experts_are_padded_with_zeros() -> None:
+    inside = to_mindspore(tensors_of(**UNEQUAL), spec_of(**UNEQUAL))
+    for width, expert in zip((2, 7, 3), range(3), strict=True):
+        rows = inside["model.layers.0.feed_forward.ffn.w1.weight"][expert]
+        columns = inside["model.layers.0.feed_forward.ffn.w2.weight"][expert]
+        assert rows.shape == (7, 8) and rows[:width].all() and not rows[width:].any()
+        assert columns.shape == (8, 7) and columns[:, :width].all() and not columns[:, width:].any()
+
+
+def test_every_tensor_must_be_there_and_no_other() -> None:
+    held, expert = tensors_of(), "model.layers.1.mlp.calculator.experts.weight_gate.2"
+    spelt = "model.layers.1.mlp.calculator.experts.parametrizations.weight.original0ate.2"
+    with pytest.raises(UserError) as caught:
+        to_mindspore({spelt if name == expert else name: array for name, array in held.items()}, spec_of())
+    assert f"'{expert}' (4, 8) is missing" in str(caught.value) and f"'{spelt}' is unexpected" in str(caught.value)
+
+
+def test_configurations_that_are_not_built_are_refused_by_name() -> None:
+    assert "gate_type='SwitchBalancedGate' is not built" in refusal(gate_type="SwitchBalancedGate")
+    assert "calculator_type='SwitchDropTokenCalculator'" in refusal(calculator_type="SwitchDropTokenCalculator")
+    assert "add_weight_norm=True" in refusal(add_weight_norm=True)
+    assert "num_experts_residual=2 is not built" in refusal(num_experts_residual=2)
+    assert "llama_moe_residual" in refusal(model_type="llama_moe_residual")
+    assert "gate_network" in refusal(gate_network="cosine")
+    assert "num_experts_chosen=4 exceeds" in refusal(num_selects=4)
+    assert "score_scale_factor has 3 values" in refusal(score_scale_factor=[1, 2, 3])
+    assert "intermediate_size=13 is not a multiple" in refusal(intermediate_size=13)
+    for sizes in ([[4, 4, 4]], [[5, 4, 4], [4, 4, 4]], [[0, 8, 4], [4, 4, 4]], [[6, 6], [6, 6]]):
+        assert "give a list per layer (2) of 3 sizes whose sum is 12" in refusal(size_experts=sizes)
+    assert "size_experts=7 is not a list per layer" in refusal(size_experts=7)
+    dropping = {**TINY, "capacity_factor": 2.0, "drop_tokens": True}
+    assert [note for note in hf_notes(dropping) if "capacity_factor=2.0" in note]
+
+
+def test_equal_sizes_go_unsaid_and_others_make_the_round_trip() -> None:
+    assert spec_of(size_experts=[[4, 4, 4], [4, 4, 4]]) == spec_of()
+    spec = spec_of(**UNEQUAL, score_scale_factor=[2.0, 1.5])
+    assert hf_config_from_spec(spec)["size_experts"] == UNEQUAL["size_experts"]
+    assert model_spec_from_hf(hf_config_from_spec(spec)) == spec
+    network = NetworkSpec(model=spec, seq_length=4)
+    assert network_spec_from_yaml(yaml_from_network_spec(network)) == network
+    assert [spec.layer(index).moe.score_scale_factor for index in range(2)] == [2.0, 1.5]
+
+
+def test_words_of_another_gate_are_refused() -> None:
+    sections = yaml_from_network_spec(NetworkSpec(model=spec_of(), seq_length=4))
+    sections["moe_config"] |= {"z_loss_factor": 0.1, "aux_loss_types": ["expert"], "aux_loss_factors": [0.01]}
+    with pytest.raises(UserError) as caught:
+        network_spec_from_yaml(sections)
+    assert "z_loss_factor=0.1 has no effect on moe_gate 'mlp_noisy'" in str(caught.value)
+    assert "aux_losses=(('expert', 0.01),) has no effect" in str(caught.value)
