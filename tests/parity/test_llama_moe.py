@@ -27,6 +27,7 @@ from mindformers_ext.ms.step import LossNetwork
 from mindformers_ext.ms.trainer import DataParallel, MindSporeTrainer
 from mindformers_ext.pt import names
 from mindformers_ext.pt.causal_lm import build_causal_lm as build_torch
+from mindformers_ext.pt.generate import PyTorchSession
 from mindformers_ext.pt.trainer import TorchTrainer
 from mindformers_ext.weights.convert import to_hf, to_mindspore
 from tests.helpers.llama_moe_models import UNEQUAL, model_of, token_ids
@@ -150,3 +151,23 @@ def test_both_trainers_add_the_same_noise_and_go_on_with_it() -> None:
     again.restore(state)
     last = again.step((rows[2],))
     assert (last.loss, last.aux_loss, last.global_norm) == (others.loss, others.aux_loss, others.global_norm)
+
+
+def test_generates_with_a_cache_what_the_saved_code_does_without() -> None:
+    """Two prompts of different lengths at once."""
+    spec, weights, *_ = theirs("unequal")
+    model = model_of(**CASES["unequal"])
+    network = build_torch(spec)
+    names.load(network, weights)
+    session = PyTorchSession(network.eval(), 2, 9, 20, torch.device("cpu"))
+    session.compile()
+    tokens, lengths = ids()[:, :9], np.array([9, 5])
+    chosen = [session.prompt(tokens, lengths).argmax(-1)]
+    for step in range(7):
+        chosen.append(session.token(chosen[-1], lengths + step).argmax(-1))
+    for row, length in enumerate(lengths):
+        text = torch.from_numpy(tokens[row : row + 1, :length]).long()
+        for _ in range(8):
+            with torch.no_grad():
+                text = torch.cat((text, model(text, use_cache=False).logits[:, -1:].argmax(-1)), 1)
+        assert text[0, length:].tolist() == [int(step[row]) for step in chosen]

@@ -39,6 +39,7 @@ from tests.helpers.sliced import same, write_file
 from tests.helpers.tiny_run import ROOT, environment
 
 SEED = "mixtral_8x7b/pretrain_mixtral-8x7b.yaml"
+LLAMA_MOE = "../llama_moe/pretrain_llama_moe_3_5b_2_8.yaml"  # a gate of several products, and its noise
 R17 = {"data_parallel": 2, "model_parallel": 4, "expert_parallel": 2, "use_seq_parallel": True}
 # every rank of model parallel routes the same tokens, as MindFormers' 32k files of r1.2 to r1.6 ask for
 ALIKE = {
@@ -66,6 +67,7 @@ JOBS: dict[str, tuple[str, int, int, dict[str, Any]]] = {
     "finetune": ("mixtral_8x7b/finetune_mixtral-8x7b.yaml", 16, 2, {}),
     "lora": ("mixtral_8x7b/finetune_lora_mixtral-8x7b.yaml", 16, 2, {}),
     "interleave": (SEED, 16, 2, INTERLEAVED),
+    "llama_moe": (LLAMA_MOE, 16, 2, R17),
     "8x22b": ("mixtral_8x22b/pretrain_mixtral-8x22b.yaml", 64, 8, {}),
     "8x22b 32k": ("mixtral_8x22b/pretrain_mixtral-8x22b_32k.yaml", 64, 8, {}),
     "8x22b finetune": ("mixtral_8x22b/finetune_mixtral-8x22b.yaml", 64, 8, {}),
