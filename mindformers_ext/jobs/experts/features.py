@@ -163,13 +163,14 @@ def _todo(
     """The layers that are left; features of something else are refused, or with ``overwrite`` taken for gone."""
     path = folder / manifest(share.rank)
     done = _done(folder, about, share.rank)
-    if path.is_file() and not done:
+    if path.is_file() and (overwrite or not done):
         if not overwrite:
             raise UserError(
                 f"'{folder}' holds other features (another model, text, template or number of processes): choose "
                 "another --save_path, or pass --overwrite"
             )
         path.unlink()
+        done = ()
     started = (folder / f".states_{share.rank}").exists()
     if not path.is_file() and not started and not overwrite:
         mine = [file for name in (INPUTS, *OUTPUTS.values()) for file in (folder / name).glob(f"**/{share.rank}_*.*")]
