@@ -96,7 +96,7 @@ def first_weights(kind: str, rows: Tensor, gain: float = 1.0) -> dict[str, Tenso
     and tanh keeps the order."""
     rows, count = rows.clone(), len(rows)
     if kind == LINEAR:
-        return {ONLY: rows}
+        return {ONLY: gain * rows}
     return {FIRST: rows, SECOND: gain * torch.eye(count)}
 
 
