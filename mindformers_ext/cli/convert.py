@@ -81,6 +81,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mindspore_ckpt_path", type=Path, help="X.ckpt or X.safetensors to write (with --reversed: to read)"
     )
+    add_switch(parser, "--download", "fetch an input named OWNER/NAME from the hub where it was not downloaded yet")
     add_switch(parser, "--use_gmm", "write the experts transposed, as predict with grouped matmul wants them")
     add_switch(parser, "--qkv_concat", "write q, k, v as one tensor (gate and up of a dense model too)")
     add_common(parser)
@@ -92,9 +93,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _request(arguments: argparse.Namespace) -> ConvertRequest:
     from mindformers_ext.jobs.checkpoint.convert import ConvertRequest, shard_bytes
+    from mindformers_ext.jobs.checkpoint.hub import find_folder
     from mindformers_ext.weights.layouts import DENSE, GMM, Layout
 
     source, target, direction = _paths(arguments)
+    source = find_folder(source, arguments.download) if direction == "to_ms" else source
     seed_form = arguments.mindspore_ckpt_path == target
     return ConvertRequest(
         input_path=source,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mindformers_ext.core.config.from_model import FirstTry
     from mindformers_ext.jobs.run.from_folder import Described
 
-FOLDER = "a Hugging Face folder, the folder of a run, or a checkpoint of ours"
+FOLDER = "a Hugging Face folder or name (OWNER/NAME), the folder of a run, or a checkpoint of ours"
 MADE = "# Made by mfext"  # the first words of a file that may be written over
 DEFAULTS = """
 Sizes, ids and tokenizer come from the folder, everything else has a default. The YAML that this stands for is printed,
@@ -67,6 +67,9 @@ def _options(job: str, parser: argparse.ArgumentParser) -> None:
     """The options of ``job``: its own, and those of ``run_mindformer.py``."""
     parser.add_argument("words", nargs="*", metavar="FOLDER", help=FOLDER + ("; prompts" if job == "predict" else ""))
     parser.add_argument("--config", metavar="YAML", help="instead of a folder: a MindFormers YAML")
+    parser.add_argument(
+        "--download", action="store_true", help="fetch a model named OWNER/NAME from the hub if need be"
+    )
     parser.add_argument("--save_yaml", type=Path, metavar="FILE", help="write the YAML there instead of printing it")
     parser.add_argument("--seq_length", type=int, metavar="N", help="tokens of " + LENGTHS[job])
     if job == "train":
@@ -77,7 +80,9 @@ def _options(job: str, parser: argparse.ArgumentParser) -> None:
 
 
 def _read(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    return read_arguments(parser, argv, own=("--save_yaml", "--seq_length", "--data", "--text"), mixed=True)
+    return read_arguments(
+        parser, argv, own=("--save_yaml", "--seq_length", "--data", "--text", "--download"), mixed=True
+    )
 
 
 def _run(job: str, arguments: argparse.Namespace) -> int:
@@ -96,7 +101,7 @@ def _run(job: str, arguments: argparse.Namespace) -> int:
 
 def _run_yaml(job: str, arguments: argparse.Namespace) -> int:
     """A YAML that the user has; its run_mode gives way to ``job``."""
-    for name in ("save_yaml", "seq_length", "data", "text"):
+    for name in ("save_yaml", "seq_length", "data", "text", "download"):
         if getattr(arguments, name, None):
             raise UserError(f"--{name} belongs to a folder without a YAML: leave it out, or leave out --config")
     path, config = load_config(arguments.config)
@@ -110,12 +115,15 @@ def _run_yaml(job: str, arguments: argparse.Namespace) -> int:
 def _made(job: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """The YAML's content, from the folder and the words beside it."""
     from mindformers_ext.core.config.from_model import FirstTry, yaml_from_model
+    from mindformers_ext.jobs.checkpoint.hub import find_folder
     from mindformers_ext.jobs.run.from_folder import describe, this_device
 
     folder, *prompts = arguments.words
     if prompts and job != "predict":
         raise UserError(f"mfext {job} {folder}: what is '{prompts[0]}'? Give one folder, and quote a text with blanks")
-    found = describe(Path(folder))
+    found = describe(find_folder(Path(folder), arguments.download))
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
     device, engine = this_device(arguments.engine)
     if arguments.device_target:
         device, engine = arguments.device_target, arguments.engine

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mindformers_ext.cli.outcome import exit_code
 from mindformers_ext.cli.start import check_installed
+from mindformers_ext.core.plain_file import AFRESH, open_plain
 from mindformers_ext.jobs.launch.arguments import (
     DEFAULTS,
     MSRUN_SCRIPT,
@@ -164,7 +165,10 @@ def _launch(end: BackEnd, arguments: Sequence[str]) -> int:
 def _fork_away(log: Path) -> int:
     """A copy of this process, which outlives it and its terminal and writes to ``log``: its pid, or 0 inside it."""
     sys.stdout.flush()
-    with open(os.devnull, "rb") as nothing, open(log, "wb", buffering=0) as file:  # there before this process ends
+    with (
+        open(os.devnull, "rb") as nothing,
+        os.fdopen(open_plain(log, AFRESH), "wb", buffering=0) as file,
+    ):  # there before this process ends
         watcher = os.fork()
         if not watcher:
             os.setsid()

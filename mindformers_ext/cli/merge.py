@@ -94,6 +94,7 @@ def _output(arguments: argparse.Namespace) -> OutputRequest:
         to_mindspore=Path(arguments.to_mindspore) if arguments.to_mindspore else None,
         report=Path(arguments.report) if arguments.report else None,
         threads=arguments.num_threads,
+        download=arguments.download,
     )
 
 

@@ -45,6 +45,7 @@ def common() -> argparse.ArgumentParser:
     switch(result, "--strict", False, "refuse meaningless parameters and NaN instead of warning")
     switch(result, "--allow-overflow", False, "write what is too large for its type as infinite, and count it")
     switch(result, "--overwrite", False, "replace an existing output folder")
+    switch(result, "--download", False, "fetch models named OWNER/NAME from the hub where they were not downloaded yet")
     switch(result, "--dry-run", False, "check everything and print the plan, write nothing")
     switch(result, "--write-model-card", True, "write README.md and a copy of the configuration")
     result.add_argument("--to-mindspore", metavar="OUT.ckpt", help="also convert the result to a MindSpore checkpoint")

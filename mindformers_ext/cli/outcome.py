@@ -61,7 +61,8 @@ def exit_code(run: Callable[[argparse.Namespace], int], arguments: argparse.Name
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        _tell("interrupted")
+        if os.environ.get("RANK", "0") in ("", "0"):  # torchrun's other processes are interrupted with the first
+            _tell("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
         _leave_stdout()

@@ -19,7 +19,17 @@ CORE = ("numpy", "yaml", "safetensors", "ml_dtypes", "tqdm", "psutil")
 # what some commands need, and notice under way
 MORE = (
     *("mindspore", "mindformers", "torch", "triton", "transformers"),
-    *("sentencepiece", "tokenizers", "pyarrow", "jinja2", "fastchat", "matplotlib", "tensorboardX"),
+    *(
+        "sentencepiece",
+        "tokenizers",
+        "pyarrow",
+        "jinja2",
+        "fastchat",
+        "matplotlib",
+        "tensorboardX",
+        "huggingface_hub",
+        "ray",
+    ),
 )
 SET_UP = """\
 Set up once, in the folder of this repository, then activate the environment:
@@ -32,11 +42,8 @@ def start(command: str, argv: Sequence[str] | None = None) -> int:
 
     2, with the way to set up, where Python is too old or a package is missing.
     """
-    if sys.version_info < OLDEST:  # noqa: UP036 (an older one reads this line)
-        return _refuse(f"Python {sys.version.split()[0]} ({sys.executable}) is too old: 3.10 to 3.12 is needed")
-    missing = [name for name in CORE if importlib.util.find_spec(name) is None]
-    if missing:
-        return _refuse(f"{sys.executable} has no {', '.join(missing)}: this package is not set up for it")
+    if is_not_set_up():
+        return NOT_SET_UP
     try:
         code: int = importlib.import_module(f"mindformers_ext.cli.{command}").main(argv)
         return code
@@ -45,6 +52,17 @@ def start(command: str, argv: Sequence[str] | None = None) -> int:
         if name not in MORE or importlib.util.find_spec(name):
             raise
         return _refuse(f"{sys.executable} has no {name}, which this command needs")
+
+
+def is_not_set_up(more: Sequence[str] = ()) -> bool:
+    """Whether Python is too old, or what every command needs, or one of ``more``, is missing; then it is said."""
+    if sys.version_info < OLDEST:  # noqa: UP036 (an older one reads this line)
+        _refuse(f"Python {sys.version.split()[0]} ({sys.executable}) is too old: 3.10 to 3.12 is needed")
+        return True
+    missing = [name for name in (*CORE, *more) if importlib.util.find_spec(name) is None]
+    if missing:
+        _refuse(f"{sys.executable} has no {', '.join(missing)}: this package is not set up for it")
+    return bool(missing)
 
 
 def check_installed(name: str) -> None:

@@ -4,15 +4,26 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterable
+from io import TextIOWrapper
 from pathlib import Path
+
+from mindformers_ext.core.plain_file import open_plain
 
 NAME = "mindformers_ext"
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _MARK = "mindformers_ext_handler"  # handlers that set_up made, so that a second call replaces only those
 
 logging.getLogger(NAME).addHandler(logging.NullHandler())
+
+
+class _LogFile(logging.FileHandler):
+    """The end of a file, never through a link."""
+
+    def _open(self) -> TextIOWrapper:
+        return os.fdopen(open_plain(self.baseFilename), "a", encoding=self.encoding)
 
 
 def get_logger(name: str = NAME) -> logging.Logger:
@@ -35,7 +46,7 @@ def set_up_logging(
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr), *more]
     if file is not None:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+        handlers.append(_LogFile(file, encoding="utf-8"))
     for handler in handlers:
         handler.set_name(_MARK)
         handler.setFormatter(logging.Formatter(FORMAT))

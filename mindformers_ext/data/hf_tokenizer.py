@@ -100,19 +100,26 @@ class HuggingFaceTokenizer:
         if self._words is None:
             return self._plain(texts)
         sections: list[str] = []
-        plans: list[list[str] | None] = []  # None: the library encodes the text
+        hard: list[str] = []  # the library encodes the whole text
+        plans: list[list[str] | bool] = []  # True: hard; False: a text without marks
         for text in texts:
             if self._hard and self._hard.search(text):
-                plans.append(None)
-                continue
-            parts = [text]
-            if self._cut and self._cut.search(text):
+                hard.append(text)
+                plans.append(True)
+            elif self._cut and self._cut.search(text):
                 parts = [part for part in self._cut.split(text) if part]
-            sections += (part for part in parts if part not in self._marks)
-            plans.append(parts)
-        rest = iter(self._plain([text for text, plan in zip(texts, plans, strict=True) if plan is None]))
-        encoded = iter(self._words.encode(sections))
-        return [next(rest) if plan is None else np.frombuffer(self._joined(plan, encoded), np.int32) for plan in plans]
+                sections += [part for part in parts if part not in self._marks]
+                plans.append(parts)
+            else:
+                sections.append(text)
+                plans.append(False)
+        rest, encoded = iter(self._plain(hard)), iter(self._words.encode(sections))
+        return [
+            next(rest)
+            if plan is True
+            else np.frombuffer(self._joined(plan, encoded) if plan else next(encoded), np.int32)
+            for plan in plans
+        ]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``; BOS, EOS and padding give nothing, an unknown token its own mark."""

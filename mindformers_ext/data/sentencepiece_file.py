@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mindformers_ext.core.errors import UserError
 
@@ -22,11 +22,11 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 MODEL_TYPE, UNIGRAM, BPE, SUFFIX_BLANKS, BYTE_FALLBACK = 3, 1, 2, 24, 35
 IDS = {"unk_id": (40, 0), "bos_id": (41, 1), "eos_id": (42, 2), "pad_id": (43, -1)}
 CHARSMAP, DUMMY_PREFIX, REMOVE_BLANKS, ESCAPE_BLANKS = 2, 3, 4, 5
+_FLOAT = struct.Struct("<f").unpack_from
 Fields = dict[int, int | float | bytes]
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """One entry of the vocabulary; its id is its place."""
 
     text: str
@@ -78,22 +78,22 @@ def read_sentencepiece(path: Path) -> SentencePieceFile:
     return SentencePieceFile(path, pieces, special, model_type, is_llamas)
 
 
-def merges_of(pieces: Mapping[str, int], scores: Mapping[str, float]) -> list[tuple[str, str]]:
+def merges_of(pieces: Container[str], scores: Mapping[str, float]) -> list[tuple[str, str]]:
     """The merges of a byte-pair model, best first, as transformers orders them: by the score of the whole piece, then
     by the lengths of its parts, longest first.
 
     Args:
-        pieces: ids by text.
+        pieces: their texts.
         scores: the score of each, in the order of their ids.
     """
-    found = []
-    for piece, score in scores.items():
-        parts = [(piece[:at], piece[at:]) for at in range(1, len(piece))]
-        known = [(left, right) for left, right in parts if left in pieces and right in pieces]
-        known.sort(key=lambda pair: (pieces[pair[0]], pieces[pair[1]]))
-        found += [(score, pair) for pair in known]
-    found.sort(key=lambda item: (item[0], len(item[1][0]), len(item[1][1])), reverse=True)
-    return [pair for _, pair in found]
+    found = [
+        (-score, -at, at - len(piece), piece[:at], piece[at:])
+        for piece, score in scores.items()
+        for at in range(1, len(piece))
+        if piece[:at] in pieces and piece[at:] in pieces
+    ]
+    found.sort(key=itemgetter(0, 1, 2))
+    return [item[3:] for item in found]
 
 
 def library_form(model: SentencePieceFile, legacy: bool, prefix_space: bool, names: Mapping[int, str]) -> Any:
@@ -133,22 +133,20 @@ def _algorithm(model: SentencePieceFile, texts: Sequence[str], scores: Sequence[
         return models.Unigram(list(zip(texts, scores, strict=True)), unk_id=0, byte_fallback=True)
     if model.model_type != BPE:
         raise UserError(f"{model.path} is a model of words or characters: give one of byte pairs or a unigram model")
-    own = {piece.text: place for place, piece in enumerate(model.pieces)}
-    merges = merges_of(own, dict(zip(texts, scores, strict=True)))
+    merges = merges_of({piece.text for piece in model.pieces}, dict(zip(texts, scores, strict=True)))
     vocabulary = {text: place for place, text in enumerate(texts)}
     unknown = model.pieces[model.special_ids["unk_id"]].text if model.special_ids["unk_id"] >= 0 else None
     return models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
 
 
-# how every trainer writes a piece: its text (below 128 bytes), its score, its kind where that is another than normal
-_USUAL = re.compile(rb"\x0a([\x00-\x7f])(.*)\x15(.{4})(?:\x18([\x01-\x06]))?", re.DOTALL)
-
-
 def _piece(message: bytes) -> Piece:
-    found = _USUAL.fullmatch(message)
-    if found and found[1][0] == len(found[2]):
-        (score,) = struct.unpack("<f", found[3])
-        return Piece(found[2].decode("utf-8"), score, found[4][0] if found[4] else NORMAL)
+    if len(message) > 6 and message[0] == 0x0A:  # as every trainer writes it: text, score, kind if it is not normal
+        at = 2 + message[1]
+        usual = message[1] < 0x80 and message[at : at + 1] == b"\x15"
+        if usual and len(message) == at + 5:
+            return Piece(message[2:at].decode("utf-8"), _FLOAT(message, at + 1)[0], NORMAL)
+        if usual and len(message) == at + 7 and message[at + 5] == 0x18 and message[at + 6] < 0x80:
+            return Piece(message[2:at].decode("utf-8"), _FLOAT(message, at + 1)[0], message[at + 6])
     fields = dict(_fields(message))
     text = fields.get(TEXT, b"")
     if not isinstance(text, bytes):
@@ -159,7 +157,14 @@ def _piece(message: bytes) -> Piece:
 def _sections(data: bytes) -> tuple[list[Piece], Fields, Fields]:
     pieces: list[Piece] = []
     sections: dict[int, Fields] = {TRAINER: {}, NORMALIZER: {}}
-    for number, value in _fields(data):
+    place = 0
+    while place + 1 < len(data) and data[place] == 8 * PIECE + 2 and data[place + 1] < 0x80:  # the pieces, in a hurry
+        end = place + 2 + data[place + 1]
+        if end > len(data):
+            break
+        pieces.append(_piece(data[place + 2 : end]))
+        place = end
+    for number, value in _fields(data[place:]):
         if not isinstance(value, bytes):
             continue
         if number == PIECE:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.plain_file import open_plain
 from mindformers_ext.formats.tensors import Array, Index, TensorInfo
 
 Range = tuple[int, int]
@@ -72,7 +73,7 @@ class OpenFile:
 
 def open_new(path: Path) -> BinaryIO:
     """An empty file to write, never through a link. An empty one is not truncated: ext4 would flush it when closed."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    descriptor = open_plain(path, os.O_WRONLY | os.O_CREAT)
     if os.fstat(descriptor).st_size:
         os.ftruncate(descriptor, 0)
     return os.fdopen(descriptor, "wb")

@@ -18,6 +18,9 @@ from mindformers_ext.formats.tensors import Array, Index, TensorInfo
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
+NO_MODEL = re.compile(r"(adapter_|consolidated).*")  # weights that may lie beside a model's
+
+
 class SafetensorsDir:
     """A ``TensorReader`` over all shards of a folder. Headers are read and checked on opening, data on demand."""
 
@@ -68,14 +71,29 @@ def weight_files(folder: Path) -> dict[str, list[str] | None]:
         return dict(listed)
     if single.is_file():
         return {SINGLE: None}
-    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    found = _others(folder)
     if len(found) == 1:
         return {found[0]: None}
     if found:
         raise UserError(f"'{folder}' holds {len(found)} safetensors files but no {INDEX}: copy the index too")
+    adapters = sorted(path.name for path in folder.glob("adapter_model.*"))
+    if adapters:
+        raise UserError(
+            f"'{folder}' holds an adapter ({adapters[0]}) and no model: give the folder of its base, or merge both "
+            f"first (in a merge's YAML, BASE+{folder.name})"
+        )
     other = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
     advice = "save the model again with safe_serialization=True" if other else "give a Hugging Face model folder"
     raise UserError(f"'{folder}' holds no safetensors weights{' but ' + other[0] if other else ''}: {advice}")
+
+
+def has_model(folder: Path) -> bool:
+    """Whether ``folder`` holds safetensors weights of a model, or what is left of them."""
+    return any((folder / name).is_file() for name in (INDEX, SINGLE)) or bool(_others(folder))
+
+
+def _others(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.safetensors") if not NO_MODEL.fullmatch(path.name))
 
 
 def _read_index(path: Path) -> dict[str, list[str]]:

@@ -8,6 +8,7 @@ the tests. Layout: github.com/huggingface/safetensors, "Format".
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
@@ -22,6 +23,7 @@ from mindformers_ext.formats.tensors import MOST_TENSORS, Array, Index, TensorIn
 
 MAX_DIMS = 32  # numpy's arrays have no more
 METADATA = "__metadata__"
+NARROW = re.compile(r"F[468]_.*")  # floats of 8 bits and fewer
 
 
 class SafetensorsFile:
@@ -75,7 +77,8 @@ def _tensors(file: OpenFile, header: Mapping[str, Any], start: int) -> dict[str,
     problems = Problems(f"'{file.path}'")
     if len(header) > MOST_TENSORS:
         raise UserError(f"'{file.path}' holds {len(header)} tensors, more than {MOST_TENSORS}: it is no checkpoint")
-    tensors = {}
+    tensors: dict[str, StoredTensor] = {}
+    _check_types(file.path, header)
     for name, entry in header.items():
         wrong = _entry_fault(entry)
         if wrong:
@@ -98,11 +101,26 @@ def _tensors(file: OpenFile, header: Mapping[str, Any], start: int) -> dict[str,
     return tensors
 
 
+def _check_types(path: Path, header: Mapping[str, Any]) -> None:
+    """One line for all tensors of a type that is not read."""
+    kinds: dict[str, list[str]] = {}
+    for name, entry in header.items():
+        kind = entry.get("dtype", "F32") if isinstance(entry, dict) else "F32"  # without one: another fault
+        if not isinstance(kind, str) or kind not in BY_SAFETENSORS:
+            kinds.setdefault(str(kind)[:20], []).append(name)
+    problems = Problems(f"'{path}'")
+    for kind, names in kinds.items():
+        advice = "weights of 8 bits and fewer are not read: give the model's 16-bit weights"
+        if not NARROW.fullmatch(kind):
+            advice = f"known are {', '.join(BY_SAFETENSORS)}"
+        more = f" and {len(names) - 1} more tensors have" if len(names) > 1 else " has"
+        problems.add(f"'{names[0]}'{more} type {kind}", advice)
+    problems.raise_if_any()
+
+
 def _entry_fault(entry: object) -> str | None:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return "lacks dtype, shape or data_offsets"
-    if not isinstance(entry["dtype"], str) or entry["dtype"] not in BY_SAFETENSORS:
-        return f"has type {str(entry['dtype'])[:80]}, known are {', '.join(BY_SAFETENSORS)}"
     for key in ("shape", "data_offsets"):
         numbers = entry[key]
         if not isinstance(numbers, list) or not all(type(item) is int and item >= 0 for item in numbers):

@@ -17,6 +17,7 @@ from mindformers_ext.jobs.checkpoint.saved import note_size
 from mindformers_ext.jobs.run.keep import WEIGHTS, is_finite, last_good, surplus
 from mindformers_ext.jobs.train.hooks import hook_state
 from mindformers_ext.mf.hooks import HOOKS, figures_at
+from mindformers_ext.ms.kept_reports import KEPT
 from mindformers_ext.ms.lora import adapter_parameters
 
 
@@ -49,9 +50,9 @@ class WholeCheckpointMonitor(CheckpointMonitor):
         self._prune()
 
     def _filter_ckpt_not_save(self, x: str, filter_list: list[str]) -> bool:
-        """With LoRA only what is trained: the base weights stay in their own file."""
+        """With LoRA only what is trained: the base weights stay in their own file. Never what counts a step's load."""
         kept = bool(super()._filter_ckpt_not_save(x, filter_list))
-        return kept and (not self._has_adapters or x not in self._frozen)
+        return kept and not x.endswith(KEPT) and (not self._has_adapters or x not in self._frozen)
 
     @property
     def first_step(self) -> int:

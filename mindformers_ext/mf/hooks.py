@@ -5,12 +5,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import mindspore as ms
 import numpy as np
+from mindformers.tools.utils import get_real_rank
 from mindspore import Parameter, Tensor, nn
 from mindspore.train import Callback
 
+from mindformers_ext.core.config.lora import DROPOUT_SEED
 from mindformers_ext.core.figures import StepFigures, figures_of
-from mindformers_ext.jobs.train.hooks import TrainHook, restore_hooks
+from mindformers_ext.jobs.train.hooks import AdapterDropout, TrainHook, restore_hooks
 from mindformers_ext.mf.step import real_model
 
 FIGURES = "step_figures"  # attributes of MindSpore's callback parameters, where callbacks leave things to each other
@@ -65,3 +68,14 @@ class HookCallback(Callback):
             for name, array in hook.inputs(step).items():
                 held = self.parameters[name]
                 held.set_data(Tensor(np.asarray(array)).astype(held.dtype))
+
+
+class DropoutSeeds(HookCallback):
+    """``AdapterDropout`` between MindFormers' steps, for networks that have such seeds."""
+
+    def make(self, model: nn.Cell) -> list[TrainHook]:
+        """The hook, if the network has seeds."""
+        if DROPOUT_SEED not in self.parameters:
+            return []
+        seeds = self.parameters[DROPOUT_SEED].asnumpy()
+        return [AdapterDropout(int(ms.get_seed() or 0), get_real_rank(), {DROPOUT_SEED: seeds})]

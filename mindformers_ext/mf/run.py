@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mindformers.utils.file_utils import set_output_path
 from mindformers_ext.core.config.lora import lora_from_yaml
 from mindformers_ext.core.config.run import CPU, TRAINING, run_spec_from_yaml
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.plain_file import AFRESH, open_plain
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.jobs.checkpoint.transform import TransformRequest
 from mindformers_ext.jobs.run.checks import CheckedRun
@@ -26,6 +28,7 @@ from mindformers_ext.mf.adapt import adapt
 from mindformers_ext.mf.barrier import use_cpu_barrier
 from mindformers_ext.mf.config import WRITTEN, remember
 from mindformers_ext.mf.register import register_families  # importing it registers our other classes
+from mindformers_ext.mf.trainer import BASE
 
 
 def run(config: Mapping[str, Any], checked: CheckedRun | None = None) -> Any:
@@ -33,19 +36,25 @@ def run(config: Mapping[str, Any], checked: CheckedRun | None = None) -> Any:
 
     Args:
         config: the YAML's content with the command line's options applied, and with what the checks have settled.
-        checked: what they have made of it; None reads ``config`` as it is.
+        checked: what they have made of it; None reads ``config`` as it is, which does not tell what lies below
+            resumed adapters.
 
     The configuration that MindFormers really gets is kept as ``<output_dir>/run_config/<run_mode>.yaml``.
     """
+    asked = checked.run if checked else run_spec_from_yaml(config)
+    if checked is None and asked.resume and asked.has_adapters:
+        raise UserError("a resumed run with pet_config needs what jobs.run.checks.check_run makes of it")
     full = prepare(config, checked)
     if not any(isinstance(handler, Passed) for handler in get_logger().handlers):
         get_logger().addHandler(Passed())
     if checked and checked.merge:
         _merge_once(checked.merge, checked.build.network, checked.run.use_parallel)
+    if asked.base:
+        full[BASE] = asked.base
     trainer = Trainer(full)
     mode = full.run_mode
     if mode in TRAINING:
-        keep_lora(checked.build.lora if checked else lora_from_yaml(config), Path(full.output_dir))
+        keep_lora(checked.build.lora if checked else lora_from_yaml(config), Path(full.output_dir), asked)
         return trainer.train()
     if mode == "eval":
         trainer.evaluate(eval_checkpoint=full.load_checkpoint or None)
@@ -100,7 +109,8 @@ def _merge_once(request: TransformRequest, spec: NetworkSpec, together: bool) ->
 def _keep_texts(result: Any, path: Path) -> None:
     """The generated texts as plain text, one after the other; MindFormers' own file holds a printed list."""
     texts = [text for item in result for text in item.get("text_generation_text", ())]
-    path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    with os.fdopen(open_plain(path, AFRESH), "w", encoding="utf-8") as file:
+        file.writelines(f"{text}\n" for text in texts)
     logger.info("The texts are in %s", path)
 
 

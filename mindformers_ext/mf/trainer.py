@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,22 @@ from mindformers.tools.utils import get_output_root_path, get_real_rank
 from mindformers.trainer.causal_language_modeling import CausalLanguageModelingTrainer
 from mindspore import nn
 
+from mindformers_ext.core.config.lora import BESIDE_BASE
+from mindformers_ext.core.plain_file import AFRESH, open_plain
 from mindformers_ext.jobs.checkpoint.saved import checkpoint_file
+from mindformers_ext.jobs.predict.network import open_weights
 from mindformers_ext.jobs.train.hooks import PREFIX
 from mindformers_ext.mf.balance import MoETopkBiasBalanceCallback
 from mindformers_ext.mf.checkpoint import WholeCheckpointMonitor
-from mindformers_ext.mf.hooks import HookCallback
+from mindformers_ext.mf.hooks import DropoutSeeds, HookCallback
 from mindformers_ext.mf.load_monitor import MoELoadMonitor
 from mindformers_ext.mf.monitor import MoELossMonitor
 from mindformers_ext.mf.networks import PortableLlamaForCausalLM
 from mindformers_ext.mf.pipeline_step import PortablePipelineStepCell, norm_tells_overflow
 from mindformers_ext.mf.rules import experts_without_sequence_parallel
 from mindformers_ext.mf.step import real_model
+from mindformers_ext.ms.causal_lm import build_causal_lm
+from mindformers_ext.ms.engine import fill
 from mindformers_ext.ms.step import STEP_STATE, TrainStepCell, step_state
 
 # MindFormers hands a callback the run's facts (first step, schedule, batch) only when the YAML calls it by these names.
@@ -37,6 +43,7 @@ STAND_INS = {
     "TopkBiasBalanceCallback": MoETopkBiasBalanceCallback,
     "MoEDropRateCallback": MoELoadMonitor,
 }
+BASE = "adapter_base"  # our key in MindFormers' configuration: RunSpec.base
 SHARDED = ("semi_auto_parallel", "auto_parallel")
 
 
@@ -56,7 +63,8 @@ class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
         metrics = self.compute_metrics or {}
         self.eval_result = {name: metric.eval() for name, metric in metrics.items()}
         path = Path(get_output_root_path()) / "eval.json"
-        path.write_text(json.dumps(self.eval_result, indent=1) + "\n", encoding="utf-8")
+        with os.fdopen(open_plain(path, AFRESH), "w", encoding="utf-8") as file:
+            file.write(json.dumps(self.eval_result, indent=1) + "\n")
         logger.info("Evaluation: %s, kept in %s", self.eval_result, path)
 
     def _check_grad_accumulation_steps(self) -> None:
@@ -87,6 +95,10 @@ class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
         if is_ours and words.type == "MFPipelineWithLossScaleCell" and norm_tells_overflow(words, self.config):
             words.type = PortablePipelineStepCell.__name__
             logger.info("MFPipelineWithLossScaleCell becomes %s: the clipping norm tells overflow", words.type)
+        if is_ours and self.config.resume_training and real_model(network).adapted:
+            fill_base(real_model(network), self.config.get(BASE))
+        if is_ours and not real_model(network).causal_lm.model.reports and self._shows_load():
+            real_model(network).causal_lm.keep_reports()
         wrapper = super().create_model_wrapper(network, optimizer)
         if wrapper is not None:
             wrapper.first_step = int(self.config.runner_config.initial_step or 0)
@@ -101,7 +113,12 @@ class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
         hooks = [item for item in found if isinstance(item, HookCallback)]
         others = [item for item in found if not isinstance(item, HookCallback)]
         place = next((i for i, item in enumerate(others) if isinstance(item, CheckpointMonitor)), len(others))
-        return [*others[:place], *hooks, *others[place:]]
+        return [*others[:place], *hooks, DropoutSeeds(), *others[place:]]
+
+    def _shows_load(self) -> bool:
+        return any(
+            item.get("type") in ("MoEDropRateCallback", "MoELoadMonitor") for item in self.config.callbacks or ()
+        )
 
     def _step_accumulates(self) -> bool:
         wrapper = self.config.runner_wrapper
@@ -115,6 +132,20 @@ class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
         if isinstance(name, str) and (rank / name).is_file():
             return rank / name
         return checkpoint_file(rank if rank.is_dir() else path)
+
+
+def fill_base(network: PortableLlamaForCausalLM, base: str | None) -> None:
+    """Weights below adapters: from ``base``, or the first ones of the seed; a checkpoint holds the adapters alone."""
+    if base:
+        with closing(open_weights(Path(base), network.spec.model)) as weights:
+            fill(network.causal_lm, weights.plan.run(weights.reader), optional=BESIDE_BASE)
+    else:  # MindFormers has built this network without any
+        ms.set_seed(ms.get_seed())
+        first = build_causal_lm(network.spec)
+        first.init_parameters_data()
+        drawn = ((item.name, item.asnumpy()) for item in first.get_parameters())
+        fill(network.causal_lm, drawn, optional=BESIDE_BASE)
+    logger.info("Weights below the adapters: %s", base or "the first ones of the seed")
 
 
 def restore_step_state(cell: TrainStepCell, path: Path | None) -> None:

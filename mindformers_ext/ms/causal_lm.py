@@ -16,6 +16,7 @@ from mindspore.common.initializer import Normal, initializer
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.core.stages import layer_stage
 from mindformers_ext.ms.attention import Linear, rotary_tables
+from mindformers_ext.ms.kept_reports import kept_reports, name_reports
 from mindformers_ext.ms.layer import Layer
 from mindformers_ext.ms.loss import NextTokenLoss, ShiftedTokens, Targets, token_shape
 from mindformers_ext.ms.norm import RmsNorm
@@ -133,10 +134,16 @@ class Decoder(nn.Cell):
         self.stack = shards.shard_list(P.Stack(), "tok -", len(self.mixtures))
         self.total = shards.shard(P.ReduceSum(), "reports")
         self.read_report = shards.local(ReadReport(spec.parallel.groups), "report", _report_shapes, _report_types)
-        self.reports = shards.stages == 1
+        self.reports, self.keeps = shards.stages == 1, False
+        self.kept = nn.CellList([])
         self.cos_SP, self.sin_SP = rotary_tables(
             model.rope.tables(spec.seq_length), operators.dtype(spec.numerics.rotary_dtype)
         )
+
+    def keep_reports(self, spec: NetworkSpec) -> None:
+        """From now on every mixture's reports are added up in a parameter of its stage."""
+        self.kept, self.keeps = kept_reports(spec), True
+        name_reports(self.kept)
 
     def construct(self, ids_BS: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         _check_length(ids_BS.shape[1], self.seq_length)
@@ -146,6 +153,8 @@ class Decoder(nn.Cell):
         reports: tuple = ()
         for index in range(self.depth):
             x_TD, layer_aux_G, report_GE = self.layers[index](x_TD, cos_SP, sin_SP)
+            if self.keeps:
+                x_TD = self.kept[index](x_TD, report_GE)
             aux_loss_G = self.add_losses[index](aux_loss_G, layer_aux_G)
             reports = reports + (report_GE,)
         if not self.has_experts:
@@ -208,6 +217,10 @@ class CausalLM(nn.Cell):
         """From now on tokens are dropped in training only."""
         for layer in self.model.layers:
             layer.feed_forward.keep_all_in_evaluation()
+
+    def keep_reports(self) -> None:
+        """In a pipeline: see ``ms.kept_reports``; before the network is compiled."""
+        self.model.keep_reports(self.spec)
 
     def _head(self, x_TD: Tensor) -> Tensor:
         if self.tied:

@@ -8,13 +8,15 @@ import re
 
 import mindspore as ms
 import mindspore.ops.operations as P
+import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Normal, Zero, initializer
 
-from mindformers_ext.core.config.lora import LORA_A, LORA_B, LoraSpec
+from mindformers_ext.core.config.lora import DROPOUT_SEED, LORA_A, LORA_B, LoraSpec
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.attention import Linear
+from mindformers_ext.ms.ops.select import select_operators
 from mindformers_ext.ms.strategies import Shards
 
 # How the tensors of an adapter lie beside those of its layer (the words of ``ms.strategies``): x and y as the layer has
@@ -36,9 +38,12 @@ class LoraLinear(nn.Cell):
         name: its name in the network.
         lora: rank, scale, dropout.
         shards: the network's strategies.
+        seeds: of every adapted layer's dropout, where the device's operator takes one; ``place``: which is this one's.
     """
 
-    def __init__(self, linear: Linear, name: str, lora: LoraSpec, shards: Shards) -> None:
+    def __init__(
+        self, linear: Linear, name: str, lora: LoraSpec, shards: Shards, seeds: Parameter | None, place: int
+    ) -> None:
         super().__init__(auto_prefix=False)
         self.linear = linear
         width_out, width_in = linear.weight.shape
@@ -48,7 +53,9 @@ class LoraLinear(nn.Cell):
         self.scale = Tensor(lora.scale, ms.float32)
         self.drops = lora.dropout > 0
         cut = _Cut(shards, LAYOUTS[KINDS.get(name.rpartition(".")[2], "in")])
-        self.dropout = cut.rows(P.Dropout(keep_prob=1.0 - lora.dropout), "x")
+        self.seeds, self.place = seeds, place
+        seeded, keep = select_operators().dropout, 1.0 - lora.dropout
+        self.dropout = cut.rows(P.Dropout(keep_prob=keep), "x") if seeds is None or seeded is None else seeded(keep)
         self.narrow = cut(P.MatMul(transpose_b=True), "x a", "narrow")
         self.times = cut.rows(P.Mul(), "narrow", scalars=1)
         self.wide = cut(P.MatMul(transpose_b=True), "middle b", "y")
@@ -57,10 +64,16 @@ class LoraLinear(nn.Cell):
     def construct(self, x_TD: Tensor) -> Tensor:
         base = self.linear(x_TD)
         if self.drops and self.training:
-            x_TD, _ = self.dropout(x_TD)
+            x_TD = self.dropped(x_TD)
         narrow = self.narrow(x_TD, ops.cast(self.lora_a, x_TD.dtype))
         narrow = self.times(narrow, ops.cast(self.scale, narrow.dtype))
         return self.add(base, self.wide(narrow, ops.cast(self.lora_b, narrow.dtype)))
+
+    def dropped(self, x_TD: Tensor) -> Tensor:
+        """The input with some of its elements zero."""
+        if self.seeds is None:
+            return self.dropout(x_TD)[0]
+        return self.dropout(x_TD, self.seeds[self.place])
 
 
 class _Cut:
@@ -114,9 +127,12 @@ def add_lora(network: nn.Cell, lora: LoraSpec, spec: NetworkSpec | None = None) 
     for parameter in network.get_parameters():
         parameter.requires_grad = False
     cells, shards = dict(network.cells_and_names()), Shards(spec)
-    for name in wanted:
+    seeds = None
+    if lora.dropout and select_operators().dropout:
+        seeds = Parameter(Tensor(np.zeros(len(wanted)), ms.int32), DROPOUT_SEED, requires_grad=False)
+    for place, name in enumerate(wanted):
         parent, _, child = name.rpartition(".")
-        adapted = LoraLinear(layers[name], name, lora, shards)
+        adapted = LoraLinear(layers[name], name, lora, shards, seeds, place)
         names = [(parameter, parameter.name) for parameter in adapted.get_parameters()]
         setattr(cells[parent], child, adapted)
         for parameter, right in names:  # the parent put its own prefix before them

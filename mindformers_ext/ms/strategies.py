@@ -63,6 +63,8 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "scaled groups": (("tok", ""), ()),
     "reports": (("- tok -",), ()),
     "report": (("- -",), ("- -", "-")),
+    "kept report": (("tok -",), ("tok -",)),
+    "kept reports": (("tok -", "tok -"), ()),
     "head": (("rest -", "head -"), ()),
     "rows": (("rest -", "rest", "rest"), ("rest",)),
     "row sums": (("- rest",), ()),

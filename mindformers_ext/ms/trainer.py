@@ -13,7 +13,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 from mindspore.nn.utils import no_init_parameters
 
-from mindformers_ext.core.config.lora import LORA_A, LORA_B
+from mindformers_ext.core.config.lora import BESIDE_BASE
 from mindformers_ext.core.config.train import LossScale, TrainSpec, group_of
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.figures import StepFigures, figures_of
@@ -77,12 +77,16 @@ class MindSporeTrainer:
                 get_logger(__name__).info("recompute_config has no effect on this device, which keeps all activations")
         return network
 
-    def fill(self, weights: Iterable[tuple[str, np.ndarray]]) -> None:
-        """The base weights by MindFormers' names; adapters keep theirs. Errors as ``ms.engine.fill``."""
-        if self._network is None:
+    def fill(self, weights: Iterable[tuple[str, np.ndarray]], partly: bool = False) -> None:
+        """Weights by MindFormers' names; adapters, with ``partly`` all, that do not come keep theirs. Errors as
+        ``ms.engine.fill``."""
+        if self._network is None and partly:
+            self._network = self._build()
+            self._network.init_parameters_data()
+        elif self._network is None:
             with no_init_parameters():
                 self._network = self._build()
-        fill(self._network, weights, optional=(LORA_A, LORA_B))
+        fill(self._network, weights, optional=("",) if partly else BESIDE_BASE)
 
     def open(self) -> None:
         """Make the optimizer and the step; what no weight was filled into gets its random start values."""

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,34 +24,17 @@ os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
 class HuggingFaceReference:
     """The causal language model of a Hugging Face folder, with the folder's tokenizer if it has one."""
 
-    def __init__(self, folder: Path) -> None:
-        """Load ``folder``; nothing is downloaded.
+    def __init__(self, folder: Path, weights: Iterable[tuple[str, np.ndarray]] | None = None) -> None:
+        """Load ``folder``; nothing is downloaded. ``weights``: instead of the folder's files, float32 by name.
 
         Raises:
             UserError: no model there, or weights missing or left over (transformers itself would fill the missing
                 ones with random numbers and only warn).
         """
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         if not (folder / "config.json").is_file():
             raise UserError(f"no config.json in {folder}: give a Hugging Face model folder")
-        if not any(folder.glob("*.safetensors")):
-            for path in sorted(folder.glob("pytorch_model*.bin")):
-                TorchFile(path)  # refuses what torch.load would build
         self.folder = folder
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        if hasattr(config, "rope_theta"):  # transformers 4 does not read what transformers 5 writes, and takes defaults
-            full = with_both_ropes(read_object(folder / "config.json"))
-            config.rope_theta, config.rope_scaling = full["rope_theta"], full["rope_scaling"]
-        self.model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-            output_loading_info=True,
-        )
-        wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
+        self.model, wrong = _loaded(folder) if weights is None else _filled(folder, weights)
         if wrong:
             listed = "; ".join(f"{kind}: {', '.join(names[:5])} ({len(names)})" for kind, names in wrong.items())
             raise UserError(f"{folder}: config.json and the weights do not belong together. {listed}")
@@ -71,3 +56,51 @@ class HuggingFaceReference:
         from transformers import AutoTokenizer
 
         return list(AutoTokenizer.from_pretrained(self.folder, local_files_only=True)(text)["input_ids"])
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if hasattr(config, "rope_theta"):  # transformers 4 does not read what transformers 5 writes, and takes defaults
+        full = with_both_ropes(read_object(folder / "config.json"))
+        config.rope_theta, config.rope_scaling = full["rope_theta"], full["rope_scaling"]
+    return config
+
+
+def _loaded(folder: Path) -> tuple[Any, dict[str, list[str]]]:
+    """The model with the weights that transformers itself reads, and what does not fit, by kind."""
+    from transformers import AutoModelForCausalLM
+
+    if not any(folder.glob("*.safetensors")):
+        for path in sorted(folder.glob("pytorch_model*.bin")):
+            TorchFile(path)  # refuses what torch.load would build
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=_config(folder),
+        dtype=torch.float32,
+        attn_implementation="eager",
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    return model, {kind: sorted(map(str, names)) for kind, names in report.items() if names}
+
+
+def _filled(folder: Path, weights: Iterable[tuple[str, np.ndarray]]) -> tuple[Any, dict[str, list[str]]]:
+    """The same with given weights."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(_config(folder), dtype=torch.float32, attn_implementation="eager")
+    own = model.state_dict()
+    filled: set[int] = set()
+    wrong: dict[str, list[str]] = {"unexpected_keys": [], "mismatched_keys": []}
+    for name, array in weights:
+        if name not in own:
+            wrong["unexpected_keys"].append(name)
+        elif own[name].shape != array.shape:
+            wrong["mismatched_keys"].append(name)
+        else:
+            own[name].copy_(torch.from_numpy(array))
+            filled.add(own[name].data_ptr())  # a tied head is filled with its embedding
+    wrong["missing_keys"] = sorted(name for name, tensor in own.items() if tensor.data_ptr() not in filled)
+    return model, {kind: names for kind, names in wrong.items() if names}

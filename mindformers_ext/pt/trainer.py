@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mindformers_ext.core.config.lora import LORA_A, LORA_B
+from mindformers_ext.core.config.lora import BESIDE_BASE
 from mindformers_ext.core.config.train import ParameterGroup, TrainSpec, group_of
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.figures import StepFigures
@@ -67,9 +67,10 @@ class TorchTrainer:
         assert self._optimizer is not None
         return self._optimizer
 
-    def fill(self, weights: Iterable[tuple[str, np.ndarray]]) -> None:
-        """The base weights by MindFormers' names; adapters keep theirs. Errors as ``pt.names.fill``."""
-        names.fill(self.network, weights, optional=(LORA_A, LORA_B))
+    def fill(self, weights: Iterable[tuple[str, np.ndarray]], partly: bool = False) -> None:
+        """Weights by MindFormers' names; adapters, with ``partly`` all, that do not come keep theirs. Errors as
+        ``pt.names.fill``."""
+        names.fill(self.network, weights, optional=("",) if partly else BESIDE_BASE)
 
     def step(self, columns: tuple[np.ndarray, ...]) -> StepFigures:
         """One update from this rank's rows: token ids (R, S+1) and, if any, labels; R a multiple of micro batches."""

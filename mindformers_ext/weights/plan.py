@@ -223,6 +223,13 @@ def _check_names(problems: Problems, wanted: Mapping[str, Shape], given: Collect
     unexpected = [name for name in given if name not in wanted]
     present = set(given)
     missing = [name for name in wanted if name not in present]
+    if unexpected and missing and len(missing) == len(wanted):
+        problems.add(
+            f"none of the {len(unexpected)} tensors has a name of this model: the first is '{unexpected[0]}', not "
+            f"'{missing[0]}'",
+            "check the model type in config.json, or save the model's own state_dict, without what wraps it",
+        )
+        return
     for name in missing[:LISTED]:
         problems.add(f"'{name}' {wanted[name]} is missing", "the file must hold it")
     _add_rest(problems, "missing", missing)

@@ -195,14 +195,16 @@ class SlicedReader:
                 return
 
 
-def open_sliced(checkpoint_dir: Path, strategy_dir: Path) -> SlicedReader:
+def open_sliced(checkpoint_dir: Path, strategy_dir: Path, label: str | None = None) -> SlicedReader:
     """A reader of the whole tensors of ``checkpoint_dir/rank_N/*`` as the strategy file or folder cut them.
+
+    ``label`` chooses among several files of a rank, see ``rank_files``.
 
     Raises:
         UserError: ranks, files, stages or tensors missing, double or contradicting; all listed, no data is read.
     """
     strategy = read_strategy(strategy_dir)
-    files = rank_files(checkpoint_dir)
+    files = rank_files(checkpoint_dir, label)
     if len(files) == 1 < strategy.world:
         raise UserError(
             f"'{checkpoint_dir}' holds one rank, strategy '{strategy_dir}' describes {strategy.world}: "

@@ -39,7 +39,9 @@ FLOORS = {
     "surgery": _floor("core weights", "numpy torch"),
     "ms": _floor("core", "numpy mindspore"),
     "pt": _floor("core", "numpy torch triton", late_third="transformers"),
-    "jobs": _floor("core formats weights data surgery", "numpy tqdm psutil", late_third="matplotlib ray"),
+    "jobs": _floor(
+        "core formats weights data surgery", "numpy tqdm psutil", late_third="matplotlib huggingface_hub ray"
+    ),
     "mf": _floor("core data ms jobs", "numpy mindspore mindformers", late_third="tensorboardX"),
     "cli": _floor("jobs weights core", late_ours="mf"),
     "scripts": _floor("cli"),  # root scripts and tools/ (tools/bench/ measures, and may import what it measures)
@@ -51,8 +53,9 @@ STOREYS = ("core", "formats", "weights data", "surgery ms pt", "jobs", "mf", "cl
 # The inner order of a folder, lowest first: what stands on one line never sees each other. Loose files stand as `name`.
 INNER = {
     "core": (
-        "errors log capacity philox stages families figures",
-        "byte_sizes json_text weight_fit layers rope",
+        "errors capacity philox stages families figures",
+        "plain_file",
+        "log byte_sizes json_text weight_fit layers rope",
         "spec",
         "parameters",
         "config",

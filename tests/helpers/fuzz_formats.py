@@ -31,6 +31,7 @@ import torch
 
 from mindformers_ext.core.config.file import load_yaml, parse_yaml
 from mindformers_ext.core.errors import UserError
+from tests.helpers import fuzz_values as values
 from tests.helpers.fuzz_weights import edit_header, hf_folder
 from tests.helpers.spoil import spoiled_bytes, spoiled_json, spoiled_yaml
 
@@ -217,11 +218,22 @@ FORMATS: dict[str, Format] = {
     "metrics": Format("run", as_lines("run/metrics/rank_0.jsonl"), metrics),
     "launcher": Format("words.json", words_of_launcher, launch),
     "merge.yaml": Format("merge.yaml", as_yaml("merge.yaml"), recipe),
+    "merges": Format("recipes.json", values.one_of("recipes.json", values.MERGE_WORDS), values.merge("yaml")),
+    "mixtures": Format("mixtures.json", values.one_of("mixtures.json", values.MOE_WORDS), values.merge("moe")),
+    "jobs": Format("job.yaml", values.job, values.check),
+    "launches": Format("words.json", values.launch_words, values.launch),
     "bin": Format("bin", as_bytes("bin/pytorch_model.bin"), table),
     "table of a bin": Format("bin", pickled, table),
 }
 
 
+NEEDED: dict[str, list[str]] = {  # where it is more, or less, than the file's own part
+    "strategy.ckpt": ["ms", "strategy"],
+    "mindrecord": ["rows.mindrecord", "rows.mindrecord.db"],
+    "mindrecord index": ["rows.mindrecord", "rows.mindrecord.db"],
+    "launcher": [],
+    "launches": [],
+}
 STEP: dict[str, Any] = {
     **dict.fromkeys("epoch loss lm_loss aux_loss drop_rate learning_rate global_norm loss_scale seconds".split(), 1.0),
     "overflow": False,
@@ -253,11 +265,12 @@ def whole_inputs(folder: Path, root: Path) -> None:
     from mindformers_ext.data.tokenizers import train_sentencepiece
     from mindformers_ext.jobs.engine.door import open_record_writer
     from mindformers_ext.jobs.run.metrics_file import StepRecord
-    from tests.helpers.tiny_run import YAML
+    from tests.helpers.tiny_run import SEQ, YAML
 
     folder.mkdir()
     hf_folder(folder / "hf")
     shutil.copytree(folder / "hf", folder / "other")
+    values.write_whole(folder)
     (folder / "ms").mkdir()
     assert main(["--input_path", str(folder / "hf"), "--output_path", str(folder / "ms" / "m.ckpt")]) == 0
     shutil.copytree(root / "golden" / "strategies" / "dp4_mp2_ep2_opt", folder / "strategy")
@@ -266,7 +279,10 @@ def whole_inputs(folder: Path, root: Path) -> None:
     writer.write({"input_ids": ids, "labels": ids})
     writer.close()
     (folder / "text.jsonl").write_text('{"text": "one", "n": [1, 2]}\n{"text": "two \\u00e9"}\n')
-    (folder / "job.yaml").write_text(YAML)
+    text = YAML.replace("dataset_dir: ''", f"dataset_dir: {folder / 'rows.mindrecord'}").replace(f"th: {SEQ}", "th: 8")
+    (folder / "job.yaml").write_text(
+        text.replace("vocab_file: ''", f"vocab_file: {folder / 'tokens' / 'tokenizer.model'}")
+    )
     texts = [path.read_text() for path in sorted((root / "unit" / "core").glob("*.py"))]
     train_sentencepiece(texts, folder / "tokens" / "tokenizer.model", 400)
     (folder / "tokens" / "tokenizer_config.json").write_text(json.dumps(TOKENIZER))
@@ -274,7 +290,7 @@ def whole_inputs(folder: Path, root: Path) -> None:
     (folder / "run" / "metrics" / "rank_0.jsonl").write_text(
         "".join(StepRecord(step, **STEP).line() for step in (1, 2))
     )
-    (folder / "merge.yaml").write_text(MERGE.replace("HF", str(folder.parent / "input")))
+    (folder / "merge.yaml").write_text(MERGE.replace("HF", str(folder)))
     (folder / "bin").mkdir()
     torch.save({"a.weight": torch.ones(3, 4), "b.bias": torch.ones(4)}, folder / "bin" / "pytorch_model.bin")
 
@@ -308,6 +324,7 @@ def run(folder: Path, count: int, root: Path) -> dict[str, Any]:
     """``count`` mutations of every format."""
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         whole_inputs(folder / "whole", root)
+        values.warm(folder / "whole", folder / "warm")
     violations, done, before = [], Counter[str](), peak()
     for name, form in FORMATS.items():
         for number in range(count):
@@ -315,7 +332,10 @@ def run(folder: Path, count: int, root: Path) -> dict[str, Any]:
             place, out = folder / "input", folder / "out"
             for old in (place, out):
                 shutil.rmtree(old, ignore_errors=True)
-            shutil.copytree(folder / "whole", place)
+            place.mkdir()
+            for part in NEEDED.get(name, [Path(form.file).parts[0]]):
+                copy = shutil.copytree if (folder / "whole" / part).is_dir() else shutil.copyfile
+                copy(folder / "whole" / part, place / part)
             out.mkdir()
             form.spoil(place, rng)
             ending, fault = fault_of(form, place, out)

@@ -139,3 +139,30 @@ def spoiled_yaml(text: str, rng: random.Random) -> bytes:
     places = list(re.finditer(r"(?<=: )[^,\n{}\[\]]+|\b\w+(?=:)", text))
     place = rng.choice(places)
     return (text[: place.start()] + rng.choice(YAML_VALUES) + text[place.end() :]).encode("utf-8", "surrogatepass")
+
+
+def other_word(value: Any, words: list[Any], rng: random.Random) -> Any:
+    """A copy of ``value`` (what a YAML holds) with one leaf made another one of its kind: what is read stays a file of
+    this format, so that code behind the first checks is reached. ``words`` are texts that mean something in it."""
+    result = copy.deepcopy(value)
+    path = rng.choice(list(leaves(result)))
+    here = result
+    for key in path[:-1]:
+        here = here[key]
+    old = here[path[-1]]
+    if isinstance(old, dict):
+        here[path[-1]] = {**old, rng.choice(words): rng.choice([*NUMBERS, *words])}
+    elif isinstance(old, list):
+        here[path[-1]] = rng.choice([old[::-1], old[:-1], old + old[:1], [old, old], [], [*NUMBERS[:3]]])
+    elif isinstance(old, bool):
+        here[path[-1]] = rng.choice([not old, None, "auto"])
+    elif isinstance(old, (int, float)):
+        here[path[-1]] = rng.choice([*NUMBERS, old + 1, -old, old / 3, old * 1000, [old, 1.0], [old]])
+    else:
+        here[path[-1]] = rng.choice([*words, None, "", str(old) + "x", [old]])
+    if isinstance(here, dict) and rng.random() < 0.15:
+        here[rng.choice(words)] = here.pop(path[-1])
+    return result
+
+
+NUMBERS = [0, 1, 2, -1, 0.5, 1.0, 1.5, 1e-9, 1e9, 1e300, 7, 1000]

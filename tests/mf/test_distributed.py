@@ -165,7 +165,7 @@ def test_ranks_hold_the_same_weights(pair):
         np.testing.assert_array_equal(value.asnumpy(), held[1][name].asnumpy(), err_msg=name)
 
 
-@pytest.mark.turn("pairs")
+@pytest.mark.turn("same figures")
 def test_our_own_loop_gives_the_same_bits(pair):
     """Rows, reduced gradients and figures; the first rank's checkpoint, which alone is written, holds the same."""
     text = launch(
@@ -183,6 +183,7 @@ def test_our_own_loop_gives_the_same_bits(pair):
     assert all(np.array_equal(ours.read(name), theirs.read(name)) for name in ours.infos)
 
 
+@pytest.mark.turn("killed pair")
 def test_a_killed_rank_ends_the_job_and_it_resumes_exactly(pair):
     output = pair.folder / "killed"
     slice_weights(pair)
@@ -223,7 +224,7 @@ def test_a_killed_rank_ends_the_job_and_it_resumes_exactly(pair):
             assert row[name] == expected[name], (row["step"], name)
 
 
-@pytest.mark.turn("pairs")
+@pytest.mark.turn("together")
 def test_two_machines_give_the_same(pair):
     reason = namespaces_missing()
     if reason:

@@ -2,6 +2,7 @@
 """LoRA: only adapters train, checkpoints hold only them, and merging gives the network with adapters."""
 
 import json
+import shutil
 
 import mindspore as ms
 import numpy as np
@@ -74,6 +75,33 @@ def test_a_checkpoint_holds_only_adapters_and_their_state(tuned):
 
 
 @pytest.mark.slow
+def test_a_stopped_run_continues_as_if_it_had_not_stopped(tuned, job):
+    """Dropout included: the same figures, the same bits of adapters and moments."""
+    base, output, rows = tuned
+    again = job.folder / "lora" / "again"
+    shutil.copytree(output, again)
+    (again / "checkpoint" / "rank_0" / "tiny_rank_0-2_10.ckpt").unlink()
+    config = config_of(
+        job.yaml,
+        f"output_dir={again}",
+        "runner_config.epochs=2",
+        f"load_checkpoint={base}",
+        "lr_schedule.learning_rate=0.02",
+        "resume_training=True",
+    )
+    checked = check_run(with_pet(config), "test")
+    run(checked.config, checked)
+    figures = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows_of(again)]
+    assert figures == [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+    whole, last = (
+        ms.load_checkpoint(str(next((folder / "checkpoint" / "rank_0").glob("*-2_10.ckpt"))))
+        for folder in (output, again)
+    )
+    assert whole.keys() == last.keys() and len(whole) == 38
+    assert all(np.array_equal(whole[name].asnumpy(), last[name].asnumpy()) for name in whole)
+
+
+@pytest.mark.slow
 def test_merged_weights_give_the_logits_of_base_and_adapters(tuned, job, capsys):
     base, output, _ = tuned
     merged = output / "merged.ckpt"
@@ -136,13 +164,6 @@ def test_layers_that_cannot_be_adapted_are_named(job):
         add_lora(network_of(job), LoraSpec(targets=".*w1|.*wq"))
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["run_mode=predict"], "merge the adapters into the base first"),
-        (["resume_training=True"], "hold the adapters only"),
-    ],
-)
-def test_what_is_not_built_is_said(job, options, words):
-    with pytest.raises(UserError, match=words):
-        check_run(with_pet(config_of(job.yaml, *options)), "test")
+def test_what_is_not_built_is_said(job):
+    with pytest.raises(UserError, match="merge the adapters into the base first"):
+        check_run(with_pet(config_of(job.yaml, "run_mode=predict")), "test")

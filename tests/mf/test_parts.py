@@ -4,6 +4,7 @@
 import copy
 import importlib
 import json
+from dataclasses import replace
 
 import mindspore as ms
 import numpy as np
@@ -20,10 +21,10 @@ from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.families import FAMILIES, Family
 from mindformers_ext.jobs.train.hooks import QuietHook, hook_state
-from mindformers_ext.mf import register  # what a plain MindFormers run imports
+from mindformers_ext.mf import load_monitor, register  # what a plain MindFormers run imports
 from mindformers_ext.mf.adapt import adapt
 from mindformers_ext.mf.checkpoint import WholeCheckpointMonitor
-from mindformers_ext.mf.hooks import HookCallback
+from mindformers_ext.mf.hooks import DropoutSeeds, HookCallback
 from mindformers_ext.mf.monitor import MoELossMonitor
 from mindformers_ext.mf.pipeline_step import norm_tells_overflow
 from mindformers_ext.mf.rules import experts_without_sequence_parallel
@@ -228,7 +229,7 @@ def test_hooks_stand_before_the_checkpoint_and_behind_the_monitor() -> None:
     order = [WholeCheckpointMonitor, HookCallback, MoELossMonitor]
     callbacks = [cls.__new__(cls) for cls in order]
     found = PortableCausalLanguageModelingTrainer.sort_callbacks(callbacks)
-    assert [type(item) for item in found] == [MoELossMonitor, HookCallback, WholeCheckpointMonitor]
+    assert [type(item) for item in found] == [MoELossMonitor, HookCallback, DropoutSeeds, WholeCheckpointMonitor]
 
 
 def test_mindformers_takes_experts_without_sequence_parallel_while_we_train():
@@ -238,3 +239,21 @@ def test_mindformers_takes_experts_without_sequence_parallel_while_we_train():
         rules._check_moe_parallel_valid(asked, 4)
     with pytest.raises(ValueError, match="without also enabling sequence parallelism"):
         rules._check_moe_parallel_valid(asked, 4)
+
+
+def test_a_stage_shows_the_load_of_its_own_layers(tmp_path, monkeypatch):
+    """Two stages of two devices, the last rank: layers 2 and 3; sums that grow, across the end of 32 bits."""
+    monkeypatch.setattr(load_monitor, "get_real_rank", lambda: 3)
+    monkeypatch.setattr(load_monitor, "get_output_root_path", lambda: str(tmp_path))
+    spec = network_spec_from_yaml(config())
+    parallel = replace(spec.parallel, parallel_mode="semi_auto_parallel", device_num=4, pipeline_stage=2)
+    spec = replace(spec, model=replace(spec.model, num_hidden_layers=4), parallel=parallel)
+    held = {f"model.layers.{layer}.kept_report": Parameter(Tensor(np.zeros((1, 5)), ms.int32)) for layer in range(4)}
+    loads, total = load_monitor.StageLoads(spec, held, 0), np.zeros((1, 5), np.int64)
+    for step in (1, 2):
+        total += [[2**31 - 8, 4, 3, 1, 2]] if step == 1 else [[10, 0, 6, 0, 4]]
+        held["model.layers.3.kept_report"].set_data(Tensor(total.astype(np.int32)))
+        loads.see(step, shows=False)
+    last = json.loads((tmp_path / "metrics" / "load_rank_3.jsonl").read_text().splitlines()[-1])
+    assert (last["step"], last["stage"], last["layers"]) == (2, 1, [2, 3])
+    assert last["expert_load"] == [[0, 0, 0, 0], [10, 0, 6, 0]] and last["dropped"] == [0, 0.25]

@@ -18,6 +18,7 @@ from mindformers_ext.ms.loss import NextTokenLoss
 from mindformers_ext.ms.moe.aux_loss import AuxiliaryLoss
 from mindformers_ext.ms.ops import portable, portable_attention
 from mindformers_ext.ms.ops.portable_attention import CausalAttentionOp
+from mindformers_ext.ms.ops.portable_dropout import SeededDropoutOp
 from mindformers_ext.ms.ops.select import select_operators
 from tests.helpers.router import TopkRouterV2
 
@@ -297,3 +298,17 @@ def test_losses_that_are_off_are_exactly_zero() -> None:
     )
     assert value.asnumpy() == 0
     np.testing.assert_array_equal(gradient.asnumpy(), 0.0)
+
+
+def test_dropout_follows_from_its_seed() -> None:
+    """The share that is kept, in every column and beside each other; the gradient is the mask; no two seeds agree."""
+    cell = SeededDropoutOp(0.9)
+    ones = Tensor(np.ones((400, 60), np.float32))
+    masks = [cell(ones, Tensor(seed, ms.int32)).asnumpy() for seed in (1, 2, -5)]
+    np.testing.assert_array_equal(masks[0], cell(ones, Tensor(1, ms.int32)).asnumpy())
+    np.testing.assert_array_equal(masks[0], ms.grad(lambda x: cell(x, Tensor(1, ms.int32)).sum())(ones).asnumpy())
+    assert set(np.unique(masks[0])) == {np.float32(0), np.float32(1 / 0.9)}
+    kept = np.stack([mask > 0 for mask in masks]).astype(float)
+    assert abs(kept.mean() - 0.9) < 0.005 and np.abs(kept.mean(1) - 0.9).max() < 0.075  # five deviations
+    for left, right in ((kept[0], kept[1]), (kept[:, 1:], kept[:, :-1]), (kept[:, :, 1:], kept[:, :, :-1])):
+        assert abs(np.corrcoef(left.ravel(), right.ravel())[0, 1]) < 0.03

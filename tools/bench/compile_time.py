@@ -10,6 +10,9 @@ four times the layers.
 
 from __future__ import annotations
 
+import set_up  # noqa: F401 (first)
+
+# isort: split
 import argparse
 import json
 import subprocess

@@ -12,6 +12,9 @@ wall clock without waiting for the disk (neither side syncs).
 
 from __future__ import annotations
 
+import set_up  # noqa: F401 (first)
+
+# isort: split
 import argparse
 import json
 import os

@@ -10,6 +10,9 @@ The tokens of both are compared. Memory: the peak of the whole process, that of 
 
 from __future__ import annotations
 
+import set_up  # noqa: F401 (first)
+
+# isort: split
 import argparse
 import functools
 import json

@@ -14,6 +14,9 @@ memory and not from the cache. A peer that is not installed is named.
 
 from __future__ import annotations
 
+import set_up  # noqa: F401 (first)
+
+# isort: split
 import argparse
 import statistics
 import time

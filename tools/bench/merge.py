@@ -11,6 +11,9 @@ the bytes of our output. mergekit lives in an environment of its own (see tests/
 
 from __future__ import annotations
 
+import set_up  # noqa: F401 (first)
+
+# isort: split
 import argparse
 import json
 import os

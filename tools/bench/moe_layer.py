@@ -12,6 +12,9 @@ is measured too: the experts' matrix products alone, outputs preallocated ("gemm
 
 from __future__ import annotations
 
+import set_up  # noqa: F401 (first)
+
+# isort: split
 import argparse
 
 import numpy as np

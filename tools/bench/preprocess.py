@@ -18,6 +18,9 @@ Calls alternate; medians of wall and processor seconds (all processes of a call)
 
 from __future__ import annotations
 
+import set_up  # noqa: F401 (first)
+
+# isort: split
 import argparse
 import json
 import os

@@ -7,6 +7,9 @@ One layer of Mixtral-8x7B repeated to the size asked for, cut for dp 2 x mp 4 x 
 bfloat16 random bits. The set is made, measured and deleted; the disk needs three times its size.
 """
 
+import set_up  # noqa: F401 (first)
+
+# isort: split
 import argparse
 import os
 import shutil

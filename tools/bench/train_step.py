@@ -9,6 +9,9 @@ forward, backward, the clipping of the gradient norm and AdamW with decay; trans
 
 from __future__ import annotations
 
+import set_up  # noqa: F401 (first)
+
+# isort: split
 import argparse
 
 import numpy as np

@@ -13,6 +13,8 @@ from mindformers_ext.core.errors import Problems, UserError
 
 # Behind the name of the adapted layer, as MindFormers names them: A (rank, in), B (out, rank).
 LORA_A, LORA_B = "mindpet_delta_lora_a", "mindpet_delta_lora_b"
+DROPOUT_SEED = "model.adapter_dropout_seed"  # a number per adapted layer, set before each step; in no checkpoint
+BESIDE_BASE = (LORA_A, LORA_B, DROPOUT_SEED)  # endings of what base weights lack
 ADAPTER_CONFIG = "adapter_config.json"  # beside the checkpoint folder, with PEFT's words
 WHERE = "model.model_config.pet_config"
 
@@ -47,8 +49,8 @@ class LoraSpec:
         """Whether the layer of this name gets an adapter."""
         return bool(re.match(self.targets, layer)) and not (self.exclude and re.match(self.exclude, layer))
 
-    def peft_words(self) -> dict[str, Any]:
-        """The description in the words of Hugging Face's PEFT."""
+    def peft_words(self, base: str | None = None) -> dict[str, Any]:
+        """The description in the words of Hugging Face's PEFT; ``base``: the weights below the adapters."""
         return {
             "peft_type": "LORA",
             "r": self.rank,
@@ -57,6 +59,7 @@ class LoraSpec:
             "target_modules": self.targets,
             "exclude_modules": self.exclude,
             "bias": "none",
+            "base_model_name_or_path": base,
         }
 
 

@@ -78,6 +78,7 @@ class RunSpec:
     load: file or folder of weights, None = random ones; ``load_format``: "ckpt" or "safetensors"; ``strategies``: the
         strategy files of slices; ``auto_transform``: cut or merge them for this run.
     resume: whether to continue a run, or the name of the checkpoint file to continue from.
+    base: weights below the adapters of a continued run, whose checkpoints hold adapters alone; None = the first ones.
     batch_size, accumulation: rows per device and micro batch, and micro batches per step, as written.
     data: what ``mode`` reads.
     tokenizer: file, as given.
@@ -100,6 +101,7 @@ class RunSpec:
     strategies: Path | None = None
     auto_transform: bool = False
     resume: bool | str = False
+    base: str | None = None
     seed: int = 0
     batch_size: int = 1
     accumulation: int = 1

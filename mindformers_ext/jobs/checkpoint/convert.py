@@ -26,6 +26,7 @@ from mindformers_ext.formats.safetensors_dir import SafetensorsDirWriter
 from mindformers_ext.formats.tensors import TensorReader
 from mindformers_ext.jobs.checkpoint.companions import copy_companions, is_companion_folder
 from mindformers_ext.jobs.checkpoint.copy_tensors import copy_tensors
+from mindformers_ext.jobs.checkpoint.renamed import notes_of
 from mindformers_ext.jobs.checkpoint.source import (
     CONFIG,
     check_model,
@@ -166,7 +167,7 @@ def _opened(request: ConvertRequest) -> Iterator[_Job]:
             spec = model_spec_from_hf(config)
             check_model(spec, request.model)
             plan = plan_to_mindspore(reader, spec, request.dtype, request.layout)
-            yield _Job(reader, plan, config, spec, "Hugging Face", tuple(hf_notes(config)))
+            yield _Job(reader, plan, config, spec, "Hugging Face", (*notes_of(reader), *hf_notes(config)))
         return
     reader, meta = open_ms(request.input_path, request.strategy_dir)
     with closing(reader):

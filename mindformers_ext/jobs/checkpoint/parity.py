@@ -14,8 +14,9 @@ from mindformers_ext.core.config.hf import model_spec_from_hf
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.data.packing import check_ids
+from mindformers_ext.jobs.checkpoint.judge import open_judge
 from mindformers_ext.jobs.checkpoint.source import described_layout, open_ms, read_config
-from mindformers_ext.jobs.engine.door import open_engine, open_reference
+from mindformers_ext.jobs.engine.door import open_engine
 from mindformers_ext.weights.convert import plan_relayout
 from mindformers_ext.weights.layouts import Layout, resolve_layout
 
@@ -50,7 +51,7 @@ def check_parity(folder: Path, checkpoint: Path, texts: Sequence[str] = (), engi
     spec = _spec(folder)
     weights = _read_weights(checkpoint, spec)
     ours = open_engine(engine)  # before transformers: see pt/hf_reference.py
-    reference = open_reference(folder)
+    reference = open_judge(folder)
     rows = [_ids(reference.encode(text), spec) for text in texts or _default_texts(folder)]
     if not rows:
         rows = [np.random.default_rng(0).integers(0, spec.vocab_size, RANDOM_TOKENS)]

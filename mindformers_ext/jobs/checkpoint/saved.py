@@ -51,6 +51,11 @@ class Saved:
         """``epoch_step``, as in the file name."""
         return f"{self.epoch}_{self.step}"
 
+    @property
+    def ending(self) -> str:
+        """How the names of this step's files end, on all ranks."""
+        return f"_{self.run}-{self.label}" if self.run else f"-{self.label}"
+
 
 @dataclass(frozen=True)
 class ResumePoint:

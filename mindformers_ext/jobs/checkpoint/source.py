@@ -17,14 +17,15 @@ from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.formats.ms_ckpt import CkptFile
 from mindformers_ext.formats.ms_file import CheckpointMeta, open_checkpoint, read_meta, sidecar
 from mindformers_ext.formats.rank_dirs import rank_files, rank_folders
-from mindformers_ext.formats.safetensors_dir import INDEX, SafetensorsDir, weight_files
+from mindformers_ext.formats.safetensors_dir import INDEX, SafetensorsDir, has_model, weight_files
 from mindformers_ext.formats.safetensors_file import SafetensorsFile
 from mindformers_ext.formats.tensors import TensorReader
 from mindformers_ext.weights.layouts import Layout, resolve_layout
 from mindformers_ext.weights.model_sizes import sizes_from_shapes
 
 CONFIG = "config.json"
-TORCH_SUFFIXES = (".bin", ".pt")
+TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+RELEASED = "consolidated.safetensors"  # Mistral's own release, whose names are put into Hugging Face's
 HF_MARKS = ("embed_tokens.", ".self_attn.")  # in names of Hugging Face's, in none of MindSpore's
 
 
@@ -36,27 +37,67 @@ class Reader(TensorReader, Protocol):
 
 
 def open_hf(path: Path) -> Reader:
-    """The weights of a Hugging Face folder, or one file of weights: safetensors, else PyTorch's (imports torch)."""
-    if path.is_dir() and not any(path.glob("*.safetensors*")):
-        from mindformers_ext.jobs.checkpoint.torch_dir import TorchDir, torch_files
+    """The weights of a Hugging Face folder, or one file of weights: safetensors, else PyTorch's (imports torch), else
+    those of Meta's and Mistral's own releases. A prefix that all names carry is left out.
 
-        if torch_files(path):
-            return TorchDir(path)
-    if path.is_file() and path.suffix in TORCH_SUFFIXES:
+    Raises:
+        UserError: no weights there, or none that are whole.
+    """
+    from mindformers_ext.jobs.checkpoint import renamed
+
+    if (path.is_file() and renamed.CONSOLIDATED.fullmatch(path.name)) or (path.is_dir() and _is_release(path)):
+        path = renamed.released_file(path)
+        return _seen(_open_file(path), lambda reader: renamed.as_hugging_face(reader, path))
+    return _seen(
+        _open_file(path) if path.is_file() else _open_folder(path), lambda reader: renamed.without_prefix(reader, path)
+    )
+
+
+def _is_release(folder: Path) -> bool:
+    """Whether ``folder`` holds weights of Meta's or Mistral's own release, and none of Hugging Face's."""
+    from mindformers_ext.jobs.checkpoint import renamed
+    from mindformers_ext.jobs.checkpoint.torch_dir import torch_files
+
+    return bool(renamed.consolidated_files(folder)) and not has_model(folder) and not torch_files(folder)
+
+
+def _open_folder(folder: Path) -> Reader:
+    from mindformers_ext.jobs.checkpoint.torch_dir import TorchDir, torch_files
+
+    return (
+        TorchDir(folder)
+        if folder.is_dir() and not has_model(folder) and torch_files(folder)
+        else SafetensorsDir(folder)
+    )
+
+
+def _open_file(path: Path) -> Reader:
+    if path.suffix in TORCH_SUFFIXES:
         from mindformers_ext.jobs.checkpoint.torch_dir import TorchDir
 
         return TorchDir(path)
-    if path.is_file() and path.suffix == ".safetensors":
-        if path.name in (weight_files(path.parent) if (path.parent / INDEX).is_file() else ()):
-            raise UserError(f"'{path}' is one of several files of a model: give their folder, '{path.parent}'")
-        return SafetensorsFile(path)
-    return SafetensorsDir(path)
+    if path.suffix != ".safetensors":
+        return SafetensorsDir(path)
+    if path.name in (weight_files(path.parent) if (path.parent / INDEX).is_file() else ()):
+        raise UserError(f"'{path}' is one of several files of a model: give their folder, '{path.parent}'")
+    return SafetensorsFile(path)
+
+
+def _seen(reader: Reader, view: Callable[[Reader], Reader]) -> Reader:
+    """``view`` of an open reader, which is closed where there is none."""
+    try:
+        return view(reader)
+    except UserError:
+        reader.close()
+        raise
 
 
 def is_hf_file(path: Path) -> bool:
     """Whether ``path`` is a .safetensors file whose tensors have Hugging Face's names, not MindSpore's."""
     if not path.is_file() or path.suffix != ".safetensors":
         return False
+    if path.name == RELEASED and (path.parent / "params.json").is_file():
+        return True
     with closing(SafetensorsFile(path)) as file:
         return any(mark in name for name in file.infos for mark in HF_MARKS)
 
@@ -164,6 +205,11 @@ def check_model(spec: ModelSpec, model: str | None) -> None:
 def read_config(path: Path) -> Mapping[str, Any]:
     """``config.json`` at ``path`` or in the folder ``path``; a file that is not a JSON table is a ``UserError``."""
     file = path / CONFIG if path.is_dir() else path
+    if not file.is_file() and (file.parent / "params.json").is_file():
+        raise UserError(
+            f"'{file}' does not exist: params.json beside it does not tell all of a model (theta, positions): put the "
+            "config.json of the same model on the hub there"
+        )
     if not file.is_file():
         raise UserError(f"'{file}' does not exist: the model's sizes come from a Hugging Face config.json")
     config = read_object(file, "give the config.json of a Hugging Face model")

@@ -15,7 +15,7 @@ from mindformers_ext.jobs.engine.door import open_torch_file
 from mindformers_ext.jobs.engine.protocols import TensorFile
 
 SINGLE, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|rng_state.*|scaler)\.(bin|pt)")
+NO_WEIGHTS = re.compile(r"(adapter_model|training_args|optimizer|scheduler|rng_state.*|scaler)\.(bin|pt)")
 BY_LONG = {row.long: dtype for dtype, row in BY_NUMPY.items()}
 
 

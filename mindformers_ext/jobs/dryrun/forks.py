@@ -19,6 +19,8 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.core.plain_file import AFRESH, open_plain
+
 LOG = "log.txt"
 Request = Mapping[str, Any]
 Tell = Callable[[str], None]
@@ -101,7 +103,7 @@ def _alone(request: Request, work: Work, teller: connection.Connection) -> None:
     """In the fork: the rank's environment, folder and log, then its work. An exception's text goes to the log."""
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
-    log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    log = open_plain(LOG, AFRESH)
     for stream in (1, 2):
         os.dup2(log, stream)
     work(request, teller.send)

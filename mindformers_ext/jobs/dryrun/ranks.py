@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.core.plain_file import AFRESH, open_plain
 from mindformers_ext.formats.atomic import write_text
 from mindformers_ext.jobs.dryrun.facts import RankFacts, rank_facts_from_json
 from mindformers_ext.jobs.dryrun.forks import LOG, Ended, Request
@@ -67,8 +68,8 @@ def compile_ranks(
     requests = [str(_request(job, rank, root)) for rank in job.plan.ranks]
     order, log = job.folder / ORDER, job.folder / LOG
     words = {"requests": requests, "at_once": job.at_once, "timeout": job.timeout}
-    order.write_text(json.dumps(words), encoding="utf-8")
-    with log.open("wb") as errors:
+    write_text(order, json.dumps(words))
+    with os.fdopen(open_plain(log, AFRESH), "wb") as errors:
         server = subprocess.Popen(
             [*job.command, str(order)],
             env=_environment(job),
@@ -99,7 +100,7 @@ def _request(job: RankJob, rank: int, root: str) -> Path:
     plan, folder = job.plan, job.rank_folder(rank)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULT).unlink(missing_ok=True)
-    (folder / LOG).write_bytes(b"")
+    write_text(folder / LOG, "")
     shutil.rmtree(folder / GRAPHS, ignore_errors=True)
     request = {
         "config": {**plan.config, "output_dir": root},
@@ -118,7 +119,7 @@ def _request(job: RankJob, rank: int, root: str) -> Path:
         },
     }
     path = folder / REQUEST
-    path.write_text(json.dumps(request), encoding="utf-8")
+    write_text(path, json.dumps(request))
     return path
 
 

@@ -111,11 +111,14 @@ def open_record_writer(path: Path, fields: tuple[str, ...], shards: int, row_len
     return MindRecordWriter(path, fields, shards, row_length)
 
 
-def open_reference(folder: Path) -> Reference:
-    """Hugging Face transformers with the model folder at ``folder``, float32 on the CPU."""
+def open_reference(folder: Path, weights: Iterable[tuple[str, np.ndarray]] | None = None) -> Reference:
+    """Hugging Face transformers with the model folder at ``folder``, float32 on the CPU.
+
+    ``weights``: instead of the folder's own files, float32 under the names that transformers 4 reads.
+    """
     from mindformers_ext.pt.hf_reference import HuggingFaceReference
 
-    return HuggingFaceReference(folder)
+    return HuggingFaceReference(folder, weights)
 
 
 def open_torch_file(path: Path) -> TensorFile:

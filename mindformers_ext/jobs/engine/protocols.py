@@ -148,8 +148,9 @@ class Trainer(Protocol):
         """The processes of the job."""
         ...
 
-    def fill(self, weights: Iterable[tuple[str, np.ndarray]]) -> None:
-        """Base weights by MindFormers' names."""
+    def fill(self, weights: Iterable[tuple[str, np.ndarray]], partly: bool = False) -> None:
+        """Weights by MindFormers' names; adapters need not come, with ``partly`` no weight need: others stay first
+        ones."""
         ...
 
     def open(self) -> None:

@@ -19,10 +19,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 import psutil
 
+from mindformers_ext.core.plain_file import AFRESH, open_plain
 from mindformers_ext.jobs.launch.arguments import Launch
 from mindformers_ext.jobs.launch.program import Program
 from mindformers_ext.jobs.launch.screen import Follower, Screen
@@ -110,8 +113,8 @@ def _read(process: subprocess.Popen, launch: Launch, program: Program, watched: 
     first = launch.ranks[0]
     with ExitStack() as files:
         paths = {rank: launch.log_of(rank) for rank in launch.ranks} if program.mark or launch.workers == 1 else {}
-        logs = {rank: files.enter_context(path.open("w", encoding="utf-8")) for rank, path in paths.items()}
-        own = files.enter_context(program.log(launch).open("w", encoding="utf-8")) if launch.workers > 1 else None
+        logs = {rank: files.enter_context(_opened(path)) for rank, path in paths.items()}
+        own = files.enter_context(_opened(program.log(launch))) if launch.workers > 1 else None
         for line in process.stdout or ():
             match = program.mark.match(line) if program.mark and own else None
             rank = int(match["rank"]) if match else (None if own else first)
@@ -125,6 +128,10 @@ def _read(process: subprocess.Popen, launch: Launch, program: Program, watched: 
             found = program.died.search(line) if rank is None else None
             if found and watched.died is None:
                 watched.died, watched.died_at = (int(found["pid"]), int(found["code"])), time.monotonic()
+
+
+def _opened(path: Path) -> TextIO:
+    return os.fdopen(open_plain(path, AFRESH), "w", encoding="utf-8")
 
 
 def _wait(

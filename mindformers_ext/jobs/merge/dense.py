@@ -59,7 +59,7 @@ def _opened(request: MergeRequest) -> Iterator[Prepared]:
     config = read_merge_config(request.config)
     need_slices(config)
     names = config.models()
-    check_output(request.output, [request.config, *folders_of(names)])
+    check_output(request.output, [request.config, *folders_of(names, request.output.download)])
     with opened(names, request.adapted) as models:
         base = models[config.base_model or names[0]]
         chosen = choose_tokenizer(config.tokenizer, models, base, config.base_model is not None)

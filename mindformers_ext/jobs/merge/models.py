@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.families import MIXTRAL
 from mindformers_ext.formats.dtypes import FLOATS
+from mindformers_ext.jobs.checkpoint.fused import unfused
+from mindformers_ext.jobs.checkpoint.hub import from_hub
 from mindformers_ext.jobs.checkpoint.source import CONFIG, Reader, open_hf, read_config
 from mindformers_ext.jobs.merge.adapted import AdaptedReader
 from mindformers_ext.jobs.merge.adapters import open_adapter
-from mindformers_ext.jobs.merge.fused import unfused
 from mindformers_ext.jobs.merge.references import split_reference
 from mindformers_ext.surgery.merge.architectures import Architecture, architecture_of
-
-HUB = "~/.cache/huggingface"
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Model:
     reader: Reader
 
 
-def find_model(name: str) -> Path:
-    """The folder of a model: a path, or a name on the hub that was downloaded before. Nothing is downloaded.
+def find_model(name: str, download: bool = False) -> Path:
+    """The folder of a model: a path, or a name on the hub that was downloaded before or, with ``download``, is now.
 
     Raises:
         UserError: it is neither.
@@ -45,24 +45,13 @@ def find_model(name: str) -> Path:
         return path
     if path.is_file():
         raise UserError(f"model '{name}' is a file: give the folder with config.json and the weights")
-    repository, _, revision = name.partition("@")
-    root = os.environ.get("HF_HUB_CACHE") or str(Path(os.environ.get("HF_HOME") or HUB) / "hub")
-    folder = Path(os.path.expanduser(root)) / ("models--" + repository.replace("/", "--"))
-    reference = folder / "refs" / (revision or "main")
-    snapshot = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
-    if repository.count("/") <= 1 and snapshot and (folder / "snapshots" / snapshot).is_dir():
-        return folder / "snapshots" / snapshot
-    advice = f"download it first: huggingface-cli download {repository} --local-dir {repository.split('/')[-1]}"
-    raise UserError(
-        f"model '{name}' is not a folder, and was not downloaded before (nothing is fetched): "
-        + (advice if repository.count("/") == 1 else "check the path")
-    )
+    return from_hub(name, download)
 
 
-def folders_of(names: Sequence[str]) -> list[Path]:
-    """Every folder that models and adapters ``names`` are read from."""
+def folders_of(names: Sequence[str], download: bool = False) -> list[Path]:
+    """Every folder that models and adapters ``names`` are read from; errors as ``find_model``."""
     parts = [part for name in names for part in split_reference(name) if part]
-    return list(map(find_model, parts))
+    return [find_model(part, download) for part in parts]
 
 
 @contextmanager
@@ -107,7 +96,7 @@ def _seen(model: Model, adapter: str | None, adapted: str | None) -> Model:
     """``model`` with fused experts as matrices and its adapter merged, if there are any."""
     reader, experts = model.reader, model.architecture.experts
     if experts:
-        reader = unfused(reader)
+        reader = unfused(reader, MIXTRAL.name)
     if model.layers * max(experts, 1) > len(reader.infos):  # a plan has a row for each
         wanted = f"{model.layers} layers" + (f" of {experts} experts" if experts else "")
         raise UserError(f"'{model.folder / CONFIG}' says {wanted}, and there are {len(reader.infos)} tensors")

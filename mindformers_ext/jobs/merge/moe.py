@@ -66,7 +66,7 @@ def _opened(request: MoERequest) -> Iterator[Prepared]:
     if request.gate_scale is not None and not abs(request.gate_scale) < float("inf"):
         raise UserError(f"--gate-scale {request.gate_scale}: give a finite number")
     names = config.models()
-    check_output(request.output, [request.config, *folders_of(names)])
+    check_output(request.output, [request.config, *folders_of(names, request.output.download)])
     with opened(names, request.adapted) as models:
         if not config.output_said:
             kind = models[config.base_model].architecture.model_type

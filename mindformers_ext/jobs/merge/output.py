@@ -26,7 +26,7 @@ class OutputRequest:
     """Where to write and how.
 
     ``to_mindspore``: a .ckpt made of the result, beside the folder. ``report``: a folder for a comparison of the
-    inputs. ``threads`` None: as many as there are processors.
+    inputs. ``threads`` None: as many as there are processors. ``download``: models named by the hub may be fetched.
     """
 
     folder: Path
@@ -38,6 +38,7 @@ class OutputRequest:
     to_mindspore: Path | None = None
     report: Path | None = None
     threads: int | None = None
+    download: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from mindformers_ext.data.chat_template import TEMPLATE_FILE, chat_template_of
+from mindformers_ext.data.chat_template import DEFAULT, MORE_FOLDER, TEMPLATE_FILE, chat_template_of
 from mindformers_ext.data.tokenizer_settings import SETTINGS, read_table
 from mindformers_ext.jobs.checkpoint.companions import belongs
 
@@ -92,7 +92,8 @@ def _own(folder: Path) -> str | None:
 
 
 def write_template(folder: Path, template: str) -> None:
-    """Put the chat template where transformers 4 and 5 look for it."""
+    """Put the chat template where transformers 4 and 5 look for it, and nothing before it."""
+    (folder / MORE_FOLDER / f"{DEFAULT}.jinja").unlink(missing_ok=True)  # it would go first
     (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
     config = folder / SETTINGS
     if config.is_file():

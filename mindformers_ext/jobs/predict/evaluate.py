@@ -25,8 +25,9 @@ from mindformers_ext.data.readers import Cutting, read_jsonl, read_text
 from mindformers_ext.data.text_lines import suffix_of
 from mindformers_ext.data.tokenizers import Tokenizer, encode_glued, puts_blank
 from mindformers_ext.formats.atomic import fresh_file
+from mindformers_ext.jobs.checkpoint.judge import open_judge
 from mindformers_ext.jobs.checkpoint.source import read_config
-from mindformers_ext.jobs.engine.door import open_records, open_reference
+from mindformers_ext.jobs.engine.door import open_records
 from mindformers_ext.jobs.predict.network import asked_weights, check_same_model, open_network
 from mindformers_ext.jobs.predict.predict import open_own_tokenizer
 from mindformers_ext.jobs.run.dataset import check_dataset, dataset_files
@@ -90,7 +91,7 @@ class Evaluation:
         """transformers' perplexity on the same tokens, with the weights of ``folder``. Call after ``run``: where both
         are in one process MindSpore has to come first."""
         assert self.folder is not None
-        return score(open_reference(self.folder).logits, self.windows(), self.window)
+        return score(open_judge(self.folder).logits, self.windows(), self.window)
 
 
 def open_evaluation(

@@ -15,6 +15,7 @@ from mindformers_ext.core.config.run import ASCEND, RunSpec
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import DeviceSpec, ModelSpec, NetworkSpec
 from mindformers_ext.formats.rank_dirs import rank_folders
+from mindformers_ext.jobs.checkpoint.renamed import notes_of
 from mindformers_ext.jobs.checkpoint.saved import checkpoint_file, holds_whole
 from mindformers_ext.jobs.checkpoint.source import (
     CONFIG,
@@ -81,9 +82,9 @@ def open_weights(path: Path, spec: ModelSpec, strategy_dir: Path | None = None) 
         if (folder / CONFIG).is_file():
             check_same_model(spec, read_config(folder), folder)
         reader = open_hf(path)
-        return _planned(
-            reader, lambda: plan_to_mindspore(reader, spec), f"Hugging Face {'file' if is_file else 'folder'} {path}"
-        )
+        names = "".join(f" ({note})" for note in notes_of(reader))
+        what = f"Hugging Face {'file' if is_file else 'folder'} {path}{names}"
+        return _planned(reader, lambda: plan_to_mindspore(reader, spec), what)
     file, strategies, what = _ms_source(path, strategy_dir, spec)
     reader, meta = open_ms(file, strategies)
 

@@ -14,6 +14,7 @@ from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.data.corpus import split_held_out, standard_library_text
 from mindformers_ext.data.readers import write_jsonl
 from mindformers_ext.data.tokenizers import train_sentencepiece
+from mindformers_ext.formats.atomic import write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ def make_corpus(request: CorpusRequest) -> CorpusSummary:
         special_ids=tokenizer.special_ids,
         tokenizer_sha256=sha256(tokenizer_file.read_bytes()).hexdigest(),
     )
-    (out / "corpus.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+    write_text(out / "corpus.json", json.dumps(asdict(summary), indent=2) + "\n")
     return summary
 
 

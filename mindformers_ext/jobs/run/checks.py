@@ -78,11 +78,11 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
     merge = None
     # our prediction and our evaluation judge weights and data themselves
     if run.runner is Runner.OWN_LOOP:
-        run, found = settle_for_own_loop(run)
+        run, found = settle_for_own_loop(run, build)
         notes += found
     elif run.runner is Runner.MINDFORMERS:
         known = run.family is not None or has_our_weights(config)
-        run, found, merge = settle_for_mindformers(run, build.network, known)
+        run, found, merge = settle_for_mindformers(run, build, known)
         notes += found
     if run.runner in (Runner.OWN_LOOP, Runner.MINDFORMERS) and (run.family is not None or is_llama(config)):
         check_tokenizer(run, build.network)
@@ -153,11 +153,6 @@ def _check_lora(run: RunSpec) -> None:
         raise UserError(
             f"pet_config with run_mode {run.mode}: merge the adapters into the base first (python "
             "tools/merge_lora.py --help), load the result, and leave pet_config out"
-        )
-    if run.resume:
-        raise UserError(
-            "pet_config with resume_training is not built: the checkpoints hold the adapters only; start "
-            "again from the base weights"
         )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.config.file import load_yaml
-from mindformers_ext.core.config.hf import model_spec_from_hf
+from mindformers_ext.core.config.hf import hf_notes, model_spec_from_hf
 from mindformers_ext.core.config.run import ASCEND, CPU, GPU, MINDSPORE, MODEL, PYTORCH, TRAINING
 from mindformers_ext.core.config.values import section_at
 from mindformers_ext.core.config.view import network_spec_from_yaml
@@ -36,12 +36,14 @@ FULL = "float32"
 
 @dataclass(frozen=True)
 class Described:
-    """A model as its folder tells it. ``tokenizer`` None: none was found; ``stored``: type of the weights."""
+    """A model as its folder tells it. ``tokenizer`` None: none was found; ``stored``: type of the weights; ``notes``:
+    keys of config.json without effect."""
 
     model: ModelSpec
     load: Path
     tokenizer: Path | None
     stored: str
+    notes: tuple[str, ...] = ()
 
 
 def describe(path: Path) -> Described:
@@ -98,7 +100,7 @@ def record_shape(path: Path) -> tuple[int, int, tuple[str, ...]]:
 def _from_hf(config: Mapping[str, Any], load: Path, folders: tuple[Path, ...]) -> Described:
     stored = dtype_name(config.get("torch_dtype") or config.get("dtype")) or FULL
     found = next((folder for folder in folders if _has_tokenizer(folder)), None)
-    return Described(model_spec_from_hf(config), load, found, stored)
+    return Described(model_spec_from_hf(config), load, found, stored, tuple(hf_notes(config)))
 
 
 def _from_run(kept: Path, path: Path) -> Described:

@@ -12,6 +12,7 @@ import numpy as np
 
 from mindformers_ext.core.config.file import dump_yaml
 from mindformers_ext.core.config.lora import ADAPTER_CONFIG, LoraSpec
+from mindformers_ext.core.config.run import RunSpec
 from mindformers_ext.formats.atomic import write_text
 from mindformers_ext.jobs.checkpoint.saved import last_whole
 
@@ -38,11 +39,13 @@ def keep_text(path: Path, text: str) -> None:
     write_text(path, text)
 
 
-def keep_lora(lora: LoraSpec | None, folder: Path) -> None:
-    """What ``tools/merge_lora.py`` must know about the adapters, in PEFT's words."""
+def keep_lora(lora: LoraSpec | None, folder: Path, run: RunSpec) -> None:
+    """What ``tools/merge_lora.py`` and a resumed run must know about the adapters, in PEFT's words."""
     if lora:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / ADAPTER_CONFIG, json.dumps(lora.peft_words(), indent=1) + "\n")
+        base = run.base if run.resume else run.load
+        words = lora.peft_words(str(Path(base).resolve()) if base else None)
+        write_text(folder / ADAPTER_CONFIG, json.dumps(words, indent=1) + "\n")
 
 
 def surplus(files: Iterable[Path], keep: int, newest: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.log import get_logger
+from mindformers_ext.core.plain_file import open_plain
 
 LOCK = ".training.lock"
 HELD = (errno.EACCES, errno.EAGAIN)
@@ -54,7 +55,7 @@ def training_lock(folder: Path) -> Iterator[None]:
 def _opened(path: Path, folder: Path) -> int:
     """A locked descriptor of the file that ``path`` names (the last holder may remove it between two steps of ours)."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        descriptor = open_plain(path, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):

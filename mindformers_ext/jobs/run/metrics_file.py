@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.figures import StepFigures
+from mindformers_ext.core.plain_file import open_plain, refuse_other
 from mindformers_ext.formats.atomic import write_text
 
 FOLDER = "metrics"
@@ -78,26 +79,42 @@ def record_of(figures: StepFigures, step: int, per_epoch: int, seconds: float, t
     )
 
 
+@dataclass(frozen=True)
+class StageLoad:
+    """In a pipeline, what one step's mixtures of one stage had to do, by their numbers among all ``layers``."""
+
+    step: int
+    stage: int
+    layers: list[int]
+    expert_load: list[list[float]]
+    dropped: list[float]
+
+    def line(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self)) + "\n"
+
+
 class MetricsFile:
-    """Appends records to ``<output_dir>/metrics/rank_<rank>.jsonl``.
+    """Appends records to ``<output_dir>/metrics/rank_<rank>.jsonl``, or with ``kind`` before that name.
 
     A run from the start sets an older file aside as ``.previous``; a resumed run keeps the rows up to its first step,
     so that the file always reads as one uninterrupted run.
     """
 
-    def __init__(self, output_dir: str, rank: int, first_step: int) -> None:
+    def __init__(self, output_dir: str, rank: int, first_step: int, kind: str = "") -> None:
         """``first_step``: the number of steps already done."""
-        self.path = Path(output_dir) / FOLDER / f"rank_{rank}.jsonl"
+        self.path = Path(output_dir) / FOLDER / f"{kind}rank_{rank}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        refuse_other(self.path)
         if first_step == 0:
             if self.path.exists():
                 os.replace(self.path, self.path.with_name(self.path.name + ".previous"))
         elif self.path.exists():
             self._keep(first_step)
 
-    def append(self, record: StepRecord) -> None:
+    def append(self, record: StepRecord | StageLoad) -> None:
         """Write one row; it is in the file when this returns."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with os.fdopen(open_plain(self.path), "a", encoding="utf-8") as file:
             file.write(record.line())
 
     def _keep(self, steps: int) -> None:

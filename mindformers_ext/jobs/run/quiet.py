@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.plain_file import open_plain
 from mindformers_ext.jobs.run.display import current
 
 OUTPUT = "output.log"
@@ -36,17 +37,17 @@ def output_to(path: Path) -> Iterator[TextIO]:
     kept in the file too.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    log = open_plain(path)
     _flush()
     kept = [os.dup(1), os.dup(2)]
     stream = os.fdopen(os.dup(kept[1]), "w", encoding="utf-8", errors="replace")
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
     os.write(log, f"---- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(sys.argv)}\n".encode())
     try:
         os.dup2(log, 1)
         os.dup2(log, 2)
         yield stream
     except Exception as error:
-        with path.open("a", encoding="utf-8") as file:
+        with os.fdopen(open_plain(path), "a", encoding="utf-8") as file:
             traceback.print_exc(file=file)
         if not isinstance(error, UserError):
             stream.write(f"the run failed; all that it has printed: {path}\n")

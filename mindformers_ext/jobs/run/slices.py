@@ -23,18 +23,17 @@ FOLDER = "transformed_checkpoint"  # below output_dir, as MindFormers
 
 
 def settle_slices(run: RunSpec, spec: NetworkSpec) -> tuple[RunSpec, list[str], TransformRequest | None]:
-    """Decide what every rank loads of ``run.load``: the run that does so, notes, and what must be merged first (None:
-    nothing).
+    """Decide what every rank loads of ``run.load``, weights of a new run: the run that does so, notes, and what must be
+    merged first (None: nothing).
 
     Leaves alone what semi-auto parallel loads: MindFormers cuts that by the strategy it has compiled.
 
     Raises:
-        UserError: slices without their strategy files, or a resume from slices.
+        UserError: slices without their strategy files.
     """
     assert run.load is not None
     parallel, path, asked = spec.parallel, Path(run.load), run.auto_transform
-    cuts = run.use_parallel and parallel.parallel_mode in SHARDED_MODES
-    if cuts or (run.resume and not asked):
+    if run.use_parallel and parallel.parallel_mode in SHARDED_MODES:
         return run, [], None
     ranks = rank_folders(path) if path.is_dir() else {}
     run = replace(run, auto_transform=False)
@@ -43,7 +42,7 @@ def settle_slices(run: RunSpec, spec: NetworkSpec) -> tuple[RunSpec, list[str], 
         return _merge(run, path, len(ranks), asked)
     notes = [f"auto_trans_ckpt: {path} holds whole weights, which every device loads: nothing is transformed"] * asked
     missing = [rank for rank in range(parallel.device_num) if ranks and rank not in ranks]
-    if file is not None and missing and run.use_parallel and not run.resume:
+    if file is not None and missing and run.use_parallel:
         run = replace(run, load=str(file))
         notes.append(f"{path} was saved by {len(ranks)} processes, this run has {parallel.device_num}: all load {file}")
     return run, notes, None
@@ -66,26 +65,27 @@ def merged_file(request: TransformRequest) -> Path:
     return request.dst_ckpt_dir / "rank_0" / f"{request.prefix}0.{request.output_format}"
 
 
+def merge_request(run: RunSpec, path: Path, pick: str | None) -> TransformRequest:
+    """The slices in ``path``, of the files that ``pick`` names, as one file below the run's own folder."""
+    return TransformRequest(
+        src_ckpt_dir=path,
+        dst_ckpt_dir=Path(run.output_dir) / FOLDER / path.name,
+        src_strategy=run.strategies,
+        pick=pick,
+        output_format="ckpt",
+        unlisted="copy",
+        overwrite=True,
+    )
+
+
 def _merge(run: RunSpec, path: Path, ranks: int, asked: bool) -> tuple[RunSpec, list[str], TransformRequest]:
-    if run.resume:
-        raise UserError(
-            f"cannot resume from {path}, which holds the slices of {ranks} ranks: resume with the devices "
-            "that saved it, or merge it (tools/transform_ckpt.py) and start from its weights"
-        )
     if not asked or not run.strategies:
         raise UserError(
             f"load_checkpoint {path} holds the slices of {ranks} ranks, and every device of this run holds the whole "
             "network: set auto_trans_ckpt: True and src_strategy_path_or_dir to the folder output/strategy of the run "
             "that saved it, or merge it before (python tools/transform_ckpt.py --help)"
         )
-    request = TransformRequest(
-        src_ckpt_dir=path,
-        dst_ckpt_dir=Path(run.output_dir) / FOLDER / path.name,
-        src_strategy=run.strategies,
-        pick=LAST if any(len(checkpoint_files(folder)) > 1 for folder in rank_folders(path).values()) else None,
-        output_format="ckpt",
-        unlisted="copy",
-        overwrite=True,
-    )
+    several = any(len(checkpoint_files(folder)) > 1 for folder in rank_folders(path).values())
+    request = merge_request(run, path, LAST if several else None)
     run = replace(run, load=str(merged_file(request)), load_format="ckpt")
     return run, [f"auto_trans_ckpt: the slices of {ranks} ranks in {path} are merged to {run.load}"], request

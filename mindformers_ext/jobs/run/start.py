@@ -6,35 +6,55 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from mindformers_ext.core.cluster.build import BuildSpec
 from mindformers_ext.core.config.run import RunSpec
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.formats.rank_dirs import rank_folders
-from mindformers_ext.jobs.checkpoint.saved import check_shapes, checkpoint_file, choose_resume, fault, remove_leftovers
+from mindformers_ext.jobs.checkpoint.saved import check_shapes, checkpoint_file
 from mindformers_ext.jobs.checkpoint.transform import TransformRequest
+from mindformers_ext.jobs.run.resume import settle_resume
 from mindformers_ext.jobs.run.slices import settle_slices
 
 SAFETENSORS = "safetensors"
 
 
 def settle_for_mindformers(
-    run: RunSpec, spec: NetworkSpec, known: bool = True
+    run: RunSpec, build: BuildSpec, known: bool = True
 ) -> tuple[RunSpec, list[str], TransformRequest | None]:
     """Check what MindFormers is to load and choose where to resume: the settled run, notes, and what to merge first.
 
-    ``known``: whether ``spec`` tells the weights; those of another network of MindFormers' own it judges itself.
+    ``known``: whether ``build`` tells the weights; those of another network of MindFormers' own it judges itself.
 
     Raises:
         UserError: nothing there, or what MindFormers cannot load or resume.
     """
     notes: list[str] = []
     if run.resume and run.trains:
-        run, notes = _settle_resume(run)
+        run, notes, merge = settle_resume(run, build if known else None)
+        if run.base and merge is None:
+            _check_path(Path(run.base))
+            below, found, merge = settle_slices(replace(run, load=run.base, resume=False), build.network)
+            run, notes = replace(run, base=below.load, auto_transform=False), [*notes, *found]
+        if run.resume and known:
+            return run, notes, merge
     if not run.load:
         if not run.trains:
             notes.append("no load_checkpoint: the network keeps its random weights")
         return run, notes, None
-    path = Path(run.load)
+    _check_path(Path(run.load))
+    if not known:
+        return run, notes, None
+    run, found, merge = settle_slices(run, build.network)
+    notes += found
+    if merge is None:
+        run, found = _check_checkpoint(run, build.network)
+        notes += found
+    return run, notes, merge
+
+
+def _check_path(path: Path) -> None:
+    """What MindFormers loads is there, and of its kind."""
     if not path.exists():
         raise UserError(
             f"load_checkpoint {path} does not exist: give a .ckpt or .safetensors file, or a folder with rank_0 in it"
@@ -44,57 +64,13 @@ def settle_for_mindformers(
             f"load_checkpoint {path} is a Hugging Face folder: convert it first (python convert_weight.py "
             "--help) and give the result"
         )
-    if not known:
-        return run, notes, None
-    run, found, merge = settle_slices(run, spec)
-    notes += found
-    if merge is None:
-        run, found = _check_checkpoint(run, spec)
-        notes += found
-    return run, notes, merge
 
 
-def settle_for_own_loop(run: RunSpec) -> tuple[RunSpec, list[str]]:
+def settle_for_own_loop(run: RunSpec, build: BuildSpec) -> tuple[RunSpec, list[str]]:
     """The same for our own loop, which judges weights itself, of more kinds."""
     if run.resume and run.trains:
-        return _settle_resume(run, any_kind=True)
+        return settle_resume(run, build, own_loop=True)[:2]
     return run, [] if run.load else ["no load_checkpoint: the network starts from random weights"]
-
-
-def _settle_resume(run: RunSpec, any_kind: bool = False) -> tuple[RunSpec, list[str]]:
-    folder = Path(run.load or Path(run.output_dir) / "checkpoint")
-    suffix = run.suffix
-    if any_kind and not rank_holds(folder, suffix) and rank_holds(folder, f".{SAFETENSORS}"):
-        suffix = f".{SAFETENSORS}"
-    if not run.load and not rank_holds(folder, suffix):
-        left = remove_leftovers(folder)
-        what = f" ({', '.join(path.name for path in left)} was half written)" if left else ""
-        note = f"resume_training: {folder} holds no whole checkpoint yet{what}, the run starts from step 0"
-        return replace(run, resume=False), [note]
-    if suffix == f".{SAFETENSORS}" and not run.use_parallel and not any_kind:
-        raise UserError(
-            f"cannot resume from {folder}: MindFormers resumes one device from .ckpt only, load_ckpt_format is "
-            "safetensors; save with checkpoint_format: ckpt, or start from the weights without --resume_training"
-        )
-    wanted, run = run.resume, replace(run, load=str(folder))
-    if folder.is_file():
-        reason = fault(folder)
-        if reason:
-            raise UserError(f"cannot resume from {folder}: {reason}")
-        return run, [f"resuming from {folder}"]
-    point = choose_resume(folder, wanted if isinstance(wanted, str) else None, suffix)
-    remove_leftovers(folder)
-    return replace(run, resume=point.saved.path.name), [
-        *(f"passed over: {reason}" for reason in point.passed_over),
-        f"resuming from {point.saved.path}, the newest whole checkpoint (epoch {point.saved.epoch}, step "
-        f"{point.saved.step} of it)",
-    ]
-
-
-def rank_holds(folder: Path, suffix: str) -> bool:
-    """Whether a rank folder below ``folder`` holds a file that ends in ``suffix``."""
-    ranks = rank_folders(folder).values() if folder.is_dir() else ()
-    return any(path for rank in ranks for path in rank.glob(f"*{suffix}"))
 
 
 def _check_checkpoint(run: RunSpec, spec: NetworkSpec) -> tuple[RunSpec, list[str]]:

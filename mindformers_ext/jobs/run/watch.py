@@ -18,6 +18,7 @@ from mindformers_ext.jobs.run.metrics_file import StepRecord
 
 PATIENCE = 50  # steps in a row whose gradients overflow before the run gives up
 SHORT_PATIENCE = 5  # the same while the loss scale stands still: then no later step can differ
+LAST, EXPLODED = 5, 1.5  # the median LM loss of the last steps, above so many times the first one, is no learning
 RECENT = 20  # steps whose median time tells what remains
 LINE = (
     "{ Epoch:[%3d/%3d], step:[%5d/%5d], loss: %.6f, lm_loss: %.6f, aux_loss: %.6f, drop_rate: %.2f%%, "
@@ -53,6 +54,8 @@ class Watch:
         self.per_epoch, self.steps, self.first, self.every = per_epoch, steps, first, every
         self.began = time.time()
         self.recent: deque[float] = deque(maxlen=RECENT)
+        self.losses: deque[float] = deque(maxlen=LAST)
+        self.first_loss: float | None = None  # of this process
         self.overflowed: list[float] = []  # loss scale of each step of the present streak
 
     def see(self, record: StepRecord) -> None:
@@ -70,6 +73,10 @@ class Watch:
             self._log(record, left)
         current().step(record, self.steps, left if self.recent else None)
         self._judge(record)
+        self.losses.append(record.lm_loss)
+        self.first_loss = record.lm_loss if self.first_loss is None else self.first_loss
+        if record.step == self.steps and done > 1:
+            self._judge_end(self.first_loss)
 
     def _log(self, record: StepRecord, left: float) -> None:
         self.log(
@@ -109,6 +116,19 @@ class Watch:
                 f"{record.loss_scale}; none of these steps changed the weights. {self._last_good(record)} "
                 "Lower the learning rate or the loss scale."
             )
+
+    def _judge_end(self, first: float) -> None:
+        """Say that the run has ended worse than it began, or that its last steps changed nothing."""
+        last = statistics.median(self.losses)
+        if last > EXPLODED * first:
+            found = f"it has not learned: the LM loss of its last steps is {last:.4g}, of its first {first:.4g}"
+        elif len(self.overflowed) >= LAST:
+            found = f"gradients overflowed in its last {len(self.overflowed)} steps, which changed no weights"
+        else:
+            return
+        text = f"warning: the run has ended, but {found}. Lower the learning rate, warm up longer, or check the data."
+        self.log("%s", text)
+        current().say(text)
 
     def _last_good(self, record: StepRecord) -> str:
         """Sets aside the checkpoints that hold the weights of this failure, and names the newest of the others."""

@@ -16,12 +16,15 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.log import get_logger
 from mindformers_ext.formats.atomic import fresh_file
 from mindformers_ext.formats.dtypes import float_dtype
-from mindformers_ext.formats.ms_ckpt import CkptFile, CkptWriter
-from mindformers_ext.formats.safetensors_file import SafetensorsFile, SafetensorsFileWriter
+from mindformers_ext.formats.ms_ckpt import CkptWriter
+from mindformers_ext.formats.ms_file import open_checkpoint
+from mindformers_ext.formats.safetensors_file import SafetensorsFileWriter
 from mindformers_ext.formats.tensors import TensorInfo
-from mindformers_ext.jobs.checkpoint.saved import note_size, saved_in
+from mindformers_ext.jobs.checkpoint.saved import note_size, saved_as, saved_in
+from mindformers_ext.jobs.checkpoint.source import Reader
 from mindformers_ext.jobs.run.keep import WEIGHTS, is_finite, last_good, surplus
 from mindformers_ext.jobs.train.hooks import PREFIX
+from mindformers_ext.weights.reshard import open_sliced
 
 TRAINED = ("adam_m.", "adam_v.")  # moments
 COUNTERS = ("scale_sense", "global_step", "current_iterator_step", "last_overflow_iterator_step")
@@ -102,10 +105,20 @@ def _write(path: Path, suffix: str, tensors: State) -> None:
 
 
 class Resumed:
-    """An open checkpoint to continue from: ``weights`` one at a time, and ``state`` of moments and counters."""
+    """An open checkpoint to continue from: ``weights`` one at a time, and ``state`` of moments and counters.
 
-    def __init__(self, path: Path) -> None:
-        self._reader = SafetensorsFile(path) if path.suffix == ".safetensors" else CkptFile(path)
+    Args:
+        path: the first rank's file, which holds all.
+        strategies: where it holds slices, the strategy files by which all ranks' are put together.
+    """
+
+    def __init__(self, path: Path, strategies: Path | None = None) -> None:
+        saved = saved_as(path)
+        self._reader: Reader = (
+            open_sliced(path.parent.parent, strategies, saved.ending if saved else path.stem)
+            if strategies
+            else open_checkpoint(path)
+        )
         self.path = path
         if "global_step" not in self._reader.infos:
             raise UserError(f"{path} holds no training state: start from its weights without --resume_training")
@@ -118,6 +131,12 @@ class Resumed:
             if name in infos:
                 return int(np.asarray(self._reader.read(name)).reshape(-1)[0])
         return 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of one of these steps, 0 where the checkpoint does not tell."""
+        name = "global_batch_size"
+        return int(np.asarray(self._reader.read(name)).reshape(-1)[0]) if name in self._reader.infos else 0
 
     def weights(self) -> Iterator[tuple[str, Any]]:
         """Network tensors, one in memory at a time."""

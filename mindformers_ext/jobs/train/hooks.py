@@ -103,6 +103,24 @@ def moved(bias: np.ndarray, load: np.ndarray, rate: float) -> np.ndarray:
     return (bias + rate * np.sign(1.0 / len(share) - share)).astype(bias.dtype)
 
 
+class AdapterDropout(QuietHook):
+    """Gives every step's dropout of adapters seeds of its own, that follow from the run's seed and the step's number.
+
+    Args:
+        seed: the run's.
+        rank: of this process, which has other rows than others.
+        held: the network's parameter of seeds, one per adapted layer, by its name.
+    """
+
+    def __init__(self, seed: int, rank: int, held: Arrays) -> None:
+        self.seed, self.rank, self.held = seed, rank, dict(held)
+
+    def inputs(self, step: int) -> Arrays:
+        """The seeds of ``step``: 32 bits each (numpy's SeedSequence, the same in all its releases)."""
+        words = np.random.SeedSequence((abs(self.seed), step, self.rank))
+        return {name: words.generate_state(len(old)).view(np.int32) for name, old in self.held.items()}
+
+
 class LoadLog(QuietHook):
     """One log line per mixture: the share dropped, and the fullest and emptiest expert beside an even load.
 
@@ -131,8 +149,8 @@ class LoadLog(QuietHook):
         elif not self.is_told:
             self.is_told = True
             self.warn(
-                "The expert load is not shown: it needs experts, our train step (PortableTrainOneStepCell) "
-                "and one pipeline stage, because no stage sees the load of all layers."
+                "The expert load is not shown: it needs experts, and our network with our train step "
+                "(PortableTrainOneStepCell) or in a pipeline."
             )
 
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mindformers_ext.core.cluster.cluster_rules import effective_spec
+from mindformers_ext.core.config.lora import DROPOUT_SEED
 from mindformers_ext.core.config.recompute import recompute_from_yaml
 from mindformers_ext.core.config.run import MINDSPORE, PYTORCH, RunSpec
 from mindformers_ext.core.config.train import TrainSpec, train_spec_from_yaml
+from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.log import get_logger, set_up_logging
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.formats.atomic import write_text
@@ -28,7 +32,15 @@ from mindformers_ext.jobs.run.metrics_file import MetricsFile, StepRecord, recor
 from mindformers_ext.jobs.run.quiet import Passed
 from mindformers_ext.jobs.run.watch import Watch
 from mindformers_ext.jobs.train.checkpoint_folder import CheckpointFolder, Resumed
-from mindformers_ext.jobs.train.hooks import BIAS, BiasBalance, LoadLog, TrainHook, hook_state, restore_hooks
+from mindformers_ext.jobs.train.hooks import (
+    BIAS,
+    AdapterDropout,
+    BiasBalance,
+    LoadLog,
+    TrainHook,
+    hook_state,
+    restore_hooks,
+)
 from mindformers_ext.jobs.train.token_data import BatchSource, TokenData
 
 FRAMEWORKS = {MINDSPORE: "MindSpore", PYTORCH: "PyTorch"}
@@ -91,7 +103,7 @@ def train(
     run = Run(asked, training, data, trainer, folder)
     if rank == 0:
         keep_config(config, folder)
-        keep_lora(training.lora, folder)
+        keep_lora(training.lora, folder, asked)
     _load(run, spec)
     run.hooks += [*hooks_of(training, trainer, spec.model.moe_layers), *hooks]
     restore_hooks(run.hooks, run.left)
@@ -118,33 +130,64 @@ def hooks_of(train: TrainSpec, trainer: Trainer, layers: tuple[int, ...] = ()) -
         hooks.append(BiasBalance(train.bias_rate, trainer.values(BIAS)))
     if train.load_every:
         hooks.append(LoadLog(log.info, log.warning, train.load_every, layers))
+    if train.lora and (seeds := trainer.values(DROPOUT_SEED)):
+        hooks.append(AdapterDropout(train.seed, trainer.ranks.rank, seeds))
     return hooks
 
 
 def _load(run: Run, spec: NetworkSpec) -> None:
     """Weights, then the optimizer; a resumed run takes both and its step from one checkpoint."""
-    name, resume = run.asked.load, run.asked.resume
-    if resume and name:
-        path = Path(name)
-        found = Resumed(path if path.is_file() else path / "rank_0" / str(resume))
-        try:
-            run.trainer.fill(found.weights())
-            run.trainer.open()
-            run.trainer.restore(found.state())
-            run.first, run.left = found.step, found.hooks()
-        finally:
-            found.close()
-        get_logger(__name__).info("Resumed from %s at step %d", found.path, run.first)
-        current().say(f"Resumed from {found.path} at step {run.first}")
+    name = run.asked.load
+    if run.asked.resume and name:
+        _resume(run, Path(name), spec)
         return
     if name:
-        weights = open_weights(Path(name), spec.model, run.asked.strategies)
-        try:
+        with closing(open_weights(Path(name), spec.model, run.asked.strategies)) as weights:
             run.trainer.fill(weights.plan.run(weights.reader))
-        finally:
-            weights.close()
         get_logger(__name__).info("Weights: %s", weights.what)
     run.trainer.open()
+
+
+def _resume(run: Run, path: Path, spec: NetworkSpec) -> None:
+    asked, lora = run.asked, run.train.lora is not None
+    slices = asked.strategies if path.is_dir() and not lora else None
+    with ExitStack() as stack:
+        found = Resumed(path if path.is_file() else path / "rank_0" / str(asked.resume), slices)
+        stack.callback(found.close)
+        below: Iterable[tuple[str, np.ndarray]] = ()
+        if asked.base:
+            base = open_weights(Path(asked.base), spec.model, asked.strategies)
+            stack.callback(base.close)
+            below = base.plan.run(base.reader)
+        run.first, state = counted_anew(found, run.data.rows)
+        run.trainer.fill(chain(below, found.weights()), partly=lora and not asked.base)
+        run.trainer.open()
+        run.trainer.restore(state)
+        run.left = found.hooks()
+    get_logger(__name__).info("Resumed from %s at step %d", found.path, run.first)
+    current().say(f"Resumed from {found.path} at step {run.first}")
+
+
+def counted_anew(found: Resumed, rows: int) -> tuple[int, dict[str, np.ndarray]]:
+    """Steps done and the optimizer's state, in steps of ``rows`` rows, as MindFormers counts them anew.
+
+    Raises:
+        UserError: no whole number of such steps.
+    """
+    step, state = found.step, found.state()
+    if found.rows in (0, rows):
+        return step, state
+    if step * found.rows % rows:
+        raise UserError(
+            f"cannot resume from {found.path}: {step} steps of {found.rows} rows are no whole number of steps of "
+            f"{rows}; choose batch_size, gradient_accumulation_steps and the number of processes so that a step takes "
+            f"{found.rows} rows, or a part or a multiple of them"
+        )
+    updates = int(np.asarray(state["global_step"]).reshape(-1)[0])
+    state["global_step"] = np.array([updates * found.rows // rows], np.int32)
+    first = step * found.rows // rows
+    current().say(f"note: a step takes {rows} rows, {found.rows} before: step {step} becomes step {first}")
+    return first, state
 
 
 def _steps(run: Run) -> None:

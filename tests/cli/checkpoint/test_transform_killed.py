@@ -39,8 +39,8 @@ def large(tmp_path_factory):
     return folder, arrays
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_at_any_moment_it_goes_on_and_leaves_nothing_wrong(large, tmp_path, processes):
+def test_two_processes_killed_at_any_moment_go_on_and_leave_nothing_wrong(large, tmp_path):
+    """One process: tests/cli/test_killed.py."""
     folder, arrays = large
     words = merge(
         folder,
@@ -50,11 +50,11 @@ def test_killed_at_any_moment_it_goes_on_and_leaves_nothing_wrong(large, tmp_pat
         "--prefix",
         "m_",
         "--transform_process_num",
-        processes,
+        2,
     )
     command = [sys.executable, "transform_ckpt.py", *map(str, words)]
     expected = cut(read_strategy(folder / "other.ckpt"), arrays)
-    moments, in_the_middle = random.Random(processes), 0
+    moments, in_the_middle = random.Random(2), 0
     for _ in range(10):
         process = subprocess.Popen(
             command, cwd=TOOLS, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True

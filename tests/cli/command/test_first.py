@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 
 from mindformers_ext.cli import mfext, run_mindformer
 
@@ -100,6 +102,20 @@ def test_an_answer_is_transformers_and_its_yaml_gives_it_again(engine: str, fold
     Path("output/predictions.jsonl").unlink()
     assert run_mindformer.main(["--config", "job.yaml"]) == 0
     assert answers() == [expected]
+
+
+def test_keys_without_effect_are_noted(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text("utf-8"))
+    (copy / "config.json").write_text(json.dumps(config | {"pretraining_tp": 2, "neftune_noise_alpha": 5}), "utf-8")
+    tensors = safetensors.torch.load_file(copy / "model.safetensors")
+    safetensors.torch.save_file({f"module.{name}": one for name, one in tensors.items()}, copy / "model.safetensors")
+    assert mf("predict", copy, PROMPT, "--max_new_tokens", 2, "--engine", "pt", "--device_target", "CPU") == 0
+    found = capsys.readouterr()
+    assert "note: config.json: pretraining_tp=2 has no effect here" in found.err
+    assert "note: config.json: not read, as by transformers: neftune_noise_alpha" in found.err
+    assert "every name begins with 'module.', which is left out" in found.err + found.out
 
 
 @pytest.mark.parametrize("engine", ENGINES)

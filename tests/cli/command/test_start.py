@@ -18,6 +18,11 @@ from tests.helpers.floors import FLOORS, PACKAGE
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDERS = (".", "tools", "tools/dataset_preprocess/llama", "research/mixtral")
+BENCHES = [
+    str(path.relative_to(ROOT))
+    for path in sorted((ROOT / "tools" / "bench").glob("*.py"))
+    if "__main__" in path.read_text(encoding="utf-8")  # the others are parts of these
+]
 SCRIPTS = sorted(str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
 READ_BY_ANY = [
     *SCRIPTS,
@@ -39,10 +44,10 @@ def refused(words: list[str], folder: Path, **environment: str) -> str:
 
 
 def test_there_are_scripts() -> None:
-    assert len(SCRIPTS) >= 17 and "run_mindformer.py" in SCRIPTS
+    assert len(BENCHES) >= 8 and len(SCRIPTS) >= 17 and "run_mindformer.py" in SCRIPTS
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, *BENCHES])
 def test_a_script_names_what_is_missing_and_how_to_set_up(script: str, tmp_path: Path) -> None:
     assert "numpy, yaml" in refused([*BARE, str(ROOT / script), "--help"], tmp_path)
     assert not any(tmp_path.iterdir())

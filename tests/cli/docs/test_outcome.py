@@ -127,6 +127,18 @@ def test_real_refusals_of_the_system(tmp_path: Path, repo_root: Path, capsys: py
     assert "Traceback" not in done.stderr
 
 
+def test_of_several_processes_the_first_says_that_it_was_interrupted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(_: argparse.Namespace) -> int:
+        raise KeyboardInterrupt
+
+    for rank, text in (("0", "interrupted\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert exit_code(run, argparse.Namespace()) == 130
+        assert capsys.readouterr().err == text
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_mindspores_answer_to_ctrl_c_ends_as_ctrl_c_does(number: int, capsys: pytest.CaptureFixture[str]) -> None:
     def run(_: argparse.Namespace) -> int:

@@ -72,11 +72,6 @@ JOBS: dict[str, tuple[str, int, int, dict[str, Any]]] = {
     "8x22b lora": ("mixtral_8x22b/finetune_lora_mixtral-8x22b.yaml", 16, 2, {}),
 }
 TWINS = {"8x22b 32k": "32k", "8x22b finetune": "finetune", "8x22b lora": "lora"}  # as small as here but one job
-# The seed's own split is compiled on every run, by TestSeed; one of these structures and one of these files as well.
-TURNS = {
-    "structures": ("seed", "r17", "alike", "interleave", "8x22b"),
-    "files": ("32k", "finetune", "lora", "8x22b 32k", "8x22b finetune", "8x22b lora"),
-}
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +80,8 @@ def seed(tmp_path_factory: pytest.TempPathFactory) -> DryRun:
     return dry_run(tmp_path_factory.mktemp("seed") / "out", SEED, 16, "0,8", 2, "--compare", layers=2)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=pytest.mark.turn(group)) for group, names in TURNS.items() for name in names],
-)
+# The seed's own split is compiled on every run, by TestSeed; of these one takes its turn.
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.turn("jobs")) for name in JOBS])
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, commit: str | None) -> DryRun:
     """The other files and splits, one after the other."""
     name, devices, stages, changes = JOBS[request.param]
@@ -273,7 +266,6 @@ def test_the_commit_chooses_ranks_and_turns() -> None:
     groups = {"a": ["x", "y", "z"], "b": ["u"]}
     assert whose_turn(groups, "4") == {"y", "u"}
     assert set().union(*(whose_turn(groups, commit) for commit in commits)) == {"x", "y", "z", "u"}
-    assert {name for names in TURNS.values() for name in names} == set(JOBS)
 
 
 def test_groups_of_one_size_and_stride_share_out_a_stage() -> None:
@@ -299,6 +291,7 @@ def test_small_the_larger_model_s_file_is_the_smaller_one_s_job(twin: str, other
 
 @pytest.mark.slow
 @pytest.mark.dryrun
+@pytest.mark.turn("compiled")
 def test_parts_of_layers_are_computed_again(tmp_path: Path) -> None:
     """``select_recompute``: the first stage's layer repeats attention and experts, the second's norms and product."""
     parts = {"attention": [1, 0], "feed_forward": [1, 0], r".*\.norm": [0, 1], r"feed_forward\.mul": [0, 1]}
@@ -322,6 +315,7 @@ def _operators(run: DryRun, rank: int, *kinds: str) -> tuple[int, ...]:
 
 @pytest.mark.slow
 @pytest.mark.dryrun
+@pytest.mark.turn("compiled")
 def test_a_rank_that_fails_leaves_the_others(tmp_path: Path) -> None:
     folder = tmp_path / "out" / "ranks" / "rank_8"
     folder.mkdir(parents=True)

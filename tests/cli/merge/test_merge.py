@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -333,16 +332,6 @@ def test_to_mindspore(tmp_path):
     got = checkpoint.read("model.layers.2.attention.wq.weight")
     assert np.array_equal(got, tensors_of(tmp_path / "out")["model.layers.2.self_attn.q_proj.weight"])
     checkpoint.close()
-
-
-def test_models_downloaded_before_are_found_by_name(tmp_path, monkeypatch):
-    base, one, _ = family(tmp_path)
-    hub = tmp_path / "hub/models--some--model"
-    (hub / "refs").mkdir(parents=True)
-    (hub / "refs/main").write_text("abc")
-    shutil.copytree(one, hub / "snapshots/abc")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert merge(tmp_path, {"merge_method": "linear", "models": models(base, "some/model", weight=1)}) == 0
 
 
 def test_help_is_quick_and_loads_no_framework():

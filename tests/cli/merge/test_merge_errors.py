@@ -122,8 +122,8 @@ CASES = {
         "",
     ),
     "strange tokenizer": (TIES | {"tokenizer_source": "ft9"}, "tokenizer source 'ft9'", "none of the models"),
-    "no folder": (listed("linear", ("base", "some/where")), "'some/where' is not a folder", "huggingface-cli download"),
-    "adapter": (listed("linear", ("base", "ft1+lora")), "model 'lora' is not a folder", "check the path"),
+    "no folder": (listed("linear", ("base", "some/where")), "'some/where' is no folder", "hf download"),
+    "adapter": (listed("linear", ("base", "ft1+lora")), "'lora' is no folder", "check the path"),
     "modules": ({"modules": {"vision": {}}, "merge_method": "linear"}, "modules is", "default"),
     "compat": (TIES | {"compat": {"post_gradient": "end"}}, "compat.post_gradient='end'", "first, last"),
 }

@@ -14,7 +14,7 @@ import yaml
 from mindformers_ext.cli.convert import main as convert
 from mindformers_ext.cli.merge import main
 from mindformers_ext.formats.safetensors_dir import SafetensorsDir
-from mindformers_ext.jobs.merge.fused import unfused
+from mindformers_ext.jobs.checkpoint.fused import unfused
 from tests.helpers.merge_models import family, make_model, tensors_of
 
 pytest.importorskip("torch", reason="gates are computed with torch")
@@ -130,7 +130,7 @@ def test_noise_and_residual_scale(tmp_path):
 def test_the_fused_layout_holds_the_same(tmp_path):
     assert assemble(config(), tmp_path / "plain") == 0
     assert assemble(config(), tmp_path / "fused", "--moe-layout", "fused") == 0
-    reader = unfused(SafetensorsDir(tmp_path / "fused"))
+    reader = unfused(SafetensorsDir(tmp_path / "fused"), "mixtral")
     plain = tensors_of(tmp_path / "plain")
     assert set(reader.infos) == set(plain)
     assert all(np.array_equal(reader.read(name), array) for name, array in plain.items())

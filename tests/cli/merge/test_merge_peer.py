@@ -21,7 +21,7 @@ import yaml
 
 from mindformers_ext.cli.merge import main
 from mindformers_ext.formats.safetensors_dir import SafetensorsDir
-from mindformers_ext.jobs.merge.fused import unfused
+from mindformers_ext.jobs.checkpoint.fused import unfused
 from tests.helpers.adapters import make_adapter
 from tests.helpers.merge_models import family, make_model, tensors_of, tokenizer_json
 
@@ -221,7 +221,7 @@ def place(tmp_path_factory):
 
 
 def read(folder):
-    reader = unfused(SafetensorsDir(folder))
+    reader = unfused(SafetensorsDir(folder), "mixtral")
     result = {name: reader.read(name) for name in reader.infos}
     reader.close()
     return result

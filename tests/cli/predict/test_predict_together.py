@@ -88,6 +88,7 @@ def both(job, *words):
 
 
 @pytest.mark.slow
+@pytest.mark.turn("together")
 def test_two_processes_answer_as_one(mixtral):
     one, two = both(mixtral, "--load_checkpoint", mixtral.folder / "hf", "--predict_batch_size", 2)
     assert lines(two) == lines(one) and all(line["answer"] for line in lines(one)[0])

@@ -101,7 +101,39 @@ def launch(job: Path, *options: object) -> subprocess.Popen:
     )
 
 
+def test_ctrl_c_of_two_processes_is_one_line_and_130(tmp_path: Path) -> None:
+    """What a command does when it is interrupted, under torchrun and our launcher; no network is needed for it."""
+    (tmp_path / "work.py").write_text(
+        "import argparse, os, sys, time\n"
+        "from mindformers_ext.cli.outcome import exit_code\n"
+        "print('at work', file=sys.stderr, flush=True)\n"
+        "open(f'ready{os.environ[\"RANK\"]}', 'w').close()\n"
+        "sys.exit(exit_code(lambda _: time.sleep(100), argparse.Namespace(), unwinds=False))\n"
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        ["bash", str(ROOT / "scripts" / "torchrun_launcher.sh"), "work.py", "2", str(port), "logs", "True", "100"],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.time() + 100
+    while time.time() < deadline and len(list(tmp_path.glob("ready*"))) < 2:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "Traceback" not in text, text
+    said = [line for line in text.splitlines()[2:] if line not in ("at work", "interrupted")]  # the first worker's own
+    assert said == ["stopped: all workers of this machine were ended"] and text.count("interrupted") <= 1, text
+
+
 @pytest.mark.slow
+@pytest.mark.turn("killed pair")
 def test_two_processes_killed_and_resumed(job: Path) -> None:
     """FSDP2 and expert parallel from one YAML; the resumed run equals the one that was left alone."""
     whole = launch(job, "--output_dir", "whole")

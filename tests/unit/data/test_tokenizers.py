@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -88,6 +89,27 @@ def test_words_apart_give_the_models_own_tokens(
     texts = [text for text in texts if not re.search("<s>|</s>|<unk>", text)]
     found = [np.frombuffer(ids, np.int32).tolist() for ids in encoder.encode(texts)]
     assert found == library._plain(texts) == tokenizer._model.encode(texts, out_type=int)
+
+
+def test_a_line_breaks_token_that_other_texts_give_keeps_words_together(
+    tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    """Words are found apart by the token of a line break: none must hold it, in a piece or in an added token."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
+    texts = ["a <0x0A> b\n<0x0A>", "one\n\ntwo", "\n \n  \n"]
+    assert isinstance(opened := open_tokenizer(folder), HuggingFaceTokenizer) and opened._words is not None
+    assert [list(ids) for ids in opened.encode_batch(texts)] == opened._plain(texts)
+    added = {"content": "one\n", "special": False, "normalized": False}
+    config = {"tokenizer_class": "LlamaTokenizer", "added_tokens_decoder": {str(opened.vocab_size): added}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert isinstance(opened := open_tokenizer(folder), HuggingFaceTokenizer) and opened._words is None
+    model = json.loads(opened._model.to_str())
+    model["model"]["vocab"] |= {"<0x0A": opened.vocab_size, "<0": opened.vocab_size + 1}
+    model["added_tokens"] = model["added_tokens"][:3]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(model))
+    assert isinstance(opened := open_tokenizer(tmp_path), HuggingFaceTokenizer) and opened._words is None
 
 
 def test_real_text_gives_the_models_own_tokens(real_tokenizer: Path, wiki_file: Path) -> None:

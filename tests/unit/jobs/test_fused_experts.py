@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mindformers_ext.formats.tensors import MappingReader
-from mindformers_ext.jobs.merge.fused import unfused
+from mindformers_ext.jobs.checkpoint.fused import unfused
 
 E, F, D = 4, 3, 5
 
@@ -23,7 +23,8 @@ def test_every_expert_gets_its_own_rows(spelling):
                 stem + "gate.weight": router,
                 "model.norm.weight": router[0],
             }
-        )
+        ),
+        "mixtral",
     )
     assert len(reader.infos) == 3 * E + 2
     moe = "model.layers.11.block_sparse_moe."
@@ -39,4 +40,4 @@ def test_every_expert_gets_its_own_rows(spelling):
 
 def test_a_tensor_that_has_no_halves_keeps_its_name():
     name = "model.layers.0.mlp.experts.gate_up_proj"
-    assert list(unfused(MappingReader({name: np.zeros((E, 2 * F + 1, D))})).infos) == [name]
+    assert list(unfused(MappingReader({name: np.zeros((E, 2 * F + 1, D))}), "mixtral").infos) == [name]

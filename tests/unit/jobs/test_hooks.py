@@ -9,6 +9,7 @@ import pytest
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.figures import StepFigures
 from mindformers_ext.jobs.train.hooks import (
+    AdapterDropout,
     BiasBalance,
     LoadLog,
     QuietHook,
@@ -95,3 +96,12 @@ def test_each_hook_gets_its_own_state_back() -> None:
     later = Counter()
     restore_hooks([later], {"hook.3.steps": np.array(7)}, first=3)
     assert later.steps == 7
+
+
+def test_dropout_has_seeds_of_its_own_in_every_step_on_every_rank() -> None:
+    held = {"model.adapter_dropout_seed": np.zeros(3, np.int32)}
+    seeds = [AdapterDropout(7, rank, held).inputs(step) for step in (1, 2) for rank in (0, 1)]
+    found = np.concatenate([item["model.adapter_dropout_seed"] for item in seeds])
+    assert found.dtype == np.int32 and len(set(found.tolist())) == 12
+    again = AdapterDropout(7, 1, held).inputs(2)
+    np.testing.assert_array_equal(again["model.adapter_dropout_seed"], found[-3:])

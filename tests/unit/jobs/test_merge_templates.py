@@ -72,3 +72,13 @@ def test_auto_is_the_most_common_of_the_inputs_wherever_it_is_written(tmp_path: 
     folders = [tmp_path / name for name in "cabd"]
     assert chosen_template("auto", folders) == "one" and chosen_template("auto", folders[:1]) == "two"
     assert chosen_template("auto", folders[3:]) is None and chosen_template("{{ x }} own", folders) == "{{ x }} own"
+
+
+def test_a_template_that_is_written_goes_before_every_default_that_was_copied(tmp_path: Path) -> None:
+    more = tmp_path / "additional_chat_templates"
+    more.mkdir()
+    for name in ("default", "tool_use"):
+        (more / f"{name}.jinja").write_text(f"old {name}")
+    write_template(tmp_path, "new")
+    assert ChatTemplate(tmp_path).render([USER]) == "new"
+    assert [path.name for path in more.iterdir()] == ["tool_use.jinja"]

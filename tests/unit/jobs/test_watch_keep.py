@@ -114,3 +114,20 @@ def test_a_resumed_metrics_file_reads_as_one_run(tmp_path: Path) -> None:
 def test_further_figures_stand_in_the_row_by_their_names() -> None:
     row = json.loads(record_of(figures(sparsity=0.75), 3, 10, 0.5, 100).line())
     assert row["sparsity"] == 0.75 and row["epoch"] == 1 and "extra" not in row
+
+
+@pytest.mark.parametrize(("last", "warns"), [(9.0, True), (1.6, False), (0.4, False)])
+def test_a_run_that_ends_far_above_its_beginning_is_told_so(last: float, warns: bool) -> None:
+    eyes, lines = watch(every=100)
+    for step in range(1, 21):
+        eyes.see(record(step, loss=1.5 if step < 15 else last))
+    assert (
+        any("it has not learned: the LM loss of its last steps is 8.75, of its first 1.25" in x for x in lines) == warns
+    )
+
+
+def test_a_run_whose_last_steps_changed_nothing_is_told_so() -> None:
+    eyes, lines = watch(every=100)
+    for step in range(1, 21):
+        eyes.see(record(step, overflow=step > 13, scale=2.0**-step))
+    assert "gradients overflowed in its last 7 steps, which changed no weights" in lines[-1]

@@ -1,40 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixtral files of transformers 5 hold the experts of a layer as two fused tensors: seen as one matrix per expert.
+"""Files of transformers 5 hold the experts of a layer as two fused tensors: seen as one matrix per expert.
 
-Names, shapes and order are those of ``weights.mixtral``: a fused tensor goes to MindSpore's stack of experts and from
-there to the published names, both as views.
+Names, shapes and order are those of the family's table (``weights.tables``): a fused tensor goes to MindSpore's stack
+of experts and from there to the published names, both as views.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 
 from mindformers_ext.formats.tensors import Array, Index, TensorInfo
 from mindformers_ext.jobs.checkpoint.source import Reader
-from mindformers_ext.weights.mixtral import PER_EXPERT, STYLES
 from mindformers_ext.weights.rules import Rule, bind
+from mindformers_ext.weights.tables import TABLES
 from mindformers_ext.weights.views import Slab, View, whole
 
-FUSED = tuple(
-    (re.compile(re.escape(rule.hf_templates[0][0]).replace(re.escape("{layer}"), r"(\d+)")), rule)
-    for style, rules in STYLES.items()
-    for rule in rules
-    if style != "per_expert"
-)
-PUBLISHED = {rule.ms[0]: rule for rule in PER_EXPERT}
+PER_EXPERT = "per_expert"  # the published spelling
+
+
+@dataclass(frozen=True)
+class Spellings:
+    """One family's rules of fused tensors, by a pattern of their names, and the published ones by MindSpore's name."""
+
+    fused: tuple[tuple[re.Pattern[str], Rule], ...]
+    published: Mapping[str, Rule]
+
+
+@cache
+def spellings(family: str) -> Spellings:
+    """What ``family``'s table says of fused experts; nothing for a family without experts."""
+    styles = TABLES[family].mixtures if family in TABLES else {}
+    published = styles.get(PER_EXPERT, ())
+    known = {rule.hf for rule in published}
+    listed = dict.fromkeys(rule for rules in styles.values() for rule in rules if rule.hf not in known)
+    patterns = (re.escape(rule.hf_templates[0][0]).replace(re.escape("{layer}"), r"(\d+)") for rule in listed)
+    return Spellings(
+        tuple((re.compile(pattern), rule) for pattern, rule in zip(patterns, listed, strict=True)),
+        {rule.ms[0]: rule for rule in published},
+    )
 
 
 class UnfusedReader:
-    """A ``Reader`` that gives every fused tensor as the matrices of its experts, under Mixtral's published names."""
+    """A ``Reader`` that gives every fused tensor as the matrices of its experts, under the published names."""
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader, family: str) -> None:
         """See ``reader`` that way; names that are not fused stay."""
         self._reader = reader
         self._slabs: dict[str, Slab] = {}
         infos: dict[str, TensorInfo] = {}
         for name, info in reader.infos.items():
-            for shown, slab in _split(name, info.shape):
+            for shown, slab in _split(name, info.shape, spellings(family)):
                 self._slabs[shown] = slab
                 infos[shown] = TensorInfo(shown, slab.shape, info.dtype)
         self.infos: Mapping[str, TensorInfo] = infos
@@ -57,29 +75,31 @@ class UnfusedReader:
         self._reader.close()
 
 
-def unfused(reader: Reader) -> Reader:
-    """``reader`` itself, or a view of it where experts are fused."""
+def unfused(reader: Reader, family: str) -> Reader:
+    """``reader`` itself, or a view of it where a model of ``family`` has its experts fused."""
     fused = any(
-        len(info.shape) == 3 and pattern.fullmatch(name) for name, info in reader.infos.items() for pattern, _ in FUSED
+        len(info.shape) == 3 and pattern.fullmatch(name)
+        for name, info in reader.infos.items()
+        for pattern, _ in spellings(family).fused
     )
-    return UnfusedReader(reader) if fused else reader
+    return UnfusedReader(reader, family) if fused else reader
 
 
-def _split(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, Slab]]:
+def _split(name: str, shape: tuple[int, ...], known: Spellings) -> Iterator[tuple[str, Slab]]:
     """The published names of a fused tensor's matrices and where they lie; of another tensor its own."""
     stored = whole(name, shape)
-    for pattern, rule in FUSED:
+    for pattern, rule in known.fused:
         match = pattern.fullmatch(name)
         sizes = _sizes(rule, shape) if match else {}
         if match and sizes and bind(rule, int(match[1]), sizes).hf[name] == shape:
             for ms_name, view in zip(rule.ms, rule.transform.to_ms([stored]), strict=True):
-                yield from _published(ms_name, view, int(match[1]), sizes)
+                yield from _published(known.published[ms_name], view, int(match[1]), sizes)
             return
     yield name, stored
 
 
-def _published(ms_name: str, view: View, layer: int, sizes: Mapping[str, int]) -> Iterator[tuple[str, Slab]]:
-    binding = bind(PUBLISHED[ms_name], layer, sizes)
+def _published(rule: Rule, view: View, layer: int, sizes: Mapping[str, int]) -> Iterator[tuple[str, Slab]]:
+    binding = bind(rule, layer, sizes)
     for name, part in zip(binding.hf, binding.transform.to_hf([view], tuple(binding.hf.values())), strict=True):
         assert isinstance(part, Slab)
         yield name, part

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every command that writes, killed twenty times: no reader is given a half output, and a rerun is as undisturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KILLS = 20
+
+
+def campaign(name: str, kills: int, folder: Path, root: Path) -> dict:
+    """What ``tests.helpers.kills`` has found, nothing wrong among it."""
+    words = [sys.executable, "-m", "tests.helpers.kills", name, str(folder), str(kills)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    print(f"\n{name}: {result['kills']} kills, {result['held']}")
+    assert not result["wrong"], "\n".join(result["wrong"])
+    assert result["kills"] == kills
+    return result
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("merge", "mixture", "convert", "convert back", "transform"),
+        pytest.param("preprocess", marks=pytest.mark.slow),  # a process writes its file
+    ],
+)
+def test_a_reader_takes_the_old_output_or_the_new_and_a_rerun_is_as_undisturbed(
+    name: str, tmp_path: Path, repo_root: Path
+) -> None:
+    held = campaign(name, KILLS, tmp_path, repo_root)["held"]
+    assert held["nothing"] and held["old"], "kills that come early, and late enough"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "kills"),
+    [
+        ("pt", 6),
+        pytest.param("pt", KILLS, marks=pytest.mark.long("six kills are here")),
+        pytest.param("ms", KILLS, marks=pytest.mark.long("tests/cli/run/test_trainer_own.py kills one run")),
+    ],
+)
+def test_training_goes_on_as_if_it_had_not_been_killed(
+    engine: str, kills: int, tmp_path: Path, repo_root: Path
+) -> None:
+    held = campaign(f"train {engine}", kills, tmp_path, repo_root)["held"]
+    assert held["resumed"] >= kills // 2 and held["runs to the end"]
