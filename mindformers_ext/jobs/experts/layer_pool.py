@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import threading
 import time
@@ -12,7 +13,9 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.errors import UserError
@@ -50,6 +53,7 @@ _worker: dict[str, Any] = {}
 
 
 def _start_worker(request: SplitRequest, parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the first one ends them
     threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
     _worker.update(request=request, model=open_dense(request.model_path))
 
@@ -129,7 +133,7 @@ def solve_on_ray(request: SplitRequest, layers: Sequence[int], address: str) -> 
         raise UserError(f"the Ray cluster at '{address}' does not answer ({_short(error)}): correct --ray") from error
     try:
         task = ray.remote(num_cpus=1)(_solve_alone)
-        waiting = [task.remote(request, layer) for layer in layers]
+        waiting = [task.remote(_absolute(request), layer) for layer in layers]
         while waiting:
             (done,), waiting = ray.wait(waiting, num_returns=1)
             try:
@@ -146,6 +150,13 @@ def solve_on_ray(request: SplitRequest, layers: Sequence[int], address: str) -> 
                 ) from error
     finally:
         ray.shutdown()
+
+
+def _absolute(request: SplitRequest) -> SplitRequest:
+    """With paths that mean the same in another folder."""
+    words = {field.name: getattr(request, field.name) for field in fields(request)}
+    paths: dict[str, Any] = {name: word.absolute() for name, word in words.items() if isinstance(word, Path)}
+    return replace(request, **paths)
 
 
 def _short(error: BaseException) -> str:

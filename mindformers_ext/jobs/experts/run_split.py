@@ -26,6 +26,7 @@ from mindformers_ext.jobs.experts.split_methods import Method, SplitRequest, che
 from mindformers_ext.jobs.experts.splits import META, layer_file, locked, open_split, read_meta, split_sha, write_split
 
 COPIES = 3  # of a layer's matrix as float32 that solving one layer holds
+GRAPH_COPIES = 5  # of the graph's
 LEAST_LAYERS = 2  # a process more is started for so many layers: it takes a second
 
 
@@ -132,7 +133,7 @@ def worker_count(asked: int | None, layers: int, nbytes: int) -> int:
 def _layer_bytes(method: Method, request: SplitRequest, model: DenseModel) -> int:
     width, hidden = model.spec.intermediate_size, model.spec.hidden_size
     if "hidden_features_path" in method.own:
-        return COPIES * 4 * width * width
+        return GRAPH_COPIES * 4 * width * width
     return COPIES * 4 * width * hidden if "starts" in method.own else 0
 
 

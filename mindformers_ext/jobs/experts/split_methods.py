@@ -134,7 +134,7 @@ def _cluster_settings(request: SplitRequest, model: DenseModel) -> dict[str, Any
     if starts < 1:
         raise UserError(f"--starts {starts} is below 1: give how many random beginnings are tried")
     metric = chosen(request, "metric", METRICS, METRICS[0])
-    initial = {"init_labels": str(request.init_labels)} if request.init_labels else {"starts": starts}
+    initial = {"init_labels": True} if request.init_labels else {"starts": starts}  # which ones is in the layers' marks
     return {**_equal(request, model), "metric": metric, **initial}
 
 
@@ -149,9 +149,11 @@ def _cluster_mark(request: SplitRequest, model: DenseModel, layer: int) -> str:
         check_finite(rows)
     except UserError as error:
         raise UserError(f"layer {layer}, {template_kind(request.template)}: {error}") from error
-    if request.init_labels:
-        _initial(request, model, layer)
-    return hashlib.sha256(np.ascontiguousarray(rows).data).hexdigest()
+    digest = hashlib.sha256(np.ascontiguousarray(rows).data)
+    initial = _initial(request, model, layer)
+    if initial is not None:
+        digest.update(initial.data)
+    return digest.hexdigest()
 
 
 def _initial(request: SplitRequest, model: DenseModel, layer: int) -> np.ndarray | None:

@@ -23,7 +23,7 @@ from mindformers_ext.surgery.experts.split import expert_size
 
 STARTS = 10
 PASSES = 500
-PROJECTION = 72  # directions in which restarts run
+PROJECTION, WIDER = 128, 64  # directions in which restarts run, and one more for so many columns
 REFINED = 2  # restarts that go on in the full space
 ROUGH, FINE = 1e-4, 1e-8  # a pass that raises the sum by less, relatively, is the last one
 POLISHED = 1e-5  # a round of exchanges that raises it by less is the last one
@@ -192,13 +192,14 @@ def _starts(space: _Space, rng: np.random.Generator, starts: int) -> list[np.nda
 
 
 def _projected(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Rows in the leading ``PROJECTION`` directions, roughly: one step of subspace iteration (Halko et al. 2011)."""
+    """Rows in the leading directions, roughly: one step of subspace iteration (Halko et al. 2011)."""
     width = x.shape[1]
-    if width <= PROJECTION:
+    directions = PROJECTION + width // WIDER
+    if width <= directions:
         return x
-    noise = rng.standard_normal((width, PROJECTION), dtype=np.float32)
-    directions, _ = np.linalg.qr(x.T @ (x @ noise))
-    return x @ directions
+    noise = rng.standard_normal((width, directions), dtype=np.float32)
+    basis, _ = np.linalg.qr(x.T @ (x @ noise))
+    return x @ basis
 
 
 def spread_rows(x: np.ndarray, norms: np.ndarray, clusters: int, rng: np.random.Generator) -> list[int]:

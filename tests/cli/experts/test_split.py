@@ -71,6 +71,9 @@ def test_a_clustering_is_a_file_per_layer_that_torch_loads_by_default(
     before = files(folder)
     assert split(model, tmp_path) == 0 and files(folder) == before  # all is kept
     assert "3 layers are finished" in capsys.readouterr().err
+    begun = tmp_path / "begun"
+    assert split(model, begun, "--specify_layer", 1, "--init_labels", folder) == 0
+    assert torch.load(begun / folder.name / NAME.format(1)) == torch.load(folder / NAME.format(1))
     assert split(model, tmp_path / "other", "--workers", 2) == 0
     other = files(tmp_path / "other" / folder.name)
     assert {name: data for name, (data, _) in other.items()} == {name: data for name, (data, _) in before.items()}
@@ -253,6 +256,10 @@ def test_a_graph_split_uses_gpmetis_where_it_is_and_its_own_parts_elsewhere(
     assert found.sizes == (24,) * 4  # part 3, which it left empty, is filled
     raw = np.tile([0, 1, 2, 0, 1, 2, 0, 1], 12)
     assert (found.labels() != raw).sum() == 24
+    program.unlink()
+    assert split(model, tmp_path / "metis", *words, "--overwrite") == 0  # its file of parts is of this graph
+    assert "part.4" in json.loads((graph / "gp_split" / "split_meta.json").read_text())["layers"]["0"]["by"]
+    assert np.array_equal(open_split(graph, NAME, 0).labels(), found.labels())
 
 
 def test_gradient_splits_take_importance_by_the_number_of_its_folder(model: Path, tmp_path: Path) -> None:
