@@ -19,9 +19,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reservoir", type=int, default=1 << 16, help="tokens of that sample; default %(default)s")
     parser.add_argument(
         "--select_criterion",
-        default="l2_norm",
         help="plain, positive, l1_norm or l2_norm: what of an expert's answers counts; output_norm: the length of what "
-        "it adds; default %(default)s",
+        "it adds; default l2_norm, of --gate ridge output_norm, which it is fitted to",
     )
     parser.add_argument("--num_experts", type=int, default=8, help="experts per layer; default %(default)s")
     parser.add_argument("--num_selects", type=int, default=2, help="experts a token passes; default %(default)s")
@@ -72,7 +71,7 @@ def run(words: argparse.Namespace) -> int:
         features=words.hidden_features_path,
         calibration=calibration(words) if words.stream else None,
         template=words.templates,
-        criterion=words.select_criterion,
+        criterion=words.select_criterion or ("output_norm" if words.gate == "ridge" else "l2_norm"),
         experts=words.num_experts,
         selects=words.num_selects,
         layers=layers(words),

@@ -27,6 +27,7 @@ from mindformers_ext.ms.ops.dtypes import mindspore_dtype
 from mindformers_ext.ms.ops.select import select_operators
 
 Arrays = dict[str, np.ndarray]
+INNER = tuple(POINTS)[1:-1]
 CHUNK = 512  # tokens whose logits are held at once
 
 
@@ -151,12 +152,9 @@ class MindSporeLayerProbe:
     ) -> tuple[np.ndarray, Arrays, Arrays]:
         """The gradient at the layer's input from that at its output, both (B, S, D); values and gradients by point."""
         seen = self.forward(x, values)[1] if values else {}
-        inner = [name for name in POINTS if name not in ("input", "output")]
-        rows, model = x.shape[0] * x.shape[1], self.spec.model
-        widths = {"D": model.hidden_size, "F": model.intermediate_size}
-        shifts = [ops.zeros((rows, widths[POINTS[name]]), self.dtype) for name in inner]
+        shifts = self._shifts(x.shape[0] * x.shape[1])
         made = self._gradients(self._rows(self._checked(x)), *self._tables, *shifts, self._rows(dy))
-        found = {"input": made[0], "output": self._rows(dy), **dict(zip(inner, made[3:], strict=True))}
+        found = {"input": made[0], "output": self._rows(dy), **dict(zip(INNER, made[3:], strict=True))}
         return _numpy(made[0]).reshape(x.shape), seen, {name: _numpy(found[name]) for name in gradients}
 
     def loss(self, x: np.ndarray, target: np.ndarray, counted: np.ndarray) -> tuple[float, np.ndarray]:
@@ -177,6 +175,26 @@ class MindSporeLayerProbe:
             made = _numpy(vjp(*given, Tensor(1.0, ms.float32))[0])
             dx[start : first + chunk] = made[start - first :]
         return total, dx.reshape(x.shape)
+
+    def compile(self, rows: int) -> None:
+        """Compile the first layer and the head for so many rows, both ways, without weights: for a dry run."""
+        self._build(self.spec.model.layer(0))
+        model, tokens = self.spec.model, rows * self.spec.seq_length
+        x_TD = ops.zeros((tokens, model.hidden_size), self.dtype)
+        self._points.compile(x_TD, *self._tables)
+        self._gradients.compile(x_TD, *self._tables, *self._shifts(tokens), x_TD)
+        head = HeadLoss(
+            RmsNorm(self.spec, self.operators),
+            Parameter(ops.zeros((model.vocab_size, model.hidden_size), self.dtype), name="head"),
+        )
+        given = (x_TD, ops.zeros((tokens,), ms.int32), ops.zeros((tokens,), ms.float32))
+        head.compile(*given)
+        _Vjp(head).compile(*given, Tensor(1.0, ms.float32))
+
+    def _shifts(self, tokens: int) -> list[Tensor]:
+        """Zeros for the inner points."""
+        widths = {"D": self.spec.model.hidden_size, "F": self.spec.model.intermediate_size}
+        return [ops.zeros((tokens, widths[POINTS[name]]), self.dtype) for name in INNER]
 
     def _build(self, layer: LayerSpec) -> None:
         if self._built == layer:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.json_text import read_object
 from mindformers_ext.formats.atomic import fresh_file
 from mindformers_ext.jobs.engine.door import read_plain, write_plain
 from mindformers_ext.jobs.experts.dense_model import POINT_OF
@@ -30,6 +31,17 @@ _SHARD = re.compile(r"(\d+)_(\d+)\.(" + "|".join(FORMATS) + ")")
 def features_folder(save_path: Path, model: str) -> Path:
     """Where the features of a model lie."""
     return save_path / f"{model}-Hidden-Features"
+
+
+def manifest(rank: int) -> str:
+    """The file that tells what a process's features are of."""
+    return f"features_{rank}.json"
+
+
+def features_rows(folder: Path) -> list[str]:
+    """What texts the features in ``folder`` are of, a word for each process that wrote; empty where nobody tells."""
+    found = [read_object(path) for path in sorted(folder.glob(manifest(0).replace("0", "*"))) if path.is_file()]
+    return sorted(str(one.get("rows")) for one in found)
 
 
 class FeatureSink:

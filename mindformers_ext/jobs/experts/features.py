@@ -16,7 +16,7 @@ from mindformers_ext.formats.disk import free_bytes
 from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.jobs.experts.calibration import Calibration, Opened, opened
 from mindformers_ext.jobs.experts.dense_model import TEMPLATE, template_kind
-from mindformers_ext.jobs.experts.feature_files import FORMATS, INPUTS, OUTPUTS, FeatureSink, features_folder
+from mindformers_ext.jobs.experts.feature_files import FORMATS, INPUTS, OUTPUTS, FeatureSink, features_folder, manifest
 from mindformers_ext.jobs.experts.probe import Needs, check_needs, forward, needs
 from mindformers_ext.jobs.experts.ranks import Share, own_share
 from mindformers_ext.jobs.experts.states import States
@@ -122,7 +122,7 @@ def _pass(
         _remove_old(folder, share, kind, todo)
     forward(start.course, states, sink, todo)
     done = sorted({*layers, *_done(folder, about, share.rank)})
-    write_text(folder / _manifest(share.rank), json.dumps({**about, "layers": done}, indent=1) + "\n")
+    write_text(folder / manifest(share.rank), json.dumps({**about, "layers": done}, indent=1) + "\n")
     states.remove()
 
 
@@ -147,13 +147,9 @@ def _about(request: FeatureRequest, start: Opened, share: Share) -> dict[str, An
     }
 
 
-def _manifest(rank: int) -> str:
-    return f"features_{rank}.json"
-
-
 def _done(folder: Path, about: dict[str, Any], rank: int) -> tuple[int, ...]:
     """The layers that an earlier run of the same has finished."""
-    path = folder / _manifest(rank)
+    path = folder / manifest(rank)
     if not path.is_file():
         return ()
     found = read_object(path)
@@ -165,15 +161,16 @@ def _todo(
     folder: Path, about: dict[str, Any], layers: tuple[int, ...], share: Share, overwrite: bool
 ) -> tuple[int, ...]:
     """The layers that are left; features of something else are refused, or with ``overwrite`` taken for gone."""
-    path = folder / _manifest(share.rank)
+    path = folder / manifest(share.rank)
     done = _done(folder, about, share.rank)
-    if path.is_file() and not done:
+    if path.is_file() and (overwrite or not done):
         if not overwrite:
             raise UserError(
                 f"'{folder}' holds other features (another model, text, template or number of processes): choose "
                 "another --save_path, or pass --overwrite"
             )
         path.unlink()
+        done = ()
     started = (folder / f".states_{share.rank}").exists()
     if not path.is_file() and not started and not overwrite:
         mine = [file for name in (INPUTS, *OUTPUTS.values()) for file in (folder / name).glob(f"**/{share.rank}_*.*")]

@@ -43,10 +43,12 @@ class GateFiles:
         return self.path(layer).is_file() and path.is_file() and read_object(path).get("about") == dict(about)
 
     def todo(self, layers: Sequence[int], about: Mapping[int, Mapping[str, Any]], overwrite: bool) -> tuple[int, ...]:
-        """The layers that are left; gates of another request are refused unless ``overwrite``."""
+        """The layers that are left, with ``overwrite`` all; else gates of another request are refused."""
+        if overwrite:
+            return tuple(layers)
         left = tuple(layer for layer in layers if not self.done(layer, about[layer]))
         others = [layer for layer in left if self.path(layer).exists()]
-        if others and not overwrite:
+        if others:
             raise UserError(
                 f"'{self.folder}' holds gates that were fitted otherwise (layer {others[0]}): choose another "
                 "--save_path, or pass --overwrite"

@@ -29,5 +29,6 @@ def plot_gates(figures: Sequence[Mapping[str, Any]], path: Path) -> Path:
         values = [one["baselines"][name]["recall"] for one in figures]
         layers.plot(numbers, values, color=colour, marker=".", label=name)
     layers.set(title="recall by layer", xlabel="layer", ylim=(0, 1))
+    layers.locator_params(axis="x", integer=True)
     layers.legend()
     return save_figure(figure, path)

@@ -20,7 +20,7 @@ from mindformers_ext.core.errors import Problems
 from mindformers_ext.formats.atomic import write_text
 from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.jobs.experts.dense_model import TEMPLATE, DenseModel, open_dense, template_kind
-from mindformers_ext.jobs.experts.feature_files import LayerFeatures, find_features
+from mindformers_ext.jobs.experts.feature_files import LayerFeatures, features_rows, find_features
 from mindformers_ext.jobs.experts.gate_files import SUMMARY, GateFiles, gates_folder
 from mindformers_ext.jobs.experts.layer_data import FEWEST, OUTPUT_NORM, Gathered, gather
 from mindformers_ext.jobs.experts.ranks import own_share
@@ -254,6 +254,9 @@ def _about(request: SelectRequest, model: DenseModel) -> dict[str, Any]:
         texts = request.calibration
         keys = ("block_size", "max_tokens", "data_use_percent", "seed", "engine")
         asked["stream"] = {key: getattr(texts, key) for key in keys} | {"reservoir": request.reservoir}
+        asked["texts"] = str((texts.text or texts.train_data_path or Path()).resolve())
+    if request.features is not None:
+        asked["texts"] = features_rows(request.features)
     return asked | {"model": model.name, "weights": fingerprint(model.reader)}
 
 

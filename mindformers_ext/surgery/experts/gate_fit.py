@@ -15,6 +15,7 @@ from mindformers_ext.surgery.experts.scores import GateQuality, best, quality
 MLP, LINEAR, RIDGE = KINDS = ("mlp", "linear", "ridge")
 INITS = ("ridge", "weight", "random")
 SPREAD = 0.5  # standard deviation of what enters tanh, from ridge rows: they decide, and are not yet cut off
+GAIN = 4.0  # of the second layer behind them: logits as large as those of a trained gate, so that none unlearns first
 FIRST, SECOND, ONLY, NOISE = (
     "gate_network.0.weight",
     "gate_network.2.weight",
@@ -90,19 +91,21 @@ def all_logits(weights: dict[str, Tensor], x: Tensor) -> Tensor:
     return torch.cat([logits(weights, part) for part in x.split(JUDGED)])
 
 
-def first_weights(kind: str, rows: Tensor) -> dict[str, Tensor]:
-    """A gate before training that chooses as ``rows`` (E, D) alone do: the second layer is the identity, and tanh
-    keeps the order."""
+def first_weights(kind: str, rows: Tensor, gain: float = 1.0) -> dict[str, Tensor]:
+    """A gate before training that chooses as ``rows`` (E, D) alone do: the second layer is ``gain`` times the identity,
+    and tanh keeps the order."""
     rows, count = rows.clone(), len(rows)
     if kind == LINEAR:
-        return {ONLY: rows}
-    return {FIRST: rows, SECOND: torch.eye(count)}
+        return {ONLY: gain * rows}
+    return {FIRST: rows, SECOND: gain * torch.eye(count)}
 
 
-def first_rows(init: str, centres: Tensor, data: GateData, damping: float, generator: torch.Generator) -> Tensor:
+def first_rows(
+    init: str, centres: Tensor, data: GateData, selects: int, damping: float, generator: torch.Generator
+) -> Tensor:
     """The rows (E, D) that a gate starts from.
 
-    "ridge": those that predict the root of the scores best. "weight": the experts' ``centres``
+    "ridge": those that predict the best k (``ridge_targets``). "weight": the experts' ``centres``
     (E, D). "random": drawn from N(0, 1).
     """
     if init == "weight":
@@ -110,7 +113,7 @@ def first_rows(init: str, centres: Tensor, data: GateData, damping: float, gener
     if init == "random":
         return torch.randn(centres.shape, generator=generator)
     sums = RidgeSums(*reversed(centres.shape))
-    sums.add(data.x, ridge_targets(data.scores.clamp(min=0).sqrt(), 1, "norm"))
+    sums.add(data.x, ridge_targets(data.scores, selects, "chosen"))
     rows = sums.solve(damping)
     seen = all_logits({ONLY: rows}, data.x[: 4 * JUDGED])
     return rows * (SPREAD / float(seen.std().clamp(min=1e-12)))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mindformers_ext.surgery.experts.gate_fit import (
+    GAIN,
     LINEAR,
     MLP,
     ONLY,
@@ -122,8 +123,9 @@ def one_thread() -> Iterator[None]:
 
 def _trained(wish: GateWish, centres: Tensor, train: GateData, valid: GateData) -> FittedGate:
     generator = torch.Generator().manual_seed(wish.training.seed)
-    rows = first_rows(wish.init, centres, train, wish.damping, generator)
-    return train_gate(first_weights(LINEAR if wish.kind == LINEAR else MLP, rows), train, valid, wish.training)
+    rows = first_rows(wish.init, centres, train, wish.training.selects, wish.damping, generator)
+    start = first_weights(LINEAR if wish.kind == LINEAR else MLP, rows, GAIN if wish.init == "ridge" else 1.0)
+    return train_gate(start, train, valid, wish.training)
 
 
 def _ridge(tokens: LayerTokens, valid: GateData, wish: GateWish) -> FittedGate:
