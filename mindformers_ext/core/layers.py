@@ -53,9 +53,11 @@ def dtype_name(word: object) -> str | None:
 
 def expert_sizes_told(moe: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
     """``expert_sizes`` of ``MoESpec`` from its read fields and the model's: None where they say what goes unsaid."""
-    sizes, experts = moe.get("expert_sizes"), moe["num_local_experts"]
-    alike = ((model["intermediate_size"] // max(experts, 1),) * experts,) * model["num_hidden_layers"]
-    return {"expert_sizes": None if sizes == alike else sizes}
+    sizes, experts, layers = moe.get("expert_sizes"), moe["num_local_experts"], model["num_hidden_layers"]
+    if sizes is None or len(sizes) != layers or any(len(layer) != experts for layer in sizes):
+        return {"expert_sizes": sizes}
+    alike = {size * experts for layer in sizes for size in layer} == {model["intermediate_size"]}
+    return {"expert_sizes": None if alike else sizes}
 
 
 @dataclass(frozen=True, kw_only=True)

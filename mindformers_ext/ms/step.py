@@ -213,7 +213,9 @@ class LossNetwork(nn.Cell):
 
     def construct(self, input_ids: Tensor, labels: Tensor | None = None, keys: Tensor | None = None) -> Terms:
         """LossTerms of token ids (B, S+1), optional labels (B, S+1), and where gates add noise its keys, last."""
-        if self.draws and keys is None:
+        if not self.draws:
+            return self.network.losses(input_ids, labels)
+        if keys is None:
             return self.network.losses(input_ids, None, labels)
         return self.network.losses(input_ids, labels, keys)
 
