@@ -11,8 +11,13 @@ n_init. The peer wants numpy 2, so it lives in an environment of its own; elsewh
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
+
+if importlib.util.find_spec("k_means_constrained") is None:  # the peer's environment has its packages alone
+    import set_up  # noqa: F401 (first)
+
+# isort: split
+import argparse
 import os
 import platform
 import resource
