@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import sys
-from collections.abc import Sequence
 from typing import Any
 
 from mindformers_ext.cli.command import Command
@@ -23,6 +21,7 @@ EPILOG = """examples:
 STAGES = {
     "split": "which neurons make up which expert",
     "features": "what the dense model computes inside, as data for gates",
+    "importance": "how much the loss feels each neuron, for the gradient split",
     "select": "fit the gates that choose experts",
     "convert": "write the mixture, or the dense model again",
     "run": "all stages from one YAML",
@@ -33,17 +32,6 @@ STAGES = {
 def stage_module(stage: str) -> Any:
     """The file of one stage."""
     return importlib.import_module(f"{__package__}.experts_{stage}")
-
-
-def run_stage(stage: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """One stage alone, as the scripts of research/llama_moe/ call it; the exit code."""
-    module = stage_module(stage)
-    return Command(
-        prog=prog or sys.argv[0].rpartition("/")[2],
-        description=f"{STAGES[stage][0].upper()}{STAGES[stage][1:]}.",
-        options=module.configure,
-        run=module.run,
-    ).main(argv)
 
 
 def _options(parser: argparse.ArgumentParser) -> None:

@@ -4,16 +4,124 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mindformers_ext.cli.command import boolean
+from mindformers_ext.cli.experts_flags import add_layers, add_model, add_writing, layers
+
+if TYPE_CHECKING:
+    from mindformers_ext.jobs.experts.run_split import SplitPlan, SplitReport
+    from mindformers_ext.jobs.experts.split_methods import SplitRequest
+
+METHODS = ("clustering", "random", "graph", "gradient")  # rows of jobs/experts/split_methods.py, which loads numpy
+OWN = (  # options that go into the request as they are
+    *("method", "num_experts", "seed", "workers", "ray", "overwrite", "allow_pickle", "metric", "starts"),
+    *("init_labels", "hidden_features_path", "threshold", "score_file_path", "expert_size", "expert_num_residual"),
+    *("criterion", "kernel", "accumulate_level", "importance_type", "share_neurons", "exact", "visualization_path"),
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The stage's options."""
-    parser.add_argument("--model_path", type=Path, required=True, help="Hugging Face folder of a dense LLaMA")
-    parser.add_argument("--save_path", type=Path, required=True, help="the split's folder is made in here")
-    parser.add_argument("--num_experts", type=int, default=8, help="experts per layer; default 8")
+    add_model(parser, "the split's folder is made in here")
+    parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="default %(default)s")
+    parser.add_argument(
+        *("--num_experts", "--expert_num", "--expert_num_moe"),
+        dest="num_experts",
+        type=int,
+        metavar="E",
+        help="experts per layer; default 8, with gradient one per data cluster",
+    )
+    add_layers(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of every draw; default %(default)s")
+    parser.add_argument(
+        *("--workers", "--cpu_threads"),
+        dest="workers",
+        type=int,
+        metavar="N",
+        help="layers that are solved at once, each in a process; default as many as cores and memory allow",
+    )
+    parser.add_argument("--ray", metavar="ADDRESS", help="solve the layers on the machines of this Ray cluster")
+    _add_methods(parser)
+    text = "read files with numpy's numbers, as the reference wrote them; no code of a file is run"
+    parser.add_argument("--allow_pickle", type=boolean, nargs="?", const=True, default=False, help=text)
+    add_writing(parser)
+
+
+def _add_methods(parser: argparse.ArgumentParser) -> None:
+    cluster = parser.add_argument_group("clustering")
+    text = "l2 or cos (clustering; default l2); plain, l1_norm or l2_norm (graph; default l1_norm)"
+    cluster.add_argument("--metric", help=text)
+    cluster.add_argument(
+        "--starts", type=int, metavar="N", help="random beginnings, of which the best end is taken; 10"
+    )
+    cluster.add_argument("--init_labels", type=Path, metavar="DIR", help="begin with this split instead")
+    graph = parser.add_argument_group("graph")
+    graph.add_argument("--hidden_features_path", type=Path, metavar="DIR", help="what the stage features wrote")
+    graph.add_argument("--threshold", type=float, help="what a shard adds to an edge at most; 1")
+    gradient = parser.add_argument_group("gradient")
+    gradient.add_argument("--score_file_path", type=Path, metavar="DIR", help="importance, a folder per data cluster")
+    gradient.add_argument("--expert_size", type=int, help="neurons per expert; default all of them shared out")
+    gradient.add_argument("--expert_num_residual", type=int, metavar="R", help="experts that every token passes; 0")
+    gradient.add_argument("--criterion", help="max or min; default max")
+    gradient.add_argument("--kernel", help="plain, l1_norm or l2_norm, which the scores were made with; l1_norm")
+    gradient.add_argument("--accumulate_level", help="sample or total, likewise; sample")
+    gradient.add_argument("--importance_type", help="feature_change or feature_grad, likewise; feature_change")
+    for name, text in (
+        ("--share_neurons", "experts may hold the same neurons"),
+        ("--exact", "the best assignment instead of the greedy one"),
+    ):
+        gradient.add_argument(name, type=boolean, nargs="?", const=True, metavar="True|False", help=text)
+    gradient.add_argument("--visualization_path", type=Path, metavar="DIR", help="tables and pictures of the overlap")
 
 
 def run(words: argparse.Namespace) -> int:
-    """Split, and say what was done."""
-    raise NotImplementedError
+    """Split, or show the plan, and say what was done."""
+    from mindformers_ext.jobs.experts.run_split import plan_split, run_split
+
+    request = request_of(words)
+    plan = plan_split(request)
+    if words.dry_run:
+        print(_planned(plan))
+        return 0
+    if plan.kept:
+        print(f"note: {len(plan.kept)} layers are finished and kept", file=sys.stderr)
+    print(_done(run_split(request, plan, words.quiet)))
+    return 0
+
+
+def request_of(words: argparse.Namespace) -> SplitRequest:
+    """What the options ask for."""
+    from mindformers_ext.jobs.experts.split_methods import SplitRequest
+
+    return SplitRequest(
+        model_path=words.model_path,
+        save_path=words.save_path,
+        template=words.templates,
+        layers=layers(words),
+        **{name: getattr(words, name) for name in OWN},
+    )
+
+
+def _planned(plan: SplitPlan) -> str:
+    needs = f", {plan.workers} processes of about {plan.layer_bytes / 1e9:.2f} GB" if plan.layer_bytes else ""
+    return (
+        f"{plan.folder}: {len(plan.todo)} layers to split, {len(plan.kept)} finished{needs}; "
+        f"{plan.settings['num_experts']} experts of {plan.settings['intermediate_size']} neurons; nothing was written"
+    )
+
+
+def _done(report: SplitReport) -> str:
+    plan = report.plan
+    figures = [
+        f"{name} {sum(about[name] for about in report.about.values()) / len(report.about):.6g}"
+        for name in ("inertia", "cut", "score")
+        if report.about and all(name in about for about in report.about.values())
+    ]
+    mean = f", mean {', '.join(figures)}" if figures else ""
+    return (
+        f"{plan.folder}: {len(report.about)} layers split into {plan.settings['num_experts']} experts in "
+        f"{report.seconds:.1f} s{mean}"
+    )

@@ -19,7 +19,17 @@ CORE = ("numpy", "yaml", "safetensors", "ml_dtypes", "tqdm", "psutil")
 # what some commands need, and notice under way
 MORE = (
     *("mindspore", "mindformers", "torch", "triton", "transformers"),
-    *("sentencepiece", "tokenizers", "pyarrow", "jinja2", "fastchat", "matplotlib", "tensorboardX", "huggingface_hub"),
+    *(
+        "sentencepiece",
+        "tokenizers",
+        "pyarrow",
+        "jinja2",
+        "fastchat",
+        "matplotlib",
+        "tensorboardX",
+        "huggingface_hub",
+        "ray",
+    ),
 )
 SET_UP = """\
 Set up once, in the folder of this repository, then activate the environment:

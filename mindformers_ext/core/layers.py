@@ -42,6 +42,17 @@ _QUIET_WORDS = (
     "z_loss_factor",
     "balance_via_topk_bias",
 )
+# The points of a dense layer at which a probe looks, in the order in which they are computed, and their widths:
+# D model, F feed-forward (core/parameters.py).
+POINTS = {
+    "input": "D",  # what enters the layer
+    "mlp_input": "D",  # behind the norm in front of the feed-forward part
+    "gate_linear": "F",  # w1 x, before the activation
+    "gate": "F",  # silu(w1 x)
+    "hidden": "F",  # silu(w1 x) * w3 x, what enters w2
+    "mlp_output": "D",  # what the feed-forward part adds
+    "output": "D",  # what leaves the layer
+}
 
 
 def dtype_name(word: object) -> str | None:

@@ -30,8 +30,8 @@ ALLOWED = frozenset(
 )
 
 
-def check_table(data: bytes, where: str, names: re.Pattern[str] = NAMES) -> None:
-    """Look through the pickle ``data`` of the file ``where``, which may ask for ``names``; nothing of it is built.
+def check_table(data: bytes, where: str) -> None:
+    """Look through the pickle ``data`` of the file ``where``; nothing of it is built.
 
     Raises:
         UserError: not a pickle, too long, or one that asks for more than tensors by name.
@@ -40,7 +40,7 @@ def check_table(data: bytes, where: str, names: re.Pattern[str] = NAMES) -> None
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if count >= MAX_OPCODES:
                 raise UserError(f"'{where}' has a table of more than {MAX_OPCODES} instructions: {_ADVICE}")
-            if opcode.name == "GLOBAL" and not names.fullmatch(str(argument)):
+            if opcode.name == "GLOBAL" and not NAMES.fullmatch(str(argument)):
                 raise UserError(f"'{where}' asks to run {str(argument)[:80]!r}, which is refused: {_ADVICE}")
             if opcode.name not in ALLOWED:
                 raise UserError(f"'{where}' holds more than tensors by name ({opcode.name} in its table): {_ADVICE}")

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small files of torch.save that hold numbers only: a list of ints, lists of ints, one tensor, or tensors by name.
 
-They are written so that torch.load reads them by its default (``weights_only``). No code of a file is ever run, not
-even of an older one that holds numpy's numbers: of its names only those of numpy's plain arrays are known.
+They are written so that torch.load reads them by its default (``weights_only``). No code of a file is ever run; an
+older one with numpy's numbers is read as data (``pt.pickle_values``).
 """
 
 from __future__ import annotations
 
-import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,13 @@ import numpy as np
 import torch
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.pt.pickle_table import NAMES
+from mindformers_ext.pt.pickle_table import MAX_TABLE
+from mindformers_ext.pt.pickle_values import read_values
 from mindformers_ext.pt.torch_file import FAULTS, check_storages, check_zip, checked_tensor, fault_text
 
 Plain = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | Mapping[str, np.ndarray]
-NUMPY_NAMES = re.compile(
-    NAMES.pattern + r"|numpy\.(_?core)\.multiarray (scalar|_reconstruct)|numpy (dtype|ndarray)|_codecs encode"
-)
-_KINDS = ("bool", "int8", "int16", "int32", "int64", "uint8", "float16", "float32", "float64")
+PROTOCOL = 2  # torch's own, and the newest that its reader without code knows
+MOST_NUMBERS = 2**22  # in lists: one may be named many times in few bytes
 
 
 def write_plain(path: Path, value: Plain) -> None:
@@ -44,24 +43,58 @@ def read_plain(path: Path, allow_pickle: bool = False) -> Any:
     """
     if not path.is_file():
         raise UserError(f"'{path}' does not exist or is no file: check the path")
+    if allow_pickle:
+        return _old_values(path)
     try:
-        stored = check_zip(path, NUMPY_NAMES if allow_pickle else NAMES)
+        stored = check_zip(path)
+        is_old = _protocol(path) > PROTOCOL
     except UserError as error:
-        if not allow_pickle and "numpy" in str(error):
-            raise UserError(
-                f"'{path}' holds numpy's numbers, as older tools wrote them: pass --allow_pickle to read it "
-                "(nothing of it is run), or split the layer again"
-            ) from error
-        raise
+        if "numpy" not in str(error) and "STACK_GLOBAL" not in str(error):
+            raise
+        is_old = True
+    if is_old:
+        raise UserError(
+            f"'{path}' was written by an older tool: pass --allow_pickle to read it (nothing of it is run), or write "
+            "it again"
+        )
     try:
-        with torch.serialization.safe_globals(_numpy_globals() if allow_pickle else []):
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FAULTS as error:
         raise UserError(f"'{path}' cannot be read as plain numbers ({fault_text(error)}): write it again") from error
     tensors: list[torch.Tensor] = []
-    value = _from_torch(loaded, path, tensors)
+    value = _plain(loaded, path, tensors)
     check_storages(path, tensors, stored)
     return value
+
+
+def _protocol(path: Path) -> int:
+    """Of the pickle in a file that ``check_zip`` has passed."""
+    with zipfile.ZipFile(path) as archive:
+        (table,) = (entry for entry in archive.infolist() if entry.filename.endswith("data.pkl"))
+        with archive.open(table) as start:
+            first = start.read(2)
+    return first[1] if first[:1] == b"\x80" else 0
+
+
+def _old_values(path: Path) -> Any:
+    """The numbers of a file whose pickle is read as data."""
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            tables = [entry for entry in archive.infolist() if entry.filename.endswith("data.pkl")]
+            if len(tables) != 1 or tables[0].file_size > min(MAX_TABLE, size) or tables[0].compress_type:
+                raise UserError(f"'{path}' is not laid out as torch.save does it: write it again")
+            root = tables[0].filename.removesuffix("data.pkl")
+
+            def stored(key: str) -> bytes:
+                entry = archive.getinfo(f"{root}data/{key}")
+                if entry.file_size > size or entry.compress_type:
+                    raise UserError("its data is not laid out as torch.save does it")
+                return archive.read(entry)
+
+            return _plain(read_values(archive.read(tables[0]), str(path), stored), path, [])
+    except (zipfile.BadZipFile, OSError, NotImplementedError, EOFError) as error:
+        raise UserError(f"'{path}' is not a file of torch.save (since 1.6), or was cut: write it again") from error
 
 
 def _for_torch(value: object) -> object:
@@ -78,31 +111,22 @@ def _for_torch(value: object) -> object:
     raise TypeError(f"a plain file holds numbers, lists of them and arrays, not {type(value).__name__}")
 
 
-def _from_torch(value: object, path: Path, tensors: list[torch.Tensor], depth: int = 0) -> Any:
-    """Python's numbers, lists and numpy arrays of what torch has loaded; each tensor is added to ``tensors``."""
+def _plain(value: object, path: Path, tensors: list[torch.Tensor], depth: int = 0) -> Any:
+    """Python's numbers, lists and numpy arrays of what was loaded; each tensor is added to ``tensors``."""
     if isinstance(value, torch.Tensor):
         tensor = checked_tensor(path, "its tensor", value)
         tensors.append(tensor)
         return np.array((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy(), order="C", copy=True)
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+    if isinstance(value, np.ndarray):
         return value
-    if isinstance(value, np.generic):
-        return value.item()
     if isinstance(value, bool | int | float):
         return value
     if isinstance(value, list | tuple) and depth < 2:
-        return [_from_torch(item, path, tensors, depth + 1) for item in value]
+        if depth and len(value) > MOST_NUMBERS:
+            raise UserError(f"'{path}' holds a list of {len(value)} numbers, more than {MOST_NUMBERS}: it is no split")
+        if not depth and sum(len(item) for item in value if isinstance(item, list | tuple)) > MOST_NUMBERS:
+            raise UserError(f"'{path}' holds lists of more than {MOST_NUMBERS} numbers: it is no split")
+        return [_plain(item, path, tensors, depth + 1) for item in value]
     if isinstance(value, dict) and depth == 0 and all(isinstance(name, str) for name in value):
-        return {name: _from_torch(item, path, tensors, depth + 1) for name, item in value.items()}
+        return {name: _plain(item, path, tensors, 2) for name, item in value.items()}
     raise UserError(f"'{path}' holds a {type(value).__name__}, not plain numbers: write it again")
-
-
-def _numpy_globals() -> list[Any]:
-    """What numpy's plain arrays and numbers are built by, under the names of numpy 1 and 2."""
-    from _codecs import encode
-
-    from numpy.core import multiarray
-
-    both = [(f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("scalar", "_reconstruct")]
-    found: list[Any] = [(getattr(multiarray, name), f"{module}.{name}") for module, name in both]
-    return [*found, np.dtype, np.ndarray, (encode, "_codecs.encode"), *(type(np.dtype(kind)) for kind in _KINDS)]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.pt.pickle_table import MAX_TABLE, NAMES, check_table
+from mindformers_ext.pt.pickle_table import MAX_TABLE, check_table
 
 # What damaged or hostile files make torch.load raise.
 FAULTS = (
@@ -108,10 +108,10 @@ def fault_text(error: BaseException) -> str:
     return text[0][:200] if text and "eights only load" not in text[0] else type(error).__name__
 
 
-def check_zip(path: Path, names: re.Pattern[str] = NAMES) -> list[int]:
+def check_zip(path: Path) -> list[int]:
     """torch.save has written zip files since 1.6, nothing compressed; mapping works with those alone.
 
-    names: what its table may ask for. Returns the sizes of the stored data, sorted, zeros left out.
+    Returns the sizes of the stored data, sorted, zeros left out.
     """
     size = path.stat().st_size
     try:
@@ -121,7 +121,7 @@ def check_zip(path: Path, names: re.Pattern[str] = NAMES) -> list[int]:
                 raise UserError(f"'{path}' is not laid out as torch.save does it: save the model as safetensors")
             for entry in entries:
                 if entry.filename.endswith("data.pkl") and entry.file_size <= min(MAX_TABLE, size):
-                    check_table(archive.read(entry), str(path), names)
+                    check_table(archive.read(entry), str(path))
     except UserError:
         raise
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError, IndexError) as error:

@@ -186,6 +186,8 @@ def check_machine_paths(root: Path) -> list[str]:
     """No file names a folder of somebody's machine."""
     problems = []
     for path in files(root, suffixes=TEXT):
+        if path.name == ".git":  # of a worktree: git's own, and it names a folder
+            continue
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:

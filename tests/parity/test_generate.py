@@ -146,6 +146,7 @@ def test_greedy_equals_transformers(kind: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.turn("batch and cache")
 @pytest.mark.parametrize(("batch", "prompts", "cached"), [(1, 6, True), (3, 20, True), (1, 2, False), (3, 3, False)])
 @pytest.mark.parametrize("kind", CASES)
 def test_neither_batch_nor_cache_changes_a_token(

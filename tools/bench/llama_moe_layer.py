@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Workers of ``moe_layer.py --model llama_moe``: a LLaMA's feed-forward, and the same neurons as experts.
 
-Hidden 1024, ffn 2816, cut into 8 experts of 352 neurons, 2 chosen by the noisy gate of two layers. "dense" is
+Hidden 1024, ffn 2816 (``--widths``), cut into 8 experts, 2 chosen by the noisy gate of two layers. "dense" is
 transformers' ``LlamaMLP``, "saved" the code that is saved with a model, "pytorch" our engine's layer; "mindspore" our
 layer beside our dense one ("dense_ms"), both in GRAPH mode. A forward is one of evaluation; forward+backward is one of
 training, with noise and the loss of balance. One thread each. A quarter of the neurons is computed, so the ratio is 4
-at most; where few tokens touch all experts, all weights are read, and the memory's speed is the limit.
+or so at most; where few tokens touch all experts, all weights are read, and the memory's speed is the limit.
 """
 
 from __future__ import annotations
@@ -14,9 +14,14 @@ import numpy as np
 from peers import compare, machine, report, serve
 
 HIDDEN, FFN, EXPERTS, CHOSEN, THREADS = 1024, 2816, 8, 2, 1
-SIZE = FFN // EXPERTS
 NAMES = ("forward", "forward+backward")
 TOKENS = (1, 64, 512, 2048)
+
+
+def widths(hidden: int, ffn: int) -> None:
+    """Measure a layer of other widths; before anything else."""
+    global HIDDEN, FFN
+    HIDDEN, FFN = hidden, ffn
 
 
 def arrays(tokens: int) -> dict[str, np.ndarray]:
@@ -33,7 +38,7 @@ def arrays(tokens: int) -> dict[str, np.ndarray]:
         "down": (HIDDEN, FFN),
     }
     scale = {"x": 1.0, "dout": 1.0, "noise": 1.0, "second": 1.0}
-    return {k: rng.standard_normal(s).astype(np.float32) * np.float32(scale.get(k, 0.02)) for k, s in shapes.items()}
+    return {k: rng.standard_normal(s, dtype=np.float32) * np.float32(scale.get(k, 0.02)) for k, s in shapes.items()}
 
 
 def cut(weight: np.ndarray, axis: int) -> list[np.ndarray]:
@@ -121,7 +126,7 @@ def mixture_spec(tokens: int, factor: float):
     moe = MoESpec(
         num_local_experts=EXPERTS,
         num_experts_per_tok=CHOSEN,
-        intermediate_size=SIZE,
+        intermediate_size=FFN // EXPERTS,
         capacity_factor=factor,
         norm_topk_prob=False,
         gate="mlp_noisy",
@@ -213,9 +218,10 @@ def measure(script: str, engine: str, tokens: list[int] | None, factor: float, r
     print(machine(THREADS))
     for count in tokens or TOKENS:
         words = ["--model", "llama_moe", "--tokens", str(count), "--capacity_factor", str(factor)]
+        words += ["--widths", str(HIDDEN), str(FFN)]
         result = compare({key: [script, "--worker", key, *words] for key in keys}, NAMES, rounds, THREADS)
         for key in keys[:-1]:
-            report(f"2 of 8 beside dense, T={count}", result, NAMES, key, keys[-1])
+            report(f"2 of 8, {HIDDEN}, T={count}", result, NAMES, key, keys[-1])
         sums = [np.array(result["facts"][key]["sums"]) for key in keys[:-1]]
         if len(sums) == 2:
             apart = np.abs(sums[0] - sums[1]).max()

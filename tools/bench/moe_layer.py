@@ -205,6 +205,7 @@ def main() -> None:
     """Parent: compare both; child (--worker): be measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("mixtral", "llama_moe"), default="mixtral", help="whose layer is measured")
+    parser.add_argument("--widths", type=int, nargs=2, help="hidden and ffn of --model llama_moe")
     parser.add_argument("--tokens", type=int, nargs="+", help="tokens per call")
     parser.add_argument("--engine", choices=ENGINES, default="ms", help="whose layer: MindSpore's or PyTorch's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="with --engine pt")
@@ -214,6 +215,7 @@ def main() -> None:
     options = parser.parse_args()
     factor = options.capacity_factor if options.capacity_factor is not None else {"ms": 1.1, "pt": -1.0}[options.engine]
     if options.model == "llama_moe":
+        llama_moe_layer.widths(*options.widths or (llama_moe_layer.HIDDEN, llama_moe_layer.FFN))
         if options.worker:
             llama_moe_layer.WORKERS[options.worker](options.tokens[0], factor)
         else:

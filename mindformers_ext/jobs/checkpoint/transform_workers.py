@@ -156,12 +156,12 @@ _worker: dict[str, Any] = {}
 
 
 def _start_worker(source: RankFiles, overwrite: bool, queue: Any, parent: int) -> None:
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
     reader = open_source(source, check_crc=False)
     _worker.update(reader=reader, meta=rank_meta(source.files[0]), overwrite=overwrite, queue=queue)
 
 
-def _end_with(parent: int) -> None:
+def end_with_parent(parent: int) -> None:
     """A worker whose parent was killed would wait for tasks for ever."""
     while os.getppid() == parent:
         time.sleep(0.2)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -22,38 +22,10 @@ from mindformers_ext.jobs.dryrun.report import (
     shown_kinds,
     sizes,
 )
+from mindformers_ext.jobs.run import html
 
-STYLE = """
-:root { color-scheme: light dark; --line: #8885 }
-:root { --a: #3b6ea8; --b: #c98a1b; --c: #5a9a52; --d: #9a6bb0; --e: #8aa4b8; --f: #b8a58a; --bad: #c0392b }
-@media (prefers-color-scheme: dark) { :root { --a: #5b93d3; --e: #6d8090; --f: #8f8068; --bad: #e8604f } }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-h1, p, li, dd { overflow-wrap: anywhere }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .92rem } dd { margin: 0 }
-.answer { font-size: 1.1rem; padding: .6rem .9rem; border-left: .4rem solid var(--c); background: #8881 }
-.answer.bad { border-color: var(--bad) }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .92rem }
-td, th { padding: .22rem .8rem .22rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-.bar { position: relative; display: flex; height: 1.1rem; background: #8882 } .bar i { display: block; height: 100% }
-td .bar { width: 8rem; background: none } .rank { margin: .7rem 0 } .rank p { margin: 0 0 .15rem; font-size: .92rem }
-.bar .limit { position: absolute; top: -.25rem; bottom: -.25rem; height: auto; width: .15rem; background: var(--bad) }
-.key { display: flex; flex-wrap: wrap; gap: .2rem 1rem } .key i { display: inline-block; width: .8rem; height: .8rem }
-.key span { display: inline-flex; gap: .35rem; align-items: center }
-.key .limit { width: .15rem; background: var(--bad) }
-dt, td::before { opacity: .7 }
-@media (max-width: 40rem) { body { margin: 1rem auto } dl { display: block } dd { margin: 0 0 .4rem }
-  th { display: none }
-  table, tbody, tr, td, td.n { display: block; text-align: left }
-  tr { padding: .4rem 0; border-bottom: 1px solid var(--line) }
-  td, td.n { display: flex; gap: 1rem; padding: 0; border: 0; white-space: normal; overflow-wrap: anywhere }
-  td::before { content: attr(data-name); flex: 0 0 9rem; overflow-wrap: normal } }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #8881; padding: .6rem } ul { padding-left: 1.2rem }
-"""
 COLOURS = {"weight": "a", "gradient": "b", "optimizer": "c", "cache": "d", "activations": "e", "gathered": "f"}
 ESTIMATED = {"activations": "activations (about)", "gathered": "gathered weights (about)"}
-Cell = tuple[str, bool]  # HTML and whether it is a number
 
 
 def write_page(report: DryRunReport, path: Path) -> None:
@@ -78,7 +50,7 @@ def page(report: DryRunReport) -> str:
         + "</p>",
         f'<p class="answer{" bad" if failed else ""}">{answer}</p>',
         _made(report),
-        _list(f"note: {note}" for note in plan.notes),
+        html.bullets(f"note: {note}" for note in plan.notes),
         *(_failure(facts) for facts in failed),
         "<h2>Memory of each rank</h2>",
         _memory(report),
@@ -89,49 +61,13 @@ def page(report: DryRunReport) -> str:
         _compilation(report.ranks),
         *_comparison(report),
         "<h2>What this does not show</h2>",
-        _list(LIMITS),
+        html.bullets(LIMITS),
     ]
-    view = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    head = f"{view}<title>Dry run of {escape(report.config)}</title><style>{STYLE}</style>"
-    text = "\n".join(filter(None, body))
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{text}\n</body></html>\n'
-
-
-def _list(lines: Iterable[str]) -> str:
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f"<ul>{items}</ul>" if items else ""
+    return html.document(f"Dry run of {report.config}", "\n".join(filter(None, body)))
 
 
 def _failure(facts: RankFacts) -> str:
     return f"<h2>Rank {facts.rank} does not compile</h2><pre>{escape(facts.error)}</pre>"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
-    """A table; a column is right-aligned when its cells are numbers."""
-    body = list(rows)
-    numbers = [bool(body) and body[0][place][1] for place in range(len(head))]
-    top = "".join(f"<th{_class(number)}>{escape(name)}</th>" for name, number in zip(head, numbers, strict=True))
-    names = [escape(name) for name in head]  # on a narrow screen each cell stands beside its column's name
-    lines = (
-        "".join(
-            f'<td{_class(number)} data-name="{name}">{cell}</td>'
-            for name, (cell, number) in zip(names, row, strict=True)
-        )
-        for row in body
-    )
-    return f'<div class="wide"><table><tr>{top}</tr>' + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
-
-
-def _class(number: bool) -> str:
-    return ' class="n"' if number else ""
-
-
-def _text(value: object) -> Cell:
-    return escape(str(value)), False
-
-
-def _number(value: object) -> Cell:
-    return escape(str(value)), True
 
 
 def _made(report: DryRunReport) -> str:
@@ -165,15 +101,15 @@ def _memory(report: DryRunReport) -> str:
     bars = "".join(_bar(facts, parts[facts.rank], titles, scale, limit) for facts in good)
     rows = [
         (
-            _number(facts.rank),
-            _number(facts.stage),
-            *(_number(size_text(held)) for held in parts[facts.rank].values()),
-            _number(size_text(sum(parts[facts.rank].values()))),
+            html.number(facts.rank),
+            html.number(facts.stage),
+            *(html.number(size_text(held)) for held in parts[facts.rank].values()),
+            html.number(size_text(sum(parts[facts.rank].values()))),
         )
         for facts in good
     ]
     head = ("rank", "stage", *titles.values(), "together")
-    return f'<p class="key">{key}</p>{bars}' + _table(head, rows)
+    return f'<p class="key">{key}</p>{bars}' + html.table(head, rows)
 
 
 def _bar(facts: RankFacts, held: Mapping[str, int], titles: Mapping[str, str], scale: int, limit: int | None) -> str:
@@ -193,7 +129,7 @@ def _bar(facts: RankFacts, held: Mapping[str, int], titles: Mapping[str, str], s
 def _estimate(memory: Sequence[StageMemory]) -> str:
     """The parts of each stage's memory that follow from shapes, estimates marked."""
     head, rows = memory_table(memory, "about ")
-    return _table(head, [tuple(map(_number, row)) for row in rows])
+    return html.table(head, [tuple(map(html.number, row)) for row in rows])
 
 
 def _stage(facts: RankFacts, one_run: str) -> str:
@@ -201,24 +137,24 @@ def _stage(facts: RankFacts, one_run: str) -> str:
     most = max((row.sent for row in facts.traffic), default=0) or 1
     traffic = [
         (
-            _text(row.kind),
-            _text(row.purpose),
-            _text(group_text(row.ranks)),
-            _number(row.count),
-            _number(size_text(row.payload)),
-            _number(size_text(row.sent)),
+            html.text(row.kind),
+            html.text(row.purpose),
+            html.text(group_text(row.ranks)),
+            html.number(row.count),
+            html.number(size_text(row.payload)),
+            html.number(size_text(row.sent)),
             (f'<div class="bar"><i style="background:var(--a);width:{100 * row.sent / most:.2f}%"></i></div>', False),
         )
         for row in sorted(facts.traffic, key=lambda row: -row.sent)
     ]
     tensors = [
         (
-            _text(row.name),
-            _text(row.kind),
-            _text(shape_text(row.whole)),
-            _text(shape_text(row.local)),
-            _text(row.dtype),
-            _number(size_text(row.nbytes)),
+            html.text(row.name),
+            html.text(row.kind),
+            html.text(shape_text(row.whole)),
+            html.text(shape_text(row.local)),
+            html.text(row.dtype),
+            html.number(size_text(row.nbytes)),
         )
         for row in facts.largest()
     ]
@@ -232,10 +168,10 @@ def _stage(facts: RankFacts, one_run: str) -> str:
     return (
         f"<h2>Stage {facts.stage} (rank {facts.rank})</h2><p>{facts.matmul_flops / 1e12:.3f} TFLOP of matrix products "
         f"and these collectives in {escape(one_run)}, by this rank:</p>"
-        + _table(("kind", "for", "ranks", "count", "payload", "sent by this rank", ""), traffic)
+        + html.table(("kind", "for", "ranks", "count", "payload", "sent by this rank", ""), traffic)
         + planned
         + "<p>Largest tensors:</p>"
-        + _table(("tensor", "kind", "whole", "on this rank", "type", "bytes"), tensors)
+        + html.table(("tensor", "kind", "whole", "on this rank", "type", "bytes"), tensors)
     )
 
 
@@ -246,10 +182,10 @@ def _compilation(ranks: Sequence[RankFacts]) -> str:
         measured = [*(f"{number:.1f}" for number in seconds), size_text(facts.peak_rss)] if facts.compiles else [""] * 4
         rows.append(
             (
-                _number(facts.rank),
-                _number(facts.stage),
-                _text("yes" if facts.compiles else "NO"),
-                *map(_number, measured),
+                html.number(facts.rank),
+                html.number(facts.stage),
+                html.text("yes" if facts.compiles else "NO"),
+                *map(html.number, measured),
             )
         )
     head = (
@@ -261,7 +197,7 @@ def _compilation(ranks: Sequence[RankFacts]) -> str:
         "compiler, s",
         "peak memory of this machine",
     )
-    return _table(head, rows)
+    return html.table(head, rows)
 
 
 def _comparison(report: DryRunReport) -> list[str]:
@@ -276,12 +212,18 @@ def _comparison(report: DryRunReport) -> list[str]:
         if ours.error or theirs.error:
             continue
         rows = [
-            (_text(kind), _number(mine), _number(other), _number(size_text(sent)), _number(size_text(other_sent)))
+            (
+                html.text(kind),
+                html.number(mine),
+                html.number(other),
+                html.number(size_text(sent)),
+                html.number(size_text(other_sent)),
+            )
             for kind, mine, other, sent, other_sent in compared(ours, theirs)
         ]
         parts.append(
             f"<p>Rank {theirs.rank}</p>"
-            + _table(("kind", "count, ours", "count, theirs", "sent, ours", "sent, theirs"), rows)
+            + html.table(("kind", "count, ours", "count, theirs", "sent, ours", "sent, theirs"), rows)
         )
     head = f"<h2>MindFormers' own network for the same file</h2><p>{escape(LOSS_NOTE)}</p>"
     return [head, *parts] if parts else []

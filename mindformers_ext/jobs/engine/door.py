@@ -10,12 +10,13 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mindformers_ext.core.config.run import ASCEND, ENGINES, MINDSPORE, PYTORCH
+from mindformers_ext.core.config.run import ASCEND, CPU, ENGINES, MINDSPORE, PYTORCH
 from mindformers_ext.core.config.train import TrainSpec
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import DeviceSpec, NetworkSpec
@@ -23,6 +24,7 @@ from mindformers_ext.formats.atomic import fresh_file
 from mindformers_ext.formats.mindrecord_file import MindRecordFile
 from mindformers_ext.jobs.engine.protocols import (
     Engine,
+    LayerProbe,
     LayerStates,
     RecordStore,
     RecordWriter,
@@ -131,6 +133,41 @@ def open_layer_states(folder: Path, read: Callable[[str], np.ndarray]) -> LayerS
     from mindformers_ext.pt.hidden_states import HiddenStates
 
     return HiddenStates(folder, read)
+
+
+def join_job(engine: str, device: DeviceSpec) -> None:
+    """Take this process's place in msrun's job, where that has started it: its scheduler runs the same script, ends in
+    here, and waits for the workers. Processes of torchrun need none of this as long as they send each other nothing.
+
+    Raises:
+        UserError: msrun, which starts MindSpore's jobs, and another engine.
+    """
+    if not os.environ.get("MS_ROLE"):
+        return
+    if engine != MINDSPORE:
+        raise UserError("msrun starts jobs of MindSpore: give --engine ms, or start PyTorch's with torchrun")
+    from mindformers_ext.ms.engine import MindSporeEngine
+
+    MindSporeEngine().use(replace(device, together=True))
+
+
+def open_probe(engine: str, spec: NetworkSpec, device: DeviceSpec) -> LayerProbe:
+    """A dense decoder that shows what it computes inside, layer by layer."""
+    if engine == MINDSPORE:
+        os.environ.setdefault("GLOG_v", "3")  # see open_engine
+        from mindformers_ext.ms.engine import MindSporeEngine
+        from mindformers_ext.ms.probe import MindSporeLayerProbe
+
+        if not os.environ.get("MS_ROLE"):  # else join_job has
+            MindSporeEngine().use(device)
+        return MindSporeLayerProbe(spec)
+    from mindformers_ext.pt.engine import PyTorchEngine
+    from mindformers_ext.pt.probe import TorchLayerProbe
+
+    torch = PyTorchEngine()
+    if device.target != CPU:  # else freed memory would be kept (pt/ops/memory.py), which is for training
+        torch.use(device)
+    return TorchLayerProbe(spec, torch.device)
 
 
 def write_plain(path: Path, value: Any, overwrite: bool = False) -> None:

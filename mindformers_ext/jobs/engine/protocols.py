@@ -184,3 +184,33 @@ class LayerStates(Protocol):
     def states(self, embeddings: np.ndarray, mask: np.ndarray) -> Sequence[Any]:
         """Per layer a torch tensor (B, S, D), from the bfloat16 bits of embeddings (B, S, D) and a mask (B, S)."""
         ...
+
+
+class LayerProbe(Protocol):
+    """What a dense decoder computes inside, with one layer in memory. Points are those of ``core.layers.POINTS``.
+
+    Rows do not see each other, and a token none behind it: padding on the right changes nothing before it. S is the
+    spec's ``seq_length``; PyTorch takes any.
+    """
+
+    def fill(self, layer: int, weights: Iterable[tuple[str, np.ndarray]]) -> None:
+        """The layer in memory is number ``layer`` from now on; names are those below ``model.layers.N.``."""
+        ...
+
+    def fill_head(self, norm: np.ndarray, blocks: Iterable[np.ndarray]) -> None:
+        """The final norm (D) and the head in blocks of rows, (V, D) in all, take the layer's place."""
+        ...
+
+    def forward(self, x: np.ndarray, points: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The layer's output (B, S, D) for its input, and float32 (B*S, width) at each of ``points``."""
+        ...
+
+    def backward(
+        self, x: np.ndarray, dy: np.ndarray, values: Sequence[str], gradients: Sequence[str]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """The gradient at the layer's input from that at its output, both (B, S, D); values and gradients by point."""
+        ...
+
+    def loss(self, x: np.ndarray, target: np.ndarray, counted: np.ndarray) -> tuple[float, np.ndarray]:
+        """Sum of the cross entropy over counted targets (B, S), and its gradient at ``x``, the last layer's output."""
+        ...

@@ -101,3 +101,18 @@ class LayerSplit:
         for expert, ids in enumerate(self.experts):
             mask[ids, expert] = True
         return mask
+
+
+def expert_size(width: int, experts: int) -> int:
+    """Neurons of each of ``experts`` equal experts.
+
+    Raises:
+        UserError: ``width`` is no multiple of it, or there are fewer neurons than experts, or fewer than one expert.
+    """
+    if experts < 1 or experts > width or width % experts:
+        near = [count for count in range(1, min(width, 4 * max(experts, 4)) + 1) if width % count == 0]
+        raise UserError(
+            f"{width} neurons cannot be cut into {experts} experts of one size: choose a divisor of {width}, such as "
+            f"{', '.join(map(str, near[-4:]))}"
+        )
+    return width // experts

@@ -17,7 +17,7 @@ from mindformers_ext.cli import start
 from tests.helpers.floors import FLOORS, PACKAGE
 
 ROOT = Path(__file__).resolve().parents[3]
-FOLDERS = (".", "tools", "tools/dataset_preprocess/llama", "research/mixtral")
+FOLDERS = (".", "tools", "tools/dataset_preprocess/llama", "research/mixtral", "research/llama_moe")
 BENCHES = [
     str(path.relative_to(ROOT))
     for path in sorted((ROOT / "tools" / "bench").glob("*.py"))

@@ -59,3 +59,7 @@ def test_generation_is_measured_and_its_answers_are_equal(repo_root: Path) -> No
     text = bench(repo_root, "generate", *small, "--batches", "1", "2")
     assert len(re.findall(r"(?:prefill|decode) .* ratio wall -?\d+\.\d+  CPU", text)) == 4
     assert "equal answers 1 of 1" in text and "equal answers 2 of 2" in text
+
+
+def test_clusters_are_measured(repo_root: Path) -> None:
+    assert re.search(r"256x64: ours \d+\.\d+, .*ours \d+\.\d+ s", bench(repo_root, "cluster", "--only", "256x64"))

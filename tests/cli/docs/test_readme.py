@@ -40,6 +40,7 @@ RUN_ELSEWHERE = {
     "--model_file tokenizer.model --output_file output/finetune/alpaca.mindrecord": FINETUNE,
     "python run_mindformer.py --config configs/tiny/finetune_mixtral.yaml": FINETUNE,
     "python tools/bench/generate.py": "tests/cli/docs/test_bench.py, with a small model",
+    "python tools/bench/cluster.py": "tests/cli/docs/test_bench.py, with few rows",
     "python tools/bench/gpu.py": "tests/cli/run/test_engine_pt.py, with toy shapes",
     'bash scripts/torchrun_launcher.sh "run_mindformer.py --config YAML --device_target GPU --use_parallel '
     'True" 8': "tests/cli/run/test_engine_pt.py, two processes on a CPU",

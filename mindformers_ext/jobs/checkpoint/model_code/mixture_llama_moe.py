@@ -198,11 +198,13 @@ class LlamaMoECalculator(nn.Module):
 
     def forward(self, x: torch.Tensor, routing: LlamaMoERouting) -> tuple[torch.Tensor, int]:
         """(T, H), and how many assignments found their expert full."""
+        if len(x) == 1 and not self.training:  # a text is continued by one token: nothing to sort
+            rows = torch.cat([self.experts.expert(x, e) for e in routing.index[0].tolist()])
+            return self.weighted(rows, routing.scores[0]).sum(0, keepdim=True), 0
         chosen = routing.index.shape[1]
-        flat, places, lost = routing.index.reshape(-1), None, None
+        flat, lost = routing.index.reshape(-1), None
         if self.training and self.config.calculator_type == DROPPING and self.config.drop_tokens:
-            places, lost = self.fitting(routing.index)
-            order = places
+            order, lost = self.fitting(routing.index)
         else:
             order = flat.argsort(stable=True)
         counts = flat[order].bincount(minlength=self.config.num_experts).tolist()

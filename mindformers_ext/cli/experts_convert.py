@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``convert``: dense LLaMA, split and gates become a LLaMA-MoE folder; ``--reversed`` makes it dense again."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mindformers_ext.cli.command import boolean
+from mindformers_ext.cli.experts_flags import add_model, add_writing
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.families import LLAMA_MOE
+
+if TYPE_CHECKING:
+    from mindformers_ext.jobs.experts.ladder import Ladder
+    from mindformers_ext.jobs.experts.parts import Parts
+    from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest
+
+PRESETS = ("moefication", LLAMA_MOE.name)  # of jobs/experts/gating.py
+# what may come out, by the reference's word; transformers leaves out or adds the head of what is written
+CLASSES = (
+    LLAMA_MOE.hf_class,
+    *(LLAMA_MOE.hf_class.replace("ForCausalLM", end) for end in ("Model", "ForSequenceClassification")),
+)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The stage's options."""
+    add_model(parser, "folder to write")
+    add_gating(parser)
+    add = parser.add_argument
+    add("--convert_type", choices=CLASSES, default=CLASSES[0], help="only the first is written")
+    add("--dtype", metavar="TYPE", help="type of the written weights; default: the stored one")
+    add("--reversed", action="store_true", help="--model_path is the mixture, --save_path becomes the dense model")
+    add("--to_mindspore", "--to-mindspore", type=Path, metavar="OUT.ckpt", help="also convert the result for MindSpore")
+    add(
+        "--out_shard_size",
+        "--out-shard-size",
+        default="5B",
+        metavar="SIZE",
+        help="bytes of one shard; default 5B (5e9)",
+    )
+    add_writing(parser)
+
+
+def add_gating(parser: argparse.ArgumentParser) -> None:
+    """Split, gates, how experts are chosen and weighed, and a text on which that is judged."""
+    add = parser.add_argument
+    add("--split_file_path", type=Path, help="folder that split has written")
+    add("--select_file_path", type=Path, help="folder that select has written; without it gates are random")
+    add("--num_experts", type=int, default=8, metavar="N", help="experts per layer; default %(default)s")
+    add("--num_selects", type=int, default=2, metavar="K", help="experts that a token passes; default %(default)s")
+    add(
+        "--preset",
+        choices=PRESETS,
+        help="moefication: chosen experts are added up (default with fitted gates); llama_moe: weighed by their "
+        "probabilities times N / K, to be trained on (default with random gates)",
+    )
+    add("--gate_type", choices=("mlp", "linear"), help="two matrices with tanh between, or one; default: as fitted")
+    add("--use_random_gate", type=boolean, metavar="BOOL", help="random gates, whatever was fitted")
+    add("--use_softmax", type=boolean, metavar="BOOL", help="instead of the preset's")
+    add("--multiply_gate_scores", type=boolean, metavar="BOOL", help="instead of the preset's")
+    add("--score_scale_factor", type=float, metavar="X", help="instead of the preset's")
+    add("--score_scale_factor_file_path", type=Path, metavar="DIR", help="folder with score_scale_factors.txt")
+    add("--seed", type=int, default=0, help="of random gates and choices; default %(default)s")
+    add("--allow_pickle", action="store_true", help="read older split and gate files that hold numpy's numbers")
+    add("--eval_text", type=Path, metavar="FILE", help="measure the loss on this text: dense, gate, static cut, ...")
+    add("--eval_tokens", type=int, default=32768, metavar="N", help="tokens that judge; default %(default)s")
+    add("--block_size", type=int, default=512, metavar="N", help="tokens of a row of it; default %(default)s")
+
+
+def run(words: argparse.Namespace) -> int:
+    """Convert, and say what was done."""
+    if words.convert_type != CLASSES[0]:
+        raise UserError(
+            f"--convert_type {words.convert_type}: the folder holds a {CLASSES[0]}; load it as {words.convert_type} in "
+            "transformers, which leaves out or adds the head"
+        )
+    report = (_reversed if words.reversed else _converted)(words)
+    if not words.quiet:
+        for note in report.notes:
+            print(f"note: {note}", file=sys.stderr)
+    print(_summary(words.save_path, report))
+    return 0
+
+
+def _converted(words: argparse.Namespace) -> MergeReport:
+    from mindformers_ext.jobs.experts.convert import MixtureRequest, convert
+
+    parts = parts_of(words)
+    request = MixtureRequest(
+        model=words.model_path,
+        splits=parts.splits,
+        gates=parts.gates,
+        gating=parts.gating,
+        output=_output(words),
+        dtype=words.dtype,
+        seed=words.seed,
+    )
+    report = convert(request, write=not words.dry_run)
+    ladder = quality_of(words, parts) if not words.dry_run else None
+    if ladder is None:
+        print("quality: not measured; --eval_text FILE prints the loss beside the dense model's and simpler cuts'")
+    else:
+        print(f"loss per token over {ladder.tokens} tokens:", *ladder.lines(), sep="\n  ")
+    return report
+
+
+def parts_of(words: argparse.Namespace) -> Parts:
+    """Split, gates and gating in the words of ``add_gating``."""
+    from mindformers_ext.jobs.experts.parts import PartsRequest, read_parts
+
+    return read_parts(
+        PartsRequest(
+            model=words.model_path,
+            split=words.split_file_path,
+            gates=None if words.use_random_gate else words.select_file_path,
+            templates=words.templates,
+            experts=words.num_experts,
+            chosen=words.num_selects,
+            preset=words.preset,
+            network=words.gate_type,
+            factors=words.score_scale_factor_file_path,
+            own={
+                "softmax": words.use_softmax,
+                "multiply": words.multiply_gate_scores,
+                "factors": words.score_scale_factor,
+            },
+            allow_pickle=words.allow_pickle,
+        )
+    )
+
+
+def quality_of(words: argparse.Namespace, parts: Parts) -> Ladder | None:
+    """The loss of the mixture beside simpler choices, where a text is given."""
+    if words.eval_text is None:
+        return None
+    from mindformers_ext.jobs.experts.calibration import Calibration
+    from mindformers_ext.jobs.experts.quality import QualityRequest, measure
+
+    texts = Calibration(
+        model_path=words.model_path,
+        text=words.eval_text,
+        block_size=words.block_size,
+        max_tokens=2 * words.eval_tokens,
+        quiet=words.quiet,
+    )
+    return measure(
+        QualityRequest(texts=texts, splits=parts.splits, gates=parts.gates, gating=parts.gating, seed=words.seed)
+    )
+
+
+def _reversed(words: argparse.Namespace) -> MergeReport:
+    from mindformers_ext.jobs.experts.parts import read_own_splits
+    from mindformers_ext.jobs.experts.reverse import DenseRequest, reverse
+
+    splits = read_own_splits(words.model_path, words.split_file_path, words.templates, words.allow_pickle)
+    request = DenseRequest(model=words.model_path, output=_output(words), splits=splits)
+    return reverse(request, write=not words.dry_run)
+
+
+def _output(words: argparse.Namespace) -> OutputRequest:
+    from mindformers_ext.jobs.merge.output import OutputRequest
+    from mindformers_ext.jobs.merge.shard_size import shard_bytes
+
+    return OutputRequest(
+        folder=words.save_path,
+        shard_bytes=shard_bytes(words.out_shard_size),
+        overwrite=words.overwrite,
+        quiet=words.quiet,
+        to_mindspore=words.to_mindspore,
+    )
+
+
+def _summary(folder: Path, report: MergeReport) -> str:
+    size = (
+        f"{folder}: {report.tensors} tensors, {report.parameters / 1e6:.1f} M parameters, {report.nbytes / 1e9:.3f} GB"
+    )
+    if report.seconds is None:
+        return f"{size} to write, {report.free / 1e9:.1f} GB free; nothing was written"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return f"{size} in {report.seconds:.1f} s, peak memory {peak} MB"

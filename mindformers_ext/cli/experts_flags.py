@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that several stages of ``build_experts.py`` have."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mindformers_ext.cli.command import boolean
+
+if TYPE_CHECKING:
+    from mindformers_ext.jobs.experts.calibration import Calibration
+
+TEMPLATE = "layers.{}.mlp.gate_proj.weight"
+
+
+def add_model(parser: argparse.ArgumentParser, save: str) -> None:
+    """The model, the output and the template."""
+    parser.add_argument("--model_path", type=Path, required=True, help="Hugging Face folder of a dense LLaMA")
+    parser.add_argument("--save_path", type=Path, required=True, help=save)
+    parser.add_argument(
+        "--templates",
+        "--template",
+        dest="templates",
+        default=TEMPLATE,
+        help="the matrix to go by, gate_proj or up_proj; default %(default)s",
+    )
+
+
+def add_layers(parser: argparse.ArgumentParser) -> None:
+    """Which layers."""
+    parser.add_argument(
+        "--specify_layer", type=int, nargs="+", metavar="N", help="numbers of layers; without it all layers"
+    )
+
+
+def add_calibration(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Texts, rows, engine and device."""
+    group = parser.add_argument_group("texts" if required else "texts (with --stream)")
+    group.add_argument("--train_data_path", type=Path, help="folder with *commoncrawl*.jsonl, *c4*.jsonl, ...")
+    group.add_argument("--train_data_cache_path", type=Path, help="folder where tokens are kept for the next time")
+    group.add_argument("--text", type=Path, help="one plain text file instead")
+    group.add_argument(
+        "--mixture", type=weights, metavar="KEY=N,...", help="weights of other domains than LLaMA's: wiki=3,code=1"
+    )
+    share = "share of the texts; default 0.01" + ("" if required else ". Of features: share of the files; default 1")
+    group.add_argument("--data_use_percent", type=float, help=share)
+    group.add_argument("--max_tokens", type=int, help="tokens at most")
+    group.add_argument("--block_size", type=int, default=2048, help="tokens a row; default %(default)s")
+    group.add_argument("--batch_size", type=int, default=4, help="rows a batch; default %(default)s")
+    group.add_argument("--seed", type=int, default=0, help="of every draw; default %(default)s")
+    group.add_argument("--engine", default="pt", help="pt (PyTorch) or ms (MindSpore); default %(default)s")
+    group.add_argument("--device_target", default="CPU", help="CPU, GPU or Ascend; default %(default)s")
+    group.add_argument("--device_id", type=int, default=0, help="number of the device; default %(default)s")
+
+
+def add_writing(parser: argparse.ArgumentParser) -> None:
+    """How outputs are written."""
+    for name, text in (
+        ("--overwrite", "replace what stands there"),
+        ("--dry_run", "say what it would take, and do nothing"),
+        ("--quiet", "no progress"),
+    ):
+        parser.add_argument(name, type=boolean, nargs="?", const=True, default=False, metavar="True|False", help=text)
+
+
+def calibration(words: argparse.Namespace) -> Calibration:
+    """The request in the words of ``add_calibration``."""
+    from mindformers_ext.jobs.experts.calibration import Calibration
+
+    more: dict[str, Any] = {"mixture": words.mixture} if words.mixture else {}
+    return Calibration(
+        model_path=words.model_path,
+        train_data_path=words.train_data_path,
+        train_data_cache_path=words.train_data_cache_path,
+        text=words.text,
+        data_use_percent=0.01 if words.data_use_percent is None else words.data_use_percent,
+        block_size=words.block_size,
+        batch_size=words.batch_size,
+        max_tokens=words.max_tokens,
+        seed=words.seed,
+        engine=words.engine,
+        device_target=words.device_target,
+        device_id=words.device_id,
+        quiet=words.quiet,
+        **more,
+    )
+
+
+def layers(words: argparse.Namespace) -> tuple[int, ...] | None:
+    """The layers asked for; None where none are named."""
+    return tuple(words.specify_layer) if words.specify_layer is not None else None
+
+
+def weights(text: str) -> dict[str, int]:
+    """``wiki=3,code=1`` as a table."""
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        key, _, number = part.partition("=")
+        if not key.isidentifier() or not number.isdecimal() or int(number) < 1 or key in found:
+            raise argparse.ArgumentTypeError(f"'{part}' is no domain with its weight: write KEY=N,KEY=N")
+        found[key] = int(number)
+    return found

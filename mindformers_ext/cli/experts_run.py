@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``run``: all stages from one YAML, each with its own options; what is finished is not done again.
+
+A section has the name of a stage and its options as keys. Keys outside the sections go to every stage that has such an
+option, and what one stage writes is where the next one reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from mindformers_ext.core.config.file import load_yaml
+from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.json_text import read_object
+
+ORDER = ("split", "features", "select", "convert", "report")
+DONE = "experts_run.json"
+# what a stage reads: option -> stage that writes it
+READS = {"split_file_path": "split", "hidden_features_path": "features", "select_file_path": "select"}
+SKIPS = ("convert", "report")  # stages that write a whole once; the others look themselves at what is there
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The stage's options."""
+    parser.add_argument("config", type=Path, metavar="YAML", help="for example configs/experts/tiny.yaml")
+    parser.add_argument("--overwrite", action="store_true", help="do every stage again")
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="show the stages' commands and stop")
+
+
+def run(words: argparse.Namespace) -> int:
+    """Run the stages in their order."""
+    for stage in read_stages(words.config):
+        print("+ build_experts.py " + " ".join(stage.argv), flush=True)
+        if words.dry_run:
+            continue
+        code = _done(stage) if not words.overwrite else None
+        if code is None:
+            code = _carry_out(stage, words.overwrite)
+        if code:
+            return code
+    return 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage as a command line. ``output``: what it writes; ``place``: the folder that all stages share."""
+
+    name: str
+    options: Mapping[str, Any]
+    output: Path
+    place: Path
+
+    @property
+    def argv(self) -> list[str]:
+        """Its words, its name first."""
+        return [self.name, *(word for name, value in self.options.items() for word in _option(name, value))]
+
+    @property
+    def digest(self) -> str:
+        """A name for its options."""
+        return sha256(json.dumps([self.name, self.argv]).encode()).hexdigest()
+
+
+def read_stages(path: Path) -> Iterator[Stage]:
+    """The stages of a YAML; each is made when the one before it has run, as it reads what that has written.
+
+    Raises:
+        UserError: an unknown key of any section, or one that is missing; all of them are listed.
+    """
+    config = load_yaml(path)
+    problems = Problems(f"'{path}'")
+    shared = {key: value for key, value in config.items() if key not in ORDER}
+    known = {name: _known(name) for name in ORDER}
+    for key in shared:
+        if not any(key in options for options in known.values()):
+            problems.add(f"{key} is an option of no stage", f"sections are {', '.join(ORDER)}")
+    for name in ("model_path", "save_path"):
+        if not isinstance(shared.get(name), str):
+            problems.add(f"{name} is missing", "give the folder")
+    sections = {name: config[name] or {} for name in ORDER if name in config}
+    for name, section in sections.items():
+        if not isinstance(section, Mapping):
+            problems.add(f"{name} is no table of options", "write them below it, one a line")
+            continue
+        for key in section:
+            if key not in known[name]:
+                problems.add(f"{name}.{key} is no option of this stage", f"see build_experts.py {name} --help")
+    problems.raise_if_any()
+    made: dict[str, Path] = {}
+    return (_stage(name, sections[name], shared, known[name], made) for name in ORDER if name in sections)
+
+
+def _stage(
+    name: str, section: Mapping[str, Any], shared: Mapping[str, Any], known: frozenset[str], made: dict[str, Path]
+) -> Stage:
+    options = {key: value for key, value in shared.items() if key in known}
+    options |= {key: str(made[stage]) for key, stage in READS.items() if key in known and stage in made}
+    if section.get("stream"):
+        options.pop("hidden_features_path", None)
+    options |= section
+    if name in SKIPS and "save_path" not in section:
+        raise UserError(f"{name}.save_path is missing: give the folder that it writes")
+    made[name] = _output(name, options)
+    return Stage(name, options, made[name], Path(shared["save_path"]))
+
+
+def _output(name: str, options: Mapping[str, Any]) -> Path:
+    """The folder that a stage with these options writes."""
+    if name in SKIPS:
+        return Path(str(options["save_path"]))
+    words = _parsed(name, options)
+    if name == "split":
+        from mindformers_ext.cli.experts_split import request_of
+        from mindformers_ext.jobs.experts.run_split import plan_split
+
+        return plan_split(request_of(words)).folder
+    model = words.model_path.resolve().name
+    if name == "features":
+        from mindformers_ext.jobs.experts.feature_files import features_folder
+
+        return features_folder(words.save_path, model)
+    from mindformers_ext.jobs.experts.gate_files import gates_folder
+
+    return gates_folder(words.save_path, model, words.num_experts, words.gate)
+
+
+def _carry_out(stage: Stage, overwrite: bool) -> int:
+    options = dict(stage.options) | ({"overwrite": True} if overwrite else {})
+    code: int = _module(stage.name).run(_parsed(stage.name, options))
+    if code == 0 and stage.name in SKIPS:
+        _record(stage)
+    return code
+
+
+def _done(stage: Stage) -> int | None:
+    """0 where an earlier run of the same options has finished this stage, else None."""
+    path = stage.place / DONE
+    if stage.name not in SKIPS or not path.is_file() or not stage.output.exists():
+        return None
+    if read_object(path).get(stage.name) != stage.digest:
+        return None
+    print(f"{stage.output} is there already")
+    return 0
+
+
+def _record(stage: Stage) -> None:
+    from mindformers_ext.jobs.experts.splits import note_done
+
+    note_done(stage.place / DONE, stage.name, stage.digest)
+
+
+def _parser(name: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"build_experts.py {name}", allow_abbrev=False)
+    _module(name).configure(parser)
+    return parser
+
+
+def _known(name: str) -> frozenset[str]:
+    """The long options of a stage, as keys."""
+    names = (word for action in _parser(name)._actions for word in action.option_strings)
+    return frozenset(word[2:].replace("-", "_") for word in names if word.startswith("--")) - {"help"}
+
+
+def _parsed(name: str, options: Mapping[str, Any]) -> argparse.Namespace:
+    return _parser(name).parse_args([word for key, value in options.items() for word in _option(key, value)])
+
+
+def _option(name: str, value: object) -> Iterator[str]:
+    """``--name value`` as a command line has it; True is the name alone, False and null leave it out."""
+    if value is None or value is False:
+        return
+    yield f"--{name}"
+    if value is True:
+        return
+    if isinstance(value, Mapping):
+        yield ",".join(f"{key}={item}" for key, item in value.items())
+    else:
+        yield from map(str, value if isinstance(value, list) else [value])
+
+
+def _module(name: str) -> Any:
+    from mindformers_ext.cli.experts import stage_module
+
+    return stage_module(name)

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a pass through a dense model starts from: the model, this process's rows of text, an engine and a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mindformers_ext.core.config.run import ASCEND, CPU, DEVICES, ENGINES, MINDSPORE, PYTORCH
+from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.spec import DeviceSpec
+from mindformers_ext.data.tokenizers import open_tokenizer
+from mindformers_ext.jobs.engine.door import join_job
+from mindformers_ext.jobs.experts.dense_model import DenseModel, open_dense
+from mindformers_ext.jobs.experts.mixture import (
+    MIXTURE,
+    check_length,
+    check_percent,
+    limited,
+    read_mixture,
+    read_plain_text,
+)
+from mindformers_ext.jobs.experts.probe import Course, Rows
+from mindformers_ext.jobs.experts.ranks import Share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What is asked for. ``text``: one plain text file instead of the mixture's folder ``train_data_path``."""
+
+    model_path: Path
+    train_data_path: Path | None = None
+    train_data_cache_path: Path | None = None
+    text: Path | None = None
+    mixture: Mapping[str, int] = field(default_factory=lambda: dict(MIXTURE))
+    data_use_percent: float = 0.01
+    block_size: int = 2048
+    batch_size: int = 4
+    max_tokens: int | None = None
+    seed: int = 0
+    engine: str = PYTORCH
+    device_target: str = CPU
+    device_id: int = 0
+    quiet: bool = False
+
+    def check(self) -> None:
+        """What can be judged without reading anything.
+
+        Raises:
+            UserError: lists every option that does not fit.
+        """
+        problems = Problems("options")
+        if (self.train_data_path is None) == (self.text is None):
+            problems.add("texts come from --train_data_path or from --text", "give one of the two")
+        for name in ("block_size", "batch_size"):
+            problems.positive(f"--{name}", getattr(self, name))
+        if self.max_tokens is not None:
+            problems.positive("--max_tokens", self.max_tokens)
+        problems.one_of("--engine", self.engine, ENGINES)
+        problems.one_of("--device_target", self.device_target, DEVICES)
+        if self.device_id < 0:
+            problems.add(f"--device_id {self.device_id}", "devices count from 0")
+        if self.engine == PYTORCH and self.device_target == ASCEND:
+            problems.add("--device_target Ascend on PyTorch", f"give --engine {MINDSPORE}")
+        problems.raise_if_any()
+        check_percent(self.data_use_percent)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The course of this process; ``every`` are the rows of all processes."""
+
+    course: Course
+    every: Rows
+    notes: tuple[str, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Of all processes."""
+        return self.every.tokens
+
+    @property
+    def rows(self) -> int:
+        """Of all processes."""
+        return len(self.every.ids)
+
+    @property
+    def model(self) -> DenseModel:
+        """The model."""
+        return self.course.model
+
+
+@contextmanager
+def opened(asked: Calibration, share: Share) -> Iterator[Opened]:
+    """The course; the model is closed at the end.
+
+    Raises:
+        UserError: see ``Calibration.check``, ``open_dense``, ``read_mixture``; fewer rows than processes.
+    """
+    asked.check()
+    number = share.local if share.size > 1 and asked.device_target != CPU else asked.device_id
+    device = DeviceSpec(asked.device_target, number)
+    join_job(asked.engine, device)
+    model = open_dense(asked.model_path)
+    try:
+        rows, notes = _rows(asked, model, share)
+        if len(rows.ids) < share.size:
+            raise UserError(f"{len(rows.ids)} rows for {share.size} processes: give more text, or start fewer")
+        own = rows.share(share)
+        course = Course(model, own, asked.engine, device, asked.batch_size, quiet=asked.quiet or share.rank > 0)
+        yield Opened(course, rows, tuple(notes))
+    finally:
+        model.close()
+
+
+def _rows(asked: Calibration, model: DenseModel, share: Share) -> tuple[Rows, list[str]]:
+    tokenizer = open_tokenizer(model.folder)
+    check_length(asked.block_size, tokenizer, model.spec.max_position_embeddings)
+    if asked.text is not None:
+        rows, notes = read_plain_text(asked.text, tokenizer, asked.block_size), list[str]()
+    elif asked.train_data_path is not None:
+        rows, notes = read_mixture(
+            asked.train_data_path,
+            asked.train_data_cache_path,
+            tokenizer,
+            asked.block_size,
+            asked.data_use_percent,
+            asked.mixture,
+            asked.seed,
+            keep=share.rank == 0,
+        )
+    rows = limited(rows, asked.max_tokens)
+    if int(rows.ids.max(initial=0)) >= model.spec.vocab_size:
+        raise UserError(
+            f"the tokenizer in '{model.folder}' gives the id {int(rows.ids.max())}, the embedding has "
+            f"{model.spec.vocab_size} rows: they belong to different models"
+        )
+    return rows, notes

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a mixture is worth before it is trained: its loss on a text beside the dense model's and simpler choices'.
+
+A feed-forward part is a sum over neurons, so each way to choose experts is a weight per token and neuron. The text goes
+through the model layer by layer, once for each way; every way sees the layers before it as it has made them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from mindformers_ext.jobs.engine.protocols import LayerProbe
+from mindformers_ext.jobs.experts.gating import WEIGHTS, Gating
+from mindformers_ext.jobs.experts.probe import Course, Part
+from mindformers_ext.jobs.experts.states import States
+from mindformers_ext.surgery.experts.split import LayerSplit
+
+Gates = Mapping[int, Mapping[str, np.ndarray]]
+Weigh = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
+"""Weights (T, E) of the experts from the layer's number, the feed-forward's input (T, D) and its neurons (T, F)."""
+POINTS = ("mlp_input", "hidden", "mlp_output")
+DENSE, ORACLE, GATE, RANDOM, STATIC = "dense", "oracle", "gate", "random", "static"
+MEANING = {
+    DENSE: "all neurons",
+    ORACLE: "the experts whose neurons answer most, which nobody knows before computing them all",
+    GATE: "the experts that the gate chooses",
+    STATIC: "as many neurons, the same for every token: those that add most on the text's first half",
+    RANDOM: "experts drawn at random for every token",
+}
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Mean loss per predicted token of every way, how many tokens, and what the gate did: (layers, E) shares."""
+
+    losses: Mapping[str, float]
+    tokens: int
+    load: np.ndarray | None = None
+
+    def lines(self) -> list[str]:
+        """One line per way, the best first."""
+        width = max(map(len, self.losses))
+        base = self.losses[DENSE]
+        return [
+            f"{name:{width}} {loss:.4f}" + ("" if name == DENSE else f" (+{loss - base:.4f})") + f"  {MEANING[name]}"
+            for name, loss in sorted(self.losses.items(), key=lambda item: item[1])
+        ]
+
+
+@dataclass
+class NeuronMeans:
+    """A sink of ``probe.forward``: per layer how much each neuron adds, |h| times the norm of its column of down."""
+
+    norms: Callable[[int], np.ndarray]
+    nbytes: int = 0
+    values: tuple[str, ...] = ("hidden",)
+    gradients: tuple[str, ...] = ()
+    sums: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def take(
+        self, layer: int, part: Part, values: Mapping[str, np.ndarray], gradients: Mapping[str, np.ndarray]
+    ) -> None:
+        """Add a part's tokens."""
+        found = np.abs(values["hidden"]).sum(0, dtype=np.float64)
+        self.sums[layer] = self.sums.get(layer, 0.0) + found
+
+    def end(self, layer: int) -> None:
+        """Weigh the layer's sums."""
+        self.sums[layer] *= self.norms(layer)
+
+
+def static_masks(sums: Mapping[int, np.ndarray], counts: Mapping[int, int]) -> dict[int, np.ndarray]:
+    """bool (F) per layer: the ``counts`` neurons that add most; of equal ones the lower number."""
+    masks = {}
+    for layer, total in sums.items():
+        masks[layer] = np.zeros(len(total), bool)
+        masks[layer][np.argsort(-total, kind="stable")[: counts[layer]]] = True
+    return masks
+
+
+def best(scores: np.ndarray, count: int) -> np.ndarray:
+    """bool (T, E): the ``count`` highest scores of each row; of equal ones the lower number."""
+    chosen = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+    mask = np.zeros(scores.shape, bool)
+    np.put_along_axis(mask, chosen, True, 1)
+    return mask
+
+
+def oracle(splits: Mapping[int, LayerSplit], chosen: int) -> Weigh:
+    """The experts with the largest sums of squares."""
+    masks = {layer: split.mask().astype(np.float32) for layer, split in splits.items()}
+    return lambda layer, x, h: best((h * h) @ masks[layer], chosen).astype(np.float32)
+
+
+def at_random(experts: int, chosen: int, seed: int) -> Weigh:
+    """Experts drawn anew for every token."""
+    generator = np.random.default_rng(seed)
+    return lambda layer, x, h: best(generator.random((len(x), experts)), chosen).astype(np.float32)
+
+
+def gated(gates: Gates, gating: Gating) -> Weigh:
+    """As the mixture's own gate decides and weighs (``jobs/checkpoint/hf_code.py``)."""
+
+    def weigh(layer: int, x: np.ndarray, h: np.ndarray) -> np.ndarray:
+        gate = gates[layer]
+        names = WEIGHTS[gating.network]
+        logits = x @ gate[names[0]].T
+        if len(names) > 1:
+            logits = np.tanh(logits) @ gate[names[1]].T
+        mask = best(logits, gating.chosen)
+        if not gating.multiply:
+            return mask.astype(np.float32)
+        factor = gating.factors[layer] if isinstance(gating.factors, tuple) else gating.factors
+        if not gating.softmax:
+            return np.where(mask, logits, 0).astype(np.float32) * np.float32(factor)
+        power = np.where(mask, np.exp(logits - logits.max(1, keepdims=True)), 0)
+        return (power / power.sum(1, keepdims=True) * factor).astype(np.float32)
+
+    return weigh
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way through all layers: ``weigh`` experts, or keep ``fixed`` neurons, or all of them."""
+
+    name: str
+    weigh: Weigh | None = None
+    fixed: Mapping[int, np.ndarray] | None = None
+
+
+def climb(course: Course, ways: Sequence[Way], splits: Mapping[int, LayerSplit], folder: Path) -> Ladder:
+    """The loss of every way on the course's rows. ``folder``: made for what enters the layers, and removed.
+
+    A layer's weights are in memory once, and its input and neurons of the tokens that are computed at once.
+    """
+    states = [States(folder / way.name, course.length, course.model.spec.hidden_size, way.name, False) for way in ways]
+    loads: list[np.ndarray] = []
+    try:
+        return Ladder(*_climbed(course, ways, splits, states, loads), load=np.array(loads) if loads else None)
+    finally:
+        for state in states:
+            state.remove()
+        folder.rmdir()
+
+
+def _climbed(
+    course: Course,
+    ways: Sequence[Way],
+    splits: Mapping[int, LayerSplit],
+    states: Sequence[States],
+    loads: list[np.ndarray],
+) -> tuple[dict[str, float], int]:
+    layers = course.model.spec.num_hidden_layers
+    probe = course.open()
+    for state in states:
+        file = state.input_of(0)
+        for _, rows, length in course.parts():
+            file.write(rows, course.model.embed(course.rows.ids[rows.start : rows.stop, :length]))
+        file.close()
+    with tqdm(total=layers * len(ways), desc="measuring", unit="layer", disable=course.quiet or None) as bar:
+        for layer in range(layers):
+            probe.fill(layer, course.model.layer(layer))
+            down = course.model.matrix("down_proj", layer)
+            for way, state in zip(ways, states, strict=True):
+                load = _layer(course, probe, way, splits, layer, state, down)
+                if way.name == GATE:
+                    loads.append(load / max(load.sum(), 1.0))
+                bar.update()
+    return _losses(course, probe, ways, states), _predicted(course)
+
+
+def _layer(
+    course: Course,
+    probe: LayerProbe,
+    way: Way,
+    splits: Mapping[int, LayerSplit],
+    layer: int,
+    state: States,
+    down: np.ndarray,
+) -> np.ndarray:
+    """Take every row through one layer; how many tokens chose each expert."""
+    mask = splits[layer].mask().astype(np.float32)
+    load = np.zeros(mask.shape[1])
+    came, leaves = state.input_of(layer), state.input_of(layer + 1)
+    for _, rows, length in course.parts():
+        y, taps = probe.forward(came.read(rows, length), () if way.name == DENSE else POINTS)
+        if way.weigh or way.fixed:
+            hidden = taps["hidden"]
+            if way.weigh:
+                weights = way.weigh(layer, taps["mlp_input"], hidden)
+                inside, _ = course.kept(rows, length)
+                load += (weights[inside] != 0).sum(0)
+                hidden = hidden * (weights @ mask.T)
+            elif way.fixed:
+                hidden = hidden * way.fixed[layer]
+            y = y + (hidden @ down.T - taps["mlp_output"]).reshape(y.shape)
+        leaves.write(rows, y)
+    came.close()
+    leaves.close()
+    return load
+
+
+def _losses(course: Course, probe: LayerProbe, ways: Sequence[Way], states: Sequence[States]) -> dict[str, float]:
+    probe.fill_head(course.model.norm(), course.model.head())
+    found = {}
+    for way, state in zip(ways, states, strict=True):
+        file, total = state.input_of(course.model.spec.num_hidden_layers), 0.0
+        for _, rows, length in course.parts():
+            ids = course.rows.ids[rows.start : rows.stop, :length]
+            counted = np.arange(1, length + 1)[None] < course.rows.lengths[rows.start : rows.stop, None]
+            total += probe.loss(file.read(rows, length), np.roll(ids, -1, axis=1), counted)[0]
+        file.close()
+        found[way.name] = total / max(_predicted(course), 1)
+    return found
+
+
+def _predicted(course: Course) -> int:
+    return int(np.maximum(course.rows.lengths - 1, 0).sum())

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A LLaMA-MoE folder becomes the dense LLaMA of which it was cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.families import LLAMA, LLAMA_MOE
+from mindformers_ext.formats.tensors import TensorInfo
+from mindformers_ext.jobs.checkpoint.source import CONFIG, Reader, open_hf, read_config
+from mindformers_ext.jobs.experts.cut import DENSE, MLP, ROUTED, Cut, cuts
+from mindformers_ext.jobs.experts.gating import Gating, mixture_config
+from mindformers_ext.jobs.experts.neuron_file import NEURONS, read_neurons
+from mindformers_ext.jobs.experts.writing import Task, Tensors, copied, write_model
+from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest, check_output
+from mindformers_ext.jobs.merge.sidecars import copy_tokenizer, write_json
+from mindformers_ext.surgery.experts.split import LayerSplit
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseRequest:
+    """A mixture folder to be put together again. ``splits``: where its neurons were, if not in the folder itself."""
+
+    model: Path
+    output: OutputRequest
+    splits: Mapping[int, LayerSplit] | None = None
+
+
+def reverse(request: DenseRequest, write: bool = True) -> MergeReport:
+    """Write the dense model of which a mixture was cut, neuron by neuron in the old order; gates are left out.
+
+    Raises:
+        UserError: no such mixture, or its experts share or lack neurons.
+    """
+    check_output(request.output, [request.model])
+    config = read_config(request.model)
+    if config.get("model_type") != LLAMA_MOE.name:
+        raise UserError(f"'{request.model}' is a {config.get('model_type')}: give a {LLAMA_MOE.name} folder")
+    reader = open_hf(request.model)
+    try:
+        layers = int(config.get("num_hidden_layers") or 0)
+        sizes = _sizes(reader, layers)
+        notes = []
+        splits = request.splits
+        if splits is None:
+            splits = read_neurons(request.model / NEURONS, sum(sizes[0]), layers)
+        if splits is None:
+            notes.append(f"no {NEURONS}: neurons stay in the experts' order, which computes the same")
+            splits = {layer: _in_order(count) for layer, count in sizes.items()}
+        tasks = _joined_tasks(reader, splits, layers)
+        result = _dense_config(config, splits)
+
+        def beside(folder: Path) -> list[str]:
+            write_json(folder / CONFIG, result)
+            return copy_tokenizer(str(request.model), request.model, folder)
+
+        return write_model(request.output, tasks, beside, notes, write)
+    finally:
+        reader.close()
+
+
+def _sizes(reader: Reader, layers: int) -> dict[int, list[int]]:
+    """Neurons of each routed expert, by layer."""
+    result: dict[int, list[int]] = {}
+    for layer in range(layers):
+        prefix = MLP.format(layer) + ROUTED + "weight_gate."
+        names = sorted((int(name[len(prefix) :]), name) for name in reader.infos if name.startswith(prefix))
+        if not names or [number for number, _ in names] != list(range(len(names))):
+            raise UserError(
+                f"layer {layer} has no whole row of experts '{prefix}0', ...: give a mixture without residual experts "
+                "that this command has written"
+            )
+        result[layer] = [reader.infos[name].shape[0] for _, name in names]
+    return result
+
+
+def _in_order(sizes: Sequence[int]) -> LayerSplit:
+    ends = np.cumsum(sizes)
+    return LayerSplit(int(ends[-1]), tuple(np.split(np.arange(ends[-1]), ends[:-1])))
+
+
+def _joined_tasks(reader: Reader, splits: Mapping[int, LayerSplit], layers: int) -> list[Task]:
+    """Every tensor of the dense model."""
+    mixed = tuple(MLP.format(layer) for layer in range(layers))
+    tasks = [copied(reader, info) for name, info in reader.infos.items() if not name.startswith(mixed)]
+    for layer in range(layers):
+        split = splits[layer]
+        if split.residual or not split.is_partition:
+            raise UserError(
+                f"layer {layer} shares neurons between experts, or lacks some: no dense model holds the same weights"
+            )
+        for matrix, (name, axis) in DENSE.items():
+            stored = reader.infos.get(f"{MLP.format(layer)}{ROUTED}{name}.0")
+            if stored is None:
+                raise UserError(f"'{MLP.format(layer)}{ROUTED}{name}.0' is missing: copy the model again")
+            shape = list(stored.shape)
+            shape[axis] = split.width
+            info = TensorInfo(MLP.format(layer) + matrix, tuple(shape), stored.dtype)
+            parts = list(cuts(layer, split, matrix, info))
+            wrong = [
+                part.info.name for part in parts if reader.infos.get(part.info.name, stored).shape != part.info.shape
+            ]
+            if wrong:
+                raise UserError(f"'{wrong[0]}' has another size than the split says: give the split of this model")
+            tasks.append(_joined(reader, info, parts))
+    return tasks
+
+
+def _joined(reader: Reader, info: TensorInfo, parts: Sequence[Cut]) -> Task:
+    def read() -> Tensors:
+        dense = np.empty(info.shape, info.dtype)
+        for part in parts:
+            part.into(dense, reader.read(part.info.name))
+        yield info, dense
+
+    return Task((info,), read)
+
+
+def _dense_config(config: Mapping[str, Any], splits: Mapping[int, LayerSplit]) -> dict[str, Any]:
+    """config.json without what belongs to a mixture."""
+    own = set(mixture_config({}, splits, Gating(chosen=1), "")) | {"auto_map", "gate_noise_epsilon"}
+    kept = {key: value for key, value in config.items() if key not in own}
+    kept |= {"architectures": [LLAMA.hf_class], "model_type": LLAMA.name, "intermediate_size": splits[0].width}
+    if "torch_dtype" in config:
+        kept["torch_dtype"] = config["torch_dtype"]
+    return kept

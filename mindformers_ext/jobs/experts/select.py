@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fits the gates that choose experts, layer by layer, from hidden features on disk or while the model runs."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+from tqdm import tqdm
+
+from mindformers_ext.core.errors import Problems
+from mindformers_ext.formats.atomic import write_text
+from mindformers_ext.formats.fingerprint import fingerprint
+from mindformers_ext.jobs.experts.dense_model import TEMPLATE, DenseModel, open_dense, template_kind
+from mindformers_ext.jobs.experts.feature_files import LayerFeatures, features_rows, find_features
+from mindformers_ext.jobs.experts.gate_files import SUMMARY, GateFiles, gates_folder
+from mindformers_ext.jobs.experts.layer_data import FEWEST, OUTPUT_NORM, Gathered, gather
+from mindformers_ext.jobs.experts.ranks import own_share
+from mindformers_ext.jobs.experts.splits import locked, open_split, split_sha
+from mindformers_ext.surgery.experts.split import LayerSplit
+
+if TYPE_CHECKING:
+    from mindformers_ext.jobs.experts.calibration import Calibration
+
+CRITERIA = ("plain", "positive", "l1_norm", "l2_norm", OUTPUT_NORM)  # surgery/experts/scores.py, which imports torch
+GATES = ("mlp", "linear", "ridge")
+TARGETS = ("chosen", "norm")
+INITS = ("ridge", "weight", "random")
+MOST = 1 << 18  # tokens of a layer that are held in memory
+MOST_WORKERS = 8
+LAYERS_A_WORKER = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectRequest:
+    """What is asked for. ``features`` None: while the model runs, as ``calibration`` says (--stream)."""
+
+    model_path: Path
+    split_path: Path
+    save_path: Path
+    features: Path | None = None
+    calibration: Calibration | None = None
+    template: str = TEMPLATE
+    criterion: str = "l2_norm"
+    experts: int = 8
+    selects: int = 2
+    layers: tuple[int, ...] | None = None
+    gate: str = "mlp"
+    init: str = "ridge"
+    softmax: bool = False
+    lr: float = 1e-2
+    epochs: int = 100
+    batch: int = 1024
+    patience: int = 15
+    balance: float = 0.0
+    noise: bool = False
+    percent: float = 1.0
+    damping: float = 0.01
+    ridge_target: str = "chosen"
+    reservoir: int = 1 << 16
+    workers: int | None = None
+    seed: int = 0
+    allow_pickle: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+    quiet: bool = False
+
+    def check(self) -> str:
+        """The matrix that the template names; ``UserError`` lists options that do not fit."""
+        problems = Problems("options")
+        if (self.features is None) == (self.calibration is None):
+            problems.add("features come from --hidden_features_path or, with --stream, from a run", "give one of them")
+        problems.one_of("--select_criterion", self.criterion, CRITERIA)
+        problems.one_of("--gate", self.gate, GATES)
+        problems.one_of("--mlp_init_criterion", self.init, INITS)
+        problems.one_of("--ridge_target", self.ridge_target, TARGETS)
+        for name in ("experts", "selects", "epochs", "batch", "patience", "reservoir"):
+            problems.positive(f"--{name if name not in ('experts', 'selects') else 'num_' + name}", getattr(self, name))
+        if self.workers is not None:
+            problems.positive("--workers", self.workers)
+        if self.selects > self.experts > 0:
+            problems.add(f"--num_selects {self.selects} of {self.experts} experts", f"choose at most {self.experts}")
+        for name, value, fits in (
+            ("--lr", self.lr, 0 < self.lr < 100),
+            ("--balance_loss_lambda", self.balance, 0 <= self.balance < 1e6),
+            ("--data_use_percent", self.percent, 0 < self.percent <= 1),
+            ("--ridge_lambda", self.damping, 0 < self.damping < 1e6),
+        ):
+            if not fits:
+                problems.add(f"{name} {value} is out of range", "see --help")
+        problems.raise_if_any()
+        return template_kind(self.template)
+
+
+@dataclass(frozen=True)
+class SelectReport:
+    """What was fitted. ``layers``: those of this run; ``figures``: of all that lie in the folder."""
+
+    folder: Path
+    layers: tuple[int, ...]
+    figures: tuple[Mapping[str, Any], ...]
+    notes: tuple[str, ...]
+
+
+def select(request: SelectRequest, tell: Callable[[str], object] = lambda line: None) -> SelectReport:
+    """Fit the gates that are left to fit, and write them with what was measured.
+
+    Raises:
+        UserError: options, a split, features or texts that do not fit; other gates in the folder.
+    """
+    kind = request.check()
+    model = open_dense(request.model_path)
+    try:
+        layers = model.check_layers(request.layers)
+        if request.features is not None:  # several processes divide the layers
+            share = own_share()
+            layers = layers[share.rank :: share.size]
+        files = GateFiles(gates_folder(request.save_path, model.name, request.experts, request.gate), request.template)
+        splits = {layer: layer_split(request, model, layer) for layer in layers}
+        if request.features is not None:
+            for layer in layers:
+                find_features(request.features, kind, layer, request.allow_pickle)
+        asked = _about(request, model)
+        about = {layer: {**asked, "split": split_sha(split)} for layer, split in splits.items()}
+        todo = files.todo(layers, about, request.overwrite)
+        notes: list[str] = []
+        if request.dry_run:
+            return SelectReport(files.folder, todo, (), ())
+        if todo and request.calibration is not None:
+            from mindformers_ext.jobs.experts.select_stream import stream
+
+            stream(request, model, {layer: splits[layer] for layer in todo}, files, about, tell)
+        elif todo:
+            notes += _from_files(request, todo, files, about)
+    finally:
+        model.close()
+    return _report(files, todo, notes, asked)
+
+
+def layer_split(request: SelectRequest, model: DenseModel, layer: int) -> LayerSplit:
+    """The split of one layer, which must have the model's width and the request's experts."""
+    width = model.spec.intermediate_size
+    return open_split(request.split_path, request.template, layer, request.experts, request.allow_pickle, width)
+
+
+def worker_count(asked: int | None, layers: int) -> int:
+    """``asked`` processes, or by default one for a few layers, at most one a processor."""
+    cores = len(os.sched_getaffinity(0))
+    return min(asked or min(cores, MOST_WORKERS, ceil(layers / LAYERS_A_WORKER)), layers)
+
+
+def fit_and_write(
+    request: SelectRequest,
+    model: DenseModel,
+    layer: int,
+    split: LayerSplit,
+    found: Gathered,
+    files: GateFiles,
+    about: Mapping[str, Any],
+) -> None:
+    """One layer's gate from its tokens, and its files."""
+    from mindformers_ext.surgery.experts.gate_fit import GateTraining
+    from mindformers_ext.surgery.experts.gate_layer import GateWish, LayerTokens, fit_gate
+
+    how = GateTraining(
+        selects=request.selects,
+        lr=request.lr,
+        epochs=request.epochs,
+        batch=request.batch,
+        patience=request.patience,
+        softmax=request.softmax,
+        balance=request.balance,
+        noise=request.noise,
+        seed=request.seed + layer,
+    )
+    wish = GateWish(request.gate, request.init, how, request.damping, request.ridge_target)
+    tokens = LayerTokens(found.x, found.scores, found.train, found.targets)
+    rows = model.matrix(template_kind(request.template), layer)
+    weights, figures = fit_gate(tokens, rows, split, wish)
+    files.write(layer, weights, figures, about)
+
+
+def _from_files(
+    request: SelectRequest, todo: Sequence[int], files: GateFiles, about: Mapping[int, dict[str, Any]]
+) -> list[str]:
+    """Every layer from its shards, several at a time."""
+    workers = worker_count(request.workers, len(todo))
+    limit = token_limit(request, workers)
+    jobs = [(request, layer, files, about[layer], limit) for layer in todo]
+    thinned = []
+    bar = tqdm(total=len(jobs), desc="gates", unit="layer", disable=request.quiet or None)
+    with bar:
+        if workers == 1:
+            results = map(_layer_from_files, jobs)
+            thinned = [note for note in _counted(results, bar) if note]
+        else:
+            context = multiprocessing.get_context("spawn")  # threads of torch do not live through a fork
+            with ProcessPoolExecutor(workers, context) as pool:
+                thinned = [note for note in _counted(pool.map(_layer_from_files, jobs), bar) if note]
+    return thinned[:1]
+
+
+def _counted(results: Any, bar: tqdm) -> list[str]:
+    found = []
+    for note in results:
+        found.append(note)
+        bar.update()
+    return found
+
+
+def token_limit(request: SelectRequest, workers: int) -> int:
+    """Tokens of a layer that each of ``workers`` processes may hold: a quarter of the free memory in all."""
+    width = 4 * 8192 + 8 * request.experts
+    return max(FEWEST, min(MOST, psutil.virtual_memory().available // 4 // workers // width))
+
+
+def _layer_from_files(job: tuple[SelectRequest, int, GateFiles, dict[str, Any], int]) -> str:
+    """One layer, in this process or in one of several; returns a note."""
+    request, layer, files, about, limit = job
+    model = open_dense(request.model_path)
+    try:
+        kind = template_kind(request.template)
+        split = layer_split(request, model, layer)
+        features = _share(find_features(request.features or Path(), kind, layer, request.allow_pickle), request.percent)
+        ridge = request.gate == "ridge"
+        found = gather(features, model, layer, split, kind, request.criterion, ridge, limit)
+        fit_and_write(request, model, layer, split, found, files, about)
+        used = len(found.x)
+        return f"gates were fitted to {used} of {found.there} tokens, for memory" if used < found.there else ""
+    finally:
+        model.close()
+
+
+def _share(features: LayerFeatures, percent: float) -> LayerFeatures:
+    """The first files, as many as ``percent`` says, one at least."""
+    count = max(1, int(len(features.inputs) * percent))
+    return LayerFeatures(features.inputs[:count], features.outputs[:count], features.allow_pickle)
+
+
+def _about(request: SelectRequest, model: DenseModel) -> dict[str, Any]:
+    """What makes a gate the same: kept beside it."""
+    words = ("template", "criterion", "experts", "selects", "gate", "init", "softmax", "lr", "epochs", "batch",
+             "patience", "balance", "noise", "percent", "damping", "ridge_target", "seed")  # fmt: skip
+    asked: dict[str, Any] = {word: getattr(request, word) for word in words}
+    if request.calibration is not None:
+        texts = request.calibration
+        keys = ("block_size", "max_tokens", "data_use_percent", "seed", "engine")
+        asked["stream"] = {key: getattr(texts, key) for key in keys} | {"reservoir": request.reservoir}
+        asked["texts"] = str((texts.text or texts.train_data_path or Path()).resolve())
+    if request.features is not None:
+        asked["texts"] = features_rows(request.features)
+    return asked | {"model": model.name, "weights": fingerprint(model.reader)}
+
+
+def _report(files: GateFiles, todo: tuple[int, ...], notes: list[str], asked: Mapping[str, Any]) -> SelectReport:
+    found = _figures(files, asked)
+    if not todo:
+        return SelectReport(files.folder, todo, found, tuple(notes))
+    with locked(files.folder):  # another process may fit other layers
+        found = _figures(files, asked)
+        short = [{key: value for key, value in one.items() if key not in ("curve", "about")} for one in found]
+        write_text(files.folder / SUMMARY, json.dumps({"about": dict(asked), "layers": short}, indent=1) + "\n")
+        from mindformers_ext.jobs.experts.gate_plot import plot_gates
+
+        plot_gates(found, files.folder / "select.png")
+    return SelectReport(files.folder, todo, found, tuple(notes))
+
+
+def _figures(files: GateFiles, asked: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Of the layers there that were fitted as ``asked``."""
+    return tuple(one for one in files.figures() if {**one.get("about", {}), **asked} == one.get("about"))

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gates on disk: the seed's files, the same whichever way they were fitted, and refusals that leave nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mindformers_ext.cli.experts import main
+from mindformers_ext.jobs.engine.door import write_plain
+from tests.helpers.tiny_llama import HIDDEN, LAYERS, WIDTH, make_llama, sentences
+
+TEMPLATE = "layers.{}.mlp.gate_proj.weight"
+EXPERTS = 4
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a text, a split of every layer, and features."""
+    folder = tmp_path_factory.mktemp("select")
+    make_llama(folder / "llama_tiny")
+    (folder / "text.txt").write_text("\n".join(sentences(40, 5)), encoding="utf-8")
+    (folder / "split").mkdir()
+    for layer in range(LAYERS):
+        labels = np.random.default_rng(layer).permutation(np.arange(WIDTH) % EXPERTS)
+        write_plain(folder / "split" / TEMPLATE.format(layer), labels.tolist())
+    assert main(["features", *model(folder), "--save_path", str(folder), *texts(folder), "--quiet"]) == 0
+    return folder
+
+
+def model(folder: Path) -> list[str]:
+    return ["--model_path", str(folder / "llama_tiny")]
+
+
+def texts(folder: Path) -> list[str]:
+    return ["--text", str(folder / "text.txt"), "--block_size", "32", "--batch_size", "2"]
+
+
+def words(folder: Path, out: Path, *more: str, stored: bool = True) -> list[str]:
+    source = ["--hidden_features_path", str(folder / "llama_tiny-Hidden-Features")] if stored else []
+    return [
+        *("select", *model(folder), "--split_file_path", str(folder / "split"), "--save_path", str(out)),
+        *("--num_experts", str(EXPERTS), "--epochs", "4", "--quiet", *source, *more),
+    ]
+
+
+def gates(out: Path, kind: str = "MLP") -> dict[str, dict[str, torch.Tensor]]:
+    folder = out / f"llama_tiny-{EXPERTS}Expert-Select-{kind}"
+    return {path.name: torch.load(path) for path in folder.glob("*.weight")}
+
+
+def test_the_seeds_files_and_any_way_to_the_same_gates(made: Path, tmp_path: Path) -> None:
+    assert main(words(made, tmp_path / "all", "--workers", "1")) == 0
+    wanted = gates(tmp_path / "all")
+    assert set(wanted) == {TEMPLATE.format(layer) for layer in range(LAYERS)}
+    shapes = {"gate_network.0.weight": (EXPERTS, HIDDEN), "gate_network.2.weight": (EXPERTS, EXPERTS)}
+    assert all({name: tuple(w.shape) for name, w in gate.items()} == shapes for gate in wanted.values())
+    folder = tmp_path / "all" / f"llama_tiny-{EXPERTS}Expert-Select-MLP"
+    acc = (folder / (TEMPLATE.format(0) + ".acc")).read_text(encoding="utf-8").splitlines()
+    assert [line.partition(":")[0] for line in acc] == ["best_acc", "best_loss", "save_epoch"]
+    log = (folder / (TEMPLATE.format(0) + ".log")).read_text(encoding="utf-8").splitlines()
+    names = ["train_epochs", "train_loss", "train_acc", "valid_epochs", "valid_loss", "valid_acc"]
+    assert [line.partition(":")[0] for line in log] == names
+    layers = json.loads((folder / "select.json").read_text(encoding="utf-8"))["layers"]
+    assert [one["layer"] for one in layers] == [0, 1, 2]
+    assert all(0 < one["recall"] <= 1 and one["captured"] <= one["oracle"] + 1e-9 for one in layers)
+    assert (folder / "select.png").stat().st_size > 1000
+    for layer in ("2", "0"):  # one by one, as the seed divides the layers among its commands
+        assert main(words(made, tmp_path / "one", "--specify_layer", layer)) == 0
+    for name, gate in gates(tmp_path / "one").items():
+        assert all(torch.equal(gate[key], wanted[name][key]) for key in gate)
+    stamp = (folder / TEMPLATE.format(1)).stat().st_mtime_ns
+    (folder / TEMPLATE.format(0)).unlink()
+    assert main(words(made, tmp_path / "all", "--workers", "1")) == 0  # only what is missing is fitted again
+    assert (folder / TEMPLATE.format(1)).stat().st_mtime_ns == stamp
+    again = gates(tmp_path / "all")[TEMPLATE.format(0)]
+    assert all(torch.equal(again[key], wanted[TEMPLATE.format(0)][key]) for key in again)
+
+
+@pytest.mark.slow
+def test_processes_fit_what_one_does(made: Path, tmp_path: Path) -> None:
+    for workers in ("1", "2"):
+        assert main(words(made, tmp_path / workers, "--workers", workers)) == 0
+    one, two = gates(tmp_path / "1"), gates(tmp_path / "2")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name][key], two[name][key]) for name in one for key in one[name])
+
+
+@pytest.mark.parametrize(("kind", "criterion"), [("ridge", "l2_norm"), ("mlp", "output_norm")])
+def test_stream_fits_the_same_without_features(made: Path, tmp_path: Path, kind: str, criterion: str) -> None:
+    gate = ("--gate", kind, "--select_criterion", criterion)
+    assert main(words(made, tmp_path / "stored", *gate)) == 0
+    more = (*gate, "--stream", *texts(made))
+    assert main(words(made, tmp_path / "stream", *more, stored=False)) == 0
+    name = {"ridge": "Ridge", "mlp": "MLP"}[kind]
+    stored, stream = (
+        json.loads((tmp_path / out / f"llama_tiny-{EXPERTS}Expert-Select-{name}" / "select.json").read_text())["layers"]
+        for out in ("stored", "stream")
+    )
+    for one, other in zip(stored, stream, strict=True):
+        assert one["tokens"] == other["tokens"]
+        assert abs(one["recall"] - other["recall"]) <= 0.01 and abs(one["captured"] - other["captured"]) <= 0.01
+    assert not list((tmp_path / "stream").glob("*/.states")) and not list((tmp_path / "stream").glob("*Features"))
+    if kind == "ridge":
+        first, second = gates(tmp_path / "stored", name), gates(tmp_path / "stream", name)
+        gate = TEMPLATE.format(1)
+        torch.testing.assert_close(*(g[gate]["gate_network.weight"] for g in (first, second)), rtol=0.02, atol=0.02)
+
+
+def _one_file_less(folder: Path) -> None:
+    next((folder / "llama_tiny-Hidden-Features" / "hidden_inputs" / "layer1").iterdir()).unlink()
+
+
+def _other_width(folder: Path) -> None:
+    path = folder / "llama_tiny-Hidden-Features" / "hidden_gate_outputs" / "layer1" / "0_0.pth"
+    write_plain(path, np.ones((len(torch.load(path)), 7), np.float16), overwrite=True)
+
+
+def _four_dimensions(folder: Path) -> None:
+    for name in ("hidden_inputs", "hidden_gate_outputs"):
+        path = folder / "llama_tiny-Hidden-Features" / name / "layer1" / "0_0.pth"
+        write_plain(path, np.ones((2, 2, 3, 4), np.float16), overwrite=True)
+
+
+def _other_split(folder: Path) -> None:
+    write_plain(folder / "split" / TEMPLATE.format(1), [0, 1, 2, 3] * 5, overwrite=True)
+
+
+def _no_split(folder: Path) -> None:
+    (folder / "split" / TEMPLATE.format(1)).unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "more", "message"),
+    [
+        (_one_file_less, (), "files in hidden_inputs"),
+        (_other_width, (), "7 wide"),
+        (_four_dimensions, (), "4 dimensions"),
+        (_other_split, (), "20"),
+        (_no_split, (), "split layer 1 first"),
+        (None, ("--select_criterion", "l3_norm"), "--select_criterion='l3_norm' is unknown"),
+        (None, ("--num_selects", "5"), "--num_selects 5 of 4"),
+        (None, ("--num_experts", "8"), "expert 4 is empty"),
+        (None, ("--templates", "layers.{}.mlp.up_proj.weight"), "up_proj"),
+        (None, ("--gate", "tree"), "--gate='tree' is unknown"),
+        (None, ("--stream",), "reads no features"),
+    ],
+)
+def test_bad_input_leaves_nothing(
+    made: Path, tmp_path: Path, spoil, more: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = made
+    if spoil:
+        folder = tmp_path / "made"
+        shutil.copytree(made, folder)
+        spoil(folder)
+    assert main(words(folder, tmp_path / "out", "--specify_layer", "1", *more)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_gates_are_not_replaced(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layer = ("--specify_layer", "0")
+    assert main(words(made, tmp_path, *layer)) == 0
+    assert main(words(made, tmp_path, *layer, "--lr", "0.5")) == 2
+    assert "fitted otherwise" in capsys.readouterr().err
+    assert main(words(made, tmp_path, *layer, "--lr", "0.5", "--overwrite")) == 0
