@@ -119,7 +119,19 @@ def _is_below(path: str | bytes, folder: Path) -> bool:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Every file below ``folder``, hidden ones too, and a hash of its bytes; empty folders have no hash."""
+    """Every file below ``folder``, hidden ones too, and a hash of its bytes; empty folders have no hash.
+
+    A process that the killed one has started may still be ending, and take its files with it: looked at again then.
+    """
+    for _ in range(200):
+        try:
+            return _contents(folder)
+        except FileNotFoundError:
+            time.sleep(0.02)
+    return _contents(folder)
+
+
+def _contents(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
         for path in sorted(folder.rglob("*"))
