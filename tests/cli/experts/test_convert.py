@@ -23,7 +23,7 @@ EXPERTS = 8
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory, remote_code: Path) -> Path:
     """A model, a text, a split into experts of different sizes, random gates."""
     folder = tmp_path_factory.mktemp("convert")
     make_llama(folder / "dense")
