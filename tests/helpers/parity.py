@@ -198,11 +198,15 @@ def reference_of(case: Case) -> tuple[dict[str, np.ndarray], Outcome]:
     return to_mindspore(model.state_dict(), case.model()), run_reference(case, model)
 
 
-def in_modes(cases: Iterable[Case], chosen: Callable[[Case], str]) -> list[ParameterSet]:
-    """``case`` and ``mode`` of a test: each case in the mode that is ``chosen`` for it, with --all in the other too."""
+def in_modes(cases: Iterable[Case], chosen: Callable[[Case], str], turns: str = "") -> list[ParameterSet]:
+    """``case`` and ``mode`` of a test: each case in the mode that is ``chosen`` for it, with --all in the other too.
+
+    ``turns``: the group in which the cases take turns.
+    """
     long = pytest.mark.long("the same case runs in the other mode, and short cases in both")
+    first = pytest.mark.turn(turns) if turns else ()
     return [
-        pytest.param(case, mode, id=f"{case.name}-{mode}", marks=() if mode == chosen(case) else long)
+        pytest.param(case, mode, id=f"{case.name}-{mode}", marks=first if mode == chosen(case) else long)
         for case in cases
         for mode in MODES
     ]

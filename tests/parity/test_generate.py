@@ -159,10 +159,10 @@ def test_neither_batch_nor_cache_changes_a_token(
 
 
 def in_both_modes(kinds: Iterable[str]) -> list[ParameterSet]:
-    """Each kind as a graph, and operator by operator those that take their turn."""
-    turn = pytest.mark.turn("short answers")
+    """Each kind as a graph and operator by operator: of each mode one takes its turn."""
+    graph, turn = pytest.mark.turn("short answers of graphs"), pytest.mark.turn("short answers")
     return [
-        *(pytest.param(kind, ms.GRAPH_MODE, id=f"{kind}-GRAPH") for kind in kinds),
+        *(pytest.param(kind, ms.GRAPH_MODE, id=f"{kind}-GRAPH", marks=graph) for kind in kinds),
         *(pytest.param(kind, ms.PYNATIVE_MODE, id=f"{kind}-PYNATIVE", marks=turn) for kind in kinds),
     ]
 
@@ -178,6 +178,7 @@ def test_a_short_answer_in_both_modes(kind: str, current: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.turn("cached logits")
 @pytest.mark.parametrize("kind", CASES | MIXED)
 def test_logits_with_cache_equal_logits_without(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of random tokens one after the other, rows of different lengths side by side, prompts read two and two."""

@@ -146,7 +146,7 @@ def test_equals_transformers(case: Case, mode: str) -> None:
     check(case, mode)
 
 
-MORE = in_modes(SLOW, lambda case: "PYNATIVE" if "dropless" in case.name else "GRAPH")
+MORE = in_modes(SLOW, lambda case: "PYNATIVE" if "dropless" in case.name else "GRAPH", "more Mixtrals")
 
 
 @pytest.mark.slow

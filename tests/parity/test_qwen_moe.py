@@ -99,7 +99,7 @@ def test_equals_transformers(case: Case, mode: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "mode"), in_modes(SLOW, lambda _: "GRAPH"))
+@pytest.mark.parametrize(("case", "mode"), in_modes(SLOW, lambda _: "GRAPH", "more Qwens"))
 def test_equals_transformers_more(case: Case, mode: str) -> None:
     check(case, mode)
 

@@ -58,6 +58,7 @@ CASES = {
 
 
 @pytest.mark.slow
+@pytest.mark.turn("trainers")
 @pytest.mark.parametrize("case", CASES)
 def test_both_trainers_do_the_same_steps(case: str) -> None:
     ms.set_context(mode=ms.GRAPH_MODE)

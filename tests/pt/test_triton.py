@@ -45,12 +45,14 @@ def test_kernels_equal_their_twins() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.turn("triton")
 def test_experts_equal_their_twins() -> None:
     found = run("triton_experts_worker.py", **INTERPRETER)
     assert found.count("experts Case(") == 11 and "all experts equal their twins" in found
 
 
 @pytest.mark.slow
+@pytest.mark.turn("triton")
 def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     found = run("triton_compile_worker.py", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     assert found.count("compiled _") == 15 and "all kernels compile" in found

@@ -48,7 +48,7 @@ def asked(name: str, commit: str | None) -> tuple[int, ...]:
     return chosen_ranks(DEVICES, 1, commit) if name in FILES else (5,)
 
 
-@pytest.fixture(scope="module", params=JOBS)
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.turn("predictions")) for name in JOBS])
 def job(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, commit: str | None
 ) -> tuple[str, DryRun]:

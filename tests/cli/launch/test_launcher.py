@@ -232,6 +232,7 @@ def test_form_2_and_form_9_on_one_machine(folder, port_8118):
 
 
 @pytest.mark.slow
+@pytest.mark.turn("launchers")
 def test_form_6_names_the_log_of_a_killed_worker(folder):
     process = start("sum.py 100000", 2, free_port(), "log", "True", 60, cwd=folder, log=folder / "out")
     try:
@@ -246,6 +247,7 @@ def test_form_6_names_the_log_of_a_killed_worker(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.turn("launchers")
 def test_stopping_the_launcher_stops_every_worker(folder):
     process = start("sum.py 100000", 2, free_port(), "log", "True", 60, cwd=folder, log=folder / "out")
     try:
@@ -259,6 +261,7 @@ def test_stopping_the_launcher_stops_every_worker(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.turn("launchers")
 def test_an_unreachable_master_is_reported_within_the_timeout(folder):
     missing = namespaces_missing()
     if missing:

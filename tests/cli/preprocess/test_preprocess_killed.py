@@ -113,6 +113,7 @@ def test_a_process_that_dies_is_reported(folder: Path, repo_root: Path, victim: 
 
 
 @pytest.mark.slow
+@pytest.mark.turn("bench")
 def test_memory_does_not_grow_with_the_text(folder: Path, repo_root: Path) -> None:
     """The writer's buffers take up to 400 MiB; the others would show a text, or its tokens, that one of them held."""
     text = (folder / "text.txt").read_bytes()
