@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # all together more than 40 seconds
+
 KILLS = 20
 
 

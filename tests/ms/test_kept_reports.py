@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import mindspore as ms
 import numpy as np
+import pytest
 from mindspore import Tensor, nn
 
 from mindformers_ext.core.layers import MoESpec
@@ -12,6 +13,8 @@ from mindformers_ext.core.spec import ModelSpec, NetworkSpec, ParallelSpec
 from mindformers_ext.ms.causal_lm import build_causal_lm
 from mindformers_ext.ms.kept_reports import KEPT
 from mindformers_ext.ms.step import LossNetwork, TrainStepCell
+
+pytestmark = pytest.mark.slow  # all together more than 10 seconds
 
 MODEL = ModelSpec(
     vocab_size=50,

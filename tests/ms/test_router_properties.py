@@ -21,6 +21,8 @@ from mindformers_ext.ms.moe.order import ExpertOrder
 from tests.helpers.router import TopkRouterV2
 from tests.helpers.routing import Routing, capacity_of, chosen_experts, hard_logits, route, softmax
 
+pytestmark = pytest.mark.slow  # all together more than 30 seconds
+
 
 @dataclass(frozen=True)
 class Drawn:

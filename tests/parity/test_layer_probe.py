@@ -18,6 +18,8 @@ from mindformers_ext.core.spec import DeviceSpec, NetworkSpec
 from mindformers_ext.jobs.engine.door import open_probe
 from mindformers_ext.weights.convert import to_mindspore
 
+pytestmark = pytest.mark.slow  # all together more than 10 seconds
+
 LENGTH, LENGTHS = 24, (24, 15)
 
 

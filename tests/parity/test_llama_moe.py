@@ -32,6 +32,8 @@ from mindformers_ext.pt.trainer import TorchTrainer
 from mindformers_ext.weights.convert import to_hf, to_mindspore
 from tests.helpers.llama_moe_models import UNEQUAL, model_of, token_ids
 
+pytestmark = pytest.mark.slow  # all together more than 30 seconds
+
 WORDS = {"gate_balance_loss_weight": 0.1, "score_scale_factor": [2.5, 1.0, 2.0], "gate_network": "mlp"}
 OTHERS = {"gate_network": "linear", "gate_use_softmax": False, "load_compat": "reference", "tie_word_embeddings": True}
 CASES: dict[str, dict[str, Any]] = {

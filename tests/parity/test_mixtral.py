@@ -141,6 +141,7 @@ SLOW = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FAST, ids=lambda case: case.name)
 def test_equals_transformers(case: Case, mode: str) -> None:
     check(case, mode)

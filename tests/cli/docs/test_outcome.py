@@ -53,7 +53,7 @@ def test_a_stopped_dry_run_leaves_no_process(number: int, code: int, repo_root: 
         process.kill()
     assert process.returncode == code and "Traceback" not in message, message
     assert message.endswith("interrupted\n" if number == signal.SIGINT else "")
-    wait_for(lambda: not running(tmp_path / "out"), 10, "the end of every process")
+    wait_for(lambda: not running(tmp_path / "out"), 60, "the end of every process")
 
 
 def running(folder: Path) -> list[str]:

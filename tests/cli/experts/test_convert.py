@@ -18,6 +18,8 @@ from mindformers_ext.jobs.engine.door import write_plain
 from mindformers_ext.jobs.experts.ladder import best
 from tests.helpers.tiny_llama import HIDDEN, LAYERS, WIDTH, make_llama, sentences
 
+pytestmark = pytest.mark.slow  # all together more than 20 seconds
+
 NAME = "layers.{}.mlp.gate_proj.weight"
 EXPERTS = 8
 

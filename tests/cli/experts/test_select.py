@@ -15,6 +15,8 @@ from mindformers_ext.cli.experts import main
 from mindformers_ext.jobs.engine.door import write_plain
 from tests.helpers.tiny_llama import HIDDEN, LAYERS, WIDTH, make_llama, sentences
 
+pytestmark = pytest.mark.slow  # all together more than 15 seconds
+
 TEMPLATE = "layers.{}.mlp.gate_proj.weight"
 EXPERTS = 4
 

@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -261,16 +262,18 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path, place):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_killed_run_leaves_nothing(number, tmp_path):
-    family(tmp_path, hidden=256, ffn=1024, vocab=4000)
+    family(tmp_path, hidden=512, ffn=2048, vocab=8000)
     (tmp_path / "config.yml").write_text(yaml.safe_dump(TIES))
     words = [sys.executable, str(ROOT / "tools/merge.py"), "yaml", "config.yml", "out", "--quiet", "-j", "1"]
-    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for _ in range(3000):
-        if any(tmp_path.glob(".out.*.partial/*")):
+    for _ in range(5):  # on a busy machine a run may have ended before the signal came
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not any(tmp_path.glob(".out.*.partial/*")):
+            time.sleep(0.005)
+        process.send_signal(number)
+        _, message = process.communicate(timeout=60)
+        if process.returncode:
             break
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, message = process.communicate(timeout=60)
     assert process.returncode in (128 + signal.SIGTERM, 130), message
     assert sorted(os.listdir(tmp_path)) == ["base", "config.yml", "ft1", "ft2"] and "Traceback" not in message
 
