@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.fuzz_formats import FORMATS
 
-COUNT = 45
+COUNT = 60
 ABOVE = 400 * 2**20  # bytes above what the process held before
 
 
