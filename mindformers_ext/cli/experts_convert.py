@@ -26,6 +26,12 @@ CLASSES = (
     *(LLAMA_MOE.hf_class.replace("ForCausalLM", end) for end in ("Model", "ForSequenceClassification")),
 )
 
+# what --reversed knows
+BACK = (
+    *("model_path", "save_path", "templates", "split_file_path", "allow_pickle", "reversed", "to_mindspore"),
+    *("out_shard_size", "overwrite", "dry_run", "quiet"),
+)
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The stage's options."""
@@ -153,7 +159,25 @@ def quality_of(words: argparse.Namespace, parts: Parts) -> Ladder | None:
     )
 
 
+def _check_reversed(words: argparse.Namespace) -> None:
+    """Options that say how a mixture is made mean nothing on the way back.
+
+    Raises:
+        UserError: some are given.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    configure(parser)
+    given = [
+        f"--{action.dest}"
+        for action in parser._actions
+        if action.dest not in BACK and getattr(words, action.dest) != action.default
+    ]
+    if given:
+        raise UserError(f"{', '.join(given)} mean nothing with --reversed: leave them out")
+
+
 def _reversed(words: argparse.Namespace) -> MergeReport:
+    _check_reversed(words)
     from mindformers_ext.jobs.experts.parts import read_own_splits
     from mindformers_ext.jobs.experts.reverse import DenseRequest, reverse
 

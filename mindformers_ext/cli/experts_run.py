@@ -49,12 +49,14 @@ def run(words: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage as a command line. ``output``: what it writes; ``place``: the folder that all stages share."""
+    """One stage as a command line. ``output``: what it writes; ``place``: the folder that all stages share; ``before``:
+    the digest of the stage before it, on whose output it stands."""
 
     name: str
     options: Mapping[str, Any]
     output: Path
     place: Path
+    before: str
 
     @property
     def argv(self) -> list[str]:
@@ -63,8 +65,8 @@ class Stage:
 
     @property
     def digest(self) -> str:
-        """A name for its options."""
-        return sha256(json.dumps([self.name, self.argv]).encode()).hexdigest()
+        """A name for its options and those of all stages before it."""
+        return sha256(json.dumps([self.before, self.argv]).encode()).hexdigest()
 
 
 def read_stages(path: Path) -> Iterator[Stage]:
@@ -92,12 +94,28 @@ def read_stages(path: Path) -> Iterator[Stage]:
             if key not in known[name]:
                 problems.add(f"{name}.{key} is no option of this stage", f"see build_experts.py {name} --help")
     problems.raise_if_any()
+    return _stages(sections, shared, known)
+
+
+def _stages(
+    sections: Mapping[str, Mapping[str, Any]], shared: Mapping[str, Any], known: Mapping[str, frozenset[str]]
+) -> Iterator[Stage]:
     made: dict[str, Path] = {}
-    return (_stage(name, sections[name], shared, known[name], made) for name in ORDER if name in sections)
+    before = ""
+    for name in ORDER:
+        if name in sections:
+            stage = _stage(name, sections[name], shared, known[name], made, before)
+            before = stage.digest
+            yield stage
 
 
 def _stage(
-    name: str, section: Mapping[str, Any], shared: Mapping[str, Any], known: frozenset[str], made: dict[str, Path]
+    name: str,
+    section: Mapping[str, Any],
+    shared: Mapping[str, Any],
+    known: frozenset[str],
+    made: dict[str, Path],
+    before: str,
 ) -> Stage:
     options = {key: value for key, value in shared.items() if key in known}
     options |= {key: str(made[stage]) for key, stage in READS.items() if key in known and stage in made}
@@ -107,7 +125,7 @@ def _stage(
     if name in SKIPS and "save_path" not in section:
         raise UserError(f"{name}.save_path is missing: give the folder that it writes")
     made[name] = _output(name, options)
-    return Stage(name, options, made[name], Path(shared["save_path"]))
+    return Stage(name, options, made[name], Path(shared["save_path"]), before)
 
 
 def _output(name: str, options: Mapping[str, Any]) -> Path:

@@ -37,11 +37,12 @@ class NoiseFed:
     """A train step that adds the keys to the columns it is called with, where it has some; before the step's cell."""
 
     noise: StepNoise | None = None
+    optimizer: Any  # the step's
 
     def __call__(self, *columns: Tensor) -> Any:
         """One step."""
         if self.noise is not None:
-            updates = int(self.optimizer.global_step.asnumpy()[0])  # type: ignore[attr-defined]
+            updates = int(self.optimizer.global_step.asnumpy()[0])
             columns = (*columns, self.noise.column(updates, columns[0].shape[0]))
         return super().__call__(*columns)  # type: ignore[misc]
 

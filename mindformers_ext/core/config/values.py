@@ -82,13 +82,15 @@ def _layers(value: Any) -> tuple[int, ...] | None:
 def _factors(value: Any) -> float | tuple[float, ...] | None:
     if not isinstance(value, (list, tuple)):
         return _float(value)
-    numbers = tuple(_float(item) for item in value)
-    return numbers if numbers and None not in numbers else None  # type: ignore[return-value]
+    numbers = tuple(number for item in value if (number := _float(item)) is not None)
+    return numbers if numbers and len(numbers) == len(value) else None
 
 
 def _sizes(value: Any) -> tuple[tuple[int, ...], ...] | None:
-    rows = tuple(_layers(row) for row in value) if isinstance(value, (list, tuple)) else ()
-    return rows if rows and all(rows) else None  # type: ignore[return-value]
+    if not isinstance(value, (list, tuple)):
+        return None
+    rows = tuple(sizes for row in value if (sizes := _layers(row)))
+    return rows if rows and len(rows) == len(value) else None
 
 
 _READERS: dict[str, tuple[Any, str]] = {

@@ -19,7 +19,7 @@ from mindformers_ext.jobs.checkpoint.source import CONFIG, Reader, read_config
 from mindformers_ext.jobs.experts.cut import MLP, Cut, cuts, dense_matrix, ids_of, in_type, routed_prefix
 from mindformers_ext.jobs.experts.gating import NOISE, Gating, check_gate, mixture_config, random_gates
 from mindformers_ext.jobs.experts.neuron_file import NEURONS, write_neurons
-from mindformers_ext.jobs.experts.writing import Task, Tensors, copied, given, in_type_of, write_model
+from mindformers_ext.jobs.experts.writing import Task, Tensors, as_written, copied, given, write_model
 from mindformers_ext.jobs.merge.fit import check_fit
 from mindformers_ext.jobs.merge.models import opened
 from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest, check_output
@@ -131,7 +131,7 @@ def _cut(reader: Reader, name: str, parts: Sequence[Cut]) -> Task:
     def read() -> Tensors:
         dense = reader.read(name)
         for part in parts:
-            yield part.info, in_type_of(part.info, part.of(dense))
+            yield part.info, as_written(part.info, part.of(dense))
 
     return Task(tuple(part.info for part in parts), read)
 
@@ -140,18 +140,9 @@ def _gate_tasks(request: MixtureRequest, config: Mapping[str, Any]) -> list[Task
     """The gate of every layer, with noise weights of 0 where it was fitted without."""
     layers, width = int(config["num_hidden_layers"]), int(config["hidden_size"])
     experts = len(request.splits[0].experts)
-    gates = request.gates or dict(
-        enumerate(
-            random_gates(
-                layers,
-                experts,
-                width,
-                request.gating.network,
-                float(config.get("initializer_range", 0.02)),
-                request.seed,
-            )
-        )
-    )
+    std = float(config.get("initializer_range", 0.02))
+    drawn = () if request.gates else random_gates(layers, experts, width, request.gating.network, std, request.seed)
+    gates = request.gates or dict(enumerate(drawn))
     tasks = []
     for layer in range(layers):
         prefix = routed_prefix(layer, request.splits[layer]) + "gate."

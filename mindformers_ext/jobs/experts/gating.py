@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from mindformers_ext.core.config.hf_attention import with_both_ropes
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.families import LLAMA_MOE
 from mindformers_ext.core.philox import normal, seeds
 from mindformers_ext.surgery.experts.split import LayerSplit
 
+PRESETS = ("moefication", LLAMA_MOE.name)
 NETWORKS = ("mlp", "linear")  # two matrices with tanh between, or one
 NOISE = "weight_noise.weight"
 WEIGHTS = {"mlp": ("gate_network.0.weight", "gate_network.2.weight"), "linear": ("gate_network.weight",)}
@@ -36,12 +38,21 @@ class Gating:
     noise: bool = True
     balance: float = 1e-2
 
+    def factor_of(self, layer: int) -> float:
+        """The factor of one layer."""
+        return self.factors[layer] if isinstance(self.factors, tuple) else self.factors
+
     def collect(self, experts: int, layers: int, problems: Problems) -> None:
         """Add what cannot be."""
         if self.network not in NETWORKS:
             problems.add(f"gate_type={self.network}", f"use one of {', '.join(NETWORKS)}")
         if not 1 <= self.chosen <= experts:
             problems.add(f"num_selects={self.chosen} of {experts} experts", f"choose 1 to {experts}")
+        if not self.multiply and self.factors != 1.0:
+            problems.add(
+                f"score_scale_factor {self.factors} without multiply_gate_scores has no effect",
+                "pass --multiply_gate_scores True, or leave the factor out",
+            )
         if isinstance(self.factors, tuple) and len(self.factors) != layers:
             problems.add(
                 f"{len(self.factors)} score scale factors for {layers} layers",
@@ -57,9 +68,6 @@ def preset(name: str, experts: int, chosen: int) -> dict[str, Any]:
     return {"softmax": True, "multiply": True, "factors": experts / chosen, "noise": True}
 
 
-PRESETS = ("moefication", LLAMA_MOE.name)
-
-
 def mixture_config(
     dense: Mapping[str, Any], splits: Mapping[int, LayerSplit], gating: Gating, dtype: str
 ) -> dict[str, Any]:
@@ -73,7 +81,9 @@ def mixture_config(
         raise UserError(f"layers have different numbers of experts ({sorted(kinds)}): split all layers alike")
     first = splits[0]
     width = sum(first.sizes) + sum(first.residual_sizes)
-    result = {key: value for key, value in dense.items() if key not in ("_name_or_path", "auto_map", "dtype")}
+    result = {
+        key: value for key, value in with_both_ropes(dense).items() if key not in ("_name_or_path", "auto_map", "dtype")
+    }
     result |= {
         "architectures": [LLAMA_MOE.hf_class],
         "model_type": LLAMA_MOE.name,

@@ -18,6 +18,7 @@ from mindformers_ext.jobs.engine.protocols import LayerProbe
 from mindformers_ext.jobs.experts.gating import WEIGHTS, Gating
 from mindformers_ext.jobs.experts.probe import Course, Part
 from mindformers_ext.jobs.experts.states import States
+from mindformers_ext.surgery.experts.choices import by_answers, by_chance, by_gate, kept_neurons
 from mindformers_ext.surgery.experts.split import LayerSplit
 
 Gates = Mapping[int, Mapping[str, np.ndarray]]
@@ -53,7 +54,7 @@ class Ladder:
 
 
 @dataclass
-class NeuronMeans:
+class NeuronSums:
     """A sink of ``probe.forward``: per layer how much each neuron adds, |h| times the norm of its column of down."""
 
     norms: Callable[[int], np.ndarray]
@@ -75,51 +76,28 @@ class NeuronMeans:
 
 
 def static_masks(sums: Mapping[int, np.ndarray], counts: Mapping[int, int]) -> dict[int, np.ndarray]:
-    """bool (F) per layer: the ``counts`` neurons that add most; of equal ones the lower number."""
-    masks = {}
-    for layer, total in sums.items():
-        masks[layer] = np.zeros(len(total), bool)
-        masks[layer][np.argsort(-total, kind="stable")[: counts[layer]]] = True
-    return masks
-
-
-def best(scores: np.ndarray, count: int) -> np.ndarray:
-    """bool (T, E): the ``count`` highest scores of each row; of equal ones the lower number."""
-    chosen = np.argsort(-scores, axis=1, kind="stable")[:, :count]
-    mask = np.zeros(scores.shape, bool)
-    np.put_along_axis(mask, chosen, True, 1)
-    return mask
+    """bool (F) per layer: the ``counts`` neurons that add most."""
+    return {layer: kept_neurons(total, counts[layer]) for layer, total in sums.items()}
 
 
 def oracle(splits: Mapping[int, LayerSplit], chosen: int) -> Weigh:
     """The experts with the largest sums of squares."""
-    masks = {layer: split.mask().astype(np.float32) for layer, split in splits.items()}
-    return lambda layer, x, h: best((h * h) @ masks[layer], chosen).astype(np.float32)
+    return lambda layer, x, h: by_answers(h, splits[layer], chosen)
 
 
 def at_random(experts: int, chosen: int, seed: int) -> Weigh:
     """Experts drawn anew for every token."""
     generator = np.random.default_rng(seed)
-    return lambda layer, x, h: best(generator.random((len(x), experts)), chosen).astype(np.float32)
+    return lambda layer, x, h: by_chance(generator, len(x), experts, chosen)
 
 
 def gated(gates: Gates, gating: Gating) -> Weigh:
-    """As the mixture's own gate decides and weighs (``jobs/checkpoint/hf_code.py``)."""
+    """As the mixture's own gate decides and weighs."""
 
     def weigh(layer: int, x: np.ndarray, h: np.ndarray) -> np.ndarray:
-        gate = gates[layer]
-        names = WEIGHTS[gating.network]
-        logits = x @ gate[names[0]].T
-        if len(names) > 1:
-            logits = np.tanh(logits) @ gate[names[1]].T
-        mask = best(logits, gating.chosen)
-        if not gating.multiply:
-            return mask.astype(np.float32)
-        factor = gating.factors[layer] if isinstance(gating.factors, tuple) else gating.factors
-        if not gating.softmax:
-            return np.where(mask, logits, 0).astype(np.float32) * np.float32(factor)
-        power = np.where(mask, np.exp(logits - logits.max(1, keepdims=True)), 0)
-        return (power / power.sum(1, keepdims=True) * factor).astype(np.float32)
+        own = {name: gates[layer][name] for name in WEIGHTS[gating.network]}
+        factor = gating.factor_of(layer)
+        return by_gate(x, own, gating.chosen, softmax=gating.softmax, multiply=gating.multiply, factor=factor)
 
     return weigh
 

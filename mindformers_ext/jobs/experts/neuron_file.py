@@ -6,6 +6,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,8 @@ MOST_BYTES = 2**28  # of the file unpacked; 126 layers of 53,248 neurons are 27 
 def write_neurons(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write ``jobs.experts.cut.ids_of``'s arrays; the same arrays give the same bytes."""
     with path.open("wb") as file:
-        np.savez(file, **{name: arrays[name] for name in sorted(arrays)})  # type: ignore[arg-type]
+        ordered: dict[str, Any] = {name: arrays[name] for name in sorted(arrays)}
+        np.savez(file, **ordered)
     flush(path)
 
 

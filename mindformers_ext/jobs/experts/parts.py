@@ -64,6 +64,8 @@ def read_parts(request: PartsRequest) -> Parts:
     fields = preset(request.preset or preset_for(gates is not None), request.experts, request.chosen)
     if request.factors is not None:
         fields["factors"] = _factor_file(request.factors, layers)
+    if request.factors is not None and "factors" in own:
+        raise UserError("--score_scale_factor and --score_scale_factor_file_path say the same: give one of them")
     if "factors" in own:
         own["factors"] = read_factors(own["factors"], layers)
     first = gates[0] if gates else {}
@@ -84,10 +86,10 @@ def read_own_splits(
 def model_sizes(model: Path) -> tuple[int, int]:
     """Layers and neurons that config.json tells."""
     config = read_config(model)
-    sizes = config.get("num_hidden_layers"), config.get("intermediate_size")
-    if not all(type(size) is int and size > 0 for size in sizes):
+    layers, width = config.get("num_hidden_layers"), config.get("intermediate_size")
+    if type(layers) is not int or type(width) is not int or min(layers, width) < 1:
         raise UserError(f"config.json of '{model}' lacks num_hidden_layers or intermediate_size: copy it again")
-    return int(sizes[0]), int(sizes[1])  # type: ignore[arg-type]
+    return layers, width
 
 
 def preset_for(fitted: bool) -> str:

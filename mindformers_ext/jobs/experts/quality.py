@@ -21,7 +21,7 @@ from mindformers_ext.jobs.experts.ladder import (
     STATIC,
     Gates,
     Ladder,
-    NeuronMeans,
+    NeuronSums,
     Way,
     at_random,
     climb,
@@ -64,7 +64,7 @@ def measure(request: QualityRequest) -> Ladder:
             )
         first, second = (_part(course, at) for at in (slice(0, half), slice(half, None)))
         counts = {layer: _kept(split, request.gating.chosen) for layer, split in splits.items()}
-        masks = static_masks(_neuron_means(first, Path(place) / "means"), counts)
+        masks = static_masks(_neuron_sums(first, Path(place) / "sums"), counts)
         experts, chosen = len(splits[0].experts), request.gating.chosen
         ways = [
             Way(DENSE),
@@ -85,10 +85,10 @@ def _kept(split: LayerSplit, chosen: int) -> int:
     return round(sum(split.sizes) * chosen / len(split.sizes)) + sum(split.residual_sizes)
 
 
-def _neuron_means(course: Course, folder: Path) -> Mapping[int, np.ndarray]:
+def _neuron_sums(course: Course, folder: Path) -> Mapping[int, np.ndarray]:
     layers = range(course.model.spec.num_hidden_layers)
-    sink = NeuronMeans(lambda layer: np.linalg.norm(course.model.matrix("down_proj", layer), axis=0))
-    states = States(folder, course.length, course.model.spec.hidden_size, "means", False)
+    sink = NeuronSums(lambda layer: np.linalg.norm(course.model.matrix("down_proj", layer), axis=0))
+    states = States(folder, course.length, course.model.spec.hidden_size, "sums", False)
     try:
         forward(course, states, sink, layers)
     finally:

@@ -17,6 +17,7 @@ from mindformers_ext.jobs.experts.gate_plot import plot_gates
 from mindformers_ext.jobs.experts.ladder import DENSE, GATE, MEANING, STATIC, Ladder
 from mindformers_ext.jobs.run import html
 from mindformers_ext.jobs.run.plot import BLUE, GREY, open_pyplot, save_figure
+from mindformers_ext.surgery.experts.gradient import overlap
 from mindformers_ext.surgery.experts.split import LayerSplit
 
 
@@ -58,7 +59,7 @@ def figures(facts: MixtureFacts) -> dict[str, Any]:
             "sizes": list(split.sizes),
             "residual_sizes": list(split.residual_sizes),
             "covered": covered(split),
-            "overlap": overlap(split),
+            "overlap": mean_overlap(split),
         }
         for layer, split in facts.splits.items()
     }
@@ -80,14 +81,17 @@ def covered(split: LayerSplit) -> float:
     return float(np.unique(np.concatenate((*split.experts, *split.residual))).size / split.width)
 
 
-def overlap(split: LayerSplit) -> float:
-    """Mean of shared / all neurons over the pairs of routed experts; 0 for a partition."""
-    mask = split.mask().astype(np.float64)
-    common = mask.T @ mask
-    sizes = np.diag(common)
-    pairs = np.triu_indices(len(sizes), 1)
-    union = (sizes[:, None] + sizes[None] - common)[pairs]
-    return float((common[pairs] / union).mean()) if len(union) else 0.0
+def mean_overlap(split: LayerSplit) -> float:
+    """Mean of shared / all neurons over the pairs of routed experts; 0 for a partition and for one expert."""
+    count = len(split.experts)
+    _, rate = overlap(LayerSplit(split.width, split.experts))
+    pairs = np.triu_indices(count, 1)
+    return float(rate[pairs].mean()) if count > 1 else 0.0
+
+
+def routing_pays(ladder: Ladder) -> bool:
+    """Whether the gate's choice is better than a static cut of the same size; True where there is no gate."""
+    return GATE not in ladder.losses or ladder.losses[GATE] < ladder.losses[STATIC]
 
 
 def verdict(ladder: Ladder) -> str:
@@ -96,7 +100,7 @@ def verdict(ladder: Ladder) -> str:
     if GATE not in losses:
         return f"No gate was given; a static cut of the same size loses {losses[STATIC] - losses[DENSE]:.4f} to dense."
     gate, static = losses[GATE], losses[STATIC]
-    if static <= gate:
+    if not routing_pays(ladder):
         return (
             f"A static cut of the same number of neurons is no worse than the gate ({static:.4f} against {gate:.4f}): "
             "routing earns nothing here before it is trained on."
@@ -116,9 +120,8 @@ def _page(facts: MixtureFacts, pictures: Sequence[tuple[Path, str]]) -> str:
         + "</p>",
     ]
     if facts.ladder is not None:
-        bad = STATIC in facts.ladder.losses and verdict(facts.ladder).startswith("A static")
         body += [
-            f'<p class="answer{" bad" if bad else ""}">{escape(verdict(facts.ladder))}</p>',
+            f'<p class="answer{"" if routing_pays(facts.ladder) else " bad"}">{escape(verdict(facts.ladder))}</p>',
             f"<h2>Loss per token over {facts.ladder.tokens} tokens</h2>",
             _ladder_table(facts.ladder),
         ]
@@ -143,7 +146,7 @@ def _layer_table(facts: MixtureFacts) -> str:
     rows = []
     for layer, split in sorted(facts.splits.items()):
         sizes = split.sizes
-        row = [layer, min(sizes), max(sizes), f"{100 * covered(split):.1f}%", f"{overlap(split):.3f}"]
+        row = [layer, min(sizes), max(sizes), f"{100 * covered(split):.1f}%", f"{mean_overlap(split):.3f}"]
         if gates:
             one = gates.get(layer)
             row += [f"{one[name]:.3f}" if one else "-" for name in ("recall", "captured", "oracle", "load_cv")]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mindformers_ext.core.config.hf_attention import with_both_ropes
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.families import LLAMA, LLAMA_MOE
 from mindformers_ext.formats.tensors import TensorInfo
@@ -125,7 +126,7 @@ def _joined(reader: Reader, info: TensorInfo, parts: Sequence[Cut]) -> Task:
 def _dense_config(config: Mapping[str, Any], splits: Mapping[int, LayerSplit]) -> dict[str, Any]:
     """config.json without what belongs to a mixture."""
     own = set(mixture_config({}, splits, Gating(chosen=1), "")) | {"auto_map", "gate_noise_epsilon"}
-    kept = {key: value for key, value in config.items() if key not in own}
+    kept = {key: value for key, value in with_both_ropes(config).items() if key not in own}
     kept |= {"architectures": [LLAMA.hf_class], "model_type": LLAMA.name, "intermediate_size": splits[0].width}
     if "torch_dtype" in config:
         kept["torch_dtype"] = config["torch_dtype"]

@@ -33,7 +33,7 @@ class Task:
     read: Callable[[], Tensors]
 
 
-def in_type_of(info: TensorInfo, array: Array) -> Array:
+def as_written(info: TensorInfo, array: Array) -> Array:
     """``array`` in the type of ``info``; values that do not fit are a ``UserError``."""
     result, lost = cast(array, info.dtype)
     if lost:
@@ -48,7 +48,7 @@ def copied(reader: TensorReader, info: TensorInfo) -> Task:
     """The tensor of the same name, in the type of ``info``."""
 
     def read() -> Tensors:
-        yield info, in_type_of(info, reader.read(info.name))
+        yield info, as_written(info, reader.read(info.name))
 
     return Task((info,), read)
 

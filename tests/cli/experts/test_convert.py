@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from mindformers_ext.cli.experts import main
 from mindformers_ext.jobs.engine.door import write_plain
-from mindformers_ext.jobs.experts.ladder import best
 from tests.helpers.tiny_llama import HIDDEN, LAYERS, WIDTH, make_llama, sentences
 
 pytestmark = pytest.mark.slow  # all together more than 20 seconds
@@ -107,13 +106,6 @@ def _loss(folder: Path, rows: list[list[int]]) -> float:
     return total / count
 
 
-def test_equal_scores_choose_the_lower_number() -> None:
-    assert best(np.array([[1.0, 2.0, 2.0, 0.0], [0.0, 0.0, 0.0, 0.0]]), 2).tolist() == [
-        [False, True, True, False],
-        [True, True, False, False],
-    ]
-
-
 def test_one_yaml_makes_all_of_it_and_does_nothing_twice(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,6 +146,9 @@ def test_one_yaml_makes_all_of_it_and_does_nothing_twice(
         (["--gate_type", "linear"], "pass --gate_type mlp"),
         (["--score_scale_factor_file_path", "factors"], "2 score scale factors for 3 layers"),
         (["--save_path", "{dense}", "--overwrite"], "which is read"),
+        (["--score_scale_factor", 4], "without multiply_gate_scores"),
+        (["--score_scale_factor", 4, "--score_scale_factor_file_path", "factors"], "give one of them"),
+        (["--reversed"], "--select_file_path mean nothing with --reversed"),
         (["--select_file_path", "few"], "lacks the gates of layers [1, 2]"),
         (["--model_path", "moe"], "give a dense llama folder"),
     ],

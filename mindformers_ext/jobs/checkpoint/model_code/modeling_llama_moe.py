@@ -135,10 +135,6 @@ class LlamaMoEPreTrainedModel(LlamaMoESwitches, PreTrainedModel):
         """A new head of a classifier; a noise that is not used, all 0."""
         return key == "score.weight" or (key.endswith(".weight_noise.weight") and not self.config.gate_add_noise)
 
-    def decoder(self) -> LlamaMoEModel:
-        """The layers, with or without a head above them."""
-        return self if isinstance(self, LlamaMoEModel) else self.model
-
 
 def _some(keys: set[str], what: str) -> str:
     first = ", ".join(sorted(keys)[:3])

@@ -41,6 +41,7 @@ class LlamaMoESwitches:
     """Setters of every class of the model, under the names of the published code."""
 
     config: LlamaMoEConfig
+    base_model: Any  # what has the layers, as transformers' models know it
 
     def set_moe(self, key: str, value: Any, layer_index: int | None = None) -> None:
         """Set a switch. Raises KeyError for one that the network has not, ValueError for a value not allowed."""
@@ -80,13 +81,9 @@ class LlamaMoESwitches:
     set_moe_residual_calculator_multiply_gate_scores = _switch("multiply_gate_scores_residual")
     set_moe_residual_calculator_score_scale_factor = _switch("score_scale_factor_residual")
 
-    def decoder(self) -> Any:
-        """What has the layers."""
-        raise NotImplementedError
-
     def mixtures(self) -> list[Any]:
         """Each layer's routed part."""
-        parts = [layer.mlp for layer in self.decoder().layers]
+        parts = [layer.mlp for layer in self.base_model.layers]
         return [getattr(part, "moe_layer", part) for part in parts]
 
     def reset_gate_network(self) -> None:
@@ -103,5 +100,5 @@ class LlamaMoESwitches:
         """Fresh weights of every residual expert. Raises KeyError without a residual block."""
         if not self.config.num_experts_residual:
             raise KeyError("this network has no residual block")
-        for layer in self.decoder().layers:
+        for layer in self.base_model.layers:
             layer.mlp.residual_block.calculator.experts.reset()
