@@ -42,7 +42,10 @@ def add_calibration(parser: argparse.ArgumentParser, required: bool = True) -> N
     group.add_argument("--train_data_cache_path", type=Path, help="folder where tokens are kept for the next time")
     group.add_argument("--text", type=Path, help="one plain text file instead")
     group.add_argument(
-        "--mixture", type=weights, metavar="KEY=N,...", help="weights of other domains than LLaMA's: wiki=3,code=1"
+        "--domain_weights",
+        type=weights,
+        metavar="KEY=N,...",
+        help="weights of other domains than LLaMA's: wiki=3,code=1",
     )
     share = "share of the texts; default 0.01" + ("" if required else ". Of features: share of the files; default 1")
     group.add_argument("--data_use_percent", type=float, help=share)
@@ -69,7 +72,7 @@ def calibration(words: argparse.Namespace) -> Calibration:
     """The request in the words of ``add_calibration``."""
     from mindformers_ext.jobs.experts.calibration import Calibration
 
-    more: dict[str, Any] = {"mixture": words.mixture} if words.mixture else {}
+    more: dict[str, Any] = {"domains": words.domain_weights} if words.domain_weights else {}
     return Calibration(
         model_path=words.model_path,
         train_data_path=words.train_data_path,

@@ -14,27 +14,27 @@ from mindformers_ext.core.spec import DeviceSpec
 from mindformers_ext.data.tokenizers import open_tokenizer
 from mindformers_ext.jobs.engine.door import join_job
 from mindformers_ext.jobs.experts.dense_model import DenseModel, open_dense
-from mindformers_ext.jobs.experts.mixture import (
-    MIXTURE,
+from mindformers_ext.jobs.experts.probe import Course, Rows
+from mindformers_ext.jobs.experts.ranks import Share
+from mindformers_ext.jobs.experts.text_domains import (
+    DOMAINS,
     check_length,
     check_percent,
     limited,
-    read_mixture,
+    read_domains,
     read_plain_text,
 )
-from mindformers_ext.jobs.experts.probe import Course, Rows
-from mindformers_ext.jobs.experts.ranks import Share
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What is asked for. ``text``: one plain text file instead of the mixture's folder ``train_data_path``."""
+    """What is asked for. ``text``: one plain text file instead of the folder ``train_data_path`` of domains."""
 
     model_path: Path
     train_data_path: Path | None = None
     train_data_cache_path: Path | None = None
     text: Path | None = None
-    mixture: Mapping[str, int] = field(default_factory=lambda: dict(MIXTURE))
+    domains: Mapping[str, int] = field(default_factory=lambda: dict(DOMAINS))
     data_use_percent: float = 0.01
     block_size: int = 2048
     batch_size: int = 4
@@ -97,7 +97,7 @@ def opened(asked: Calibration, share: Share) -> Iterator[Opened]:
     """The course; the model is closed at the end.
 
     Raises:
-        UserError: see ``Calibration.check``, ``open_dense``, ``read_mixture``; fewer rows than processes.
+        UserError: see ``Calibration.check``, ``open_dense``, ``read_domains``; fewer rows than processes.
     """
     asked.check()
     number = share.local if share.size > 1 and asked.device_target != CPU else asked.device_id
@@ -121,13 +121,13 @@ def _rows(asked: Calibration, model: DenseModel, share: Share) -> tuple[Rows, li
     if asked.text is not None:
         rows, notes = read_plain_text(asked.text, tokenizer, asked.block_size), list[str]()
     elif asked.train_data_path is not None:
-        rows, notes = read_mixture(
+        rows, notes = read_domains(
             asked.train_data_path,
             asked.train_data_cache_path,
             tokenizer,
             asked.block_size,
             asked.data_use_percent,
-            asked.mixture,
+            asked.domains,
             asked.seed,
             keep=share.rank == 0,
         )

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from mindformers_ext.cli.experts import main
 from mindformers_ext.jobs.engine.door import write_plain
+from mindformers_ext.jobs.experts.gating import Gating, mixture_config
+from mindformers_ext.surgery.experts.split import LayerSplit
 from tests.helpers.tiny_llama import HIDDEN, LAYERS, WIDTH, make_llama, sentences
 
 pytestmark = pytest.mark.slow  # all together more than 20 seconds
@@ -104,6 +106,12 @@ def _loss(folder: Path, rows: list[list[int]]) -> float:
         total += float(torch.nn.functional.cross_entropy(found, torch.tensor(row[1:]), reduction="sum"))
         count += len(row) - 1
     return total / count
+
+
+def test_rope_is_written_as_transformers_4_and_5_read_it() -> None:
+    split = {0: LayerSplit.from_labels([0, 1], 2)}
+    dense = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e3}, "hidden_size": 4}
+    assert mixture_config(dense, split, Gating(chosen=1), "float32")["rope_theta"] == 5e3
 
 
 def test_one_yaml_makes_all_of_it_and_does_nothing_twice(

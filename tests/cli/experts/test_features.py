@@ -12,7 +12,7 @@ import torch
 
 from mindformers_ext.cli.experts import main
 from mindformers_ext.jobs.experts import features as job
-from mindformers_ext.jobs.experts.mixture import MIXTURE, mixture_counts
+from mindformers_ext.jobs.experts.text_domains import DOMAINS, domain_counts
 from tests.helpers.tiny_llama import HIDDEN, LAYERS, WIDTH, make_llama, write_texts
 
 FOLDERS = ("hidden_inputs", "hidden_gate_outputs")
@@ -123,7 +123,7 @@ def test_a_killed_run_goes_on_behind_the_last_whole_layer(
 
 
 def test_counts_of_the_mixture() -> None:
-    assert list(mixture_counts(dict.fromkeys(MIXTURE, 1000), 1.0, MIXTURE).values()) == [1000, 223, 67, 67, 67, 37, 29]
+    assert list(domain_counts(dict.fromkeys(DOMAINS, 1000), 1.0, DOMAINS).values()) == [1000, 223, 67, 67, 67, 37, 29]
 
 
 def test_max_tokens_is_exact_and_the_cache_gives_the_same_rows(model: Path, tmp_path: Path) -> None:

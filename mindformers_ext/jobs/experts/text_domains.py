@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration text as token rows: LLaMA's pretraining mixture from jsonl files, or one plain text.
+"""Calibration text as token rows: the domains of LLaMA's pretraining from jsonl files, or one plain text.
 
 A text of n tokens gives ceil(n / room) chunks, room being the tokens of a row beside what frames a text (BOS), so that
 no token is lost; each chunk is framed and padded on the right with EOS.
@@ -26,7 +26,7 @@ from mindformers_ext.formats.atomic import fresh_file
 from mindformers_ext.jobs.experts.probe import Rows
 
 # per mille of LLaMA's pretraining data (Touvron et al. 2023, arXiv:2302.13971, table 1)
-MIXTURE = {
+DOMAINS = {
     "commoncrawl": 670,
     "c4": 150,
     "github": 45,
@@ -66,7 +66,7 @@ class Reading:
     first: str = ""
 
 
-def mixture_counts(lengths: Mapping[str, int], percent: float, weights: Mapping[str, int]) -> dict[str, int]:
+def domain_counts(lengths: Mapping[str, int], percent: float, weights: Mapping[str, int]) -> dict[str, int]:
     """Rows to take of each domain: floor(w * min_j(length_j / w_j)), of which a share of ``percent`` is used.
 
     Exact, in fractions. The domain that limits all gives all its rows at ``percent`` 1.
@@ -75,17 +75,17 @@ def mixture_counts(lengths: Mapping[str, int], percent: float, weights: Mapping[
     return {key: int(int(weight * limit) * percent) for key, weight in weights.items()}
 
 
-def read_mixture(
+def read_domains(
     folder: Path,
     cache: Path | None,
     tokenizer: Tokenizer,
     length: int,
     percent: float = 0.01,
-    weights: Mapping[str, int] = MIXTURE,
+    weights: Mapping[str, int] = DOMAINS,
     seed: int = 0,
     keep: bool = True,
 ) -> tuple[Rows, list[str]]:
-    """The mixture's rows, shuffled by ``seed``, and what to tell the user.
+    """The domains' rows, shuffled by ``seed``, and what to tell the user.
 
     Files are ``<folder>/*<key>*.jsonl`` with a text in ``content`` on each line; tokens are kept in
     ``<cache>/<key>_cached.npz`` and made anew when texts, tokenizer or ``length`` differ; written where ``keep``.
@@ -103,7 +103,7 @@ def read_mixture(
             notes.append(f"{key}: {reading.bad} of {reading.lines} lines cannot be used ({reading.first})")
         if reading.empty:
             notes.append(f"{key}: {reading.empty} texts without a token were left out")
-    counts = mixture_counts({key: len(chunks) for key, chunks in found.items()}, percent, weights)
+    counts = domain_counts({key: len(chunks) for key, chunks in found.items()}, percent, weights)
     none = [key for key, count in counts.items() if not count]
     if len(none) == len(counts):
         sizes = ", ".join(f"{key} {len(chunks)}" for key, chunks in found.items())
@@ -179,7 +179,7 @@ def _files(folder: Path, weights: Mapping[str, int]) -> dict[str, list[Path]]:
     found = {key: sorted(path for path in folder.glob(f"*{key}*.jsonl") if path.is_file()) for key in weights}
     for key, paths in found.items():
         if not paths:
-            problems.add(f"no file *{key}*.jsonl", "put one there, or leave the domain out with --mixture")
+            problems.add(f"no file *{key}*.jsonl", "put one there, or leave the domain out with --domain_weights")
     problems.raise_if_any()
     return found
 
