@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mindformers_ext.cli.command import boolean
-from mindformers_ext.cli.experts_flags import add_model, add_writing
+from mindformers_ext.cli.experts_flags import add_model, add_switch, add_writing
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.families import LLAMA_MOE
 
@@ -40,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--convert_type", choices=CLASSES, default=CLASSES[0], help="only the first is written")
     add("--dtype", metavar="TYPE", help="type of the written weights; default: the stored one")
-    add("--reversed", action="store_true", help="--model_path is the mixture, --save_path becomes the dense model")
+    add_switch(parser, "--reversed", text="--model_path is the mixture, --save_path becomes the dense model")
     add("--to_mindspore", "--to-mindspore", type=Path, metavar="OUT.ckpt", help="also convert the result for MindSpore")
     add(
         "--out_shard_size",
@@ -66,13 +65,13 @@ def add_gating(parser: argparse.ArgumentParser) -> None:
         "probabilities times N / K, to be trained on (default with random gates)",
     )
     add("--gate_type", choices=("mlp", "linear"), help="two matrices with tanh between, or one; default: as fitted")
-    add("--use_random_gate", type=boolean, metavar="BOOL", help="random gates, whatever was fitted")
-    add("--use_softmax", type=boolean, metavar="BOOL", help="instead of the preset's")
-    add("--multiply_gate_scores", type=boolean, metavar="BOOL", help="instead of the preset's")
+    add_switch(parser, "--use_random_gate", text="random gates, whatever was fitted")
+    for name in ("--use_softmax", "--multiply_gate_scores"):
+        add_switch(parser, name, text="instead of the preset's", default=None)
     add("--score_scale_factor", type=float, metavar="X", help="instead of the preset's")
     add("--score_scale_factor_file_path", type=Path, metavar="DIR", help="folder with score_scale_factors.txt")
     add("--seed", type=int, default=0, help="of random gates and choices; default %(default)s")
-    add("--allow_pickle", action="store_true", help="read older split and gate files that hold numpy's numbers")
+    add_switch(parser, "--allow_pickle", text="read older split and gate files that hold numpy's numbers")
     add("--eval_text", type=Path, metavar="FILE", help="measure the loss on this text: dense, gate, static cut, ...")
     add("--eval_tokens", type=int, default=32768, metavar="N", help="tokens that judge; default %(default)s")
     add("--block_size", type=int, default=512, metavar="N", help="tokens of a row of it; default %(default)s")

@@ -65,7 +65,12 @@ def add_writing(parser: argparse.ArgumentParser) -> None:
         ("--dry_run", "say what it would take, and do nothing"),
         ("--quiet", "no progress"),
     ):
-        parser.add_argument(name, type=boolean, nargs="?", const=True, default=False, metavar="True|False", help=text)
+        add_switch(parser, name, text=text)
+
+
+def add_switch(group: argparse._ActionsContainer, *names: str, text: str, default: bool | None = False) -> None:
+    """An option that is given bare or with True or False; ``default`` None tells it from one that is not given."""
+    group.add_argument(*names, type=boolean, nargs="?", const=True, default=default, metavar="True|False", help=text)
 
 
 def calibration(words: argparse.Namespace) -> Calibration:

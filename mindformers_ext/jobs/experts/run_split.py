@@ -77,6 +77,20 @@ def plan_split(request: SplitRequest) -> SplitPlan:
         model.close()
 
 
+def split_folder(request: SplitRequest) -> Path:
+    """Where the split of this request lies; the options are checked, no weight is read.
+
+    Raises:
+        UserError: options or a model that do not fit.
+    """
+    method = check_words(request)
+    model = open_dense(request.model_path)
+    try:
+        return request.save_path / method.folder(request, model)
+    finally:
+        model.close()
+
+
 def run_split(request: SplitRequest, plan: SplitPlan, quiet: bool = False) -> SplitReport:
     """Solve and write the layers of ``plan``."""
     from tqdm import tqdm

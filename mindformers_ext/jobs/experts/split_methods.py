@@ -242,17 +242,30 @@ def _graph(request: SplitRequest, model: DenseModel, layer: int) -> tuple[LayerS
 
 
 def _gradient_settings(request: SplitRequest, model: DenseModel) -> dict[str, Any]:
-    if request.score_file_path is None:
-        raise UserError("--method gradient needs --score_file_path, the folder with a folder per data cluster")
-    clusters = score_folders(request.score_file_path)
-    experts = len(clusters) if request.num_experts is None else request.num_experts
-    if not 1 <= experts <= len(clusters):
+    experts, clusters = _gradient_experts(request), _clusters(request)
+    if not 1 <= experts <= clusters:
         raise UserError(
-            f"--expert_num {experts}: '{request.score_file_path}' has importance of {len(clusters)} data clusters, one "
+            f"--expert_num {experts}: '{request.score_file_path}' has importance of {clusters} data clusters, one "
             "per expert; give at most so many"
         )
+    return _gradient_words(request, model)
+
+
+def _clusters(request: SplitRequest) -> int:
+    if request.score_file_path is None:
+        raise UserError("--method gradient needs --score_file_path, the folder with a folder per data cluster")
+    return len(score_folders(request.score_file_path))
+
+
+def _gradient_experts(request: SplitRequest) -> int:
+    return _clusters(request) if request.num_experts is None else request.num_experts
+
+
+def _gradient_words(request: SplitRequest, model: DenseModel) -> dict[str, Any]:
+    """The settings; importance is looked at only where it alone says how many experts there are."""
+    experts = _gradient_experts(request)
     width, residual = model.spec.intermediate_size, request.expert_num_residual or 0
-    size = request.expert_size if request.expert_size is not None else width // (experts + residual)
+    size = request.expert_size if request.expert_size is not None else width // max(experts + residual, 1)
     return {
         "method": request.method,
         "num_experts": experts,
@@ -270,7 +283,7 @@ def _gradient_settings(request: SplitRequest, model: DenseModel) -> dict[str, An
 
 
 def _gradient_folder(request: SplitRequest, model: DenseModel) -> Path:
-    words = _gradient_settings(request, model)
+    words = _gradient_words(request, model)
     kind = "-".join(words[name] for name in ("criterion", "kernel", "accumulate_level", "importance_type"))
     residual = f"-{words['num_residual']}Residuals" if words["num_residual"] else ""
     share = "-Share" if words["share_neurons"] else ""
