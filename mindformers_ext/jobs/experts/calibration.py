@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mindformers_ext.core.config.run import ASCEND, CPU, DEVICES, ENGINES, MINDSPORE, PYTORCH
 from mindformers_ext.core.errors import Problems, UserError
@@ -67,6 +68,10 @@ class Calibration:
         problems.raise_if_any()
         check_percent(self.data_use_percent)
 
+    def computed(self) -> dict[str, Any]:
+        """How the rows are computed, which decides the last bits of what comes out."""
+        return {"engine": self.engine, "device_target": self.device_target, "batch_size": self.batch_size}
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -93,8 +98,8 @@ class Opened:
 
 
 @contextmanager
-def opened(asked: Calibration, share: Share) -> Iterator[Opened]:
-    """The course; the model is closed at the end.
+def opened(asked: Calibration, share: Share, keep: bool = True) -> Iterator[Opened]:
+    """The course; the model is closed at the end. ``keep``: tokens may be written to the cache.
 
     Raises:
         UserError: see ``Calibration.check``, ``open_dense``, ``read_domains``; fewer rows than processes.
@@ -105,7 +110,7 @@ def opened(asked: Calibration, share: Share) -> Iterator[Opened]:
     join_job(asked.engine, device)
     model = open_dense(asked.model_path)
     try:
-        rows, notes = _rows(asked, model, share)
+        rows, notes = _rows(asked, model, keep and share.rank == 0)
         if len(rows.ids) < share.size:
             raise UserError(f"{len(rows.ids)} rows for {share.size} processes: give more text, or start fewer")
         own = rows.share(share)
@@ -115,7 +120,7 @@ def opened(asked: Calibration, share: Share) -> Iterator[Opened]:
         model.close()
 
 
-def _rows(asked: Calibration, model: DenseModel, share: Share) -> tuple[Rows, list[str]]:
+def _rows(asked: Calibration, model: DenseModel, keep: bool) -> tuple[Rows, list[str]]:
     tokenizer = open_tokenizer(model.folder)
     check_length(asked.block_size, tokenizer, model.spec.max_position_embeddings)
     if asked.text is not None:
@@ -129,7 +134,7 @@ def _rows(asked: Calibration, model: DenseModel, share: Share) -> tuple[Rows, li
             asked.data_use_percent,
             asked.domains,
             asked.seed,
-            keep=share.rank == 0,
+            keep,
         )
     rows = limited(rows, asked.max_tokens)
     if int(rows.ids.max(initial=0)) >= model.spec.vocab_size:

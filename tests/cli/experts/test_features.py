@@ -122,6 +122,38 @@ def test_a_killed_run_goes_on_behind_the_last_whole_layer(
     assert first.stat().st_mtime_ns == before
 
 
+def test_overwriting_begins_anew_and_a_dry_run_touches_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = ("--train_data_cache_path", str(tmp_path / "cache"))
+    assert main(words(model, tmp_path)) == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for more in (("--overwrite",), ("--overwrite", "--max_tokens", "50"), cache):
+        assert main(words(model, tmp_path, *more, "--dry_run")) == 0
+    assert main(words(model, tmp_path, "--batch_size", "1")) == 2 and "other features" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    folder = tmp_path / "llama_tiny-Hidden-Features"
+    kept = (folder / FOLDERS[0] / "layer0" / "0_0.pth").stat().st_mtime_ns
+    assert main(words(model, tmp_path, "--specify_layer", "1", "--overwrite")) == 0
+    assert (folder / FOLDERS[0] / "layer0" / "0_0.pth").stat().st_mtime_ns == kept
+    assert json.loads((folder / "features_0.json").read_text())["layers"] == [0, 1, 2]
+    end = job.FeatureSink.end
+
+    def killed(sink, layer):
+        end(sink, layer)
+        if layer == 0:
+            raise KeyboardInterrupt
+
+    other = ("--max_tokens", "50", "--overwrite")
+    with monkeypatch.context() as patch:
+        patch.setattr(job.FeatureSink, "end", killed)
+        assert main(words(model, tmp_path, *other)) == 130
+    seen = []
+    monkeypatch.setattr(job.FeatureSink, "end", lambda sink, layer: (seen.append(layer), end(sink, layer)))
+    assert main(words(model, tmp_path, *other, "--specify_layer", "0")) == 0
+    assert seen == [0] and not (folder / FOLDERS[0] / "layer1" / "0_0.pth").exists()  # of the other text nothing stays
+
+
 def test_counts_of_the_mixture() -> None:
     assert list(domain_counts(dict.fromkeys(DOMAINS, 1000), 1.0, DOMAINS).values()) == [1000, 223, 67, 67, 67, 37, 29]
 
