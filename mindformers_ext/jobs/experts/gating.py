@@ -111,6 +111,10 @@ def mixture_config(
             "intermediate_size_moe": sum(first.sizes),
             "intermediate_size_residual": sum(first.residual_sizes),
             "use_weighting": False,
+            # the residual gate is 0, so that its softmax gives each of R experts 1 / R: R times that is their plain sum
+            "gate_use_softmax_residual": True,
+            "multiply_gate_scores_residual": True,
+            "score_scale_factor_residual": float(len(first.residual)),
         }
     return result
 

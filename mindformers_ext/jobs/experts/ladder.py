@@ -162,7 +162,7 @@ def _layer(
     down: np.ndarray,
 ) -> np.ndarray:
     """Take every row through one layer; how many tokens chose each expert."""
-    mask = splits[layer].mask().astype(np.float32)
+    mask, passed = splits[layer].mask().astype(np.float32), splits[layer].passed()
     load = np.zeros(mask.shape[1])
     came, leaves = state.input_of(layer), state.input_of(layer + 1)
     for _, rows, length in course.parts():
@@ -173,7 +173,7 @@ def _layer(
                 weights = way.weigh(layer, taps["mlp_input"], hidden)
                 inside, _ = course.kept(rows, length)
                 load += (weights[inside] != 0).sum(0)
-                hidden = hidden * (weights @ mask.T)
+                hidden = hidden * (weights @ mask.T + passed)
             elif way.fixed:
                 hidden = hidden * way.fixed[layer]
             y = y + (hidden @ down.T - taps["mlp_output"]).reshape(y.shape)

@@ -92,6 +92,29 @@ def test_the_ladder_is_that_of_the_written_model(
             assert losses[name] == pytest.approx(_loss(folder, rows[len(rows) // 2 :]), abs=6e-5)
 
 
+def test_residual_experts_count_in_the_model_and_in_the_ladder(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "split").mkdir()
+    (tmp_path / "gates").mkdir()
+    for layer in range(LAYERS):  # two residual experts, then four routed ones
+        draws = np.random.default_rng(layer)
+        write_plain(tmp_path / "split" / NAME.format(layer), draws.permutation(WIDTH).reshape(6, -1).tolist())
+        write_plain(tmp_path / "gates" / NAME.format(layer), {
+            "gate_network.weight": draws.normal(0, 1, (4, HIDDEN)).astype(np.float32)})  # fmt: skip
+    parts = ("--num_experts", 4, "--split_file_path", tmp_path / "split", "--select_file_path", tmp_path / "gates")
+    assert main(words(made, tmp_path / "all", *parts, "--num_selects", 4)) == 0
+    ids = torch.from_numpy(np.random.default_rng(0).integers(3, 300, (2, 24)))
+    with torch.no_grad():
+        wanted = LlamaForCausalLM.from_pretrained(made / "dense").eval()(ids).logits
+    assert (logits(tmp_path / "all", ids) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    judged = ("--eval_text", made / "text.txt", "--block_size", 32, "--num_selects", 2)
+    assert main(words(made, tmp_path / "two", *parts, *judged)) == 0
+    losses = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines() if line.startswith("  "))
+    rows = _rows(made)
+    assert float(losses["gate"]) == pytest.approx(_loss(tmp_path / "two", rows[len(rows) // 2 :]), abs=6e-5)
+
+
 def _rows(made: Path) -> list[list[int]]:
     ids = AutoTokenizer.from_pretrained(made / "dense").encode(
         (made / "text.txt").read_text("utf-8"), add_special_tokens=False
