@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mindformers_ext.cli.experts_effects import CALIBRATION, check_effects
 from mindformers_ext.cli.experts_flags import add_calibration, add_layers, add_writing, calibration, layers
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.experts.importance import ImportanceRequest
+
+EFFECTS = CALIBRATION
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +38,7 @@ def run(words: argparse.Namespace) -> int:
     """Write the vectors, and say where they are."""
     from mindformers_ext.jobs.experts.importance import write_importance
 
+    check_effects(words, sys.modules[__name__])
     report = write_importance(request_of(words), lambda line: print(line, flush=True))
     if words.dry_run:
         print("nothing was written")

@@ -2,7 +2,8 @@
 """``run``: all stages from one YAML, each with its own options; what is finished is not done again.
 
 A section has the name of a stage and its options as keys. Keys outside the sections go to every stage that has such an
-option, and what one stage writes is where the next one reads. What the split's method reads is made before it.
+option, where it counts; what one stage writes is where the next one reads. What the split's method reads is made before
+it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.cli.experts_effects import without_effect
 from mindformers_ext.cli.experts_flags import add_switch
 from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.errors import Problems, UserError
@@ -128,8 +130,8 @@ def _stage(
     options |= {key: str(made[stage].output) for key, stage in READS.items() if key in known and stage in made}
     if name == "split" and "importance" in made:  # an expert for each data cluster, also before these are there
         options = {"num_experts": _parsed("importance", made["importance"].options).num_clusters} | options
-    if section.get("stream"):
-        options.pop("hidden_features_path", None)
+    idle = without_effect(_parsed(name, {**options, **section}), _module(name))
+    options = {key: value for key, value in options.items() if key not in idle}
     options |= section
     if name in SKIPS and "save_path" not in section:
         raise UserError(f"{name}.save_path is missing: give the folder that it writes")

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
+from mindformers_ext.cli.experts_effects import SELECT, check_effects
 from mindformers_ext.cli.experts_flags import (
     add_calibration,
     add_layers,
@@ -15,6 +17,8 @@ from mindformers_ext.cli.experts_flags import (
     calibration,
     layers,
 )
+
+EFFECTS = SELECT
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -60,13 +64,9 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
 
 def run(words: argparse.Namespace) -> int:
     """Fit the gates, and say what came out."""
-    from mindformers_ext.core.errors import UserError
-    from mindformers_ext.jobs.experts.select import SelectRequest, select
+    from mindformers_ext.jobs.experts.select import MOST, SelectRequest, select
 
-    if words.stream and words.hidden_features_path is not None:
-        raise UserError("--stream reads no features: leave --hidden_features_path or --stream out")
-    if not words.stream and (words.train_data_path or words.text):
-        raise UserError("texts are read with --stream alone: give --stream, or leave the texts out")
+    check_effects(words, sys.modules[__name__])
     request = SelectRequest(
         model_path=words.model_path,
         split_path=words.split_file_path,
@@ -91,6 +91,7 @@ def run(words: argparse.Namespace) -> int:
         damping=words.ridge_lambda,
         ridge_target=words.ridge_target,
         reservoir=words.reservoir,
+        limit=MOST if words.max_tokens is None else words.max_tokens,
         workers=words.workers,
         seed=words.seed,
         allow_pickle=words.allow_pickle,

@@ -21,9 +21,12 @@ from mindformers_ext.jobs.experts.text_domains import (
     DOMAINS,
     check_length,
     check_percent,
+    domain_files,
     limited,
     read_domains,
     read_plain_text,
+    texts_hash,
+    tokenizer_hash,
 )
 
 
@@ -57,6 +60,8 @@ class Calibration:
             problems.add("texts come from --train_data_path or from --text", "give one of the two")
         for name in ("block_size", "batch_size"):
             problems.positive(f"--{name}", getattr(self, name))
+        if self.text is not None and not self.text.is_file():
+            problems.add(f"the text '{self.text}' is no file", "give one plain text file")
         if self.max_tokens is not None:
             problems.positive("--max_tokens", self.max_tokens)
         problems.one_of("--engine", self.engine, ENGINES)
@@ -71,6 +76,22 @@ class Calibration:
     def computed(self) -> dict[str, Any]:
         """How the rows are computed, which decides the last bits of what comes out."""
         return {"engine": self.engine, "device_target": self.device_target, "batch_size": self.batch_size}
+
+
+def texts_of(asked: Calibration) -> dict[str, Any]:
+    """What decides the rows, by content: texts, tokenizer, and how they are cut and drawn.
+
+    Raises:
+        UserError: no such texts.
+    """
+    found: dict[str, Any] = {"tokenizer": tokenizer_hash(open_tokenizer(asked.model_path).path)}
+    for name in ("block_size", "max_tokens", "seed"):
+        found[name] = getattr(asked, name)
+    if asked.text is not None:
+        return found | {"text": texts_hash([asked.text])}
+    files = domain_files(asked.train_data_path or Path(), asked.domains)
+    found |= {"data_use_percent": asked.data_use_percent, "domains": dict(asked.domains)}
+    return found | {"texts": {key: texts_hash(paths) for key, paths in files.items()}}
 
 
 @dataclass(frozen=True)

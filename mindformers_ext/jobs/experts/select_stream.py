@@ -123,7 +123,7 @@ def stream(
         check_needs(wanted, files.folder)
         place = files.folder / ".states"
         digest = start.course.rows.digest(json.dumps({str(layer): one for layer, one in about.items()}, sort_keys=True))
-        states = States(place, start.course.length, model.spec.hidden_size, digest, keep=False)
+        states = States(place, start.course.length, model.spec.hidden_size, digest, keep=False, anew=request.overwrite)
         if states.done("forward") > min(splits):
             states.finish("forward", 0)  # a gate behind that point was taken away
         forward(start.course, states, sink, tuple(splits))

@@ -13,8 +13,9 @@ import numpy as np
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.disk import check_space
+from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.jobs.experts.dense_model import TEMPLATE, DenseModel, template_kind
-from mindformers_ext.jobs.experts.feature_files import find_features, read_shard
+from mindformers_ext.jobs.experts.feature_files import check_features, find_features, read_shard
 from mindformers_ext.jobs.experts.importance import LEVELS, TYPES
 from mindformers_ext.jobs.experts.importance_scores import read_scores, score_folders
 from mindformers_ext.jobs.experts.metis import split_graph
@@ -211,6 +212,8 @@ def _graph_shards(request: SplitRequest, layer: int) -> tuple[Path, ...]:
 
 def _graph_mark(request: SplitRequest, model: DenseModel, layer: int) -> str:
     """From the shards' names, sizes and first values: hashing all would read gigabytes."""
+    assert request.hidden_features_path is not None
+    check_features(request.hidden_features_path, [layer], request.template, fingerprint(model.reader))
     digest = hashlib.sha256()
     for path in _graph_shards(request, layer):
         digest.update(f"{path.name} {path.stat().st_size} ".encode())

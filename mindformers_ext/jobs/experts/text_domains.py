@@ -94,7 +94,7 @@ def read_domains(
         UserError: a key without files, more than one line in a hundred that cannot be used, or no row at all.
     """
     check_percent(percent)
-    files = _files(folder, weights)
+    files = domain_files(folder, weights)
     found: dict[str, Chunks] = {}
     notes: list[str] = []
     for key, paths in files.items():
@@ -172,7 +172,8 @@ def check_length(length: int, tokenizer: Tokenizer, positions: int) -> None:
         )
 
 
-def _files(folder: Path, weights: Mapping[str, int]) -> dict[str, list[Path]]:
+def domain_files(folder: Path, weights: Mapping[str, int]) -> dict[str, list[Path]]:
+    """The files of each domain; ``UserError`` where one has none."""
     if not folder.is_dir():
         raise UserError(f"--train_data_path '{folder}' is no folder: give the one with *<key>*.jsonl files")
     problems = Problems(f"texts in '{folder}'")
@@ -189,7 +190,7 @@ def _chunks(
 ) -> tuple[Chunks, Reading]:
     """The rows of one domain: from the cache where it is of the same texts, tokenizer and length."""
     wanted = {
-        "texts": _texts_hash(paths),
+        "texts": texts_hash(paths),
         "tokenizer": tokenizer_hash(tokenizer.path),
         "block_size": length,
     }
@@ -298,7 +299,8 @@ def tokenizer_hash(path: Path) -> str:
     return hashed.hexdigest()
 
 
-def _texts_hash(paths: Sequence[Path]) -> str:
+def texts_hash(paths: Sequence[Path]) -> str:
+    """One name for the files' names and all they hold."""
     hashed = sha256()
     for path in paths:
         hashed.update(path.name.encode() + b"\0")

@@ -147,7 +147,7 @@ def test_one_yaml_makes_all_of_it_and_does_nothing_twice(
         "save_path": str(tmp_path / "work"),
         "num_experts": 4,
         "split": {"method": "random", "quiet": True},
-        "select": {"stream": True, "gate": "ridge", "workers": 1, "quiet": True, **text},
+        "select": {"stream": True, "gate": "ridge", "quiet": True, **text},
         "convert": {"save_path": str(tmp_path / "moe"), **judged},
         "report": {"save_path": str(tmp_path / "page"), **judged},
     }
