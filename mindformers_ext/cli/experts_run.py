@@ -129,7 +129,9 @@ def _stage(
     options = {key: value for key, value in shared.items() if key in known}
     options |= {key: str(made[stage].output) for key, stage in READS.items() if key in known and stage in made}
     if name == "split" and "importance" in made:  # an expert for each data cluster, also before these are there
-        options = {"num_experts": _parsed("importance", made["importance"].options).num_clusters} | options
+        of = _parsed("importance", made["importance"].options)
+        same = {key: getattr(of, key) for key in ("kernel", "accumulate_level", "importance_type")}
+        options = {"num_experts": of.num_clusters, **same} | options
     idle = without_effect(_parsed(name, {**options, **section}), _module(name))
     options = {key: value for key, value in options.items() if key not in idle}
     options |= section

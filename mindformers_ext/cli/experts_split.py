@@ -107,7 +107,8 @@ def request_of(words: argparse.Namespace) -> SplitRequest:
 def _planned(plan: SplitPlan) -> str:
     needs = f", {plan.workers} processes of about {plan.layer_bytes / 1e9:.2f} GB" if plan.layer_bytes else ""
     return (
-        f"{plan.folder}: {len(plan.todo)} layers to split, {len(plan.kept)} finished{needs}; "
+        f"{plan.folder}: {len(plan.todo)} layers to split, {len(plan.kept)} finished{needs}, at most "
+        f"{plan.disk_bytes / 1e9:.3f} GB of disk; "
         f"{plan.settings['num_experts']} experts of {plan.settings['intermediate_size']} neurons; nothing was written"
     )
 

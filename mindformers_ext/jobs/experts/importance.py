@@ -22,6 +22,7 @@ from mindformers_ext.formats.atomic import fresh_file, write_text
 from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.jobs.engine.door import write_plain
 from mindformers_ext.jobs.experts.calibration import Calibration, Opened, opened
+from mindformers_ext.jobs.experts.importance_scores import META
 from mindformers_ext.jobs.experts.probe import Part, backward, check_needs, forward, needs
 from mindformers_ext.jobs.experts.ranks import Share, own_share
 from mindformers_ext.jobs.experts.splits import locked
@@ -31,7 +32,6 @@ KERNELS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"plain": lambda v: v, 
 LEVELS = ("sample", "total")  # the kernel of each token's value, or of their sum
 TYPES = {"feature_grad": "grad", "feature_change": "change"}  # and how their files end
 POINTS = {"up_proj": "hidden", "gate_proj": "gate_linear"}
-META = "importance.json"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 
 from mindformers_ext.cli.experts import main
 from mindformers_ext.jobs.experts import features as job
+from mindformers_ext.jobs.experts import text_domains
 from mindformers_ext.jobs.experts.text_domains import DOMAINS, domain_counts
 from tests.helpers.tiny_llama import HIDDEN, LAYERS, WIDTH, make_llama, write_texts
 
@@ -158,6 +161,21 @@ def test_counts_of_the_mixture() -> None:
     assert list(domain_counts(dict.fromkeys(DOMAINS, 1000), 1.0, DOMAINS).values()) == [1000, 223, 67, 67, 67, 37, 29]
 
 
+def test_the_tokens_of_a_domain_are_in_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    each, count = 20_000, 200
+    (tmp_path / "a.jsonl").write_text('{"content": "x"}\n' * count)
+    monkeypatch.setattr(text_domains, "tokenizer_hash", lambda path: "")
+    tokenizer = SimpleNamespace(path=None, frame=((), ()), encode_batch=lambda texts: [np.ones(each, np.int32)])
+    monkeypatch.setattr(text_domains, "BATCH", 1)
+    tracemalloc.start()
+    try:
+        chunks, _ = text_domains._chunks("a", [tmp_path / "a.jsonl"], None, tokenizer, 512, keep=False)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(chunks.ids) == each * count and peak < 1.5 * chunks.ids.nbytes
+
+
 def test_max_tokens_is_exact_and_the_cache_gives_the_same_rows(model: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     more = ("--max_tokens", "77", "--specify_layer", "0", "--format", "npy")
@@ -170,6 +188,12 @@ def test_max_tokens_is_exact_and_the_cache_gives_the_same_rows(model: Path, tmp_
     ]
     assert len(found[0]) == 77
     np.testing.assert_array_equal(*found)
+    whole = {path: path.read_bytes() for path in cache.glob("*_cached.npz")}
+    for spoil in (lambda data: data[:-100], lambda data: data[:200] + b"x" + data[201:], lambda data: b"PK\3\4"):
+        for path, data in whole.items():
+            path.write_bytes(spoil(data))
+        assert main(words(model, tmp_path / "spoiled", *more, "--train_data_cache_path", str(cache))) == 0
+        assert {path: path.read_bytes() for path in whole} == whole  # made anew
     settings = model / "tokenizer_config.json"
     before = settings.read_text(encoding="utf-8")
     stamp = {file: file.stat().st_mtime_ns for file in cache.iterdir()}
