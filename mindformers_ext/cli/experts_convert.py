@@ -14,8 +14,8 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.families import LLAMA_MOE
 
 if TYPE_CHECKING:
-    from mindformers_ext.jobs.experts.ladder import Ladder
     from mindformers_ext.jobs.experts.parts import Parts
+    from mindformers_ext.jobs.experts.quality import QualityRequest
     from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest
 
 PRESETS = ("moefication", LLAMA_MOE.name)  # of jobs/experts/gating.py
@@ -105,11 +105,14 @@ def _converted(words: argparse.Namespace) -> MergeReport:
         dtype=words.dtype,
         seed=words.seed,
     )
+    quality = quality_of(words, parts)
     report = convert(request, write=not words.dry_run)
-    ladder = quality_of(words, parts) if not words.dry_run else None
-    if ladder is None:
+    if quality is None:
         print("quality: not measured; --eval_text FILE prints the loss beside the dense model's and simpler cuts'")
-    else:
+    elif not words.dry_run:
+        from mindformers_ext.jobs.experts.quality import measure
+
+        ladder = measure(quality)
         print(f"loss per token over {ladder.tokens} tokens:", *ladder.lines(), sep="\n  ")
     return report
 
@@ -139,13 +142,19 @@ def parts_of(words: argparse.Namespace) -> Parts:
     )
 
 
-def quality_of(words: argparse.Namespace, parts: Parts) -> Ladder | None:
-    """The loss of the mixture beside simpler choices, where a text is given."""
+def quality_of(words: argparse.Namespace, parts: Parts) -> QualityRequest | None:
+    """The loss of the mixture beside simpler choices is asked for where a text is given; checked.
+
+    Raises:
+        UserError: the text cannot be used, or there is too little memory or disk.
+    """
     if words.eval_text is None:
         return None
     from mindformers_ext.jobs.experts.calibration import Calibration
-    from mindformers_ext.jobs.experts.quality import QualityRequest, measure
+    from mindformers_ext.jobs.experts.quality import QualityRequest, check_quality
 
+    if words.eval_tokens < 1:
+        raise UserError(f"--eval_tokens {words.eval_tokens}: give a whole number above 0")
     texts = Calibration(
         model_path=words.model_path,
         text=words.eval_text,
@@ -153,9 +162,16 @@ def quality_of(words: argparse.Namespace, parts: Parts) -> Ladder | None:
         max_tokens=2 * words.eval_tokens,
         quiet=words.quiet,
     )
-    return measure(
-        QualityRequest(texts=texts, splits=parts.splits, gates=parts.gates, gating=parts.gating, seed=words.seed)
+    request = QualityRequest(
+        texts=texts,
+        splits=parts.splits,
+        gates=parts.gates,
+        gating=parts.gating,
+        beside=words.save_path,
+        seed=words.seed,
     )
+    check_quality(request)
+    return request
 
 
 def _check_reversed(words: argparse.Namespace) -> None:

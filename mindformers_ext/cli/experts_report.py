@@ -21,11 +21,13 @@ def run(words: argparse.Namespace) -> int:
     """Measure, write the page, and say what came out."""
     from mindformers_ext.jobs.experts.dense_model import model_name
     from mindformers_ext.jobs.experts.gate_files import GateFiles
+    from mindformers_ext.jobs.experts.quality import measure
     from mindformers_ext.jobs.experts.report import MixtureFacts, check_place, verdict, write_report
 
     check_place(words.save_path, words.overwrite)
     parts = parts_of(words)
-    ladder = quality_of(words, parts)
+    quality = quality_of(words, parts)
+    ladder = measure(quality) if quality else None
     facts = MixtureFacts(
         model=model_name(words.model_path),
         splits=parts.splits,

@@ -130,15 +130,16 @@ class Needs:
     disk: int
 
 
-def needs(course: Course, sink: Sink, layers: int, backward: bool) -> Needs:
-    """What the pass through ``layers`` layers takes, by arithmetic; nothing is opened."""
+def needs(course: Course, sink: Sink, layers: int, backward: bool, loss: bool = False) -> Needs:
+    """What the pass through ``layers`` layers takes, by arithmetic; nothing is opened. ``loss``: the head is computed,
+    as it is with ``backward``."""
     model, spec = course.model, course.model.spec
     weights, largest = model.layer_bytes
     tokens = max(course.tokens // course.length, 1) * course.length
     narrow, wide = spec.hidden_size, spec.intermediate_size
     taps = sum({"D": narrow, "F": wide}[POINTS[name]] for name in (*sink.values, *sink.gradients))
     work = 4 * tokens * ((14 if backward else 6) * narrow + (6 if backward else 4) * wide + taps)
-    head = 4 * (spec.vocab_size * narrow + 3 * 512 * spec.vocab_size + 4 * tokens * narrow) if backward else 0
+    head = 4 * (spec.vocab_size * narrow + 3 * 512 * spec.vocab_size + 4 * tokens * narrow) if backward or loss else 0
     embedding = 4 * 2 * (tokens + 4096) * narrow
     memory = BASE + sink.nbytes + max(weights + max(2 * largest, work), head, embedding)
     files = layers + 3 if backward else 2

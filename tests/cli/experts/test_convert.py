@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from mindformers_ext.cli.experts import main
+from mindformers_ext.core.errors import UserError
 from mindformers_ext.jobs.engine.door import write_plain
+from mindformers_ext.jobs.experts import probe
 from mindformers_ext.jobs.experts.gating import Gating, mixture_config
 from mindformers_ext.surgery.experts.split import LayerSplit
 from tests.helpers.tiny_llama import HIDDEN, LAYERS, WIDTH, make_llama, sentences
@@ -169,6 +172,10 @@ def test_one_yaml_makes_all_of_it_and_does_nothing_twice(
     assert stamps[tmp_path / "moe" / "model.safetensors"] == (tmp_path / "moe/model.safetensors").stat().st_mtime_ns
 
 
+def no_room(folder: Path, nbytes: int, inside: bool) -> None:
+    raise UserError(f"no room beside the output in {folder}")
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -182,6 +189,10 @@ def test_one_yaml_makes_all_of_it_and_does_nothing_twice(
         (["--reversed"], "--select_file_path mean nothing with --reversed"),
         (["--select_file_path", "few"], "lacks the gates of layers [1, 2]"),
         (["--model_path", "moe"], "give a dense llama folder"),
+        (["--eval_text", "nowhere"], "the text 'nowhere' is no file"),
+        (["--eval_text", "short.txt", "--block_size", 32], "1 rows of 32 tokens"),
+        (["--eval_text", "short.txt", "--eval_tokens", 0], "--eval_tokens 0"),
+        (["--eval_text", "{text}", "--block_size", 32], "no room beside the output"),
     ],
 )
 def test_what_cannot_be_is_said_and_nothing_is_written(
@@ -199,8 +210,12 @@ def test_what_cannot_be_is_said_and_nothing_is_written(
     (tmp_path / "few" / NAME.format(0)).write_bytes((made / "gates" / NAME.format(0)).read_bytes())
     if "moe" in more:
         assert main(words(made, tmp_path / "moe")) == 0
+    (tmp_path / "short.txt").write_text("a gate")
+    if "{text}" in more:
+        monkeypatch.setattr(probe, "check_space", no_room)
     before = sorted(tmp_path.rglob("*"))
-    asked = [str(word).replace("{dense}", str(made / "dense")) for word in more]
+    places = {"{dense}": str(made / "dense"), "{text}": str(made / "text.txt")}
+    asked = [functools.reduce(lambda text, item: text.replace(*item), places.items(), str(word)) for word in more]
     assert main([*words(made, tmp_path / "out"), *asked]) == 2
     assert message in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
