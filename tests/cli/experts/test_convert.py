@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from mindformers_ext.cli.experts import main
@@ -170,6 +170,37 @@ def test_one_yaml_makes_all_of_it_and_does_nothing_twice(
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.weight") if path.is_file()}
     assert all(stamps[path] == stamp for path, stamp in kept.items())
     assert stamps[tmp_path / "moe" / "model.safetensors"] == (tmp_path / "moe/model.safetensors").stat().st_mtime_ns
+
+
+EXPERT = "model.layers.2.mlp.calculator.experts.weight_{}.7"
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        (lambda weights: weights.pop(EXPERT.format("up")), {}, "weight_up.7' is missing"),
+        (lambda weights: weights.pop(EXPERT.format("gate")), {}, "have 84 neurons, config.json says 96"),
+        (lambda weights: weights.update({EXPERT.format("down"): weights[EXPERT.format("down")].half()}), {},
+         "one dense matrix has one type"),
+        (lambda weights: weights.update({EXPERT.format("gate")[:-1] + "x": torch.zeros(2)}), {}, "no whole row"),
+        (None, {"num_hidden_layers": None}, "lacks num_hidden_layers"),
+        (None, {"num_hidden_layers": "three"}, "lacks num_hidden_layers"),
+        (None, {"intermediate_size": 95}, "config.json says 95"),
+    ],
+)  # fmt: skip
+def test_a_mixture_that_is_not_whole_is_told_before_anything_is_written(
+    made: Path, tmp_path: Path, change, config: dict, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(made, tmp_path / "moe")) == 0
+    if change:
+        weights = load_file(tmp_path / "moe" / "model.safetensors")
+        change(weights)
+        save_file(weights, tmp_path / "moe" / "model.safetensors", {"format": "pt"})
+    path = tmp_path / "moe" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    back = ["--reversed", "--quiet", "--model_path", str(tmp_path / "moe"), "--save_path", str(tmp_path / "back")]
+    assert main(["convert", *back]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "back").exists()
 
 
 def no_room(folder: Path, nbytes: int, inside: bool) -> None:
