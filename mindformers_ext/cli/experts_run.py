@@ -20,11 +20,9 @@ from mindformers_ext.cli.experts_effects import without_effect
 from mindformers_ext.cli.experts_flags import add_switch
 from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.errors import Problems, UserError
-from mindformers_ext.core.json_text import read_object
 
 ORDER = ("split", "importance", "features", "select", "convert", "report")
 BEFORE_SPLIT = {"gradient": "importance", "graph": "features"}  # method -> the stage whose output it reads
-DONE = "experts_run.json"
 # what a stage reads: option -> stage that writes it
 READS = {"score_file_path": "importance", "hidden_features_path": "features"}
 READS |= {"split_file_path": "split", "select_file_path": "select"}
@@ -172,25 +170,20 @@ def _carry_out(stage: Stage, overwrite: bool) -> int:
     options = dict(stage.options) | ({"overwrite": True} if overwrite else {})
     code: int = _module(stage.name).run(_parsed(stage.name, options))
     if code == 0 and stage.name in SKIPS:
-        _record(stage)
+        from mindformers_ext.jobs.experts.finished import note_done
+
+        note_done(stage.place, stage.name, stage.digest)
     return code
 
 
 def _done(stage: Stage) -> int | None:
     """0 where an earlier run of the same options has finished this stage, else None."""
-    path = stage.place / DONE
-    if stage.name not in SKIPS or not path.is_file() or not stage.output.exists():
-        return None
-    if read_object(path).get(stage.name) != stage.digest:
+    from mindformers_ext.jobs.experts.finished import is_done
+
+    if stage.name not in SKIPS or not stage.output.exists() or not is_done(stage.place, stage.name, stage.digest):
         return None
     print(f"{stage.output} is there already")
     return 0
-
-
-def _record(stage: Stage) -> None:
-    from mindformers_ext.jobs.experts.splits import note_done
-
-    note_done(stage.place / DONE, stage.name, stage.digest)
 
 
 def _parser(name: str) -> argparse.ArgumentParser:

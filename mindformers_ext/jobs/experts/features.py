@@ -55,7 +55,6 @@ class FeatureReport:
     tokens: int
     nbytes: int
     layers: int
-    notes: tuple[str, ...]
 
 
 def write_features(request: FeatureRequest, tell: Callable[[str], object] = lambda line: None) -> FeatureReport:
@@ -83,10 +82,10 @@ def write_features(request: FeatureRequest, tell: Callable[[str], object] = lamb
             tell(line) if share.rank == 0 else None
         own = start.course.rows.tokens * each * len(todo)
         if request.dry_run or not todo:
-            return FeatureReport(folder, start.tokens, total, 0, start.notes)
+            return FeatureReport(folder, start.tokens, total, 0)
         check_needs(wanted, folder, own * share.size)
         _pass(start, folder, sink, about, todo, layers, share, kind, request)
-        return FeatureReport(folder, start.tokens, total, len(todo), start.notes)
+        return FeatureReport(folder, start.tokens, total, len(todo))
 
 
 def _sink(request: FeatureRequest, start: Opened, kind: str, folder: Path, share: Share) -> FeatureSink:

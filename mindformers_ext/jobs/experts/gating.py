@@ -15,11 +15,10 @@ from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.families import LLAMA_MOE
 from mindformers_ext.core.philox import normal, seeds
 from mindformers_ext.surgery.experts.split import LayerSplit
+from mindformers_ext.surgery.experts.words import NOISE, WEIGHTS
 
 PRESETS = ("moefication", LLAMA_MOE.name)
-NETWORKS = ("mlp", "linear")  # two matrices with tanh between, or one
-NOISE = "weight_noise.weight"
-WEIGHTS = {"mlp": ("gate_network.0.weight", "gate_network.2.weight"), "linear": ("gate_network.weight",)}
+NETWORKS = tuple(WEIGHTS)  # two matrices with tanh between, or one
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,15 +20,15 @@ from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.json_text import read_object
 from mindformers_ext.formats.atomic import fresh_file, write_text
 from mindformers_ext.formats.fingerprint import fingerprint
+from mindformers_ext.formats.folder_lock import locked
 from mindformers_ext.jobs.engine.door import write_plain
 from mindformers_ext.jobs.experts.calibration import Calibration, Opened, opened
 from mindformers_ext.jobs.experts.importance_scores import META
 from mindformers_ext.jobs.experts.probe import Part, backward, check_needs, forward, needs
 from mindformers_ext.jobs.experts.ranks import Share, own_share
-from mindformers_ext.jobs.experts.splits import locked
 from mindformers_ext.jobs.experts.states import States
+from mindformers_ext.surgery.experts.words import KERNELS
 
-KERNELS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"plain": lambda v: v, "l1_norm": np.abs, "l2_norm": np.square}
 LEVELS = ("sample", "total")  # the kernel of each token's value, or of their sum
 TYPES = {"feature_grad": "grad", "feature_change": "change"}  # and how their files end
 POINTS = {"up_proj": "hidden", "gate_proj": "gate_linear"}
@@ -66,7 +66,6 @@ class ImportanceReport:
     folder: Path
     rows: tuple[int, ...]
     whole: bool
-    notes: tuple[str, ...]
 
 
 class ImportanceSink:
@@ -128,7 +127,7 @@ def write_importance(request: ImportanceRequest, tell: Callable[[str], object] =
         folder = importance_folder(request, start.model.name)
         about = _about(request, start, layers, share)
         if _is_there(folder, about, request.overwrite):
-            return ImportanceReport(folder, counts, True, start.notes)
+            return ImportanceReport(folder, counts, True)
         width = start.model.spec.intermediate_size
         own = clusters[share.rank :: share.size]
         sink = ImportanceSink(request, own, width, lambda layer: _partial(folder, share.rank, layer))
@@ -141,7 +140,7 @@ def write_importance(request: ImportanceRequest, tell: Callable[[str], object] =
         ):
             tell(line) if share.rank == 0 else None
         if request.dry_run:
-            return ImportanceReport(folder, counts, False, start.notes)
+            return ImportanceReport(folder, counts, False)
         check_needs(wanted, folder, 0)
         folder.mkdir(parents=True, exist_ok=True)
         if request.overwrite:
@@ -156,7 +155,7 @@ def write_importance(request: ImportanceRequest, tell: Callable[[str], object] =
         write_text(_finished(folder, share.rank), json.dumps({"about": about, "tokens": predicted.tolist()}) + "\n")
         states.remove()
         whole = _combine(request, folder, about, layers, share)
-        return ImportanceReport(folder, counts, whole, start.notes)
+        return ImportanceReport(folder, counts, whole)
 
 
 class _Nothing:

@@ -15,11 +15,12 @@ import numpy as np
 from tqdm import tqdm
 
 from mindformers_ext.jobs.engine.protocols import LayerProbe
-from mindformers_ext.jobs.experts.gating import WEIGHTS, Gating
+from mindformers_ext.jobs.experts.gating import Gating
 from mindformers_ext.jobs.experts.probe import Course, Part
 from mindformers_ext.jobs.experts.states import States
 from mindformers_ext.surgery.experts.choices import by_answers, by_chance, by_gate, kept_neurons
 from mindformers_ext.surgery.experts.split import LayerSplit
+from mindformers_ext.surgery.experts.words import WEIGHTS
 
 Gates = Mapping[int, Mapping[str, np.ndarray]]
 Weigh = Callable[[int, np.ndarray, np.ndarray], np.ndarray]

@@ -189,16 +189,13 @@ def forward(course: Course, states: States, sink: Sink, layers: Sequence[int], k
             states.finish("forward", layer + 1)
 
 
-def backward(course: Course, states: States, sink: Sink, layers: Sequence[int]) -> float:
-    """From the loss back to the first of ``layers``, after ``forward`` of all layers with kept states.
-
-    Returns the loss summed over the predicted tokens, each the target of the one before it in its row; 0 where an
-    earlier run has computed it.
-    """
+def backward(course: Course, states: States, sink: Sink, layers: Sequence[int]) -> None:
+    """From the loss, summed over the predicted tokens, back to the first of ``layers``, after ``forward`` of all layers
+    with kept states. A token is the target of the one before it in its row."""
     count, first = course.model.spec.num_hidden_layers, min(layers)
-    probe, total = course.open(), 0.0
+    probe = course.open()
     if states.done("loss") == 0:
-        total = _head(course, states, probe)
+        _head(course, states, probe)
         states.finish("loss", 1)
     start = states.done("backward")
     with _bar(course, "backward", count - first - start) as bar:
@@ -222,24 +219,21 @@ def backward(course: Course, states: States, sink: Sink, layers: Sequence[int]) 
             if asked:
                 sink.end(layer)
             states.finish("backward", count - layer)
-    return total
 
 
-def _head(course: Course, states: States, probe: LayerProbe) -> float:
-    """The loss, and its gradient at what leaves the last layer."""
-    count, total = course.model.spec.num_hidden_layers, 0.0
+def _head(course: Course, states: States, probe: LayerProbe) -> None:
+    """The loss's gradient at what leaves the last layer."""
+    count = course.model.spec.num_hidden_layers
     probe.fill_head(course.model.norm(), course.model.head())
     came, leaves = states.input_of(count), states.gradient_of(count)
     for _, rows, length in course.parts():
         ids = course.rows.ids[rows.start : rows.stop, :length]
         target = np.roll(ids, -1, axis=1)
         counted = np.arange(1, length + 1)[None] < course.rows.lengths[rows.start : rows.stop, None]
-        loss, gradient = probe.loss(came.read(rows, length), target, counted)
+        _, gradient = probe.loss(came.read(rows, length), target, counted)
         leaves.write(rows, gradient)
-        total += loss
     came.close()
     leaves.close()
-    return total
 
 
 def _give(

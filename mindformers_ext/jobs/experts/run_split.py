@@ -20,11 +20,12 @@ import psutil
 
 from mindformers_ext.core.errors import UserError, listed
 from mindformers_ext.formats.disk import check_space
+from mindformers_ext.formats.folder_lock import locked
 from mindformers_ext.jobs.experts.dense_model import DenseModel, open_dense, template_kind
 from mindformers_ext.jobs.experts.layer_pool import Solved, check_ray, solve_here, solve_in_processes, solve_on_ray
 from mindformers_ext.jobs.experts.overlap_files import write_overlap
 from mindformers_ext.jobs.experts.split_methods import Method, SplitRequest, check_words
-from mindformers_ext.jobs.experts.splits import META, layer_file, locked, open_split, read_meta, split_sha, write_split
+from mindformers_ext.jobs.experts.splits import META, layer_file, open_split, read_meta, split_sha, write_split
 
 COPIES = 3  # of a layer's matrix as float32 that solving one layer holds
 GRAPH_COPIES = 5  # of the graph's

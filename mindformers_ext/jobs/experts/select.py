@@ -17,23 +17,21 @@ from tqdm import tqdm
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.formats.atomic import write_text
 from mindformers_ext.formats.fingerprint import fingerprint
+from mindformers_ext.formats.folder_lock import locked
 from mindformers_ext.jobs.experts.dense_model import TEMPLATE, DenseModel, open_dense, template_kind
 from mindformers_ext.jobs.experts.feature_files import LayerFeatures, check_features, features_rows, find_features
 from mindformers_ext.jobs.experts.gate_files import SUMMARY, GateFiles, gates_folder
-from mindformers_ext.jobs.experts.layer_data import OUTPUT_NORM, Gathered, gather
+from mindformers_ext.jobs.experts.layer_data import Gathered, gather
 from mindformers_ext.jobs.experts.probe import BASE
 from mindformers_ext.jobs.experts.process_pool import in_processes
 from mindformers_ext.jobs.experts.ranks import own_share
-from mindformers_ext.jobs.experts.splits import locked, open_split, split_sha
+from mindformers_ext.jobs.experts.splits import open_split, split_sha
 from mindformers_ext.surgery.experts.split import LayerSplit
+from mindformers_ext.surgery.experts.words import INITS, KINDS, OUTPUT_NORM, SCORED, TARGETS
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.experts.calibration import Calibration
 
-CRITERIA = ("plain", "positive", "l1_norm", "l2_norm", OUTPUT_NORM)  # surgery/experts/scores.py, which imports torch
-GATES = ("mlp", "linear", "ridge")
-TARGETS = ("chosen", "norm")
-INITS = ("ridge", "weight", "random")
 MOST = 1 << 18  # tokens of a layer that are held in memory, unless asked otherwise
 MOST_WORKERS = 8
 LAYERS_A_WORKER = 4
@@ -80,8 +78,8 @@ class SelectRequest:
         problems = Problems("options")
         if (self.features is None) == (self.calibration is None):
             problems.add("features come from --hidden_features_path or, with --stream, from a run", "give one of them")
-        problems.one_of("--select_criterion", self.criterion, CRITERIA)
-        problems.one_of("--gate", self.gate, GATES)
+        problems.one_of("--select_criterion", self.criterion, (*SCORED, OUTPUT_NORM))
+        problems.one_of("--gate", self.gate, KINDS)
         problems.one_of("--mlp_init_criterion", self.init, INITS)
         problems.one_of("--ridge_target", self.ridge_target, TARGETS)
         for name in ("experts", "selects", "epochs", "batch", "patience", "reservoir"):

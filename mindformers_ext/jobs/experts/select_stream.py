@@ -13,11 +13,12 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.jobs.experts.calibration import opened
 from mindformers_ext.jobs.experts.dense_model import POINT_OF, DenseModel, template_kind
 from mindformers_ext.jobs.experts.gate_files import GateFiles
-from mindformers_ext.jobs.experts.layer_data import FEWEST, OUTPUT_NORM, TRAIN_SHARE, Gathered
+from mindformers_ext.jobs.experts.layer_data import FEWEST, TRAIN_SHARE, Gathered
 from mindformers_ext.jobs.experts.probe import Part, check_needs, forward, needs
 from mindformers_ext.jobs.experts.ranks import own_share
 from mindformers_ext.jobs.experts.states import States
 from mindformers_ext.surgery.experts.split import LayerSplit
+from mindformers_ext.surgery.experts.words import OUTPUT_NORM
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.experts.select import SelectRequest

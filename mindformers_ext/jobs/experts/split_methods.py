@@ -21,10 +21,10 @@ from mindformers_ext.jobs.experts.metis import graph_bytes, split_graph
 from mindformers_ext.jobs.experts.splits import GRAPH_PARTS, open_split
 from mindformers_ext.surgery.experts.cluster import STARTS, balanced_clusters, check_finite
 from mindformers_ext.surgery.experts.gradient import CRITERIA, independent_split, residual_split, sharing_split
-from mindformers_ext.surgery.experts.graph import KERNELS
 from mindformers_ext.surgery.experts.objective import METRICS
 from mindformers_ext.surgery.experts.random import random_split
 from mindformers_ext.surgery.experts.split import LayerSplit, expert_size
+from mindformers_ext.surgery.experts.words import KERNELS
 
 EXPERTS = 8
 
