@@ -38,10 +38,14 @@ def manifest(rank: int) -> str:
     return f"features_{rank}.json"
 
 
+def manifests(folder: Path) -> list[Path]:
+    """The manifests of all processes, and of earlier ones."""
+    return sorted(path for path in folder.glob("features_*.json") if path.is_file())
+
+
 def features_rows(folder: Path) -> list[str]:
     """What texts the features in ``folder`` are of, a word for each process that wrote; empty where nobody tells."""
-    found = [read_object(path) for path in sorted(folder.glob(manifest(0).replace("0", "*"))) if path.is_file()]
-    return sorted(str(one.get("rows")) for one in found)
+    return sorted(str(read_object(path).get("rows")) for path in manifests(folder))
 
 
 def check_features(folder: Path, layers: Sequence[int], template: str, weights: str) -> None:
@@ -56,10 +60,10 @@ def check_features(folder: Path, layers: Sequence[int], template: str, weights: 
     Raises:
         UserError: unfinished, or of another model or matrix.
     """
-    found = {path.name: read_object(path) for path in folder.glob("features_*.json") if path.is_file()}
-    ranks = max((int(one.get("ranks", 1)) for one in found.values()), default=0)
-    again = "run features again"
-    if any(folder.glob(".states_*")) or any(manifest(rank) not in found for rank in range(ranks)):
+    found = {path.name: read_object(path) for path in manifests(folder)}
+    again, begun = "run features again", any(folder.glob(".states_*")) and not found
+    ranks = {one.get("ranks") for one in found.values()} or {0}
+    if begun or ranks != {len(found)} or any(manifest(rank) not in found for rank in range(len(found))):
         raise UserError(f"'{folder}' holds features that are not finished: {again} with the same options, in all ranks")
     for one in found.values():
         if one.get("weights") != weights:

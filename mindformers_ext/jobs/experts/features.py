@@ -16,7 +16,15 @@ from mindformers_ext.formats.disk import free_bytes
 from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.jobs.experts.calibration import Calibration, Opened, opened
 from mindformers_ext.jobs.experts.dense_model import TEMPLATE, template_kind
-from mindformers_ext.jobs.experts.feature_files import FORMATS, INPUTS, OUTPUTS, FeatureSink, features_folder, manifest
+from mindformers_ext.jobs.experts.feature_files import (
+    FORMATS,
+    INPUTS,
+    OUTPUTS,
+    FeatureSink,
+    features_folder,
+    manifest,
+    manifests,
+)
 from mindformers_ext.jobs.experts.probe import Needs, check_needs, forward, needs
 from mindformers_ext.jobs.experts.ranks import Share, own_share
 from mindformers_ext.jobs.experts.states import States
@@ -184,6 +192,10 @@ def _clear(folder: Path, about: dict[str, Any], todo: tuple[int, ...], share: Sh
     """Take away what was made otherwise, all layers of it; of the same the layers ``todo`` are no longer finished."""
     path = folder / manifest(share.rank)
     done = _done(folder, about, share.rank)
+    for old in manifests(folder):  # of ranks that are no more
+        number = old.stem.removeprefix("features_")
+        if number.isdecimal() and int(number) >= share.size and int(number) % share.size == share.rank:
+            old.unlink()
     left = [layer for layer in done if layer not in todo]
     if left:
         write_text(path, json.dumps({**about, "layers": left}, indent=1) + "\n")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +14,10 @@ import pytest
 import torch
 
 from mindformers_ext.cli.experts import main
+from mindformers_ext.core.errors import UserError
 from mindformers_ext.jobs.experts import features as job
 from mindformers_ext.jobs.experts import text_domains
+from mindformers_ext.jobs.experts.feature_files import check_features
 from mindformers_ext.jobs.experts.text_domains import DOMAINS, domain_counts
 from tests.helpers.tiny_llama import HIDDEN, LAYERS, WIDTH, make_llama, write_texts
 
@@ -95,10 +98,32 @@ def test_two_processes_write_together_what_one_does(
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
         assert main(words(model, tmp_path / "two", "--specify_layer", "2")) == 0
+    (folder,) = (tmp_path / "two").iterdir()
+    manifest = json.loads((folder / "features_0.json").read_text())
+    given = (folder, [2], manifest["template"], manifest["weights"])
+    check_features(*given)
+    (folder / ".states_0").mkdir()
+    check_features(*given)  # other layers are on their way
+    (folder / ".states_0").rmdir()
     one, two = rows(tmp_path / "one", 2), rows(tmp_path / "two", 2)
     assert {name[0] for name in shards(tmp_path / "two", FOLDERS[0], 2)} == {"0", "1"}
     assert one.shape == two.shape == (len(one), HIDDEN + WIDTH)
     np.testing.assert_allclose(one.astype(np.float32), two.astype(np.float32), atol=2e-3)
+    for layers, change, message in (
+        ([1], {}, "no finished features of layers [1]"),
+        ([2], {"ranks": 3}, "not finished"),
+        ([2], {"template": "layers.{}.mlp.up_proj.weight"}, "up_proj"),
+        ([2], {"weights": ""}, "other weights"),
+    ):
+        for rank in range(2):
+            path = folder / f"features_{rank}.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | manifest | change))
+        with pytest.raises(UserError, match=re.escape(message)):
+            check_features(folder, layers, *given[2:])
+    monkeypatch.delenv("WORLD_SIZE")
+    assert main(words(model, tmp_path / "two", "--specify_layer", "2", "--overwrite")) == 0
+    check_features(*given)
+    assert np.array_equal(rows(tmp_path / "two", 2), one)
 
 
 def test_a_killed_run_goes_on_behind_the_last_whole_layer(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import yaml
 from mindformers_ext.cli import experts_run
 from mindformers_ext.cli.experts import main
 from mindformers_ext.jobs.experts import split_methods
-from tests.helpers.tiny_llama import make_llama
+from tests.helpers.tiny_llama import LAYERS, make_llama, sentences
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +75,33 @@ def test_the_folder_of_a_split_is_told_without_reading_weights(
     monkeypatch.setattr(split_methods, "_cluster_mark", read)
     _, convert = experts_run.read_stages(path)
     assert convert.options["split_file_path"] == str(tmp_path / "work" / "llama_tiny-8Expert-Split-Clustering")
+
+
+def test_a_gradient_split_is_made_from_the_importance_before_it(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(sentences(20, 5)), encoding="utf-8")
+    importance = {"text": str(tmp_path / "text.txt"), "num_clusters": 4, "block_size": 24, "kernel": "l2_norm"}
+    path = config(model, tmp_path, quiet=True, importance=importance, split={"method": "gradient"})
+    assert main(["run", str(path)]) == 0
+    (meta,) = (tmp_path / "work").glob("llama_tiny-Split-Gradient-max-l2_norm-*/4Experts-24Neurons/split_meta.json")
+    assert len(json.loads(meta.read_text())["layers"]) == LAYERS
+
+
+def test_overwriting_makes_what_was_made_otherwise_again(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, more, code in ((0, (), 0), (1, (), 2), (1, ("--overwrite",), 0)):
+        path = config(model, tmp_path, split={"method": "random", "seed": seed, "quiet": True})
+        assert main(["run", str(path), *more]) == code
+    assert "seed 0 there, 1 here" in capsys.readouterr().err
+
+
+def test_what_all_stages_share_goes_where_it_counts(model: Path, tmp_path: Path) -> None:
+    shared = {"batch_size": 2, "engine": "pt", "lr": 0.5, "ridge_target": "norm", "workers": 2}
+    path = config(model, tmp_path, **shared, split={"method": "random"}, select={"stream": True, "gate": "ridge"})
+    split, select = experts_run.read_stages(path)
+    assert "workers" in split.options
+    assert not {"lr", "workers", "hidden_features_path"} & set(select.options)
+    assert {"batch_size", "ridge_target"} <= set(select.options)
+    path = config(model, tmp_path, split={"method": "random"}, select={"gate": "ridge", "lr": 0.5})
+    _, select = experts_run.read_stages(path)
+    assert select.options["lr"] == 0.5  # what a section says is judged by its stage

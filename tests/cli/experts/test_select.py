@@ -134,6 +134,7 @@ def _four_dimensions(folder: Path) -> None:
 
 def _half_a_layer(folder: Path) -> None:
     (folder / "llama_tiny-Hidden-Features" / ".states_0").mkdir()
+    (folder / "llama_tiny-Hidden-Features" / "features_0.json").unlink()
 
 
 def _other_weights(folder: Path) -> None:
