@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mindformers_ext.cli.experts_effects import CONVERT, check_effects
 from mindformers_ext.cli.experts_flags import add_model, add_switch, add_writing
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.families import LLAMA_MOE
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from mindformers_ext.jobs.experts.quality import QualityRequest
     from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest
 
+EFFECTS = CONVERT
 PRESETS = ("moefication", LLAMA_MOE.name)  # of jobs/experts/gating.py
 # what may come out, by the reference's word; transformers leaves out or adds the head of what is written
 CLASSES = (
@@ -84,6 +86,8 @@ def run(words: argparse.Namespace) -> int:
             f"--convert_type {words.convert_type}: the folder holds a {CLASSES[0]}; load it as {words.convert_type} in "
             "transformers, which leaves out or adds the head"
         )
+    if not words.reversed:
+        check_effects(words, sys.modules[__name__])
     report = (_reversed if words.reversed else _converted)(words)
     if not words.quiet:
         for note in report.notes:

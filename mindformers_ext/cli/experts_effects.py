@@ -30,6 +30,11 @@ RIDGE = Effect(lambda words: words.gate == "ridge", "--gate ridge")
 DAMPED = Effect(lambda words: "ridge" in (words.gate, words.mlp_init_criterion), "--gate or --mlp_init_criterion ridge")
 DOMAINS = Effect(_texts, "--train_data_path")
 SHARE = Effect(lambda words: words.text is None, "--train_data_path or --hidden_features_path")
+JUDGED = Effect(lambda words: words.eval_text is not None, "--eval_text")
+DRAWN = Effect(
+    lambda words: words.use_random_gate or words.select_file_path is None or words.eval_text is not None,
+    "random gates or --eval_text",
+)
 NUMBERED = Effect(lambda words: words.device_target != "CPU", "--device_target GPU or Ascend")
 
 CALIBRATION: Mapping[str, Effect] = {
@@ -49,6 +54,14 @@ SELECT: Mapping[str, Effect] = {
     "ridge_lambda": DAMPED,
     "ridge_target": RIDGE,
 }
+
+
+# what a page without a loss does not tell of
+REPORT: Mapping[str, Effect] = {
+    **dict.fromkeys(("eval_tokens", "block_size", "seed", "preset", "gate_type", "use_softmax"), JUDGED),
+    **dict.fromkeys(("multiply_gate_scores", "score_scale_factor", "score_scale_factor_file_path"), JUDGED),
+}
+CONVERT: Mapping[str, Effect] = {"eval_tokens": JUDGED, "block_size": JUDGED, "seed": DRAWN}
 
 
 def without_effect(words: argparse.Namespace, stage: Any) -> list[str]:

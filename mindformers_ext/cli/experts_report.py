@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from mindformers_ext.cli.experts_convert import add_gating, parts_of, quality_of
+from mindformers_ext.cli.experts_effects import REPORT, check_effects
 from mindformers_ext.cli.experts_flags import add_model, add_switch
+
+EFFECTS = REPORT
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +28,7 @@ def run(words: argparse.Namespace) -> int:
     from mindformers_ext.jobs.experts.quality import measure
     from mindformers_ext.jobs.experts.report import MixtureFacts, check_place, verdict, write_report
 
+    check_effects(words, sys.modules[__name__])
     check_place(words.save_path, words.overwrite)
     parts = parts_of(words)
     quality = quality_of(words, parts)

@@ -167,12 +167,30 @@ def _output(name: str, options: Mapping[str, Any]) -> Path:
 
 
 def _carry_out(stage: Stage, overwrite: bool) -> int:
+    if stage.name in SKIPS:
+        return _write_whole(stage, overwrite)
+    return _call(stage, overwrite)
+
+
+def _call(stage: Stage, overwrite: bool) -> int:
     options = dict(stage.options) | ({"overwrite": True} if overwrite else {})
     code: int = _module(stage.name).run(_parsed(stage.name, options))
-    if code == 0 and stage.name in SKIPS:
-        from mindformers_ext.jobs.experts.finished import note_done
+    return code
 
-        note_done(stage.place, stage.name, stage.digest)
+
+def _write_whole(stage: Stage, overwrite: bool) -> int:
+    """A stage whose output this run, or a killed one of the same options, has begun is done again over it."""
+    from mindformers_ext.jobs.experts.finished import has_begun, note_begun, note_done, note_ended
+
+    place = (stage.place, stage.name, stage.digest)
+    if not stage.output.exists():
+        note_begun(*place)
+    try:
+        code = _call(stage, overwrite or has_begun(*place))
+    except BaseException:  # refused or interrupted: nothing of it stands there
+        note_ended(stage.place)
+        raise
+    note_ended(stage.place) if code else note_done(*place)
     return code
 
 

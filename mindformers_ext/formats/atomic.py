@@ -50,15 +50,16 @@ def fresh_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a short file whole, in place of an older one. Several processes may write the same text at once."""
-    beside = _hidden(path, "text")
-    descriptor = os.open(beside, NEW, 0o666)
+    """Write a short file whole, in place of an older one. Several processes may write the same text at once; what dead
+    ones left is removed."""
+    beside, descriptor = _locked(path, folder=False, kind="text")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+            _is_alive(path, beside, "text")
+            os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
     flush(path.parent)
@@ -86,6 +87,14 @@ def fresh_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         flush(path.parent)
         for item in (old, *_beside(path, "old")):
             _remove(item)
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside ``path``, the output of this run, for what is needed while it works; removed at the
+    end, or where the run was killed by the next one for the same output."""
+    with _claimed(path, folder=True) as beside:
+        yield beside
 
 
 @contextmanager
@@ -175,10 +184,10 @@ def _claimed(path: Path, folder: bool) -> Iterator[Path]:
     raise UserError(f"output '{path}' is being written by another process: wait for it or choose another")
 
 
-def _locked(path: Path, folder: bool) -> tuple[Path, int]:
+def _locked(path: Path, folder: bool, kind: str = "partial") -> tuple[Path, int]:
     """A new hidden file or folder and the descriptor that locks it."""
     while True:
-        beside = _hidden(path, "partial")
+        beside = _hidden(path, kind)
         if folder:
             os.mkdir(beside)
         try:
@@ -194,9 +203,9 @@ def _locked(path: Path, folder: bool) -> tuple[Path, int]:
         os.close(descriptor)
 
 
-def _is_alive(path: Path, own: Path) -> bool:
+def _is_alive(path: Path, own: Path, kind: str = "partial") -> bool:
     """Whether another run is writing ``path``; what dead ones left is removed."""
-    for other in _beside(path, "partial"):
+    for other in _beside(path, kind):
         if other == own:
             continue
         try:

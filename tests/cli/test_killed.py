@@ -43,6 +43,18 @@ def test_a_reader_takes_the_old_output_or_the_new_and_a_rerun_is_as_undisturbed(
     assert held["nothing"] and held["old"], "kills that come early, and late enough"
 
 
+SHORT = pytest.mark.long("run is killed with fewer")
+STAGES = ("split", "features", "importance", "select", "stream", "convert", "report", "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "kills"), [("run", 3), *(pytest.param(name, KILLS, marks=SHORT) for name in STAGES)])
+def test_a_stage_of_experts_goes_on_where_it_was_killed(
+    stage: str, kills: int, tmp_path: Path, repo_root: Path
+) -> None:
+    assert campaign(f"experts {stage}", kills, tmp_path, repo_root)["held"]["gone on"] >= kills // 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "kills"),

@@ -289,6 +289,10 @@ def main(name: str, folder: Path, kills: int) -> Found:
 
     if name.startswith("train"):
         return train(name.removeprefix("train "), folder, kills)
+    if name.startswith("experts"):
+        from tests.helpers.kill_experts import experts
+
+        return experts(name.split()[1:], folder, kills)
     return Campaign(JOBS[name], folder).go(kills, chained=name == "preprocess")
 
 

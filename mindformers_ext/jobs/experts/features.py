@@ -27,7 +27,7 @@ from mindformers_ext.jobs.experts.feature_files import (
 )
 from mindformers_ext.jobs.experts.probe import Needs, check_needs, forward, needs
 from mindformers_ext.jobs.experts.ranks import Share, own_share
-from mindformers_ext.jobs.experts.states import States
+from mindformers_ext.jobs.experts.states import States, remove_left
 
 VERSION = 1
 
@@ -90,6 +90,8 @@ def write_features(request: FeatureRequest, tell: Callable[[str], object] = lamb
             tell(line) if share.rank == 0 else None
         own = start.course.rows.tokens * each * len(todo)
         if request.dry_run or not todo:
+            if not request.dry_run:
+                remove_left(folder / f".states_{share.rank}")
             return FeatureReport(folder, start.tokens, total, 0)
         check_needs(wanted, folder, own * share.size)
         _pass(start, folder, sink, about, todo, layers, share, kind, request)

@@ -18,6 +18,8 @@ from mindformers_ext.jobs.engine.door import read_plain, write_plain
 
 SUMMARY = "select.json"
 LISTS = ("train_epochs", "train_loss", "train_acc", "valid_epochs", "valid_loss", "valid_acc")
+ENDINGS = (".acc", ".log", ".json")
+OWN = "split"  # what a gate tells of its layer alone
 NAMES = {"mlp": "MLP", "linear": "Linear", "ridge": "Ridge"}
 
 
@@ -39,15 +41,14 @@ class GateFiles:
 
     def done(self, layer: int, about: Mapping[str, Any]) -> bool:
         """Whether the gate of this very request is there."""
-        path = self.path(layer, ".json")
-        return self.path(layer).is_file() and path.is_file() and read_object(path).get("about") == dict(about)
+        return self.path(layer).is_file() and self.about(layer) == dict(about)
 
     def todo(self, layers: Sequence[int], about: Mapping[int, Mapping[str, Any]], overwrite: bool) -> tuple[int, ...]:
-        """The layers that are left, with ``overwrite`` all; else gates of another request are refused."""
+        """The layers that are left, with ``overwrite`` all; else gates of another request are refused, of any layer."""
         if overwrite:
             return tuple(layers)
         left = tuple(layer for layer in layers if not self.done(layer, about[layer]))
-        others = [layer for layer in left if self.path(layer).exists()]
+        others = [*(layer for layer in left if self.path(layer).exists()), *self.others(about)]
         if others:
             raise UserError(
                 f"'{self.folder}' holds gates that were fitted otherwise (layer {others[0]}): choose another "
@@ -55,29 +56,77 @@ class GateFiles:
             )
         return left
 
+    def others(self, about: Mapping[int, Mapping[str, Any]]) -> list[int]:
+        """The layers beside those of ``about`` whose gates are of another request, or do not tell of which."""
+        asked = common(next(iter(about.values()), {}))
+        return [layer for layer in self.layers() if layer not in about and common(self.about(layer)) != asked]
+
+    def drop_others(self, about: Mapping[int, Mapping[str, Any]]) -> None:
+        """Take them away: a model's gates are those of one request."""
+        for layer in self.others(about) if about else ():
+            for ending in ("", *ENDINGS):
+                self.path(layer, ending).unlink(missing_ok=True)
+
+    def layers(self) -> list[int]:
+        """The layers whose gates are there."""
+        before, _, behind = self.template.partition("{}")
+        numbers = (
+            path.name[len(before) : len(path.name) - len(behind)] for path in self.folder.glob(f"{before}*{behind}")
+        )
+        return sorted(int(number) for number in numbers if number.isdecimal())
+
+    def about(self, layer: int) -> Mapping[str, Any]:
+        """What a layer's gate was fitted to; empty where nobody tells."""
+        path = self.path(layer, ".json")
+        found = read_object(path).get("about") if path.is_file() else None
+        return found if isinstance(found, dict) else {}
+
     def write(
         self, layer: int, weights: Mapping[str, np.ndarray], figures: Mapping[str, Any], about: Mapping[str, Any]
     ) -> None:
-        """All files of a layer; the JSON, by which ``done`` knows, comes last."""
+        """All files of a layer; the gate itself comes last, so that what is of it is known where it is there."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.path(layer, ".json").unlink(missing_ok=True)
-        write_plain(self.path(layer), dict(weights), overwrite=True)
+        self.path(layer).unlink(missing_ok=True)
         acc = {"best_acc": figures["recall"], "best_loss": figures["loss"], "save_epoch": figures["epoch"]}
         write_text(self.path(layer, ".acc"), "".join(f"{name}: {_short(value)}\n" for name, value in acc.items()))
         curve = figures["curve"]
         lines = [f"{name}: [{', '.join(map(_short, curve[name]))}]\n" for name in LISTS]
         write_text(self.path(layer, ".log"), "".join(lines))
         write_text(self.path(layer, ".json"), json.dumps({"about": about, "layer": layer, **figures}) + "\n")
+        write_plain(self.path(layer), dict(weights), overwrite=True)
 
     def figures(self) -> list[dict[str, Any]]:
         """What was measured of every layer that is there, in their order."""
-        before, _, behind = self.template.partition("{}")
-        found = []
-        for path in self.folder.glob(f"{before}*{behind}.json"):
-            number = path.name[len(before) : -len(behind + ".json")]
-            if number.isdecimal() and self.path(int(number)).is_file():
-                found.append(read_object(path))
-        return sorted(found, key=lambda one: int(one["layer"]))
+        paths = (self.path(layer, ".json") for layer in self.layers())
+        return [dict(read_object(path)) for path in paths if path.is_file()]
+
+
+def common(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What the gates of one request have in common."""
+    return {key: value for key, value in about.items() if key != OWN}
+
+
+def check_together(folder: Path, template: str, splits: Mapping[int, str]) -> None:
+    """What the gates of a model tell must be one request, fitted to the splits with these marks.
+
+    Raises:
+        UserError: they are of several requests, or of other splits. Gates of another tool tell nothing.
+    """
+    files = GateFiles(folder, template)
+    told = {layer: files.about(layer) for layer in splits if files.about(layer)}
+    wrong = [layer for layer, about in told.items() if about.get(OWN) != splits[layer]]
+    if wrong:
+        raise UserError(
+            f"'{folder}' holds gates that were fitted to another split than --split_file_path (layers {wrong}): fit "
+            "them to this one (select --overwrite)"
+        )
+    first = next(iter(told), 0)
+    apart = [layer for layer, about in told.items() if common(about) != common(told[first])]
+    if apart:
+        raise UserError(
+            f"'{folder}' holds gates of layers {apart} that were fitted otherwise than that of layer {first}: fit all "
+            "with the same options (select --overwrite)"
+        )
 
 
 def read_gates(

@@ -26,7 +26,7 @@ from mindformers_ext.jobs.experts.calibration import Calibration, Opened, opened
 from mindformers_ext.jobs.experts.importance_scores import META
 from mindformers_ext.jobs.experts.probe import Part, backward, check_needs, forward, needs
 from mindformers_ext.jobs.experts.ranks import Share, own_share
-from mindformers_ext.jobs.experts.states import States
+from mindformers_ext.jobs.experts.states import States, remove_left
 from mindformers_ext.surgery.experts.words import KERNELS
 
 LEVELS = ("sample", "total")  # the kernel of each token's value, or of their sum
@@ -127,6 +127,7 @@ def write_importance(request: ImportanceRequest, tell: Callable[[str], object] =
         folder = importance_folder(request, start.model.name)
         about = _about(request, start, layers, share)
         if _is_there(folder, about, request.overwrite):
+            _remove_left(folder, share) if not request.dry_run else None
             return ImportanceReport(folder, counts, True)
         width = start.model.spec.intermediate_size
         own = clusters[share.rank :: share.size]
@@ -216,6 +217,14 @@ def _is_there(folder: Path, about: Mapping[str, Any], overwrite: bool) -> bool:
     raise UserError(
         f"'{folder}' holds others (another model, text, engine or device): choose another --save_path, or --overwrite"
     )
+
+
+def _remove_left(folder: Path, share: Share) -> None:
+    """Delete what processes left that were killed when the vectors were there."""
+    remove_left(folder / f".states_{share.rank}")
+    with locked(folder):
+        for path in folder.glob(".sums_*") if (folder / META).is_file() else ():
+            path.unlink()
 
 
 def _clear(folder: Path, share: Share) -> None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Generator, Sequence
 from dataclasses import fields, replace
 from importlib.util import find_spec
@@ -17,15 +16,13 @@ from mindformers_ext.jobs.experts.process_pool import in_processes
 from mindformers_ext.jobs.experts.split_methods import METHODS, SplitRequest
 from mindformers_ext.surgery.experts.split import LayerSplit
 
-Solved = tuple[int, LayerSplit, dict[str, Any], float]
+Solved = tuple[int, LayerSplit, dict[str, Any]]
 CONNECTING = 5.0  # seconds
 
 
 def solve_layer(request: SplitRequest, model: DenseModel, layer: int) -> Solved:
-    """The split of one layer, figures about it, and the seconds it took."""
-    started = time.monotonic()
-    split, about = METHODS[request.method].solve(request, model, layer)
-    return layer, split, about, time.monotonic() - started
+    """The split of one layer, and figures about it."""
+    return layer, *METHODS[request.method].solve(request, model, layer)
 
 
 def solve_here(request: SplitRequest, layers: Sequence[int]) -> Generator[Solved, None, None]:

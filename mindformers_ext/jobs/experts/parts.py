@@ -13,9 +13,9 @@ import numpy as np
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.json_text import read_json
 from mindformers_ext.jobs.checkpoint.source import read_config
-from mindformers_ext.jobs.experts.gate_files import read_gates
+from mindformers_ext.jobs.experts.gate_files import check_together, read_gates
 from mindformers_ext.jobs.experts.gating import PRESETS, Gating, preset, read_factors
-from mindformers_ext.jobs.experts.splits import read_splits
+from mindformers_ext.jobs.experts.splits import read_splits, split_sha
 from mindformers_ext.surgery.experts.split import LayerSplit
 from mindformers_ext.surgery.experts.words import WEIGHTS
 
@@ -60,7 +60,7 @@ def read_parts(request: PartsRequest) -> Parts:
         raise UserError(f"--num_selects {request.chosen} of {request.experts} experts: choose 1 to all of them")
     layers, width = model_sizes(request.model)
     splits = read_splits(request.split, request.templates, layers, request.experts, request.allow_pickle, width)
-    gates = read_gates(request.gates, request.templates, layers, request.allow_pickle) if request.gates else None
+    gates = _gates(request, splits) if request.gates else None
     own = {name: value for name, value in request.own.items() if value is not None}
     fields = preset(request.preset or preset_for(gates is not None), request.experts, request.chosen)
     if request.factors is not None:
@@ -74,6 +74,14 @@ def read_parts(request: PartsRequest) -> Parts:
     return Parts(splits, gates, Gating(chosen=request.chosen, network=request.network or fitted, **(fields | own)))
 
 
+def _gates(request: PartsRequest, splits: Mapping[int, LayerSplit]) -> dict[int, dict[str, np.ndarray]]:
+    """The gates of all layers, fitted to these splits as far as they tell."""
+    folder = request.gates or Path()
+    gates = read_gates(folder, request.templates, len(splits), request.allow_pickle)
+    check_together(folder, request.templates, {layer: split_sha(split) for layer, split in splits.items()})
+    return gates
+
+
 def read_own_splits(
     model: Path, split: Path | None, templates: str, allow_pickle: bool
 ) -> dict[int, LayerSplit] | None:
@@ -81,7 +89,9 @@ def read_own_splits(
     if split is None:
         return None
     layers, width = model_sizes(model)
-    return read_splits(split, templates, layers, None, allow_pickle, width)
+    config = read_config(model)  # a folder of lists alone does not tell which experts are residual
+    experts = config.get("num_experts") if config.get("num_experts_residual") else None
+    return read_splits(split, templates, layers, experts if type(experts) is int else None, allow_pickle, width)
 
 
 def model_sizes(model: Path) -> tuple[int, int]:

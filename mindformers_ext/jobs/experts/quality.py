@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.formats.atomic import scratch_folder
 from mindformers_ext.jobs.experts.calibration import Calibration, opened
 from mindformers_ext.jobs.experts.gating import Gating
 from mindformers_ext.jobs.experts.ladder import (
@@ -72,14 +72,13 @@ def measure(request: QualityRequest) -> Ladder:
     Raises:
         UserError: too little text, memory or disk, or whatever is wrong with model or text.
     """
-    prefix = f".{request.beside.name}.ladder_"
     with opened(request.texts, Share()) as job:
         splits = request.splits
         first, second = _halves(job.course, request)
-        with tempfile.TemporaryDirectory(prefix=prefix, dir=request.place) as place:
+        with scratch_folder(request.place / request.beside.name) as place:
             counts = {layer: _kept(split, request.gating.chosen) for layer, split in splits.items()}
-            masks = static_masks(_neuron_sums(first, Path(place) / "sums"), counts)
-            return climb(second, _ways(request, masks), splits, Path(place) / "ways")
+            masks = static_masks(_neuron_sums(first, place / "sums"), counts)
+            return climb(second, _ways(request, masks), splits, place / "ways")
 
 
 def _ways(request: QualityRequest, masks: Mapping[int, np.ndarray]) -> list[Way]:

@@ -16,7 +16,7 @@ from mindformers_ext.core.families import LLAMA, LLAMA_MOE
 from mindformers_ext.formats.dtypes import BY_NUMPY
 from mindformers_ext.formats.tensors import TensorInfo
 from mindformers_ext.jobs.checkpoint.source import CONFIG, Reader, open_hf, read_config
-from mindformers_ext.jobs.experts.cut import DENSE, MLP, ROUTED, Cut, cuts
+from mindformers_ext.jobs.experts.cut import DENSE, INNER, MLP, RESIDUAL, ROUTED, Cut, cuts, routed_prefix
 from mindformers_ext.jobs.experts.gating import Gating, mixture_config
 from mindformers_ext.jobs.experts.neuron_file import NEURONS, read_neurons
 from mindformers_ext.jobs.experts.parts import model_sizes
@@ -48,12 +48,12 @@ def reverse(request: DenseRequest, write: bool = True) -> MergeReport:
     reader = open_hf(request.model)
     try:
         layers, width = model_sizes(request.model)
-        sizes = _sizes(reader, layers)
-        for layer, found in sizes.items():
-            if sum(found) != width:
+        in_order = {layer: _in_order(reader, layer) for layer in range(layers)}
+        for layer, found in in_order.items():
+            if found.width != width:
                 raise UserError(
-                    f"the experts of layer {layer} have {sum(found)} neurons, config.json says {width}: copy the model "
-                    "again"
+                    f"the experts of layer {layer} have {found.width} neurons, config.json says {width}: copy the "
+                    "model again"
                 )
         notes = []
         splits = request.splits
@@ -61,7 +61,7 @@ def reverse(request: DenseRequest, write: bool = True) -> MergeReport:
             splits = read_neurons(request.model / NEURONS, width, layers)
         if splits is None:
             notes.append(f"no {NEURONS}: neurons stay in the experts' order, which computes the same")
-            splits = {layer: _in_order(count) for layer, count in sizes.items()}
+            splits = in_order
         tasks = _joined_tasks(reader, splits, layers)
         result = _dense_config(config, splits)
 
@@ -74,25 +74,28 @@ def reverse(request: DenseRequest, write: bool = True) -> MergeReport:
         reader.close()
 
 
-def _sizes(reader: Reader, layers: int) -> dict[int, list[int]]:
-    """Neurons of each routed expert, by layer."""
-    result: dict[int, list[int]] = {}
-    for layer in range(layers):
-        prefix = MLP.format(layer) + ROUTED + "weight_gate."
-        ends = [name[len(prefix) :] for name in reader.infos if name.startswith(prefix)]
-        names = [f"{prefix}{number}" for number in range(len(ends))]
-        if not names or any(name not in reader.infos for name in names):
-            raise UserError(
-                f"layer {layer} has no whole row of experts '{prefix}0', ...: give a mixture without residual experts "
-                "that this command has written"
-            )
-        result[layer] = [reader.infos[name].shape[0] for name in names]
-    return result
+def _in_order(reader: Reader, layer: int) -> LayerSplit:
+    """The experts of one layer, neurons in their order."""
+    residual = _sizes(reader, MLP.format(layer) + RESIDUAL)
+    prefix = MLP.format(layer) + (INNER if residual else "") + ROUTED
+    routed = _sizes(reader, prefix)
+    if not routed:
+        raise UserError(f"layer {layer} has no experts '{prefix}...': give a mixture that this command has written")
+    ends = np.cumsum([*routed, *residual])
+    parts = np.split(np.arange(ends[-1]), ends[:-1])
+    return LayerSplit(int(ends[-1]), tuple(parts[: len(routed)]), tuple(parts[len(routed) :]))
 
 
-def _in_order(sizes: Sequence[int]) -> LayerSplit:
-    ends = np.cumsum(sizes)
-    return LayerSplit(int(ends[-1]), tuple(np.split(np.arange(ends[-1]), ends[:-1])))
+def _sizes(reader: Reader, prefix: str) -> list[int]:
+    """Neurons of each expert whose tensors begin with ``prefix``."""
+    start = f"{prefix}weight_gate."
+    count = sum(name.startswith(start) for name in reader.infos)
+    names = [f"{start}{number}" for number in range(count)]
+    if any(name not in reader.infos for name in names):
+        raise UserError(
+            f"there is no whole row of experts '{start}0', ...: give a mixture that this command has written"
+        )
+    return [reader.infos[name].shape[0] for name in names]
 
 
 def _joined_tasks(reader: Reader, splits: Mapping[int, LayerSplit], layers: int) -> list[Task]:
@@ -101,7 +104,7 @@ def _joined_tasks(reader: Reader, splits: Mapping[int, LayerSplit], layers: int)
     tasks = [copied(reader, info) for name, info in reader.infos.items() if not name.startswith(mixed)]
     for layer in range(layers):
         split = splits[layer]
-        if split.residual or not split.is_partition:
+        if not split.is_partition:
             raise UserError(
                 f"layer {layer} shares neurons between experts, or lacks some: no dense model holds the same weights"
             )
@@ -114,7 +117,7 @@ def _joined_tasks(reader: Reader, splits: Mapping[int, LayerSplit], layers: int)
 def _parts(reader: Reader, layer: int, split: LayerSplit, matrix: str) -> tuple[TensorInfo, list[Cut]]:
     """A dense matrix and the experts' matrices it is made of: all are there, of one type and of the right size."""
     name, axis = DENSE[matrix]
-    first = f"{MLP.format(layer)}{ROUTED}{name}.0"
+    first = f"{routed_prefix(layer, split)}{ROUTED}{name}.0"
     if first not in reader.infos:
         raise UserError(f"'{first}' is missing: copy the model again")
     stored = reader.infos[first]

@@ -110,9 +110,9 @@ def run_split(request: SplitRequest, plan: SplitPlan, quiet: bool = False) -> Sp
     hidden = quiet or not plan.todo
     bar = tqdm(total=len(plan.todo), unit="layer", desc="splitting", disable=hidden, dynamic_ncols=True)
     with bar, closing(solved(request, plan)) as found:  # processes end with it, however it ends
-        for layer, split, figures, seconds in found:
-            about[layer] = {**figures, "seconds": round(seconds, 3)}
-            entry = {"input_sha256": plan.marks[layer], **about[layer]}
+        for layer, split, figures in found:
+            about[layer] = figures
+            entry = {"input_sha256": plan.marks[layer], **figures}
             write_split(plan.folder, request.template, layer, split, plan.settings, entry)
             bar.update()
     if request.visualization_path is not None:
@@ -123,7 +123,7 @@ def run_split(request: SplitRequest, plan: SplitPlan, quiet: bool = False) -> Sp
 
 
 def solved(request: SplitRequest, plan: SplitPlan) -> Generator[Solved, None, None]:
-    """(layer, split, figures, seconds) of each layer to do, as they are finished."""
+    """(layer, split, figures) of each layer to do, as they are finished."""
     if request.ray is not None:
         return solve_on_ray(request, plan.todo, request.ray)
     if plan.workers > 1:
@@ -186,8 +186,8 @@ def _finished(
     kept = []
     for layer in standing:
         entry = meta["layers"].get(str(layer))
-        if not isinstance(entry, dict):
-            continue  # its process was killed between the file and the entry
+        if not isinstance(entry, dict):  # a layer is entered before its file is written
+            raise UserError(f"layer {layer} in '{folder}' is not in {META}, so split has not written it: {advice}")
         if entry.get("input_sha256") != marks[layer]:
             raise UserError(f"layer {layer} in '{folder}' was split from other inputs than these: {advice}")
         if entry.get("split_sha256") != split_sha(open_split(folder, request.template, layer)):

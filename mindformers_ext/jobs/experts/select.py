@@ -26,6 +26,7 @@ from mindformers_ext.jobs.experts.probe import BASE
 from mindformers_ext.jobs.experts.process_pool import in_processes
 from mindformers_ext.jobs.experts.ranks import own_share
 from mindformers_ext.jobs.experts.splits import open_split, split_sha
+from mindformers_ext.jobs.experts.states import remove_left
 from mindformers_ext.surgery.experts.split import LayerSplit
 from mindformers_ext.surgery.experts.words import INITS, KINDS, OUTPUT_NORM, SCORED, TARGETS
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 MOST = 1 << 18  # tokens of a layer that are held in memory, unless asked otherwise
 MOST_WORKERS = 8
 LAYERS_A_WORKER = 4
+STATES = ".states"  # in the folder of the gates, with --stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,12 +138,16 @@ def select(request: SelectRequest, tell: Callable[[str], object] = lambda line: 
         notes: list[str] = []
         if request.dry_run:
             return SelectReport(files.folder, todo, (), ())
+        if request.overwrite:
+            files.drop_others(about)
         if todo and request.calibration is not None:
             from mindformers_ext.jobs.experts.select_stream import stream
 
             stream(request, model, {layer: splits[layer] for layer in todo}, files, about, tell)
         elif todo:
             notes += _from_files(request, model, todo, files, about)
+        elif request.calibration is not None:
+            remove_left(files.folder / STATES)
     finally:
         model.close()
     return _report(files, todo, notes, asked)
@@ -268,16 +274,18 @@ def _about(request: SelectRequest, model: DenseModel) -> dict[str, Any]:
 
 
 def _report(files: GateFiles, todo: tuple[int, ...], notes: list[str], asked: Mapping[str, Any]) -> SelectReport:
-    found = _figures(files, asked)
-    if not todo:
-        return SelectReport(files.folder, todo, found, tuple(notes))
+    if not files.folder.is_dir():
+        return SelectReport(files.folder, todo, (), tuple(notes))
     with locked(files.folder):  # another process may fit other layers
         found = _figures(files, asked)
         short = [{key: value for key, value in one.items() if key not in ("curve", "about")} for one in found]
-        write_text(files.folder / SUMMARY, json.dumps({"about": dict(asked), "layers": short}, indent=1) + "\n")
-        from mindformers_ext.jobs.experts.gate_plot import plot_gates
+        text = json.dumps({"about": dict(asked), "layers": short}, indent=1) + "\n"
+        summary = files.folder / SUMMARY
+        if not summary.is_file() or summary.read_text(encoding="utf-8") != text:
+            from mindformers_ext.jobs.experts.gate_plot import plot_gates
 
-        plot_gates(found, files.folder / "select.png")
+            plot_gates(found, files.folder / "select.png")
+            write_text(summary, text)  # comes last: what it says is drawn
     return SelectReport(files.folder, todo, found, tuple(notes))
 
 

@@ -93,7 +93,7 @@ def stream(
     Raises:
         UserError: texts that do not fit, too little memory or disk, several processes.
     """
-    from mindformers_ext.jobs.experts.select import fit_and_write
+    from mindformers_ext.jobs.experts.select import STATES, fit_and_write
 
     share = own_share()
     if share.size > 1:
@@ -122,7 +122,7 @@ def stream(
         ):
             tell(line)
         check_needs(wanted, files.folder)
-        place = files.folder / ".states"
+        place = files.folder / STATES
         digest = start.course.rows.digest(json.dumps({str(layer): one for layer, one in about.items()}, sort_keys=True))
         states = States(place, start.course.length, model.spec.hidden_size, digest, keep=False, anew=request.overwrite)
         if states.done("forward") > min(splits):

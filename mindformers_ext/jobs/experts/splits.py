@@ -124,13 +124,14 @@ def read_meta(folder: Path) -> dict[str, Any]:
 def write_split(
     folder: Path, template: str, layer: int, split: LayerSplit, settings: Mapping[str, Any], about: Mapping[str, Any]
 ) -> None:
-    """Write one layer's file, then enter it in ``split_meta.json``; other processes may do the same for other layers.
+    """Enter one layer in ``split_meta.json``, then write its file: where that stands, it is known whose it is. Other
+    processes may do the same for other layers.
 
     settings: what all layers have in common. about: what is said of this one.
     """
     lists = [ids.tolist() for ids in (*split.residual, *split.experts)]
     is_labels = split.is_partition and not split.residual
-    write_plain(layer_file(folder, template, layer), split.labels().tolist() if is_labels else lists, overwrite=True)
+    layer_file(folder, template, layer).unlink(missing_ok=True)
     with locked(folder):
         meta = read_meta(folder)
         layers = meta.get("layers", {}) if meta.get("settings") == dict(settings) else {}
@@ -143,6 +144,7 @@ def write_split(
         ordered = dict(sorted(layers.items(), key=lambda item: int(item[0])))
         text = {"version": VERSION, "tool": f"mindformers_ext {__version__}", "settings": settings, "layers": ordered}
         write_text(folder / META, json.dumps(text, indent=1) + "\n")
+    write_plain(layer_file(folder, template, layer), split.labels().tolist() if is_labels else lists, overwrite=True)
 
 
 def split_sha(split: LayerSplit) -> str:

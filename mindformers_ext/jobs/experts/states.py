@@ -6,9 +6,11 @@ Plain reads and writes, no mapping: pages of a mapped file would count as this p
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
+from weakref import finalize
 
 import numpy as np
 
@@ -58,11 +60,16 @@ class States:
     """The files of one pass in a folder of its own, and how far it has come.
 
     ``keep``: a file for each layer's input, for the way back; else two files take turns. ``digest`` says which pass:
-    what another one left is no start for this one. ``anew``: nor is what this one left.
+    what another one left is no start for this one. ``anew``: nor is what this one left. One process at a time is at
+    work in a folder.
+
+    Raises:
+        UserError: another process is.
     """
 
     def __init__(self, folder: Path, length: int, width: int, digest: str, keep: bool, anew: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self._release = finalize(self, os.close, _hold(folder))
         if anew:
             (folder / STATE).unlink(missing_ok=True)
         self.folder, self._length, self._width, self._digest, self._keep = folder, length, width, digest, keep
@@ -87,9 +94,8 @@ class States:
 
     def remove(self) -> None:
         """Delete all files."""
-        for path in sorted(self.folder.iterdir()):
-            path.unlink()
-        self.folder.rmdir()
+        _delete(self.folder)
+        self._release()
 
     def _open(self, name: str) -> StateFile:
         return StateFile(self.folder / f"{name}.f32", self._length, self._width)
@@ -104,3 +110,37 @@ class States:
             return {}
         done = found.get("done")
         return {str(key): int(value) for key, value in done.items()} if isinstance(done, dict) else {}
+
+
+def remove_left(folder: Path) -> None:
+    """Delete what a run left that was killed when all it was to make was there.
+
+    Raises:
+        UserError: another process is at work there.
+    """
+    if folder.is_dir() and not folder.is_symlink():
+        held = _hold(folder)
+        try:
+            _delete(folder)
+        finally:
+            os.close(held)
+
+
+def _hold(folder: Path) -> int:
+    """The descriptor that locks the folder."""
+    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(held)
+        raise UserError(
+            f"another process is at work in '{folder.parent}': wait for it, or choose another --save_path"
+        ) from error
+    return held
+
+
+def _delete(folder: Path) -> None:
+    """Delete the folder; how far its pass has come is gone first."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name != STATE):
+        path.unlink()
+    folder.rmdir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.jobs.engine.door import write_plain
 from mindformers_ext.jobs.experts import probe
 from mindformers_ext.jobs.experts.gating import Gating, mixture_config
+from mindformers_ext.jobs.experts.splits import open_split, split_sha
 from mindformers_ext.surgery.experts.split import LayerSplit
 from tests.helpers.tiny_llama import HIDDEN, LAYERS, WIDTH, make_llama, sentences
 
@@ -111,11 +113,40 @@ def test_residual_experts_count_in_the_model_and_in_the_ladder(
     with torch.no_grad():
         wanted = LlamaForCausalLM.from_pretrained(made / "dense").eval()(ids).logits
     assert (logits(tmp_path / "all", ids) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    back = ["convert", "--reversed", "--quiet", "--model_path", str(tmp_path / "all"), "--save_path"]
+    assert main([*back, str(tmp_path / "back")]) == 0
+    (tmp_path / "all" / "expert_neurons.npz").unlink()
+    assert main([*back, str(tmp_path / "back2"), "--split_file_path", str(tmp_path / "split")]) == 0
+    first = load_file(made / "dense" / "model.safetensors")
+    for name in ("back", "back2"):
+        last = load_file(tmp_path / name / "model.safetensors")
+        assert set(first) == set(last) and all(torch.equal(first[name], last[name]) for name in first)
+        assert json.loads((tmp_path / name / "config.json").read_text()).keys().isdisjoint(RESIDUAL)
     judged = ("--eval_text", made / "text.txt", "--block_size", 32, "--num_selects", 2)
     assert main(words(made, tmp_path / "two", *parts, *judged)) == 0
     losses = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines() if line.startswith("  "))
     rows = _rows(made)
     assert float(losses["gate"]) == pytest.approx(_loss(tmp_path / "two", rows[len(rows) // 2 :]), abs=6e-5)
+
+
+RESIDUAL = ("num_experts_residual", "size_experts_residual", "intermediate_size_residual", "use_weighting")
+
+
+def test_gates_of_another_split_or_of_two_requests_are_not_taken(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(made / "gates", tmp_path / "gates")
+    about = [{"split": split_sha(open_split(made / "split", NAME, layer)), "lr": 0.5} for layer in range(LAYERS)]
+    for change, code, message in (
+        ({}, 0, ""),
+        ({"lr": 0.1}, 2, "gates of layers [2] that were fitted otherwise than that of layer 0"),
+        ({"split": "1"}, 2, "fitted to another split than --split_file_path (layers [2])"),
+    ):
+        for layer, told in enumerate(about):
+            text = json.dumps({"about": told | change if layer == 2 else told})
+            (tmp_path / "gates" / (NAME.format(layer) + ".json")).write_text(text)
+        assert main(words(made, tmp_path / "moe", "--select_file_path", tmp_path / "gates", "--dry_run")) == code
+        assert message in capsys.readouterr().err
 
 
 def _rows(made: Path) -> list[list[int]]:
@@ -224,6 +255,8 @@ def no_room(folder: Path, nbytes: int, inside: bool) -> None:
         (["--eval_text", "short.txt", "--block_size", 32], "1 rows of 32 tokens"),
         (["--eval_text", "short.txt", "--eval_tokens", 0], "--eval_tokens 0"),
         (["--eval_text", "{text}", "--block_size", 32], "no room beside the output"),
+        (["--eval_tokens", 9, "--seed", 1], "--eval_tokens (counts with --eval_text), --seed (counts with random"),
+        (["--block_size", 32], "--block_size (counts with --eval_text)"),
     ],
 )
 def test_what_cannot_be_is_said_and_nothing_is_written(

@@ -224,3 +224,24 @@ def test_other_gates_are_not_replaced(made: Path, tmp_path: Path, capsys: pytest
     assert main(words(made, tmp_path, *layer, "--lr", "0.5")) == 2
     assert "fitted otherwise" in capsys.readouterr().err
     assert main(words(made, tmp_path, *layer, "--lr", "0.5", "--overwrite")) == 0
+
+
+def test_a_folder_holds_the_gates_of_one_request(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ridge = ("--gate", "ridge", "--stream", *texts(made))
+
+    def run(*more: str) -> int:
+        return main(words(made, tmp_path, *ridge, *more, stored=False))
+
+    assert run() == 0
+    assert run("--specify_layer", "1", "--ridge_lambda", "0.5") == 2  # also where another layer's gate is replaced
+    files = tmp_path / f"llama_tiny-{EXPERTS}Expert-Select-Ridge"
+    (files / TEMPLATE.format(1)).unlink()
+    assert run("--specify_layer", "1", "--ridge_lambda", "0.5") == 2
+    assert "(layer 0)" in capsys.readouterr().err
+    assert run("--specify_layer", "1", "--ridge_lambda", "0.5", "--overwrite") == 0
+    assert {path.name.partition(".mlp")[0] for path in files.glob("layers.*")} == {"layers.1"}
+    assert run("--specify_layer", "0", "--ridge_lambda", "0.5", "--overwrite") == 0
+    assert set(gates(tmp_path, "Ridge")) == {TEMPLATE.format(0), TEMPLATE.format(1)}  # both of the same request
+    assert not list(files.glob(".*"))

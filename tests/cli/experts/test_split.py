@@ -89,10 +89,10 @@ def test_a_killed_split_goes_on_and_keeps_what_is_finished(
     written = run_split.write_split
 
     def killed(folder, template, layer, *rest):
-        if layer == 1:
-            (folder / template.format(layer)).write_bytes(b"")  # the file without its entry
-            raise KeyboardInterrupt
         written(folder, template, layer, *rest)
+        if layer == 1:
+            (folder / template.format(layer)).unlink()  # the entry without its file
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(run_split, "write_split", killed)
     assert split(model, tmp_path) == 130
