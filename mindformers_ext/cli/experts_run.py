@@ -183,14 +183,17 @@ def _write_whole(stage: Stage, overwrite: bool) -> int:
     from mindformers_ext.jobs.experts.finished import has_begun, note_begun, note_done, note_ended
 
     place = (stage.place, stage.name, stage.digest)
+    again = has_begun(*place)
     if not stage.output.exists():
         note_begun(*place)
+    code = 1
     try:
-        code = _call(stage, overwrite or has_begun(*place))
-    except BaseException:  # refused or interrupted: nothing of it stands there
-        note_ended(stage.place)
-        raise
-    note_ended(stage.place) if code else note_done(*place)
+        code = _call(stage, overwrite or again)
+    finally:
+        if code and not stage.output.exists():
+            note_ended(stage.place)
+    if not code:
+        note_done(*place)
     return code
 
 

@@ -58,12 +58,14 @@ class GateFiles:
 
     def others(self, about: Mapping[int, Mapping[str, Any]]) -> list[int]:
         """The layers beside those of ``about`` whose gates are of another request, or do not tell of which."""
-        asked = common(next(iter(about.values()), {}))
+        if not about:
+            return []
+        asked = common(next(iter(about.values())))
         return [layer for layer in self.layers() if layer not in about and common(self.about(layer)) != asked]
 
-    def drop_others(self, about: Mapping[int, Mapping[str, Any]]) -> None:
-        """Take them away: a model's gates are those of one request."""
-        for layer in self.others(about) if about else ():
+    def clear(self, layers: Sequence[int], about: Mapping[int, Mapping[str, Any]]) -> None:
+        """Take away the gates of ``layers``, and of other requests: a model's gates are those of one."""
+        for layer in (*layers, *self.others(about)):
             for ending in ("", *ENDINGS):
                 self.path(layer, ending).unlink(missing_ok=True)
 

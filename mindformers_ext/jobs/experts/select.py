@@ -26,7 +26,6 @@ from mindformers_ext.jobs.experts.probe import BASE
 from mindformers_ext.jobs.experts.process_pool import in_processes
 from mindformers_ext.jobs.experts.ranks import own_share
 from mindformers_ext.jobs.experts.splits import open_split, split_sha
-from mindformers_ext.jobs.experts.states import remove_left
 from mindformers_ext.surgery.experts.split import LayerSplit
 from mindformers_ext.surgery.experts.words import INITS, KINDS, OUTPUT_NORM, SCORED, TARGETS
 
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 MOST = 1 << 18  # tokens of a layer that are held in memory, unless asked otherwise
 MOST_WORKERS = 8
 LAYERS_A_WORKER = 4
-STATES = ".states"  # in the folder of the gates, with --stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,16 +136,10 @@ def select(request: SelectRequest, tell: Callable[[str], object] = lambda line: 
         notes: list[str] = []
         if request.dry_run:
             return SelectReport(files.folder, todo, (), ())
-        if request.overwrite:
-            files.drop_others(about)
-        if todo and request.calibration is not None:
-            from mindformers_ext.jobs.experts.select_stream import stream
-
-            stream(request, model, {layer: splits[layer] for layer in todo}, files, about, tell)
+        if request.calibration is not None:
+            todo, notes = _from_model(request, model, {layer: splits[layer] for layer in todo}, files, about, tell)
         elif todo:
             notes += _from_files(request, model, todo, files, about)
-        elif request.calibration is not None:
-            remove_left(files.folder / STATES)
     finally:
         model.close()
     return _report(files, todo, notes, asked)
@@ -209,6 +201,26 @@ def fit_and_write(
     files.write(layer, weights, figures, about)
 
 
+def _from_model(
+    request: SelectRequest,
+    model: DenseModel,
+    splits: Mapping[int, LayerSplit],
+    files: GateFiles,
+    about: Mapping[int, dict[str, Any]],
+    tell: Callable[[str], object],
+) -> tuple[tuple[int, ...], list[str]]:
+    """The layers of ``splits`` while the model runs; which this process has fitted, and notes."""
+    from mindformers_ext.jobs.experts.select_stream import clean, stream
+
+    if not splits:
+        clean(files)
+        return (), []
+    fitted = stream(request, model, splits, files, about, tell)
+    left = [layer for layer in splits if not files.done(layer, about[layer])]
+    where = "other processes fit them; where none is at work any more, start the same again in all"
+    return fitted, [f"the gates of layers {left} are not there yet: {where}"] if left else []
+
+
 def _from_files(
     request: SelectRequest,
     model: DenseModel,
@@ -218,6 +230,8 @@ def _from_files(
 ) -> list[str]:
     """Every layer from its shards, several at a time."""
     workers = worker_count(request.workers, len(todo), _layer_bytes(request, model, todo[0]))
+    if request.overwrite:
+        files.clear(todo, about)
     jobs = [(request, layer, files, about[layer]) for layer in todo]
     results: Iterable[str] = map(_layer_from_files, jobs)
     if workers > 1:

@@ -105,3 +105,31 @@ def test_what_all_stages_share_goes_where_it_counts(model: Path, tmp_path: Path)
     path = config(model, tmp_path, split={"method": "random"}, select={"gate": "ridge", "lr": 0.5})
     _, select = experts_run.read_stages(path)
     assert select.options["lr"] == 0.5  # what a section says is judged by its stage
+
+
+def test_a_stage_is_done_over_what_it_has_begun_itself_and_over_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    stage = experts_run.Stage("report", {}, tmp_path / "page", tmp_path, "")
+
+    def run(writes: bool, stops: bool) -> None:
+        def call(stage: experts_run.Stage, overwrite: bool) -> int:
+            asked.append(overwrite)
+            stage.output.mkdir(exist_ok=True) if writes else None
+            if stops:
+                raise KeyboardInterrupt
+            return 0 if writes else 2
+
+        monkeypatch.setattr(experts_run, "_call", call)
+        experts_run._write_whole(stage, overwrite=False)
+
+    run(writes=False, stops=False)  # refused
+    stage.output.mkdir()  # somebody else's
+    run(writes=False, stops=False)
+    stage.output.rmdir()
+    with pytest.raises(KeyboardInterrupt):
+        run(writes=True, stops=True)  # behind its output, which misses what comes beside it
+    assert experts_run._done(stage) is None
+    run(writes=True, stops=False)
+    assert experts_run._done(stage) == 0 and asked == [False, False, False, True]

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from mindformers_ext.cli.experts import main
 from mindformers_ext.jobs.engine.door import write_plain
 from mindformers_ext.jobs.experts import select as job
+from mindformers_ext.jobs.experts.ranks import Share
+from mindformers_ext.jobs.experts.sample import draw
 from tests.helpers.tiny_llama import HIDDEN, LAYERS, WIDTH, make_llama, sentences
 
 pytestmark = pytest.mark.slow  # all together more than 15 seconds
@@ -110,11 +112,56 @@ def test_stream_fits_the_same_without_features(made: Path, tmp_path: Path, kind:
     for one, other in zip(stored, stream, strict=True):
         assert one["tokens"] == other["tokens"]
         assert abs(one["recall"] - other["recall"]) <= 0.01 and abs(one["captured"] - other["captured"]) <= 0.01
-    assert not list((tmp_path / "stream").glob("*/.states")) and not list((tmp_path / "stream").glob("*Features"))
+    assert not list((tmp_path / "stream").glob("*/.*")) and not list((tmp_path / "stream").glob("*Features"))
     if kind == "ridge":
         first, second = gates(tmp_path / "stored", name), gates(tmp_path / "stream", name)
         gate = TEMPLATE.format(1)
         torch.testing.assert_close(*(g[gate]["gate_network.weight"] for g in (first, second)), rtol=0.02, atol=0.02)
+
+
+def test_processes_that_share_the_rows_fit_what_one_does(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--gate", "ridge", "--stream", *texts(made), "--reservoir", "200")
+    assert main(words(made, tmp_path / "one", *more, stored=False)) == 0
+    capsys.readouterr()
+    folder = tmp_path / "many" / f"llama_tiny-{EXPERTS}Expert-Select-Ridge"
+
+    def run(rank: str, *other: str) -> str:
+        monkeypatch.setenv("RANK", rank)
+        assert main(words(made, tmp_path / "many", *more, *other, stored=False)) == 0
+        return capsys.readouterr().out
+
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    run("0")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # what three would have written is of no use to two
+    assert "gates of layers [0, 1, 2] are not there yet" in run("0")
+    assert sorted(path.name.partition("_")[2][:5] for path in folder.glob(".sample_*")) == ["0_0of", "1_0of", "2_0of"]
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "fit_and_write", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setenv("RANK", "1")
+        assert main(words(made, tmp_path / "many", *more, stored=False)) == 130  # the one that fits is interrupted
+    assert "3 gates fitted, 3 there" in run("1")
+    assert run("0").count("recall@2") == 3 and not list(folder.glob(".*"))
+    one, two = gates(tmp_path / "one", "Ridge"), gates(tmp_path / "many", "Ridge")
+    for name, gate in one.items():
+        for key, weight in gate.items():
+            torch.testing.assert_close(two[name][key], weight, rtol=1e-5, atol=1e-5 * float(weight.abs().max()))
+
+
+def test_a_sample_is_the_same_for_any_number_of_processes() -> None:
+    lengths = np.array([3, 0, 5, 1, 9, 2, 7])
+    ids = np.split(np.arange(27), np.cumsum(lengths)[:-1])
+    whole = draw(lengths, Share(), 11, 3)
+    assert len(whole.kept) == whole.count == 11 and whole.there == 27 and np.array_equal(whole.slots, np.arange(11))
+    for size in (2, 3, 7):
+        found = np.full(11, -1)
+        for rank in range(size):
+            part = draw(lengths, Share(rank, size), 11, 3)
+            assert (np.diff(part.kept) > 0).all()
+            found[part.slots] = np.concatenate(ids[rank::size])[part.kept]
+        assert np.array_equal(found, whole.kept)
+    assert np.array_equal(draw(lengths, Share(), 100, 3).kept, np.arange(27))
 
 
 def _one_file_less(folder: Path) -> None:

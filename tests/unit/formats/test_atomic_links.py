@@ -12,7 +12,7 @@ import pytest
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats import atomic
-from mindformers_ext.formats.atomic import fresh_file, fresh_folder, fresh_group, write_text
+from mindformers_ext.formats.atomic import fresh_file, fresh_folder, fresh_group, scratch_folder, write_text
 from mindformers_ext.formats.blocks import open_new
 
 HEX = "0123456789ab"
@@ -77,6 +77,22 @@ def test_names_cannot_be_foreseen(tmp_path: Path) -> None:
         with fresh_file(tmp_path / "m", overwrite=True) as beside:
             seen.add(beside.name)
     assert len(seen) == 3 and [item.name for item in tmp_path.iterdir()] == ["m"]
+
+
+def test_what_dead_runs_left_is_removed_and_what_live_ones_write_is_not(tmp_path: Path) -> None:
+    texts = [tmp_path / f".m.{HEX[:-1]}{end}.text" for end in "ab"]
+    for path in texts:
+        path.write_text("half")
+    folder = tmp_path / f".m.{HEX}.partial"
+    (folder / "states").mkdir(parents=True)
+    with texts[1].open() as live:
+        fcntl.flock(live, fcntl.LOCK_EX)
+        write_text(tmp_path / "m", "new")
+    assert (tmp_path / "m").read_text() == "new" and not texts[0].exists() and texts[1].exists()
+    texts[1].unlink()
+    with scratch_folder(tmp_path / "m") as beside:
+        assert beside.parent == tmp_path and beside.is_dir() and not folder.exists()
+    assert os.listdir(tmp_path) == ["m"]
 
 
 def test_two_that_begin_at_once_do_not_both_give_up(tmp_path: Path) -> None:
