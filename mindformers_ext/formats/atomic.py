@@ -205,6 +205,7 @@ def _locked(path: Path, folder: bool, kind: str = "partial") -> tuple[Path, int]
 
 def _is_alive(path: Path, own: Path, kind: str = "partial") -> bool:
     """Whether another run is writing ``path``; what dead ones left is removed."""
+    alive = False
     for other in _beside(path, kind):
         if other == own:
             continue
@@ -216,10 +217,10 @@ def _is_alive(path: Path, own: Path, kind: str = "partial") -> bool:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove(other)
         except BlockingIOError:
-            return True
+            alive = True
         finally:
             os.close(descriptor)
-    return False
+    return alive
 
 
 def _hidden(path: Path, kind: str) -> Path:
