@@ -134,7 +134,8 @@ def _cut(reader: Reader, name: str, parts: Sequence[Cut]) -> Task:
         for part in parts:
             yield part.info, as_written(part.info, part.of(dense))
 
-    return Task(tuple(part.info for part in parts), read)
+    stored, largest = reader.infos[name], max(part.info.nbytes for part in parts)
+    return Task(tuple(part.info for part in parts), read, stored.nbytes + 2 * largest)
 
 
 def _gate_tasks(request: MixtureRequest, config: Mapping[str, Any]) -> list[Task]:

@@ -146,7 +146,7 @@ def _joined(reader: Reader, info: TensorInfo, parts: Sequence[Cut]) -> Task:
             part.into(dense, reader.read(part.info.name))
         yield info, dense
 
-    return Task((info,), read)
+    return Task((info,), read, info.nbytes + max(part.info.nbytes for part in parts))
 
 
 def _dense_config(config: Mapping[str, Any], splits: Mapping[int, LayerSplit]) -> dict[str, Any]:

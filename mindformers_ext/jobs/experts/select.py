@@ -139,7 +139,7 @@ def select(request: SelectRequest, tell: Callable[[str], object] = lambda line: 
         if request.calibration is not None:
             todo, notes = _from_model(request, model, {layer: splits[layer] for layer in todo}, files, about, tell)
         elif todo:
-            notes += _from_files(request, model, todo, files, about)
+            notes += _from_files(request, model, todo, files, about, tell)
     finally:
         model.close()
     return _report(files, todo, notes, asked)
@@ -227,9 +227,12 @@ def _from_files(
     todo: Sequence[int],
     files: GateFiles,
     about: Mapping[int, dict[str, Any]],
+    tell: Callable[[str], object],
 ) -> list[str]:
     """Every layer from its shards, several at a time."""
-    workers = worker_count(request.workers, len(todo), _layer_bytes(request, model, todo[0]))
+    nbytes = _layer_bytes(request, model, todo[0])
+    workers = worker_count(request.workers, len(todo), nbytes)
+    tell(f"memory of a process: about {nbytes / 1e9:.2f} GB, for any number of layers; processes: {workers}")
     if request.overwrite:
         files.clear(todo, about)
     jobs = [(request, layer, files, about[layer]) for layer in todo]

@@ -23,14 +23,17 @@ from mindformers_ext.jobs.merge.threads import in_threads, thread_count
 
 Tensors = Iterator[tuple[TensorInfo, Array]]
 THREADS = 2  # each holds a dense matrix and one expert's part of it
+BASE = 120 * 10**6  # bytes of a process that has imported no framework
 
 
 @dataclass(frozen=True)
 class Task:
-    """Tensors written together because they are made of the same data; ``read`` makes them one after the other."""
+    """Tensors written together because they are made of the same data; ``read`` makes them one after the other.
+    ``nbytes``: what it holds at most."""
 
     infos: tuple[TensorInfo, ...]
     read: Callable[[], Tensors]
+    nbytes: int
 
 
 def as_written(info: TensorInfo, array: Array) -> Array:
@@ -50,7 +53,8 @@ def copied(reader: TensorReader, info: TensorInfo) -> Task:
     def read() -> Tensors:
         yield info, as_written(info, reader.read(info.name))
 
-    return Task((info,), read)
+    stored = reader.infos[info.name]
+    return Task((info,), read, stored.nbytes + (info.nbytes if info.dtype != stored.dtype else 0))
 
 
 def given(name: str, array: np.ndarray) -> Task:
@@ -60,7 +64,13 @@ def given(name: str, array: np.ndarray) -> Task:
     def read() -> Tensors:
         yield info, array
 
-    return Task((info,), read)
+    return Task((info,), read, array.nbytes)
+
+
+def memory_note(tasks: Sequence[Task]) -> str:
+    """What writing takes: as much as the largest tasks hold, one for each thread."""
+    nbytes = BASE + sum(sorted((task.nbytes for task in tasks), reverse=True)[:THREADS])
+    return f"writing takes about {nbytes / 1e9:.2f} GB of memory, for any number of layers"
 
 
 def write_model(
@@ -73,7 +83,7 @@ def write_model(
     """Write all tensors and what ``beside`` adds to the folder; with ``write`` false only say what would be."""
     infos = [info for task in tasks for info in task.infos]
     nbytes = sum(info.nbytes for info in infos)
-    seconds, said = None, list(notes)
+    seconds, said = None, [memory_note(tasks), *notes]
     try:
         if write:
             check_space(out.folder, nbytes)
