@@ -136,8 +136,8 @@ def write_importance(request: ImportanceRequest, tell: Callable[[str], object] =
         for line in (
             *start.notes,
             f"{start.rows} rows, {start.tokens} tokens in {request.clusters} clusters of {min(counts)} to "
-            f"{max(counts)} rows; memory of a process about {wanted.memory / 1e9:.2f} GB, disk {wanted.disk / 1e9:.3f} "
-            "GB while it runs",
+            f"{max(counts)} rows; memory of a process about {wanted.memory / 1e9:.2f} GB, for any number of layers; "
+            f"disk {wanted.disk / 1e9:.3f} GB while it runs",
         ):
             tell(line) if share.rank == 0 else None
         if request.dry_run:

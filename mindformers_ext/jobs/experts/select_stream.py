@@ -192,7 +192,7 @@ def _lines(start: Opened, wanted: Needs, exchanged: int) -> list[str]:
     return [
         *start.notes,
         f"{start.rows} rows, {start.tokens} tokens; no features are written, besides {wanted.disk / 1e9:.3f} GB while "
-        f"it runs{more}; memory of a process about {wanted.memory / 1e9:.2f} GB",
+        f"it runs{more}; memory of a process about {wanted.memory / 1e9:.2f} GB, for any number of layers",
     ]
 
 
