@@ -55,9 +55,12 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # summed over mp on every device: with a cut output MindSpore would scatter the experts and not the rows
     "expert out": (("ep outer mp", "ep - mp"), ()),
     "from experts": (("ep outer seq - - -",), ()),
-    # the shared expert's rows
+    # the shared experts' rows
     "gated rows": (("tok -", "tok -"), ("tok -",)),
     "scaled rows": (("tok -",), ("tok -",)),
+    "spread scores": (("dp -", "mp -"), ()),
+    "weighed hidden": (("dp mp", "dp mp"), ()),
+    "mean rows": (("tok -", "tok -", "tok -"), ("tok -",)),
     "combine": (("tok - - -", "tok - -", "tok - -", "tok - -", "tok - -"), ("tok - -",)),
     # experts of sorted slots stand whole on every device, each of which multiplies its own rows
     "grouped experts": (("tok - - -", "tok -", "- - -", "- - -", "- - -"), ("tok - - -",)),

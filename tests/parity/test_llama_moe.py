@@ -36,11 +36,23 @@ pytestmark = pytest.mark.slow  # all together more than 30 seconds
 
 WORDS = {"gate_balance_loss_weight": 0.1, "score_scale_factor": [2.5, 1.0, 2.0], "gate_network": "mlp"}
 OTHERS = {"gate_network": "linear", "gate_use_softmax": False, "load_compat": "reference", "tie_word_embeddings": True}
+RESIDUAL = {"num_experts": 6, "num_experts_residual": 2, "intermediate_size": 40}
+RESIDUAL |= {"intermediate_size_moe": 30, "intermediate_size_residual": 10}
+UNLIKE = {
+    "size_experts": [[5, 7, 3, 5, 5, 5]] * 3,
+    "size_experts_residual": [[3, 7], [5, 5], [9, 1]],
+    "gate_use_softmax_residual": False,
+    "use_weighting": True,
+}
 CASES: dict[str, dict[str, Any]] = {
     "two layers": WORDS,
     "linear, logits, as released, tied": WORDS | OTHERS,
     "unequal": WORDS | {"size_experts": UNEQUAL},
+    "residual": WORDS | RESIDUAL | {"score_scale_factor_residual": [2.0, 1.0, 0.5]},
+    "residual, unequal, logits, weighed against each other": WORDS | RESIDUAL | UNLIKE,
+    "residual, plain sum": WORDS | RESIDUAL | {"multiply_gate_scores_residual": False},
 }
+IN_MINDSPORE = [name for name in CASES if name in ("two layers", "residual") or "weighed" in name]
 SEED, UPDATES, BATCH, LENGTH = 9, 3, 2, 11
 KEYS = noise_keys(SEED, UPDATES, range(BATCH))
 
@@ -64,7 +76,7 @@ def theirs(case: str) -> tuple[NetworkSpec, dict[str, np.ndarray], np.ndarray, f
     model.train()
     for place, layer in enumerate(model.model.layers):
         noise = torch.from_numpy(mixture_noise(KEYS, place, spec.noise_shape)).flatten(0, 1)
-        layer.mlp.gate.draw = lambda logits, noise=noise: noise
+        getattr(layer.mlp, "moe_layer", layer.mlp).gate.draw = lambda logits, noise=noise: noise
     found = model(tokens[:, :-1])
     loss = torch.nn.functional.cross_entropy(found.logits.flatten(0, 1), tokens[:, 1:].flatten()) + found.balance_loss
     loss.backward()
@@ -99,7 +111,7 @@ def test_torch_equals_the_saved_code(case: str) -> None:
     assert_same(case, "PyTorch", logits, terms.loss.item(), gradients)
 
 
-@pytest.mark.parametrize("case", list(CASES)[:1])
+@pytest.mark.parametrize("case", IN_MINDSPORE)
 def test_mindspore_equals_the_saved_code(case: str) -> None:
     spec, weights, *_ = theirs(case)
     ms.set_context(mode=ms.PYNATIVE_MODE)  # compiled: tests/ms/test_llama_moe.py, tests/mf/test_noise.py
@@ -156,10 +168,11 @@ def test_both_trainers_add_the_same_noise_and_go_on_with_it() -> None:
     assert (last.loss, last.aux_loss, last.global_norm) == (others.loss, others.aux_loss, others.global_norm)
 
 
-def test_generates_with_a_cache_what_the_saved_code_does_without() -> None:
+@pytest.mark.parametrize("case", ["unequal", "residual"])
+def test_generates_with_a_cache_what_the_saved_code_does_without(case: str) -> None:
     """Two prompts of different lengths at once."""
-    spec, weights, *_ = theirs("unequal")
-    model = model_of(**CASES["unequal"])
+    spec, weights, *_ = theirs(case)
+    model = model_of(**CASES[case])
     network = build_torch(spec)
     names.load(network, weights)
     session = PyTorchSession(network.eval(), 2, 9, 20, torch.device("cpu"))

@@ -13,7 +13,7 @@ from typing import Any
 from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.families import NOISY_GATES
-from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.layers import MoESpec, SharedExpertSpec
 
 ROUTING_POLICY = "TopkRouterV2"
 AUX_FACTOR = 0.05  # MindFormers' default
@@ -83,5 +83,11 @@ def written_routing(moe: MoESpec) -> dict[str, Any]:
         "aux_loss_types": [kind for kind, _ in moe.aux_losses],
         "aux_loss_factors": [factor for _, factor in moe.aux_losses],
         **overlap,
-        **({"shared_expert_num": 1, "use_shared_expert_gating": moe.shared_expert.gated} if moe.shared_expert else {}),
+        **_written_shared(moe.shared_expert),
     }
+
+
+def _written_shared(shared: SharedExpertSpec | None) -> dict[str, Any]:
+    if shared is None:
+        return {}
+    return {"shared_expert_num": shared.num_experts, "use_shared_expert_gating": shared.gated}
