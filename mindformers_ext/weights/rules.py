@@ -139,15 +139,17 @@ class RuleSet:
 NUMBERED = {"expert": ("E", "M", True), "shared": ("R", "S", False)}
 
 
-def bind(rule: Rule, layer: int, sizes: Mapping[str, int], widths: Mapping[str, tuple[int, ...]]) -> Binding:
+def bind(
+    rule: Rule, layer: int, sizes: Mapping[str, int], widths: Mapping[str, tuple[int, ...]] | None = None
+) -> Binding:
     """``rule`` at one layer: concrete names and shapes of both sides; ``widths``: of experts that are not alike."""
     listed: list[tuple[str, Shape]] = []
     full: list[Shape] = []
     for template, dims in rule.hf_templates:
         word = next((word for word in NUMBERED if f"{{{word}}}" in template), None)
-        count, letter, padded = NUMBERED[word] if word else ("1", "", True)
-        for number in range(sizes[count]):
-            own = {**sizes, letter: widths[letter][number]} if letter in widths else sizes
+        count, letter, padded = NUMBERED[word] if word else ("", "", True)
+        for number in range(sizes[count] if word else 1):
+            own = {**sizes, letter: widths[letter][number]} if widths and letter in widths else sizes
             numbers = {word: number} if word else {}
             listed.append((template.format(layer=layer, **numbers), shape_of(dims, own)))
             full.append(shape_of(dims, sizes if padded else own))

@@ -298,24 +298,25 @@ def noisy_words(draw: st.DrawFn, row: Family, layers: int) -> dict[str, Any]:
 
 
 @st.composite
-def shared_words(draw: st.DrawFn, row: Family, layers: int) -> dict[str, Any]:
-    """What a family says of its shared experts; of residual ones every word, alike or of sizes of their own."""
-    if row.shared is None or not row.shared.get("weighs_each"):
-        return dict(row.shared or {})
+def shared_experts(draw: st.DrawFn, row: Family, layers: int) -> SharedExpertSpec:
+    """A family's; of residual ones every word, alike or of sizes of their own."""
+    fixed = row.shared or {}
+    if not fixed.get("weighs_each"):
+        return SharedExpertSpec(intermediate_size=draw(st.integers(1, 20)), **fixed)
     count, number = draw(st.integers(1, 4)), st.integers(1, 80).map(lambda value: value / 8)
     width, sizes = count * draw(st.integers(1, 5)), None
     if draw(st.booleans()):
         ends = [sorted(draw(st.permutations(range(1, width)))[: count - 1]) for _ in range(layers)]
         sizes = tuple(tuple(b - a for a, b in zip((0, *row_), (*row_, width), strict=True)) for row_ in ends)
         sizes = None if {size * count for layer in sizes for size in layer} == {width} else sizes
-    return {
-        **row.shared,
-        "intermediate_size": width,
-        "num_experts": count,
-        "expert_sizes": sizes,
-        "scale": draw(number | st.tuples(*(number for _ in range(layers)))),
+    return SharedExpertSpec(
+        **fixed,
+        intermediate_size=width,
+        num_experts=count,
+        expert_sizes=sizes,
+        scale=draw(number | st.tuples(*(number for _ in range(layers)))),
         **{name: draw(st.booleans()) for name in ("gate_use_softmax", "multiply_gate_scores", "use_weighting")},
-    }
+    )
 
 
 @st.composite
@@ -331,14 +332,10 @@ def family_specs(draw: st.DrawFn, family: str) -> ModelSpec:
         normed = draw(st.booleans()) if "norm_topk_prob" in told else row.moe.get("norm_topk_prob", True)
         factor = draw(st.integers(0, 100)) / 1000 * chosen
         own_width = draw(st.integers(1, 20)) if "intermediate_size" in told else width
-        shared = None
+        shared = draw(shared_experts(row, layers)) if row.shared is not None else None
         if row.shares_width:
-            width = own_width = experts * draw(st.integers(1, 6))
-        if row.shared is not None:
-            shared = SharedExpertSpec(
-                **{"intermediate_size": draw(st.integers(1, 20)), **draw(shared_words(row, layers))}
-            )
-            width += shared.intermediate_size if row.shares_width else 0
+            own_width = experts * draw(st.integers(1, 6))
+            width = own_width + (shared.intermediate_size if shared else 0)
         moe = MoESpec(
             num_local_experts=experts,
             num_experts_per_tok=chosen,

@@ -52,7 +52,7 @@ def check_tensor_parallel(spec: NetworkSpec) -> list[str]:
 
 
 def part_of(spec: NetworkSpec, count: int, rank: int = 0) -> NetworkSpec:
-    """The network of process ``rank`` of ``count``. Its vocabulary stays whole; ``head_parts`` cuts the output layer."""
+    """The network of process ``rank`` of ``count``; its vocabulary is whole (``head_parts`` cuts the output layer)."""
     model, moe = spec.model, spec.model.moe
     if moe and moe.intermediate_size is not None:
         moe = replace(moe, intermediate_size=moe.intermediate_size // count)

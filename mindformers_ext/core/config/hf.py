@@ -24,10 +24,17 @@ from mindformers_ext.core.config.hf_attention import (
     read_window,
     written_attention,
 )
+from mindformers_ext.core.config.hf_shared import (
+    ROUTED_WIDTH,
+    as_variant,
+    read_shared,
+    splits_width,
+    told_variant,
+)
 from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.families import FAMILIES, Family
-from mindformers_ext.core.layers import NOISY_WORDS, MoESpec, SharedExpertSpec, expert_sizes_told, told_sizes
+from mindformers_ext.core.layers import NOISY_WORDS, MoESpec, expert_sizes_told
 from mindformers_ext.core.spec import FEATURES, LARGEST, ModelSpec
 
 # field of ModelSpec = Hugging Face's key -> kind
@@ -49,9 +56,6 @@ _COMMON: dict[str, str] = {
     "pad_token_id": "int",
 }
 _AUX_COEF = ("router_aux_loss_coef", "float", 0.001)
-_ROUTED_WIDTH = (
-    "intermediate_size_moe"  # of a family that shares a layer's width with shared experts: said, or the rest
-)
 _STEP, _DENSE = "decoder_sparse_step", "mlp_only_layers"
 
 # What a family computes with unless its row or a word of it says otherwise: by part and field.
@@ -118,7 +122,7 @@ def model_spec_from_hf(config: Mapping[str, Any]) -> ModelSpec:
     problems = Problems("config.json")
     row = _family(config, problems)
     problems.raise_if_any()
-    config = _as_variant(config, row)
+    config = as_variant(config, row)
     _check_keys(config, row, problems)
     values = {
         name: read_value(name, config.get(name), reader, row.defaults[name], problems)
@@ -173,8 +177,8 @@ def hf_config_from_spec(spec: ModelSpec) -> dict[str, Any]:
         is_width = (word.part, word.field) == ("moe", "intermediate_size")
         value = {ours: theirs for theirs, ours in word.means}[value] if word.means else value
         result[word.key] = spec.expert_size if is_width else _plain(value)
-    if _splits_width(row):
-        result[_ROUTED_WIDTH] = spec.routed_width
+    if splits_width(row):
+        result[ROUTED_WIDTH] = spec.routed_width
     if row.chooses_layers:
         result |= {_STEP: 1, _DENSE: list(spec.dense_layers)}
     if spec.moe and row.weighs_loss:
@@ -231,24 +235,7 @@ def _family(config: Mapping[str, Any], problems: Problems) -> Family:
     assert row is not None
     if architectures and row.hf_class not in architectures:
         problems.add(f"architectures={architectures!r} of model_type {kind!r}", f"only {row.hf_class} is converted")
-    return next((other for other in FAMILIES.values() if other.variant_of == row.name and _tells(other, config)), row)
-
-
-def _tells(variant: Family, config: Mapping[str, Any]) -> bool:
-    """Whether the file of its ``variant_of`` means this family."""
-    count = config.get(variant.variant_key)
-    return isinstance(count, int) and count > 0
-
-
-def _as_variant(config: Mapping[str, Any], row: Family) -> Mapping[str, Any]:
-    """``config`` of a variant in its base's words: what is left out there is the base's default."""
-    if not row.variant_of or config.get("model_type") == row.name:
-        return config
-    return {**{word.key: word.default for word in FAMILIES[row.variant_of].words}, **config}
-
-
-def _splits_width(row: Family) -> bool:
-    return row.shares_width and row.shared is not None
+    return told_variant(config, row)
 
 
 def _check_keys(config: Mapping[str, Any], row: Family, problems: Problems) -> None:
@@ -256,7 +243,7 @@ def _check_keys(config: Mapping[str, Any], row: Family, problems: Problems) -> N
     that is nearly a known one is taken for a slip, and one that makes another family's experts belongs there."""
     experts = {word.key for other in FAMILIES.values() for word in other.words if word.part != "model"}
     variants = {word.key for other in FAMILIES.values() if other.variant_of == row.name for word in other.words}
-    experts -= {*variants, _ROUTED_WIDTH}  # written by the class of both, read where the variant's key tells it
+    experts -= {*variants, ROUTED_WIDTH}  # written by the class of both, read where the variant's key tells it
     own, read = {word.key for word in row.words}, _read_keys(row)
     for key, value in config.items():
         if key not in read and key not in _HARMLESS and key not in _NOTED:
@@ -276,8 +263,8 @@ def _read_keys(row: Family) -> set[str]:
     read = {*_COMMON, *_NEUTRAL, *ROPE_KEYS, *row.says, LAYER_TYPES, *(word.key for word in row.words)}
     if row.windowed or row.window_switch:
         read |= set(WINDOW_KEYS)
-    if _splits_width(row):
-        read.add(_ROUTED_WIDTH)
+    if splits_width(row):
+        read.add(ROUTED_WIDTH)
     if row.has_experts and row.weighs_loss:
         read |= {_AUX_COEF[0]}
     return read | ({_STEP, _DENSE} if row.chooses_layers else set())
@@ -358,34 +345,6 @@ def _is_null(config: Mapping[str, Any], name: str, default: Any) -> bool:
     return config.get(name, default) is None
 
 
-def _shared(
-    config: Mapping[str, Any],
-    row: Family,
-    words: Mapping[str, Any],
-    model: Mapping[str, Any],
-    problems: Problems,
-) -> SharedExpertSpec:
-    """The shared experts; of a family that shares a layer's width theirs, the routed ones' or both may be said."""
-    found = {**(row.shared or {}), **words}
-    if _splits_width(row):
-        whole, routed = (
-            model["intermediate_size"],
-            read_value(_ROUTED_WIDTH, config.get(_ROUTED_WIDTH), "int", None, problems),
-        )
-        own = found["intermediate_size"]
-        if own is None and routed is None:
-            problems.add(f"no intermediate_size_residual and no {_ROUTED_WIDTH}", f"give one: both make {whole}")
-        elif None not in (own, routed) and own + routed != whole:
-            problems.add(
-                f"intermediate_size={whole} is not {_ROUTED_WIDTH}={routed} + intermediate_size_residual={own}",
-                "correct one of them",
-            )
-        width = own if own is not None else whole - (routed or 0)
-        found |= {"intermediate_size": width}
-        found["expert_sizes"] = told_sizes(found["expert_sizes"], found["num_experts"], width, model)
-    return SharedExpertSpec(**found)
-
-
 def _routing(
     config: Mapping[str, Any],
     row: Family,
@@ -396,7 +355,7 @@ def _routing(
     fields = {**row.moe, **parts["moe"]}
     problems.raise_if_any()
     if row.shared is not None:
-        fields["shared_expert"] = _shared(config, row, parts["shared"], model, problems)
+        fields["shared_expert"] = read_shared(config, row, parts["shared"], model, problems)
         problems.raise_if_any()
     if fields.get("intermediate_size") == model["intermediate_size"]:
         fields["intermediate_size"] = None  # one width for all: one way to say it

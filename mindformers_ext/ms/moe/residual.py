@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLaMA-MoE's residual experts (Zhu et al. 2024, arXiv:2406.16554): every token passes them all, each is weighed.
 
-The sum of R experts times a score each is one feed-forward as wide as all of them, whose hidden values are multiplied
+The sum of E experts times a score each is one feed-forward as wide as all of them, whose hidden values are multiplied
 by the score of the expert that they belong to: one product in, one out, cut over devices like any feed-forward.
 """
 
@@ -19,36 +19,36 @@ from mindformers_ext.ms.strategies import Shards
 
 
 class ExpertScores(nn.Cell):
-    """What experts are multiplied by. Input: logits (T, R) float32; output of the same shape and type."""
+    """What experts are multiplied by. Input: logits (T, E) float32; output of the same shape and type."""
 
     def __init__(self, experts: int, softmax: bool, multiply: bool, scale: float) -> None:
         super().__init__()
         self.experts, self.softmax, self.multiply, self.scale = experts, softmax, multiply, scale
         self.weigh = P.Softmax(axis=-1)
 
-    def construct(self, logits_TR: Tensor) -> Tensor:
-        if not self.multiply:
-            return ops.ones_like(logits_TR)
+    def construct(self, logits_TE: Tensor) -> Tensor:
+        if not self.multiply:  # a gate that changes nothing keeps its place in the graph
+            return logits_TE * 0.0 + 1.0
         if self.softmax:  # of one it is always 1: see ms.moe.gate.TopkChoice
-            logits_TR = self.weigh(logits_TR) if self.experts > 1 else ops.ones_like(logits_TR)
-        return logits_TR * self.scale
+            logits_TE = self.weigh(logits_TE) if self.experts > 1 else ops.ones_like(logits_TE)
+        return logits_TE * self.scale
 
 
 class WeighedExperts(nn.Cell):
-    """Hidden values times the score of their expert. Inputs: hidden (T, U), logits (T, R) float32. Output (T, U)."""
+    """Hidden values times the score of their expert. Inputs: hidden (T, F), logits (T, E) float32. Output (T, F)."""
 
     def __init__(self, shared: SharedExpertSpec, shards: Shards, operators: Operators) -> None:
         super().__init__()
         forms = shared.num_experts, shared.gate_use_softmax, shared.multiply_gate_scores, shared.scale_of(0)
         self.scores = shards.local(operators.build(ExpertScores, *forms), "scaled rows")
-        one_hot_UR = np.repeat(np.eye(shared.num_experts, dtype=np.float32), shared.sizes_of(0), axis=0)
-        self.expert_UR = Tensor(one_hot_UR)
+        one_hot_FE = np.repeat(np.eye(shared.num_experts, dtype=np.float32), shared.sizes_of(0), axis=0)
+        self.expert_FE = Tensor(one_hot_FE)
         self.spread = shards.shard(P.MatMul(transpose_b=True), "spread scores")
         self.multiply = shards.shard(P.Mul(), "weighed hidden")
 
-    def construct(self, hidden_TU: Tensor, logits_TR: Tensor) -> Tensor:
-        score_TR = ops.cast(self.scores(logits_TR), hidden_TU.dtype)
-        return self.multiply(hidden_TU, self.spread(score_TR, ops.cast(self.expert_UR, hidden_TU.dtype)))
+    def construct(self, hidden_TF: Tensor, logits_TE: Tensor) -> Tensor:
+        score_TE = ops.cast(self.scores(logits_TE), hidden_TF.dtype)
+        return self.multiply(hidden_TF, self.spread(score_TE, ops.cast(self.expert_FE, hidden_TF.dtype)))
 
 
 class MeanRows(nn.Cell):

@@ -73,8 +73,8 @@ class SharedMoE(nn.Cell):
     def always(self, x_TD: Tensor) -> Tensor:
         """The shared experts' part (T, D)."""
         if self.weighs_each:
-            hidden_TU = self.shared_experts.hidden(x_TD)
-            return self.shared_experts.w2(self.weigh_each(hidden_TU, self.shared_experts_gate(x_TD)))
+            hidden_TF = self.shared_experts.hidden(x_TD)
+            return self.shared_experts.w2(self.weigh_each(hidden_TF, self.shared_experts_gate(x_TD)))
         y_TD = self.shared_experts.product(x_TD)
         if self.gated:
             return self.weigh(y_TD, self.shared_experts_gate(x_TD))

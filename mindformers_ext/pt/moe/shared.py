@@ -45,26 +45,30 @@ class SharedMoE(nn.Module):
         return FeedForwardOutput(self._together(routed.y_TD, x_TD), routed.aux_loss_G, routed.report_GE)
 
     def _together(self, routed_TD: Tensor, x_TD: Tensor) -> Tensor:
-        shared_TD = self._weighed_each(x_TD) if self.shared.weighs_each else self._shared(x_TD)
+        shared_TD = self._shared(x_TD)
         if self.weighting is None:
             return routed_TD + shared_TD
         share_T2 = torch.softmax(self.weighting(x_TD), -1).to(routed_TD.dtype)
         return routed_TD * share_T2[:, :1] + shared_TD * share_T2[:, 1:]
 
     def _shared(self, x_TD: Tensor) -> Tensor:
+        if self.shared.weighs_each and self.shared_experts_gate is not None:
+            return self._weighed_each(self.shared_experts_gate, x_TD)
         y_TD = self.shared_experts.dropless(x_TD)
         if self.shared_experts_gate is not None:
             y_TD = y_TD * torch.sigmoid(self.shared_experts_gate(x_TD)).to(y_TD.dtype)
         return y_TD if self.scale == 1.0 else y_TD * self.scale
 
-    def _weighed_each(self, x_TD: Tensor) -> Tensor:
-        if self.shared_experts_gate is None or not self.shared.multiply_gate_scores:
-            return self.shared_experts.dropless(x_TD)
-        score_TR = self.shared_experts_gate(x_TD)
-        score_TR = (torch.softmax(score_TR, -1) if self.shared.gate_use_softmax else score_TR) * self.scale
-        hidden_TU = self.shared_experts.hidden(x_TD)
-        each = hidden_TU.split(self.shared.sizes_of(0), 1)
-        scores = score_TR.to(hidden_TU.dtype).split(1, 1)
+    def _scores(self, logits_TE: Tensor) -> Tensor:
+        """What experts that are weighed each are multiplied by (T, E)."""
+        if not self.shared.multiply_gate_scores:
+            return logits_TE * 0.0 + 1.0  # a gate that changes nothing has a gradient, of zeros
+        return (torch.softmax(logits_TE, -1) if self.shared.gate_use_softmax else logits_TE) * self.scale
+
+    def _weighed_each(self, gate: RouterGate, x_TD: Tensor) -> Tensor:
+        hidden_TF = self.shared_experts.hidden(x_TD)
+        each = hidden_TF.split(self.shared.sizes_of(0), 1)
+        scores = self._scores(gate(x_TD)).to(hidden_TF.dtype).split(1, 1)
         return self.shared_experts.w2(torch.cat([part * score for part, score in zip(each, scores, strict=True)], 1))
 
     def dropless(self, x_TD: Tensor) -> Tensor:
