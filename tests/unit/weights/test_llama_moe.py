@@ -113,8 +113,6 @@ def test_configurations_that_are_not_built_are_refused_by_name() -> None:
     assert "gate_type='SwitchBalancedGate' is not built" in refusal(gate_type="SwitchBalancedGate")
     assert "calculator_type='SwitchDropTokenCalculator'" in refusal(calculator_type="SwitchDropTokenCalculator")
     assert "add_weight_norm=True" in refusal(add_weight_norm=True)
-    assert "num_experts_residual=2 is not built" in refusal(num_experts_residual=2)
-    assert "llama_moe_residual" in refusal(model_type="llama_moe_residual")
     assert "gate_network" in refusal(gate_network="cosine")
     assert "num_experts_chosen=4 exceeds" in refusal(num_selects=4)
     assert "score_scale_factor has 3 values" in refusal(score_scale_factor=[1, 2, 3])
