@@ -45,7 +45,7 @@ class Family:
     has_experts: whether some layers are mixtures.
     implied: whether experts, or their absence, mean this family where nothing is named.
     variant_of: a family whose ``model_type`` and class its ``config.json`` is written with, and ``variant_key`` the key
-        that tells it there: its value is above 0. Its own ``name`` and ``hf_class`` are read too.
+        that tells it there by a number. Its own ``name`` and ``hf_class`` are read too.
     reads_as: a family of the same tensors and formulas under which it is known here without a window; "" for itself.
     defaults: of transformers' configuration class, by ``ModelSpec`` field (= key); None: derived from other keys.
     words: further keys.

@@ -43,8 +43,13 @@ _QUIET_WORDS = (
     "z_loss_factor",
     "balance_via_topk_bias",
 )
-# Fields of ``SharedExpertSpec`` that mean something where ``weighs_each`` alone.
-RESIDUAL_WORDS = ("gate_use_softmax", "multiply_gate_scores", "expert_sizes", "use_weighting")
+# Fields of ``SharedExpertSpec`` that mean something where ``weighs_each`` alone, and their words in files.
+RESIDUAL_WORDS = {
+    "gate_use_softmax": "gate_use_softmax_residual",
+    "multiply_gate_scores": "multiply_gate_scores_residual",
+    "expert_sizes": "size_experts_residual",
+    "use_weighting": "use_weighting",
+}
 # The points of a dense layer at which a probe looks, in the order in which they are computed, and their widths:
 # D model, F feed-forward (core/parameters.py).
 POINTS = {
@@ -147,9 +152,9 @@ class SharedExpertSpec:
         if self.weighs_each and self.gated:
             problems.add("use_shared_expert_gating=True", "each shared expert has its own score here: leave it out")
         defaults = {item.name: item.default for item in fields(self)}
-        for name in () if self.weighs_each else RESIDUAL_WORDS:
+        for name, word in RESIDUAL_WORDS.items() if not self.weighs_each else ():
             if getattr(self, name) != defaults[name]:
-                said = f"{name}={getattr(self, name)!r} of a shared expert"
+                said = f"{word}={getattr(self, name)!r} of a shared expert"
                 problems.add(f"{said} has no effect", "leave it out: it belongs to LLaMA-MoE's residual experts")
 
 

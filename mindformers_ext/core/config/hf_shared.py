@@ -14,18 +14,15 @@ from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.families import FAMILIES, Family
 from mindformers_ext.core.layers import SharedExpertSpec, told_sizes
 
-ROUTED_WIDTH = (
-    "intermediate_size_moe"  # of a family whose shared experts are part of a layer's width: said, or the rest
-)
-SHARED_WIDTH = "intermediate_size_residual"
+# how a layer's width is shared by routed and shared experts: either may be said, the other one is the rest
+ROUTED_WIDTH, SHARED_WIDTH = "intermediate_size_moe", "intermediate_size_residual"
 
 
 def told_variant(config: Mapping[str, Any], row: Family) -> Family:
     """The variant of ``row`` that the file tells by its key, else ``row``."""
 
     def tells(other: Family) -> bool:
-        count = config.get(other.variant_key)
-        return other.variant_of == row.name and isinstance(count, int) and count > 0
+        return other.variant_of == row.name and config.get(other.variant_key) not in (None, 0)
 
     return next(filter(tells, FAMILIES.values()), row)
 

@@ -197,8 +197,8 @@ def describe_checkpoint(
 
 
 def check_model(spec: ModelSpec, model: str | None) -> None:
-    """``--model`` must name what the weights are; a ``UserError`` otherwise."""
-    if model and model != spec.model_type:
+    """``--model`` must name what the weights are, or what a variant is one of; a ``UserError`` otherwise."""
+    if model and model not in (spec.model_type, spec.family_row.variant_of):
         raise UserError(f"--model {model} but the configuration describes a {spec.model_type}: correct one of them")
 
 
