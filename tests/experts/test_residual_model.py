@@ -13,46 +13,41 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from mindformers_ext.cli.experts import main
 from mindformers_ext.core.config.hf import model_spec_from_hf
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.formats.ms_file import open_checkpoint
 from mindformers_ext.jobs.checkpoint.convert import ConvertRequest, convert
-from mindformers_ext.jobs.engine.door import write_plain
+from mindformers_ext.jobs.experts.convert import MixtureRequest
+from mindformers_ext.jobs.experts.convert import convert as convert_experts
+from mindformers_ext.jobs.experts.gating import Gating, preset
+from mindformers_ext.jobs.merge.output import OutputRequest
 from mindformers_ext.pt import names
 from mindformers_ext.pt.causal_lm import build_causal_lm
+from mindformers_ext.surgery.experts.gradient import residual_split
 from tests.helpers.tiny_llama import LAYERS, WIDTH, make_llama
 
-pytestmark = pytest.mark.slow  # more than 10 seconds
-
-NAME = "layers.{}.mlp.up_proj.weight"
 ROUTED, RESIDUAL, SIZE = 6, 2, WIDTH // 8
 # what makes it the dense model: all are chosen and added up, and residual experts of equal scores count in full
 EXACT = {"score_scale_factor_residual": float(RESIDUAL), "multiply_gate_scores_residual": True}
 
 
-def command(*words: object) -> None:
-    assert main([str(word) for word in words]) == 0
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, remote_code: Path) -> Path:
-    """The dense model, its split by importance, the mixture in which all experts are chosen, and its checkpoint."""
+    """The dense model, split by importance, as the mixture in which all experts are chosen, and its checkpoint."""
     folder = tmp_path_factory.mktemp("residual")
     make_llama(folder / "dense")
-    scores = np.random.default_rng(2).random((ROUTED, LAYERS, WIDTH)).astype(np.float32)
-    for cluster, layer in np.ndindex(ROUTED, LAYERS):
-        place = folder / "scores" / str(cluster)
-        place.mkdir(parents=True, exist_ok=True)
-        write_plain(place / f"{NAME.format(layer)}.change", scores[cluster, layer])
-    model = ("--model_path", folder / "dense", "--templates", NAME, "--quiet")
-    counts = ("--expert_num_moe", ROUTED, "--expert_num_residual", RESIDUAL, "--expert_size", SIZE)
-    command(
-        "split", *model, "--save_path", folder, "--method", "gradient", "--score_file_path", folder / "scores", *counts
+    scores = np.random.default_rng(2).random((LAYERS, ROUTED, WIDTH))
+    convert_experts(
+        MixtureRequest(
+            model=folder / "dense",
+            splits={layer: residual_split(scores[layer], SIZE, RESIDUAL, share=False) for layer in range(LAYERS)},
+            gates=None,
+            gating=Gating(chosen=ROUTED, **preset("moefication", ROUTED, ROUTED)),
+            output=OutputRequest(
+                folder=folder / "moe", shard_bytes=10**8, quiet=True, to_mindspore=folder / "moe.ckpt"
+            ),
+        )
     )
-    (split,) = folder.glob("*Gradient*/*Residuals*")
-    gating = ("--num_experts", ROUTED, "--num_selects", ROUTED, "--preset", "moefication", "--split_file_path", split)
-    command("convert", *model, "--save_path", folder / "moe", *gating, "--to_mindspore", folder / "moe.ckpt")
     config = json.loads((folder / "moe" / "config.json").read_text("utf-8"))
     (folder / "moe" / "config.json").write_text(json.dumps(config | EXACT), "utf-8")
     return folder

@@ -38,21 +38,21 @@ WORDS = {"gate_balance_loss_weight": 0.1, "score_scale_factor": [2.5, 1.0, 2.0],
 OTHERS = {"gate_network": "linear", "gate_use_softmax": False, "load_compat": "reference", "tie_word_embeddings": True}
 RESIDUAL = {"num_experts": 6, "num_experts_residual": 2, "intermediate_size": 40}
 RESIDUAL |= {"intermediate_size_moe": 30, "intermediate_size_residual": 10}
-UNLIKE = {
+EVERYTHING = {
     "size_experts": [[5, 7, 3, 5, 5, 5]] * 3,
     "size_experts_residual": [[3, 7], [5, 5], [9, 1]],
-    "gate_use_softmax_residual": False,
+    "score_scale_factor_residual": [2.0, 1.0, 0.5],
     "use_weighting": True,
 }
 CASES: dict[str, dict[str, Any]] = {
     "two layers": WORDS,
     "linear, logits, as released, tied": WORDS | OTHERS,
     "unequal": WORDS | {"size_experts": UNEQUAL},
-    "residual": WORDS | RESIDUAL | {"score_scale_factor_residual": [2.0, 1.0, 0.5]},
-    "residual, unequal, logits, weighed against each other": WORDS | RESIDUAL | UNLIKE,
+    "residual, unequal, weighed against the routed": WORDS | RESIDUAL | EVERYTHING,
+    "residual, logits": WORDS | RESIDUAL | {"gate_use_softmax_residual": False},
     "residual, plain sum": WORDS | RESIDUAL | {"multiply_gate_scores_residual": False},
 }
-IN_MINDSPORE = [name for name in CASES if name == "two layers" or "residual" in name]
+IN_MINDSPORE = [name for name in CASES if name == "two layers" or "unequal," in name]
 SEED, UPDATES, BATCH, LENGTH = 9, 3, 2, 11
 KEYS = noise_keys(SEED, UPDATES, range(BATCH))
 
@@ -168,7 +168,7 @@ def test_both_trainers_add_the_same_noise_and_go_on_with_it() -> None:
     assert (last.loss, last.aux_loss, last.global_norm) == (others.loss, others.aux_loss, others.global_norm)
 
 
-@pytest.mark.parametrize("case", ["unequal", "residual"])
+@pytest.mark.parametrize("case", [name for name in CASES if "unequal" in name])
 def test_generates_with_a_cache_what_the_saved_code_does_without(case: str) -> None:
     """Two prompts of different lengths at once."""
     spec, weights, *_ = theirs(case)

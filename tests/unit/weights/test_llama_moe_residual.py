@@ -15,6 +15,7 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.parameters import model_weights
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.formats.tensors import MappingReader
+from mindformers_ext.jobs.checkpoint.source import check_model
 from mindformers_ext.weights.convert import plan_relayout, rule_set, to_hf, to_mindspore
 from mindformers_ext.weights.layouts import GMM, Layout
 
@@ -161,3 +162,10 @@ def test_words_of_residual_experts_mean_nothing_elsewhere() -> None:
     words["model"]["model_config"]["num_experts_residual"] = 2
     with pytest.raises(UserError, match=r"write 'moe_config\.shared_expert_num'"):
         network_spec_from_yaml(words)
+
+
+def test_a_variant_is_named_by_its_family_too() -> None:
+    check_model(spec_of(), "llama_moe")
+    check_model(spec_of(), "llama_moe_residual")
+    with pytest.raises(UserError, match="describes a llama_moe_residual"):
+        check_model(spec_of(), "llama")
