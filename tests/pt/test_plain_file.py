@@ -101,13 +101,17 @@ def test_a_file_that_is_damaged_or_claims_too_much_is_told(tmp_path: Path) -> No
 
 
 def test_damaged_pickles_give_values_or_a_users_error() -> None:
-    draws = np.random.default_rng(0)
+    draws, values, told = np.random.default_rng(0), 0, 0
     whole = [pickle.dumps(value, protocol) for value, _ in list(OLD.values())[:2] for protocol in (2, 5)]
     for turn in range(600):
         data = bytearray(whole[turn % len(whole)])
-        for place in draws.integers(0, len(data), 3):
+        for place in draws.integers(0, len(data), 1 + turn % 3):
             data[place] = draws.integers(256)
+        end = draws.integers(1, len(data)) if turn % 5 == 0 else len(data)
         try:
-            read_values(bytes(data[: int(draws.integers(1, len(data) + 1))]), "file", lambda key: b"")
-        except UserError:
-            continue
+            read_values(bytes(data[:end]), "file", lambda key: b"")
+            values += 1
+        except UserError as error:
+            assert "'file' " in str(error)
+            told += 1
+    assert values > 20 and told > 400, "both are met"
