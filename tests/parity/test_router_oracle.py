@@ -109,7 +109,7 @@ def test_router(experts: int, chosen: int, factor: float, sdrop: bool, mp: int) 
     assert_same(*both(moe, mp, ep), hard_logits(10, experts, seed=experts))
 
 
-@pytest.mark.long("test_router takes each pair of values")
+@pytest.mark.long("tests/parity/test_router_oracle.py::test_router takes each pair of values")
 @pytest.mark.slow
 def test_router_all_combinations() -> None:
     ms.set_context(mode=ms.PYNATIVE_MODE)
