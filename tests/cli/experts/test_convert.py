@@ -26,6 +26,8 @@ pytestmark = pytest.mark.slow  # all together more than 20 seconds
 
 NAME = "layers.{}.mlp.gate_proj.weight"
 EXPERTS = 8
+BLOCK = 32  # tokens of a row that judges
+Change = Callable[[int, torch.Tensor], torch.Tensor]  # of a layer's number and neurons
 
 
 @pytest.fixture(scope="module")
@@ -139,24 +141,26 @@ def read_tensor(path: Path, name: str) -> np.ndarray:
 
 
 def test_the_ladder_is_that_of_transformers(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The losses on the text's second half, against transformers: the gate's with the folder that was written, oracle
-    and static cut with the dense model whose neurons are left out by hooks."""
-    judged = ("--eval_text", made / "text.txt", "--block_size", 32)
+    """The losses on the text's second half, against transformers: the gate's with the folder that was written, oracle,
+    static cut and random with the dense model whose neurons are left out by hooks."""
+    judged = ("--eval_text", made / "text.txt", "--block_size", BLOCK)
     rows = _rows(made)
     first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
     dense = opened(made / "dense")
     wanted = {"dense": _loss(dense, second)}
-    with _neurons(dense, _oracle(made, 3)):
-        wanted["oracle"] = _loss(dense, second)
-    with _neurons(dense, _static(made, dense, first, 3)):
-        wanted["static"] = _loss(dense, second)
+    for name, change in (
+        ("oracle", _oracle(made, 3)),
+        ("random", _random(made, 3, len(second))),
+        ("static", _static(dense, first, 3)),
+    ):
+        with _neurons(dense, change):
+            wanted[name] = _loss(dense, second)
     for preset in ("moefication", "llama_moe"):
         found = _ladder(words(made, tmp_path / preset, "--preset", preset, "--num_selects", 3, *judged), capsys)
         assert set(found) == {"dense", "oracle", "gate", "static", "random"}
         wanted["gate"] = _loss(opened(tmp_path / preset), second)
         for name, loss in wanted.items():
             assert found[name] == pytest.approx(loss, abs=6e-5), name
-        wanted["random"] = found["random"]  # of the same seed, whatever the gate: the second preset's is the first's
     assert len({round(loss, 3) for loss in wanted.values()}) == 5
     found = _ladder(words(made, tmp_path / "all", "--num_selects", EXPERTS, *judged), capsys)
     assert len(found) == 5 and all(loss == pytest.approx(wanted["dense"], abs=1e-4) for loss in found.values())
@@ -173,7 +177,7 @@ def _rows(made: Path) -> list[list[int]]:
     ids = AutoTokenizer.from_pretrained(made / "dense").encode(
         (made / "text.txt").read_text("utf-8"), add_special_tokens=False
     )
-    return [[1, *ids[at : at + 31]] for at in range(0, len(ids), 31)]
+    return [[1, *ids[at : at + BLOCK - 1]] for at in range(0, len(ids), BLOCK - 1)]
 
 
 def _loss(model: PreTrainedModel, rows: list[list[int]]) -> float:
@@ -186,7 +190,7 @@ def _loss(model: PreTrainedModel, rows: list[list[int]]) -> float:
 
 
 @contextmanager
-def _neurons(model: PreTrainedModel, change: Callable[[int, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+def _neurons(model: PreTrainedModel, change: Change) -> Iterator[None]:
     """``change`` takes the place of the neurons (B, S, F) that enter each layer's down_proj."""
     handles = [
         layer.mlp.down_proj.register_forward_pre_hook(lambda _, given, number=number: (change(number, given[0]),))
@@ -197,21 +201,38 @@ def _neurons(model: PreTrainedModel, change: Callable[[int, torch.Tensor], torch
         handle.remove()
 
 
-def _oracle(made: Path, chosen: int) -> Callable[[int, torch.Tensor], torch.Tensor]:
+def _oracle(made: Path, chosen: int) -> Change:
     """Of each token the experts with the largest sums of squares."""
-    labels = [torch.tensor(read_plain(made / "split" / NAME.format(layer))) for layer in range(LAYERS)]
+    labels = _labels(made)
 
     def change(layer: int, hidden: torch.Tensor) -> torch.Tensor:
         scores = torch.zeros(*hidden.shape[:-1], EXPERTS).index_add(-1, labels[layer], hidden**2)
-        kept = scores.topk(chosen).indices
-        return hidden * (labels[layer] == kept[..., None]).any(-2)
+        return hidden * _inside(labels[layer], scores.topk(chosen).indices)
 
     return change
 
 
-def _static(
-    made: Path, model: PreTrainedModel, rows: list[list[int]], chosen: int
-) -> Callable[[int, torch.Tensor], torch.Tensor]:
+def _random(made: Path, chosen: int, rows: int) -> Change:
+    """The experts with the largest of numpy's numbers of seed 0: layer after layer, one for each token and expert."""
+    labels, generator = _labels(made), np.random.default_rng(0)
+    drawn = [iter(torch.from_numpy(generator.random((rows, BLOCK, EXPERTS)))) for _ in range(LAYERS)]
+
+    def change(layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden * _inside(labels[layer], next(drawn[layer])[: hidden.shape[1]].topk(chosen).indices)
+
+    return change
+
+
+def _labels(made: Path) -> list[torch.Tensor]:
+    return [torch.tensor(read_plain(made / "split" / NAME.format(layer))) for layer in range(LAYERS)]
+
+
+def _inside(labels: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """(..., F) of the experts (..., K) that are kept."""
+    return (labels == kept[..., None]).any(-2)
+
+
+def _static(model: PreTrainedModel, rows: list[list[int]], chosen: int) -> Change:
     """In each layer as many neurons as ``chosen`` mean experts have: those that add most on ``rows``."""
     sums = torch.zeros(LAYERS, WIDTH, dtype=torch.float64)
 
