@@ -59,9 +59,10 @@ def opened(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 
 
-def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+def logits(model: PreTrainedModel | Path, ids: torch.Tensor) -> torch.Tensor:
+    """Of a model, or of the one in a folder."""
     with torch.no_grad():
-        return model(ids).logits
+        return (opened(model) if isinstance(model, Path) else model)(ids).logits
 
 
 def some_ids() -> torch.Tensor:
@@ -71,8 +72,8 @@ def some_ids() -> torch.Tensor:
 def test_all_experts_are_the_dense_model_and_the_way_back_is_exact(made: Path, tmp_path: Path) -> None:
     assert main(words(made, tmp_path / "moe", "--num_selects", EXPERTS)) == 0
     ids = some_ids()
-    wanted = logits(opened(made / "dense"), ids)
-    assert (logits(opened(tmp_path / "moe"), ids) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    wanted = logits(made / "dense", ids)
+    assert (logits(tmp_path / "moe", ids) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
     weights = load_file(tmp_path / "moe" / "model.safetensors")
     sizes = json.loads((tmp_path / "moe" / "config.json").read_text())["size_experts"]
     assert [len(weights[f"model.layers.1.mlp.calculator.experts.weight_up.{e}"]) for e in range(EXPERTS)] == sizes[1]
@@ -101,8 +102,8 @@ def test_without_the_list_of_neurons_they_stay_in_the_experts_order(
         for name in ("gate", "up"):
             key = f"model.layers.{layer}.mlp.{name}_proj.weight"
             assert torch.equal(last[key], first[key][order])
-    wanted = logits(opened(made / "dense"), some_ids())
-    assert (logits(opened(tmp_path / "back"), some_ids()) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    wanted = logits(made / "dense", some_ids())
+    assert (logits(tmp_path / "back", some_ids()) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
     split = ("--split_file_path", str(made / "split"), "--overwrite", "--quiet")  # the folder that says the same
     assert main([*back, *split]) == 0
     last = load_file(tmp_path / "back" / "model.safetensors")
@@ -158,7 +159,7 @@ def test_the_ladder_is_that_of_transformers(made: Path, tmp_path: Path, capsys: 
     for preset in ("moefication", "llama_moe"):
         found = _ladder(words(made, tmp_path / preset, "--preset", preset, "--num_selects", 3, *judged), capsys)
         assert set(found) == {"dense", "oracle", "gate", "static", "random"}
-        wanted["gate"] = _loss(opened(tmp_path / preset), second)
+        wanted["gate"] = _loss(tmp_path / preset, second)
         for name, loss in wanted.items():
             assert found[name] == pytest.approx(loss, abs=6e-5), name
     assert len({round(loss, 3) for loss in wanted.values()}) == 5
@@ -180,8 +181,8 @@ def _rows(made: Path) -> list[list[int]]:
     return [[1, *ids[at : at + BLOCK - 1]] for at in range(0, len(ids), BLOCK - 1)]
 
 
-def _loss(model: PreTrainedModel, rows: list[list[int]]) -> float:
-    total, count = 0.0, 0
+def _loss(model: PreTrainedModel | Path, rows: list[list[int]]) -> float:
+    model, total, count = opened(model) if isinstance(model, Path) else model, 0.0, 0
     for row in rows:
         found = logits(model, torch.tensor([row]))[0, :-1].double()
         total += float(torch.nn.functional.cross_entropy(found, torch.tensor(row[1:]), reduction="sum"))

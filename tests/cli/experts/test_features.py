@@ -231,5 +231,5 @@ def test_an_8b_model_fits_a_machine_of_24_gb(backward: bool) -> None:
     llama3 = ModelSpec(vocab_size=128256, intermediate_size=14336, num_hidden_layers=32, num_key_value_heads=8, **sizes)
     assert memory(llama3, 64, 4) < 4e9
     llama2 = ModelSpec(vocab_size=32000, intermediate_size=11008, num_hidden_layers=2, num_key_value_heads=32, **sizes)
-    measured = (2701 if backward else 1951) * 10**6
+    measured = (2701 if backward else 1951) * 2**20
     assert abs(memory(llama2, 2, 1) - measured) <= measured / 8
