@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,35 +12,22 @@ import pytest
 import yaml
 
 from mindformers_ext.cli import convert, first, merge
+from mindformers_ext.cli.tiny_model import main as tiny_model
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.data.corpus import standard_library_text
 from mindformers_ext.data.tokenizers import train_sentencepiece
 from mindformers_ext.jobs.checkpoint.hub import find_folder, from_hub
-from mindformers_ext.jobs.checkpoint.tiny_model import TinyModelRequest, make_tiny_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model of its own, of the smallest sizes, with a tokenizer."""
-    folder = tmp_path_factory.mktemp("made")
-    tokenizer = folder / "tokenizer.model"
-    train_sentencepiece(standard_library_text(100_000), tokenizer, 400)
-    spec = ModelSpec(
-        vocab_size=400,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        pad_token_id=3,
-        max_position_embeddings=64,
-    )
-    make_tiny_model(TinyModelRequest(output_dir=folder / "model", spec=spec, tokenizer=tokenizer))
-    return folder / "model"
+    folder = tmp_path_factory.mktemp("made") / "model"
+    sizes = "--vocab_size 400 --hidden_size 16 --intermediate_size 24 --num_attention_heads 2 --num_local_experts 2"
+    assert tiny_model(["--output_dir", str(folder), *sizes.split()]) == 0
+    train_sentencepiece(standard_library_text(100_000), folder / "tokenizer.model", 400)
+    return folder
 
 
 @pytest.fixture
@@ -117,3 +105,4 @@ def test_only_download_fetches_and_leaves_out_what_is_not_read(cache, monkeypatc
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(UserError, match=r"cannot be fetched from the hub \(no route\): .*hf auth login"):
         from_hub("other/model", download=True)
+    assert json.loads((cache / "config.json").read_text())
