@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from mindformers_ext.cli.experts import main
 from mindformers_ext.formats.ms_file import open_checkpoint
-from mindformers_ext.jobs.engine.door import read_plain
 from tests.cli.experts import test_convert
 from tests.cli.experts.test_convert import EXPERTS, NAME, logits, words
 from tests.helpers.tiny_llama import HIDDEN, LAYERS
@@ -30,7 +29,7 @@ def test_without_the_list_of_neurons_they_stay_in_the_experts_order(
     assert "no expert_neurons.npz: neurons stay in the experts' order" in capsys.readouterr().err
     first, last = (load_file(path / "model.safetensors") for path in (made / "dense", tmp_path / "back"))
     for layer in range(LAYERS):
-        order = np.argsort(read_plain(made / "split" / NAME.format(layer)), kind="stable")
+        order = np.argsort(torch.load(made / "split" / NAME.format(layer)), kind="stable")
         for name in ("gate", "up"):
             key = f"model.layers.{layer}.mlp.{name}_proj.weight"
             assert torch.equal(last[key], first[key][order])
@@ -49,7 +48,7 @@ def test_the_checkpoint_for_mindspore_holds_the_same_neurons(made: Path, tmp_pat
     assert main(words(made, tmp_path / "moe", "--to_mindspore", tmp_path / "moe.ckpt")) == 0
     back = ("--model_path", str(tmp_path / "moe"), "--save_path", str(tmp_path / "back"), "--quiet")
     assert main(["convert", "--reversed", *back, "--to_mindspore", str(tmp_path / "dense.ckpt")]) == 0
-    splits = [np.array(read_plain(made / "split" / NAME.format(layer))) for layer in range(LAYERS)]
+    splits = [np.array(torch.load(made / "split" / NAME.format(layer))) for layer in range(LAYERS)]
     widest = max(np.bincount(labels).max() for labels in splits)
     for layer, labels in enumerate(splits):
         for ours, name in (("w1", "gate"), ("w3", "up"), ("w2", "down")):

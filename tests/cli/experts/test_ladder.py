@@ -13,7 +13,6 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from mindformers_ext.cli.experts import main
-from mindformers_ext.jobs.engine.door import read_plain
 from tests.cli.experts import test_convert
 from tests.cli.experts.test_convert import EXPERTS, NAME, words
 from tests.helpers.tiny_llama import LAYERS, WIDTH
@@ -107,7 +106,7 @@ def _random(made: Path, chosen: int, rows: int) -> Change:
 
 
 def _labels(made: Path) -> list[torch.Tensor]:
-    return [torch.tensor(read_plain(made / "split" / NAME.format(layer))) for layer in range(LAYERS)]
+    return [torch.tensor(torch.load(made / "split" / NAME.format(layer))) for layer in range(LAYERS)]
 
 
 def _inside(labels: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
