@@ -17,7 +17,7 @@ from mindformers_ext.formats.dtypes import BY_NUMPY, float_dtype
 from mindformers_ext.jobs.checkpoint.hf_code import save_code
 from mindformers_ext.jobs.checkpoint.source import CONFIG, Reader, read_config
 from mindformers_ext.jobs.experts.cut import MLP, Cut, cuts, dense_matrix, ids_of, in_type, routed_prefix
-from mindformers_ext.jobs.experts.gating import NOISE, Gating, check_gate, mixture_config, random_gates
+from mindformers_ext.jobs.experts.gating import Gating, check_gate, mixture_config, random_gates
 from mindformers_ext.jobs.experts.neuron_file import NEURONS, write_neurons
 from mindformers_ext.jobs.experts.writing import Task, Tensors, as_written, copied, given, write_model
 from mindformers_ext.jobs.merge.fit import check_fit
@@ -25,6 +25,7 @@ from mindformers_ext.jobs.merge.models import opened
 from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest, check_output
 from mindformers_ext.jobs.merge.sidecars import copy_tokenizer, write_json
 from mindformers_ext.surgery.experts.split import LayerSplit
+from mindformers_ext.surgery.experts.words import NOISE
 
 Gates = Mapping[int, Mapping[str, np.ndarray]]
 

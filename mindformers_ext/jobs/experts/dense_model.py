@@ -28,6 +28,11 @@ ROWS = 4096  # of the embedding or the head, read at once
 _PATTERN = re.compile(r"layers\.\{\}\.mlp\.(" + "|".join(POINT_OF) + r")\.weight")
 
 
+def model_name(folder: Path) -> str:
+    """The name of a model's folder as given, after which output folders are called; a link keeps its own."""
+    return Path(os.path.abspath(folder)).name
+
+
 def template_kind(template: str) -> str:
     """ "gate_proj" or "up_proj", the matrix that ``template`` names.
 
@@ -53,8 +58,8 @@ class DenseModel:
 
     @property
     def name(self) -> str:
-        """The folder's name as given, after which output folders are called; a link keeps its own."""
-        return Path(os.path.abspath(self.folder)).name
+        """See ``model_name``."""
+        return model_name(self.folder)
 
     def close(self) -> None:
         """Let go of the files."""

@@ -8,7 +8,7 @@ reference's older files lie without the folder of the layer where only one layer
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,10 +38,41 @@ def manifest(rank: int) -> str:
     return f"features_{rank}.json"
 
 
+def manifests(folder: Path) -> list[Path]:
+    """The manifests of all processes, and of earlier ones."""
+    return sorted(path for path in folder.glob("features_*.json") if path.is_file())
+
+
 def features_rows(folder: Path) -> list[str]:
     """What texts the features in ``folder`` are of, a word for each process that wrote; empty where nobody tells."""
-    found = [read_object(path) for path in sorted(folder.glob(manifest(0).replace("0", "*"))) if path.is_file()]
-    return sorted(str(one.get("rows")) for one in found)
+    return sorted(str(read_object(path).get("rows")) for path in manifests(folder))
+
+
+def check_features(folder: Path, layers: Sequence[int], template: str, weights: str) -> None:
+    """What the manifests in ``folder`` tell must fit; features of another tool have none.
+
+    Args:
+        folder: where the features lie.
+        layers: that will be read.
+        template: the matrix that they must be of.
+        weights: fingerprint of the model that they must be of.
+
+    Raises:
+        UserError: unfinished, or of another model or matrix.
+    """
+    found = {path.name: read_object(path) for path in manifests(folder)}
+    again, begun = "run features again", any(folder.glob(".states_*")) and not found
+    ranks = {one.get("ranks") for one in found.values()} or {0}
+    if begun or ranks != {len(found)} or any(manifest(rank) not in found for rank in range(len(found))):
+        raise UserError(f"'{folder}' holds features that are not finished: {again} with the same options, in all ranks")
+    for one in found.values():
+        if one.get("weights") != weights:
+            raise UserError(f"'{folder}' holds features of other weights than --model_path has: {again}")
+        if one.get("template") != template:
+            raise UserError(f"'{folder}' holds features of --templates {one.get('template')}: give the same here")
+        missing = [layer for layer in layers if layer not in one.get("layers", ())]
+        if missing:
+            raise UserError(f"'{folder}' holds no finished features of layers {missing}: {again} with them")
 
 
 class FeatureSink:
