@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,9 +125,14 @@ def test_whole_copies_serve_any_number_of_processes(tmp_path: Path, saved: int, 
 def test_a_file_is_continued_by_every_rank(tmp_path: Path) -> None:
     file = tmp_path / "any.ckpt"
     write_file(file, held() | COUNTERS)
+    folder = tmp_path / "out" / "resumed" / "rank_0"
+    folder.mkdir(parents=True)
+    (folder / f".{os.getpid()}.whole_rank_0.ckpt").symlink_to("gone")  # of another machine's process, or a killed one
+    (folder / "whole_rank_0.ckpt").symlink_to("gone")  # of the run before
     run, _, _ = settle_resume(asked(tmp_path / "out", load=file), build())
     links = [Path(run.load or "") / f"rank_{rank}" / f"whole_rank_{rank}.ckpt" for rank in range(2)]
     assert run.resume == links[0].name and all(link.resolve() == file.resolve() for link in links)
+    assert not list(folder.glob("*.link"))
     other = replace(build(), network=replace(NETWORK, model=replace(MODEL, num_hidden_layers=1)))
     with pytest.raises(UserError, match="that the network does not have"):
         settle_resume(asked(tmp_path, load=file), other)
