@@ -111,14 +111,19 @@ def open_record_writer(path: Path, fields: tuple[str, ...], shards: int, row_len
     return MindRecordWriter(path, fields, shards, row_length)
 
 
-def open_reference(folder: Path, weights: Iterable[tuple[str, np.ndarray]] | None = None) -> Reference:
+def open_reference(
+    folder: Path, weights: Iterable[tuple[str, np.ndarray]] | None = None, code: Path | None = None
+) -> Reference:
     """Hugging Face transformers with the model folder at ``folder``, float32 on the CPU.
 
-    ``weights``: instead of the folder's own files, float32 under the names that transformers 4 reads.
+    Args:
+        folder: no code in it is run.
+        weights: instead of the folder's own files, float32 under the names that transformers 4 reads.
+        code: a folder of ours with config.json and the code of a network that transformers lacks; wants ``weights``.
     """
     from mindformers_ext.pt.hf_reference import HuggingFaceReference
 
-    return HuggingFaceReference(folder, weights)
+    return HuggingFaceReference(folder, weights, code)
 
 
 def open_torch_file(path: Path) -> TensorFile:
