@@ -14,6 +14,7 @@ from mindformers_ext.core.config.hf_attention import with_both_ropes
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.families import LLAMA, LLAMA_MOE
 from mindformers_ext.formats.tensors import TensorInfo
+from mindformers_ext.jobs.checkpoint.renamed import notes_of
 from mindformers_ext.jobs.checkpoint.source import CONFIG, Reader, open_hf, read_config
 from mindformers_ext.jobs.experts.cut import DENSE, MLP, ROUTED, Cut, cuts
 from mindformers_ext.jobs.experts.gating import Gating, mixture_config
@@ -47,7 +48,7 @@ def reverse(request: DenseRequest, write: bool = True) -> MergeReport:
     try:
         layers = int(config.get("num_hidden_layers") or 0)
         sizes = _sizes(reader, layers)
-        notes = []
+        notes = list(notes_of(reader))
         splits = request.splits
         if splits is None:
             splits = read_neurons(request.model / NEURONS, sum(sizes[0]), layers)

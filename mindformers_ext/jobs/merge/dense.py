@@ -79,7 +79,8 @@ def _opened(request: MergeRequest) -> Iterator[Prepared]:
         check_result(request.output, result)
         if any(not task.copied for task in plan.tasks):
             _prepare_torch(request)
-        notes = [*config.warnings, *plan.notes, *chosen.notes]
+        names_seen = (note for model in models.values() for note in model.notes)
+        notes = [*config.warnings, *names_seen, *plan.notes, *chosen.notes]
         if plan.vocab:
             notes.append(f"embeddings were cut to {plan.vocab} tokens; the tokenizer may know more")
         elif not chosen.rows and result["vocab_size"] != base.config.get("vocab_size", result["vocab_size"]):

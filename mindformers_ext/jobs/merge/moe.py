@@ -85,6 +85,7 @@ def _opened(request: MoERequest) -> Iterator[Prepared]:
             tied=_tied(targets),
         )
         check_result(request.output, result)
+        notes += [note for model in models.values() for note in model.notes]
         yield _prepared(request, _Assembly(config, models, targets), result, notes)
 
 
