@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from mindformers_ext.cli.experts import main
-from mindformers_ext.jobs.engine.door import write_plain
+from mindformers_ext.jobs.engine.door import write_numbers
 from mindformers_ext.jobs.experts.gating import Gating, mixture_config
 from mindformers_ext.surgery.experts.split import LayerSplit
 from tests.helpers.tiny_llama import HIDDEN, LAYERS, WIDTH, make_llama, sentences
@@ -37,10 +37,10 @@ def made(tmp_path_factory: pytest.TempPathFactory, remote_code: Path) -> Path:
         draws = np.random.default_rng(layer)
         labels = np.sort(draws.integers(0, EXPERTS, WIDTH)) if layer == 1 else np.arange(WIDTH) % EXPERTS
         labels[:EXPERTS] = np.arange(EXPERTS)  # none is empty
-        write_plain(folder / "split" / NAME.format(layer), draws.permutation(labels).tolist())
+        write_numbers(folder / "split" / NAME.format(layer), draws.permutation(labels).tolist())
         shapes = {"gate_network.0.weight": (EXPERTS, HIDDEN), "gate_network.2.weight": (EXPERTS, EXPERTS)}
         gate = {name: draws.normal(0, 1, shape).astype(np.float32) for name, shape in shapes.items()}
-        write_plain(folder / "gates" / NAME.format(layer), gate)
+        write_numbers(folder / "gates" / NAME.format(layer), gate)
     return folder
 
 
