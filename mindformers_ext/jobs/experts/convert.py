@@ -14,9 +14,11 @@ import numpy as np
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.families import LLAMA, LLAMA_MOE
 from mindformers_ext.formats.dtypes import BY_NUMPY, float_dtype
+from mindformers_ext.formats.safetensors_dir import CONFIG
+from mindformers_ext.formats.tensors import Reader
 from mindformers_ext.jobs.checkpoint.hf_code import save_code
 from mindformers_ext.jobs.checkpoint.renamed import notes_of
-from mindformers_ext.jobs.checkpoint.source import CONFIG, Reader, read_config
+from mindformers_ext.jobs.checkpoint.source import read_config
 from mindformers_ext.jobs.experts.cut import MLP, Cut, cuts, dense_matrix, ids_of, in_type, routed_prefix
 from mindformers_ext.jobs.experts.gating import NOISE, Gating, check_gate, mixture_config, random_gates
 from mindformers_ext.jobs.experts.neuron_file import NEURONS, write_neurons

@@ -11,9 +11,9 @@ from typing import Any
 
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.formats.dtypes import BY_NUMPY
+from mindformers_ext.formats.safetensors_dir import CONFIG
 from mindformers_ext.formats.tensors import Array
 from mindformers_ext.jobs.checkpoint.hf_code import with_code
-from mindformers_ext.jobs.checkpoint.source import CONFIG
 from mindformers_ext.jobs.merge.config import MergeConfig, need_slices, read_merge_config
 from mindformers_ext.jobs.merge.course import Prepared, run_merge
 from mindformers_ext.jobs.merge.fit import check_fit

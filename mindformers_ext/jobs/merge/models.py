@@ -13,10 +13,12 @@ from typing import Any
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.families import MIXTRAL
 from mindformers_ext.formats.dtypes import FLOATS
+from mindformers_ext.formats.safetensors_dir import CONFIG
+from mindformers_ext.formats.tensors import Reader
 from mindformers_ext.jobs.checkpoint.fused import unfused
 from mindformers_ext.jobs.checkpoint.hub import from_hub
 from mindformers_ext.jobs.checkpoint.renamed import notes_of
-from mindformers_ext.jobs.checkpoint.source import CONFIG, Reader, open_hf, read_config
+from mindformers_ext.jobs.checkpoint.source import open_hf, read_config
 from mindformers_ext.jobs.merge.adapted import AdaptedReader
 from mindformers_ext.jobs.merge.adapters import open_adapter
 from mindformers_ext.jobs.merge.references import split_reference

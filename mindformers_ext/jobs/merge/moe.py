@@ -13,8 +13,8 @@ import numpy as np
 
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.formats.dtypes import BY_NUMPY, cast
+from mindformers_ext.formats.safetensors_dir import CONFIG
 from mindformers_ext.formats.tensors import Array, Index, TensorInfo
-from mindformers_ext.jobs.checkpoint.source import CONFIG
 from mindformers_ext.jobs.merge.course import Prepared, run_merge
 from mindformers_ext.jobs.merge.gates import gate_rows
 from mindformers_ext.jobs.merge.models import Model, folders_of, opened
