@@ -20,7 +20,7 @@ from mindspore import Tensor
 from mindformers_ext.core.config.hf import hf_config_from_spec, model_spec_from_hf
 from mindformers_ext.core.config.schedule import Schedule
 from mindformers_ext.core.config.train import OptimizerSpec, TrainSpec
-from mindformers_ext.core.philox import mixture_noise, noise_keys
+from mindformers_ext.core.philox import noise_keys
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.causal_lm import build_causal_lm as build_mindspore
 from mindformers_ext.ms.engine import MindSporeNetwork
@@ -33,6 +33,7 @@ from mindformers_ext.pt.generate import PyTorchSession
 from mindformers_ext.pt.trainer import TorchTrainer
 from mindformers_ext.weights.convert import to_hf, to_mindspore
 from tests.helpers.llama_moe_models import UNEQUAL, model_of, token_ids
+from tests.helpers.noise import mixture_noise
 
 pytestmark = pytest.mark.slow  # all together more than 30 seconds
 

@@ -17,6 +17,7 @@ from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.formats.tensors import MappingReader
 from mindformers_ext.weights.convert import plan_relayout, rule_set, to_hf, to_mindspore
 from mindformers_ext.weights.layouts import GMM, Layout
+from mindformers_ext.weights.views import describe, pad, whole
 from tests.helpers.llama_moe_published import PUBLISHED, Published
 
 WORDS = {"model_type": "llama_moe", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
@@ -138,3 +139,7 @@ def test_words_of_another_gate_are_refused() -> None:
         network_spec_from_yaml(sections)
     assert "z_loss_factor=0.1 has no effect on moe_gate 'mlp_noisy'" in str(caught.value)
     assert "aux_losses=(('expert', 0.01),) has no effect" in str(caught.value)
+
+
+def test_a_plan_says_what_is_padded() -> None:
+    assert describe(pad(whole("up", (2, 3)), (4, 3))) == "padded up" and describe(whole("up", (2, 3))) == "up"
