@@ -16,7 +16,7 @@ WIDTH = 100  # columns of the description; examples keep their lines
 BOOLEANS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 
 
-def read_numbersly(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+def read_plainly(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments as argparse reads them."""
     return parser.parse_args(argv)
 
@@ -35,7 +35,7 @@ class Command:
     run: Callable[[argparse.Namespace], int]
     epilog: str = ""
     usage: str | None = None
-    read: Callable[[argparse.ArgumentParser, Sequence[str] | None], argparse.Namespace] = read_numbersly
+    read: Callable[[argparse.ArgumentParser, Sequence[str] | None], argparse.Namespace] = read_plainly
     unwinds: bool = True
 
     def parser(self) -> argparse.ArgumentParser:

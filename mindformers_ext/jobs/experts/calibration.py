@@ -24,7 +24,7 @@ from mindformers_ext.jobs.experts.text_domains import (
     domain_files,
     limited,
     read_domains,
-    read_numbers_text,
+    read_plain_text,
     texts_hash,
     tokenizer_hash,
 )
@@ -145,7 +145,7 @@ def _rows(asked: Calibration, model: DenseModel, keep: bool) -> tuple[Rows, list
     tokenizer = open_tokenizer(model.folder)
     check_length(asked.block_size, tokenizer, model.spec.max_position_embeddings)
     if asked.text is not None:
-        rows, notes = read_numbers_text(asked.text, tokenizer, asked.block_size), list[str]()
+        rows, notes = read_plain_text(asked.text, tokenizer, asked.block_size), list[str]()
     elif asked.train_data_path is not None:
         rows, notes = read_domains(
             asked.train_data_path,

@@ -128,7 +128,7 @@ def read_domains(
     return padded([rows[place] for place in order], length, _padding(tokenizer)), notes
 
 
-def read_numbers_text(path: Path, tokenizer: Tokenizer, length: int) -> Rows:
+def read_plain_text(path: Path, tokenizer: Tokenizer, length: int) -> Rows:
     """A whole text file as rows in its order: each but the last is full."""
     cutting = Cutting(blank=puts_blank(tokenizer))
     ids: list[np.ndarray] = []
