@@ -193,6 +193,7 @@ def mixture_job(folder: Path, hf: Path, steps: int) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.turn("mixture trains")
 @pytest.mark.parametrize("engine", ["ms", "pt"])
 def test_a_mixture_with_a_shared_expert_trains(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Qwen2-MoE out of Qwen2 models, biases included: our own loop trains what tools/merge.py has written."""
