@@ -9,14 +9,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mindformers_ext.cli.command import boolean
-from mindformers_ext.cli.experts_flags import add_model, add_writing
+from mindformers_ext.cli.experts_flags import add_model, add_switch, add_writing
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.families import LLAMA_MOE
 
 if TYPE_CHECKING:
-    from mindformers_ext.jobs.experts.ladder import Ladder
     from mindformers_ext.jobs.experts.parts import Parts
+    from mindformers_ext.jobs.experts.quality import QualityRequest
     from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest
 
 PRESETS = ("moefication", LLAMA_MOE.name)  # of jobs/experts/gating.py
@@ -40,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--convert_type", choices=CLASSES, default=CLASSES[0], help="only the first is written")
     add("--dtype", metavar="TYPE", help="type of the written weights; default: the stored one")
-    add("--reversed", action="store_true", help="--model_path is the mixture, --save_path becomes the dense model")
+    add_switch(parser, "--reversed", text="--model_path is the mixture, --save_path becomes the dense model")
     add("--to_mindspore", "--to-mindspore", type=Path, metavar="OUT.ckpt", help="also convert the result for MindSpore")
     add(
         "--out_shard_size",
@@ -66,13 +65,13 @@ def add_gating(parser: argparse.ArgumentParser) -> None:
         "probabilities times N / K, to be trained on (default with random gates)",
     )
     add("--gate_type", choices=("mlp", "linear"), help="two matrices with tanh between, or one; default: as fitted")
-    add("--use_random_gate", type=boolean, metavar="BOOL", help="random gates, whatever was fitted")
-    add("--use_softmax", type=boolean, metavar="BOOL", help="instead of the preset's")
-    add("--multiply_gate_scores", type=boolean, metavar="BOOL", help="instead of the preset's")
+    add_switch(parser, "--use_random_gate", text="random gates, whatever was fitted")
+    for name in ("--use_softmax", "--multiply_gate_scores"):
+        add_switch(parser, name, text="instead of the preset's", default=None)
     add("--score_scale_factor", type=float, metavar="X", help="instead of the preset's")
     add("--score_scale_factor_file_path", type=Path, metavar="DIR", help="folder with score_scale_factors.txt")
     add("--seed", type=int, default=0, help="of random gates and choices; default %(default)s")
-    add("--allow_pickle", action="store_true", help="read older split and gate files that hold numpy's numbers")
+    add_switch(parser, "--allow_pickle", text="read older split and gate files that hold numpy's numbers")
     add("--eval_text", type=Path, metavar="FILE", help="measure the loss on this text: dense, gate, static cut, ...")
     add("--eval_tokens", type=int, default=32768, metavar="N", help="tokens that judge; default %(default)s")
     add("--block_size", type=int, default=512, metavar="N", help="tokens of a row of it; default %(default)s")
@@ -106,11 +105,14 @@ def _converted(words: argparse.Namespace) -> MergeReport:
         dtype=words.dtype,
         seed=words.seed,
     )
+    quality = quality_of(words, parts)
     report = convert(request, write=not words.dry_run)
-    ladder = quality_of(words, parts) if not words.dry_run else None
-    if ladder is None:
+    if quality is None:
         print("quality: not measured; --eval_text FILE prints the loss beside the dense model's and simpler cuts'")
-    else:
+    elif not words.dry_run:
+        from mindformers_ext.jobs.experts.quality import measure
+
+        ladder = measure(quality)
         print(f"loss per token over {ladder.tokens} tokens:", *ladder.lines(), sep="\n  ")
     return report
 
@@ -140,13 +142,19 @@ def parts_of(words: argparse.Namespace) -> Parts:
     )
 
 
-def quality_of(words: argparse.Namespace, parts: Parts) -> Ladder | None:
-    """The loss of the mixture beside simpler choices, where a text is given."""
+def quality_of(words: argparse.Namespace, parts: Parts) -> QualityRequest | None:
+    """The loss of the mixture beside simpler choices is asked for where a text is given; checked.
+
+    Raises:
+        UserError: the text cannot be used, or there is too little memory or disk.
+    """
     if words.eval_text is None:
         return None
     from mindformers_ext.jobs.experts.calibration import Calibration
-    from mindformers_ext.jobs.experts.quality import QualityRequest, measure
+    from mindformers_ext.jobs.experts.quality import QualityRequest, check_quality
 
+    if words.eval_tokens < 1:
+        raise UserError(f"--eval_tokens {words.eval_tokens}: give a whole number above 0")
     texts = Calibration(
         model_path=words.model_path,
         text=words.eval_text,
@@ -154,9 +162,16 @@ def quality_of(words: argparse.Namespace, parts: Parts) -> Ladder | None:
         max_tokens=2 * words.eval_tokens,
         quiet=words.quiet,
     )
-    return measure(
-        QualityRequest(texts=texts, splits=parts.splits, gates=parts.gates, gating=parts.gating, seed=words.seed)
+    request = QualityRequest(
+        texts=texts,
+        splits=parts.splits,
+        gates=parts.gates,
+        gating=parts.gating,
+        beside=words.save_path,
+        seed=words.seed,
     )
+    check_quality(request)
+    return request
 
 
 def _check_reversed(words: argparse.Namespace) -> None:

@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
+from mindformers_ext.cli.experts_effects import CALIBRATION, check_effects
 from mindformers_ext.cli.experts_flags import add_calibration, add_layers, add_model, add_writing, calibration, layers
+
+EFFECTS = CALIBRATION
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +28,7 @@ def run(words: argparse.Namespace) -> int:
     """Write the features, and say what was done."""
     from mindformers_ext.jobs.experts.features import FeatureRequest, write_features
 
+    check_effects(words, sys.modules[__name__])
     request = FeatureRequest(
         calibration=calibration(words),
         save_path=words.save_path,

@@ -49,7 +49,8 @@ def add_calibration(parser: argparse.ArgumentParser, required: bool = True) -> N
     )
     share = "share of the texts; default 0.01" + ("" if required else ". Of features: share of the files; default 1")
     group.add_argument("--data_use_percent", type=float, help=share)
-    group.add_argument("--max_tokens", type=int, help="tokens at most")
+    most = "tokens at most" + ("" if required else ". Of features: tokens of a layer; default 262144")
+    group.add_argument("--max_tokens", type=int, help=most)
     group.add_argument("--block_size", type=int, default=2048, help="tokens a row; default %(default)s")
     group.add_argument("--batch_size", type=int, default=4, help="rows a batch; default %(default)s")
     group.add_argument("--seed", type=int, default=0, help="of every draw; default %(default)s")
@@ -65,7 +66,12 @@ def add_writing(parser: argparse.ArgumentParser) -> None:
         ("--dry_run", "say what it would take, and do nothing"),
         ("--quiet", "no progress"),
     ):
-        parser.add_argument(name, type=boolean, nargs="?", const=True, default=False, metavar="True|False", help=text)
+        add_switch(parser, name, text=text)
+
+
+def add_switch(group: argparse._ActionsContainer, *names: str, text: str, default: bool | None = False) -> None:
+    """An option that is given bare or with True or False; ``default`` None tells it from one that is not given."""
+    group.add_argument(*names, type=boolean, nargs="?", const=True, default=default, metavar="True|False", help=text)
 
 
 def calibration(words: argparse.Namespace) -> Calibration:

@@ -4,9 +4,17 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from mindformers_ext.cli.experts_effects import CALIBRATION, check_effects
 from mindformers_ext.cli.experts_flags import add_calibration, add_layers, add_writing, calibration, layers
+
+if TYPE_CHECKING:
+    from mindformers_ext.jobs.experts.importance import ImportanceRequest
+
+EFFECTS = CALIBRATION
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -28,9 +36,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(words: argparse.Namespace) -> int:
     """Write the vectors, and say where they are."""
-    from mindformers_ext.jobs.experts.importance import ImportanceRequest, write_importance
+    from mindformers_ext.jobs.experts.importance import write_importance
 
-    request = ImportanceRequest(
+    check_effects(words, sys.modules[__name__])
+    report = write_importance(request_of(words), lambda line: print(line, flush=True))
+    if words.dry_run:
+        print("nothing was written")
+    elif report.whole:
+        print(f"{report.folder}: vectors of {len(report.rows)} clusters")
+    else:
+        print(f"{report.folder}: this process has ended, the last one writes the vectors")
+    return 0
+
+
+def request_of(words: argparse.Namespace) -> ImportanceRequest:
+    """What the options ask for."""
+    from mindformers_ext.jobs.experts.importance import ImportanceRequest
+
+    return ImportanceRequest(
         calibration=calibration(words),
         save_path=words.save_path,
         clusters=words.num_clusters,
@@ -41,11 +64,3 @@ def run(words: argparse.Namespace) -> int:
         overwrite=words.overwrite,
         dry_run=words.dry_run,
     )
-    report = write_importance(request, lambda line: print(line, flush=True))
-    if words.dry_run:
-        print("nothing was written")
-    elif report.whole:
-        print(f"{report.folder}: vectors of {len(report.rows)} clusters")
-    else:
-        print(f"{report.folder}: this process has ended, the last one writes the vectors")
-    return 0

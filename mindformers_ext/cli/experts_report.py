@@ -6,27 +6,30 @@ from __future__ import annotations
 import argparse
 
 from mindformers_ext.cli.experts_convert import add_gating, parts_of, quality_of
-from mindformers_ext.cli.experts_flags import add_model
+from mindformers_ext.cli.experts_flags import add_model, add_switch
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The stage's options."""
     add_model(parser, "folder for report.html, report.json and the pictures")
     add_gating(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_switch(parser, "--overwrite", text="replace an existing folder")
+    add_switch(parser, "--quiet", text="no progress bar")
 
 
 def run(words: argparse.Namespace) -> int:
     """Measure, write the page, and say what came out."""
+    from mindformers_ext.jobs.experts.dense_model import model_name
     from mindformers_ext.jobs.experts.gate_files import GateFiles
+    from mindformers_ext.jobs.experts.quality import measure
     from mindformers_ext.jobs.experts.report import MixtureFacts, check_place, verdict, write_report
 
     check_place(words.save_path, words.overwrite)
     parts = parts_of(words)
-    ladder = quality_of(words, parts)
+    quality = quality_of(words, parts)
+    ladder = measure(quality) if quality else None
     facts = MixtureFacts(
-        model=words.model_path.resolve().name,
+        model=model_name(words.model_path),
         splits=parts.splits,
         chosen=words.num_selects,
         gates=GateFiles(words.select_file_path, words.templates).figures() if parts.gates else (),

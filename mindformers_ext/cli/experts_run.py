@@ -2,7 +2,8 @@
 """``run``: all stages from one YAML, each with its own options; what is finished is not done again.
 
 A section has the name of a stage and its options as keys. Keys outside the sections go to every stage that has such an
-option, and what one stage writes is where the next one reads.
+option, where it counts; what one stage writes is where the next one reads. What the split's method reads is made before
+it.
 """
 
 from __future__ import annotations
@@ -15,22 +16,24 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.cli.experts_effects import without_effect
+from mindformers_ext.cli.experts_flags import add_switch
 from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.errors import Problems, UserError
-from mindformers_ext.core.json_text import read_object
 
-ORDER = ("split", "features", "select", "convert", "report")
-DONE = "experts_run.json"
+ORDER = ("split", "importance", "features", "select", "convert", "report")
+BEFORE_SPLIT = {"gradient": "importance", "graph": "features"}  # method -> the stage whose output it reads
 # what a stage reads: option -> stage that writes it
-READS = {"split_file_path": "split", "hidden_features_path": "features", "select_file_path": "select"}
+READS = {"score_file_path": "importance", "hidden_features_path": "features"}
+READS |= {"split_file_path": "split", "select_file_path": "select"}
 SKIPS = ("convert", "report")  # stages that write a whole once; the others look themselves at what is there
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The stage's options."""
     parser.add_argument("config", type=Path, metavar="YAML", help="for example configs/experts/tiny.yaml")
-    parser.add_argument("--overwrite", action="store_true", help="do every stage again")
-    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="show the stages' commands and stop")
+    add_switch(parser, "--overwrite", text="do every stage again")
+    add_switch(parser, "--dry_run", "--dry-run", text="show the stages' commands and stop")
 
 
 def run(words: argparse.Namespace) -> int:
@@ -100,13 +103,18 @@ def read_stages(path: Path) -> Iterator[Stage]:
 def _stages(
     sections: Mapping[str, Mapping[str, Any]], shared: Mapping[str, Any], known: Mapping[str, frozenset[str]]
 ) -> Iterator[Stage]:
-    made: dict[str, Path] = {}
-    before = ""
-    for name in ORDER:
+    made: dict[str, Stage] = {}
+    for name in _order(sections, shared):
         if name in sections:
-            stage = _stage(name, sections[name], shared, known[name], made, before)
-            before = stage.digest
-            yield stage
+            made[name] = _stage(name, sections[name], shared, known[name], made)
+            yield made[name]
+
+
+def _order(sections: Mapping[str, Mapping[str, Any]], shared: Mapping[str, Any]) -> tuple[str, ...]:
+    """All stages; the one that the split's method reads comes first."""
+    method = sections.get("split", {}).get("method", shared.get("method"))
+    first = tuple(stage for name, stage in BEFORE_SPLIT.items() if name == method)
+    return (*first, *(name for name in ORDER if name not in first))
 
 
 def _stage(
@@ -114,18 +122,21 @@ def _stage(
     section: Mapping[str, Any],
     shared: Mapping[str, Any],
     known: frozenset[str],
-    made: dict[str, Path],
-    before: str,
+    made: Mapping[str, Stage],
 ) -> Stage:
     options = {key: value for key, value in shared.items() if key in known}
-    options |= {key: str(made[stage]) for key, stage in READS.items() if key in known and stage in made}
-    if section.get("stream"):
-        options.pop("hidden_features_path", None)
+    options |= {key: str(made[stage].output) for key, stage in READS.items() if key in known and stage in made}
+    if name == "split" and "importance" in made:  # an expert for each data cluster, also before these are there
+        of = _parsed("importance", made["importance"].options)
+        same = {key: getattr(of, key) for key in ("kernel", "accumulate_level", "importance_type")}
+        options = {"num_experts": of.num_clusters, **same} | options
+    idle = without_effect(_parsed(name, {**options, **section}), _module(name))
+    options = {key: value for key, value in options.items() if key not in idle}
     options |= section
     if name in SKIPS and "save_path" not in section:
         raise UserError(f"{name}.save_path is missing: give the folder that it writes")
-    made[name] = _output(name, options)
-    return Stage(name, options, made[name], Path(shared["save_path"]), before)
+    before = list(made.values())[-1].digest if made else ""
+    return Stage(name, options, _output(name, options), Path(shared["save_path"]), before)
 
 
 def _output(name: str, options: Mapping[str, Any]) -> Path:
@@ -135,10 +146,17 @@ def _output(name: str, options: Mapping[str, Any]) -> Path:
     words = _parsed(name, options)
     if name == "split":
         from mindformers_ext.cli.experts_split import request_of
-        from mindformers_ext.jobs.experts.run_split import plan_split
+        from mindformers_ext.jobs.experts.run_split import split_folder
 
-        return plan_split(request_of(words)).folder
-    model = words.model_path.resolve().name
+        return split_folder(request_of(words))
+    from mindformers_ext.jobs.experts.dense_model import model_name
+
+    model = model_name(words.model_path)
+    if name == "importance":
+        from mindformers_ext.cli.experts_importance import request_of as importance_of
+        from mindformers_ext.jobs.experts.importance import importance_folder
+
+        return importance_folder(importance_of(words), model)
     if name == "features":
         from mindformers_ext.jobs.experts.feature_files import features_folder
 
@@ -152,25 +170,20 @@ def _carry_out(stage: Stage, overwrite: bool) -> int:
     options = dict(stage.options) | ({"overwrite": True} if overwrite else {})
     code: int = _module(stage.name).run(_parsed(stage.name, options))
     if code == 0 and stage.name in SKIPS:
-        _record(stage)
+        from mindformers_ext.jobs.experts.finished import note_done
+
+        note_done(stage.place, stage.name, stage.digest)
     return code
 
 
 def _done(stage: Stage) -> int | None:
     """0 where an earlier run of the same options has finished this stage, else None."""
-    path = stage.place / DONE
-    if stage.name not in SKIPS or not path.is_file() or not stage.output.exists():
-        return None
-    if read_object(path).get(stage.name) != stage.digest:
+    from mindformers_ext.jobs.experts.finished import is_done
+
+    if stage.name not in SKIPS or not stage.output.exists() or not is_done(stage.place, stage.name, stage.digest):
         return None
     print(f"{stage.output} is there already")
     return 0
-
-
-def _record(stage: Stage) -> None:
-    from mindformers_ext.jobs.experts.splits import note_done
-
-    note_done(stage.place / DONE, stage.name, stage.digest)
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
@@ -190,12 +203,10 @@ def _parsed(name: str, options: Mapping[str, Any]) -> argparse.Namespace:
 
 
 def _option(name: str, value: object) -> Iterator[str]:
-    """``--name value`` as a command line has it; True is the name alone, False and null leave it out."""
-    if value is None or value is False:
+    """``--name value`` as a command line has it; null leaves it out."""
+    if value is None:
         return
     yield f"--{name}"
-    if value is True:
-        return
     if isinstance(value, Mapping):
         yield ",".join(f"{key}={item}" for key, item in value.items())
     else:

@@ -4,10 +4,21 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from mindformers_ext.cli.command import boolean
-from mindformers_ext.cli.experts_flags import add_calibration, add_layers, add_model, add_writing, calibration, layers
+from mindformers_ext.cli.experts_effects import SELECT, check_effects
+from mindformers_ext.cli.experts_flags import (
+    add_calibration,
+    add_layers,
+    add_model,
+    add_switch,
+    add_writing,
+    calibration,
+    layers,
+)
+
+EFFECTS = SELECT
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_model(parser, "MODEL-8Expert-Select-MLP is made in here")
     parser.add_argument("--split_file_path", type=Path, required=True, help="folder that split wrote")
     parser.add_argument("--hidden_features_path", type=Path, help="folder that features wrote")
-    _switch(parser, "--stream", "no features: fit while the model runs, from a sample of tokens in memory")
+    add_switch(parser, "--stream", text="no features: fit while the model runs, from a sample of tokens in memory")
     parser.add_argument("--reservoir", type=int, default=1 << 16, help="tokens of that sample; default %(default)s")
     parser.add_argument(
         "--select_criterion",
@@ -36,34 +47,26 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
         "--gate", default="mlp", help="mlp (two layers), linear, or ridge (closed form, no training); default mlp"
     )
     group.add_argument("--mlp_init_criterion", default="ridge", help="ridge, weight or random; default %(default)s")
-    _switch(group, "--use_softmax", "train towards the softmax of the scores instead of the best k")
+    add_switch(group, "--use_softmax", text="train towards the softmax of the scores instead of the best k")
     group.add_argument("--lr", type=float, default=1e-2, help="AdamW's rate; default %(default)s")
     group.add_argument("--epochs", type=int, default=100, help="at most; default %(default)s")
     group.add_argument("--patience", type=int, default=15, help="epochs without gain; default %(default)s")
     group.add_argument("--gate_batch_size", type=int, default=1024, help="tokens a step; default %(default)s")
     group.add_argument("--balance_loss_lambda", type=float, default=0.0, help="factor; default %(default)s")
-    _switch(group, "--add_noise", "noisy logits in training")
+    add_switch(group, "--add_noise", text="noisy logits in training")
     group.add_argument("--ridge_lambda", type=float, default=0.01, help="damping of ridge; default %(default)s")
     group.add_argument(
         "--ridge_target", default="chosen", help="what ridge predicts: chosen (the best k) or norm; default %(default)s"
     )
     group.add_argument("--workers", type=int, help="processes, a layer each; default: by the layers and processors")
-    _switch(group, "--allow_pickle", "read older files with numpy's numbers (nothing of them is run)")
-
-
-def _switch(group: argparse._ActionsContainer, name: str, text: str) -> None:
-    group.add_argument(name, type=boolean, nargs="?", const=True, default=False, metavar="True|False", help=text)
+    add_switch(group, "--allow_pickle", text="read older files with numpy's numbers (nothing of them is run)")
 
 
 def run(words: argparse.Namespace) -> int:
     """Fit the gates, and say what came out."""
-    from mindformers_ext.core.errors import UserError
-    from mindformers_ext.jobs.experts.select import SelectRequest, select
+    from mindformers_ext.jobs.experts.select import MOST, SelectRequest, select
 
-    if words.stream and words.hidden_features_path is not None:
-        raise UserError("--stream reads no features: leave --hidden_features_path or --stream out")
-    if not words.stream and (words.train_data_path or words.text):
-        raise UserError("texts are read with --stream alone: give --stream, or leave the texts out")
+    check_effects(words, sys.modules[__name__])
     request = SelectRequest(
         model_path=words.model_path,
         split_path=words.split_file_path,
@@ -88,6 +91,7 @@ def run(words: argparse.Namespace) -> int:
         damping=words.ridge_lambda,
         ridge_target=words.ridge_target,
         reservoir=words.reservoir,
+        limit=MOST if words.max_tokens is None else words.max_tokens,
         workers=words.workers,
         seed=words.seed,
         allow_pickle=words.allow_pickle,

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mindformers_ext.cli.command import boolean
-from mindformers_ext.cli.experts_flags import add_layers, add_model, add_writing, layers
+from mindformers_ext.cli.experts_flags import add_layers, add_model, add_switch, add_writing, layers
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.experts.run_split import SplitPlan, SplitReport
@@ -46,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ray", metavar="ADDRESS", help="solve the layers on the machines of this Ray cluster")
     _add_methods(parser)
     text = "read files with numpy's numbers, as the reference wrote them; no code of a file is run"
-    parser.add_argument("--allow_pickle", type=boolean, nargs="?", const=True, default=False, help=text)
+    add_switch(parser, "--allow_pickle", text=text)
     add_writing(parser)
 
 
@@ -73,7 +72,7 @@ def _add_methods(parser: argparse.ArgumentParser) -> None:
         ("--share_neurons", "experts may hold the same neurons"),
         ("--exact", "the best assignment instead of the greedy one"),
     ):
-        gradient.add_argument(name, type=boolean, nargs="?", const=True, metavar="True|False", help=text)
+        add_switch(gradient, name, text=text, default=None)
     gradient.add_argument("--visualization_path", type=Path, metavar="DIR", help="tables and pictures of the overlap")
 
 
@@ -108,7 +107,8 @@ def request_of(words: argparse.Namespace) -> SplitRequest:
 def _planned(plan: SplitPlan) -> str:
     needs = f", {plan.workers} processes of about {plan.layer_bytes / 1e9:.2f} GB" if plan.layer_bytes else ""
     return (
-        f"{plan.folder}: {len(plan.todo)} layers to split, {len(plan.kept)} finished{needs}; "
+        f"{plan.folder}: {len(plan.todo)} layers to split, {len(plan.kept)} finished{needs}, at most "
+        f"{plan.disk_bytes / 1e9:.3f} GB of disk; "
         f"{plan.settings['num_experts']} experts of {plan.settings['intermediate_size']} neurons; nothing was written"
     )
 

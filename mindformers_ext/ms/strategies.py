@@ -94,7 +94,6 @@ class Shards:
         self.outer = self.dp // self.ep
         self.sizes = {"outer": self.outer, "ep": self.ep, "mp": self.mp}
         self.stages = parallel.pipeline_stage if self.active else 1
-        self.interleave = parallel.pp_interleave_num if self.stages > 1 else 1
         rows = spec.model.vocab_size if spec else 1
         self.head_is_cut = self.mp > 1 and not parallel.vocab_emb_dp and rows % self.mp == 0
         tokens = AXES if parallel.use_seq_parallel else AXES[:2]

@@ -271,12 +271,14 @@ def describe(view: View) -> str:
         Padded: "padded",
     }
     slabs = list(leaves(view))
-    kind = "" if len(slabs) == 1 and slabs[0].dropped == 0 and slabs[0].ranges[0][2] == 1 else words[type(view)] + " "
+    is_plain = isinstance(view, Slab) and not view.dropped and view.ranges[0][2] == 1
+    kind = "" if is_plain else f"{words[type(view)]} "
     return f"{kind}{first}{', transposed' if slabs[0].swapped else ''}"
 
 
 def stream(view: View, source: BlockSource, scratch: list[Array] | None = None) -> Iterator[Array]:
-    """The data in C order, in blocks of at most ``BLOCK`` (turned: ``TURNED``) elements, or one row.
+    """The data in C order, in blocks of at most ``BLOCK`` (turned: ``TURNED``) elements, or one row; what is padded, a
+    matrix of one expert, in one.
 
     ``scratch`` is memory that the matrices of one tensor share.
     """

@@ -48,7 +48,7 @@ def test_a_reader_takes_the_old_output_or_the_new_and_a_rerun_is_as_undisturbed(
     ("engine", "kills"),
     [
         ("pt", 6),
-        pytest.param("pt", KILLS, marks=pytest.mark.long("six kills are here")),
+        pytest.param("pt", KILLS, marks=pytest.mark.long("tests/cli/test_killed.py kills the same six times")),
         pytest.param("ms", KILLS, marks=pytest.mark.long("tests/cli/run/test_trainer_own.py kills one run")),
     ],
 )

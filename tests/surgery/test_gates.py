@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from mindformers_ext.surgery.experts.gate_fit import (
-    KINDS,
     GateData,
     GateTraining,
     RidgeSums,
@@ -24,6 +23,7 @@ from mindformers_ext.surgery.experts.gate_layer import GateWish, LayerTokens, fi
 from mindformers_ext.surgery.experts.scores import CRITERIA, best, expert_scores, output_norms, quality
 from mindformers_ext.surgery.experts.split import LayerSplit
 from mindformers_ext.surgery.experts.text_clusters import kmeans, tfidf
+from mindformers_ext.surgery.experts.words import KINDS, SCORED
 
 WIDTH, NEURONS, EXPERTS = 12, 32, 4
 
@@ -38,7 +38,7 @@ def test_the_four_criteria_by_hand() -> None:
         "l1_norm": [[3.0, 7.0], [1.5, 2.0]],
         "l2_norm": [[5.0, 25.0], [1.25, 4.0]],
     }
-    assert wanted.keys() == CRITERIA.keys()
+    assert tuple(wanted) == tuple(CRITERIA) == SCORED
     for name, scores in wanted.items():
         torch.testing.assert_close(expert_scores(answers, mask, name), torch.tensor(scores))
         torch.testing.assert_close(expert_scores(answers.half(), mask, name), torch.tensor(scores))
@@ -96,6 +96,7 @@ def test_losses_are_means_over_tokens() -> None:
     p, q = scores.softmax(1), found.softmax(1)
     torch.testing.assert_close(soft, (p * (p / q).log()).sum(1).mean())
     assert float(balance_loss(torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]]), 2)) == pytest.approx(0)
+    assert float(balance_loss(torch.ones(3, 1), 1)) == 0  # one expert is balanced
 
 
 def planted(tokens: int = 1500) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, LayerSplit]:

@@ -20,9 +20,9 @@ if importlib.util.find_spec("k_means_constrained") is None:  # the peer's enviro
 import argparse
 import os
 import platform
-import resource
 import statistics
 import time
+import tracemalloc
 from collections.abc import Callable
 
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -88,9 +88,14 @@ def timed(run: Callable[..., np.ndarray], *given: object) -> tuple[float, np.nda
     return time.process_time() - start, labels
 
 
-def peak() -> float:
-    """Peak memory of this process, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def held(run: Callable[..., np.ndarray], *given: object) -> float:
+    """MB of arrays that a run, one of its own, holds at most beside what it is given."""
+    tracemalloc.start()
+    try:
+        run(*given)
+        return tracemalloc.get_traced_memory()[1] / 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def main() -> None:
@@ -106,9 +111,7 @@ def main() -> None:
         x = make(rows, width, grouped)
         times: dict[str, list[float]] = {"ours": [], "peer": []}
         for _ in range(1 if rows > 10000 else words.rounds):
-            before = peak()
             seconds, labels = timed(ours, x, clusters, starts)
-            grown = peak() - before
             times["ours"].append(seconds)
             text = f"{name}: ours {inertia(x, labels):.3f}"
             if has_peer:
@@ -119,7 +122,8 @@ def main() -> None:
         text += "".join(f", {who} {seconds:.3f} s" for who, seconds in middle.items())
         if has_peer:
             text += f", time ratio {middle['ours'] / middle['peer']:.3f}"
-        print(f"{text}, memory +{grown:.0f} MB for a matrix of {x.nbytes / 2**20:.0f} MB", flush=True)
+        memory = held(ours, x, clusters, starts)
+        print(f"{text}, memory +{memory:.0f} MB for a matrix of {x.nbytes / 2**20:.0f} MB", flush=True)
 
 
 if __name__ == "__main__":

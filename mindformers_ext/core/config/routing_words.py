@@ -74,6 +74,23 @@ def _aux_losses(words: Mapping[str, Any], has_own: bool, problems: Problems) -> 
     return tuple((str(kind), factor) for kind, factor in zip(kinds, read, strict=False))
 
 
+def routing_notes(words: Mapping[str, Any], moe: MoESpec | None, trains: bool) -> list[str]:
+    """What ``aux_loss_factor`` does that its reader might not expect. ``words``: as for ``read_routing``; ``moe``: what
+    was read; ``trains``: whether the run has a loss to add anything to."""
+    name, factor = "moe_config.aux_loss_factor", words.get("aux_loss_factor")
+    if moe is None or words.get("aux_loss_types") is not None:
+        return []
+    if moe.is_noisy and factor:
+        return [
+            f"{name}={factor} has no effect: this gate has a loss of its own, gate_balance_loss_weight; set it to 0"
+        ]
+    if trains and factor is None and moe.aux_losses:
+        return [
+            f"{name} is not set: the loss that balances experts weighs {AUX_FACTOR} (MindFormers drops it), 0 is none"
+        ]
+    return []
+
+
 def written_routing(moe: MoESpec) -> dict[str, Any]:
     """The keys of ``moe_config`` that say several fields together; ``read_routing`` reads them back."""
     degree = moe.comp_comm_parallel_degree

@@ -39,8 +39,8 @@ from mindformers_ext.core.config.other_words import OTHER_WORDS
 from mindformers_ext.core.config.quantised import check_not_quantised
 from mindformers_ext.core.config.recompute import names_without_effect
 from mindformers_ext.core.config.rope_words import read_extension, written_extension
-from mindformers_ext.core.config.routing_words import read_routing, written_routing
-from mindformers_ext.core.config.run import RUN_MODES
+from mindformers_ext.core.config.routing_words import read_routing, routing_notes, written_routing
+from mindformers_ext.core.config.run import RUN_MODES, TRAINING
 from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.errors import Problems, nearest
 from mindformers_ext.core.families import GENERIC_NAMES, Family, family_of_features, named_family
@@ -141,8 +141,9 @@ def yaml_from_network_spec(spec: NetworkSpec) -> dict[str, Any]:
     return result
 
 
-def yaml_notes(config: Mapping[str, Any]) -> list[str]:
-    """One line per key that is set, known and without effect here, so that nothing is ignored silently."""
+def yaml_notes(config: Mapping[str, Any], moe: MoESpec | None = None) -> list[str]:
+    """One line per key that is set, known and without effect here, so that nothing is ignored silently. ``moe``: what
+    was read of it."""
     sections = _sections(config, Problems("the configuration"))
     notes = [
         f"{_join(section, name)}={sections[section][name]!r} is about speed or layout elsewhere and has no effect here"
@@ -153,7 +154,7 @@ def yaml_notes(config: Mapping[str, Any]) -> list[str]:
     notes += [f"recompute_config.select_recompute: {name} keeps nothing here" for name in names_without_effect(config)]
     if dtype_name(sections["moe_config"].get("router_dense_type")) == "float16":
         notes.append("moe_config.router_dense_type float16 is read as float32, as MindFormers does")
-    return notes
+    return notes + routing_notes(sections["moe_config"], moe, sections[TOP].get("run_mode") in TRAINING)
 
 
 def _sections(config: Mapping[str, Any], problems: Problems) -> Sections:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mindformers_ext.core.config.run import ASCEND, CPU, DEVICES, ENGINES, MINDSPORE, PYTORCH
 from mindformers_ext.core.errors import Problems, UserError
@@ -20,9 +21,12 @@ from mindformers_ext.jobs.experts.text_domains import (
     DOMAINS,
     check_length,
     check_percent,
+    domain_files,
     limited,
     read_domains,
     read_plain_text,
+    texts_hash,
+    tokenizer_hash,
 )
 
 
@@ -56,6 +60,8 @@ class Calibration:
             problems.add("texts come from --train_data_path or from --text", "give one of the two")
         for name in ("block_size", "batch_size"):
             problems.positive(f"--{name}", getattr(self, name))
+        if self.text is not None and not self.text.is_file():
+            problems.add(f"the text '{self.text}' is no file", "give one plain text file")
         if self.max_tokens is not None:
             problems.positive("--max_tokens", self.max_tokens)
         problems.one_of("--engine", self.engine, ENGINES)
@@ -66,6 +72,26 @@ class Calibration:
             problems.add("--device_target Ascend on PyTorch", f"give --engine {MINDSPORE}")
         problems.raise_if_any()
         check_percent(self.data_use_percent)
+
+    def computed(self) -> dict[str, Any]:
+        """How the rows are computed, which decides the last bits of what comes out."""
+        return {"engine": self.engine, "device_target": self.device_target, "batch_size": self.batch_size}
+
+
+def texts_of(asked: Calibration) -> dict[str, Any]:
+    """What decides the rows, by content: texts, tokenizer, and how they are cut and drawn.
+
+    Raises:
+        UserError: no such texts.
+    """
+    found: dict[str, Any] = {"tokenizer": tokenizer_hash(open_tokenizer(asked.model_path).path)}
+    for name in ("block_size", "max_tokens", "seed"):
+        found[name] = getattr(asked, name)
+    if asked.text is not None:
+        return found | {"text": texts_hash([asked.text])}
+    files = domain_files(asked.train_data_path or Path(), asked.domains)
+    found |= {"data_use_percent": asked.data_use_percent, "domains": dict(asked.domains)}
+    return found | {"texts": {key: texts_hash(paths) for key, paths in files.items()}}
 
 
 @dataclass(frozen=True)
@@ -93,8 +119,8 @@ class Opened:
 
 
 @contextmanager
-def opened(asked: Calibration, share: Share) -> Iterator[Opened]:
-    """The course; the model is closed at the end.
+def opened(asked: Calibration, share: Share, keep: bool = True) -> Iterator[Opened]:
+    """The course; the model is closed at the end. ``keep``: tokens may be written to the cache.
 
     Raises:
         UserError: see ``Calibration.check``, ``open_dense``, ``read_domains``; fewer rows than processes.
@@ -105,7 +131,7 @@ def opened(asked: Calibration, share: Share) -> Iterator[Opened]:
     join_job(asked.engine, device)
     model = open_dense(asked.model_path)
     try:
-        rows, notes = _rows(asked, model, share)
+        rows, notes = _rows(asked, model, keep and share.rank == 0)
         if len(rows.ids) < share.size:
             raise UserError(f"{len(rows.ids)} rows for {share.size} processes: give more text, or start fewer")
         own = rows.share(share)
@@ -115,7 +141,7 @@ def opened(asked: Calibration, share: Share) -> Iterator[Opened]:
         model.close()
 
 
-def _rows(asked: Calibration, model: DenseModel, share: Share) -> tuple[Rows, list[str]]:
+def _rows(asked: Calibration, model: DenseModel, keep: bool) -> tuple[Rows, list[str]]:
     tokenizer = open_tokenizer(model.folder)
     check_length(asked.block_size, tokenizer, model.spec.max_position_embeddings)
     if asked.text is not None:
@@ -129,7 +155,7 @@ def _rows(asked: Calibration, model: DenseModel, share: Share) -> tuple[Rows, li
             asked.data_use_percent,
             asked.domains,
             asked.seed,
-            keep=share.rank == 0,
+            keep,
         )
     rows = limited(rows, asked.max_tokens)
     if int(rows.ids.max(initial=0)) >= model.spec.vocab_size:

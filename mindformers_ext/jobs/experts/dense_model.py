@@ -17,7 +17,8 @@ from mindformers_ext.core.config.hf import model_spec_from_hf
 from mindformers_ext.core.errors import UserError, listed
 from mindformers_ext.core.parameters import LAYER, layer_rows, shape_of, size_letters
 from mindformers_ext.core.spec import ModelSpec
-from mindformers_ext.jobs.checkpoint.source import Reader, open_hf, read_config
+from mindformers_ext.formats.tensors import Reader
+from mindformers_ext.jobs.checkpoint.source import open_hf, read_config
 from mindformers_ext.weights.convert import plan_to_mindspore
 from mindformers_ext.weights.llama import EMBEDDING, FINAL_NORM, HEAD
 from mindformers_ext.weights.plan import Plan
@@ -26,6 +27,11 @@ TEMPLATE = "layers.{}.mlp.gate_proj.weight"
 POINT_OF = {"gate_proj": "gate", "up_proj": "hidden"}  # which point's values a template's features are
 ROWS = 4096  # of the embedding or the head, read at once
 _PATTERN = re.compile(r"layers\.\{\}\.mlp\.(" + "|".join(POINT_OF) + r")\.weight")
+
+
+def model_name(folder: Path) -> str:
+    """The name of a model's folder as given, after which output folders are called; a link keeps its own."""
+    return Path(os.path.abspath(folder)).name
 
 
 def template_kind(template: str) -> str:
@@ -53,8 +59,8 @@ class DenseModel:
 
     @property
     def name(self) -> str:
-        """The folder's name as given, after which output folders are called; a link keeps its own."""
-        return Path(os.path.abspath(self.folder)).name
+        """See ``model_name``."""
+        return model_name(self.folder)
 
     def close(self) -> None:
         """Let go of the files."""

@@ -8,7 +8,7 @@ reference's older files lie without the folder of the layer where only one layer
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy as np
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.json_text import read_object
 from mindformers_ext.formats.atomic import fresh_file
-from mindformers_ext.jobs.engine.door import read_plain, write_plain
+from mindformers_ext.jobs.engine.door import read_numbers, write_numbers
 from mindformers_ext.jobs.experts.dense_model import POINT_OF
 from mindformers_ext.jobs.experts.probe import Part
 
@@ -38,10 +38,41 @@ def manifest(rank: int) -> str:
     return f"features_{rank}.json"
 
 
+def manifests(folder: Path) -> list[Path]:
+    """The manifests of all processes, and of earlier ones."""
+    return sorted(path for path in folder.glob("features_*.json") if path.is_file())
+
+
 def features_rows(folder: Path) -> list[str]:
     """What texts the features in ``folder`` are of, a word for each process that wrote; empty where nobody tells."""
-    found = [read_object(path) for path in sorted(folder.glob(manifest(0).replace("0", "*"))) if path.is_file()]
-    return sorted(str(one.get("rows")) for one in found)
+    return sorted(str(read_object(path).get("rows")) for path in manifests(folder))
+
+
+def check_features(folder: Path, layers: Sequence[int], template: str, weights: str) -> None:
+    """What the manifests in ``folder`` tell must fit; features of another tool have none.
+
+    Args:
+        folder: where the features lie.
+        layers: that will be read.
+        template: the matrix that they must be of.
+        weights: fingerprint of the model that they must be of.
+
+    Raises:
+        UserError: unfinished, or of another model or matrix.
+    """
+    found = {path.name: read_object(path) for path in manifests(folder)}
+    again, begun = "run features again", any(folder.glob(".states_*")) and not found
+    ranks = {one.get("ranks") for one in found.values()} or {0}
+    if begun or ranks != {len(found)} or any(manifest(rank) not in found for rank in range(len(found))):
+        raise UserError(f"'{folder}' holds features that are not finished: {again} with the same options, in all ranks")
+    for one in found.values():
+        if one.get("weights") != weights:
+            raise UserError(f"'{folder}' holds features of other weights than --model_path has: {again}")
+        if one.get("template") != template:
+            raise UserError(f"'{folder}' holds features of --templates {one.get('template')}: give the same here")
+        missing = [layer for layer in layers if layer not in one.get("layers", ())]
+        if missing:
+            raise UserError(f"'{folder}' holds no finished features of layers {missing}: {again} with them")
 
 
 class FeatureSink:
@@ -94,7 +125,7 @@ def write_shard(path: Path, array: np.ndarray) -> None:
         with fresh_file(path, overwrite=True) as beside, beside.open("wb") as file:
             np.save(file, array)
     else:
-        write_plain(path, array, overwrite=True)
+        write_numbers(path, array, overwrite=True)
 
 
 def read_shard(path: Path, allow_pickle: bool = False) -> np.ndarray:
@@ -109,7 +140,7 @@ def read_shard(path: Path, allow_pickle: bool = False) -> np.ndarray:
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"'{path}' is no array of numpy ({error}): write the features again") from error
     else:
-        found = read_plain(path, allow_pickle)
+        found = read_numbers(path, allow_pickle)
     if not isinstance(found, np.ndarray) or found.dtype.kind != "f":
         raise UserError(f"'{path}' holds no array of float numbers: write the features again")
     if found.ndim > 2:

@@ -16,7 +16,15 @@ from mindformers_ext.formats.disk import free_bytes
 from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.jobs.experts.calibration import Calibration, Opened, opened
 from mindformers_ext.jobs.experts.dense_model import TEMPLATE, template_kind
-from mindformers_ext.jobs.experts.feature_files import FORMATS, INPUTS, OUTPUTS, FeatureSink, features_folder, manifest
+from mindformers_ext.jobs.experts.feature_files import (
+    FORMATS,
+    INPUTS,
+    OUTPUTS,
+    FeatureSink,
+    features_folder,
+    manifest,
+    manifests,
+)
 from mindformers_ext.jobs.experts.probe import Needs, check_needs, forward, needs
 from mindformers_ext.jobs.experts.ranks import Share, own_share
 from mindformers_ext.jobs.experts.states import States
@@ -55,7 +63,6 @@ class FeatureReport:
     tokens: int
     nbytes: int
     layers: int
-    notes: tuple[str, ...]
 
 
 def write_features(request: FeatureRequest, tell: Callable[[str], object] = lambda line: None) -> FeatureReport:
@@ -69,7 +76,7 @@ def write_features(request: FeatureRequest, tell: Callable[[str], object] = lamb
         UserError: options, texts or a model that do not fit; too little memory or disk; other features in the folder.
     """
     kind, share = request.check(), own_share()
-    with opened(request.calibration, share) as start:
+    with opened(request.calibration, share, not request.dry_run) as start:
         layers = start.model.check_layers(request.layers)
         folder = features_folder(request.save_path, start.model.name)
         about = _about(request, start, share)
@@ -83,10 +90,10 @@ def write_features(request: FeatureRequest, tell: Callable[[str], object] = lamb
             tell(line) if share.rank == 0 else None
         own = start.course.rows.tokens * each * len(todo)
         if request.dry_run or not todo:
-            return FeatureReport(folder, start.tokens, total, 0, start.notes)
+            return FeatureReport(folder, start.tokens, total, 0)
         check_needs(wanted, folder, own * share.size)
         _pass(start, folder, sink, about, todo, layers, share, kind, request)
-        return FeatureReport(folder, start.tokens, total, len(todo), start.notes)
+        return FeatureReport(folder, start.tokens, total, len(todo))
 
 
 def _sink(request: FeatureRequest, start: Opened, kind: str, folder: Path, share: Share) -> FeatureSink:
@@ -115,11 +122,15 @@ def _pass(
     request: FeatureRequest,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    if request.overwrite:
+        _clear(folder, about, todo, share)
     digest = start.course.rows.digest(json.dumps({**about, "todo": todo}, sort_keys=True))
     place = folder / f".states_{share.rank}"
-    states = States(place, start.course.length, start.model.spec.hidden_size, digest, keep=False)
+    states = States(
+        place, start.course.length, start.model.spec.hidden_size, digest, keep=False, anew=request.overwrite
+    )
     if states.done("forward") == 0:
-        _remove_old(folder, share, kind, todo)
+        _remove_old(folder, share, (OUTPUTS[kind],), [f"layer{layer}" for layer in todo])
     forward(start.course, states, sink, todo)
     done = sorted({*layers, *_done(folder, about, share.rank)})
     write_text(folder / manifest(share.rank), json.dumps({**about, "layers": done}, indent=1) + "\n")
@@ -140,10 +151,9 @@ def _about(request: FeatureRequest, start: Opened, share: Share) -> dict[str, An
         "ranks": share.size,
         "template": request.template,
         "block_size": asked.block_size,
-        "batch_size": asked.batch_size,
         "save_interval": request.save_interval,
         "format": request.fmt,
-        "engine": asked.engine,
+        **asked.computed(),
     }
 
 
@@ -160,29 +170,45 @@ def _done(folder: Path, about: dict[str, Any], rank: int) -> tuple[int, ...]:
 def _todo(
     folder: Path, about: dict[str, Any], layers: tuple[int, ...], share: Share, overwrite: bool
 ) -> tuple[int, ...]:
-    """The layers that are left; features of something else are refused, or with ``overwrite`` taken for gone."""
+    """The layers that are left, with ``overwrite`` all; else features of something else are refused."""
+    if overwrite:
+        return layers
     path = folder / manifest(share.rank)
     done = _done(folder, about, share.rank)
-    if path.is_file() and (overwrite or not done):
-        if not overwrite:
-            raise UserError(
-                f"'{folder}' holds other features (another model, text, template or number of processes): choose "
-                "another --save_path, or pass --overwrite"
-            )
-        path.unlink()
-        done = ()
+    if path.is_file() and not done:
+        raise UserError(
+            f"'{folder}' holds other features (another model, text, template, engine, device or number of processes): "
+            "choose another --save_path, or pass --overwrite"
+        )
     started = (folder / f".states_{share.rank}").exists()
-    if not path.is_file() and not started and not overwrite:
+    if not path.is_file() and not started:
         mine = [file for name in (INPUTS, *OUTPUTS.values()) for file in (folder / name).glob(f"**/{share.rank}_*.*")]
         if mine:
             raise UserError(f"'{folder}' holds features of another tool: choose another --save_path, or --overwrite")
     return tuple(layer for layer in layers if layer not in done)
 
 
-def _remove_old(folder: Path, share: Share, kind: str, layers: tuple[int, ...]) -> None:
+def _clear(folder: Path, about: dict[str, Any], todo: tuple[int, ...], share: Share) -> None:
+    """Take away what was made otherwise, all layers of it; of the same the layers ``todo`` are no longer finished."""
+    path = folder / manifest(share.rank)
+    done = _done(folder, about, share.rank)
+    for old in manifests(folder):  # of ranks that are no more
+        number = old.stem.removeprefix("features_")
+        if number.isdecimal() and int(number) >= share.size and int(number) % share.size == share.rank:
+            old.unlink()
+    left = [layer for layer in done if layer not in todo]
+    if left:
+        write_text(path, json.dumps({**about, "layers": left}, indent=1) + "\n")
+        return
+    path.unlink(missing_ok=True)
+    if not done:
+        _remove_old(folder, share, tuple(OUTPUTS.values()), ["layer*"])
+
+
+def _remove_old(folder: Path, share: Share, outputs: tuple[str, ...], layers: list[str]) -> None:
     """Shards of these layers that this run does not write: its own older ones, and those of ranks that are no more."""
-    for name in (INPUTS, OUTPUTS[kind]):
-        for file in (found for layer in layers for found in (folder / name / f"layer{layer}").glob("*_*.*")):
+    for name in (INPUTS, *outputs):
+        for file in [found for layer in layers for found in (folder / name).glob(f"{layer}/*_*.*")]:
             number = file.name.partition("_")[0]
             if number.isdecimal() and int(number) % share.size == share.rank and not file.is_symlink():
                 file.unlink()

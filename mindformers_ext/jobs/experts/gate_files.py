@@ -14,7 +14,7 @@ import numpy as np
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.json_text import read_object
 from mindformers_ext.formats.atomic import write_text
-from mindformers_ext.jobs.engine.door import read_plain, write_plain
+from mindformers_ext.jobs.engine.door import read_numbers, write_numbers
 
 SUMMARY = "select.json"
 LISTS = ("train_epochs", "train_loss", "train_acc", "valid_epochs", "valid_loss", "valid_acc")
@@ -61,7 +61,7 @@ class GateFiles:
         """All files of a layer; the JSON, by which ``done`` knows, comes last."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path(layer, ".json").unlink(missing_ok=True)
-        write_plain(self.path(layer), dict(weights), overwrite=True)
+        write_numbers(self.path(layer), dict(weights), overwrite=True)
         acc = {"best_acc": figures["recall"], "best_loss": figures["loss"], "save_epoch": figures["epoch"]}
         write_text(self.path(layer, ".acc"), "".join(f"{name}: {_short(value)}\n" for name, value in acc.items()))
         curve = figures["curve"]
@@ -95,7 +95,7 @@ def read_gates(
     if missing:
         raise UserError(f"'{folder}' lacks the gates of layers {missing}: fit them (select --specify_layer ...)")
     for layer in range(layers):
-        found = read_plain(files.path(layer), allow_pickle)
+        found = read_numbers(files.path(layer), allow_pickle)
         if not isinstance(found, dict) or not all(isinstance(item, np.ndarray) for item in found.values()):
             raise UserError(f"'{files.path(layer)}' holds no gate's tensors: fit it again")
         if not all(np.isfinite(item).all() for item in found.values()):

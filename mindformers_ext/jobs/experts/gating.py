@@ -15,11 +15,10 @@ from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.families import LLAMA_MOE
 from mindformers_ext.core.philox import normal, seeds
 from mindformers_ext.surgery.experts.split import LayerSplit
+from mindformers_ext.surgery.experts.words import NOISE, WEIGHTS
 
 PRESETS = ("moefication", LLAMA_MOE.name)
-NETWORKS = ("mlp", "linear")  # two matrices with tanh between, or one
-NOISE = "weight_noise.weight"
-WEIGHTS = {"mlp": ("gate_network.0.weight", "gate_network.2.weight"), "linear": ("gate_network.weight",)}
+NETWORKS = tuple(WEIGHTS)  # two matrices with tanh between, or one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +110,10 @@ def mixture_config(
             "intermediate_size_moe": sum(first.sizes),
             "intermediate_size_residual": sum(first.residual_sizes),
             "use_weighting": False,
+            # the residual gate is 0, so that its softmax gives each of R experts 1 / R: R times that is their plain sum
+            "gate_use_softmax_residual": True,
+            "multiply_gate_scores_residual": True,
+            "score_scale_factor_residual": float(len(first.residual)),
         }
     return result
 

@@ -20,18 +20,18 @@ from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.json_text import read_object
 from mindformers_ext.formats.atomic import fresh_file, write_text
 from mindformers_ext.formats.fingerprint import fingerprint
-from mindformers_ext.jobs.engine.door import write_plain
+from mindformers_ext.formats.folder_lock import locked
+from mindformers_ext.jobs.engine.door import write_numbers
 from mindformers_ext.jobs.experts.calibration import Calibration, Opened, opened
+from mindformers_ext.jobs.experts.importance_scores import META
 from mindformers_ext.jobs.experts.probe import Part, backward, check_needs, forward, needs
 from mindformers_ext.jobs.experts.ranks import Share, own_share
-from mindformers_ext.jobs.experts.splits import locked
 from mindformers_ext.jobs.experts.states import States
+from mindformers_ext.surgery.experts.words import KERNELS
 
-KERNELS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"plain": lambda v: v, "l1_norm": np.abs, "l2_norm": np.square}
 LEVELS = ("sample", "total")  # the kernel of each token's value, or of their sum
 TYPES = {"feature_grad": "grad", "feature_change": "change"}  # and how their files end
 POINTS = {"up_proj": "hidden", "gate_proj": "gate_linear"}
-META = "importance.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,6 @@ class ImportanceReport:
     folder: Path
     rows: tuple[int, ...]
     whole: bool
-    notes: tuple[str, ...]
 
 
 class ImportanceSink:
@@ -121,14 +120,14 @@ def write_importance(request: ImportanceRequest, tell: Callable[[str], object] =
     """
     request.check()
     share = own_share()
-    with opened(request.calibration, share) as start:
+    with opened(request.calibration, share, not request.dry_run) as start:
         layers = start.model.check_layers(request.layers)
         clusters = _clusters(request, start)
         counts = tuple(int(count) for count in np.bincount(clusters, minlength=request.clusters))
         folder = importance_folder(request, start.model.name)
         about = _about(request, start, layers, share)
         if _is_there(folder, about, request.overwrite):
-            return ImportanceReport(folder, counts, True, start.notes)
+            return ImportanceReport(folder, counts, True)
         width = start.model.spec.intermediate_size
         own = clusters[share.rank :: share.size]
         sink = ImportanceSink(request, own, width, lambda layer: _partial(folder, share.rank, layer))
@@ -141,20 +140,22 @@ def write_importance(request: ImportanceRequest, tell: Callable[[str], object] =
         ):
             tell(line) if share.rank == 0 else None
         if request.dry_run:
-            return ImportanceReport(folder, counts, False, start.notes)
+            return ImportanceReport(folder, counts, False)
         check_needs(wanted, folder, 0)
         folder.mkdir(parents=True, exist_ok=True)
+        if request.overwrite:
+            _clear(folder, share)
         digest = start.course.rows.digest(json.dumps(about, sort_keys=True) + own.tobytes().hex())
         spec = start.model.spec
         place = folder / f".states_{share.rank}"
-        states = States(place, start.course.length, spec.hidden_size, digest, keep=True)
+        states = States(place, start.course.length, spec.hidden_size, digest, keep=True, anew=request.overwrite)
         forward(start.course, states, _Nothing(), (spec.num_hidden_layers - 1,), keep_last=True)
         backward(start.course, states, sink, layers)
         predicted = np.bincount(own, np.maximum(start.course.rows.lengths - 1, 0), request.clusters)
         write_text(_finished(folder, share.rank), json.dumps({"about": about, "tokens": predicted.tolist()}) + "\n")
         states.remove()
         whole = _combine(request, folder, about, layers, share)
-        return ImportanceReport(folder, counts, whole, start.notes)
+        return ImportanceReport(folder, counts, whole)
 
 
 class _Nothing:
@@ -198,21 +199,29 @@ def _about(request: ImportanceRequest, start: Opened, layers: tuple[int, ...], s
         "type": request.kind,
         "layers": list(layers),
         "ranks": share.size,
+        "seed": request.calibration.seed,  # of the clusters
+        **request.calibration.computed(),
     }
 
 
 def _is_there(folder: Path, about: Mapping[str, Any], overwrite: bool) -> bool:
+    """Whether the vectors need not be made; others are refused."""
     path = folder / META
-    if not path.is_file():
+    if overwrite or not path.is_file():
         return False
     found = read_object(path).get("about", {})
     same = {key: value for key, value in about.items() if key != "ranks"}
     if {key: value for key, value in found.items() if key != "ranks"} == same:
         return True
-    if not overwrite:
-        raise UserError(f"'{folder}' holds others (another model or text): choose another --save_path, or --overwrite")
-    path.unlink()
-    return False
+    raise UserError(
+        f"'{folder}' holds others (another model, text, engine or device): choose another --save_path, or --overwrite"
+    )
+
+
+def _clear(folder: Path, share: Share) -> None:
+    """What lies there is finished no more: the vectors, and this process's sums."""
+    (folder / META).unlink(missing_ok=True)
+    _finished(folder, share.rank).unlink(missing_ok=True)
 
 
 def _partial(folder: Path, rank: int, layer: int) -> Path:
@@ -236,6 +245,8 @@ def _combine(
             return False
         tokens = np.sum([note["tokens"] for note in notes], axis=0)
         kernel = KERNELS[request.kernel] if request.level == "total" else KERNELS["plain"]
+        for path in folder.glob(f"*/layers.*.weight.{TYPES[request.kind]}"):  # of layers that are not asked for now
+            path.unlink()
         for layer in layers:
             sums = sum(np.load(_partial(folder, rank, layer), allow_pickle=False) for rank in range(share.size))
             for number, key in enumerate(POINTS):
@@ -244,7 +255,7 @@ def _combine(
                     place.mkdir(exist_ok=True)
                     vector = kernel(sums[number, cluster]) / max(tokens[cluster], 1)
                     file = place / f"layers.{layer}.mlp.{key}.weight.{TYPES[request.kind]}"
-                    write_plain(file, vector.astype(np.float32), overwrite=True)
+                    write_numbers(file, vector.astype(np.float32), overwrite=True)
         text = {"about": about, "tokens": tokens.tolist(), "loss": "summed over predicted tokens"}
         write_text(folder / META, json.dumps(text, indent=1) + "\n")
         for path in folder.glob(".sums_*"):

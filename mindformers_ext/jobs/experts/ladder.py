@@ -15,11 +15,12 @@ import numpy as np
 from tqdm import tqdm
 
 from mindformers_ext.jobs.engine.protocols import LayerProbe
-from mindformers_ext.jobs.experts.gating import WEIGHTS, Gating
+from mindformers_ext.jobs.experts.gating import Gating
 from mindformers_ext.jobs.experts.probe import Course, Part
 from mindformers_ext.jobs.experts.states import States
 from mindformers_ext.surgery.experts.choices import by_answers, by_chance, by_gate, kept_neurons
 from mindformers_ext.surgery.experts.split import LayerSplit
+from mindformers_ext.surgery.experts.words import WEIGHTS
 
 Gates = Mapping[int, Mapping[str, np.ndarray]]
 Weigh = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
@@ -162,7 +163,7 @@ def _layer(
     down: np.ndarray,
 ) -> np.ndarray:
     """Take every row through one layer; how many tokens chose each expert."""
-    mask = splits[layer].mask().astype(np.float32)
+    mask, passed = splits[layer].mask().astype(np.float32), splits[layer].passed()
     load = np.zeros(mask.shape[1])
     came, leaves = state.input_of(layer), state.input_of(layer + 1)
     for _, rows, length in course.parts():
@@ -173,7 +174,7 @@ def _layer(
                 weights = way.weigh(layer, taps["mlp_input"], hidden)
                 inside, _ = course.kept(rows, length)
                 load += (weights[inside] != 0).sum(0)
-                hidden = hidden * (weights @ mask.T)
+                hidden = hidden * (weights @ mask.T + passed)
             elif way.fixed:
                 hidden = hidden * way.fixed[layer]
             y = y + (hidden @ down.T - taps["mlp_output"]).reshape(y.shape)

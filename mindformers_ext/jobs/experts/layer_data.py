@@ -12,10 +12,10 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.jobs.experts.dense_model import DenseModel
 from mindformers_ext.jobs.experts.feature_files import LayerFeatures
 from mindformers_ext.surgery.experts.split import LayerSplit
+from mindformers_ext.surgery.experts.words import OUTPUT_NORM
 
 TRAIN_SHARE = 0.95
 FILES = 20  # from which on whole files are kept for validation, else the last tokens
-OUTPUT_NORM = "output_norm"  # the criterion that asks what an expert adds instead of what its neurons answer
 FEWEST = 40  # tokens of a layer that a gate is fitted to
 
 

@@ -3,30 +3,22 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
 import socket
-import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.jobs.checkpoint.transform_workers import end_with_parent
 from mindformers_ext.jobs.experts.dense_model import DenseModel, open_dense
+from mindformers_ext.jobs.experts.process_pool import in_processes
 from mindformers_ext.jobs.experts.split_methods import METHODS, SplitRequest
 from mindformers_ext.surgery.experts.split import LayerSplit
 
 Solved = tuple[int, LayerSplit, dict[str, Any], float]
 CONNECTING = 5.0  # seconds
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def solve_layer(request: SplitRequest, model: DenseModel, layer: int) -> Solved:
@@ -52,9 +44,7 @@ def solve_here(request: SplitRequest, layers: Sequence[int]) -> Generator[Solved
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(request: SplitRequest, parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the first one ends them
-    threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
+def _start_worker(request: SplitRequest) -> None:
     _worker.update(request=request, model=open_dense(request.model_path))
 
 
@@ -68,32 +58,7 @@ def solve_in_processes(request: SplitRequest, layers: Sequence[int], workers: in
     Raises:
         UserError: a process was killed.
     """
-    with _threads_each(max(1, len(os.sched_getaffinity(0)) // workers)):
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (request, os.getpid()))
-        try:
-            for future in as_completed([pool.submit(_work, layer) for layer in layers]):
-                yield future.result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a process of the split ended before its work was done, probably for want of memory: use fewer "
-                "--workers and run the same command again, which keeps the finished layers"
-            ) from error
-        finally:
-            for process in list((pool._processes or {}).values()):
-                process.kill()  # an interrupted split waits for no layer
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def _threads_each(count: int) -> Iterator[None]:
-    """Processes started inside compute with ``count`` threads, unless the user has said otherwise."""
-    added = [name for name in THREADS if name not in os.environ]
-    os.environ.update(dict.fromkeys(added, str(count)))
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
+    return in_processes(_work, layers, workers, "split", _start_worker, (request,))
 
 
 def _solve_alone(request: SplitRequest, layer: int) -> Solved:

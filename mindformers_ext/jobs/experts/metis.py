@@ -4,17 +4,21 @@
 from __future__ import annotations
 
 import filecmp
+import json
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.formats.atomic import fresh_file
+from mindformers_ext.core.json_text import read_object
+from mindformers_ext.formats.atomic import fresh_file, write_text
 from mindformers_ext.surgery.experts.graph import (
+    HEAVIEST,
     coactivation,
     cut_weight,
     edge_weights,
@@ -38,7 +42,8 @@ def split_graph(
 ) -> tuple[LayerSplit, dict[str, Any]]:
     """Equal parts of the graph of ``shards``, which is written to ``file`` as well, and figures about them.
 
-    A file of parts that lies beside already (``FILE.part.E``, as ``gpmetis`` writes it) of the same graph is used.
+    A file of parts that lies beside already (``FILE.part.E``, as ``gpmetis`` writes it) of the same graph is used,
+    unless it is our own of another seed.
     """
     weights = edge_weights(coactivation(shards, width, kernel, threshold))
     parts = file.with_name(f"{file.name}.part.{experts}")
@@ -46,7 +51,7 @@ def split_graph(
     program = shutil.which(PROGRAM)
     if experts == 1:
         labels, by = np.zeros(width, np.int64), "nothing to cut"
-    elif same and parts.is_file():
+    elif same and parts.is_file() and _is_of(parts, seed):
         labels, by = read_parts(parts, width, experts), parts.name
     elif program:
         labels, by = _run_gpmetis(program, file, parts, width, experts, seed), PROGRAM
@@ -55,6 +60,22 @@ def split_graph(
     labels = rebalance(labels, experts, weights, seed)
     edges = int(np.count_nonzero(weights)) // 2
     return LayerSplit.from_labels(labels, experts), {"edges": edges, "cut": cut_weight(weights, labels), "by": by}
+
+
+def graph_bytes(width: int) -> int:
+    """Bytes of a graph's file and its parts at most."""
+    return width * (width * (len(str(width)) + len(str(HEAVIEST)) + 2) + 8)
+
+
+def _noted(parts: Path) -> Path:
+    """Beside a file of parts that was made here: which one it is, and of which seed."""
+    return parts.with_name(f"{parts.name}.json")
+
+
+def _is_of(parts: Path, seed: Sequence[int]) -> bool:
+    """Whether a file of parts is of this seed, or of somebody who ran ``gpmetis`` by hand."""
+    note = read_object(_noted(parts)) if _noted(parts).is_file() else {}
+    return note.get("sha256") != sha256(parts.read_bytes()).hexdigest() or note.get("seed") == list(seed)
 
 
 def _write_graph(file: Path, weights: np.ndarray) -> bool:
@@ -87,4 +108,7 @@ def _run_gpmetis(program: str, file: Path, parts: Path, width: int, experts: int
         raise UserError(
             f"{PROGRAM} ended with code {done.returncode} ({last[0][:200]}): mend it, or take it off the PATH"
         )
-    return read_parts(parts, width, experts)
+    labels = read_parts(parts, width, experts)
+    note = {"seed": list(seed), "sha256": sha256(parts.read_bytes()).hexdigest()}
+    write_text(_noted(parts), json.dumps(note) + "\n")
+    return labels

@@ -14,9 +14,10 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.json_text import read_json
 from mindformers_ext.jobs.checkpoint.source import read_config
 from mindformers_ext.jobs.experts.gate_files import read_gates
-from mindformers_ext.jobs.experts.gating import PRESETS, WEIGHTS, Gating, preset, read_factors
+from mindformers_ext.jobs.experts.gating import PRESETS, Gating, preset, read_factors
 from mindformers_ext.jobs.experts.splits import read_splits
 from mindformers_ext.surgery.experts.split import LayerSplit
+from mindformers_ext.surgery.experts.words import WEIGHTS
 
 FACTORS = "score_scale_factors.txt"
 

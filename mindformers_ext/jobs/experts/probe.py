@@ -130,15 +130,16 @@ class Needs:
     disk: int
 
 
-def needs(course: Course, sink: Sink, layers: int, backward: bool) -> Needs:
-    """What the pass through ``layers`` layers takes, by arithmetic; nothing is opened."""
+def needs(course: Course, sink: Sink, layers: int, backward: bool, loss: bool = False) -> Needs:
+    """What the pass through ``layers`` layers takes, by arithmetic; nothing is opened. ``loss``: the head is computed,
+    as it is with ``backward``."""
     model, spec = course.model, course.model.spec
     weights, largest = model.layer_bytes
     tokens = max(course.tokens // course.length, 1) * course.length
     narrow, wide = spec.hidden_size, spec.intermediate_size
     taps = sum({"D": narrow, "F": wide}[POINTS[name]] for name in (*sink.values, *sink.gradients))
     work = 4 * tokens * ((14 if backward else 6) * narrow + (6 if backward else 4) * wide + taps)
-    head = 4 * (spec.vocab_size * narrow + 3 * 512 * spec.vocab_size + 4 * tokens * narrow) if backward else 0
+    head = 4 * (spec.vocab_size * narrow + 3 * 512 * spec.vocab_size + 4 * tokens * narrow) if backward or loss else 0
     embedding = 4 * 2 * (tokens + 4096) * narrow
     memory = BASE + sink.nbytes + max(weights + max(2 * largest, work), head, embedding)
     files = layers + 3 if backward else 2
@@ -188,16 +189,13 @@ def forward(course: Course, states: States, sink: Sink, layers: Sequence[int], k
             states.finish("forward", layer + 1)
 
 
-def backward(course: Course, states: States, sink: Sink, layers: Sequence[int]) -> float:
-    """From the loss back to the first of ``layers``, after ``forward`` of all layers with kept states.
-
-    Returns the loss summed over the predicted tokens, each the target of the one before it in its row; 0 where an
-    earlier run has computed it.
-    """
+def backward(course: Course, states: States, sink: Sink, layers: Sequence[int]) -> None:
+    """From the loss, summed over the predicted tokens, back to the first of ``layers``, after ``forward`` of all layers
+    with kept states. A token is the target of the one before it in its row."""
     count, first = course.model.spec.num_hidden_layers, min(layers)
-    probe, total = course.open(), 0.0
+    probe = course.open()
     if states.done("loss") == 0:
-        total = _head(course, states, probe)
+        _head(course, states, probe)
         states.finish("loss", 1)
     start = states.done("backward")
     with _bar(course, "backward", count - first - start) as bar:
@@ -221,24 +219,21 @@ def backward(course: Course, states: States, sink: Sink, layers: Sequence[int]) 
             if asked:
                 sink.end(layer)
             states.finish("backward", count - layer)
-    return total
 
 
-def _head(course: Course, states: States, probe: LayerProbe) -> float:
-    """The loss, and its gradient at what leaves the last layer."""
-    count, total = course.model.spec.num_hidden_layers, 0.0
+def _head(course: Course, states: States, probe: LayerProbe) -> None:
+    """The loss's gradient at what leaves the last layer."""
+    count = course.model.spec.num_hidden_layers
     probe.fill_head(course.model.norm(), course.model.head())
     came, leaves = states.input_of(count), states.gradient_of(count)
     for _, rows, length in course.parts():
         ids = course.rows.ids[rows.start : rows.stop, :length]
         target = np.roll(ids, -1, axis=1)
         counted = np.arange(1, length + 1)[None] < course.rows.lengths[rows.start : rows.stop, None]
-        loss, gradient = probe.loss(came.read(rows, length), target, counted)
+        _, gradient = probe.loss(came.read(rows, length), target, counted)
         leaves.write(rows, gradient)
-        total += loss
     came.close()
     leaves.close()
-    return total
 
 
 def _give(

@@ -13,11 +13,15 @@ import numpy as np
 from mindformers_ext.core.config.hf_attention import with_both_ropes
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.families import LLAMA, LLAMA_MOE
-from mindformers_ext.formats.tensors import TensorInfo
-from mindformers_ext.jobs.checkpoint.source import CONFIG, Reader, open_hf, read_config
+from mindformers_ext.formats.dtypes import BY_NUMPY
+from mindformers_ext.formats.safetensors_dir import CONFIG
+from mindformers_ext.formats.tensors import Reader, TensorInfo
+from mindformers_ext.jobs.checkpoint.renamed import notes_of
+from mindformers_ext.jobs.checkpoint.source import open_hf, read_config
 from mindformers_ext.jobs.experts.cut import DENSE, MLP, ROUTED, Cut, cuts
 from mindformers_ext.jobs.experts.gating import Gating, mixture_config
 from mindformers_ext.jobs.experts.neuron_file import NEURONS, read_neurons
+from mindformers_ext.jobs.experts.parts import model_sizes
 from mindformers_ext.jobs.experts.writing import Task, Tensors, copied, write_model
 from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest, check_output
 from mindformers_ext.jobs.merge.sidecars import copy_tokenizer, write_json
@@ -45,12 +49,18 @@ def reverse(request: DenseRequest, write: bool = True) -> MergeReport:
         raise UserError(f"'{request.model}' is a {config.get('model_type')}: give a {LLAMA_MOE.name} folder")
     reader = open_hf(request.model)
     try:
-        layers = int(config.get("num_hidden_layers") or 0)
+        layers, width = model_sizes(request.model)
         sizes = _sizes(reader, layers)
-        notes = []
+        for layer, found in sizes.items():
+            if sum(found) != width:
+                raise UserError(
+                    f"the experts of layer {layer} have {sum(found)} neurons, config.json says {width}: copy the model "
+                    "again"
+                )
+        notes = list(notes_of(reader))
         splits = request.splits
         if splits is None:
-            splits = read_neurons(request.model / NEURONS, sum(sizes[0]), layers)
+            splits = read_neurons(request.model / NEURONS, width, layers)
         if splits is None:
             notes.append(f"no {NEURONS}: neurons stay in the experts' order, which computes the same")
             splits = {layer: _in_order(count) for layer, count in sizes.items()}
@@ -71,13 +81,14 @@ def _sizes(reader: Reader, layers: int) -> dict[int, list[int]]:
     result: dict[int, list[int]] = {}
     for layer in range(layers):
         prefix = MLP.format(layer) + ROUTED + "weight_gate."
-        names = sorted((int(name[len(prefix) :]), name) for name in reader.infos if name.startswith(prefix))
-        if not names or [number for number, _ in names] != list(range(len(names))):
+        ends = [name[len(prefix) :] for name in reader.infos if name.startswith(prefix)]
+        names = [f"{prefix}{number}" for number in range(len(ends))]
+        if not names or any(name not in reader.infos for name in names):
             raise UserError(
                 f"layer {layer} has no whole row of experts '{prefix}0', ...: give a mixture without residual experts "
                 "that this command has written"
             )
-        result[layer] = [reader.infos[name].shape[0] for _, name in names]
+        result[layer] = [reader.infos[name].shape[0] for name in names]
     return result
 
 
@@ -96,21 +107,35 @@ def _joined_tasks(reader: Reader, splits: Mapping[int, LayerSplit], layers: int)
             raise UserError(
                 f"layer {layer} shares neurons between experts, or lacks some: no dense model holds the same weights"
             )
-        for matrix, (name, axis) in DENSE.items():
-            stored = reader.infos.get(f"{MLP.format(layer)}{ROUTED}{name}.0")
-            if stored is None:
-                raise UserError(f"'{MLP.format(layer)}{ROUTED}{name}.0' is missing: copy the model again")
-            shape = list(stored.shape)
-            shape[axis] = split.width
-            info = TensorInfo(MLP.format(layer) + matrix, tuple(shape), stored.dtype)
-            parts = list(cuts(layer, split, matrix, info))
-            wrong = [
-                part.info.name for part in parts if reader.infos.get(part.info.name, stored).shape != part.info.shape
-            ]
-            if wrong:
-                raise UserError(f"'{wrong[0]}' has another size than the split says: give the split of this model")
+        for matrix in DENSE:
+            info, parts = _parts(reader, layer, split, matrix)
             tasks.append(_joined(reader, info, parts))
     return tasks
+
+
+def _parts(reader: Reader, layer: int, split: LayerSplit, matrix: str) -> tuple[TensorInfo, list[Cut]]:
+    """A dense matrix and the experts' matrices it is made of: all are there, of one type and of the right size."""
+    name, axis = DENSE[matrix]
+    first = f"{MLP.format(layer)}{ROUTED}{name}.0"
+    if first not in reader.infos:
+        raise UserError(f"'{first}' is missing: copy the model again")
+    stored = reader.infos[first]
+    shape = list(stored.shape)
+    shape[axis] = split.width
+    info = TensorInfo(MLP.format(layer) + matrix, tuple(shape), stored.dtype)
+    parts = list(cuts(layer, split, matrix, info))
+    for part in parts:
+        found = reader.infos.get(part.info.name)
+        if found is None:
+            raise UserError(f"'{part.info.name}' is missing: copy the model again, or give the split of this model")
+        if found.shape != part.info.shape:
+            raise UserError(f"'{part.info.name}' has another size than the split says: give the split of this model")
+        if found.dtype != stored.dtype:
+            raise UserError(
+                f"'{part.info.name}' is {BY_NUMPY[found.dtype].long}, '{first}' {BY_NUMPY[stored.dtype].long}: one "
+                "dense matrix has one type; write the mixture in one (--dtype)"
+            )
+    return info, parts
 
 
 def _joined(reader: Reader, info: TensorInfo, parts: Sequence[Cut]) -> Task:

@@ -19,11 +19,13 @@ from typing import Any
 import psutil
 
 from mindformers_ext.core.errors import UserError, listed
+from mindformers_ext.formats.disk import check_space
+from mindformers_ext.formats.folder_lock import locked
 from mindformers_ext.jobs.experts.dense_model import DenseModel, open_dense, template_kind
 from mindformers_ext.jobs.experts.layer_pool import Solved, check_ray, solve_here, solve_in_processes, solve_on_ray
 from mindformers_ext.jobs.experts.overlap_files import write_overlap
 from mindformers_ext.jobs.experts.split_methods import Method, SplitRequest, check_words
-from mindformers_ext.jobs.experts.splits import META, layer_file, locked, open_split, read_meta, split_sha, write_split
+from mindformers_ext.jobs.experts.splits import META, layer_file, open_split, read_meta, split_sha, write_split
 
 COPIES = 3  # of a layer's matrix as float32 that solving one layer holds
 GRAPH_COPIES = 5  # of the graph's
@@ -33,7 +35,7 @@ LEAST_LAYERS = 2  # a process more is started for so many layers: it takes a sec
 @dataclass(frozen=True)
 class SplitPlan:
     """A split that is checked. kept: layers that are finished. workers: processes. layer_bytes: what one layer needs
-    in memory."""
+    in memory. disk_bytes: what all that are left leave on the disk at most."""
 
     folder: Path
     settings: Mapping[str, Any]
@@ -42,6 +44,7 @@ class SplitPlan:
     kept: tuple[int, ...]
     workers: int
     layer_bytes: int
+    disk_bytes: int
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,25 @@ def plan_split(request: SplitRequest) -> SplitPlan:
         kept = () if request.overwrite else _finished(folder, request, settings, marks)
         todo = tuple(layer for layer in layers if layer not in kept)
         nbytes = _layer_bytes(method, request, model)
-        return SplitPlan(folder, settings, marks, todo, kept, worker_count(request.workers, len(todo), nbytes), nbytes)
+        disk = len(todo) * method.disk(model.spec.intermediate_size)
+        check_space(folder, disk, inside=True)
+        return SplitPlan(
+            folder, settings, marks, todo, kept, worker_count(request.workers, len(todo), nbytes), nbytes, disk
+        )
+    finally:
+        model.close()
+
+
+def split_folder(request: SplitRequest) -> Path:
+    """Where the split of this request lies; the options are checked, no weight is read.
+
+    Raises:
+        UserError: options or a model that do not fit.
+    """
+    method = check_words(request)
+    model = open_dense(request.model_path)
+    try:
+        return request.save_path / method.folder(request, model)
     finally:
         model.close()
 

@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -16,32 +14,33 @@ from typing import TYPE_CHECKING, Any
 import psutil
 from tqdm import tqdm
 
-from mindformers_ext.core.errors import Problems
+from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.formats.atomic import write_text
 from mindformers_ext.formats.fingerprint import fingerprint
+from mindformers_ext.formats.folder_lock import locked
 from mindformers_ext.jobs.experts.dense_model import TEMPLATE, DenseModel, open_dense, template_kind
-from mindformers_ext.jobs.experts.feature_files import LayerFeatures, features_rows, find_features
+from mindformers_ext.jobs.experts.feature_files import LayerFeatures, check_features, features_rows, find_features
 from mindformers_ext.jobs.experts.gate_files import SUMMARY, GateFiles, gates_folder
-from mindformers_ext.jobs.experts.layer_data import FEWEST, OUTPUT_NORM, Gathered, gather
+from mindformers_ext.jobs.experts.layer_data import Gathered, gather
+from mindformers_ext.jobs.experts.probe import BASE
+from mindformers_ext.jobs.experts.process_pool import in_processes
 from mindformers_ext.jobs.experts.ranks import own_share
-from mindformers_ext.jobs.experts.splits import locked, open_split, split_sha
+from mindformers_ext.jobs.experts.splits import open_split, split_sha
 from mindformers_ext.surgery.experts.split import LayerSplit
+from mindformers_ext.surgery.experts.words import INITS, KINDS, OUTPUT_NORM, SCORED, TARGETS
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.experts.calibration import Calibration
 
-CRITERIA = ("plain", "positive", "l1_norm", "l2_norm", OUTPUT_NORM)  # surgery/experts/scores.py, which imports torch
-GATES = ("mlp", "linear", "ridge")
-TARGETS = ("chosen", "norm")
-INITS = ("ridge", "weight", "random")
-MOST = 1 << 18  # tokens of a layer that are held in memory
+MOST = 1 << 18  # tokens of a layer that are held in memory, unless asked otherwise
 MOST_WORKERS = 8
 LAYERS_A_WORKER = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectRequest:
-    """What is asked for. ``features`` None: while the model runs, as ``calibration`` says (--stream)."""
+    """What is asked for. ``features`` None: while the model runs, as ``calibration`` says (--stream). ``limit``: tokens
+    of a layer's features that a gate is fitted to at most."""
 
     model_path: Path
     split_path: Path
@@ -66,6 +65,7 @@ class SelectRequest:
     damping: float = 0.01
     ridge_target: str = "chosen"
     reservoir: int = 1 << 16
+    limit: int = MOST
     workers: int | None = None
     seed: int = 0
     allow_pickle: bool = False
@@ -78,12 +78,13 @@ class SelectRequest:
         problems = Problems("options")
         if (self.features is None) == (self.calibration is None):
             problems.add("features come from --hidden_features_path or, with --stream, from a run", "give one of them")
-        problems.one_of("--select_criterion", self.criterion, CRITERIA)
-        problems.one_of("--gate", self.gate, GATES)
+        problems.one_of("--select_criterion", self.criterion, (*SCORED, OUTPUT_NORM))
+        problems.one_of("--gate", self.gate, KINDS)
         problems.one_of("--mlp_init_criterion", self.init, INITS)
         problems.one_of("--ridge_target", self.ridge_target, TARGETS)
         for name in ("experts", "selects", "epochs", "batch", "patience", "reservoir"):
             problems.positive(f"--{name if name not in ('experts', 'selects') else 'num_' + name}", getattr(self, name))
+        problems.positive("--max_tokens", self.limit)
         if self.workers is not None:
             problems.positive("--workers", self.workers)
         if self.selects > self.experts > 0:
@@ -126,6 +127,7 @@ def select(request: SelectRequest, tell: Callable[[str], object] = lambda line: 
         files = GateFiles(gates_folder(request.save_path, model.name, request.experts, request.gate), request.template)
         splits = {layer: layer_split(request, model, layer) for layer in layers}
         if request.features is not None:
+            check_features(request.features, layers, request.template, fingerprint(model.reader))
             for layer in layers:
                 find_features(request.features, kind, layer, request.allow_pickle)
         asked = _about(request, model)
@@ -139,7 +141,7 @@ def select(request: SelectRequest, tell: Callable[[str], object] = lambda line: 
 
             stream(request, model, {layer: splits[layer] for layer in todo}, files, about, tell)
         elif todo:
-            notes += _from_files(request, todo, files, about)
+            notes += _from_files(request, model, todo, files, about)
     finally:
         model.close()
     return _report(files, todo, notes, asked)
@@ -151,10 +153,23 @@ def layer_split(request: SelectRequest, model: DenseModel, layer: int) -> LayerS
     return open_split(request.split_path, request.template, layer, request.experts, request.allow_pickle, width)
 
 
-def worker_count(asked: int | None, layers: int) -> int:
-    """``asked`` processes, or by default one for a few layers, at most one a processor."""
-    cores = len(os.sched_getaffinity(0))
-    return min(asked or min(cores, MOST_WORKERS, ceil(layers / LAYERS_A_WORKER)), layers)
+def worker_count(asked: int | None, layers: int, nbytes: int) -> int:
+    """``asked`` processes, or by default one for a few layers, at most one a processor and as memory allows.
+
+    What a process computes does not depend on memory, only how many there are.
+
+    Raises:
+        UserError: memory has no room for so many processes of ``nbytes``, or not for one.
+    """
+    cores, free = len(os.sched_getaffinity(0)), psutil.virtual_memory().available
+    most = max(1, free // nbytes)
+    count = min(asked or min(cores, MOST_WORKERS, ceil(layers / LAYERS_A_WORKER), most), layers)
+    if count * nbytes > free:
+        raise UserError(
+            f"{count} processes need about {count * nbytes / 1e9:.2f} GB of memory, {free / 1e9:.2f} GB are free: use "
+            "fewer --workers, lower --max_tokens or --data_use_percent, or select with --stream"
+        )
+    return count
 
 
 def fit_and_write(
@@ -189,52 +204,44 @@ def fit_and_write(
 
 
 def _from_files(
-    request: SelectRequest, todo: Sequence[int], files: GateFiles, about: Mapping[int, dict[str, Any]]
+    request: SelectRequest,
+    model: DenseModel,
+    todo: Sequence[int],
+    files: GateFiles,
+    about: Mapping[int, dict[str, Any]],
 ) -> list[str]:
     """Every layer from its shards, several at a time."""
-    workers = worker_count(request.workers, len(todo))
-    limit = token_limit(request, workers)
-    jobs = [(request, layer, files, about[layer], limit) for layer in todo]
-    thinned = []
-    bar = tqdm(total=len(jobs), desc="gates", unit="layer", disable=request.quiet or None)
-    with bar:
-        if workers == 1:
-            results = map(_layer_from_files, jobs)
-            thinned = [note for note in _counted(results, bar) if note]
-        else:
-            context = multiprocessing.get_context("spawn")  # threads of torch do not live through a fork
-            with ProcessPoolExecutor(workers, context) as pool:
-                thinned = [note for note in _counted(pool.map(_layer_from_files, jobs), bar) if note]
-    return thinned[:1]
+    workers = worker_count(request.workers, len(todo), _layer_bytes(request, model, todo[0]))
+    jobs = [(request, layer, files, about[layer]) for layer in todo]
+    results: Iterable[str] = map(_layer_from_files, jobs)
+    if workers > 1:
+        results = in_processes(_layer_from_files, jobs, workers, "select")
+    bar = tqdm(results, "gates", len(jobs), unit="layer", disable=request.quiet or None)
+    return sorted({note for note in bar if note})[:1]
 
 
-def _counted(results: Any, bar: tqdm) -> list[str]:
-    found = []
-    for note in results:
-        found.append(note)
-        bar.update()
-    return found
+def _layer_bytes(request: SelectRequest, model: DenseModel, layer: int) -> int:
+    """What a process holds at most: a layer's tokens twice (in parts, then together), a shard, and three matrices."""
+    features = find_features(request.features or Path(), template_kind(request.template), layer, request.allow_pickle)
+    shards = [x.stat().st_size + a.stat().st_size for x, a in zip(features.inputs, features.outputs, strict=True)]
+    width, inner = model.spec.hidden_size, model.spec.intermediate_size
+    tokens = min(request.limit, sum(path.stat().st_size for path in features.inputs) // (2 * width))
+    return BASE + tokens * (2 * 2 * width + 16 * request.experts) + 3 * max(shards) + 3 * 4 * width * inner
 
 
-def token_limit(request: SelectRequest, workers: int) -> int:
-    """Tokens of a layer that each of ``workers`` processes may hold: a quarter of the free memory in all."""
-    width = 4 * 8192 + 8 * request.experts
-    return max(FEWEST, min(MOST, psutil.virtual_memory().available // 4 // workers // width))
-
-
-def _layer_from_files(job: tuple[SelectRequest, int, GateFiles, dict[str, Any], int]) -> str:
+def _layer_from_files(job: tuple[SelectRequest, int, GateFiles, dict[str, Any]]) -> str:
     """One layer, in this process or in one of several; returns a note."""
-    request, layer, files, about, limit = job
+    request, layer, files, about = job
     model = open_dense(request.model_path)
     try:
         kind = template_kind(request.template)
         split = layer_split(request, model, layer)
         features = _share(find_features(request.features or Path(), kind, layer, request.allow_pickle), request.percent)
         ridge = request.gate == "ridge"
-        found = gather(features, model, layer, split, kind, request.criterion, ridge, limit)
+        found = gather(features, model, layer, split, kind, request.criterion, ridge, request.limit)
         fit_and_write(request, model, layer, split, found, files, about)
         used = len(found.x)
-        return f"gates were fitted to {used} of {found.there} tokens, for memory" if used < found.there else ""
+        return f"gates were fitted to {used} of {found.there} tokens (--max_tokens)" if used < found.there else ""
     finally:
         model.close()
 
@@ -251,12 +258,12 @@ def _about(request: SelectRequest, model: DenseModel) -> dict[str, Any]:
              "patience", "balance", "noise", "percent", "damping", "ridge_target", "seed")  # fmt: skip
     asked: dict[str, Any] = {word: getattr(request, word) for word in words}
     if request.calibration is not None:
-        texts = request.calibration
-        keys = ("block_size", "max_tokens", "data_use_percent", "seed", "engine")
-        asked["stream"] = {key: getattr(texts, key) for key in keys} | {"reservoir": request.reservoir}
-        asked["texts"] = str((texts.text or texts.train_data_path or Path()).resolve())
+        from mindformers_ext.jobs.experts.calibration import texts_of
+
+        asked["stream"] = {"reservoir": request.reservoir, **request.calibration.computed()}
+        asked["texts"] = texts_of(request.calibration)
     if request.features is not None:
-        asked["texts"] = features_rows(request.features)
+        asked |= {"limit": request.limit, "texts": features_rows(request.features)}
     return asked | {"model": model.name, "weights": fingerprint(model.reader)}
 
 

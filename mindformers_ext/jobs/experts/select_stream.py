@@ -13,11 +13,12 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.jobs.experts.calibration import opened
 from mindformers_ext.jobs.experts.dense_model import POINT_OF, DenseModel, template_kind
 from mindformers_ext.jobs.experts.gate_files import GateFiles
-from mindformers_ext.jobs.experts.layer_data import FEWEST, OUTPUT_NORM, TRAIN_SHARE, Gathered
+from mindformers_ext.jobs.experts.layer_data import FEWEST, TRAIN_SHARE, Gathered
 from mindformers_ext.jobs.experts.probe import Part, check_needs, forward, needs
 from mindformers_ext.jobs.experts.ranks import own_share
 from mindformers_ext.jobs.experts.states import States
 from mindformers_ext.surgery.experts.split import LayerSplit
+from mindformers_ext.surgery.experts.words import OUTPUT_NORM
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.experts.select import SelectRequest
@@ -123,7 +124,7 @@ def stream(
         check_needs(wanted, files.folder)
         place = files.folder / ".states"
         digest = start.course.rows.digest(json.dumps({str(layer): one for layer, one in about.items()}, sort_keys=True))
-        states = States(place, start.course.length, model.spec.hidden_size, digest, keep=False)
+        states = States(place, start.course.length, model.spec.hidden_size, digest, keep=False, anew=request.overwrite)
         if states.done("forward") > min(splits):
             states.finish("forward", 0)  # a gate behind that point was taken away
         forward(start.course, states, sink, tuple(splits))

@@ -12,19 +12,19 @@ from typing import Any
 import numpy as np
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.formats.disk import check_space
+from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.jobs.experts.dense_model import TEMPLATE, DenseModel, template_kind
-from mindformers_ext.jobs.experts.feature_files import find_features, read_shard
+from mindformers_ext.jobs.experts.feature_files import check_features, find_features, read_shard
 from mindformers_ext.jobs.experts.importance import LEVELS, TYPES
-from mindformers_ext.jobs.experts.importance_scores import read_scores, score_folders
-from mindformers_ext.jobs.experts.metis import split_graph
+from mindformers_ext.jobs.experts.importance_scores import check_importance, read_scores, score_folders
+from mindformers_ext.jobs.experts.metis import graph_bytes, split_graph
 from mindformers_ext.jobs.experts.splits import GRAPH_PARTS, open_split
 from mindformers_ext.surgery.experts.cluster import STARTS, balanced_clusters, check_finite
 from mindformers_ext.surgery.experts.gradient import CRITERIA, independent_split, residual_split, sharing_split
-from mindformers_ext.surgery.experts.graph import KERNELS
 from mindformers_ext.surgery.experts.objective import METRICS
 from mindformers_ext.surgery.experts.random import random_split
 from mindformers_ext.surgery.experts.split import LayerSplit, expert_size
+from mindformers_ext.surgery.experts.words import KERNELS
 
 EXPERTS = 8
 
@@ -67,7 +67,7 @@ class Method:
 
     own: the request's words that it knows. settings: what goes into split_meta.json and decides the result, checked.
     folder: below the save path. mark: short name of a layer's input, which is checked whole. solve: the split, and
-    figures about it.
+    figures about it. disk: bytes that a layer of so many neurons leaves at most.
     """
 
     own: tuple[str, ...]
@@ -75,6 +75,7 @@ class Method:
     folder: Callable[[SplitRequest, DenseModel], Path]
     mark: Callable[[SplitRequest, DenseModel, int], str]
     solve: Callable[[SplitRequest, DenseModel, int], tuple[LayerSplit, dict[str, Any]]]
+    disk: Callable[[int], int] = lambda width: 16 * width
 
 
 def check_words(request: SplitRequest) -> Method:
@@ -211,6 +212,8 @@ def _graph_shards(request: SplitRequest, layer: int) -> tuple[Path, ...]:
 
 def _graph_mark(request: SplitRequest, model: DenseModel, layer: int) -> str:
     """From the shards' names, sizes and first values: hashing all would read gigabytes."""
+    assert request.hidden_features_path is not None
+    check_features(request.hidden_features_path, [layer], request.template, fingerprint(model.reader))
     digest = hashlib.sha256()
     for path in _graph_shards(request, layer):
         digest.update(f"{path.name} {path.stat().st_size} ".encode())
@@ -221,7 +224,6 @@ def _graph_mark(request: SplitRequest, model: DenseModel, layer: int) -> str:
             f"layer {layer}: features have {first.shape[1]} neurons, the model has {width}: give this model's features"
         )
     digest.update(np.ascontiguousarray(first).data)
-    check_space(request.save_path, 4 * width * width, inside=True)
     return digest.hexdigest()
 
 
@@ -242,17 +244,34 @@ def _graph(request: SplitRequest, model: DenseModel, layer: int) -> tuple[LayerS
 
 
 def _gradient_settings(request: SplitRequest, model: DenseModel) -> dict[str, Any]:
-    if request.score_file_path is None:
-        raise UserError("--method gradient needs --score_file_path, the folder with a folder per data cluster")
-    clusters = score_folders(request.score_file_path)
-    experts = len(clusters) if request.num_experts is None else request.num_experts
-    if not 1 <= experts <= len(clusters):
+    experts, clusters = _gradient_experts(request), _clusters(request)
+    if not 1 <= experts <= clusters:
         raise UserError(
-            f"--expert_num {experts}: '{request.score_file_path}' has importance of {len(clusters)} data clusters, one "
+            f"--expert_num {experts}: '{request.score_file_path}' has importance of {clusters} data clusters, one "
             "per expert; give at most so many"
         )
+    if request.share_neurons and request.exact:
+        raise UserError(
+            "--exact has no effect with --share_neurons True, where each expert takes its best: leave it out"
+        )
+    return _gradient_words(request, model)
+
+
+def _clusters(request: SplitRequest) -> int:
+    if request.score_file_path is None:
+        raise UserError("--method gradient needs --score_file_path, the folder with a folder per data cluster")
+    return len(score_folders(request.score_file_path))
+
+
+def _gradient_experts(request: SplitRequest) -> int:
+    return _clusters(request) if request.num_experts is None else request.num_experts
+
+
+def _gradient_words(request: SplitRequest, model: DenseModel) -> dict[str, Any]:
+    """The settings; importance is looked at only where it alone says how many experts there are."""
+    experts = _gradient_experts(request)
     width, residual = model.spec.intermediate_size, request.expert_num_residual or 0
-    size = request.expert_size if request.expert_size is not None else width // (experts + residual)
+    size = request.expert_size if request.expert_size is not None else width // max(experts + residual, 1)
     return {
         "method": request.method,
         "num_experts": experts,
@@ -270,7 +289,7 @@ def _gradient_settings(request: SplitRequest, model: DenseModel) -> dict[str, An
 
 
 def _gradient_folder(request: SplitRequest, model: DenseModel) -> Path:
-    words = _gradient_settings(request, model)
+    words = _gradient_words(request, model)
     kind = "-".join(words[name] for name in ("criterion", "kernel", "accumulate_level", "importance_type"))
     residual = f"-{words['num_residual']}Residuals" if words["num_residual"] else ""
     share = "-Share" if words["share_neurons"] else ""
@@ -287,6 +306,10 @@ def _scores(request: SplitRequest, model: DenseModel, layer: int) -> np.ndarray:
 
 
 def _gradient_mark(request: SplitRequest, model: DenseModel, layer: int) -> str:
+    assert request.score_file_path is not None
+    words = _gradient_settings(request, model)
+    made = {"kernel": words["kernel"], "level": words["accumulate_level"], "type": words["importance_type"]}
+    check_importance(request.score_file_path, made, layer, fingerprint(model.reader))
     scores = _scores(request, model, layer)
     _gradient(request, model, layer)  # sizes that do not fit are told before anything is written; it takes no time
     return hashlib.sha256(scores.data).hexdigest()
@@ -317,6 +340,7 @@ METHODS: Mapping[str, Method] = {
         _graph_folder,
         _graph_mark,
         _graph,
+        graph_bytes,
     ),
     "gradient": Method(
         (

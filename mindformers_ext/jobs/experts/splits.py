@@ -7,13 +7,10 @@ list of neurons per expert, the residual experts first. ``torch.load`` reads it 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,8 @@ from mindformers_ext import __version__
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.json_text import read_object
 from mindformers_ext.formats.atomic import write_text
-from mindformers_ext.jobs.engine.door import read_plain, write_plain
+from mindformers_ext.formats.folder_lock import locked
+from mindformers_ext.jobs.engine.door import read_numbers, write_numbers
 from mindformers_ext.jobs.experts.dense_model import template_kind
 from mindformers_ext.surgery.experts.split import LayerSplit
 
@@ -74,7 +72,7 @@ def open_split(
     if not path.is_file():
         raise UserError(f"'{folder}' holds no '{path.name}': split layer {layer} first (split --specify_layer {layer})")
     settings = read_meta(folder).get("settings", {})
-    value = read_plain(path, allow_pickle)
+    value = read_numbers(path, allow_pickle)
     try:
         split = _from_file(value, settings, experts, width)
     except (UserError, TypeError, ValueError, OverflowError) as error:
@@ -132,7 +130,7 @@ def write_split(
     """
     lists = [ids.tolist() for ids in (*split.residual, *split.experts)]
     is_labels = split.is_partition and not split.residual
-    write_plain(layer_file(folder, template, layer), split.labels().tolist() if is_labels else lists, overwrite=True)
+    write_numbers(layer_file(folder, template, layer), split.labels().tolist() if is_labels else lists, overwrite=True)
     with locked(folder):
         meta = read_meta(folder)
         layers = meta.get("layers", {}) if meta.get("settings") == dict(settings) else {}
@@ -153,21 +151,3 @@ def split_sha(split: LayerSplit) -> str:
     for ids in (*split.residual, *split.experts):
         digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i8").tobytes())
     return digest.hexdigest()
-
-
-def note_done(path: Path, stage: str, digest: str) -> None:
-    """Enter in the JSON file ``path`` that a stage with these options is finished."""
-    with locked(path.parent):
-        known = read_object(path) if path.is_file() else {}
-        write_text(path, json.dumps(known | {stage: digest}, indent=1) + "\n")
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time inside, of those that write the folder."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

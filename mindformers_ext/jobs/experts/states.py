@@ -58,11 +58,13 @@ class States:
     """The files of one pass in a folder of its own, and how far it has come.
 
     ``keep``: a file for each layer's input, for the way back; else two files take turns. ``digest`` says which pass:
-    what another one left is no start for this one.
+    what another one left is no start for this one. ``anew``: nor is what this one left.
     """
 
-    def __init__(self, folder: Path, length: int, width: int, digest: str, keep: bool) -> None:
+    def __init__(self, folder: Path, length: int, width: int, digest: str, keep: bool, anew: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        if anew:
+            (folder / STATE).unlink(missing_ok=True)
         self.folder, self._length, self._width, self._digest, self._keep = folder, length, width, digest, keep
         self._done = self._read()
 

@@ -8,11 +8,15 @@ no token is lost; each chunk is framed and padded on the right with EOS.
 from __future__ import annotations
 
 import json
+import zlib
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -94,7 +98,7 @@ def read_domains(
         UserError: a key without files, more than one line in a hundred that cannot be used, or no row at all.
     """
     check_percent(percent)
-    files = _files(folder, weights)
+    files = domain_files(folder, weights)
     found: dict[str, Chunks] = {}
     notes: list[str] = []
     for key, paths in files.items():
@@ -172,7 +176,8 @@ def check_length(length: int, tokenizer: Tokenizer, positions: int) -> None:
         )
 
 
-def _files(folder: Path, weights: Mapping[str, int]) -> dict[str, list[Path]]:
+def domain_files(folder: Path, weights: Mapping[str, int]) -> dict[str, list[Path]]:
+    """The files of each domain; ``UserError`` where one has none."""
     if not folder.is_dir():
         raise UserError(f"--train_data_path '{folder}' is no folder: give the one with *<key>*.jsonl files")
     problems = Problems(f"texts in '{folder}'")
@@ -189,7 +194,7 @@ def _chunks(
 ) -> tuple[Chunks, Reading]:
     """The rows of one domain: from the cache where it is of the same texts, tokenizer and length."""
     wanted = {
-        "texts": _texts_hash(paths),
+        "texts": texts_hash(paths),
         "tokenizer": tokenizer_hash(tokenizer.path),
         "block_size": length,
     }
@@ -199,17 +204,14 @@ def _chunks(
         if known is not None:
             return known
     reading = _LineReading(key)
-    rows: list[np.ndarray] = []
-    texts: list[str] = []
-    for text in reading.texts(paths):
-        texts.append(text)
-        if len(texts) == BATCH:
-            rows += reading.rows(texts, tokenizer, length)
-            texts = []
-    rows += reading.rows(texts, tokenizer, length)
+    flat, lengths = bytearray(), array("q")  # grows in place: the ids are in memory once
+    texts = reading.texts(paths)
+    while batch := list(islice(texts, BATCH)):
+        for row in reading.rows(batch, tokenizer, length):
+            flat += row.tobytes()
+            lengths.append(len(row))
     reading.check()
-    lengths = np.array([len(row) for row in rows], np.int64)
-    chunks = Chunks(np.concatenate(rows) if rows else np.zeros(0, np.int32), np.cumsum(lengths))
+    chunks = Chunks(np.frombuffer(flat, np.int32), np.cumsum(np.array(lengths, np.int64)))
     if place is not None and keep:
         _write_cache(place, chunks, reading.result(), wanted)
     return chunks, reading.result()
@@ -298,7 +300,8 @@ def tokenizer_hash(path: Path) -> str:
     return hashed.hexdigest()
 
 
-def _texts_hash(paths: Sequence[Path]) -> str:
+def texts_hash(paths: Sequence[Path]) -> str:
+    """One name for the files' names and all they hold."""
     hashed = sha256()
     for path in paths:
         hashed.update(path.name.encode() + b"\0")
@@ -324,9 +327,11 @@ def _read_cache(path: Path, wanted: Mapping[str, object]) -> tuple[Chunks, Readi
             if not isinstance(about, dict) or any(about.get(key) != value for key, value in wanted.items()):
                 return None
             ids, ends = found["ids"], found["ends"]
-    except (OSError, ValueError, KeyError, EOFError, JsonError):
+            reading = Reading(int(about["lines"]), int(about["bad"]), int(about["empty"]), str(about["first"]))
+    except (OSError, ValueError, TypeError, KeyError, EOFError, JsonError, BadZipFile, zlib.error):
         return None
-    steps = np.diff(ends, prepend=0)
-    if ids.dtype != np.int32 or ends.dtype != np.int64 or (steps < 1).any() or (ends[-1:] != len(ids)).any():
+    if ids.dtype != np.int32 or ends.dtype != np.int64 or (ids.ndim, ends.ndim) != (1, 1):
         return None
-    return Chunks(ids, ends), Reading(about["lines"], about["bad"], about["empty"], about["first"])
+    if (np.diff(ends, prepend=0) < 1).any() or (ends[-1:] != len(ids)).any() or (ids < 0).any():
+        return None
+    return Chunks(ids, ends), reading

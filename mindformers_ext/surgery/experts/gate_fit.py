@@ -11,18 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mindformers_ext.surgery.experts.scores import GateQuality, best, quality
+from mindformers_ext.surgery.experts.words import FIRST, LINEAR, NOISE, ONLY, SECOND
 
-MLP, LINEAR, RIDGE = KINDS = ("mlp", "linear", "ridge")
-INITS = ("ridge", "weight", "random")
 SPREAD = 0.5  # standard deviation of what enters tanh, from ridge rows: they decide, and are not yet cut off
 GAIN = 4.0  # of the second layer behind them: logits as large as those of a trained gate, so that none unlearns first
-FIRST, SECOND, ONLY, NOISE = (
-    "gate_network.0.weight",
-    "gate_network.2.weight",
-    "gate_network.weight",
-    "weight_noise.weight",
-)
-TARGETS = ("chosen", "norm")
 NOISE_EPSILON = 1e-2
 PLATEAU = {"factor": 0.9, "threshold": 0.05, "patience": 10}
 JUDGED = 1 << 16  # tokens whose logits are made at once
@@ -128,7 +120,9 @@ def target_loss(found: Tensor, scores: Tensor, how: GateTraining) -> Tensor:
 
 def balance_loss(found: Tensor, selects: int) -> Tensor:
     """Squared coefficient of variation of the experts' summed gate values (Shazeer et al. 2017, arXiv:1701.06538,
-    equation 7), values being the softmax over the chosen k."""
+    equation 7), values being the softmax over the chosen k; 0 for one expert."""
+    if found.shape[1] == 1:
+        return found.new_zeros(())
     top, place = found.topk(selects, dim=1)
     importance = torch.zeros_like(found).scatter(1, place, top.softmax(1)).sum(0)
     return importance.var() / (importance.mean() ** 2 + 1e-10)

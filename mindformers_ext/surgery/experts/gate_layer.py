@@ -14,10 +14,6 @@ from torch import Tensor
 
 from mindformers_ext.surgery.experts.gate_fit import (
     GAIN,
-    LINEAR,
-    MLP,
-    ONLY,
-    RIDGE,
     Curve,
     FittedGate,
     GateData,
@@ -33,14 +29,15 @@ from mindformers_ext.surgery.experts.gate_fit import (
 from mindformers_ext.surgery.experts.gate_fit import all_logits as gate_logits
 from mindformers_ext.surgery.experts.scores import best, centroids, expert_scores, output_norms, quality, similarity
 from mindformers_ext.surgery.experts.split import LayerSplit
+from mindformers_ext.surgery.experts.words import LINEAR, MLP, ONLY, RIDGE
 
 Array = np.ndarray
 
 
 @dataclass(frozen=True)
 class GateWish:
-    """Which gate: ``kind`` of ``gate_fit.KINDS``, its first weights, how it is trained; of the ridge gate what it
-    predicts (``gate_fit.TARGETS``) and its damping."""
+    """Which gate: ``kind`` of ``words.KINDS``, its first weights, how it is trained; of the ridge gate what it
+    predicts (``words.TARGETS``) and its damping."""
 
     kind: str
     init: str

@@ -7,18 +7,14 @@ of its first percentile above 0 (of 10, 20, ..., 100); an edge is what is at lea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.surgery.experts.cluster import balanced_clusters
+from mindformers_ext.surgery.experts.words import KERNELS
 
-KERNELS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
-    "plain": lambda h: h,
-    "l1_norm": np.abs,
-    "l2_norm": np.square,
-}
 PERCENTILES = tuple(range(10, 101, 10))
 HEAVIEST = 10**6  # weight of an edge; METIS adds weights up in 32 bits
 ROWS = 1024  # of the graph that are looked at together

@@ -102,6 +102,13 @@ class LayerSplit:
             mask[ids, expert] = True
         return mask
 
+    def passed(self) -> np.ndarray:
+        """float32 (width,): in how many residual experts a neuron stands, which every token passes."""
+        count = np.zeros(self.width, np.float32)
+        for ids in self.residual:
+            count[ids] += 1
+        return count
+
 
 def expert_size(width: int, experts: int) -> int:
     """Neurons of each of ``experts`` equal experts.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from mindformers_ext.cli.experts import main
-from mindformers_ext.jobs.engine.door import write_plain
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.jobs.engine.door import write_numbers
+from mindformers_ext.jobs.experts import probe
 from mindformers_ext.jobs.experts.gating import Gating, mixture_config
 from mindformers_ext.surgery.experts.split import LayerSplit
 from tests.helpers.tiny_llama import HIDDEN, LAYERS, WIDTH, make_llama, sentences
@@ -37,10 +40,10 @@ def made(tmp_path_factory: pytest.TempPathFactory, remote_code: Path) -> Path:
         draws = np.random.default_rng(layer)
         labels = np.sort(draws.integers(0, EXPERTS, WIDTH)) if layer == 1 else np.arange(WIDTH) % EXPERTS
         labels[:EXPERTS] = np.arange(EXPERTS)  # none is empty
-        write_plain(folder / "split" / NAME.format(layer), draws.permutation(labels).tolist())
+        write_numbers(folder / "split" / NAME.format(layer), draws.permutation(labels).tolist())
         shapes = {"gate_network.0.weight": (EXPERTS, HIDDEN), "gate_network.2.weight": (EXPERTS, EXPERTS)}
         gate = {name: draws.normal(0, 1, shape).astype(np.float32) for name, shape in shapes.items()}
-        write_plain(folder / "gates" / NAME.format(layer), gate)
+        write_numbers(folder / "gates" / NAME.format(layer), gate)
     return folder
 
 
@@ -92,6 +95,29 @@ def test_the_ladder_is_that_of_the_written_model(
             assert losses[name] == pytest.approx(_loss(folder, rows[len(rows) // 2 :]), abs=6e-5)
 
 
+def test_residual_experts_count_in_the_model_and_in_the_ladder(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "split").mkdir()
+    (tmp_path / "gates").mkdir()
+    for layer in range(LAYERS):  # two residual experts, then four routed ones
+        draws = np.random.default_rng(layer)
+        write_numbers(tmp_path / "split" / NAME.format(layer), draws.permutation(WIDTH).reshape(6, -1).tolist())
+        write_numbers(tmp_path / "gates" / NAME.format(layer), {
+            "gate_network.weight": draws.normal(0, 1, (4, HIDDEN)).astype(np.float32)})  # fmt: skip
+    parts = ("--num_experts", 4, "--split_file_path", tmp_path / "split", "--select_file_path", tmp_path / "gates")
+    assert main(words(made, tmp_path / "all", *parts, "--num_selects", 4)) == 0
+    ids = torch.from_numpy(np.random.default_rng(0).integers(3, 300, (2, 24)))
+    with torch.no_grad():
+        wanted = LlamaForCausalLM.from_pretrained(made / "dense").eval()(ids).logits
+    assert (logits(tmp_path / "all", ids) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    judged = ("--eval_text", made / "text.txt", "--block_size", 32, "--num_selects", 2)
+    assert main(words(made, tmp_path / "two", *parts, *judged)) == 0
+    losses = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines() if line.startswith("  "))
+    rows = _rows(made)
+    assert float(losses["gate"]) == pytest.approx(_loss(tmp_path / "two", rows[len(rows) // 2 :]), abs=6e-5)
+
+
 def _rows(made: Path) -> list[list[int]]:
     ids = AutoTokenizer.from_pretrained(made / "dense").encode(
         (made / "text.txt").read_text("utf-8"), add_special_tokens=False
@@ -124,7 +150,7 @@ def test_one_yaml_makes_all_of_it_and_does_nothing_twice(
         "save_path": str(tmp_path / "work"),
         "num_experts": 4,
         "split": {"method": "random", "quiet": True},
-        "select": {"stream": True, "gate": "ridge", "workers": 1, "quiet": True, **text},
+        "select": {"stream": True, "gate": "ridge", "quiet": True, **text},
         "convert": {"save_path": str(tmp_path / "moe"), **judged},
         "report": {"save_path": str(tmp_path / "page"), **judged},
     }
@@ -146,6 +172,41 @@ def test_one_yaml_makes_all_of_it_and_does_nothing_twice(
     assert stamps[tmp_path / "moe" / "model.safetensors"] == (tmp_path / "moe/model.safetensors").stat().st_mtime_ns
 
 
+EXPERT = "model.layers.2.mlp.calculator.experts.weight_{}.7"
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        (lambda weights: weights.pop(EXPERT.format("up")), {}, "weight_up.7' is missing"),
+        (lambda weights: weights.pop(EXPERT.format("gate")), {}, "have 84 neurons, config.json says 96"),
+        (lambda weights: weights.update({EXPERT.format("down"): weights[EXPERT.format("down")].half()}), {},
+         "one dense matrix has one type"),
+        (lambda weights: weights.update({EXPERT.format("gate")[:-1] + "x": torch.zeros(2)}), {}, "no whole row"),
+        (None, {"num_hidden_layers": None}, "lacks num_hidden_layers"),
+        (None, {"num_hidden_layers": "three"}, "lacks num_hidden_layers"),
+        (None, {"intermediate_size": 95}, "config.json says 95"),
+    ],
+)  # fmt: skip
+def test_a_mixture_that_is_not_whole_is_told_before_anything_is_written(
+    made: Path, tmp_path: Path, change, config: dict, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(made, tmp_path / "moe")) == 0
+    if change:
+        weights = load_file(tmp_path / "moe" / "model.safetensors")
+        change(weights)
+        save_file(weights, tmp_path / "moe" / "model.safetensors", {"format": "pt"})
+    path = tmp_path / "moe" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    back = ["--reversed", "--quiet", "--model_path", str(tmp_path / "moe"), "--save_path", str(tmp_path / "back")]
+    assert main(["convert", *back]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "back").exists()
+
+
+def no_room(folder: Path, nbytes: int, inside: bool) -> None:
+    raise UserError(f"no room beside the output in {folder}")
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -159,6 +220,10 @@ def test_one_yaml_makes_all_of_it_and_does_nothing_twice(
         (["--reversed"], "--select_file_path mean nothing with --reversed"),
         (["--select_file_path", "few"], "lacks the gates of layers [1, 2]"),
         (["--model_path", "moe"], "give a dense llama folder"),
+        (["--eval_text", "nowhere"], "the text 'nowhere' is no file"),
+        (["--eval_text", "short.txt", "--block_size", 32], "1 rows of 32 tokens"),
+        (["--eval_text", "short.txt", "--eval_tokens", 0], "--eval_tokens 0"),
+        (["--eval_text", "{text}", "--block_size", 32], "no room beside the output"),
     ],
 )
 def test_what_cannot_be_is_said_and_nothing_is_written(
@@ -176,8 +241,12 @@ def test_what_cannot_be_is_said_and_nothing_is_written(
     (tmp_path / "few" / NAME.format(0)).write_bytes((made / "gates" / NAME.format(0)).read_bytes())
     if "moe" in more:
         assert main(words(made, tmp_path / "moe")) == 0
+    (tmp_path / "short.txt").write_text("a gate")
+    if "{text}" in more:
+        monkeypatch.setattr(probe, "check_space", no_room)
     before = sorted(tmp_path.rglob("*"))
-    asked = [str(word).replace("{dense}", str(made / "dense")) for word in more]
+    places = {"{dense}": str(made / "dense"), "{text}": str(made / "text.txt")}
+    asked = [functools.reduce(lambda text, item: text.replace(*item), places.items(), str(word)) for word in more]
     assert main([*words(made, tmp_path / "out"), *asked]) == 2
     assert message in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before

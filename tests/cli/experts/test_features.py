@@ -4,14 +4,20 @@
 from __future__ import annotations
 
 import json
+import re
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from mindformers_ext.cli.experts import main
+from mindformers_ext.core.errors import UserError
 from mindformers_ext.jobs.experts import features as job
+from mindformers_ext.jobs.experts import text_domains
+from mindformers_ext.jobs.experts.feature_files import check_features
 from mindformers_ext.jobs.experts.text_domains import DOMAINS, domain_counts
 from tests.helpers.tiny_llama import HIDDEN, LAYERS, WIDTH, make_llama, write_texts
 
@@ -92,10 +98,32 @@ def test_two_processes_write_together_what_one_does(
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
         assert main(words(model, tmp_path / "two", "--specify_layer", "2")) == 0
+    (folder,) = (tmp_path / "two").iterdir()
+    manifest = json.loads((folder / "features_0.json").read_text())
+    given = (folder, [2], manifest["template"], manifest["weights"])
+    check_features(*given)
+    (folder / ".states_0").mkdir()
+    check_features(*given)  # other layers are on their way
+    (folder / ".states_0").rmdir()
     one, two = rows(tmp_path / "one", 2), rows(tmp_path / "two", 2)
     assert {name[0] for name in shards(tmp_path / "two", FOLDERS[0], 2)} == {"0", "1"}
     assert one.shape == two.shape == (len(one), HIDDEN + WIDTH)
     np.testing.assert_allclose(one.astype(np.float32), two.astype(np.float32), atol=2e-3)
+    for layers, change, message in (
+        ([1], {}, "no finished features of layers [1]"),
+        ([2], {"ranks": 3}, "not finished"),
+        ([2], {"template": "layers.{}.mlp.up_proj.weight"}, "up_proj"),
+        ([2], {"weights": ""}, "other weights"),
+    ):
+        for rank in range(2):
+            path = folder / f"features_{rank}.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | manifest | change))
+        with pytest.raises(UserError, match=re.escape(message)):
+            check_features(folder, layers, *given[2:])
+    monkeypatch.delenv("WORLD_SIZE")
+    assert main(words(model, tmp_path / "two", "--specify_layer", "2", "--overwrite")) == 0
+    check_features(*given)
+    assert np.array_equal(rows(tmp_path / "two", 2), one)
 
 
 def test_a_killed_run_goes_on_behind_the_last_whole_layer(
@@ -122,8 +150,55 @@ def test_a_killed_run_goes_on_behind_the_last_whole_layer(
     assert first.stat().st_mtime_ns == before
 
 
+def test_overwriting_begins_anew_and_a_dry_run_touches_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = ("--train_data_cache_path", str(tmp_path / "cache"))
+    assert main(words(model, tmp_path)) == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for more in (("--overwrite",), ("--overwrite", "--max_tokens", "50"), cache):
+        assert main(words(model, tmp_path, *more, "--dry_run")) == 0
+    assert main(words(model, tmp_path, "--batch_size", "1")) == 2 and "other features" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    folder = tmp_path / "llama_tiny-Hidden-Features"
+    kept = (folder / FOLDERS[0] / "layer0" / "0_0.pth").stat().st_mtime_ns
+    assert main(words(model, tmp_path, "--specify_layer", "1", "--overwrite")) == 0
+    assert (folder / FOLDERS[0] / "layer0" / "0_0.pth").stat().st_mtime_ns == kept
+    assert json.loads((folder / "features_0.json").read_text())["layers"] == [0, 1, 2]
+    end = job.FeatureSink.end
+
+    def killed(sink, layer):
+        end(sink, layer)
+        if layer == 0:
+            raise KeyboardInterrupt
+
+    other = ("--max_tokens", "50", "--overwrite")
+    with monkeypatch.context() as patch:
+        patch.setattr(job.FeatureSink, "end", killed)
+        assert main(words(model, tmp_path, *other)) == 130
+    seen = []
+    monkeypatch.setattr(job.FeatureSink, "end", lambda sink, layer: (seen.append(layer), end(sink, layer)))
+    assert main(words(model, tmp_path, *other, "--specify_layer", "0")) == 0
+    assert seen == [0] and not (folder / FOLDERS[0] / "layer1" / "0_0.pth").exists()  # of the other text nothing stays
+
+
 def test_counts_of_the_mixture() -> None:
     assert list(domain_counts(dict.fromkeys(DOMAINS, 1000), 1.0, DOMAINS).values()) == [1000, 223, 67, 67, 67, 37, 29]
+
+
+def test_the_tokens_of_a_domain_are_in_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    each, count = 20_000, 200
+    (tmp_path / "a.jsonl").write_text('{"content": "x"}\n' * count)
+    monkeypatch.setattr(text_domains, "tokenizer_hash", lambda path: "")
+    tokenizer = SimpleNamespace(path=None, frame=((), ()), encode_batch=lambda texts: [np.ones(each, np.int32)])
+    monkeypatch.setattr(text_domains, "BATCH", 1)
+    tracemalloc.start()
+    try:
+        chunks, _ = text_domains._chunks("a", [tmp_path / "a.jsonl"], None, tokenizer, 512, keep=False)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(chunks.ids) == each * count and peak < 1.5 * chunks.ids.nbytes
 
 
 def test_max_tokens_is_exact_and_the_cache_gives_the_same_rows(model: Path, tmp_path: Path) -> None:
@@ -138,6 +213,12 @@ def test_max_tokens_is_exact_and_the_cache_gives_the_same_rows(model: Path, tmp_
     ]
     assert len(found[0]) == 77
     np.testing.assert_array_equal(*found)
+    whole = {path: path.read_bytes() for path in cache.glob("*_cached.npz")}
+    for spoil in (lambda data: data[:-100], lambda data: data[:200] + b"x" + data[201:], lambda data: b"PK\3\4"):
+        for path, data in whole.items():
+            path.write_bytes(spoil(data))
+        assert main(words(model, tmp_path / "spoiled", *more, "--train_data_cache_path", str(cache))) == 0
+        assert {path: path.read_bytes() for path in whole} == whole  # made anew
     settings = model / "tokenizer_config.json"
     before = settings.read_text(encoding="utf-8")
     stamp = {file: file.stat().st_mtime_ns for file in cache.iterdir()}
@@ -211,7 +292,7 @@ def test_a_disk_or_memory_too_small_is_told_before_anything(
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_an_8b_model_fits_a_machine_of_24_gb(backward: bool) -> None:
-    """By arithmetic, whose sum is that of two layers of LLaMA-2-7B within an eighth of what was measured there."""
+    """By arithmetic, whose sum is within an eighth of the peak that research/llama_moe/NOTES.md has of two layers."""
     from mindformers_ext.core.spec import DeviceSpec, ModelSpec
     from mindformers_ext.jobs.experts.dense_model import DenseModel
     from mindformers_ext.jobs.experts.importance import ImportanceSink
@@ -232,4 +313,4 @@ def test_an_8b_model_fits_a_machine_of_24_gb(backward: bool) -> None:
     assert memory(llama3, 64, 4) < 4e9
     llama2 = ModelSpec(vocab_size=32000, intermediate_size=11008, num_hidden_layers=2, num_key_value_heads=32, **sizes)
     measured = (2701 if backward else 1951) * 2**20
-    assert abs(memory(llama2, 2, 1) - measured) <= 0.12 * measured
+    assert abs(memory(llama2, 2, 1) - measured) <= measured / 8

@@ -117,6 +117,35 @@ def test_two_processes_equal_one_and_a_killed_run_goes_on(
     assert json.loads((folder / "importance.json").read_text())["about"]["layers"] == [0, 2]
 
 
+def test_overwriting_begins_anew_and_a_dry_run_touches_nothing(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(made, tmp_path)) == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for more in (("--batch_size", "2"), ("--seed", "1")):
+        assert main(words(made, tmp_path, *more)) == 2
+        assert "holds others" in capsys.readouterr().err
+        assert main(words(made, tmp_path, *more, "--overwrite", "--dry_run")) == 0
+    assert main(words(made, tmp_path)) == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    seen: list[int] = []
+    take = job.ImportanceSink.take
+
+    def counted(sink, layer, *given):
+        seen.append(layer)
+        if layer == 0 and seen.count(0) == 1:
+            raise KeyboardInterrupt
+        take(sink, layer, *given)
+
+    monkeypatch.setattr(job.ImportanceSink, "take", counted)
+    assert main(words(made, tmp_path, "--overwrite")) == 130  # also where the same stands there
+    first = len(seen)
+    assert main(words(made, tmp_path, "--overwrite")) == 0
+    assert set(seen[first:]) == {0, 1, 2}  # layer 2 was done when the other run was killed, and is computed again
+    assert main(words(made, tmp_path, "--overwrite", "--specify_layer", "2", "0")) == 0
+    assert {name.split("/")[1].split(".")[1] for name in vectors(tmp_path)} == {"0", "2"}
+
+
 def test_bad_options_leave_nothing(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for more, message in (
         (("--kernel", "l3"), "--kernel='l3' is unknown"),

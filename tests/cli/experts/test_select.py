@@ -6,13 +6,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mindformers_ext.cli.experts import main
-from mindformers_ext.jobs.engine.door import write_plain
+from mindformers_ext.jobs.engine.door import write_numbers
+from mindformers_ext.jobs.experts import select as job
 from tests.helpers.tiny_llama import HIDDEN, LAYERS, WIDTH, make_llama, sentences
 
 pytestmark = pytest.mark.slow  # all together more than 15 seconds
@@ -30,7 +33,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "split").mkdir()
     for layer in range(LAYERS):
         labels = np.random.default_rng(layer).permutation(np.arange(WIDTH) % EXPERTS)
-        write_plain(folder / "split" / TEMPLATE.format(layer), labels.tolist())
+        write_numbers(folder / "split" / TEMPLATE.format(layer), labels.tolist())
     assert main(["features", *model(folder), "--save_path", str(folder), *texts(folder), "--quiet"]) == 0
     return folder
 
@@ -47,7 +50,7 @@ def words(folder: Path, out: Path, *more: str, stored: bool = True) -> list[str]
     source = ["--hidden_features_path", str(folder / "llama_tiny-Hidden-Features")] if stored else []
     return [
         *("select", *model(folder), "--split_file_path", str(folder / "split"), "--save_path", str(out)),
-        *("--num_experts", str(EXPERTS), "--epochs", "4", "--quiet", *source, *more),
+        *("--num_experts", str(EXPERTS), *([] if "ridge" in more else ["--epochs", "4"]), "--quiet", *source, *more),
     ]
 
 
@@ -120,17 +123,28 @@ def _one_file_less(folder: Path) -> None:
 
 def _other_width(folder: Path) -> None:
     path = folder / "llama_tiny-Hidden-Features" / "hidden_gate_outputs" / "layer1" / "0_0.pth"
-    write_plain(path, np.ones((len(torch.load(path)), 7), np.float16), overwrite=True)
+    write_numbers(path, np.ones((len(torch.load(path)), 7), np.float16), overwrite=True)
 
 
 def _four_dimensions(folder: Path) -> None:
     for name in ("hidden_inputs", "hidden_gate_outputs"):
         path = folder / "llama_tiny-Hidden-Features" / name / "layer1" / "0_0.pth"
-        write_plain(path, np.ones((2, 2, 3, 4), np.float16), overwrite=True)
+        write_numbers(path, np.ones((2, 2, 3, 4), np.float16), overwrite=True)
+
+
+def _half_a_layer(folder: Path) -> None:
+    (folder / "llama_tiny-Hidden-Features" / ".states_0").mkdir()
+    (folder / "llama_tiny-Hidden-Features" / "features_0.json").unlink()
+
+
+def _other_weights(folder: Path) -> None:
+    weights = load_file(folder / "llama_tiny" / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, folder / "llama_tiny" / "model.safetensors", {"format": "pt"})
 
 
 def _other_split(folder: Path) -> None:
-    write_plain(folder / "split" / TEMPLATE.format(1), [0, 1, 2, 3] * 5, overwrite=True)
+    write_numbers(folder / "split" / TEMPLATE.format(1), [0, 1, 2, 3] * 5, overwrite=True)
 
 
 def _no_split(folder: Path) -> None:
@@ -150,7 +164,13 @@ def _no_split(folder: Path) -> None:
         (None, ("--num_experts", "8"), "expert 4 is empty"),
         (None, ("--templates", "layers.{}.mlp.up_proj.weight"), "up_proj"),
         (None, ("--gate", "tree"), "--gate='tree' is unknown"),
-        (None, ("--stream",), "reads no features"),
+        (None, ("--stream",), "--hidden_features_path (counts with --hidden_features_path)"),
+        (None, ("--text", "text.txt"), "--text (counts with --stream)"),
+        (None, ("--reservoir", "9", "--ridge_target", "norm"), "--reservoir (counts with --stream), --ridge_target"),
+        (None, ("--mlp_init_criterion", "weight", "--ridge_lambda", "1"), "--ridge_lambda (counts with"),
+        (None, ("--gate", "ridge", "--lr", "1", "--add_noise"), "--lr (counts with --gate mlp or linear), --add_noise"),
+        (_half_a_layer, (), "not finished"),
+        (_other_weights, (), "other weights"),
     ],
 )
 def test_bad_input_leaves_nothing(
@@ -164,6 +184,38 @@ def test_bad_input_leaves_nothing(
     assert main(words(folder, tmp_path / "out", "--specify_layer", "1", *more)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_memory_decides_how_many_processes_and_never_how_many_tokens(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layer = ("--specify_layer", "0")
+    assert main(words(made, tmp_path / "most", *layer, "--max_tokens", "100")) == 0
+    assert "tokens (--max_tokens)" in capsys.readouterr().out
+    nbytes, bytes_of = [], job._layer_bytes
+    monkeypatch.setattr(job, "_layer_bytes", lambda *given: nbytes.append(bytes_of(*given)) or nbytes[-1])
+    assert main(words(made, tmp_path / "roomy", *layer)) == 0
+    for less, code in ((0, 0), (1, 2)):
+        free = SimpleNamespace(available=nbytes[0] - less)
+        monkeypatch.setattr(job.psutil, "virtual_memory", lambda free=free: free)
+        assert main(words(made, tmp_path / str(code), *layer)) == code
+    assert "GB of memory" in capsys.readouterr().err
+    one, two = (gates(tmp_path / out)[TEMPLATE.format(0)] for out in ("roomy", "0"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_stream_knows_its_texts_by_what_they_hold(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(sentences(40, 5)), encoding="utf-8")
+    more = ("--stream", "--gate", "ridge", "--block_size", "32", "--text", str(text), "--specify_layer", "0")
+    assert main(words(made, tmp_path / "out", *more, stored=False)) == 0
+    assert main(words(made, tmp_path / "out", *more, "--batch_size", "2", stored=False)) == 2
+    assert main(words(made, tmp_path / "out", *more, stored=False)) == 0  # it is there
+    text.write_text("\n".join(sentences(40, 6)), encoding="utf-8")
+    assert main(words(made, tmp_path / "out", *more, stored=False)) == 2
+    assert "fitted otherwise" in capsys.readouterr().err
 
 
 def test_other_gates_are_not_replaced(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

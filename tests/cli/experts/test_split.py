@@ -15,7 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from mindformers_ext.cli.experts import main
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.formats import disk
+from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.jobs.experts import layer_pool, run_split
+from mindformers_ext.jobs.experts.dense_model import open_dense
+from mindformers_ext.jobs.experts.metis import graph_bytes
 from mindformers_ext.jobs.experts.splits import open_split
 from tests.helpers.tiny_llama import LAYERS, WIDTH, make_llama
 
@@ -258,8 +262,30 @@ def test_a_graph_split_uses_gpmetis_where_it_is_and_its_own_parts_elsewhere(
     assert (found.labels() != raw).sum() == 24
     program.unlink()
     assert split(model, tmp_path / "metis", *words, "--overwrite") == 0  # its file of parts is of this graph
-    assert "part.4" in json.loads((graph / "gp_split" / "split_meta.json").read_text())["layers"]["0"]["by"]
+    meta = graph / "gp_split" / "split_meta.json"
+    assert "part.4" in json.loads(meta.read_text())["layers"]["0"]["by"]
     assert np.array_equal(open_split(graph, NAME, 0).labels(), found.labels())
+    assert split(model, tmp_path / "metis", *words, "--overwrite", "--seed", 1) == 0  # and of another seed
+    assert json.loads(meta.read_text())["layers"]["0"]["by"] == "spectral"
+    (graph / f"{NAME.format(0)}.part.4").write_text("".join(f"{part}\n" for part in range(4) for _ in range(24)))
+    assert (
+        split(model, tmp_path / "metis", *words, "--overwrite", "--seed", 2) == 0
+    )  # whose parts they are, nobody says
+    assert "part.4" in json.loads(meta.read_text())["layers"]["0"]["by"]
+
+
+def test_the_disk_of_all_graphs_is_asked_for_before(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--method", "graph", "--num_experts", 4, "--hidden_features_path", features(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert split(model, tmp_path / "own", *words) == 0
+    graph = tmp_path / "own" / "llama_tiny-4Expert-Split-Graph-l1_norm"
+    sizes = [(graph / NAME.format(layer)).stat().st_size for layer in range(LAYERS)]
+    assert max(sizes) <= graph_bytes(WIDTH) <= 4 * max(sizes)
+    monkeypatch.setattr(disk, "free_bytes", lambda path: LAYERS * graph_bytes(WIDTH) - 1)
+    assert split(model, tmp_path / "out", *words) == 2
+    assert "make room there" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_gradient_splits_take_importance_by_the_number_of_its_folder(model: Path, tmp_path: Path) -> None:
@@ -286,6 +312,34 @@ def test_gradient_splits_take_importance_by_the_number_of_its_folder(model: Path
     found = open_split(base / "6Experts-2Residuals-12Neurons", NAME, 0, 6)
     assert found.sizes == (12,) * 6 and found.residual_sizes == (12, 12) and found.is_partition
     assert split(model, tmp_path, *words, "--expert_size", 9) == 2
+
+
+def test_importance_that_tells_what_it_is_must_fit(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "scores"
+    for cluster in range(2):
+        (place / str(cluster)).mkdir(parents=True)
+        scores = torch.from_numpy(np.random.default_rng(cluster).random(WIDTH).astype(np.float32))
+        torch.save(scores, place / str(cluster) / f"{NAME.format(0)}.change")
+    reader = open_dense(model).reader
+    about = {"kernel": "l2_norm", "level": "total", "type": "feature_change", "layers": [0]}
+    words = ("--method", "gradient", "--score_file_path", place, "--specify_layer", 0)
+    for more, message in (
+        ({}, "was made with --kernel l2_norm, --accumulate_level total"),
+        ({"kernel": "l1_norm", "level": "sample", "weights": "others"}, "other weights"),
+        ({"kernel": "l1_norm", "level": "sample", "layers": [1]}, "no importance of layer 0"),
+    ):
+        told = {"about": {**about, "weights": fingerprint(reader), **more}}
+        (place / "importance.json").write_text(json.dumps(told))
+        assert split(model, tmp_path / "out", *words) == 2 and message in capsys.readouterr().err
+    (place / "importance.json").unlink()
+    (place / ".sums_0.json").write_text("{}")
+    assert split(model, tmp_path / "out", *words) == 2 and "not finished" in capsys.readouterr().err
+    (place / ".sums_0.json").unlink()
+    assert split(model, tmp_path / "out", *words, "--share_neurons", "--exact") == 2
+    assert "--exact has no effect" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert split(model, tmp_path / "out", *words) == 0
 
 
 def test_a_cluster_that_cannot_be_used_is_told(

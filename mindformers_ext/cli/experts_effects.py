@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that count only beside others, as a table: given where they have no effect, they are refused."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mindformers_ext.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Effect:
+    """When an option counts, and how that is asked for."""
+
+    when: Callable[[argparse.Namespace], bool]
+    text: str
+
+
+def _texts(words: argparse.Namespace) -> bool:
+    return words.text is None and bool(getattr(words, "stream", True))
+
+
+STREAM = Effect(lambda words: words.stream, "--stream")
+STORED = Effect(lambda words: not words.stream, "--hidden_features_path")
+TRAINED = Effect(lambda words: words.gate != "ridge", "--gate mlp or linear")
+RIDGE = Effect(lambda words: words.gate == "ridge", "--gate ridge")
+DAMPED = Effect(lambda words: "ridge" in (words.gate, words.mlp_init_criterion), "--gate or --mlp_init_criterion ridge")
+DOMAINS = Effect(_texts, "--train_data_path")
+SHARE = Effect(lambda words: words.text is None, "--train_data_path or --hidden_features_path")
+NUMBERED = Effect(lambda words: words.device_target != "CPU", "--device_target GPU or Ascend")
+
+CALIBRATION: Mapping[str, Effect] = {
+    "train_data_cache_path": DOMAINS,
+    "domain_weights": DOMAINS,
+    "data_use_percent": DOMAINS,
+    "device_id": NUMBERED,
+}
+SELECT: Mapping[str, Effect] = {
+    **dict.fromkeys(("hidden_features_path", "workers"), STORED),
+    **dict.fromkeys(("reservoir", "train_data_path", "text", "block_size", "batch_size"), STREAM),
+    **dict.fromkeys(("engine", "device_target", "device_id"), STREAM),
+    **dict.fromkeys(("mlp_init_criterion", "use_softmax", "lr", "epochs", "patience"), TRAINED),
+    **dict.fromkeys(("gate_batch_size", "balance_loss_lambda", "add_noise"), TRAINED),
+    **dict.fromkeys(("train_data_cache_path", "domain_weights"), DOMAINS),
+    "data_use_percent": SHARE,
+    "ridge_lambda": DAMPED,
+    "ridge_target": RIDGE,
+}
+
+
+def without_effect(words: argparse.Namespace, stage: Any) -> list[str]:
+    """The options in the table ``EFFECTS`` of a stage's module that are given and do not count."""
+    parser = argparse.ArgumentParser(add_help=False)
+    stage.configure(parser)
+    return [
+        name
+        for name, effect in getattr(stage, "EFFECTS", {}).items()
+        if getattr(words, name) != parser.get_default(name) and not effect.when(words)
+    ]
+
+
+def check_effects(words: argparse.Namespace, stage: Any) -> None:
+    """``UserError`` lists the options that do not count."""
+    found = [f"--{name} (counts with {stage.EFFECTS[name].text})" for name in without_effect(words, stage)]
+    if found:
+        raise UserError(f"{', '.join(found)} would have no effect here: leave it out, or give what it counts with")
