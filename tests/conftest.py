@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 from collections import defaultdict
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from typing import Any
 
 import pytest
 
+# a shell's background job ignores SIGINT, and so would every process that a test interrupts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("GLOG_v", "3")  # MindSpore: errors only; read when it is first imported
 # MindSpore fails to import where a tokenizer has loaded protobuf's C implementation before it.
 os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")

@@ -97,6 +97,10 @@ def _request(arguments: argparse.Namespace) -> ConvertRequest:
     from mindformers_ext.weights.layouts import DENSE, GMM, Layout
 
     source, target, direction = _paths(arguments)
+    if arguments.download and direction != "to_ms":
+        raise UserError(
+            f"--download fetches a Hugging Face model, and '{source}' is a MindSpore checkpoint: leave it out"
+        )
     source = find_folder(source, arguments.download) if direction == "to_ms" else source
     seed_form = arguments.mindspore_ckpt_path == target
     return ConvertRequest(

@@ -9,7 +9,7 @@ from typing import Any
 
 from mindformers_ext.cli.command import Command
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.families import FAMILIES, MIXTRAL, own_families
+from mindformers_ext.core.families import FAMILIES, MIXTRAL, Family, own_families
 from mindformers_ext.core.layers import MoESpec, SharedExpertSpec
 from mindformers_ext.core.spec import ModelSpec
 
@@ -72,9 +72,7 @@ def _spec(arguments: argparse.Namespace) -> ModelSpec:
     row = FAMILIES[arguments.model or MIXTRAL.name]
     if not row.has_experts and any(getattr(arguments, name) is not None for name in EXPERTS):
         raise UserError(f"a {row.name} has no experts: leave out --num_local_experts and --num_experts_per_tok")
-    shared = None
-    if row.shared is not None:
-        shared = SharedExpertSpec(intermediate_size=sizes["intermediate_size"], **row.shared)
+    shared = _shared(row, sizes["intermediate_size"], routing["num_local_experts"], sizes["num_hidden_layers"])
     told = {name: word.default for word in row.words if word.part == "model" for name in word.fields}
     return ModelSpec(
         **sizes,
@@ -85,6 +83,17 @@ def _spec(arguments: argparse.Namespace) -> ModelSpec:
         moe=MoESpec(**{"gate": row.gate, **row.moe, **routing}, shared_expert=shared) if row.has_experts else None,
         family="" if row.implied else row.name,
     )
+
+
+def _shared(row: Family, width: int, experts: int, layers: int) -> SharedExpertSpec | None:
+    """A family's shared experts, as wide as ``width``; where routed ones share it, about as wide as these, each."""
+    if row.shared is None or not row.shares_width:
+        return SharedExpertSpec(intermediate_size=width, **row.shared) if row.shared is not None else None
+    (count,) = (word.default for word in row.words if (word.part, word.field) == ("shared", "num_experts"))
+    own = width - experts * (width // max(experts + count, 1))
+    sizes = tuple(own // count + (place < own % count) for place in range(count))
+    unlike = (sizes,) * layers if len(set(sizes)) > 1 else None
+    return SharedExpertSpec(intermediate_size=own, num_experts=count, expert_sizes=unlike, **row.shared)
 
 
 def _chosen(arguments: argparse.Namespace, name: str, default: int) -> int:

@@ -10,7 +10,7 @@ new way to choose experts is a row of ``GATES`` and a cell in ``ms.moe.gate`` an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -44,13 +44,15 @@ class Family:
     yaml_names: pairs of ``model_config.type`` and ``arch.type`` that mean it in a YAML, the one to write first.
     has_experts: whether some layers are mixtures.
     implied: whether experts, or their absence, mean this family where nothing is named.
+    variant_of: a family whose ``model_type`` and class its ``config.json`` is written with, and ``variant_key`` the key
+        that tells it there by a number. Its own ``name`` and ``hf_class`` are read too.
     reads_as: a family of the same tensors and formulas under which it is known here without a window; "" for itself.
     defaults: of transformers' configuration class, by ``ModelSpec`` field (= key); None: derived from other keys.
     words: further keys.
     says: keys that change the function, each with the one value that is built; written, and read where it stands.
     model, moe, shared: what the family's name fixes of each spec, by field.
     weighs_loss: whether ``router_aux_loss_coef`` weighs a loss of its routing.
-    shares_width: whether its experts are parts of one layer as wide as ``intermediate_size``.
+    shares_width: whether its experts, the shared ones too, are parts of one layer as wide as ``intermediate_size``.
     chooses_layers: whether ``decoder_sparse_step`` and ``mlp_only_layers`` make layers dense.
     windowed: whether it has ``sliding_window``: in all layers, or where ``mixes_windows`` in those that ``layer_types``
         or ``max_window_layers`` name. ``window``: its default; ``window_switch`` a key without which it has no effect.
@@ -63,6 +65,8 @@ class Family:
     has_experts: bool = False
     implied: bool = False
     reads_as: str = ""
+    variant_of: str = ""
+    variant_key: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     words: tuple[ConfigWord, ...] = ()
     says: Mapping[str, Any] = field(default_factory=dict)
@@ -225,12 +229,23 @@ QWEN3_MOE = Family(
     tokenizer=_QWEN_TOKENS,
 )
 # the feed-forward of a LLaMA cut into experts (Zhu et al. 2024, arXiv:2406.16554)
+_CUT: dict[str, Any] = {
+    "has_experts": True,
+    "defaults": {**_LLAMA, "pad_token_id": 0},
+    "moe": {"norm_topk_prob": False},  # the gate's own softmax is over the chosen alone
+    "weighs_loss": False,
+    "shares_width": True,
+    "tokenizer": _LLAMA_TOKENS,
+}
+_CUT_SAYS = {
+    "gate_type": "TopKBalancedNoisyGate",
+    "calculator_type": "UniversalCalculator",
+    "add_weight_norm": False,
+}
 LLAMA_MOE = Family(
     name="llama_moe",
     hf_class="LlamaMoEForCausalLM",
     yaml_names=(("LlamaMoEConfig", "LlamaMoEForCausalLM"),),
-    has_experts=True,
-    defaults={**_LLAMA, "pad_token_id": 0},
     words=(
         ConfigWord("num_experts", "moe", "num_local_experts", "int", 16),
         ConfigWord("num_selects", "moe", "num_experts_per_tok", "int", 4),
@@ -245,20 +260,35 @@ LLAMA_MOE = Family(
         ConfigWord("score_scale_factor", "moe", "score_scale_factor", "factors", 1.0),
         ConfigWord("size_experts", "moe", "expert_sizes", "sizes", None),
     ),
-    says={
-        "gate_type": "TopKBalancedNoisyGate",
-        "calculator_type": "UniversalCalculator",
-        "add_weight_norm": False,
-        "num_experts_residual": 0,
-    },
-    moe={"norm_topk_prob": False},  # the gate's own softmax is over the chosen alone
-    weighs_loss=False,
-    shares_width=True,
-    tokenizer=_LLAMA_TOKENS,
+    says={**_CUT_SAYS, "num_experts_residual": 0},
+    **_CUT,
+)
+_RESIDUAL = (
+    ConfigWord("num_experts_residual", "shared", "num_experts", "int", 2),
+    ConfigWord("intermediate_size_residual", "shared", "intermediate_size", "int", None),
+    ConfigWord("size_experts_residual", "shared", "expert_sizes", "sizes", None),
+    ConfigWord("gate_use_softmax_residual", "shared", "gate_use_softmax", "bool", True),
+    ConfigWord("multiply_gate_scores_residual", "shared", "multiply_gate_scores", "bool", True),
+    ConfigWord("score_scale_factor_residual", "shared", "scale", "factors", 1.0),
+    ConfigWord("use_weighting", "shared", "use_weighting", "bool", False),
+)
+_SIZES = {"num_experts": 14, "num_selects": 2}
+# the same with some of the experts passed by every token
+LLAMA_MOE_RESIDUAL = Family(
+    name="llama_moe_residual",
+    hf_class="LlamaMoEResidualForCausalLM",
+    yaml_names=(("LlamaMoEResidualConfig", "LlamaMoEResidualForCausalLM"),),
+    variant_of=LLAMA_MOE.name,
+    variant_key=_RESIDUAL[0].key,
+    words=(*(replace(word, default=_SIZES.get(word.key, word.default)) for word in LLAMA_MOE.words), *_RESIDUAL),
+    says=_CUT_SAYS,
+    shared={"weighs_each": True},
+    **_CUT,
 )
 
 FAMILIES: dict[str, Family] = {
-    row.name: row for row in (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, LLAMA_MOE)
+    row.name: row
+    for row in (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, LLAMA_MOE, LLAMA_MOE_RESIDUAL)
 }
 
 # MindFormers' name for any LLaMA-shaped network: with experts, or where MindFormers' own does not run, it means ours.
@@ -284,6 +314,11 @@ GATES: dict[str, tuple[GateWeight, ...]] = {
 }
 # Those that keep the logits of the best K alone, have a balance loss of their own and are trained with noise.
 NOISY_GATES = ("mlp_noisy", "linear_noisy")
+
+
+# What weighs shared experts, one row each; and routed experts beside shared ones.
+SHARED_GATE, RESIDUAL_GATE = GateWeight("weight", "R D"), GateWeight("weight", "R D", "zeros")
+WEIGHTING = GateWeight("weight", "2 D")
 
 
 def register_family(family: Family) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.families import GATES, NOISY_GATES
 
+Sizes = tuple[tuple[int, ...], ...]  # by layer, of each expert
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
 # every other word for them: MindFormers', torch's, the command lines' of both
 DTYPE_WORDS = {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
@@ -42,6 +43,13 @@ _QUIET_WORDS = (
     "z_loss_factor",
     "balance_via_topk_bias",
 )
+# Fields of ``SharedExpertSpec`` that mean something where ``weighs_each`` alone, and their words in files.
+RESIDUAL_WORDS = {
+    "gate_use_softmax": "gate_use_softmax_residual",
+    "multiply_gate_scores": "multiply_gate_scores_residual",
+    "expert_sizes": "size_experts_residual",
+    "use_weighting": "use_weighting",
+}
 # The points of a dense layer at which a probe looks, in the order in which they are computed, and their widths:
 # D model, F feed-forward (core/parameters.py).
 POINTS = {
@@ -64,11 +72,16 @@ def dtype_name(word: object) -> str | None:
 
 def expert_sizes_told(moe: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
     """``expert_sizes`` of ``MoESpec`` from its read fields and the model's: None where they say what goes unsaid."""
-    sizes, experts, layers = moe.get("expert_sizes"), moe["num_local_experts"], model["num_hidden_layers"]
-    if sizes is None or len(sizes) != layers or any(len(layer) != experts for layer in sizes):
-        return {"expert_sizes": sizes}
-    alike = {size * experts for layer in sizes for size in layer} == {model["intermediate_size"]}
-    return {"expert_sizes": None if alike else sizes}
+    shared: SharedExpertSpec | None = moe.get("shared_expert")
+    width = model["intermediate_size"] - (shared.intermediate_size if shared else 0)
+    return {"expert_sizes": told_sizes(moe.get("expert_sizes"), moe["num_local_experts"], width, model)}
+
+
+def told_sizes(sizes: Sizes | None, experts: int, width: int, model: Mapping[str, Any]) -> Sizes | None:
+    """Sizes of the experts of every layer, None where all are ``width / experts``; wrong ones as they are."""
+    if sizes is None or len(sizes) != model["num_hidden_layers"] or any(len(layer) != experts for layer in sizes):
+        return sizes
+    return None if {size * experts for layer in sizes for size in layer} == {width} else sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,14 +110,52 @@ class DenseSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class SharedExpertSpec:
-    """An expert beside the routed ones that every token passes (DeepSeekMoE, arXiv:2401.06066, section 3.2).
+    """Experts beside the routed ones that every token passes (DeepSeekMoE, arXiv:2401.06066, section 3.2), held as one
+    of ``intermediate_size``. Its output is multiplied by ``scale`` and, where ``gated``, by the sigmoid of a token's
+    logit (Qwen2-MoE).
 
-    Its output is multiplied by ``scale`` and, where ``gated``, by the sigmoid of one logit per token (Qwen2-MoE).
+    ``weighs_each``: LLaMA-MoE's residual experts (arXiv:2406.16554). Each of the ``num_experts`` is multiplied by its
+    score of a linear gate, the softmax over them or with ``gate_use_softmax`` off the logit, and by ``scale`` (one, or
+    one per layer); with ``multiply_gate_scores`` off by nothing. ``expert_sizes``: per layer, None where all are alike.
+    ``use_weighting``: routed experts and these are weighed by the softmax of two logits per token, not added up.
     """
 
     intermediate_size: int
     gated: bool = False
-    scale: float = 1.0
+    scale: float | tuple[float, ...] = 1.0
+    weighs_each: bool = False
+    num_experts: int = 1
+    expert_sizes: Sizes | None = None
+    gate_use_softmax: bool = True
+    multiply_gate_scores: bool = True
+    use_weighting: bool = False
+
+    def scale_of(self, layer: int) -> float:
+        """``scale`` of one layer."""
+        return self.scale[layer] if isinstance(self.scale, tuple) else self.scale
+
+    def sizes_of(self, layer: int) -> tuple[int, ...]:
+        """Widths of the experts of one layer."""
+        if self.expert_sizes:
+            return self.expert_sizes[layer]
+        return (self.intermediate_size // self.num_experts,) * self.num_experts
+
+    def at(self, layer: int) -> SharedExpertSpec:
+        """The same of one layer alone, which is then layer 0."""
+        sizes = (self.sizes_of(layer),) if self.expert_sizes else None
+        return replace(self, scale=self.scale_of(layer), expert_sizes=sizes)
+
+    def collect(self, problems: Problems) -> None:
+        """Add every broken rule of this spec to ``problems``."""
+        problems.positive("shared_expert_intermediate_size", self.intermediate_size)
+        problems.positive("shared_expert_num (num_experts_residual)", self.num_experts)
+        if self.weighs_each and self.gated:
+            problems.add("use_shared_expert_gating=True", "each shared expert has its own score here: leave it out")
+        defaults = {item.name: item.default for item in fields(self)}
+        for name, word in RESIDUAL_WORDS.items() if not self.weighs_each else ():
+            if getattr(self, name) != defaults[name]:
+                said = f"{word}={getattr(self, name)!r} of a shared expert"
+                problems.add(f"{said} has no effect", "leave it out: it belongs to LLaMA-MoE's residual experts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +211,7 @@ class MoESpec:
     multiply_gate_scores: bool = True
     score_scale_factor: float | tuple[float, ...] = 1.0
     load_compat: str = "correct"
-    expert_sizes: tuple[tuple[int, ...], ...] | None = None
+    expert_sizes: Sizes | None = None
     shared_expert: SharedExpertSpec | None = None
 
     @property
@@ -197,7 +248,7 @@ class MoESpec:
         if self.intermediate_size is not None:
             problems.positive("moe_intermediate_size", self.intermediate_size)
         if self.shared_expert:
-            problems.positive("shared_expert_intermediate_size", self.shared_expert.intermediate_size)
+            self.shared_expert.collect(problems)
         problems.one_of("topk_method", self.topk_method, TOPK_METHODS)
         problems.one_of("router_dense_type", self.router_dtype, DTYPE_NAMES)
         problems.one_of("aux_loss_reduce", self.aux_loss_reduce, AUX_LOSS_REDUCTIONS)

@@ -5,8 +5,8 @@ Placement, memory, traffic and initial weights are computed from it; conversion 
 against it by tests. Names are MindFormers' (r1.3 to r1.7, and its feed-forward with shared experts). Dimensions are
 products of size letters:
 
-    V vocabulary    D model    F dense feed-forward    M routed expert    U shared expert
-    E experts       H heads    N key/value heads       P head width       1
+    V vocabulary    D model    F dense feed-forward    M routed expert    U shared experts together
+    E experts       H heads    N key/value heads       P head width       R shared experts, each S wide    1 2
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from mindformers_ext.core.families import GATES
+from mindformers_ext.core.families import GATES, RESIDUAL_GATE, SHARED_GATE, WEIGHTING, GateWeight
 from mindformers_ext.core.layers import AttentionSpec, LayerSpec, MoESpec
 from mindformers_ext.core.spec import ModelSpec
 
@@ -79,18 +79,23 @@ def swiglu_rows(prefix: str, width: str, bias: bool = False) -> Iterator[WeightR
 
 
 def mixture_rows(spec: MoESpec) -> Iterator[WeightRow]:
-    """Gate, routed experts, and the shared one."""
+    """Gate, routed experts, and the shared ones."""
     start = "feed_forward." + (ROUTED if spec.shared_expert else "")
-    for weight in GATES[spec.gate]:
-        cut = " ".join("-" for _ in weight.dims.split())
-        yield WeightRow(f"{start}router.{weight.name}", weight.dims, cut, weight.init, fixed=True)
+    yield from (_gate_row(f"{start}router.", weight) for weight in GATES[spec.gate])
     yield WeightRow(f"{start}ffn.w1.weight", "E M D", "ep mp -")
     yield WeightRow(f"{start}ffn.w2.weight", "E D M", "ep - mp")
     yield WeightRow(f"{start}ffn.w3.weight", "E M D", "ep mp -")
     if spec.shared_expert:
         yield from swiglu_rows("feed_forward.shared_experts.", "U")
-        if spec.shared_expert.gated:
-            yield WeightRow("feed_forward.shared_experts_gate.weight", "1 D", "- -", fixed=True)
+        if spec.shared_expert.gated or spec.shared_expert.weighs_each:
+            gate = RESIDUAL_GATE if spec.shared_expert.weighs_each else SHARED_GATE
+            yield _gate_row("feed_forward.shared_experts_gate.", gate)
+        if spec.shared_expert.use_weighting:
+            yield _gate_row("feed_forward.weighting.", WEIGHTING)
+
+
+def _gate_row(start: str, weight: GateWeight) -> WeightRow:
+    return WeightRow(start + weight.name, weight.dims, " ".join("-" for _ in weight.dims.split()), weight.init, True)
 
 
 def layer_rows(layer: LayerSpec) -> Iterator[WeightRow]:
@@ -134,7 +139,9 @@ def size_letters(model: ModelSpec) -> dict[str, int]:
     if model.moe:
         letters |= {"E": model.moe.num_local_experts, "M": model.expert_size}
         if model.moe.shared_expert:
-            letters["U"] = model.moe.shared_expert.intermediate_size
+            shared = model.moe.shared_expert
+            letters |= {"U": shared.intermediate_size, "R": shared.num_experts}
+            letters["S"] = shared.intermediate_size // shared.num_experts
     return letters
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.families import FAMILIES, Family, implied_family
-from mindformers_ext.core.layers import DTYPE_NAMES, AttentionSpec, DenseSpec, LayerSpec, MoESpec
+from mindformers_ext.core.layers import DTYPE_NAMES, AttentionSpec, DenseSpec, LayerSpec, MoESpec, Sizes
 from mindformers_ext.core.layers import (
     SharedExpertSpec as SharedExpertSpec,
 )
@@ -102,12 +102,18 @@ class ModelSpec:
         return tuple(index for index in layers if index not in self.dense_layers)
 
     @property
+    def routed_width(self) -> int:
+        """Width of a layer's routed experts together where all experts are parts of ``intermediate_size``."""
+        shared = self.moe.shared_expert if self.moe else None
+        return self.intermediate_size - (shared.intermediate_size if shared else 0)
+
+    @property
     def expert_size(self) -> int:
         """Width of a routed expert; of the feed-forward layer in a dense model."""
         if self.moe and self.moe.expert_sizes:
             return max(map(max, self.moe.expert_sizes))
         if self.moe and self.family_row.shares_width:
-            return self.intermediate_size // self.moe.num_local_experts
+            return self.routed_width // self.moe.num_local_experts
         return (self.moe.intermediate_size if self.moe else None) or self.intermediate_size
 
     @property
@@ -140,16 +146,19 @@ class ModelSpec:
         )
         if self.moe is None or index in self.dense_layers:
             return LayerSpec(attention, DenseSpec(intermediate_size=self.intermediate_size, bias=self.mlp_bias))
-        moe = replace(self.moe, intermediate_size=self.expert_size, expert_sizes=None)
+        shared = self.moe.shared_expert.at(index) if self.moe.shared_expert else None
+        moe = replace(self.moe, intermediate_size=self.expert_size, expert_sizes=None, shared_expert=shared)
         return LayerSpec(attention, replace(moe, score_scale_factor=self.moe.scale_of(index)))
 
     def collect(self, problems: Problems) -> None:
         """Add every broken rule of this spec, experts included, to ``problems``."""
         for name, most in LARGEST.items():
             problems.positive(name, getattr(self, name), most)
-        if self.moe and self.num_hidden_layers * self.moe.num_local_experts > MOST_EXPERTS:
+        experts = self.moe.num_local_experts if self.moe else 0
+        experts += self.moe.shared_expert.num_experts if self.moe and self.moe.shared_expert else 0
+        if self.num_hidden_layers * experts > MOST_EXPERTS:
             problems.add(
-                f"{self.num_hidden_layers} layers of {self.moe.num_local_experts} experts (expert_num)",
+                f"{self.num_hidden_layers} layers of {experts} experts (expert_num, shared_expert_num)",
                 f"at most {MOST_EXPERTS} experts of all layers together are built",
             )
         problems.divides(
@@ -189,19 +198,48 @@ class ModelSpec:
             )
 
     def _collect_factors(self, moe: MoESpec, problems: Problems) -> None:
-        layers, width, sizes = self.num_hidden_layers, self.intermediate_size, moe.expert_sizes
-        factors = moe.score_scale_factor if isinstance(moe.score_scale_factor, tuple) else ()
-        if factors and len(factors) != layers:
-            problems.add(f"score_scale_factor has {len(factors)} values", f"give one, or one per layer ({layers})")
-        if sizes is not None:
-            odd = [layer for layer in sizes if len(layer) != moe.num_local_experts or min(layer) < 1]
-            if odd or len(sizes) != layers or any(sum(layer) != width for layer in sizes):
-                problems.add(
-                    f"size_experts={[list(layer) for layer in sizes]}",
-                    f"give a list per layer ({layers}) of {moe.num_local_experts} sizes whose sum is {width}",
-                )
-        elif self.family in FAMILIES and self.family_row.shares_width and moe.num_local_experts > 0:
-            problems.divides("intermediate_size", width, "num_experts (expert_num)", moe.num_local_experts)
+        """What is said per layer, and what the widths of experts add up to."""
+        shared = moe.shared_expert or SharedExpertSpec(intermediate_size=0)
+        for name, value in (
+            ("score_scale_factor", moe.score_scale_factor),
+            ("shared_expert_scale (score_scale_factor_residual)", shared.scale),
+        ):
+            if isinstance(value, tuple) and len(value) != self.num_hidden_layers:
+                wanted = f"give one, or one per layer ({self.num_hidden_layers})"
+                problems.add(f"{name} has {len(value)} values", wanted)
+        shares = self.family in FAMILIES and self.family_row.shares_width
+        if shares and self.routed_width < 1:
+            problems.add(
+                f"shared experts of {shared.intermediate_size} neurons (shared_expert_intermediate_size, "
+                f"intermediate_size_residual) of a layer of intermediate_size={self.intermediate_size}",
+                "they are part of it: leave some to the routed experts",
+            )
+            return
+        beside = " without the shared experts" if moe.shared_expert else ""
+        routed = ("num_experts (expert_num)", moe.num_local_experts)
+        widths = ("intermediate_size" + beside, self.routed_width if shares else self.intermediate_size)
+        if shares or moe.expert_sizes is not None:
+            self._collect_sizes("size_experts", moe.expert_sizes, widths, routed, problems)
+        if shared.weighs_each:
+            widths = ("shared_expert_intermediate_size", shared.intermediate_size)
+            always = ("shared_expert_num (num_experts_residual)", shared.num_experts)
+            self._collect_sizes("size_experts_residual", shared.expert_sizes, widths, always, problems)
+
+    def _collect_sizes(
+        self, word: str, sizes: Sizes | None, widths: tuple[str, int], experts: tuple[str, int], problems: Problems
+    ) -> None:
+        """Experts that share a width: alike, or of the sizes that a list tells for every layer."""
+        layers, (name, width), (_, count) = self.num_hidden_layers, widths, experts
+        if sizes is None:
+            if count > 0:
+                problems.divides(name, width, *experts)
+            return
+        odd = [layer for layer in sizes if len(layer) != count or min(layer) < 1]
+        if odd or len(sizes) != layers or any(sum(layer) != width for layer in sizes):
+            problems.add(
+                f"{word}={[list(layer) for layer in sizes]}",
+                f"give a list per layer ({layers}) of {count} sizes whose sum is {width}",
+            )
 
     def _collect_family(self, problems: Problems) -> None:
         if self.family:
@@ -236,6 +274,8 @@ class ModelSpec:
             found += [("moe", "gate", self.moe.gate, wanted[0])]
             found += [("moe", "intermediate_size", self.moe.intermediate_size, wanted[1])]
             found += [("shared", "shared_expert", self.moe.shared_expert is not None, row.shared is not None)]
+            each = bool(self.moe.shared_expert and self.moe.shared_expert.weighs_each)
+            found += [("shared", "weighs_each", each, bool((row.shared or {}).get("weighs_each")))]
         if not row.chooses_layers:
             found += [("model", "dense_layers", self.dense_layers, ())]
         for part, name, value, fixed in found:

@@ -65,6 +65,16 @@ def write_text(path: Path, text: str) -> None:
     flush(path.parent)
 
 
+def put_link(path: Path, target: Path) -> None:
+    """A link to ``target`` in place of an older one. Several processes, of several machines, may do so at once."""
+    beside = _hidden(path, "link")
+    beside.symlink_to(target)
+    try:
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 @contextmanager
 def fresh_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a folder to fill; on success it becomes ``path``, on an exception it is removed.

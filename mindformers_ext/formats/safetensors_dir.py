@@ -15,6 +15,7 @@ from mindformers_ext.core.json_text import TABLES, read_object
 from mindformers_ext.formats.safetensors_file import SafetensorsFile, SafetensorsFileWriter
 from mindformers_ext.formats.tensors import Array, Index, TensorInfo
 
+CONFIG = "config.json"  # of the model whose weights a folder holds
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 

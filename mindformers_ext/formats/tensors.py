@@ -67,6 +67,13 @@ def as_array(value: object) -> Array:
     return np.asarray(value)
 
 
+class Reader(TensorReader, Protocol):
+    """A reader that is closed after use."""
+
+    def close(self) -> None:
+        """Let go of the files."""
+
+
 class MappingReader:
     """A ``TensorReader`` over arrays in memory. Reading copies, so results never alias the source."""
 

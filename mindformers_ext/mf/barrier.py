@@ -26,5 +26,5 @@ def use_cpu_barrier() -> None:
     comm_func.barrier = cpu_barrier
     for name, module in list(sys.modules.items()):
         if name.startswith("mindformers.") and getattr(module, "barrier", None) is original:
-            module.barrier = cpu_barrier  # type: ignore[attr-defined]
+            vars(module)["barrier"] = cpu_barrier
     logger.info("The CPU has no Barrier: ranks wait for each other by an AllReduce.")

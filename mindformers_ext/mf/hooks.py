@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import mindspore as ms
 import numpy as np
 from mindformers.tools.utils import get_real_rank
 from mindspore import Parameter, Tensor, nn
@@ -73,9 +72,14 @@ class HookCallback(Callback):
 class DropoutSeeds(HookCallback):
     """``AdapterDropout`` between MindFormers' steps, for networks that have such seeds."""
 
+    def __init__(self, seed: int) -> None:
+        """``seed``: the run's."""
+        super().__init__()
+        self.seed = seed
+
     def make(self, model: nn.Cell) -> list[TrainHook]:
         """The hook, if the network has seeds."""
         if DROPOUT_SEED not in self.parameters:
             return []
         seeds = self.parameters[DROPOUT_SEED].asnumpy()
-        return [AdapterDropout(int(ms.get_seed() or 0), get_real_rank(), {DROPOUT_SEED: seeds})]
+        return [AdapterDropout(self.seed, get_real_rank(), {DROPOUT_SEED: seeds})]

@@ -12,7 +12,6 @@ from mindformers.tools.utils import get_output_root_path, get_real_rank
 from mindspore import Parameter, nn
 
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.core.stages import layer_stage
 from mindformers_ext.jobs.run.metrics_file import MetricsFile, StageLoad
 from mindformers_ext.jobs.train.hooks import LoadLog, TrainHook, load_lines
 from mindformers_ext.mf.hooks import HookCallback
@@ -63,14 +62,9 @@ class StageLoads:
     """
 
     def __init__(self, spec: NetworkSpec, parameters: Mapping[str, Parameter], first: int) -> None:
-        parallel, layers, rank = spec.parallel, spec.model.num_hidden_layers, get_real_rank()
-        stages = parallel.pipeline_stage
-        self.stage = rank * stages // parallel.device_num
-        self.layers = [
-            layer
-            for layer in spec.model.moe_layers
-            if layer_stage(layer, layers, stages, parallel.pp_interleave_num) == self.stage
-        ]
+        rank = get_real_rank()
+        self.stage = rank * spec.parallel.pipeline_stage // spec.parallel.device_num
+        self.layers = [layer for layer in spec.model.moe_layers if spec.layer_stage(layer) == self.stage]
         named = {f"model.layers.{layer}.{KEPT}" for layer in self.layers}
         self.held = [item for name, item in parameters.items() if name in named]
         self.before: list[np.ndarray] = [np.zeros(item.shape[-1], np.int32) for item in self.held]

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import mindspore as ms
 from mindformers.core.context import build_context
 from mindformers.tools.logger import get_logger, logger
 from mindformers.tools.register import MindFormerConfig
 from mindformers.trainer import Trainer
 from mindformers.utils.file_utils import set_output_path
 
+from mindformers_ext.core.config.keys import SHARDED_MODES
 from mindformers_ext.core.config.lora import lora_from_yaml
 from mindformers_ext.core.config.run import CPU, TRAINING, run_spec_from_yaml
 from mindformers_ext.core.errors import UserError
@@ -51,6 +53,7 @@ def run(config: Mapping[str, Any], checked: CheckedRun | None = None) -> Any:
         _merge_once(checked.merge, checked.build.network, checked.run.use_parallel)
     if asked.base:
         full[BASE] = asked.base
+    seed_draws(asked.seed)
     trainer = Trainer(full)
     mode = full.run_mode
     if mode in TRAINING:
@@ -67,6 +70,13 @@ def run(config: Mapping[str, Any], checked: CheckedRun | None = None) -> Any:
     )
     _keep_texts(result, Path(full.output_dir) / "sample.txt")
     return result
+
+
+def seed_draws(seed: int) -> None:
+    """The global seed, which MindFormers leaves unset where it is 0. On a cluster it is left alone: MindSpore would
+    start all slices of one shape from the same values."""
+    if ms.get_auto_parallel_context("parallel_mode") not in SHARDED_MODES:
+        ms.set_seed(seed)
 
 
 def prepare(config: Mapping[str, Any], checked: CheckedRun | None = None, native: bool = False) -> MindFormerConfig:

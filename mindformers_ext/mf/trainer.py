@@ -18,6 +18,7 @@ from mindformers.tools.utils import get_output_root_path, get_real_rank
 from mindformers.trainer.causal_language_modeling import CausalLanguageModelingTrainer
 from mindspore import nn
 
+from mindformers_ext.core.config.keys import SHARDED_MODES
 from mindformers_ext.core.config.lora import BESIDE_BASE
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.plain_file import AFRESH, open_plain
@@ -47,7 +48,6 @@ STAND_INS = {
     "MoEDropRateCallback": MoELoadMonitor,
 }
 BASE = "adapter_base"  # our key in MindFormers' configuration: RunSpec.base
-SHARDED = ("semi_auto_parallel", "auto_parallel")
 
 
 class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
@@ -99,7 +99,7 @@ class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
             words.type = PortablePipelineStepCell.__name__
             logger.info("MFPipelineWithLossScaleCell becomes %s: the clipping norm tells overflow", words.type)
         if is_ours and self.config.resume_training and real_model(network).adapted:
-            fill_base(real_model(network), self.config.get(BASE))
+            fill_base(real_model(network), self.config.get(BASE), seed_of(self.config))
         if is_ours and not real_model(network).causal_lm.model.reports and self._shows_load():
             real_model(network).causal_lm.keep_reports()
         wrapper = super().create_model_wrapper(network, optimizer)
@@ -113,7 +113,7 @@ class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
 
     def _feed_noise(self, wrapper: nn.Cell, spec: NetworkSpec) -> None:
         """Gates that add noise get it from the train step, which has to be one of ours."""
-        noise = noise_of(spec, int(self.config.seed or 0), get_real_rank())
+        noise = noise_of(spec, seed_of(self.config), get_real_rank())
         if noise is None:
             return
         if not isinstance(wrapper, NoiseFed):
@@ -123,14 +123,13 @@ class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
             )
         wrapper.noise = noise
 
-    @staticmethod
-    def sort_callbacks(default_callbacks: list[Any]) -> list[Any]:
+    def sort_callbacks(self, default_callbacks: list[Any]) -> list[Any]:
         """MindFormers' order, with hooks before the checkpoint, which holds what they set for the next step."""
         found = CausalLanguageModelingTrainer.sort_callbacks(default_callbacks)
         hooks = [item for item in found if isinstance(item, HookCallback)]
         others = [item for item in found if not isinstance(item, HookCallback)]
         place = next((i for i, item in enumerate(others) if isinstance(item, CheckpointMonitor)), len(others))
-        return [*others[:place], *hooks, DropoutSeeds(), *others[place:]]
+        return [*others[:place], *hooks, DropoutSeeds(seed_of(self.config)), *others[place:]]
 
     def _shows_load(self) -> bool:
         return any(
@@ -140,7 +139,7 @@ class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
     def _step_accumulates(self) -> bool:
         wrapper = self.config.runner_wrapper
         ours = wrapper is not None and wrapper.type == "PortableTrainOneStepCell"
-        return ours and ms.get_auto_parallel_context("parallel_mode") not in SHARDED
+        return ours and ms.get_auto_parallel_context("parallel_mode") not in SHARDED_MODES
 
     def _resume_file(self) -> Path | None:
         path = Path(self.config.checkpoint.load_path)
@@ -151,13 +150,18 @@ class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
         return checkpoint_file(rank if rank.is_dir() else path)
 
 
-def fill_base(network: PortableLlamaForCausalLM, base: str | None) -> None:
-    """Weights below adapters: from ``base``, or the first ones of the seed; a checkpoint holds the adapters alone."""
+def seed_of(config: Any) -> int:
+    """``RunSpec.seed`` of MindFormers' configuration: without a seed it is 0."""
+    return int(config.seed or 0)
+
+
+def fill_base(network: PortableLlamaForCausalLM, base: str | None, seed: int) -> None:
+    """Weights below adapters: from ``base``, or the first ones of ``seed``; a checkpoint holds the adapters alone."""
     if base:
         with closing(open_weights(Path(base), network.spec.model)) as weights:
             fill(network.causal_lm, weights.plan.run(weights.reader), optional=BESIDE_BASE)
     else:  # MindFormers has built this network without any
-        ms.set_seed(ms.get_seed())
+        ms.set_seed(seed)
         first = build_causal_lm(network.spec)
         first.init_parameters_data()
         drawn = ((item.name, item.asnumpy()) for item in first.get_parameters())

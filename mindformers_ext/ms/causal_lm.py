@@ -15,7 +15,6 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.core.stages import layer_stage
 from mindformers_ext.ms.attention import Linear, rotary_tables
 from mindformers_ext.ms.kept_reports import kept_reports, name_reports
 from mindformers_ext.ms.layer import Layer
@@ -130,7 +129,7 @@ class Decoder(nn.Cell):
             aux_scale *= 2.0  # see AddLosses
         self.seq_length = spec.seq_length
         self.tok_embeddings = shards.stage(TokenEmbedding(spec), 0)
-        stages = [layer_stage(index, layers, shards.stages, shards.interleave) for index in range(layers)]
+        stages = [spec.layer_stage(index) for index in range(layers)]
         self.layers = nn.CellList(
             [shards.stage(Layer(spec, model.layer(index), operators), stage) for index, stage in enumerate(stages)]
         )

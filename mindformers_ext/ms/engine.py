@@ -112,7 +112,7 @@ class MindSporeEngine:
                     f"{spec.parallel.model_parallel}: set parallel_config.model_parallel"
                 )
             with no_init_parameters():
-                cell = build_part(spec, self.count)
+                cell = build_part(spec, self.count, self.rank)
             parts = {item.name: item for item in parted_parameters(spec, self.count)}
             return MindSporeNetwork(cell, parts, self.rank, self.count)
         if empty:

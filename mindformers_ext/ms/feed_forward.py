@@ -48,9 +48,13 @@ class SwiGlu(nn.Cell):
         self.w3 = Linear(hidden, width, std, dtype, shards, "project in", bias)
         self.swiglu = shards.local(operators.build(operators.swiglu), "feed forward")
 
+    def hidden(self, x_TD: Tensor) -> Tensor:
+        """What enters w2 (T, F)."""
+        return self.swiglu(self.w1(x_TD), self.w3(x_TD))
+
     def product(self, x_TD: Tensor) -> Tensor:
         """The output alone."""
-        return self.w2(self.swiglu(self.w1(x_TD), self.w3(x_TD)))
+        return self.w2(self.hidden(x_TD))
 
     def construct(self, x_TD: Tensor, noise_TE: Tensor | None = None) -> FeedForwardOutput:
         return self.product(x_TD), None, None

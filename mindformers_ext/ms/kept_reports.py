@@ -9,7 +9,6 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.core.stages import layer_stage
 from mindformers_ext.ms.strategies import Shards
 
 KEPT = "kept_report"  # the parameters' names end so
@@ -63,9 +62,8 @@ def kept_reports(spec: NetworkSpec) -> nn.CellList:
     cells: list[nn.Cell] = []
     for index in range(model.num_hidden_layers):
         moe = model.layer(index).moe
-        stage = layer_stage(index, model.num_hidden_layers, shards.stages, shards.interleave)
         kept = KeptReport(spec, shards, index, moe.num_local_experts) if moe else PassedReport()
-        cells.append(shards.stage(kept, stage))
+        cells.append(shards.stage(kept, spec.layer_stage(index)))
     return nn.CellList(cells)
 
 

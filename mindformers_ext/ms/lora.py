@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import mindspore as ms
 import mindspore.ops.operations as P
@@ -30,6 +32,14 @@ KINDS = {"wo": "out", "w2": "out", "lm_head": "head"}
 INIT_STD = 0.01  # of A, as MindFormers' 'normal'; B starts at zero, so that training starts from the base network
 
 
+@dataclass(frozen=True)
+class Seeds:
+    """``held``: of every adapted layer's dropout (layers), int32. ``dropout`` makes the operator that takes one."""
+
+    held: Parameter
+    dropout: Callable[[float], nn.Cell]
+
+
 class LoraLinear(nn.Cell):
     """W x + scale * B A dropout(x). Input (T, in), output (T, out); W is the adapted layer's own, and stays as it is.
 
@@ -38,11 +48,11 @@ class LoraLinear(nn.Cell):
         name: its name in the network.
         lora: rank, scale, dropout.
         shards: the network's strategies.
-        seeds: of every adapted layer's dropout, where the device's operator takes one; ``place``: which is this one's.
+        seeds: what dropout follows from, None where MindSpore's own is taken; ``place``: which seed is this one's.
     """
 
     def __init__(
-        self, linear: Linear, name: str, lora: LoraSpec, shards: Shards, seeds: Parameter | None, place: int
+        self, linear: Linear, name: str, lora: LoraSpec, shards: Shards, seeds: Seeds | None, place: int
     ) -> None:
         super().__init__(auto_prefix=False)
         self.linear = linear
@@ -53,9 +63,9 @@ class LoraLinear(nn.Cell):
         self.scale = Tensor(lora.scale, ms.float32)
         self.drops = lora.dropout > 0
         cut = _Cut(shards, LAYOUTS[KINDS.get(name.rpartition(".")[2], "in")])
-        self.seeds, self.place = seeds, place
-        seeded, keep = select_operators().dropout, 1.0 - lora.dropout
-        self.dropout = cut.rows(P.Dropout(keep_prob=keep), "x") if seeds is None or seeded is None else seeded(keep)
+        self.seeds, self.place = seeds.held if seeds else None, place
+        keep = 1.0 - lora.dropout
+        self.dropout = seeds.dropout(keep) if seeds else cut.rows(P.Dropout(keep_prob=keep), "x")
         self.narrow = cut(P.MatMul(transpose_b=True), "x a", "narrow")
         self.times = cut.rows(P.Mul(), "narrow", scalars=1)
         self.wide = cut(P.MatMul(transpose_b=True), "middle b", "y")
@@ -127,9 +137,9 @@ def add_lora(network: nn.Cell, lora: LoraSpec, spec: NetworkSpec | None = None) 
     for parameter in network.get_parameters():
         parameter.requires_grad = False
     cells, shards = dict(network.cells_and_names()), Shards(spec)
-    seeds = None
-    if lora.dropout and select_operators().dropout:
-        seeds = Parameter(Tensor(np.zeros(len(wanted)), ms.int32), DROPOUT_SEED, requires_grad=False)
+    dropout = select_operators().dropout if lora.dropout else None
+    held = Parameter(Tensor(np.zeros(len(wanted)), ms.int32), DROPOUT_SEED, requires_grad=False)
+    seeds = Seeds(held, dropout) if dropout else None
     for place, name in enumerate(wanted):
         parent, _, child = name.rpartition(".")
         adapted = LoraLinear(layers[name], name, lora, shards, seeds, place)

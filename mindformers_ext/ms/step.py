@@ -13,6 +13,7 @@ from typing import Any
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
+from mindformers_ext.core.config.lora import DROPOUT_SEED
 from mindformers_ext.ms.ops.select import select_operators
 
 _scaled = ops.MultitypeFuncGraph("scaled")
@@ -20,6 +21,7 @@ _add = ops.MultitypeFuncGraph("add")
 _float32 = ops.MultitypeFuncGraph("float32")
 _signed = ops.MultitypeFuncGraph("signed")
 
+SEED_STRIDE = 0x2545F491  # from a micro batch's seed of dropout to the next one's: odd, so that all differ
 # Names of the step's own state in a checkpoint; a resumed run must restore them (``mf.trainer`` does).
 STEP_STATE = ("scale_sense", "current_iterator_step", "last_overflow_iterator_step")
 
@@ -93,6 +95,8 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
         self.square_sum = select_operators().square_sum()
         self.signs = tuple(float((signs or {}).get(parameter.name, 1)) for parameter in self.weights)
         self.climbs = min(self.signs, default=1.0) < 0
+        seeds = {parameter.name: parameter for parameter in network.get_parameters()}.get(DROPOUT_SEED)
+        self.seeds = seeds if self.accumulates else None
         self.averages = bool(self.reducer_flag)
         if self.averages:
             self.share = 1.0 / self.degree
@@ -155,6 +159,8 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
         for index in range(1, self.micro_batches):
             # without this dependency the executor may keep the activations of several micro batches at once
             scale = ops.depend(scale, gradients)
+            if self.seeds is not None:  # of dropout: every micro batch drops others
+                scale = ops.depend(scale, ops.assign(self.seeds, self.seeds + SEED_STRIDE))
             more, next_gradients = self.gradients_of_batch(scale, self.micro_batch(batch, index))
             gradients = self.hyper_map(_add, gradients, next_gradients)
             terms = _sums(terms, more)

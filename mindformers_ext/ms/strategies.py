@@ -55,9 +55,12 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # summed over mp on every device: with a cut output MindSpore would scatter the experts and not the rows
     "expert out": (("ep outer mp", "ep - mp"), ()),
     "from experts": (("ep outer seq - - -",), ()),
-    # the shared expert's rows
+    # the shared experts' rows
     "gated rows": (("tok -", "tok -"), ("tok -",)),
     "scaled rows": (("tok -",), ("tok -",)),
+    "spread scores": (("dp -", "mp -"), ()),
+    "weighed hidden": (("dp mp", "dp mp"), ()),
+    "mean rows": (("tok -", "tok -", "tok -"), ("tok -",)),
     "combine": (("tok - - -", "tok - -", "tok - -", "tok - -", "tok - -"), ("tok - -",)),
     # experts of sorted slots stand whole on every device, each of which multiplies its own rows
     "grouped experts": (("tok - - -", "tok -", "- - -", "- - -", "- - -"), ("tok - - -",)),
@@ -91,7 +94,6 @@ class Shards:
         self.outer = self.dp // self.ep
         self.sizes = {"outer": self.outer, "ep": self.ep, "mp": self.mp}
         self.stages = parallel.pipeline_stage if self.active else 1
-        self.interleave = parallel.pp_interleave_num if self.stages > 1 else 1
         rows = spec.model.vocab_size if spec else 1
         self.head_is_cut = self.mp > 1 and not parallel.vocab_emb_dp and rows % self.mp == 0
         tokens = AXES if parallel.use_seq_parallel else AXES[:2]

@@ -10,10 +10,10 @@ from mindformers_ext.ms.causal_lm import CausalLM, build_causal_lm
 from mindformers_ext.ms.strategies import Shards
 
 
-def build_part(spec: NetworkSpec, count: int) -> CausalLM:
-    """The part of ``spec`` in one of ``count`` processes: its own forward pass gives incomplete sums, ``ms.generate``
-    completes them."""
-    network = build_causal_lm(part_of(spec, count))
+def build_part(spec: NetworkSpec, count: int, rank: int = 0) -> CausalLM:
+    """The part of ``spec`` in process ``rank`` of ``count``: its own forward pass gives incomplete sums, which
+    ``ms.generate`` completes."""
+    network = build_causal_lm(part_of(spec, count, rank))
     if head_parts(spec, count) > 1:
         model, whole = network.spec.model, network.lm_head.weight
         network.lm_head = Linear(

@@ -59,9 +59,13 @@ class SwiGlu(nn.Module):
     def forward(self, x_TD: Tensor, noise_TE: Tensor | None = None) -> FeedForwardOutput:
         return FeedForwardOutput(self.dropless(x_TD))
 
+    def hidden(self, x_TD: Tensor) -> Tensor:
+        """What enters w2 (T, F)."""
+        return F.silu(self.w1(x_TD)) * self.w3(x_TD)
+
     def dropless(self, x_TD: Tensor) -> Tensor:
         """See ``FeedForward``: nothing is dropped anyway."""
-        return self.w2(F.silu(self.w1(x_TD)) * self.w3(x_TD))
+        return self.w2(self.hidden(x_TD))
 
     def mixtures(self) -> Iterator[MoE]:
         """None."""

@@ -24,8 +24,16 @@ os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
 class HuggingFaceReference:
     """The causal language model of a Hugging Face folder, with the folder's tokenizer if it has one."""
 
-    def __init__(self, folder: Path, weights: Iterable[tuple[str, np.ndarray]] | None = None) -> None:
-        """Load ``folder``; nothing is downloaded. ``weights``: instead of the folder's files, float32 by name.
+    def __init__(
+        self, folder: Path, weights: Iterable[tuple[str, np.ndarray]] | None = None, code: Path | None = None
+    ) -> None:
+        """Load ``folder``; nothing is downloaded, no code of it is run.
+
+        Args:
+            folder: the model.
+            weights: instead of the folder's files, float32 by name.
+            code: where config.json and the code of the network are, which is run; wants ``weights``. None:
+                transformers' own network.
 
         Raises:
             UserError: no model there, or weights missing or left over (transformers itself would fill the missing
@@ -33,8 +41,8 @@ class HuggingFaceReference:
         """
         if not (folder / "config.json").is_file():
             raise UserError(f"no config.json in {folder}: give a Hugging Face model folder")
-        self.folder = folder
-        self.model, wrong = _loaded(folder) if weights is None else _filled(folder, weights)
+        self.folder, self.has_code = folder, code is not None
+        self.model, wrong = _loaded(folder) if weights is None else _filled(folder, weights, code)
         if wrong:
             listed = "; ".join(f"{kind}: {', '.join(names[:5])} ({len(names)})" for kind, names in wrong.items())
             raise UserError(f"{folder}: config.json and the weights do not belong together. {listed}")
@@ -53,15 +61,17 @@ class HuggingFaceReference:
                 f"{self.folder} has no {' or '.join(names)}: copy the model's tokenizer there "
                 "(convert_weight.py --reversed --config HF_FOLDER does), or leave out --text"
             )
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, LlamaConfig
 
-        return list(AutoTokenizer.from_pretrained(self.folder, local_files_only=True)(text)["input_ids"])
+        config = LlamaConfig() if self.has_code else None  # whose tokenizer it is, where the folder does not say
+        words: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        return list(AutoTokenizer.from_pretrained(self.folder, config=config, **words)(text)["input_ids"])
 
 
-def _config(folder: Path) -> Any:
+def _config(folder: Path, trusted: bool = False) -> Any:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
     if hasattr(config, "rope_theta"):  # transformers 4 does not read what transformers 5 writes, and takes defaults
         full = with_both_ropes(read_object(folder / "config.json"))
         config.rope_theta, config.rope_scaling = full["rope_theta"], full["rope_scaling"]
@@ -81,16 +91,23 @@ def _loaded(folder: Path) -> tuple[Any, dict[str, list[str]]]:
         dtype=torch.float32,
         attn_implementation="eager",
         local_files_only=True,
+        trust_remote_code=False,
         output_loading_info=True,
     )
     return model, {kind: sorted(map(str, names)) for kind, names in report.items() if names}
 
 
-def _filled(folder: Path, weights: Iterable[tuple[str, np.ndarray]]) -> tuple[Any, dict[str, list[str]]]:
+def _filled(
+    folder: Path, weights: Iterable[tuple[str, np.ndarray]], code: Path | None
+) -> tuple[Any, dict[str, list[str]]]:
     """The same with given weights."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(_config(folder), dtype=torch.float32, attn_implementation="eager")
+    trusted = code is not None
+    config = _config(code or folder, trusted)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=trusted
+    )
     own = model.state_dict()
     filled: set[int] = set()
     wrong: dict[str, list[str]] = {"unexpected_keys": [], "mismatched_keys": []}

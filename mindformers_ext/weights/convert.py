@@ -43,6 +43,8 @@ def rule_set(spec: ModelSpec, style: str = "per_expert", layout: Layout | None =
         dense += table.dense_bias_concat if layout.qkv_concat else table.dense_bias
     mixture = _transposed(table.mixtures[style]) if gmm else table.mixtures.get(style, ())
     mixture += table.gates.get(spec.moe.gate, ()) if spec.moe else ()
+    if spec.moe and spec.moe.shared_expert and spec.moe.shared_expert.use_weighting:
+        mixture += table.weighting
     tied = spec.tie_word_embeddings
     head: tuple[Rule, ...] = () if tied else (llama.HEAD,)
     return RuleSet(

@@ -25,10 +25,10 @@ from mindformers_ext.weights.views import Shape, View, crop, pad, whole
 class Rule:
     """Hugging Face template(s) -> MindSpore template(s).
 
-    ``hf`` may hold ``{layer}`` and, when the transform joins one tensor per expert, ``{expert}``; several templates are
-    in the transform's order. ``dims`` is the shape of each Hugging Face tensor in size letters ("E 2F D"):
-    (``core.parameters``); "HP" is a product, "2M" twice M. ``layers``: all, or those alone whose feed-forward is dense
-    or a mixture.
+    ``hf`` may hold ``{layer}`` and, when the transform joins one tensor per expert, ``{expert}`` or, of shared ones,
+    ``{shared}``; several templates are in the transform's order. ``dims`` is the shape of each Hugging Face tensor in
+    size letters (``core.parameters``, "E 2F D"); "HP" is a product, "2M" twice M. ``layers``: all, or those alone whose
+    feed-forward is dense or a mixture.
     """
 
     hf: str | tuple[str, ...]
@@ -118,25 +118,41 @@ class RuleSet:
 
     def _expand(self) -> Iterable[Binding]:
         sizes = size_letters(self.spec)
-        told = self.spec.moe.expert_sizes if self.spec.moe else None
         kinds = ["mixture" if self.spec.layer(i).moe else "dense" for i in range(self.spec.num_hidden_layers)]
         for per_layer, group in groupby(self.rules, key=lambda rule: rule.per_layer):
             rules = tuple(group)
             for layer in range(self.spec.num_hidden_layers if per_layer else 1):
                 fitting = (rule for rule in rules if not per_layer or rule.layers in ("all", kinds[layer]))
-                widths = told[layer] if told and per_layer else ()
-                yield from (bind(rule, layer, sizes, widths) for rule in fitting)
+                yield from (bind(rule, layer, sizes, self._widths(layer) if per_layer else {}) for rule in fitting)
+
+    def _widths(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """Of experts that are not alike, by their letter."""
+        moe = self.spec.moe
+        found = {"M": moe.expert_sizes[layer]} if moe and moe.expert_sizes else {}
+        if moe and moe.shared_expert and moe.shared_expert.expert_sizes:
+            found["S"] = moe.shared_expert.sizes_of(layer)
+        return found
 
 
-def bind(rule: Rule, layer: int, sizes: Mapping[str, int], widths: tuple[int, ...] = ()) -> Binding:
+# What is numbered in a template: the letters of how many there are and of their width, and whether narrower ones are
+# held as wide as the widest.
+NUMBERED = {"expert": ("E", "M", True), "shared": ("R", "S", False)}
+
+
+def bind(
+    rule: Rule, layer: int, sizes: Mapping[str, int], widths: Mapping[str, tuple[int, ...]] | None = None
+) -> Binding:
     """``rule`` at one layer: concrete names and shapes of both sides; ``widths``: of experts that are not alike."""
-    each = [
-        (template.format(layer=layer, expert=expert), dims, {"M": widths[expert]} if widths else {})
-        for template, dims in rule.hf_templates
-        for expert in range(sizes["E"] if "{expert}" in template else 1)
-    ]
-    listed = [(name, shape_of(dims, {**sizes, **own})) for name, dims, own in each]
-    full = tuple(shape_of(dims, sizes) for _, dims, _ in each)
+    listed: list[tuple[str, Shape]] = []
+    full: list[Shape] = []
+    for template, dims in rule.hf_templates:
+        word = next((word for word in NUMBERED if f"{{{word}}}" in template), None)
+        count, letter, padded = NUMBERED[word] if word else ("", "", True)
+        for number in range(sizes[count] if word else 1):
+            own = {**sizes, letter: widths[letter][number]} if widths and letter in widths else sizes
+            numbers = {word: number} if word else {}
+            listed.append((template.format(layer=layer, **numbers), shape_of(dims, own)))
+            full.append(shape_of(dims, sizes if padded else own))
     made = [
         view.shape
         for view in rule.transform.to_ms([whole(name, shape) for (name, _), shape in zip(listed, full, strict=True)])
@@ -147,4 +163,4 @@ def bind(rule: Rule, layer: int, sizes: Mapping[str, int], widths: tuple[int, ..
     hf, ms = dict(listed), dict(zip(names, made, strict=True))
     if len(hf) != len(listed) or len(ms) != len(made):
         raise ValueError(f"rule {rule.hf} -> {rule.ms} gives one name to two tensors")
-    return Binding(hf, ms, rule.transform, full)
+    return Binding(hf, ms, rule.transform, tuple(full))

@@ -6,7 +6,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mindformers_ext.core.families import LLAMA, LLAMA_MOE, MISTRAL, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
+from mindformers_ext.core.families import (
+    LLAMA,
+    LLAMA_MOE,
+    LLAMA_MOE_RESIDUAL,
+    MISTRAL,
+    MIXTRAL,
+    QWEN2,
+    QWEN2_MOE,
+    QWEN3,
+    QWEN3_MOE,
+)
 from mindformers_ext.weights import llama, llama_moe, mixtral, qwen2_moe, qwen3_moe
 from mindformers_ext.weights.rules import Rule
 
@@ -16,13 +26,15 @@ class Table:
     """What one family's files call the feed-forward part of a layer.
 
     ``mixtures``: by spelling, the rules of a layer with experts; the first spelling is the one written by default.
-    ``gates``: by the kind of gate, where a family has several, the rules besides.
+    ``gates``: by the kind of gate, where a family has several, the rules besides; ``weighting``: those of what weighs
+    routed and shared experts against each other.
     ``dense``: of a layer without; ``dense_concat`` of the same with gate and up in one tensor (``qkv_concat``); where
     its products have biases (``mlp_bias``), ``dense_bias`` and ``dense_bias_concat`` too.
     """
 
     mixtures: Mapping[str, tuple[Rule, ...]] = field(default_factory=dict)
     gates: Mapping[str, tuple[Rule, ...]] = field(default_factory=dict)
+    weighting: tuple[Rule, ...] = ()
     dense: tuple[Rule, ...] = llama.FEED_FORWARD
     dense_concat: tuple[Rule, ...] = llama.FEED_FORWARD_CONCAT
     dense_bias: tuple[Rule, ...] = llama.FEED_FORWARD_BIAS
@@ -38,6 +50,7 @@ TABLES: dict[str, Table] = {
     QWEN2_MOE.name: Table(qwen2_moe.STYLES),
     QWEN3_MOE.name: Table(qwen3_moe.STYLES),
     LLAMA_MOE.name: Table(llama_moe.STYLES, llama_moe.GATES),
+    LLAMA_MOE_RESIDUAL.name: Table(llama_moe.RESIDUAL_STYLES, llama_moe.RESIDUAL_GATES, llama_moe.WEIGHTING),
 }
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
-from mindformers_ext.weights.views import Shape, View, every, interleave, join, matrix, part, stack, swap
+from mindformers_ext.weights.views import Shape, View, beside, every, interleave, join, matrix, part, stack, swap
 
 Views = tuple[View, ...]
 
@@ -49,6 +50,23 @@ class Stack:
     def to_hf(self, ms: Sequence[View], hf_shapes: Sequence[Shape]) -> Views:
         """The matrices of the stack."""
         return tuple(matrix(ms[0], place) for place in range(len(hf_shapes)))
+
+
+@dataclass(frozen=True)
+class Concatenated:
+    """Matrices one after the other along ``axis``, rows (0) or columns (1): (A, B1), (A, B2) <-> (A, B1 + B2)."""
+
+    axis: int = 0
+
+    def to_ms(self, hf: Sequence[View]) -> Views:
+        """All in one, in the rule's (numeric) order."""
+        return (join(hf) if self.axis == 0 else beside(hf),)
+
+    def to_hf(self, ms: Sequence[View], hf_shapes: Sequence[Shape]) -> Views:
+        """Apart again."""
+        ends = list(accumulate(shape[self.axis] for shape in hf_shapes))
+        starts = [0, *ends[:-1]]
+        return tuple(part(ms[0], self.axis, start, end) for start, end in zip(starts, ends, strict=True))
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,12 @@ def turned(matrix: Numbers) -> Numbers:
     out = np.empty((columns, rows), matrix.dtype)
     together = WIDE.itemsize // matrix.itemsize
     packed = columns - columns % together if sys.byteorder == "little" and together > 1 else 0
-    wide = matrix[:, :packed].view(WIDE) if packed else None
+    wide = matrix[:, :packed].view(WIDE)
     for left in range(0, packed, TILE):
         right = min(left + TILE, packed)
         for top in range(0, rows, TILE):
             bottom = min(top + TILE, rows)
-            tile = wide[top:bottom, left // together : right // together].T.copy()  # type: ignore[index]
+            tile = wide[top:bottom, left // together : right // together].T.copy()
             for place in range(together):
                 np.copyto(out[left + place : right : together, top:bottom], tile, casting="unsafe")  # the low bits
                 tile >>= np.uint64(8 * matrix.itemsize)

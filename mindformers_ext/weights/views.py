@@ -85,6 +85,18 @@ class Interleaved:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """Matrices of equally many rows, their columns one after the other."""
+
+    parts: tuple[Slab, ...]
+
+    @property
+    def shape(self) -> Shape:
+        """Rows, and all columns."""
+        return (self.parts[0].shape[0], sum(part.shape[1] for part in self.parts))
+
+
+@dataclass(frozen=True)
 class Padded:
     """A view in the first corner of a larger shape, zeros elsewhere."""
 
@@ -97,7 +109,7 @@ class Padded:
         return (self.part,)
 
 
-View: TypeAlias = "Slab | Stacked | Joined | Interleaved | Padded"
+View: TypeAlias = "Slab | Stacked | Joined | Interleaved | Beside | Padded"
 
 
 class BlockSource(Protocol):
@@ -205,6 +217,22 @@ def join(views: Sequence[View]) -> View:
     return flat[0] if len(flat) == 1 else Joined(tuple(flat))
 
 
+def beside(views: Sequence[View]) -> View:
+    """Columns of matrices one after the other; the columns of one stored matrix in order are that matrix."""
+    if len(views) == 1:
+        return views[0]
+    slabs = tuple(view for view in views if isinstance(view, Slab) and not view.swapped and not view.dropped)
+    if len(slabs) != len(views):
+        raise ValueError(f"only matrices as they are stored stand beside each other, not {views}")
+    first, last = slabs[0], slabs[-1]
+    starts = [slab.ranges[1][0] for slab in slabs]
+    ends = [slab.ranges[1][1] for slab in slabs]
+    alike = all(replace(slab, ranges=_with(slab.ranges, 1, first.ranges[1])) == first for slab in slabs)
+    if alike and starts[1:] == ends[:-1]:
+        return replace(first, ranges=_with(first.ranges, 1, (starts[0], last.ranges[1][1], 1)))
+    return Beside(slabs)
+
+
 def interleave(views: Sequence[View]) -> View:
     """Rows of equal slabs in turn; the rows of one stored tensor in order are that tensor."""
     slabs = tuple(view for view in views if isinstance(view, Slab) and not view.swapped)
@@ -238,16 +266,19 @@ def describe(view: View) -> str:
         Stacked: "stack of",
         Joined: "rows of",
         Interleaved: "alternating rows of",
+        Beside: "columns of",
         Slab: "part of",
         Padded: "padded",
     }
     slabs = list(leaves(view))
-    kind = "" if len(slabs) == 1 and slabs[0].dropped == 0 and slabs[0].ranges[0][2] == 1 else words[type(view)] + " "
+    is_plain = isinstance(view, Slab) and not view.dropped and view.ranges[0][2] == 1
+    kind = "" if is_plain else f"{words[type(view)]} "
     return f"{kind}{first}{', transposed' if slabs[0].swapped else ''}"
 
 
 def stream(view: View, source: BlockSource, scratch: list[Array] | None = None) -> Iterator[Array]:
-    """The data in C order, in blocks of at most ``BLOCK`` (turned: ``TURNED``) elements, or one row.
+    """The data in C order, in blocks of at most ``BLOCK`` (turned: ``TURNED``) elements, or one row; what is padded, a
+    matrix of one expert, in one.
 
     ``scratch`` is memory that the matrices of one tensor share.
     """
@@ -259,6 +290,13 @@ def stream(view: View, source: BlockSource, scratch: list[Array] | None = None) 
             box = ((low, min(low + step, rows)), *((0, size) for size in rest))
             turns = np.stack([source.finish(piece.name, _read(piece, source, box)) for piece in view.parts], axis=1)
             yield turns.reshape(-1, *rest)
+    elif isinstance(view, Beside):
+        rows, columns = view.shape
+        step = max(1, BLOCK // columns)
+        for low in range(0, rows, step):
+            top = (low, min(low + step, rows))
+            read = [(piece.name, _read(piece, source, (top, (0, piece.shape[1])))) for piece in view.parts]
+            yield np.concatenate([source.finish(name, block) for name, block in read], axis=1)
     elif isinstance(view, Padded):
         held = np.concatenate([block.reshape(-1).copy() for block in stream(view.part, source, scratch)])
         filled = np.zeros(view.shape, held.dtype)

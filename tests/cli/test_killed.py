@@ -43,7 +43,7 @@ def test_a_reader_takes_the_old_output_or_the_new_and_a_rerun_is_as_undisturbed(
     assert held["nothing"] and held["old"], "kills that come early, and late enough"
 
 
-SHORT = pytest.mark.long("run is killed with fewer")
+SHORT = pytest.mark.long("tests/cli/test_killed.py kills all of them in one run")
 STAGES = ("split", "features", "importance", "select", "stream", "convert", "report", "run")
 
 
@@ -60,7 +60,7 @@ def test_a_stage_of_experts_goes_on_where_it_was_killed(
     ("engine", "kills"),
     [
         ("pt", 6),
-        pytest.param("pt", KILLS, marks=pytest.mark.long("six kills are here")),
+        pytest.param("pt", KILLS, marks=pytest.mark.long("tests/cli/test_killed.py kills the same six times")),
         pytest.param("ms", KILLS, marks=pytest.mark.long("tests/cli/run/test_trainer_own.py kills one run")),
     ],
 )

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The three published LLaMA-MoE models: names, shapes and counts of their weights at full size, and tiny ones of the
-same names loaded as they are saved, in several files.
-
-Source of the table: the spec of LLaMA-MoE-v1 (E, K, neurons of an expert, factor, weights in all, weights of a token).
-"""
+same names loaded as they are saved, in several files."""
 
 from __future__ import annotations
 
@@ -23,12 +20,8 @@ from mindformers_ext.jobs.checkpoint.hf_code import save_code
 from mindformers_ext.jobs.checkpoint.model_code.modeling_llama_moe import LlamaMoEForCausalLM
 from mindformers_ext.weights.convert import rule_set
 from tests.helpers.llama_moe_models import config_of, randomise
+from tests.helpers.llama_moe_published import PUBLISHED
 
-PUBLISHED = {
-    "3_5B-2_8": (8, 2, 1376, 4.0, 6_740_514_816, 3_494_123_520),
-    "3_5B-4_16": (16, 4, 688, 4.0, 6_742_618_112, 3_496_226_816),
-    "3_0B-2_16": (16, 2, 688, 8.0, 6_742_618_112, 2_955_161_600),
-}
 # What their config.json says; position embeddings and eps are LLaMA-2's.
 WORDS = {
     "model_type": "llama_moe",
@@ -61,20 +54,20 @@ WORDS = {
 
 def published(name: str, hidden: int, size: int, layers: int, heads: int, vocab: int) -> dict:
     """A config.json as the published one, at other sizes."""
-    experts, chosen, _, factor, *_ = PUBLISHED[name]
+    model = PUBLISHED[name]
     return {
         **WORDS,
         "vocab_size": vocab,
         "hidden_size": hidden,
-        "intermediate_size": experts * size,
+        "intermediate_size": model.experts * size,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "max_position_embeddings": 4096,
-        "num_experts": experts,
-        "num_selects": chosen,
-        "size_experts": [[size] * experts] * layers,
-        "score_scale_factor": [factor] * layers,
+        "num_experts": model.experts,
+        "num_selects": model.chosen,
+        "size_experts": [[size] * model.experts] * layers,
+        "score_scale_factor": [model.factor] * layers,
     }
 
 
@@ -120,11 +113,11 @@ def test_a_published_model_has_these_weights(name: str) -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_conversion_knows_these_weights(name: str) -> None:
     """Every name and shape at full size, and none beside them: what a plan is made of."""
-    config = published(name, 4096, PUBLISHED[name][2], 32, 32, 32000)
+    config = published(name, 4096, PUBLISHED[name].size, 32, 32, 32000)
     spec = model_spec_from_hf(config)
     assert {key: shape for rule in rule_set(spec).bindings for key, shape in rule.hf.items()} == shapes(config)
     scales = {spec.moe.scale_of(layer) for layer in range(32)}
-    assert (spec.moe.num_experts_per_tok, scales) == (PUBLISHED[name][1], {PUBLISHED[name][3]})
+    assert (spec.moe.num_experts_per_tok, scales) == (PUBLISHED[name].chosen, {PUBLISHED[name].factor})
 
 
 def tiny(name: str, folder: Path) -> tuple[dict, LlamaMoEForCausalLM, dict[str, torch.Tensor]]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -109,25 +110,26 @@ def test_switches_refuse_what_is_not_there_or_not_allowed() -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "message"),
     [
-        {"num_selects": 6},
-        {"gate_network": "deep"},
-        {"gate_type": "SwitchGate"},
-        {"calculator_type": "Other"},
-        {"num_experts": 7},
-        {"size_experts": UNEQUAL[:2]},
-        {"size_experts": [[5, 5, 10, 10, 9]] * 3},
-        {"score_scale_factor": [1.0, 2.0]},
-        {"num_experts_residual": 2},
-        {"num_key_value_heads": 3},
-        {"rope_scaling": {"rope_type": "other"}},
-        {"load_compat": "released"},
+        ({"num_selects": 6}, "num_selects=6: 1 to num_experts=5"),
+        ({"gate_network": "deep"}, "gate_network='deep': allowed are mlp, linear"),
+        ({"gate_type": "SwitchGate"}, "gate_type='SwitchGate': allowed are"),
+        ({"calculator_type": "Other"}, "calculator_type='Other': allowed are"),
+        ({"num_experts": 7}, "40 neurons cannot be shared by 7 experts"),
+        ({"size_experts": UNEQUAL[:2]}, "size_experts has 2 lists, layer 2 has none"),
+        ({"size_experts": [[5, 5, 10, 10, 9]] * 3}, "5 sizes of 1 or more that sum to 40 are wanted"),
+        ({"score_scale_factor": [1.0, 2.0]}, "score_scale_factor has 2 values for 3 layers"),
+        ({"num_experts_residual": 2}, "0 neurons cannot be shared by 2 experts: give size_experts_residual"),
+        ({"num_experts_residual": 2, "intermediate_size_moe": 20, "intermediate_size_residual": 10}, "40 is not"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 is no multiple of num_key_value_heads=3"),
+        ({"rope_scaling": {"rope_type": "other"}}, "rope_type='other': allowed are"),
+        ({"load_compat": "released"}, "load_compat='released': allowed are"),
     ],
     ids=str,
 )
-def test_a_configuration_that_makes_no_network_is_refused(words: dict) -> None:
-    with pytest.raises(ValueError, match=r"\w"):
+def test_a_configuration_that_makes_no_network_is_refused(words: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
         config_of(**words)
 
 

@@ -182,6 +182,19 @@ def check_print(root: Path) -> list[str]:
     ]
 
 
+def check_long_reasons(root: Path) -> list[str]:
+    """Each mark ``long`` names a file of tests that is there, which shows the same with less."""
+    problems = []
+    for where, tree in trees(root, "tests"):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.long":
+                reason = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else ""
+                named = re.findall(r"tests/[\w/]+\.py", str(reason))
+                if not named or not all((root / name).is_file() for name in named):
+                    problems.append(f"{where}:{node.lineno}: long names no test that shows the same: {reason!r}")
+    return problems
+
+
 def check_machine_paths(root: Path) -> list[str]:
     """No file names a folder of somebody's machine."""
     problems = []

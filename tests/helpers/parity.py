@@ -203,7 +203,9 @@ def in_modes(cases: Iterable[Case], chosen: Callable[[Case], str], turns: str = 
 
     ``turns``: the group in which the cases take turns.
     """
-    long = pytest.mark.long("the same case runs in the other mode, and short cases in both")
+    long = pytest.mark.long(
+        "the same case runs in the other mode; tests/parity/test_mixtral.py runs short ones in both"
+    )
     first = pytest.mark.turn(turns) if turns else ()
     return [
         pytest.param(case, mode, id=f"{case.name}-{mode}", marks=first if mode == chosen(case) else long)

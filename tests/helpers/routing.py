@@ -9,6 +9,34 @@ import numpy as np
 
 from mindformers_ext.core.layers import MoESpec
 
+# Words of MoESpec, the ways to choose experts; those with groups also want n_group and topk_group.
+CHOICES = {
+    "best group, softmax": {"topk_method": "group_limited_greedy"},
+    "best group, sigmoid, scaled": {
+        "topk_method": "group_limited_greedy",
+        "use_gating_sigmoid": True,
+        "routed_scaling_factor": 2.5,
+    },
+    "best group, sigmoid, bias": {
+        "topk_method": "group_limited_greedy",
+        "use_gating_sigmoid": True,
+        "balance_via_topk_bias": True,
+    },
+    "two best, sigmoid, bias, scaled": {
+        "topk_method": "noaux_tc",
+        "use_gating_sigmoid": True,
+        "balance_via_topk_bias": True,
+        "routed_scaling_factor": 2.5,
+    },
+    "two best, softmax, not normalised": {"topk_method": "noaux_tc", "norm_topk_prob": False},
+    "greedy, softmax, bias": {"balance_via_topk_bias": True},
+    "greedy, sigmoid, not normalised, scaled": {
+        "use_gating_sigmoid": True,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 0.5,
+    },
+}
+
 
 @dataclass(frozen=True)
 class Routing:

@@ -298,6 +298,28 @@ def noisy_words(draw: st.DrawFn, row: Family, layers: int) -> dict[str, Any]:
 
 
 @st.composite
+def shared_experts(draw: st.DrawFn, row: Family, layers: int) -> SharedExpertSpec:
+    """A family's; of residual ones every word, alike or of sizes of their own."""
+    fixed = row.shared or {}
+    if not fixed.get("weighs_each"):
+        return SharedExpertSpec(intermediate_size=draw(st.integers(1, 20)), **fixed)
+    count, number = draw(st.integers(1, 4)), st.integers(1, 80).map(lambda value: value / 8)
+    width, sizes = count * draw(st.integers(1, 5)), None
+    if draw(st.booleans()):
+        ends = [sorted(draw(st.permutations(range(1, width)))[: count - 1]) for _ in range(layers)]
+        sizes = tuple(tuple(b - a for a, b in zip((0, *row_), (*row_, width), strict=True)) for row_ in ends)
+        sizes = None if {size * count for layer in sizes for size in layer} == {width} else sizes
+    return SharedExpertSpec(
+        **fixed,
+        intermediate_size=width,
+        num_experts=count,
+        expert_sizes=sizes,
+        scale=draw(number | st.tuples(*(number for _ in range(layers)))),
+        **{name: draw(st.booleans()) for name in ("gate_use_softmax", "multiply_gate_scores", "use_weighting")},
+    )
+
+
+@st.composite
 def family_specs(draw: st.DrawFn, family: str) -> ModelSpec:
     """Small models of one family that its ``config.json`` can describe, at odd sizes."""
     row = FAMILIES[family]
@@ -310,11 +332,10 @@ def family_specs(draw: st.DrawFn, family: str) -> ModelSpec:
         normed = draw(st.booleans()) if "norm_topk_prob" in told else row.moe.get("norm_topk_prob", True)
         factor = draw(st.integers(0, 100)) / 1000 * chosen
         own_width = draw(st.integers(1, 20)) if "intermediate_size" in told else width
-        shared = None
+        shared = draw(shared_experts(row, layers)) if row.shared is not None else None
         if row.shares_width:
-            width = own_width = experts * draw(st.integers(1, 6))
-        if row.shared is not None:
-            shared = SharedExpertSpec(intermediate_size=draw(st.integers(1, 20)), **row.shared)
+            own_width = experts * draw(st.integers(1, 6))
+            width = own_width + (shared.intermediate_size if shared else 0)
         moe = MoESpec(
             num_local_experts=experts,
             num_experts_per_tok=chosen,
@@ -323,7 +344,7 @@ def family_specs(draw: st.DrawFn, family: str) -> ModelSpec:
             capacity_factor=0.0,
             aux_losses=(("expert", float(f"{factor:.12g}")),) if factor and row.weighs_loss else (),
             aux_loss_reduce="mean" if row.weighs_loss else "sum",
-            intermediate_size=None if own_width == width else own_width,
+            intermediate_size=None if row.shares_width or own_width == width else own_width,
             shared_expert=shared,
             **{key: value for key, value in row.moe.items() if key != "norm_topk_prob"},
             **draw(noisy_words(row, layers)),

@@ -25,13 +25,21 @@ WORDS = (
     "runner_config.gradient_accumulation_steps=2",
     "runner_config.batch_size=2",
 )
+# with residual experts beside
+RESIDUAL = (
+    *WORDS[2:],
+    "model.model_config.type=LlamaMoEResidualConfig",
+    "model.arch.type=LlamaMoEResidualForCausalLM",
+    "model.model_config.shared_expert_intermediate_size=24",
+    "moe_config.shared_expert_num=2",
+)
 
 
 @pytest.mark.slow
 @pytest.mark.turn("noise")
 def test_both_loops_add_the_same_noise(job, tmp_path):
-    run(config_of(job.yaml, *WORDS, f"output_dir={tmp_path / 'theirs'}"))
-    config = config_of(job.yaml, *WORDS, "engine=pt", "loop=own", f"output_dir={tmp_path / 'ours'}")
+    run(config_of(job.yaml, *RESIDUAL, f"output_dir={tmp_path / 'theirs'}"))
+    config = config_of(job.yaml, *RESIDUAL, "engine=pt", "loop=own", f"output_dir={tmp_path / 'ours'}")
     train(run_spec_from_yaml(config), config, network_spec_from_yaml(config))
     theirs, ours = rows_of(tmp_path / "theirs"), rows_of(tmp_path / "ours")
     assert len(theirs) == len(ours) == 10

@@ -5,6 +5,7 @@ import copy
 import importlib
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import mindspore as ms
 import numpy as np
@@ -28,7 +29,8 @@ from mindformers_ext.mf.hooks import DropoutSeeds, HookCallback
 from mindformers_ext.mf.monitor import MoELossMonitor
 from mindformers_ext.mf.pipeline_step import norm_tells_overflow
 from mindformers_ext.mf.rules import experts_without_sequence_parallel
-from mindformers_ext.mf.trainer import PortableCausalLanguageModelingTrainer, stand_ins
+from mindformers_ext.mf.run import seed_draws
+from mindformers_ext.mf.trainer import PortableCausalLanguageModelingTrainer, fill_base, seed_of, stand_ins
 from mindformers_ext.ms.causal_lm import build_causal_lm
 from tests.helpers.tiny_run import YAML
 
@@ -228,8 +230,24 @@ def test_hooks_see_mindformers_steps_and_their_state_is_in_its_checkpoint() -> N
 def test_hooks_stand_before_the_checkpoint_and_behind_the_monitor() -> None:
     order = [WholeCheckpointMonitor, HookCallback, MoELossMonitor]
     callbacks = [cls.__new__(cls) for cls in order]
-    found = PortableCausalLanguageModelingTrainer.sort_callbacks(callbacks)
+    trainer = PortableCausalLanguageModelingTrainer.__new__(PortableCausalLanguageModelingTrainer)
+    trainer.config = MindFormerConfig(seed=5)
+    found = trainer.sort_callbacks(callbacks)
     assert [type(item) for item in found] == [MoELossMonitor, HookCallback, DropoutSeeds, WholeCheckpointMonitor]
+    assert found[2].seed == 5
+
+
+@pytest.mark.parametrize("words", [{"seed": 0}, {}])
+def test_a_seed_of_0_is_a_seed(words: dict[str, int]) -> None:
+    """MindFormers leaves the global one unset then; a resumed run draws the weights below its adapters again."""
+    spec = network_spec_from_yaml(config())
+    ms.set_seed(9)
+    seed_draws(seed_of(MindFormerConfig(**words)))
+    first = {item.name: item.asnumpy() for item in build_causal_lm(spec).get_parameters()}
+    ms.set_seed(9)
+    resumed = build_causal_lm(spec)
+    fill_base(SimpleNamespace(spec=spec, causal_lm=resumed), None, seed_of(MindFormerConfig(**words)))
+    assert all(np.array_equal(item.asnumpy(), first[item.name]) for item in resumed.get_parameters())
 
 
 def test_mindformers_takes_experts_without_sequence_parallel_while_we_train():

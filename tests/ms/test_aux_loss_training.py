@@ -74,6 +74,7 @@ class AuxLoss(nn.Cell):
 
 
 @pytest.mark.slow
+@pytest.mark.turn("auxiliary loss")
 def test_the_auxiliary_loss_alone_moves_every_gate(mode: str) -> None:
     network = network_of((("expert", 0.05),))
     gates = [parameter for parameter in network.trainable_params() if parameter.name in GATES]
@@ -94,6 +95,7 @@ def train(factor: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @pytest.mark.slow
+@pytest.mark.turn("auxiliary loss")
 def test_a_factor_of_a_twentieth_balances_the_load() -> None:
     free, balanced = train(0.0), train(0.05)
     start = variation(free[0][0])
@@ -132,6 +134,7 @@ def gate_gradients(network: CausalLM) -> tuple[float, float, list[np.ndarray]]:
 
 
 @pytest.mark.slow
+@pytest.mark.turn("auxiliary loss")
 def test_without_extra_loss_the_gate_hears_nothing_of_it() -> None:
     ms.set_context(mode=ms.PYNATIVE_MODE)
     loss, lm_loss, gradients = gate_gradients(network_of((("expert", 0.5),), extra=False))

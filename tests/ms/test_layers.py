@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -43,6 +45,21 @@ MODEL = ModelSpec(
     dense_layers=(1,),
 )
 SPEC = NetworkSpec(model=MODEL, seq_length=LENGTH)
+# of three shared experts the first process holds one and a part of the second, the other one the rest
+RESIDUAL = replace(
+    MODEL.routing,
+    gate="linear_noisy",
+    norm_topk_prob=False,
+    shared_expert=SharedExpertSpec(
+        intermediate_size=14,
+        weighs_each=True,
+        num_experts=3,
+        expert_sizes=((5, 8, 1),) * 2,
+        scale=1.5,
+        use_weighting=True,
+    ),
+)
+SPECS = {"gated": SPEC, "residual": replace(SPEC, model=replace(MODEL, moe=RESIDUAL))}
 
 
 @pytest.fixture(autouse=True)
@@ -50,9 +67,9 @@ def pynative() -> None:
     ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
-def weights() -> dict[str, np.ndarray]:
+def weights(model: ModelSpec = MODEL) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(1)
-    return {w.name: generator.normal(0, 0.4, w.shape).astype(np.float32) for w in model_weights(MODEL)}
+    return {w.name: generator.normal(0, 0.4, w.shape).astype(np.float32) for w in model_weights(model)}
 
 
 def filled(network: CausalLM, values: dict[str, np.ndarray]) -> CausalLM:
@@ -62,12 +79,13 @@ def filled(network: CausalLM, values: dict[str, np.ndarray]) -> CausalLM:
     return network
 
 
-def test_what_two_processes_compute_adds_up() -> None:
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_what_two_processes_compute_adds_up(spec: NetworkSpec) -> None:
     """Attention and feed-forward of every layer: the sum that ``ms.generate`` takes over the processes."""
-    values, placed = weights(), parted_parameters(SPEC, COUNT)
-    whole = filled(build_causal_lm(SPEC), values)
+    values, placed = weights(spec.model), parted_parameters(spec, COUNT)
+    whole = filled(build_causal_lm(spec), values)
     parts = [
-        filled(build_part(SPEC, COUNT), {p.name: np.array(own_part(values[p.name], p, rank)) for p in placed})
+        filled(build_part(spec, COUNT, rank), {p.name: np.array(own_part(values[p.name], p, rank)) for p in placed})
         for rank in range(COUNT)
     ]
     x = Tensor(np.random.default_rng(2).normal(size=(LENGTH, MODEL.hidden_size)).astype(np.float32))

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
-from mindformers_ext.core.philox import mixture_noise, noise_keys
+from mindformers_ext.core.philox import noise_keys
 from mindformers_ext.ms.layer import build_feed_forward
 from mindformers_ext.ms.ops.noise import MixtureNoise
 from mindformers_ext.ms.ops.select import select_operators
+from tests.helpers.noise import mixture_noise
 from tests.helpers.noisy import CASES, NoisyCase
 
 

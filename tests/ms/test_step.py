@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
+from mindformers_ext.core.config.lora import LoraSpec
 from mindformers_ext.core.figures import figures_of
 from mindformers_ext.core.layers import MoESpec
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec
+from mindformers_ext.ms.attention import Linear
 from mindformers_ext.ms.causal_lm import build_causal_lm
-from mindformers_ext.ms.step import LossNetwork, TrainStepCell, step_state
+from mindformers_ext.ms.lora import adapter_parameters, add_lora
+from mindformers_ext.ms.step import SEED_STRIDE, LossNetwork, TrainStepCell, step_state
+from mindformers_ext.ms.strategies import Shards
 
 MODEL = ModelSpec(
     vocab_size=50,
@@ -119,3 +123,36 @@ def test_the_schedule_s_rate_is_reported():
     cell = TrainStepCell(LossNetwork(network), optimizer)
     cell.set_train()
     assert [float(run(cell).learning_rate) for _ in range(3)] == pytest.approx([0.1, 0.05, 0.025])
+
+
+class Adapted(nn.Cell):
+    """One adapted layer, whose loss depends on what dropout keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wq = Linear(32, 4, 0.5, ms.float32, Shards(None), "project in")
+        self.zero = Tensor(np.zeros((1, 1), np.float32))
+
+    def construct(self, x_TD):
+        loss = self.wq(x_TD).square().mean()
+        return loss, loss, loss, self.zero, self.zero[0]
+
+
+def test_two_equal_micro_batches_drop_differently(mode):
+    ms.set_seed(3)
+    network = Adapted()
+    add_lora(network, LoraSpec(rank=2, alpha=4, dropout=0.5, targets="wq"))
+    network.wq.lora_b.set_data(Tensor(np.ones((4, 2), np.float32)))
+    held = network.wq.seeds
+    rows = Tensor(np.random.default_rng(1).normal(size=(3, 32)).astype(np.float32))
+
+    def loss(seed, micro_batches):
+        held.set_data(Tensor(np.array([seed]), ms.int32))
+        frozen = nn.SGD(adapter_parameters(network), learning_rate=0.0)
+        cell = TrainStepCell(network, frozen, micro_batches=micro_batches)
+        cell.set_train()
+        return figures_of(cell(ms.ops.cat([rows] * micro_batches))).loss
+
+    first, second = loss(7, 1), loss(7 + SEED_STRIDE, 1)
+    assert abs(first - second) > 1e-3
+    assert loss(7, 2) == pytest.approx((first + second) / 2, rel=1e-5)

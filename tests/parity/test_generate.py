@@ -136,6 +136,7 @@ def ours(kind: str, mode: int, batch: int, new: int, prompts: int = PROMPTS, use
 
 
 @pytest.mark.slow
+@pytest.mark.turn("greedy")
 @pytest.mark.parametrize("kind", CASES)
 def test_greedy_equals_transformers(kind: str) -> None:
     twin, answers = twins(kind), ours(kind, ms.GRAPH_MODE, 8, NEW)

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from mindformers_ext.core.config.hf import model_spec_from_hf
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.data.corpus import standard_library_text
+from mindformers_ext.data.tokenizers import train_sentencepiece
 from mindformers_ext.jobs.checkpoint.judge import open_judge
 from mindformers_ext.jobs.engine.door import open_reference
 from mindformers_ext.weights.convert import to_hf, to_mindspore
+from tests.helpers.llama_moe_models import UNEQUAL, folder_of, model_of
 
 SIZES = {
     "hidden_size": 16,
@@ -72,3 +76,16 @@ def test_names_behind_a_prefix_are_judged(tmp_path):
     tensors = published(tmp_path / "one", "llama")
     folder = copy(tmp_path / "one", tmp_path / "two", {f"module.{name}": array for name, array in tensors.items()})
     np.testing.assert_array_equal(open_judge(folder).logits(IDS), open_reference(tmp_path / "one").logits(IDS))
+
+
+def test_a_llama_moe_is_judged_by_our_code_and_by_none_of_its_folder(tmp_path, remote_code):
+    model = model_of(size_experts=UNEQUAL)
+    folder = folder_of(model, tmp_path / "model")
+    train_sentencepiece(standard_library_text(50_000), folder / "tokenizer.model", 400)
+    for file in folder.glob("*.py"):
+        file.write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    judge = open_judge(folder)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(IDS)).logits.numpy()
+    np.testing.assert_allclose(judge.logits(IDS), expected, rtol=0, atol=1e-6)
+    assert judge.encode("a list of names")[0] == 1 and not (tmp_path / "run").exists()

@@ -7,6 +7,7 @@ Training steps with the same noise; ``pytest -s`` prints what was measured.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,10 +20,11 @@ from mindspore import Tensor
 from mindformers_ext.core.config.hf import hf_config_from_spec, model_spec_from_hf
 from mindformers_ext.core.config.schedule import Schedule
 from mindformers_ext.core.config.train import OptimizerSpec, TrainSpec
-from mindformers_ext.core.philox import mixture_noise, noise_keys
+from mindformers_ext.core.philox import noise_keys
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.causal_lm import build_causal_lm as build_mindspore
 from mindformers_ext.ms.engine import MindSporeNetwork
+from mindformers_ext.ms.generate import MindSporeSession
 from mindformers_ext.ms.step import LossNetwork
 from mindformers_ext.ms.trainer import DataParallel, MindSporeTrainer
 from mindformers_ext.pt import names
@@ -31,17 +33,31 @@ from mindformers_ext.pt.generate import PyTorchSession
 from mindformers_ext.pt.trainer import TorchTrainer
 from mindformers_ext.weights.convert import to_hf, to_mindspore
 from tests.helpers.llama_moe_models import UNEQUAL, model_of, token_ids
+from tests.helpers.noise import mixture_noise
 
 pytestmark = pytest.mark.slow  # all together more than 30 seconds
 
 WORDS = {"gate_balance_loss_weight": 0.1, "score_scale_factor": [2.5, 1.0, 2.0], "gate_network": "mlp"}
 OTHERS = {"gate_network": "linear", "gate_use_softmax": False, "load_compat": "reference", "tie_word_embeddings": True}
+RESIDUAL = {"num_experts": 6, "num_experts_residual": 2, "intermediate_size": 40}
+RESIDUAL |= {"intermediate_size_moe": 30, "intermediate_size_residual": 10}
+EVERYTHING = {
+    "size_experts": [[5, 7, 3, 5, 5, 5]] * 3,
+    "size_experts_residual": [[3, 7], [5, 5], [9, 1]],
+    "score_scale_factor_residual": [2.0, 1.0, 0.5],
+    "use_weighting": True,
+}
+RESIDUAL_UNEQUAL = "residual, unequal, weighed against the routed"
 CASES: dict[str, dict[str, Any]] = {
     "two layers": WORDS,
     "linear, logits, as released, tied": WORDS | OTHERS,
     "unequal": WORDS | {"size_experts": UNEQUAL},
+    RESIDUAL_UNEQUAL: WORDS | RESIDUAL | EVERYTHING,
+    "residual, logits": WORDS | RESIDUAL | {"gate_use_softmax_residual": False},
+    "residual, plain sum": WORDS | RESIDUAL | {"multiply_gate_scores_residual": False},
 }
 SEED, UPDATES, BATCH, LENGTH = 9, 3, 2, 11
+FIGURES = ("lm_loss", "aux_loss", "global_norm")
 KEYS = noise_keys(SEED, UPDATES, range(BATCH))
 
 
@@ -64,7 +80,7 @@ def theirs(case: str) -> tuple[NetworkSpec, dict[str, np.ndarray], np.ndarray, f
     model.train()
     for place, layer in enumerate(model.model.layers):
         noise = torch.from_numpy(mixture_noise(KEYS, place, spec.noise_shape)).flatten(0, 1)
-        layer.mlp.gate.draw = lambda logits, noise=noise: noise
+        getattr(layer.mlp, "moe_layer", layer.mlp).gate.draw = lambda logits, noise=noise: noise
     found = model(tokens[:, :-1])
     loss = torch.nn.functional.cross_entropy(found.logits.flatten(0, 1), tokens[:, 1:].flatten()) + found.balance_loss
     loss.backward()
@@ -99,7 +115,7 @@ def test_torch_equals_the_saved_code(case: str) -> None:
     assert_same(case, "PyTorch", logits, terms.loss.item(), gradients)
 
 
-@pytest.mark.parametrize("case", list(CASES)[:1])
+@pytest.mark.parametrize("case", ["two layers", RESIDUAL_UNEQUAL])
 def test_mindspore_equals_the_saved_code(case: str) -> None:
     spec, weights, *_ = theirs(case)
     ms.set_context(mode=ms.PYNATIVE_MODE)  # compiled: tests/ms/test_llama_moe.py, tests/mf/test_noise.py
@@ -129,7 +145,8 @@ def test_what_we_write_the_saved_code_reads(case: str) -> None:
 
 @pytest.mark.turn("noise")
 def test_both_trainers_add_the_same_noise_and_go_on_with_it() -> None:
-    """Three steps of two micro batches; then a trainer that has its state from a file takes the last one again."""
+    """Three steps of two micro batches; then each engine takes the last one again from its state before it: PyTorch in
+    another trainer, MindSpore in the compiled one."""
     ms.set_context(mode=ms.GRAPH_MODE)
     spec = theirs("two layers")[0]
     factors = {"score_scale_factor": 2.0, "capacity_factor": 1.5}
@@ -137,32 +154,49 @@ def test_both_trainers_add_the_same_noise_and_go_on_with_it() -> None:
     spec = replace(spec, model=model, batch_size=4)
     schedule = Schedule(kind="ConstantWarmUpLR", learning_rate=1e-2, total_steps=3)
     train = TrainSpec(optimizer=OptimizerSpec(), schedule=schedule, steps=3, seed=5, micro_batches=2)
-    trainers = MindSporeTrainer(spec, train, DataParallel()), TorchTrainer(spec, train, torch.device("cpu"))
+    asked = spec, train, torch.device("cpu")
+    trainers = MindSporeTrainer(spec, train, DataParallel()), TorchTrainer(*asked)
     rows = [token_ids(4, LENGTH + 1, seed).numpy() for seed in range(3)]
-    state: dict[str, np.ndarray] = {}
+    states: list[dict[str, np.ndarray]] = []
     for trainer in trainers:
         trainer.open()
     for number, ids_BT in enumerate(rows):
         if number == 2:
-            state = dict(trainers[1].state(adapters=False))
-        ours, others = (trainer.step((ids_BT,)) for trainer in trainers)
-        for name in ("lm_loss", "aux_loss", "global_norm"):
-            assert getattr(ours, name) == pytest.approx(getattr(others, name), rel=2e-4), (number, name)
-    again = TorchTrainer(spec, train, torch.device("cpu"))
-    again.fill((name, array) for name, array in state.items() if name.startswith(("model.", "lm_head.")))
-    again.open()
-    again.restore(state)
-    last = again.step((rows[2],))
-    assert (last.loss, last.aux_loss, last.global_norm) == (others.loss, others.aux_loss, others.global_norm)
+            states = [{n: np.copy(a) for n, a in trainer.state(adapters=False)} for trainer in trainers]
+        figures = [trainer.step((ids_BT,)) for trainer in trainers]
+        for name in FIGURES:
+            assert getattr(figures[0], name) == pytest.approx(getattr(figures[1], name), rel=2e-4), (number, name)
+    for trainer, state, last in zip((trainers[0], TorchTrainer(*asked)), states, figures, strict=True):
+        trainer.fill((name, array) for name, array in state.items() if name.startswith(("model.", "lm_head.")))
+        if trainer is not trainers[0]:
+            trainer.open()
+        trainer.restore(state)
+        again = trainer.step((rows[2],))
+        assert [getattr(again, name) for name in FIGURES] == [getattr(last, name) for name in FIGURES]
 
 
-def test_generates_with_a_cache_what_the_saved_code_does_without() -> None:
-    """Two prompts of different lengths at once."""
-    spec, weights, *_ = theirs("unequal")
-    model = model_of(**CASES["unequal"])
+def torch_session(spec: NetworkSpec, weights: dict[str, np.ndarray]) -> PyTorchSession:
     network = build_torch(spec)
     names.load(network, weights)
-    session = PyTorchSession(network.eval(), 2, 9, 20, torch.device("cpu"))
+    return PyTorchSession(network.eval(), 2, 9, 20, torch.device("cpu"))
+
+
+def mindspore_session(spec: NetworkSpec, weights: dict[str, np.ndarray]) -> MindSporeSession:
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    network = MindSporeNetwork(build_mindspore(spec))
+    network.load(weights)
+    return network.session(2, 9, 20)
+
+
+SESSIONS = [torch_session, pytest.param(mindspore_session, marks=pytest.mark.turn("noise"))]  # graphs: 15 s
+
+
+@pytest.mark.parametrize("open_session", SESSIONS)
+def test_generates_with_a_cache_what_the_saved_code_does_without(open_session: Callable) -> None:
+    """Two prompts of different lengths at once."""
+    spec, weights, *_ = theirs(RESIDUAL_UNEQUAL)
+    model = model_of(**CASES[RESIDUAL_UNEQUAL])
+    session = open_session(spec, weights)
     session.compile()
     tokens, lengths = ids()[:, :9], np.array([9, 5])
     chosen = [session.prompt(tokens, lengths).argmax(-1)]

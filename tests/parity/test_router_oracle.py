@@ -19,7 +19,7 @@ from mindspore import Tensor, nn
 from mindformers_ext.core.layers import MoESpec
 from mindformers_ext.core.spec import ParallelSpec
 from tests.helpers.router import TopkRouterV2
-from tests.helpers.routing import HARD, hard_logits
+from tests.helpers.routing import CHOICES, HARD, hard_logits
 
 transformer = pytest.importorskip("mindformers.modules.transformer")  # not in the environment of setup_env.sh --next
 LOSSES = (("expert", 0.05), ("device", 0.03), ("comm", 0.02))
@@ -109,7 +109,7 @@ def test_router(experts: int, chosen: int, factor: float, sdrop: bool, mp: int) 
     assert_same(*both(moe, mp, ep), hard_logits(10, experts, seed=experts))
 
 
-@pytest.mark.long("test_router takes each pair of values")
+@pytest.mark.long("tests/parity/test_router_oracle.py::test_router takes each pair of values")
 @pytest.mark.slow
 def test_router_all_combinations() -> None:
     ms.set_context(mode=ms.PYNATIVE_MODE)
@@ -131,34 +131,6 @@ def test_overlapped_communication_rounds_the_capacity_too() -> None:
     ms.set_context(mode=ms.PYNATIVE_MODE)
     moe, ep = spec_of(4, 2, 1.1, True, comp_comm_parallel_degree=3)
     assert_same(*both(moe, 4, ep), hard_logits(30, 4))
-
-
-CHOICES = {
-    "best group, softmax": {"topk_method": "group_limited_greedy"},
-    "best group, sigmoid, scaled": {
-        "topk_method": "group_limited_greedy",
-        "use_gating_sigmoid": True,
-        "routed_scaling_factor": 2.5,
-    },
-    "best group, sigmoid, bias": {
-        "topk_method": "group_limited_greedy",
-        "use_gating_sigmoid": True,
-        "balance_via_topk_bias": True,
-    },
-    "two best, sigmoid, bias, scaled": {
-        "topk_method": "noaux_tc",
-        "use_gating_sigmoid": True,
-        "balance_via_topk_bias": True,
-        "routed_scaling_factor": 2.5,
-    },
-    "two best, softmax, not normalised": {"topk_method": "noaux_tc", "norm_topk_prob": False},
-    "greedy, softmax, bias": {"balance_via_topk_bias": True},
-    "greedy, sigmoid, not normalised, scaled": {
-        "use_gating_sigmoid": True,
-        "norm_topk_prob": False,
-        "routed_scaling_factor": 0.5,
-    },
-}
 
 
 @pytest.mark.parametrize("words", CHOICES.values(), ids=CHOICES)

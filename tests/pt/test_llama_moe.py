@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from mindformers_ext.core.philox import mixture_noise, noise_keys
+from mindformers_ext.core.philox import noise_keys
 from mindformers_ext.pt.layer import build_feed_forward
 from mindformers_ext.pt.moe.layer import MoE
 from mindformers_ext.pt.moe.slots import CapacitySlots
 from mindformers_ext.pt.names import load
 from mindformers_ext.pt.ops import noise
 from tests.helpers import llama_moe_oracle as oracle
+from tests.helpers.noise import mixture_noise
 from tests.helpers.noisy import CASES, TOKENS, NoisyCase
 
 

@@ -14,7 +14,7 @@ from mindformers_ext.core.layers import MoESpec
 from mindformers_ext.core.spec import ParallelSpec
 from mindformers_ext.pt.moe.gate import TopkChoice
 from mindformers_ext.pt.moe.slots import Routing, apply_slots, build_slots
-from tests.helpers.routing import HARD, capacity_of, chosen_experts, hard_logits, route
+from tests.helpers.routing import CHOICES, HARD, capacity_of, chosen_experts, hard_logits, route
 
 SIZES = [(4, 2), (7, 3), (16, 1), (5, 5)]
 FACTORS = (0.5, 1.0, 1.1, 2.0, -1.0)
@@ -58,18 +58,6 @@ def test_equals_plain_loops(factor: float, sdrop: bool, mp: int) -> None:
         np.testing.assert_allclose(found.weight_GNK.numpy(), expected.coeff, atol=1e-7)
         np.testing.assert_array_equal(found.counts_GE.sum(0).numpy(), expected.load)
         np.testing.assert_allclose(found.dropped_G.mean(), expected.dropped, atol=1e-6)
-
-
-CHOICES = {
-    "best groups": {"topk_method": "group_limited_greedy"},
-    "two best, sigmoid, bias, scaled": {
-        "topk_method": "noaux_tc",
-        "use_gating_sigmoid": True,
-        "balance_via_topk_bias": True,
-        "routed_scaling_factor": 2.5,
-    },
-    "bias": {"balance_via_topk_bias": True, "norm_topk_prob": False},
-}
 
 
 @pytest.mark.parametrize("words", CHOICES.values(), ids=CHOICES)

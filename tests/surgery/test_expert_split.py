@@ -90,12 +90,14 @@ def test_planted_clusters_are_found_whole() -> None:
         assert groups(balanced_clusters(x.astype(np.float32), 8, metric).labels) == groups(truth)
 
 
+# k-means-constrained 0.9.1 (numpy 2.4.6) on matrix(512, 64) with rows of length 1, judged by ``inertia``:
+# KMeansConstrained(8, size_min=64, size_max=64, max_iter=500, random_state=0, n_jobs=1), ten starts, its default
+PEERS = 473.4554
+
+
 def test_the_inertia_is_no_larger_than_the_peers() -> None:
-    peer = pytest.importorskip("k_means_constrained", reason="wants numpy 2: tools/bench/cluster.py")
     x = matrix(512, 64)
-    x /= np.linalg.norm(x, axis=1, keepdims=True)
-    judge = peer.KMeansConstrained(8, size_min=64, size_max=64, max_iter=500, random_state=0, n_jobs=1).fit_predict(x)
-    assert balanced_clusters(x, 8).inertia <= 1.0005 * inertia(x, judge)
+    assert inertia(x, balanced_clusters(x, 8, starts=10).labels) <= PEERS
 
 
 @pytest.mark.parametrize(("metric", "judge"), [("l2", inertia), ("cos", cosines)])

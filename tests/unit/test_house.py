@@ -28,6 +28,7 @@ CHECKS: list[Check] = [
     house.check_bare_except,
     house.check_print,
     house.check_machine_paths,
+    house.check_long_reasons,
     house.check_yaml,
 ]
 
@@ -100,6 +101,8 @@ PLANTED: list[tuple[Check, str, str, str]] = [
     (house.check_print, "jobs/a.py", 'print("hello")', "print outside"),
     (house.check_machine_paths, "core/a.py", f'DATA = "/{"home"}/me/data"', "machine path"),
     (house.check_machine_paths, "../configs/a.yaml", f"data: /{'tmp'}/x/train", "machine path"),
+    (house.check_long_reasons, "../tests/a.py", 'import pytest\npytest.mark.long("six here")', "names no test"),
+    (house.check_long_reasons, "../tests/a.py", 'import pytest\npytest.mark.long("tests/b.py")', "names no test"),
     (house.check_yaml, "core/a.py", "import yaml\nyaml.load(t)", "without a safe loader"),
     (house.check_yaml, "core/a.py", "import yaml\nyaml.load(t, yaml.FullLoader)", "yaml.FullLoader"),
     (house.check_yaml, "core/a.py", "from yaml import unsafe_load", "unsafe_load"),

@@ -24,7 +24,8 @@ def read_network(config: Mapping[str, Any], run: RunSpec, device_num: int) -> tu
     """
     if run.family is None:
         return foreign_spec(config, device_num)
-    return network_spec_from_yaml(config, device_num), yaml_notes(config)
+    spec = network_spec_from_yaml(config, device_num)
+    return spec, yaml_notes(config, spec.model.moe)
 
 
 def judge_network(spec: NetworkSpec, run: RunSpec, mode: str) -> list[str]:

@@ -199,8 +199,10 @@ def part_activations(spec: NetworkSpec, layer: int | None = None) -> dict[str, i
         feed_forward = number * (rows * (hidden + 3 * ffn // mp) + 2 * sizes.slots * hidden)
         feed_forward += 4 * 3 * sizes.tokens * here.moe.num_local_experts  # logits, probabilities, one-hot
         if here.moe.shared_expert:  # its hidden rows, its output before the gate, and the gate
-            width = here.moe.shared_expert.intermediate_size // mp
-            feed_forward += number * (3 * sizes.whole_tokens * width + sizes.tokens * (hidden + 1))
+            width, shared = here.moe.shared_expert.intermediate_size // mp, here.moe.shared_expert
+            kept = 5 if shared.weighs_each else 3  # scores of the hidden values, and these weighed
+            feed_forward += number * kept * sizes.whole_tokens * width
+            feed_forward += number * sizes.tokens * (hidden + shared.num_experts)
     normed = number * sizes.tokens * hidden
     turned = 2 if here.attention.qk_norm else 1  # q and k before and after their norm are kept too
     return {

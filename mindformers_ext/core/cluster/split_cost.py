@@ -101,7 +101,9 @@ def layer_operations(spec: NetworkSpec, parts: Collection[str] = WHOLE, layer: i
     total += 2 * 3 * sizes.expert_rows * hidden * ffn // mp
     if here.moe.shared_expert:
         total += 2 * 3 * sizes.whole_tokens * hidden * here.moe.shared_expert.intermediate_size // mp
-        total += 2 * sizes.tokens * hidden * here.moe.shared_expert.gated
+        shared = here.moe.shared_expert
+        logits = (shared.num_experts if shared.weighs_each else shared.gated) + 2 * shared.use_weighting
+        total += 2 * sizes.tokens * hidden * logits
     return total
 
 

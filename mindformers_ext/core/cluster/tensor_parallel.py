@@ -9,6 +9,7 @@ are whole everywhere. One process's part is a smaller network of the same kind, 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from mindformers_ext.core.cluster.cluster_rules import effective_spec
 from mindformers_ext.core.cluster.placement import PlacedParameter, placed_parameters
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.layers import SharedExpertSpec
 from mindformers_ext.core.spec import NetworkSpec, ParallelSpec
 
 EMBEDDING = "embedding_weight"
@@ -49,14 +51,16 @@ def check_tensor_parallel(spec: NetworkSpec) -> list[str]:
     )
 
 
-def part_of(spec: NetworkSpec, count: int) -> NetworkSpec:
-    """The network of one of ``count`` processes; its vocabulary stays whole (``head_parts`` cuts the output layer)."""
+def part_of(spec: NetworkSpec, count: int, rank: int = 0) -> NetworkSpec:
+    """The network of process ``rank`` of ``count``; its vocabulary is whole (``head_parts`` cuts the output layer)."""
     model, moe = spec.model, spec.model.moe
     if moe and moe.intermediate_size is not None:
         moe = replace(moe, intermediate_size=moe.intermediate_size // count)
+    if moe and moe.expert_sizes:  # all are held as wide as the widest, and cut so
+        own = (model.expert_size // count,) * moe.num_local_experts
+        moe = replace(moe, expert_sizes=(own,) * model.num_hidden_layers)
     if moe and moe.shared_expert:
-        shared = replace(moe.shared_expert, intermediate_size=moe.shared_expert.intermediate_size // count)
-        moe = replace(moe, shared_expert=shared)
+        moe = replace(moe, shared_expert=_shared_part(moe.shared_expert, model.num_hidden_layers, count, rank))
     part = replace(
         model,
         num_attention_heads=model.num_attention_heads // count,
@@ -65,6 +69,18 @@ def part_of(spec: NetworkSpec, count: int) -> NetworkSpec:
         moe=moe,
     )
     return replace(spec, model=part, parallel=ParallelSpec())
+
+
+def _shared_part(shared: SharedExpertSpec, layers: int, count: int, rank: int) -> SharedExpertSpec:
+    """Of shared experts that are weighed each, one process holds some neurons of some, maybe none of others."""
+    own, sizes = shared.intermediate_size // count, None
+    if shared.weighs_each:
+        start, end = own * rank, own * (rank + 1)
+        ends = [list(accumulate(shared.sizes_of(layer), initial=0)) for layer in range(layers)]
+        sizes = tuple(
+            tuple(max(min(end, high) - max(start, low), 0) for low, high in pairwise(edges)) for edges in ends
+        )
+    return replace(shared, intermediate_size=own, expert_sizes=sizes)
 
 
 def head_parts(spec: NetworkSpec, count: int) -> int:

@@ -23,7 +23,7 @@ LONGEST_ROW = 512  # of training, where the data do not tell
 MAX_NEW_TOKENS = {"predict": 128, "chat": 512}
 BATCH = 4  # rows of a training step
 # parts of a spec whose defaults are MindFormers' own and say nothing about this model
-UNSAID = ("kernels", "parallel", "moe", "network")
+UNSAID = ("kernels", "parallel", "moe", "shared", "network")
 FULL, HALF = "float32", ("float16", "bfloat16")
 
 

@@ -24,10 +24,17 @@ from mindformers_ext.core.config.hf_attention import (
     read_window,
     written_attention,
 )
+from mindformers_ext.core.config.hf_shared import (
+    ROUTED_WIDTH,
+    as_variant,
+    read_shared,
+    splits_width,
+    told_variant,
+)
 from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.families import FAMILIES, Family
-from mindformers_ext.core.layers import NOISY_WORDS, MoESpec, SharedExpertSpec, expert_sizes_told
+from mindformers_ext.core.layers import NOISY_WORDS, MoESpec, expert_sizes_told
 from mindformers_ext.core.spec import FEATURES, LARGEST, ModelSpec
 
 # field of ModelSpec = Hugging Face's key -> kind
@@ -62,7 +69,7 @@ _FIXED: dict[str, dict[str, Any]] = {
         "topk_method": "greedy",
         "balance_via_topk_bias": False,
     },
-    "shared": {"gated": False, "scale": 1.0},
+    "shared": {"gated": False, "scale": 1.0, "weighs_each": False, "num_experts": 1},
 }
 
 # Keys that would change the result and are not built: the values that leave it as it is.
@@ -115,6 +122,7 @@ def model_spec_from_hf(config: Mapping[str, Any]) -> ModelSpec:
     problems = Problems("config.json")
     row = _family(config, problems)
     problems.raise_if_any()
+    config = as_variant(config, row)
     _check_keys(config, row, problems)
     values = {
         name: read_value(name, config.get(name), reader, row.defaults[name], problems)
@@ -155,7 +163,8 @@ def hf_config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     """
     row = spec.family_row
     _check_expressible(spec, row)
-    result: dict[str, Any] = {"architectures": [row.hf_class], "model_type": row.name, "hidden_act": "silu"}
+    known = FAMILIES[row.variant_of] if row.variant_of else row
+    result: dict[str, Any] = {"architectures": [known.hf_class], "model_type": known.name, "hidden_act": "silu"}
     result |= {**row.says, **{name: getattr(spec, name) for name in _COMMON}}
     for name in ("bos_token_id", "pad_token_id", "eos_token_id"):
         result[name] = None if result[name] < 0 else result[name]
@@ -168,6 +177,8 @@ def hf_config_from_spec(spec: ModelSpec) -> dict[str, Any]:
         is_width = (word.part, word.field) == ("moe", "intermediate_size")
         value = {ours: theirs for theirs, ours in word.means}[value] if word.means else value
         result[word.key] = spec.expert_size if is_width else _plain(value)
+    if splits_width(row):
+        result[ROUTED_WIDTH] = spec.routed_width
     if row.chooses_layers:
         result |= {_STEP: 1, _DENSE: list(spec.dense_layers)}
     if spec.moe and row.weighs_loss:
@@ -224,13 +235,15 @@ def _family(config: Mapping[str, Any], problems: Problems) -> Family:
     assert row is not None
     if architectures and row.hf_class not in architectures:
         problems.add(f"architectures={architectures!r} of model_type {kind!r}", f"only {row.hf_class} is converted")
-    return row
+    return told_variant(config, row)
 
 
 def _check_keys(config: Mapping[str, Any], row: Family, problems: Problems) -> None:
     """transformers reads the keys that its class knows and no other, so that an unknown one changes nothing. But one
     that is nearly a known one is taken for a slip, and one that makes another family's experts belongs there."""
     experts = {word.key for other in FAMILIES.values() for word in other.words if word.part != "model"}
+    variants = {word.key for other in FAMILIES.values() if other.variant_of == row.name for word in other.words}
+    experts -= {*variants, ROUTED_WIDTH}  # written by the class of both, read where the variant's key tells it
     own, read = {word.key for word in row.words}, _read_keys(row)
     for key, value in config.items():
         if key not in read and key not in _HARMLESS and key not in _NOTED:
@@ -250,6 +263,8 @@ def _read_keys(row: Family) -> set[str]:
     read = {*_COMMON, *_NEUTRAL, *ROPE_KEYS, *row.says, LAYER_TYPES, *(word.key for word in row.words)}
     if row.windowed or row.window_switch:
         read |= set(WINDOW_KEYS)
+    if splits_width(row):
+        read.add(ROUTED_WIDTH)
     if row.has_experts and row.weighs_loss:
         read |= {_AUX_COEF[0]}
     return read | ({_STEP, _DENSE} if row.chooses_layers else set())
@@ -340,7 +355,8 @@ def _routing(
     fields = {**row.moe, **parts["moe"]}
     problems.raise_if_any()
     if row.shared is not None:
-        fields["shared_expert"] = SharedExpertSpec(**{**row.shared, **parts["shared"]})
+        fields["shared_expert"] = read_shared(config, row, parts["shared"], model, problems)
+        problems.raise_if_any()
     if fields.get("intermediate_size") == model["intermediate_size"]:
         fields["intermediate_size"] = None  # one width for all: one way to say it
     fields |= {"capacity_factor": 0.0, **expert_sizes_told(fields, model)}

@@ -29,7 +29,7 @@ class Key:
 
     section: str
     name: str
-    part: str  # model, moe, numerics, kernels, parallel or network
+    part: str  # model, moe, shared, numerics, kernels, parallel or network
     field: str
     kind: str  # int, float, bool, str, dtype, mode, ids, layers, factors, sizes
     default: Any
@@ -129,6 +129,16 @@ KEYS: tuple[Key, ...] = (
         score_scale_factor       score_scale_factor       factors 1.0
         load_compat              load_compat              str    correct
         size_experts             expert_sizes             sizes  -
+    """,
+    ),
+    *_keys(
+        MODEL,
+        "shared",
+        """
+        size_experts_residual         expert_sizes         sizes -
+        gate_use_softmax_residual     gate_use_softmax     bool  True
+        multiply_gate_scores_residual multiply_gate_scores bool  True
+        use_weighting                 use_weighting        bool  False
     """,
     ),
     *_keys(

@@ -6,6 +6,9 @@ from __future__ import annotations
 # Words of other tables (MindFormers' mcore models, Hugging Face) and where ours stands.
 OTHER_WORDS: dict[str, str] = {
     **dict.fromkeys(("num_experts", "num_moe_experts", "num_local_experts"), "moe_config.expert_num"),
+    "num_experts_residual": "moe_config.shared_expert_num",
+    "intermediate_size_residual": "model.model_config.shared_expert_intermediate_size",
+    "score_scale_factor_residual": "model.model_config.shared_expert_scale",
     "moe_router_topk": "moe_config.num_experts_chosen",
     "num_experts_per_tok": "moe_config.num_experts_chosen",
     "moe_expert_capacity_factor": "moe_config.capacity_factor",

@@ -13,7 +13,7 @@ from typing import Any
 from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.families import NOISY_GATES
-from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.layers import MoESpec, SharedExpertSpec
 
 ROUTING_POLICY = "TopkRouterV2"
 AUX_FACTOR = 0.05  # MindFormers' default
@@ -74,6 +74,23 @@ def _aux_losses(words: Mapping[str, Any], has_own: bool, problems: Problems) -> 
     return tuple((str(kind), factor) for kind, factor in zip(kinds, read, strict=False))
 
 
+def routing_notes(words: Mapping[str, Any], moe: MoESpec | None, trains: bool) -> list[str]:
+    """What ``aux_loss_factor`` does that its reader might not expect. ``words``: as for ``read_routing``; ``moe``: what
+    was read; ``trains``: whether the run has a loss to add anything to."""
+    name, factor = "moe_config.aux_loss_factor", words.get("aux_loss_factor")
+    if moe is None or words.get("aux_loss_types") is not None:
+        return []
+    if moe.is_noisy and factor:
+        return [
+            f"{name}={factor} has no effect: this gate has a loss of its own, gate_balance_loss_weight; set it to 0"
+        ]
+    if trains and factor is None and moe.aux_losses:
+        return [
+            f"{name} is not set: the loss that balances experts weighs {AUX_FACTOR} (MindFormers drops it), 0 is none"
+        ]
+    return []
+
+
 def written_routing(moe: MoESpec) -> dict[str, Any]:
     """The keys of ``moe_config`` that say several fields together; ``read_routing`` reads them back."""
     degree = moe.comp_comm_parallel_degree
@@ -83,5 +100,11 @@ def written_routing(moe: MoESpec) -> dict[str, Any]:
         "aux_loss_types": [kind for kind, _ in moe.aux_losses],
         "aux_loss_factors": [factor for _, factor in moe.aux_losses],
         **overlap,
-        **({"shared_expert_num": 1, "use_shared_expert_gating": moe.shared_expert.gated} if moe.shared_expert else {}),
+        **_written_shared(moe.shared_expert),
     }
+
+
+def _written_shared(shared: SharedExpertSpec | None) -> dict[str, Any]:
+    if shared is None:
+        return {}
+    return {"shared_expert_num": shared.num_experts, "use_shared_expert_gating": shared.gated}

@@ -11,13 +11,15 @@ routing losses are part of the loss), ``aux_loss_reduce`` (``sum`` or ``mean`` o
 single chosen expert gets gate 1, as in Hugging Face's Mixtral; default False, MindFormers' rule); and of the families
 ``moe_intermediate_size``, ``shared_expert_intermediate_size``, ``shared_expert_scale``, ``dense_layers`` (numbers of
 the layers without experts), ``moe_gate`` with the words of its noisy kinds (``core.layers.NOISY_WORDS``),
-``size_experts`` and ``qk_layernorm``; and of attention ``mlp_has_bias``, ``sliding_window``
-(tokens that a token sees, itself included) and ``full_attention_layers`` (numbers of the layers without a window).
+``size_experts``, those of residual experts (``core.layers.RESIDUAL_WORDS``) and ``qk_layernorm``; and of attention
+``mlp_has_bias``, ``sliding_window`` (tokens that a token sees, itself included) and ``full_attention_layers`` (numbers
+of the layers without a window).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mindformers_ext.core.config.keys import (
@@ -37,12 +39,12 @@ from mindformers_ext.core.config.other_words import OTHER_WORDS
 from mindformers_ext.core.config.quantised import check_not_quantised
 from mindformers_ext.core.config.recompute import names_without_effect
 from mindformers_ext.core.config.rope_words import read_extension, written_extension
-from mindformers_ext.core.config.routing_words import read_routing, written_routing
-from mindformers_ext.core.config.run import RUN_MODES
+from mindformers_ext.core.config.routing_words import read_routing, routing_notes, written_routing
+from mindformers_ext.core.config.run import RUN_MODES, TRAINING
 from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.errors import Problems, nearest
 from mindformers_ext.core.families import GENERIC_NAMES, Family, family_of_features, named_family
-from mindformers_ext.core.layers import MoESpec, SharedExpertSpec, dtype_name, expert_sizes_told
+from mindformers_ext.core.layers import MoESpec, SharedExpertSpec, dtype_name, expert_sizes_told, told_sizes
 from mindformers_ext.core.spec import FEATURES, KernelSpec, ModelSpec, NetworkSpec, NumericsSpec, ParallelSpec
 
 Sections = dict[str, Mapping[str, Any]]
@@ -64,7 +66,7 @@ def network_spec_from_yaml(config: Mapping[str, Any], device_num: int = 1) -> Ne
     sections = _sections(config, problems)
     _check_keys(sections, problems)
     parts: dict[str, dict[str, Any]] = {
-        name: {} for name in ("model", "moe", "numerics", "kernels", "parallel", "network")
+        name: {} for name in ("model", "moe", "shared", "numerics", "kernels", "parallel", "network")
     }
     for key in KEYS:
         value = sections[key.section].get(key.name, key.default)
@@ -106,9 +108,11 @@ def yaml_from_network_spec(spec: NetworkSpec) -> dict[str, Any]:
     if spec.model.moe and spec.model.moe.router_dtype == "float16":
         problems.add("router_dtype='float16'", "MindFormers reads router_dense_type float16 as float32; use float32")
     problems.raise_if_any()
+    shared = spec.model.moe.shared_expert if spec.model.moe else None
     parts = {
         "model": spec.model,
         "moe": spec.model.moe,
+        "shared": shared if shared and shared.weighs_each else None,
         "numerics": spec.numerics,
         "kernels": spec.kernels,
         "parallel": spec.parallel,
@@ -127,7 +131,7 @@ def yaml_from_network_spec(spec: NetworkSpec) -> dict[str, Any]:
     sections["runner_config"]["batch_size"] = spec.batch_size
     if spec.model.moe:
         sections["moe_config"] |= written_routing(spec.model.moe)
-        sections[MODEL] |= _plain_shared(spec.model.moe.shared_expert)
+        sections[MODEL] |= _plain_shared(shared)
     if spec.parallel.pipeline_interleave:
         sections["parallel"]["pipeline_config"] = sections[PIPELINE]
     result["model"] = {"model_config": sections[MODEL], "arch": {"type": architecture}}
@@ -137,8 +141,9 @@ def yaml_from_network_spec(spec: NetworkSpec) -> dict[str, Any]:
     return result
 
 
-def yaml_notes(config: Mapping[str, Any]) -> list[str]:
-    """One line per key that is set, known and without effect here, so that nothing is ignored silently."""
+def yaml_notes(config: Mapping[str, Any], moe: MoESpec | None = None) -> list[str]:
+    """One line per key that is set, known and without effect here, so that nothing is ignored silently. ``moe``: what
+    was read of it."""
     sections = _sections(config, Problems("the configuration"))
     notes = [
         f"{_join(section, name)}={sections[section][name]!r} is about speed or layout elsewhere and has no effect here"
@@ -149,7 +154,7 @@ def yaml_notes(config: Mapping[str, Any]) -> list[str]:
     notes += [f"recompute_config.select_recompute: {name} keeps nothing here" for name in names_without_effect(config)]
     if dtype_name(sections["moe_config"].get("router_dense_type")) == "float16":
         notes.append("moe_config.router_dense_type float16 is read as float32, as MindFormers does")
-    return notes
+    return notes + routing_notes(sections["moe_config"], moe, sections[TOP].get("run_mode") in TRAINING)
 
 
 def _sections(config: Mapping[str, Any], problems: Problems) -> Sections:
@@ -260,14 +265,19 @@ def _shared_expert(
     expert = parts["moe"]["intermediate_size"] or parts["model"]["intermediate_size"]
     width = read_value(f"{MODEL}.{width_key}", model.get(width_key), "int", count * (expert or 0), problems)
     gated = read_value(f"moe_config.{gated_key}", words.get(gated_key, False), "bool", False, problems)
-    scale = read_value(f"{MODEL}.{scale_key}", model.get(scale_key), "float", 1.0, problems)
+    scale = read_value(f"{MODEL}.{scale_key}", model.get(scale_key), "factors", 1.0, problems)
     if count < 1:
         lost = [name for name, given in ((width_key, model), (scale_key, model)) if given.get(name) is not None]
         lost += [gated_key] if gated else []
+        lost += [key.name for key in KEYS if key.part == "shared" and parts["shared"][key.field] != key.default]
         if lost or count < 0:
             problems.add(f"{', '.join(lost)} with shared_expert_num={count}", "set moe_config.shared_expert_num: 1")
         return None
-    return SharedExpertSpec(intermediate_size=width, gated=gated or bool((own or {}).get("gated")), scale=scale)
+    found = SharedExpertSpec(intermediate_size=width, scale=scale, **{"gated": gated, **(own or {})}, **parts["shared"])
+    if not found.weighs_each:  # MindFormers builds several as a wider one
+        return found
+    sizes = told_sizes(found.expert_sizes, count, width, {"num_hidden_layers": parts["model"]["num_hidden_layers"]})
+    return replace(found, num_experts=count, expert_sizes=sizes)
 
 
 def _complete_model(model: dict[str, Any], words: Mapping[str, Any], seq_length: int, problems: Problems) -> None:
@@ -320,7 +330,8 @@ def _batch_size(sections: Sections, problems: Problems) -> int:
 def _plain_shared(shared: SharedExpertSpec | None) -> dict[str, Any]:
     if shared is None:
         return {}
-    return {"shared_expert_intermediate_size": shared.intermediate_size, "shared_expert_scale": shared.scale}
+    scale = list(shared.scale) if isinstance(shared.scale, tuple) else shared.scale
+    return {"shared_expert_intermediate_size": shared.intermediate_size, "shared_expert_scale": scale}
 
 
 def _plain(key: Key, value: Any) -> Any:

@@ -22,20 +22,13 @@ from mindformers_ext.formats.dtypes import BY_NUMPY
 from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.formats.ms_ckpt import CkptFile
 from mindformers_ext.formats.ms_file import CheckpointMeta, check_suffix, open_writer, sidecar
-from mindformers_ext.formats.safetensors_dir import SafetensorsDirWriter
+from mindformers_ext.formats.safetensors_dir import CONFIG, SafetensorsDirWriter
 from mindformers_ext.formats.tensors import TensorReader
 from mindformers_ext.jobs.checkpoint.companions import copy_companions, is_companion_folder
 from mindformers_ext.jobs.checkpoint.copy_tensors import copy_tensors
 from mindformers_ext.jobs.checkpoint.hf_code import with_code
 from mindformers_ext.jobs.checkpoint.renamed import notes_of
-from mindformers_ext.jobs.checkpoint.source import (
-    CONFIG,
-    check_model,
-    describe_checkpoint,
-    open_hf,
-    open_ms,
-    read_config,
-)
+from mindformers_ext.jobs.checkpoint.source import check_model, describe_checkpoint, open_hf, open_ms, read_config
 from mindformers_ext.weights.convert import plan_relayout, plan_to_hf, plan_to_mindspore
 from mindformers_ext.weights.layouts import GMM, Layout
 from mindformers_ext.weights.plan import Direction, Overflow, Plan

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from mindformers_ext.formats.tensors import Array, Index, TensorInfo
-from mindformers_ext.jobs.checkpoint.source import Reader
+from mindformers_ext.formats.tensors import Array, Index, Reader, TensorInfo
 from mindformers_ext.weights.rules import Rule, bind
 from mindformers_ext.weights.tables import TABLES
 from mindformers_ext.weights.views import Slab, View, whole

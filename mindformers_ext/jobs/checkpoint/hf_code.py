@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mindformers_ext.core.families import LLAMA_MOE
@@ -46,3 +49,17 @@ def save_code(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     given = list(config.get("architectures") or ())
     named = given if given and set(given) <= set(MODELS.values()) else [CAUSAL]
     return {**config, "model_type": LLAMA_MOE.name, "architectures": named, "auto_map": auto_map()}
+
+
+@contextmanager
+def own_code(config: Mapping[str, Any]) -> Iterator[Path | None]:
+    """A folder that lasts as long as the context, with ``config`` and our code of its network; None where transformers
+    has that network itself. The code that lies in a model's folder may be anybody's, and is not run."""
+    if config.get("model_type") != LLAMA_MOE.name:
+        yield None
+        return
+    with TemporaryDirectory() as place:
+        folder = Path(place) / f"mindformers_ext_{LLAMA_MOE.name}"  # transformers keeps a copy by the last name
+        folder.mkdir()
+        write_text(folder / "config.json", json.dumps(save_code(folder, config)))
+        yield folder

@@ -1,31 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models by their name on the hub, ``OWNER/NAME`` or ``OWNER/NAME@REVISION``: in the local cache, or fetched."""
+"""Models by their name on the hub, ``OWNER/NAME`` or ``OWNER/NAME@REVISION``: in the local cache, or fetched. Old
+models of Hugging Face itself have no owner."""
 
 from __future__ import annotations
 
-import os
+import importlib.util
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.errors import UserError
 
-CACHE = "~/.cache/huggingface"
-NAME = re.compile(r"(?P<repo>\w[\w.\-]*/\w[\w.\-]*)(@(?P<revision>\w[\w.\-/]*))?", re.ASCII)
-NOT_READ = (
-    "*.h5",
-    "*.msgpack",
-    "*.onnx",
-    "*.ot",
-    "*.gguf",
-    "*.tflite",
-    "original/*",
-    "onnx/*",
-    "*.pth",
-    "consolidated*",
-)
+PACKAGE = "huggingface_hub"
+NAME = re.compile(r"(?P<repo>(\w[\w.\-]*/)?\w[\w.\-]*)(@(?P<revision>\w[\w.\-/]*))?", re.ASCII)
+NOT_READ = ("*.h5", "*.msgpack", "*.onnx", "*.ot", "*.gguf", "*.tflite", "original/*", "onnx/*")
 FILES = (".ckpt", ".safetensors", ".bin", ".pt", ".pth")  # of weights: a path, not a name
 PICKLES = ("*.bin", "*.pt")  # only where there is nothing better
+RELEASED = ("consolidated*", "*.pth")  # of Meta's and Mistral's own, only where there is nothing else
 
 
 def find_folder(path: Path, download: bool = False) -> Path:
@@ -40,37 +32,41 @@ def find_folder(path: Path, download: bool = False) -> Path:
 
 
 def from_hub(name: str, download: bool = False) -> Path:
-    """The folder that holds ``name`` in the cache of huggingface_hub.
+    """The folder that holds ``name`` in the cache of huggingface_hub, wherever its variables put that.
 
     Args:
-        name: ``OWNER/NAME``, or with ``@REVISION`` behind it (a branch, a tag or a commit).
+        name: ``OWNER/NAME``, ``NAME``, or with ``@REVISION`` behind it (a branch, a tag or a commit).
         download: fetch what is missing; without it nothing is fetched.
 
     Raises:
-        UserError: not downloaded before, or the hub does not give it.
+        UserError: not downloaded before, the hub does not give it, or huggingface_hub is not installed.
     """
     match = NAME.fullmatch(name)
     if not match or ".." in name:
         raise UserError(
             f"'{name}' is no folder, and no name on the hub (OWNER/NAME or OWNER/NAME@REVISION): check the path"
         )
-    from huggingface_hub import snapshot_download
+    if importlib.util.find_spec(PACKAGE) is None:
+        raise UserError(
+            f"'{name}' does not exist here; names on the hub are looked up by {PACKAGE}, which is not installed: check "
+            f"the path, or pip install {PACKAGE}"
+        )
+    from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repo, revision = match["repo"], match["revision"]
-    root = os.environ.get("HF_HUB_CACHE") or str(Path(os.environ.get("HF_HOME") or CACHE) / "hub")
-    wanted: dict[str, Any] = {"repo_id": repo, "revision": revision, "cache_dir": os.path.expanduser(root)}
+    wanted: dict[str, Any] = {"repo_id": repo, "revision": revision}
     if not download:
         try:
             return Path(snapshot_download(**wanted, local_files_only=True))
         except (LocalEntryNotFoundError, HFValidationError) as error:
             more = f" --revision {revision}" if revision else ""
             raise UserError(
-                f"'{name}' is no folder here and was not downloaded before (nothing is fetched): add --download, or "
+                f"'{name}' does not exist here and was not downloaded before (nothing is fetched): add --download, or "
                 f"fetch it yourself (hf download {repo}{more}), or check the path"
             ) from error
     try:
-        return Path(snapshot_download(**wanted, ignore_patterns=_not_wanted(repo, revision)))
+        return Path(snapshot_download(**wanted, ignore_patterns=not_wanted(list_repo_files(repo, revision=revision))))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -79,9 +75,10 @@ def from_hub(name: str, download: bool = False) -> Path:
         ) from error
 
 
-def _not_wanted(repo: str, revision: str | None) -> list[str]:
-    """Patterns of files that nobody here reads; pickles too where the weights are there as safetensors."""
-    from huggingface_hub import list_repo_files
-
-    safe = any(name.endswith(".safetensors") for name in list_repo_files(repo, revision=revision))
-    return [*NOT_READ, *(PICKLES if safe else ())]
+def not_wanted(files: Sequence[str]) -> list[str]:
+    """Patterns of those of a model's ``files`` that nobody here reads, since there are better ones: safetensors, then
+    pickles, then a release of another form."""
+    own = [name for name in files if "/" not in name and not name.startswith(("consolidated", "adapter_"))]
+    safe = any(name.endswith(".safetensors") for name in own)
+    pickled = any(name.endswith((".bin", ".pt")) and name.startswith("pytorch_model") for name in own)
+    return [*NOT_READ, *(PICKLES if safe else ()), *(RELEASED if safe or pickled else ())]

@@ -18,6 +18,7 @@ from mindformers_ext.formats.ms_file import read_meta, sidecar
 from mindformers_ext.formats.rank_dirs import rank_folders
 from mindformers_ext.formats.safetensors_file import SafetensorsFile
 from mindformers_ext.formats.tensors import TensorInfo, TensorReader
+from mindformers_ext.jobs.checkpoint.renamed import notes_of
 from mindformers_ext.jobs.checkpoint.source import describe_checkpoint, described_layout, open_hf
 
 MINDSPORE = "model.tok_embeddings.embedding_weight"
@@ -96,7 +97,7 @@ def _kind(path: Path) -> str:
 
 
 def _inspect(path: Path, kind: str, reader: TensorReader) -> Inspection:
-    notes: list[str] = []
+    notes = list(notes_of(reader))
     layout: str | None = None
     description = None
     mark = fingerprint(reader)

@@ -18,9 +18,9 @@ from mindformers_ext.formats.dtypes import cast
 from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.formats.ms_ckpt import CkptFile
 from mindformers_ext.formats.ms_file import CheckpointMeta, check_suffix, open_checkpoint, open_writer, sidecar
-from mindformers_ext.formats.tensors import Array
+from mindformers_ext.formats.tensors import Array, Reader
 from mindformers_ext.jobs.checkpoint.saved import checkpoint_file
-from mindformers_ext.jobs.checkpoint.source import Reader, own_meta
+from mindformers_ext.jobs.checkpoint.source import own_meta
 
 OPTIMIZER = ("adam_m.", "adam_v.")
 

@@ -17,10 +17,11 @@ import numpy as np
 
 from mindformers_ext.core.errors import UserError, listed
 from mindformers_ext.core.json_text import read_object
-from mindformers_ext.formats.tensors import Array, Index, TensorInfo
-from mindformers_ext.jobs.checkpoint.source import CONFIG, Reader
+from mindformers_ext.formats.safetensors_dir import CONFIG
+from mindformers_ext.formats.tensors import Array, Index, Reader, TensorInfo
 
 PARAMS = "params.json"
+SAFE_RELEASE = "consolidated.safetensors"  # Mistral's
 CONSOLIDATED = re.compile(r"consolidated(\.\d+)?\.(safetensors|pth)")
 PREFIXES = ("base_model.model.", "_orig_mod.", "module.")  # of PEFT, torch.compile and data parallel training
 LORA, WRAPPED = ".lora_", ".base_layer."  # in names of an adapter's weights; in those of the weights that it wraps

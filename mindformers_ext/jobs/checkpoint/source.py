@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mindformers_ext.core.config.hf import model_spec_from_hf
 from mindformers_ext.core.errors import Problems, UserError
@@ -17,23 +17,16 @@ from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.formats.ms_ckpt import CkptFile
 from mindformers_ext.formats.ms_file import CheckpointMeta, open_checkpoint, read_meta, sidecar
 from mindformers_ext.formats.rank_dirs import rank_files, rank_folders
-from mindformers_ext.formats.safetensors_dir import INDEX, SafetensorsDir, has_model, weight_files
+from mindformers_ext.formats.safetensors_dir import CONFIG, INDEX, SafetensorsDir, has_model, weight_files
 from mindformers_ext.formats.safetensors_file import SafetensorsFile
-from mindformers_ext.formats.tensors import TensorReader
+from mindformers_ext.formats.tensors import Reader, TensorReader
+from mindformers_ext.jobs.checkpoint import renamed
+from mindformers_ext.jobs.checkpoint.torch_dir import TorchDir, torch_files
 from mindformers_ext.weights.layouts import Layout, resolve_layout
 from mindformers_ext.weights.model_sizes import sizes_from_shapes
 
-CONFIG = "config.json"
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
-RELEASED = "consolidated.safetensors"  # Mistral's own release, whose names are put into Hugging Face's
 HF_MARKS = ("embed_tokens.", ".self_attn.")  # in names of Hugging Face's, in none of MindSpore's
-
-
-class Reader(TensorReader, Protocol):
-    """A reader that is closed after use."""
-
-    def close(self) -> None:
-        """Let go of the files."""
 
 
 def open_hf(path: Path) -> Reader:
@@ -43,8 +36,6 @@ def open_hf(path: Path) -> Reader:
     Raises:
         UserError: no weights there, or none that are whole.
     """
-    from mindformers_ext.jobs.checkpoint import renamed
-
     if (path.is_file() and renamed.CONSOLIDATED.fullmatch(path.name)) or (path.is_dir() and _is_release(path)):
         path = renamed.released_file(path)
         return _seen(_open_file(path), lambda reader: renamed.as_hugging_face(reader, path))
@@ -55,15 +46,10 @@ def open_hf(path: Path) -> Reader:
 
 def _is_release(folder: Path) -> bool:
     """Whether ``folder`` holds weights of Meta's or Mistral's own release, and none of Hugging Face's."""
-    from mindformers_ext.jobs.checkpoint import renamed
-    from mindformers_ext.jobs.checkpoint.torch_dir import torch_files
-
     return bool(renamed.consolidated_files(folder)) and not has_model(folder) and not torch_files(folder)
 
 
 def _open_folder(folder: Path) -> Reader:
-    from mindformers_ext.jobs.checkpoint.torch_dir import TorchDir, torch_files
-
     return (
         TorchDir(folder)
         if folder.is_dir() and not has_model(folder) and torch_files(folder)
@@ -73,8 +59,6 @@ def _open_folder(folder: Path) -> Reader:
 
 def _open_file(path: Path) -> Reader:
     if path.suffix in TORCH_SUFFIXES:
-        from mindformers_ext.jobs.checkpoint.torch_dir import TorchDir
-
         return TorchDir(path)
     if path.suffix != ".safetensors":
         return SafetensorsDir(path)
@@ -96,7 +80,7 @@ def is_hf_file(path: Path) -> bool:
     """Whether ``path`` is a .safetensors file whose tensors have Hugging Face's names, not MindSpore's."""
     if not path.is_file() or path.suffix != ".safetensors":
         return False
-    if path.name == RELEASED and (path.parent / "params.json").is_file():
+    if path.name == renamed.SAFE_RELEASE and (path.parent / renamed.PARAMS).is_file():
         return True
     with closing(SafetensorsFile(path)) as file:
         return any(mark in name for name in file.infos for mark in HF_MARKS)
@@ -197,15 +181,15 @@ def describe_checkpoint(
 
 
 def check_model(spec: ModelSpec, model: str | None) -> None:
-    """``--model`` must name what the weights are; a ``UserError`` otherwise."""
-    if model and model != spec.model_type:
+    """``--model`` must name what the weights are, or what a variant is one of; a ``UserError`` otherwise."""
+    if model and model not in (spec.model_type, spec.family_row.variant_of):
         raise UserError(f"--model {model} but the configuration describes a {spec.model_type}: correct one of them")
 
 
 def read_config(path: Path) -> Mapping[str, Any]:
     """``config.json`` at ``path`` or in the folder ``path``; a file that is not a JSON table is a ``UserError``."""
     file = path / CONFIG if path.is_dir() else path
-    if not file.is_file() and (file.parent / "params.json").is_file():
+    if not file.is_file() and (file.parent / renamed.PARAMS).is_file():
         raise UserError(
             f"'{file}' does not exist: params.json beside it does not tell all of a model (theta, positions): put the "
             "config.json of the same model on the hub there"

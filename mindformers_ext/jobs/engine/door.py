@@ -111,14 +111,19 @@ def open_record_writer(path: Path, fields: tuple[str, ...], shards: int, row_len
     return MindRecordWriter(path, fields, shards, row_length)
 
 
-def open_reference(folder: Path, weights: Iterable[tuple[str, np.ndarray]] | None = None) -> Reference:
+def open_reference(
+    folder: Path, weights: Iterable[tuple[str, np.ndarray]] | None = None, code: Path | None = None
+) -> Reference:
     """Hugging Face transformers with the model folder at ``folder``, float32 on the CPU.
 
-    ``weights``: instead of the folder's own files, float32 under the names that transformers 4 reads.
+    Args:
+        folder: no code in it is run.
+        weights: instead of the folder's own files, float32 under the names that transformers 4 reads.
+        code: a folder of ours with config.json and the code of a network that transformers lacks; wants ``weights``.
     """
     from mindformers_ext.pt.hf_reference import HuggingFaceReference
 
-    return HuggingFaceReference(folder, weights)
+    return HuggingFaceReference(folder, weights, code)
 
 
 def open_torch_file(path: Path) -> TensorFile:
@@ -170,23 +175,23 @@ def open_probe(engine: str, spec: NetworkSpec, device: DeviceSpec) -> LayerProbe
     return TorchLayerProbe(spec, torch.device)
 
 
-def write_plain(path: Path, value: Any, overwrite: bool = False) -> None:
+def write_numbers(path: Path, value: Any, overwrite: bool = False) -> None:
     """A file of torch.save that torch.load reads by its default; it appears whole or not at all. Imports torch.
 
     value: ints in a list or in lists, an array, or arrays by name.
     """
-    from mindformers_ext.pt.plain_file import write_plain as write
+    from mindformers_ext.pt.number_file import write_numbers as write
 
     with fresh_file(path, overwrite) as partial:
         write(partial, value)
 
 
-def read_plain(path: Path, allow_pickle: bool = False) -> Any:
+def read_numbers(path: Path, allow_pickle: bool = False) -> Any:
     """The numbers in such a file: ints in lists, arrays. ``allow_pickle``: also an older one with numpy's numbers.
 
     Raises:
         UserError: not such a file, damaged, or holding anything else. No code of a file is run.
     """
-    from mindformers_ext.pt.plain_file import read_plain as read
+    from mindformers_ext.pt.number_file import read_numbers as read
 
     return read(path, allow_pickle)

@@ -14,8 +14,11 @@ import numpy as np
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.families import LLAMA, LLAMA_MOE
 from mindformers_ext.formats.dtypes import BY_NUMPY, float_dtype
+from mindformers_ext.formats.safetensors_dir import CONFIG
+from mindformers_ext.formats.tensors import Reader
 from mindformers_ext.jobs.checkpoint.hf_code import save_code
-from mindformers_ext.jobs.checkpoint.source import CONFIG, Reader, read_config
+from mindformers_ext.jobs.checkpoint.renamed import notes_of
+from mindformers_ext.jobs.checkpoint.source import read_config
 from mindformers_ext.jobs.experts.cut import MLP, Cut, cuts, dense_matrix, ids_of, in_type, routed_prefix
 from mindformers_ext.jobs.experts.gating import Gating, check_gate, mixture_config, random_gates
 from mindformers_ext.jobs.experts.neuron_file import NEURONS, write_neurons
@@ -52,7 +55,7 @@ def convert(request: MixtureRequest, write: bool = True) -> MergeReport:
     check_output(request.output, [request.model])
     with _dense(request.model) as (config, reader):
         layers = int(config["num_hidden_layers"])
-        notes = _check_mixture(request, config)
+        notes = [*notes_of(reader), *_check_mixture(request, config)]
         kind = float_dtype(request.dtype) if request.dtype else None
         tasks = _cut_tasks(request, reader, layers, kind)
         stored = {info.dtype for task in tasks for info in task.infos}

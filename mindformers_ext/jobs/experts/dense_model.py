@@ -17,7 +17,8 @@ from mindformers_ext.core.config.hf import model_spec_from_hf
 from mindformers_ext.core.errors import UserError, listed
 from mindformers_ext.core.parameters import LAYER, layer_rows, shape_of, size_letters
 from mindformers_ext.core.spec import ModelSpec
-from mindformers_ext.jobs.checkpoint.source import Reader, open_hf, read_config
+from mindformers_ext.formats.tensors import Reader
+from mindformers_ext.jobs.checkpoint.source import open_hf, read_config
 from mindformers_ext.weights.convert import plan_to_mindspore
 from mindformers_ext.weights.llama import EMBEDDING, FINAL_NORM, HEAD
 from mindformers_ext.weights.plan import Plan

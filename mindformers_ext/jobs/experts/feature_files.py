@@ -17,7 +17,7 @@ import numpy as np
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.json_text import read_object
 from mindformers_ext.formats.atomic import fresh_file
-from mindformers_ext.jobs.engine.door import read_plain, write_plain
+from mindformers_ext.jobs.engine.door import read_numbers, write_numbers
 from mindformers_ext.jobs.experts.dense_model import POINT_OF
 from mindformers_ext.jobs.experts.probe import Part
 
@@ -125,7 +125,7 @@ def write_shard(path: Path, array: np.ndarray) -> None:
         with fresh_file(path, overwrite=True) as beside, beside.open("wb") as file:
             np.save(file, array)
     else:
-        write_plain(path, array, overwrite=True)
+        write_numbers(path, array, overwrite=True)
 
 
 def read_shard(path: Path, allow_pickle: bool = False) -> np.ndarray:
@@ -140,7 +140,7 @@ def read_shard(path: Path, allow_pickle: bool = False) -> np.ndarray:
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"'{path}' is no array of numpy ({error}): write the features again") from error
     else:
-        found = read_plain(path, allow_pickle)
+        found = read_numbers(path, allow_pickle)
     if not isinstance(found, np.ndarray) or found.dtype.kind != "f":
         raise UserError(f"'{path}' holds no array of float numbers: write the features again")
     if found.ndim > 2:

@@ -14,7 +14,7 @@ import numpy as np
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.json_text import read_object
 from mindformers_ext.formats.atomic import write_text
-from mindformers_ext.jobs.engine.door import read_plain, write_plain
+from mindformers_ext.jobs.engine.door import read_numbers, write_numbers
 
 SUMMARY = "select.json"
 LISTS = ("train_epochs", "train_loss", "train_acc", "valid_epochs", "valid_loss", "valid_acc")
@@ -95,7 +95,7 @@ class GateFiles:
         lines = [f"{name}: [{', '.join(map(_short, curve[name]))}]\n" for name in LISTS]
         write_text(self.path(layer, ".log"), "".join(lines))
         write_text(self.path(layer, ".json"), json.dumps({"about": about, "layer": layer, **figures}) + "\n")
-        write_plain(self.path(layer), dict(weights), overwrite=True)
+        write_numbers(self.path(layer), dict(weights), overwrite=True)
 
     def figures(self) -> list[dict[str, Any]]:
         """What was measured of every layer that is there, in their order."""
@@ -146,7 +146,7 @@ def read_gates(
     if missing:
         raise UserError(f"'{folder}' lacks the gates of layers {missing}: fit them (select --specify_layer ...)")
     for layer in range(layers):
-        found = read_plain(files.path(layer), allow_pickle)
+        found = read_numbers(files.path(layer), allow_pickle)
         if not isinstance(found, dict) or not all(isinstance(item, np.ndarray) for item in found.values()):
             raise UserError(f"'{files.path(layer)}' holds no gate's tensors: fit it again")
         if not all(np.isfinite(item).all() for item in found.values()):

@@ -21,7 +21,7 @@ from mindformers_ext.core.json_text import read_object
 from mindformers_ext.formats.atomic import fresh_file, write_text
 from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.formats.folder_lock import locked
-from mindformers_ext.jobs.engine.door import write_plain
+from mindformers_ext.jobs.engine.door import write_numbers
 from mindformers_ext.jobs.experts.calibration import Calibration, Opened, opened
 from mindformers_ext.jobs.experts.importance_scores import META
 from mindformers_ext.jobs.experts.probe import Part, backward, check_needs, forward, needs
@@ -264,7 +264,7 @@ def _combine(
                     place.mkdir(exist_ok=True)
                     vector = kernel(sums[number, cluster]) / max(tokens[cluster], 1)
                     file = place / f"layers.{layer}.mlp.{key}.weight.{TYPES[request.kind]}"
-                    write_plain(file, vector.astype(np.float32), overwrite=True)
+                    write_numbers(file, vector.astype(np.float32), overwrite=True)
         text = {"about": about, "tokens": tokens.tolist(), "loss": "summed over predicted tokens"}
         write_text(folder / META, json.dumps(text, indent=1) + "\n")
         for path in folder.glob(".sums_*"):

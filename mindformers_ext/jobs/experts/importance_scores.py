@@ -11,7 +11,7 @@ import numpy as np
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.json_text import read_object
-from mindformers_ext.jobs.engine.door import read_plain
+from mindformers_ext.jobs.engine.door import read_numbers
 
 META = "importance.json"
 OPTIONS = {"kernel": "kernel", "level": "accumulate_level", "type": "importance_type"}
@@ -69,7 +69,7 @@ def read_scores(folder: Path, name: str, experts: int, width: int, allow_pickle:
         path = cluster / name
         if not path.is_file():
             raise UserError(f"'{path}' does not exist: compute importance with these --templates and --importance_type")
-        row = np.asarray(read_plain(path, allow_pickle), np.float64)
+        row = np.asarray(read_numbers(path, allow_pickle), np.float64)
         if row.shape != (width,):
             raise UserError(f"'{path}' has shape {row.shape}, the model has {width} neurons: give this model's scores")
         if not np.isfinite(row).all():

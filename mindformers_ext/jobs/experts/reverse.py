@@ -14,8 +14,10 @@ from mindformers_ext.core.config.hf_attention import with_both_ropes
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.families import LLAMA, LLAMA_MOE
 from mindformers_ext.formats.dtypes import BY_NUMPY
-from mindformers_ext.formats.tensors import TensorInfo
-from mindformers_ext.jobs.checkpoint.source import CONFIG, Reader, open_hf, read_config
+from mindformers_ext.formats.safetensors_dir import CONFIG
+from mindformers_ext.formats.tensors import Reader, TensorInfo
+from mindformers_ext.jobs.checkpoint.renamed import notes_of
+from mindformers_ext.jobs.checkpoint.source import open_hf, read_config
 from mindformers_ext.jobs.experts.cut import DENSE, INNER, MLP, RESIDUAL, ROUTED, Cut, cuts, routed_prefix
 from mindformers_ext.jobs.experts.gating import Gating, mixture_config
 from mindformers_ext.jobs.experts.neuron_file import NEURONS, read_neurons
@@ -55,7 +57,7 @@ def reverse(request: DenseRequest, write: bool = True) -> MergeReport:
                     f"the experts of layer {layer} have {found.width} neurons, config.json says {width}: copy the "
                     "model again"
                 )
-        notes = []
+        notes = list(notes_of(reader))
         splits = request.splits
         if splits is None:
             splits = read_neurons(request.model / NEURONS, width, layers)

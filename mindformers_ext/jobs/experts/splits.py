@@ -21,7 +21,7 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.json_text import read_object
 from mindformers_ext.formats.atomic import write_text
 from mindformers_ext.formats.folder_lock import locked
-from mindformers_ext.jobs.engine.door import read_plain, write_plain
+from mindformers_ext.jobs.engine.door import read_numbers, write_numbers
 from mindformers_ext.jobs.experts.dense_model import template_kind
 from mindformers_ext.surgery.experts.split import LayerSplit
 
@@ -72,7 +72,7 @@ def open_split(
     if not path.is_file():
         raise UserError(f"'{folder}' holds no '{path.name}': split layer {layer} first (split --specify_layer {layer})")
     settings = read_meta(folder).get("settings", {})
-    value = read_plain(path, allow_pickle)
+    value = read_numbers(path, allow_pickle)
     try:
         split = _from_file(value, settings, experts, width)
     except (UserError, TypeError, ValueError, OverflowError) as error:
@@ -144,7 +144,7 @@ def write_split(
         ordered = dict(sorted(layers.items(), key=lambda item: int(item[0])))
         text = {"version": VERSION, "tool": f"mindformers_ext {__version__}", "settings": settings, "layers": ordered}
         write_text(folder / META, json.dumps(text, indent=1) + "\n")
-    write_plain(layer_file(folder, template, layer), split.labels().tolist() if is_labels else lists, overwrite=True)
+    write_numbers(layer_file(folder, template, layer), split.labels().tolist() if is_labels else lists, overwrite=True)
 
 
 def split_sha(split: LayerSplit) -> str:

@@ -11,8 +11,7 @@ import numpy as np
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.dtypes import cast
-from mindformers_ext.formats.tensors import Array, Index, TensorInfo
-from mindformers_ext.jobs.checkpoint.source import Reader
+from mindformers_ext.formats.tensors import Array, Index, Reader, TensorInfo
 from mindformers_ext.jobs.merge.adapters import Adapter, Product
 
 

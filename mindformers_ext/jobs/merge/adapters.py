@@ -19,8 +19,8 @@ from mindformers_ext.core.config.lora import ADAPTER_CONFIG
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.formats.dtypes import is_float
 from mindformers_ext.formats.safetensors_file import SafetensorsFile
-from mindformers_ext.formats.tensors import TensorInfo
-from mindformers_ext.jobs.checkpoint.source import Reader, open_hf, read_config
+from mindformers_ext.formats.tensors import Reader, TensorInfo
+from mindformers_ext.jobs.checkpoint.source import open_hf, read_config
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."

@@ -11,9 +11,9 @@ from typing import Any
 
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.formats.dtypes import BY_NUMPY
+from mindformers_ext.formats.safetensors_dir import CONFIG
 from mindformers_ext.formats.tensors import Array
 from mindformers_ext.jobs.checkpoint.hf_code import with_code
-from mindformers_ext.jobs.checkpoint.source import CONFIG
 from mindformers_ext.jobs.merge.config import MergeConfig, need_slices, read_merge_config
 from mindformers_ext.jobs.merge.course import Prepared, run_merge
 from mindformers_ext.jobs.merge.fit import check_fit
@@ -79,7 +79,8 @@ def _opened(request: MergeRequest) -> Iterator[Prepared]:
         check_result(request.output, result)
         if any(not task.copied for task in plan.tasks):
             _prepare_torch(request)
-        notes = [*config.warnings, *plan.notes, *chosen.notes]
+        names_seen = (note for model in models.values() for note in model.notes)
+        notes = [*config.warnings, *names_seen, *plan.notes, *chosen.notes]
         if plan.vocab:
             notes.append(f"embeddings were cut to {plan.vocab} tokens; the tokenizer may know more")
         elif not chosen.rows and result["vocab_size"] != base.config.get("vocab_size", result["vocab_size"]):

@@ -13,9 +13,12 @@ from typing import Any
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.families import MIXTRAL
 from mindformers_ext.formats.dtypes import FLOATS
+from mindformers_ext.formats.safetensors_dir import CONFIG
+from mindformers_ext.formats.tensors import Reader
 from mindformers_ext.jobs.checkpoint.fused import unfused
 from mindformers_ext.jobs.checkpoint.hub import from_hub
-from mindformers_ext.jobs.checkpoint.source import CONFIG, Reader, open_hf, read_config
+from mindformers_ext.jobs.checkpoint.renamed import notes_of
+from mindformers_ext.jobs.checkpoint.source import open_hf, read_config
 from mindformers_ext.jobs.merge.adapted import AdaptedReader
 from mindformers_ext.jobs.merge.adapters import open_adapter
 from mindformers_ext.jobs.merge.references import split_reference
@@ -24,7 +27,8 @@ from mindformers_ext.surgery.merge.architectures import Architecture, architectu
 
 @dataclass(frozen=True)
 class Model:
-    """An open model. ``name`` is what the user calls it; ``reader`` has its adapter merged where it names one."""
+    """An open model. ``name`` is what the user calls it; ``reader`` has its adapter merged where it names one;
+    ``notes`` are on the names in its files."""
 
     name: str
     folder: Path
@@ -32,6 +36,7 @@ class Model:
     architecture: Architecture
     layers: int
     reader: Reader
+    notes: tuple[str, ...] = ()
 
 
 def find_model(name: str, download: bool = False) -> Path:
@@ -86,7 +91,7 @@ def _open(name: str, adapted: str | None) -> Model:
         raise UserError(f"'{folder / CONFIG}' has num_hidden_layers={layers!r}: a whole number above 0 is expected")
     reader = open_hf(folder)
     try:
-        return _seen(Model(name, folder, config, architecture, layers, reader), adapter, adapted)
+        return _seen(Model(name, folder, config, architecture, layers, reader, notes_of(reader)), adapter, adapted)
     except UserError:
         reader.close()
         raise

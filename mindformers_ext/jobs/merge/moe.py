@@ -13,8 +13,8 @@ import numpy as np
 
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.formats.dtypes import BY_NUMPY, cast
+from mindformers_ext.formats.safetensors_dir import CONFIG
 from mindformers_ext.formats.tensors import Array, Index, TensorInfo
-from mindformers_ext.jobs.checkpoint.source import CONFIG
 from mindformers_ext.jobs.merge.course import Prepared, run_merge
 from mindformers_ext.jobs.merge.gates import gate_rows
 from mindformers_ext.jobs.merge.models import Model, folders_of, opened
@@ -85,6 +85,7 @@ def _opened(request: MoERequest) -> Iterator[Prepared]:
             tied=_tied(targets),
         )
         check_result(request.output, result)
+        notes += [note for model in models.values() for note in model.notes]
         yield _prepared(request, _Assembly(config, models, targets), result, notes)
 
 

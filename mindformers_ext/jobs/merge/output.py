@@ -13,11 +13,10 @@ from mindformers_ext.core.config.hf import model_spec_from_hf
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.atomic import refuse_existing
 from mindformers_ext.formats.ms_file import check_suffix
-from mindformers_ext.formats.safetensors_dir import SafetensorsDirWriter
+from mindformers_ext.formats.safetensors_dir import CONFIG, SafetensorsDirWriter
 from mindformers_ext.formats.tensors import Array, TensorInfo
 from mindformers_ext.jobs.checkpoint.convert import ConvertRequest, convert
 from mindformers_ext.jobs.checkpoint.copy_tensors import bytes_bar, counted
-from mindformers_ext.jobs.checkpoint.source import CONFIG
 from mindformers_ext.jobs.merge.threads import in_threads, thread_count, until
 
 

@@ -15,17 +15,11 @@ from mindformers_ext.core.config.run import ASCEND, RunSpec
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import DeviceSpec, ModelSpec, NetworkSpec
 from mindformers_ext.formats.rank_dirs import rank_folders
+from mindformers_ext.formats.safetensors_dir import CONFIG
+from mindformers_ext.formats.tensors import Reader
 from mindformers_ext.jobs.checkpoint.renamed import notes_of
 from mindformers_ext.jobs.checkpoint.saved import checkpoint_file, holds_whole
-from mindformers_ext.jobs.checkpoint.source import (
-    CONFIG,
-    Reader,
-    described_layout,
-    is_hf_file,
-    open_hf,
-    open_ms,
-    read_config,
-)
+from mindformers_ext.jobs.checkpoint.source import described_layout, is_hf_file, open_hf, open_ms, read_config
 from mindformers_ext.jobs.engine.door import open_engine
 from mindformers_ext.jobs.engine.protocols import Network
 from mindformers_ext.weights.convert import plan_relayout, plan_to_mindspore

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -107,7 +107,7 @@ class Encoder:
 
 def encode_all(
     setup: Setup, tokenizer: Tokenizer, batches: Iterable[TextBatch | QaBatch], workers: int
-) -> Iterator[Tokens]:
+) -> Generator[Tokens, None, None]:
     """The encoded batches, in order and the same for any number of ``workers`` (1: in this process).
 
     Raises:

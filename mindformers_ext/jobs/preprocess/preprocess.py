@@ -197,7 +197,7 @@ class _Run:
                 if self.samples_left == 0:
                     break
         finally:
-            encoded.close()  # type: ignore[attr-defined]  # a generator: its processes end now
+            encoded.close()  # its processes end now
             if spool:
                 spool.close()
 

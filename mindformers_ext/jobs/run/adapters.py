@@ -18,7 +18,7 @@ from mindformers_ext.core.json_text import read_object
 from mindformers_ext.formats.ms_file import SUFFIXES, open_checkpoint
 from mindformers_ext.formats.rank_dirs import rank_folders
 from mindformers_ext.jobs.checkpoint.saved import saved_in
-from mindformers_ext.jobs.run.keep import kept_config
+from mindformers_ext.jobs.run.keep import kept_above, run_folders
 
 BASE = "base_model_name_or_path"
 COMPARED = {"lora_rank": "r", "lora_alpha": "lora_alpha", "target_modules": "target_modules"}
@@ -53,7 +53,7 @@ def settle_adapters(run: RunSpec, lora: LoraSpec) -> tuple[RunSpec, list[str]]:
             notes.append(f"the adapters lie on {base} from now on; the run began on {former}")
         base = base or former
     if base is None:
-        _check_seed(run, place)
+        notes += _seed_notes(run, place)
     elif not Path(base).exists():
         raise UserError(
             f"the adapters of {place} lie on {base}, which does not exist: give the base weights "
@@ -76,9 +76,8 @@ def holds_adapters(path: Path) -> bool:
 
 
 def _record(place: Path) -> Path | None:
-    """The description of the adapters in ``place``: there, or up to two folders above."""
-    folders = [place, *place.resolve().parents][:4]
-    return next((folder / ADAPTER_CONFIG for folder in folders if (folder / ADAPTER_CONFIG).is_file()), None)
+    """The description of the adapters in ``place``, from the run's folder."""
+    return next((folder / ADAPTER_CONFIG for folder in run_folders(place) if (folder / ADAPTER_CONFIG).is_file()), None)
 
 
 def _check_same(words: Mapping[str, Any], lora: LoraSpec, file: Path) -> None:
@@ -92,12 +91,15 @@ def _check_same(words: Mapping[str, Any], lora: LoraSpec, file: Path) -> None:
     problems.raise_if_any()
 
 
-def _check_seed(run: RunSpec, place: Path) -> None:
-    """First weights come from the seed, so it must be the former one."""
-    former = kept_config(place.resolve().parent, run.mode)
-    seed = load_yaml(former).get("seed", run.seed) if former else run.seed
+def _seed_notes(run: RunSpec, place: Path) -> list[str]:
+    """First weights come from the seed, so it must be the former one; a note where that is not known."""
+    former = kept_above(place, run.mode)
+    if former is None:
+        return [f"no run_config above {place}: the seed of the former run is not known, {run.seed} is used"]
+    seed = load_yaml(former).get("seed") or 0
     if seed != run.seed:
         raise UserError(
             f"seed={run.seed}, the run had {seed}, and its adapters lie on the first weights of that seed: set --seed "
             f"{seed}, or start a new run without --resume_training"
         )
+    return []

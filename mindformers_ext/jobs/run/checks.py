@@ -73,12 +73,6 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
         script = "torchrun_launcher.sh" if run.engine == PYTORCH else "msrun_launcher.sh"
         notes.append(f"use_parallel becomes False: this process was started alone (scripts/{script})")
     _check_runner(run, where)
-    moe = build.network.model.moe
-    if run.trains and not run.load and moe is not None and moe.expert_sizes:
-        raise UserError(
-            "size_experts without load_checkpoint: experts of different sizes come from a model that was cut, and "
-            "random weights have one size; give its weights, or leave size_experts out"
-        )
     if run.mode == "predict" and not run.prompts:
         raise UserError('run_mode predict has nothing to predict: give --predict_data "a prompt"')
     merge = None
@@ -90,6 +84,7 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
         known = run.family is not None or has_our_weights(config)
         run, found, merge = settle_for_mindformers(run, build, known)
         notes += found
+    _check_first_weights(run, build.network)
     if run.runner in (Runner.OWN_LOOP, Runner.MINDFORMERS) and (run.family is not None or is_llama(config)):
         check_tokenizer(run, build.network)
         if run.mode != "predict":
@@ -148,6 +143,16 @@ def _check_runner(run: RunSpec, where: str) -> None:
         raise UserError(
             f"run_mode eval of {who} measures perplexity on one device, without pet_config: "
             "leave out --use_parallel, and merge adapters first (tools/merge_lora.py)"
+        )
+
+
+def _check_first_weights(run: RunSpec, spec: NetworkSpec) -> None:
+    """Whether a settled run may start from random weights, if it loads none."""
+    moe = spec.model.moe
+    if run.trains and not (run.load or run.base) and moe is not None and moe.expert_sizes:
+        raise UserError(
+            "size_experts without load_checkpoint: experts of different sizes come from a model that was cut, and "
+            "random weights have one size; give its weights, or leave size_experts out"
         )
 
 

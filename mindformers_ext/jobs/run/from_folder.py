@@ -25,9 +25,10 @@ from mindformers_ext.data import tokenizer_settings
 from mindformers_ext.formats.mindrecord_file import MindRecordFile
 from mindformers_ext.formats.ms_ckpt import CkptFile
 from mindformers_ext.formats.ms_file import CheckpointMeta
+from mindformers_ext.formats.safetensors_dir import CONFIG
 from mindformers_ext.formats.safetensors_file import SafetensorsFile
 from mindformers_ext.jobs.checkpoint.saved import checkpoint_file
-from mindformers_ext.jobs.checkpoint.source import CONFIG, is_hf_file, own_meta, read_config
+from mindformers_ext.jobs.checkpoint.source import is_hf_file, own_meta, read_config
 from mindformers_ext.jobs.run.checks import has_device
 
 ABOVE = 4  # a run's folder, checkpoint/, rank_0/, a file

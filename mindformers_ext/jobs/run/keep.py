@@ -12,7 +12,7 @@ import numpy as np
 
 from mindformers_ext.core.config.file import dump_yaml
 from mindformers_ext.core.config.lora import ADAPTER_CONFIG, LoraSpec
-from mindformers_ext.core.config.run import RunSpec
+from mindformers_ext.core.config.run import TRAINING, RunSpec
 from mindformers_ext.formats.atomic import write_text
 from mindformers_ext.jobs.checkpoint.saved import last_whole
 
@@ -31,6 +31,18 @@ def kept_config(folder: Path, mode: str) -> Path | None:
     """What ``keep_config`` has kept of the last run of this ``run_mode``, None where there is nothing."""
     path = folder / "run_config" / f"{mode}.yaml"
     return path if path.is_file() else None
+
+
+def run_folders(place: Path) -> list[Path]:
+    """Where files of a run's own folder may lie that has saved the weights ``place``: there, or above. Its checkpoints
+    are ``checkpoint/rank_R/FILE``."""
+    return [place, *place.resolve().parents][:4]
+
+
+def kept_above(place: Path, mode: str) -> Path | None:
+    """``kept_config`` of the run that has saved ``place``; of the other way to train where ``mode`` has left none."""
+    found = (kept_config(folder, kind) for folder in run_folders(place) for kind in (mode, *TRAINING))
+    return next(filter(None, found), None)
 
 
 def keep_text(path: Path, text: str) -> None:

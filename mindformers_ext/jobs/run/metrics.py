@@ -81,7 +81,7 @@ def read_metrics(run_folder: Path) -> RunMetrics:
         UserError: no file, no record, or a record that is not what it must be (file and line are named).
     """
     folder = run_folder / FOLDER
-    files = sorted(folder.glob("*.jsonl"))
+    files = sorted(folder.glob("rank_*.jsonl"))  # load_rank_*.jsonl are the loads of a pipeline's stages
     if not files:
         raise UserError(f"no metrics in {folder}: give the output_dir of a training run of run_mindformer.py")
     ranks = [_read_file(file) for file in files]

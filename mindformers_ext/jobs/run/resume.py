@@ -7,7 +7,6 @@ need nothing: which ones a step takes follows from its number (``data.row_order`
 
 from __future__ import annotations
 
-import os
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from mindformers_ext.core.config.keys import SHARDED_MODES
 from mindformers_ext.core.config.lora import LORA_A, LORA_B
 from mindformers_ext.core.config.run import MINDSPORE, RunSpec
 from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.formats.atomic import put_link
 from mindformers_ext.formats.ms_file import open_checkpoint
 from mindformers_ext.formats.rank_dirs import rank_folders
 from mindformers_ext.jobs.checkpoint.saved import (
@@ -140,9 +140,7 @@ def for_every_rank(run: RunSpec, file: Path, devices: int, ending: str = "") -> 
     for rank in range(devices):
         link = folder / f"rank_{rank}" / f"whole_rank_{rank}{ending}{file.suffix}"
         link.parent.mkdir(parents=True, exist_ok=True)
-        beside = link.with_name(f".{os.getpid()}.{link.name}")  # all ranks do this at once
-        beside.symlink_to(file.resolve())
-        os.replace(beside, link)
+        put_link(link, file.resolve())  # all ranks do this at once
     return replace(run, load=str(folder), resume=f"whole_rank_0{ending}{file.suffix}")
 
 

@@ -19,9 +19,8 @@ from mindformers_ext.formats.dtypes import float_dtype
 from mindformers_ext.formats.ms_ckpt import CkptWriter
 from mindformers_ext.formats.ms_file import open_checkpoint
 from mindformers_ext.formats.safetensors_file import SafetensorsFileWriter
-from mindformers_ext.formats.tensors import TensorInfo
+from mindformers_ext.formats.tensors import Reader, TensorInfo
 from mindformers_ext.jobs.checkpoint.saved import note_size, saved_as, saved_in
-from mindformers_ext.jobs.checkpoint.source import Reader
 from mindformers_ext.jobs.run.keep import WEIGHTS, is_finite, last_good, surplus
 from mindformers_ext.jobs.train.hooks import PREFIX
 from mindformers_ext.weights.reshard import open_sliced

@@ -165,10 +165,6 @@ class LinearGate(nn.Cell):
         """Logits (T, E)."""
         return self.dense(x_TD)
 
-    def noisy_scores(self, x_TD: Tensor, noise_TE: Tensor) -> Tensor:
-        """See ``Gate``; this one adds none."""
-        return self.scores(x_TD)
-
     def bias(self) -> Tensor:
         """See ``Gate``."""
         return self.router.bias()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routed experts beside one that every token passes (DeepSeekMoE, arXiv:2401.06066, section 3.2)."""
+"""Routed experts beside shared ones that every token passes (DeepSeekMoE, arXiv:2401.06066, section 3.2)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.feed_forward import FeedForwardOutput, SwiGlu
 from mindformers_ext.ms.moe.gate import RouterGate
 from mindformers_ext.ms.moe.layer import MoE
+from mindformers_ext.ms.moe.residual import MeanRows, WeighedExperts
 from mindformers_ext.ms.moe.rows import scaled_rows
 from mindformers_ext.ms.ops.portable import outer_product
 from mindformers_ext.ms.ops.select import Operators
@@ -42,32 +43,52 @@ class ScaledRows(nn.Cell):
 
 class SharedMoE(nn.Cell):
     """routed(x) + scale * sigmoid(gate x) * shared(x), without the sigmoid where the shared expert has no gate (with
-    it: Qwen2-MoE). A ``FeedForward``; loss and report are those of the routed experts."""
+    it: Qwen2-MoE); of several that are weighed each: routed(x) + sum of scale * score * shared expert(x) (LLaMA-MoE).
+    A ``FeedForward``; loss and report are those of the routed experts."""
 
     def __init__(self, spec: NetworkSpec, moe: MoESpec, operators: Operators) -> None:
         super().__init__()
         shared, shards = moe.shared_expert or SharedExpertSpec(intermediate_size=0), Shards(spec)
         self.routed_experts = MoE(spec, moe, operators)
         self.shared_experts = SwiGlu(spec, shared.intermediate_size, operators)
-        self.gated = shared.gated
+        self.gated, self.weighs_each, self.is_mean = shared.gated, shared.weighs_each, shared.use_weighting
+        std, width = spec.model.initializer_range, spec.model.hidden_size
+        router_dtype = operators.router_dtype(moe.router_dtype)
         if self.gated:
-            model, router_dtype = spec.model, operators.router_dtype(moe.router_dtype)
-            self.shared_experts_gate = RouterGate(model.hidden_size, 1, model.initializer_range, router_dtype)
+            self.shared_experts_gate = RouterGate(width, 1, std, router_dtype)
             self.shared_experts_gate.product = shards.shard(self.shared_experts_gate.product, "gate")
-        self.weigh = shards.local(operators.build(GatedRows, shared.scale), "gated rows")
-        self.scale = shards.local(operators.build(ScaledRows, shared.scale), "scaled rows")
+            self.weigh = shards.local(operators.build(GatedRows, shared.scale_of(0)), "gated rows")
+        elif self.weighs_each:
+            self.shared_experts_gate = RouterGate(width, shared.num_experts, 0.0, router_dtype)
+            self.shared_experts_gate.product = shards.shard(self.shared_experts_gate.product, "gate")
+            self.weigh_each = WeighedExperts(shared, shards, operators)
+        else:
+            self.scale = shards.local(operators.build(ScaledRows, shared.scale_of(0)), "scaled rows")
+        if self.is_mean:
+            self.weighting = RouterGate(width, 2, std, router_dtype)
+            self.weighting.product = shards.shard(self.weighting.product, "gate")
+            self.mean = shards.local(operators.build(MeanRows), "mean rows")
         self.add = shards.shard(P.Add(), "residual")
 
     def always(self, x_TD: Tensor) -> Tensor:
-        """The shared expert's part (T, D)."""
+        """The shared experts' part (T, D)."""
+        if self.weighs_each:
+            hidden_TF = self.shared_experts.hidden(x_TD)
+            return self.shared_experts.w2(self.weigh_each(hidden_TF, self.shared_experts_gate(x_TD)))
         y_TD = self.shared_experts.product(x_TD)
         if self.gated:
             return self.weigh(y_TD, self.shared_experts_gate(x_TD))
         return self.scale(y_TD)
 
+    def together(self, routed_TD: Tensor, x_TD: Tensor) -> Tensor:
+        """The routed experts' output beside the shared ones' of the same rows (T, D)."""
+        if self.is_mean:
+            return self.mean(routed_TD, self.always(x_TD), self.weighting(x_TD))
+        return self.add(routed_TD, self.always(x_TD))
+
     def construct(self, x_TD: Tensor, noise_TE: Tensor | None = None) -> FeedForwardOutput:
         y_TD, aux_loss_G, report_GE = self.routed_experts(x_TD, noise_TE)
-        return self.add(y_TD, self.always(x_TD)), aux_loss_G, report_GE
+        return self.together(y_TD, x_TD), aux_loss_G, report_GE
 
     def for_inference(self, tokens: int) -> nn.Cell:
         """See ``FeedForward``."""
@@ -90,4 +111,4 @@ class _SharedInference(nn.Cell):
         self.layer, self.routed = layer, routed
 
     def construct(self, x_TD: Tensor, valid_T: Tensor) -> Tensor:
-        return self.routed(x_TD, valid_T) + self.layer.always(x_TD)
+        return self.layer.together(self.routed(x_TD, valid_T), x_TD)

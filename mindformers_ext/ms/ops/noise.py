@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The noise of gates that add it, drawn where it is needed: ``core.philox.mixture_noise`` inside a graph.
+"""The noise of gates that add it, drawn where it is needed: ``core.philox`` inside a graph.
 
 Philox4x32-10 in 64-bit integers, whose products wrap as they should, and Box and Muller's transform.
 """
@@ -14,10 +14,10 @@ import mindspore.ops.operations as P
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from mindformers_ext.core.philox import FACTORS, KEY_STEPS, noise_blocks
+from mindformers_ext.core.philox import FACTORS, FRACTION, KEY_STEPS, LOW, PI, ROUNDS, SMALLEST, noise_blocks
 from mindformers_ext.ms.strategies import Shards
 
-ROUNDS, SMALLEST = 10, 1e-7  # of a uniform number, which 0 counts as
+TURN = 2.0 * PI
 
 
 def _whole(value: int) -> Tensor:
@@ -30,7 +30,7 @@ class Philox(nn.Cell):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mask, self.half = _whole(0xFFFFFFFF), _whole(32)
+        self.mask, self.half = _whole(LOW), _whole(32)
         self.factors, self.steps = tuple(map(_whole, FACTORS)), tuple(map(_whole, KEY_STEPS))
         self.both, self.either, self.shift = P.BitwiseAnd(), P.BitwiseXor(), P.RightShift()
         self.stack = P.Stack(axis=-1)
@@ -66,7 +66,7 @@ class MixtureNoise(nn.Cell):
         blocks = noise_blocks(self.tokens, self.experts)
         number = np.arange(blocks)[None] + np.array(places)[:, None] * blocks
         self.blocks, self.per_row = Tensor(number.reshape(1, -1)), _whole(mixtures * blocks)
-        self.mask, self.bits = _whole(0xFFFFFFFF), _whole(0x7FFFFF)
+        self.mask, self.bits = _whole(LOW), _whole(FRACTION)
         self.philox, self.both, self.stack, self.transpose = Philox(), P.BitwiseAnd(), P.Stack(axis=-1), P.Transpose()
         self.log1p, self.cos, self.sin, self.sqrt = P.Log1p(), P.Cos(), P.Sin(), P.Sqrt()
         self.split = P.Split(axis=2, output_num=4)
@@ -82,7 +82,7 @@ class MixtureNoise(nn.Cell):
         words = self.philox(key[:, 2:3] * self.per_row + self.blocks, key[:, 0:1], key[:, 1:2])
         uniform = self.split(ops.cast(self.both(words, self.bits), ms.float32) * 2.0**-23)
         near, far = self._radius(uniform[0]), self._radius(uniform[2])
-        turn, more = ops.maximum(uniform[1], SMALLEST) * _TURN, ops.maximum(uniform[3], SMALLEST) * _TURN
+        turn, more = ops.maximum(uniform[1], SMALLEST) * TURN, ops.maximum(uniform[3], SMALLEST) * TURN
         drawn = (near * self.cos(turn), near * self.sin(turn), far * self.cos(more), far * self.sin(more))
         values = self.tokens * self.experts
         row = ops.reshape(self.stack(drawn), (keys_B3.shape[0], self.count, -1))[:, :, :values]
@@ -91,9 +91,6 @@ class MixtureNoise(nn.Cell):
 
     def bprop(self, keys_B3: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
         return (ops.zeros_like(keys_B3),)
-
-
-_TURN = 2.0 * 3.1415926  # as ``core.philox``, that is MindSpore, has it
 
 
 class StageNoise(nn.Cell):

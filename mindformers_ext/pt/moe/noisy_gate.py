@@ -38,20 +38,22 @@ class NoisyChoice(nn.Module):
         """What the experts' outputs are multiplied by."""
         return score_GNK * self.factor if self.multiply else torch.ones_like(score_GNK)
 
-    def forward(self, clean_GNE: Tensor, raw_GNE: Tensor | None, noise_GNE: Tensor | None) -> Choice:
-        """``clean``: logits; ``raw``: of the noise's size, before softplus; with ``noise`` None neither is added."""
-        sigma_GNE = None if raw_GNE is None else F.softplus(raw_GNE) + self.epsilon
-        added_GNE = None if sigma_GNE is None or noise_GNE is None else noise_GNE * sigma_GNE
-        logits_GNE = clean_GNE if added_GNE is None else clean_GNE + added_GNE
+    def forward(self, clean_GNE: Tensor, drawn: tuple[Tensor, Tensor] | None = None) -> Choice:
+        """``clean``: logits. ``drawn``: of a step with noise its size before softplus, and the noise."""
+        noise: tuple[Tensor, Tensor] | None = None  # its size, and what is added
+        if drawn is not None:
+            sigma_GNE = F.softplus(drawn[0]) + self.epsilon
+            noise = sigma_GNE, drawn[1] * sigma_GNE
+        logits_GNE = clean_GNE if noise is None else clean_GNE + noise[1]
         score_GNK, expert_GNK, order_GNE = self.scores(logits_GNE)
         counts_GE = count_assignments(expert_GNK, self.experts)
         loss_G = clean_GNE.new_zeros(clean_GNE.shape[0])
         if self.balance:
             importance_GE = torch.zeros_like(logits_GNE).scatter(-1, expert_GNK, score_GNK).sum(1)
             load_GE = counts_GE.float()
-            if added_GNE is not None and sigma_GNE is not None and self.chosen < self.experts:
-                compared_GNE = added_GNE if self.as_released else logits_GNE
-                load_GE = self._load(clean_GNE, sigma_GNE, logits_GNE, compared_GNE, order_GNE)
+            if noise is not None and self.chosen < self.experts:
+                compared_GNE = noise[1] if self.as_released else logits_GNE
+                load_GE = self._load(clean_GNE, noise[0], logits_GNE, compared_GNE, order_GNE)
             elif self.as_released:
                 load_GE = count_assignments(expert_GNK, self.experts, score_GNK > 0).float()
             loss_G = self.balance * (squared_variation(importance_GE) + squared_variation(load_GE))
@@ -98,9 +100,9 @@ class NoisyGate(nn.Module):
         shape, x_TD = (*x_GND.shape[:2], -1), x_GND.flatten(0, 1)
         clean_GNE = self.logits(x_TD).view(shape)
         if not self.training:
-            return self.router(clean_GNE, None, None)
-        raw_GNE = None if noise_TE is None else self.noise(x_TD).view(shape)
-        choice = self.router(clean_GNE, raw_GNE, None if noise_TE is None else noise_TE.view(shape))
+            return self.router(clean_GNE)
+        drawn = None if noise_TE is None else (self.noise(x_TD).view(shape), noise_TE.view(shape))
+        choice = self.router(clean_GNE, drawn)
         # a plain sum, one expert or no noise leave weights without effect: their gradient is zero, not missing
         unused = sum((weight.sum() * 0.0 for weight in self.parameters()), choice.aux_loss_G)
         return choice._replace(aux_loss_G=unused)

@@ -61,7 +61,8 @@ def _columns(stream: Stream, t: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _sums(one: torch.Tensor, two: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Dot product and squared lengths along ``dim``, float64."""
-    return tuple((x * y).to(torch.float64).sum(dim) for x, y in ((one, two), (one, one), (two, two)))  # type: ignore[return-value]
+    dot, first, second = ((x * y).to(torch.float64).sum(dim) for x, y in ((one, two), (one, one), (two, two)))
+    return dot, first, second
 
 
 def _many(t: float, dot: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -181,7 +181,7 @@ def test_chat_puts_a_line_into_the_folders_template(
     [
         (["predict"], "takes a folder"),
         (["predict", "HF", "x", "--config", "y.yaml"], "give one of them"),
-        (["predict", "none", "x"], "does not exist"),
+        (["predict", "none", "x"], "does not exist here and was not downloaded"),
         (["predict", ".", "x"], "nothing tells the sizes"),
         (["predict", "HF"], "nothing to predict"),
         (["predict", "HF", "x", "--epoch", "3"], "unknown option --epoch"),

@@ -84,6 +84,15 @@ def test_our_variables_are_listed(repo_root: Path, text: str) -> None:
     assert used == set(re.findall(r"\bMFEXT_[A-Z_]+\b", text))
 
 
+def test_every_variable_that_is_read_or_set_by_name_is_listed(repo_root: Path, text: str) -> None:
+    """Names in capitals, behind ``environ``, ``environment`` and ``variables``."""
+    sources = [path for folder in (PACKAGE, "tools") for path in (repo_root / folder).rglob("*.py")]
+    form = r"""(?:environ|environment|variables)(?:\.\w+\(|\[)\s*f?["']([A-Z][A-Z0-9_]+)["']"""
+    used = {(name, path) for path in sources for name in re.findall(form, path.read_text("utf-8"))}
+    assert len(used) > 15
+    assert not {f"{name} in {path}" for name, path in used if not re.search(rf"`{name}`", text)}
+
+
 def test_the_example_of_a_family_works(repo_root: Path, text: str) -> None:
     example, *gates = re.findall(r"```python\n(.*?)```", text, re.S)
     done = subprocess.run(

@@ -162,7 +162,8 @@ def steps_of(tree: Path, output: str, rank: int) -> list[dict]:
 
 
 @pytest.mark.long(
-    "its first test has the launcher read these commands, tests/mf/test_distributed.py trains on two machines"
+    "tests/cli/docs/test_research_readme.py has the launcher read these commands, tests/mf/test_distributed.py trains "
+    "on two machines"
 )
 @pytest.mark.slow
 def test_the_seed_s_commands_run_on_two_machines(repo_root: Path, tree: Path) -> None:

@@ -58,6 +58,15 @@ INTERLEAVED = {
     "expert_parallel": 4,
     "use_seq_parallel": True,
 }
+# the same with residual experts, whose scores are spread over the neurons of each
+RESIDUAL = {
+    **R17,
+    "model.model_config.type": "LlamaMoEResidualConfig",
+    "model.arch.type": "LlamaMoEResidualForCausalLM",
+    "model.model_config.intermediate_size": 160,
+    "model.model_config.shared_expert_intermediate_size": 32,
+    "moe_config.shared_expert_num": 2,
+}
 # name: file, devices, stages, and what of parallel_config differs from the file
 JOBS: dict[str, tuple[str, int, int, dict[str, Any]]] = {
     "seed": (SEED, 16, 2, {}),
@@ -313,6 +322,26 @@ def _operators(run: DryRun, rank: int, *kinds: str) -> tuple[int, ...]:
     (path,) = (run.out / "ranks" / f"rank_{rank}" / GRAPHS).rglob("*_validate_*.ir")
     text = path.read_text(encoding="utf-8", errors="replace")
     return tuple(len(re.findall(rf"= (?:PrimFunc_)?{kind}\(", text)) for kind in kinds)
+
+
+@pytest.mark.slow
+@pytest.mark.dryrun
+@pytest.mark.turn("compiled")
+def test_residual_experts_are_cut_like_a_feed_forward_part(tmp_path: Path) -> None:
+    """And each device's scores are spread over its own neurons: the first's are of one expert, the last's of the
+    other."""
+    run = dry_run(tmp_path / "out", LLAMA_MOE, 16, "0,3", 2, "--keep_graphs", **RESIDUAL)
+    assert run.code == 0, run.text
+    for facts, row in zip(run.facts(), ("1 0", "0 1"), strict=True):
+        assert facts.unplanned == ()
+        held_as_counted(run, facts)
+        grouped_as_counted(run, facts)
+        (path,) = (run.out / "ranks" / f"rank_{facts.rank}" / GRAPHS).rglob("*_validate_*.ir")
+        constants = re.findall(
+            r"Tensor\(shape=\[8, 2\], dtype=BFloat16, value=\s*\[\[([01 ]+)\]",
+            path.read_text(encoding="utf-8", errors="replace"),
+        )
+        assert set(constants) == {row}
 
 
 @pytest.mark.slow

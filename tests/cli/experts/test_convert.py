@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from mindformers_ext.cli.experts import main
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.jobs.engine.door import write_plain
+from mindformers_ext.jobs.engine.door import write_numbers
 from mindformers_ext.jobs.experts import probe
 from mindformers_ext.jobs.experts.gating import Gating, mixture_config
 from mindformers_ext.jobs.experts.splits import open_split, split_sha
@@ -42,10 +42,10 @@ def made(tmp_path_factory: pytest.TempPathFactory, remote_code: Path) -> Path:
         draws = np.random.default_rng(layer)
         labels = np.sort(draws.integers(0, EXPERTS, WIDTH)) if layer == 1 else np.arange(WIDTH) % EXPERTS
         labels[:EXPERTS] = np.arange(EXPERTS)  # none is empty
-        write_plain(folder / "split" / NAME.format(layer), draws.permutation(labels).tolist())
+        write_numbers(folder / "split" / NAME.format(layer), draws.permutation(labels).tolist())
         shapes = {"gate_network.0.weight": (EXPERTS, HIDDEN), "gate_network.2.weight": (EXPERTS, EXPERTS)}
         gate = {name: draws.normal(0, 1, shape).astype(np.float32) for name, shape in shapes.items()}
-        write_plain(folder / "gates" / NAME.format(layer), gate)
+        write_numbers(folder / "gates" / NAME.format(layer), gate)
     return folder
 
 
@@ -104,8 +104,8 @@ def test_residual_experts_count_in_the_model_and_in_the_ladder(
     (tmp_path / "gates").mkdir()
     for layer in range(LAYERS):  # two residual experts, then four routed ones
         draws = np.random.default_rng(layer)
-        write_plain(tmp_path / "split" / NAME.format(layer), draws.permutation(WIDTH).reshape(6, -1).tolist())
-        write_plain(tmp_path / "gates" / NAME.format(layer), {
+        write_numbers(tmp_path / "split" / NAME.format(layer), draws.permutation(WIDTH).reshape(6, -1).tolist())
+        write_numbers(tmp_path / "gates" / NAME.format(layer), {
             "gate_network.weight": draws.normal(0, 1, (4, HIDDEN)).astype(np.float32)})  # fmt: skip
     parts = ("--num_experts", 4, "--split_file_path", tmp_path / "split", "--select_file_path", tmp_path / "gates")
     assert main(words(made, tmp_path / "all", *parts, "--num_selects", 4)) == 0

@@ -292,7 +292,7 @@ def test_a_disk_or_memory_too_small_is_told_before_anything(
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_an_8b_model_fits_a_machine_of_24_gb(backward: bool) -> None:
-    """By arithmetic, whose sum is that of two layers of LLaMA-2-7B within an eighth of what was measured there."""
+    """By arithmetic, whose sum is within an eighth of the peak that research/llama_moe/NOTES.md has of two layers."""
     from mindformers_ext.core.spec import DeviceSpec, ModelSpec
     from mindformers_ext.jobs.experts.dense_model import DenseModel
     from mindformers_ext.jobs.experts.importance import ImportanceSink
@@ -313,4 +313,4 @@ def test_an_8b_model_fits_a_machine_of_24_gb(backward: bool) -> None:
     assert memory(llama3, 64, 4) < 4e9
     llama2 = ModelSpec(vocab_size=32000, intermediate_size=11008, num_hidden_layers=2, num_key_value_heads=32, **sizes)
     measured = (2701 if backward else 1951) * 2**20
-    assert abs(memory(llama2, 2, 1) - measured) <= 0.12 * measured
+    assert abs(memory(llama2, 2, 1) - measured) <= measured / 8

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mindformers_ext.cli.experts import main
-from mindformers_ext.jobs.engine.door import write_plain
+from mindformers_ext.jobs.engine.door import write_numbers
 from mindformers_ext.jobs.experts import select as job
 from mindformers_ext.jobs.experts.ranks import Share
 from mindformers_ext.jobs.experts.sample import draw
@@ -35,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "split").mkdir()
     for layer in range(LAYERS):
         labels = np.random.default_rng(layer).permutation(np.arange(WIDTH) % EXPERTS)
-        write_plain(folder / "split" / TEMPLATE.format(layer), labels.tolist())
+        write_numbers(folder / "split" / TEMPLATE.format(layer), labels.tolist())
     assert main(["features", *model(folder), "--save_path", str(folder), *texts(folder), "--quiet"]) == 0
     return folder
 
@@ -170,13 +170,13 @@ def _one_file_less(folder: Path) -> None:
 
 def _other_width(folder: Path) -> None:
     path = folder / "llama_tiny-Hidden-Features" / "hidden_gate_outputs" / "layer1" / "0_0.pth"
-    write_plain(path, np.ones((len(torch.load(path)), 7), np.float16), overwrite=True)
+    write_numbers(path, np.ones((len(torch.load(path)), 7), np.float16), overwrite=True)
 
 
 def _four_dimensions(folder: Path) -> None:
     for name in ("hidden_inputs", "hidden_gate_outputs"):
         path = folder / "llama_tiny-Hidden-Features" / name / "layer1" / "0_0.pth"
-        write_plain(path, np.ones((2, 2, 3, 4), np.float16), overwrite=True)
+        write_numbers(path, np.ones((2, 2, 3, 4), np.float16), overwrite=True)
 
 
 def _half_a_layer(folder: Path) -> None:
@@ -191,7 +191,7 @@ def _other_weights(folder: Path) -> None:
 
 
 def _other_split(folder: Path) -> None:
-    write_plain(folder / "split" / TEMPLATE.format(1), [0, 1, 2, 3] * 5, overwrite=True)
+    write_numbers(folder / "split" / TEMPLATE.format(1), [0, 1, 2, 3] * 5, overwrite=True)
 
 
 def _no_split(folder: Path) -> None:

@@ -200,7 +200,7 @@ def test_an_adapter_that_cannot_be_merged_is_named(name, tmp_path, capsys):
         ("base+ft1", "'ft1' is no adapter of PEFT"),
         ("base+lora+lora", "has 2 '+'"),
         ("base+", "is not MODEL+ADAPTER"),
-        ("base+nowhere", "'nowhere' is no folder"),
+        ("base+nowhere", "'nowhere' does not exist here"),
     ],
 )
 def test_a_name_that_is_no_model_with_adapter(name, found, tmp_path, capsys):

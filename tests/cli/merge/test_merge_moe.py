@@ -79,6 +79,32 @@ def test_everything_comes_from_where_it_should(tmp_path):
     ).read_text()
 
 
+def test_the_recipe_of_the_tutorial(tmp_path, monkeypatch):
+    """configs/merge/moe.yaml on small Mistrals whose tokenizer has the prompts' words."""
+    monkeypatch.chdir(tmp_path)
+    file = Path(__file__).resolve().parents[3] / "configs/merge/moe.yaml"
+    settings = yaml.safe_load(file.read_text())
+    names = [expert["source_model"] for expert in settings["experts"]]
+    prompts = [text for expert in settings["experts"] for text in expert["positive_prompts"]]
+    spoken = {word: 3 + number for number, word in enumerate(sorted({*" ".join(prompts).split()}))}
+    for number, name in enumerate(names):
+        make_model(Path(name), "mistral", seed=number, near=Path(names[0]) if number else None)
+        place = Path(name) / "tokenizer.json"
+        tokenizer = json.loads(place.read_text())
+        tokenizer["model"]["vocab"] = {"<unk>": 0, "<s>": 1, "</s>": 2} | spoken
+        place.write_text(json.dumps(tokenizer))
+    assert main(["moe", str(file), "out", "--quiet"]) == 0
+    got = tensors_of(Path("out"))
+    for e, name in enumerate(names):
+        assert np.array_equal(
+            got[EXPERT.format(1, e, "w1")], tensors_of(Path(name))["model.layers.1.mlp.gate_proj.weight"]
+        )
+    gate = got[GATE.format(1)].astype(np.float32)
+    assert (
+        np.linalg.matrix_rank(gate) == 4 and json.loads(Path("out/config.json").read_text())["num_experts_per_tok"] == 2
+    )
+
+
 def test_cheap_embeddings_route_a_prompt_to_its_expert(tmp_path):
     """The formula in float64, and the router's choice for the embeddings of each expert's own words."""
     settings = config()

@@ -145,7 +145,7 @@ def test_merging_is_measured_against_cp(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.long("a mixture with a shared expert is trained in both engines")
+@pytest.mark.long("tests/cli/merge/test_merge_train.py trains one with a shared expert in both engines")
 @pytest.mark.slow
 def test_a_mixture_of_trained_models_is_read_converted_and_trained_on(tmp_path: Path, capsys) -> None:
     tokenizer, out, checkpoint = tmp_path / "tokenizer.model", tmp_path / "moe", tmp_path / "moe.ckpt"
@@ -193,6 +193,7 @@ def mixture_job(folder: Path, hf: Path, steps: int) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.turn("mixture trains")
 @pytest.mark.parametrize("engine", ["ms", "pt"])
 def test_a_mixture_with_a_shared_expert_trains(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Qwen2-MoE out of Qwen2 models, biases included: our own loop trains what tools/merge.py has written."""

@@ -99,7 +99,7 @@ def test_two_processes_answer_as_one(mixtral):
     assert "the first one has the answers" in logs[1]
 
 
-@pytest.mark.long("two processes answer as one from a cache, one process samples and goes without")
+@pytest.mark.long("two processes answer as one above; tests/cli/predict/test_predict.py samples in one")
 @pytest.mark.slow
 def test_sampled_from_slices_without_a_cache(llama):
     words = [

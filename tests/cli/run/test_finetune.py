@@ -57,7 +57,7 @@ def test_a_handful_of_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert mean(found[-5:]) < 0.5 * found[0]
 
 
-@pytest.mark.long("a handful of records is finetuned on")
+@pytest.mark.long("tests/cli/run/test_finetune.py finetunes on a handful of records")
 @pytest.mark.slow
 def test_the_seed_tasks_halve_the_loss_within_200_steps(tmp_path: Path) -> None:
     records, tokenizer = SHARED / "alpaca_seed.json", SHARED / "mixtral_tokenizer.model"

@@ -211,6 +211,7 @@ def test_killed_while_writing_a_checkpoint_it_continues_from_the_last_whole_one(
 
 
 @pytest.mark.slow
+@pytest.mark.turn("runs")
 def test_a_loss_that_is_not_a_number_stops_the_run(whole, job):
     output = job.parent / "broken"
     first = run_job(job, "--output_dir", output, "--epochs", 1, cwd=job.parent)
@@ -241,6 +242,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(whole, job):
 
 
 @pytest.mark.slow
+@pytest.mark.turn("runs")
 def test_safetensors_are_saved_and_evaluated(job, tmp_path):
     text = job.read_text().replace("async_save: False", "async_save: False, checkpoint_format: safetensors")
     config = tmp_path / "job.yaml"
@@ -257,6 +259,7 @@ def test_safetensors_are_saved_and_evaluated(job, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.turn("runs")
 def test_finetuning_starts_from_a_checkpoint_and_counts_labels(whole, job, tmp_path):
     rows = token_rows()
     labels = rows.copy()

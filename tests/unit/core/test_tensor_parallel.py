@@ -23,7 +23,7 @@ from mindformers_ext.core.config.overrides import apply_overrides
 from mindformers_ext.core.config.run import run_spec_from_yaml
 from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.layers import MoESpec
+from mindformers_ext.core.layers import MoESpec, SharedExpertSpec
 from mindformers_ext.core.spec import DeviceSpec, ModelSpec, NetworkSpec
 from mindformers_ext.jobs.dryrun.plan import plan_dry_run
 from mindformers_ext.jobs.predict.generate import Shape
@@ -44,7 +44,8 @@ def networks() -> st.SearchStrategy[NetworkSpec]:
     """Small networks, with and without experts and an output layer of their own."""
 
     def network(groups: int, shared: int, width: int, ffn: int, vocab: int, experts: int, tied: bool) -> NetworkSpec:
-        moe = MoESpec(num_local_experts=experts, num_experts_per_tok=1) if experts else None
+        own = SharedExpertSpec(intermediate_size=24, weighs_each=True, num_experts=3) if shared > 1 else None
+        moe = MoESpec(num_local_experts=experts, num_experts_per_tok=1, shared_expert=own) if experts else None
         return NetworkSpec(
             seq_length=8,
             model=ModelSpec(

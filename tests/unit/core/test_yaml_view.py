@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -273,6 +274,28 @@ def test_a_value_without_effect_is_noted() -> None:
     assert len(notes) == 2 and "moe_config.group_wise_a2a=True" in notes[0] and "float32" in notes[1]
     moe = network_spec_from_yaml(in_moe(router_dense_type="float16"), 16).model.moe
     assert moe is not None and moe.router_dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("gate", "words", "mode", "note"),
+    [
+        ("linear", {"aux_loss_factor": 0.05}, "train", ""),
+        ("linear", {"aux_loss_factor": 0}, "train", ""),
+        ("linear", {}, "predict", ""),
+        ("linear", {"aux_loss_types": []}, "train", ""),
+        ("linear", {}, "train", "aux_loss_factor is not set: .* 0.05"),
+        ("mlp_noisy", {"aux_loss_factor": 0.05}, "train", "aux_loss_factor=0.05 has no effect"),
+        ("mlp_noisy", {}, "train", ""),
+    ],
+)
+def test_what_becomes_of_the_factor_of_a_loss_is_said(gate: str, words: dict[str, Any], mode: str, note: str) -> None:
+    kept = {key: value for key, value in pretrain()["moe_config"].items() if key != "aux_loss_factor"}
+    config = pretrain(moe_config=kept | words, run_mode=mode)
+    moe = network_spec_from_yaml(config, 16).model.moe
+    assert moe is not None
+    if gate != "linear":
+        moe = MoESpec(num_local_experts=8, num_experts_per_tok=2, gate=gate)
+    assert [bool(re.search(note, line)) for line in yaml_notes(config, moe)] == [True] * bool(note)
 
 
 def test_every_key_stands_in_one_table() -> None:

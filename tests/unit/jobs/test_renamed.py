@@ -16,8 +16,11 @@ from safetensors.numpy import load_file, save_file
 from mindformers_ext.core.config.hf import hf_config_from_spec, model_spec_from_hf
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.jobs.checkpoint.convert import ConvertRequest, convert
+from mindformers_ext.jobs.checkpoint.inspect import inspect_ckpt
 from mindformers_ext.jobs.checkpoint.renamed import notes_of
 from mindformers_ext.jobs.checkpoint.source import is_hf_file, open_hf
+from mindformers_ext.jobs.merge.dense import MergeRequest, merge
+from mindformers_ext.jobs.merge.output import OutputRequest
 from mindformers_ext.weights.convert import rule_set
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
@@ -209,3 +212,14 @@ def test_eight_bit_weights_are_one_line(tmp_path):
     with pytest.raises(UserError, match=r"'0.weight' and 23 more tensors have type F8_E4M3: .* 16-bit") as error:
         open_hf(path)
     assert str(error.value).count("\n") == 2  # of the folder, of the file, of the type
+
+
+def test_every_command_that_reads_other_names_says_so(tmp_path):
+    path = make(tmp_path / "model", LLAMA)
+    save_file({f"module.{name}": array for name, array in weights(LLAMA).items()}, path / "model.safetensors")
+    models = [{"model": str(path), "parameters": {"weight": 1.0}}]
+    (tmp_path / "merge.yaml").write_text(json.dumps({"merge_method": "linear", "models": models}))
+    output = OutputRequest(folder=tmp_path / "merged", shard_bytes=10**9, copy_tokenizer=False)
+    request = MergeRequest(config=tmp_path / "merge.yaml", output=output)
+    for notes in (inspect_ckpt(path).notes, merge(request, write=False).notes):
+        assert any("every name begins with 'module.'" in note for note in notes)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ import pytest
 
 from mindformers_ext.core.cluster.build import BuildSpec
 from mindformers_ext.core.cluster.placement import placed_parameters
+from mindformers_ext.core.config.from_model import FirstTry, yaml_from_model
+from mindformers_ext.core.config.hf import model_spec_from_hf
 from mindformers_ext.core.config.lora import LoraSpec
 from mindformers_ext.core.config.run import RunSpec, run_spec_from_yaml
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec, ParallelSpec
 from mindformers_ext.formats.strategy import read_strategy
+from mindformers_ext.jobs.run import checks
 from mindformers_ext.jobs.run.keep import keep_config, keep_lora
 from mindformers_ext.jobs.run.resume import settle_resume
 from mindformers_ext.jobs.run.slices import merge_slices
@@ -121,9 +125,14 @@ def test_whole_copies_serve_any_number_of_processes(tmp_path: Path, saved: int, 
 def test_a_file_is_continued_by_every_rank(tmp_path: Path) -> None:
     file = tmp_path / "any.ckpt"
     write_file(file, held() | COUNTERS)
+    folder = tmp_path / "out" / "resumed" / "rank_0"
+    folder.mkdir(parents=True)
+    (folder / f".{os.getpid()}.whole_rank_0.ckpt").symlink_to("gone")  # of another machine's process, or a killed one
+    (folder / "whole_rank_0.ckpt").symlink_to("gone")  # of the run before
     run, _, _ = settle_resume(asked(tmp_path / "out", load=file), build())
     links = [Path(run.load or "") / f"rank_{rank}" / f"whole_rank_{rank}.ckpt" for rank in range(2)]
     assert run.resume == links[0].name and all(link.resolve() == file.resolve() for link in links)
+    assert not list(folder.glob("*.link"))
     other = replace(build(), network=replace(NETWORK, model=replace(MODEL, num_hidden_layers=1)))
     with pytest.raises(UserError, match="that the network does not have"):
         settle_resume(asked(tmp_path, load=file), other)
@@ -195,8 +204,13 @@ def test_first_weights_below_adapters_need_their_seed(adapted: Path) -> None:
     keep_config({"run_mode": "train", "seed": 5}, adapted)
     run, notes, _ = settle_resume(asked(adapted, 1, seed=5), build(1, lora=LORA), own_loop=True)
     assert run.base is None and "adapters on the first weights of the seed" in notes
-    with pytest.raises(UserError, match="seed=6, the run had 5"):
-        settle_resume(asked(adapted, 1, seed=6), build(1, lora=LORA), own_loop=True)
+    saved = adapted / "checkpoint"
+    for load in (None, saved, saved / "rank_0" / "tiny_rank_0-1_6.ckpt"):
+        with pytest.raises(UserError, match="seed=6, the run had 5"):
+            settle_resume(asked(adapted, 1, load, seed=6), build(1, lora=LORA), own_loop=True)
+    (adapted / "run_config" / "train.yaml").unlink()
+    _, notes, _ = settle_resume(asked(adapted, 1, seed=6), build(1, lora=LORA), own_loop=True)
+    assert any("the seed of the former run is not known, 6 is used" in note for note in notes)
 
 
 def test_a_run_that_saved_nothing_begins_on_its_base(tmp_path: Path) -> None:
@@ -204,3 +218,20 @@ def test_a_run_that_saved_nothing_begins_on_its_base(tmp_path: Path) -> None:
     write_file(base, held())
     run, notes, _ = settle_resume(asked(tmp_path / "out", 1, base), build(1, lora=LORA), own_loop=True)
     assert (run.resume, run.load, run.base) == (False, str(base), None) and "starts from step 0" in notes[-1]
+
+
+def test_a_model_that_was_cut_is_resumed_without_naming_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts of different sizes need weights; a resume has them in the run's own folder."""
+    monkeypatch.setattr(checks, "check_dataset", lambda *_: None)
+    words = {"model_type": "llama_moe", "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2}
+    words |= {"num_hidden_layers": 1, "num_experts": 3, "num_selects": 2, "vocab_size": 11}
+    model = model_spec_from_hf({**words, "size_experts": [[2, 7, 3]]})
+    config = yaml_from_model(model, FirstTry(job="train", load="", engine="pt", data=str(tmp_path), seq_length=8))
+    config |= {"output_dir": str(tmp_path), "resume_training": True}
+    with pytest.raises(UserError, match="size_experts without load_checkpoint"):
+        checks.check_run(config, "test")  # nothing was saved yet
+    arrays = {item.name: np.zeros(item.whole, np.float32) for item in placed_parameters(replace(NETWORK, model=model))}
+    write_ranks(tmp_path / "checkpoint", [arrays | COUNTERS], name="tiny_rank_{}-1_6")
+    assert checks.check_run(config, "test").run.load == str(tmp_path / "checkpoint")

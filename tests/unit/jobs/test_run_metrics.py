@@ -12,6 +12,7 @@ import pytest
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.jobs.run.metrics import read_metrics, smoothed
+from mindformers_ext.jobs.run.metrics_file import MetricsFile, StageLoad
 
 
 def record(step: int, **changed: Any) -> dict[str, Any]:
@@ -52,6 +53,12 @@ def test_a_step_recorded_again_counts_once_and_null_is_nan(tmp_path: Path) -> No
     metrics = read_metrics(tmp_path)
     assert metrics.loss.tolist() == [7.0, 3.0]
     assert np.isnan(metrics.learning_rate[1])
+
+
+def test_the_loads_of_a_pipelines_stages_are_no_rank(tmp_path: Path) -> None:
+    write(tmp_path, [record(1), record(2)])
+    MetricsFile(str(tmp_path), 0, 0, "load_").append(StageLoad(1, 0, [0], [[1.0, 3.0]], [0.0]))
+    assert read_metrics(tmp_path).step.tolist() == [1, 2]
 
 
 def test_ranks_become_one_run(tmp_path: Path) -> None:

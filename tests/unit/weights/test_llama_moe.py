@@ -17,10 +17,12 @@ from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.formats.tensors import MappingReader
 from mindformers_ext.weights.convert import plan_relayout, rule_set, to_hf, to_mindspore
 from mindformers_ext.weights.layouts import GMM, Layout
+from mindformers_ext.weights.views import describe, pad, whole
+from tests.helpers.llama_moe_published import PUBLISHED, Published
 
-PUBLISHED = {"model_type": "llama_moe", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
+WORDS = {"model_type": "llama_moe", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
 TINY = {
-    **PUBLISHED,
+    **WORDS,
     "vocab_size": 11,
     "hidden_size": 8,
     "intermediate_size": 12,
@@ -50,17 +52,11 @@ def refusal(**words: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("experts", "chosen", "total", "active"),
-    [
-        (8, 2, 6_740_514_816, 3_494_123_520),
-        (16, 4, 6_742_618_112, 3_496_226_816),
-        (16, 2, 6_742_618_112, 2_955_161_600),
-    ],
-)
-def test_the_published_sizes(experts: int, chosen: int, total: int, active: int) -> None:
-    spec = model_spec_from_hf({**PUBLISHED, "num_experts": experts, "num_selects": chosen})
-    assert spec.expert_size == 11008 // experts
+@pytest.mark.parametrize("published", PUBLISHED.values(), ids=PUBLISHED)
+def test_the_published_sizes(published: Published) -> None:
+    experts, chosen, size, _, total, active = published
+    spec = model_spec_from_hf({**WORDS, "num_experts": experts, "num_selects": chosen})
+    assert spec.expert_size == size
     sizes = {weight.name: math.prod(weight.shape) for weight in model_weights(spec)}
     routed = sum(size for name, size in sizes.items() if ".ffn." in name)
     assert sum(sizes.values()) == total and total - routed + routed * chosen // experts == active
@@ -113,8 +109,6 @@ def test_configurations_that_are_not_built_are_refused_by_name() -> None:
     assert "gate_type='SwitchBalancedGate' is not built" in refusal(gate_type="SwitchBalancedGate")
     assert "calculator_type='SwitchDropTokenCalculator'" in refusal(calculator_type="SwitchDropTokenCalculator")
     assert "add_weight_norm=True" in refusal(add_weight_norm=True)
-    assert "num_experts_residual=2 is not built" in refusal(num_experts_residual=2)
-    assert "llama_moe_residual" in refusal(model_type="llama_moe_residual")
     assert "gate_network" in refusal(gate_network="cosine")
     assert "num_experts_chosen=4 exceeds" in refusal(num_selects=4)
     assert "score_scale_factor has 3 values" in refusal(score_scale_factor=[1, 2, 3])
@@ -143,3 +137,7 @@ def test_words_of_another_gate_are_refused() -> None:
         network_spec_from_yaml(sections)
     assert "z_loss_factor=0.1 has no effect on moe_gate 'mlp_noisy'" in str(caught.value)
     assert "aux_losses=(('expert', 0.01),) has no effect" in str(caught.value)
+
+
+def test_a_plan_says_what_is_padded() -> None:
+    assert describe(pad(whole("up", (2, 3)), (4, 3))) == "padded up" and describe(whole("up", (2, 3))) == "up"

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindformers_ext.core.config.hf import hf_config_from_spec, model_spec_from_hf
+from mindformers_ext.core.families import FAMILIES as FAMILY_ROWS
 from mindformers_ext.core.families import own_families
 from mindformers_ext.core.parameters import model_weights
 from mindformers_ext.core.spec import ModelSpec
@@ -40,7 +41,7 @@ def test_the_table_names_every_weight_once_at_its_shape(family: str, data: st.Da
 def test_config_json_says_the_same_model(family: str, data: st.DataObject) -> None:
     spec = data.draw(family_specs(family))
     config = json.loads(json.dumps(hf_config_from_spec(spec)))
-    assert config["model_type"] == family
+    assert config["model_type"] == (FAMILY_ROWS[family].variant_of or family)
     assert model_spec_from_hf(config) == spec
 
 

@@ -20,20 +20,20 @@ from mindformers_ext.pt.pickle_table import MAX_TABLE
 from mindformers_ext.pt.pickle_values import read_values
 from mindformers_ext.pt.torch_file import FAULTS, check_storages, check_zip, checked_tensor, fault_text
 
-Plain = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | Mapping[str, np.ndarray]
+Numbers = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | Mapping[str, np.ndarray]
 PROTOCOL = 2  # torch's own, and the newest that its reader without code knows
 MOST_NUMBERS = 2**22  # in lists: one may be named many times in few bytes
 
 
-def write_plain(path: Path, value: Plain) -> None:
+def write_numbers(path: Path, value: Numbers) -> None:
     """Write ``value`` to ``path``. Arrays become tensors, lists stay lists of Python's ints; the same value gives the
     same bytes."""
     with path.open("wb") as file:  # an open file: torch would put the path's name into the archive
         torch.save(_for_torch(value), file)
 
 
-def read_plain(path: Path, allow_pickle: bool = False) -> Any:
-    """What ``write_plain`` wrote: ints and lists as they are, tensors as numpy arrays (bfloat16 as float32).
+def read_numbers(path: Path, allow_pickle: bool = False) -> Any:
+    """What ``write_numbers`` wrote: ints and lists as they are, tensors as numpy arrays (bfloat16 as float32).
 
     ``allow_pickle`` also reads numpy's numbers and arrays, as the reference's older files hold them; numbers come as
     Python's.

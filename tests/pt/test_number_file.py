@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.pt.number_file import read_numbers, write_numbers
 from mindformers_ext.pt.pickle_values import read_values
-from mindformers_ext.pt.plain_file import read_plain, write_plain
 
 VALUES = {
     "labels": [3, 0, 70000, 2] * 50,
@@ -32,10 +32,10 @@ def equal(first: object, second: object) -> bool:
 @pytest.mark.parametrize("name", VALUES)
 def test_what_is_written_is_read_by_torchs_default_and_by_us(name: str, tmp_path: Path) -> None:
     first, second = tmp_path / "layers.0.weight", tmp_path / "another"
-    write_plain(first, VALUES[name])
-    write_plain(second, VALUES[name])
+    write_numbers(first, VALUES[name])
+    write_numbers(second, VALUES[name])
     assert first.read_bytes() == second.read_bytes()
-    assert equal(read_plain(first), VALUES[name]) and equal(read_plain(first, allow_pickle=True), VALUES[name])
+    assert equal(read_numbers(first), VALUES[name]) and equal(read_numbers(first, allow_pickle=True), VALUES[name])
     loaded = torch.load(first)
     loaded = {n: t.numpy() for n, t in loaded.items()} if isinstance(loaded, dict) else loaded
     assert equal(loaded.numpy() if isinstance(loaded, torch.Tensor) else loaded, VALUES[name])
@@ -55,11 +55,11 @@ OLD = {
 def test_older_files_are_read_as_data(name: str, protocol: int, tmp_path: Path) -> None:
     value, expected = OLD[name]
     torch.save(value, tmp_path / "old", pickle_protocol=protocol)
-    found = read_plain(tmp_path / "old", allow_pickle=True)
+    found = read_numbers(tmp_path / "old", allow_pickle=True)
     assert equal(found, {"weight": value["weight"].numpy()} if expected is None else expected)
     if protocol > 2 or "numpy" in name:
         with pytest.raises(UserError, match="--allow_pickle"):
-            read_plain(tmp_path / "old")
+            read_numbers(tmp_path / "old")
 
 
 class Runs:
@@ -78,7 +78,7 @@ def _run() -> None:
 def test_nothing_of_a_file_is_run(protocol: int, allow: bool, tmp_path: Path) -> None:
     torch.save([Runs()], tmp_path / "evil", pickle_protocol=protocol)
     with pytest.raises(UserError):
-        read_plain(tmp_path / "evil", allow)
+        read_numbers(tmp_path / "evil", allow)
     assert not Runs.ran
 
 
@@ -89,25 +89,29 @@ def test_a_file_that_is_damaged_or_claims_too_much_is_told(tmp_path: Path) -> No
     for name in ("none", "zip", "missing"):
         for allow in (False, True):
             with pytest.raises(UserError):
-                read_plain(tmp_path / name, allow)
+                read_numbers(tmp_path / name, allow)
     torch.save(torch.zeros(1).expand(4000, 4000), tmp_path / "wide")
     for allow in (False, True):
         with pytest.raises(UserError, match="less data than its shape needs"):
-            read_plain(tmp_path / "wide", allow)
+            read_numbers(tmp_path / "wide", allow)
     one = [0] * 5000
     torch.save([one] * 5000, tmp_path / "named often")
     with pytest.raises(UserError, match="more than"):
-        read_plain(tmp_path / "named often")
+        read_numbers(tmp_path / "named often")
 
 
 def test_damaged_pickles_give_values_or_a_users_error() -> None:
-    draws = np.random.default_rng(0)
+    draws, values, told = np.random.default_rng(0), 0, 0
     whole = [pickle.dumps(value, protocol) for value, _ in list(OLD.values())[:2] for protocol in (2, 5)]
     for turn in range(600):
         data = bytearray(whole[turn % len(whole)])
-        for place in draws.integers(0, len(data), 3):
+        for place in draws.integers(0, len(data), 1 + turn % 3):
             data[place] = draws.integers(256)
+        end = draws.integers(1, len(data)) if turn % 5 == 0 else len(data)
         try:
-            read_values(bytes(data[: int(draws.integers(1, len(data) + 1))]), "file", lambda key: b"")
-        except UserError:
-            continue
+            read_values(bytes(data[:end]), "file", lambda key: b"")
+            values += 1
+        except UserError as error:
+            assert "'file' " in str(error)
+            told += 1
+    assert values > 20 and told > 400, "both are met"

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a ``config.json`` says of shared experts, and by which of its words it means a variant of a family.
+
+LLaMA-MoE with and without residual experts are two families here and one class, with one ``model_type``, there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mindformers_ext.core.config.values import read_value
+from mindformers_ext.core.errors import Problems
+from mindformers_ext.core.families import FAMILIES, Family
+from mindformers_ext.core.layers import SharedExpertSpec, told_sizes
+
+# how a layer's width is shared by routed and shared experts: either may be said, the other one is the rest
+ROUTED_WIDTH, SHARED_WIDTH = "intermediate_size_moe", "intermediate_size_residual"
+
+
+def told_variant(config: Mapping[str, Any], row: Family) -> Family:
+    """The variant of ``row`` that the file tells by its key, else ``row``."""
+
+    def tells(other: Family) -> bool:
+        return other.variant_of == row.name and config.get(other.variant_key) not in (None, 0)
+
+    return next(filter(tells, FAMILIES.values()), row)
+
+
+def as_variant(config: Mapping[str, Any], row: Family) -> Mapping[str, Any]:
+    """``config`` with the defaults of the class that it is written for, where ``row`` is a variant in its words."""
+    if not row.variant_of or config.get("model_type") == row.name:
+        return config
+    return {**{word.key: word.default for word in FAMILIES[row.variant_of].words}, **config}
+
+
+def splits_width(row: Family) -> bool:
+    """Whether routed and shared experts share a layer's width."""
+    return row.shares_width and row.shared is not None
+
+
+def read_shared(
+    config: Mapping[str, Any],
+    row: Family,
+    words: Mapping[str, Any],
+    model: Mapping[str, Any],
+    problems: Problems,
+) -> SharedExpertSpec:
+    """The shared experts of ``row`` from its ``words`` that are read already and the ``model``'s fields. Where all
+    experts share a layer's width, the shared ones' or the routed ones' may be said, or both."""
+    found = {**(row.shared or {}), **words}
+    if splits_width(row):
+        whole, own = model["intermediate_size"], found["intermediate_size"]
+        routed = read_value(ROUTED_WIDTH, config.get(ROUTED_WIDTH), "int", None, problems)
+        if own is None and routed is None:
+            problems.add(f"no {SHARED_WIDTH} and no {ROUTED_WIDTH}", f"give one: together they are {whole}")
+        elif None not in (own, routed) and own + routed != whole:
+            problems.add(
+                f"intermediate_size={whole} is not {ROUTED_WIDTH}={routed} + {SHARED_WIDTH}={own}", "correct one"
+            )
+        width = own if own is not None else whole - (routed or 0)
+        sizes = told_sizes(found["expert_sizes"], found["num_experts"], width, model)
+        found |= {"intermediate_size": width, "expert_sizes": sizes}
+    return SharedExpertSpec(**found)
