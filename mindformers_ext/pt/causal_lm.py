@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.pt.attention import rotary_tables
 from mindformers_ext.pt.layer import Layer
-from mindformers_ext.pt.linear import Linear
+from mindformers_ext.pt.linear import Linear, fill_normal
 from mindformers_ext.pt.loss import next_token_loss, targets
 from mindformers_ext.pt.norm import RmsNorm
 from mindformers_ext.pt.ops.dtypes import torch_dtype
@@ -41,7 +41,7 @@ class TokenEmbedding(nn.Module):
 
     def reset_parameters(self) -> None:
         """Fresh normal weights."""
-        nn.init.normal_(self.embedding_weight, std=self.std)
+        fill_normal(self.embedding_weight, self.std)
 
     def forward(self, ids_T: Tensor) -> Tensor:
         return nn.functional.embedding(ids_T, self.embedding_weight)

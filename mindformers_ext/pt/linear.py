@@ -8,6 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def fill_normal(weight: nn.Parameter, std: float) -> None:
+    """Draw ``weight``. One on the meta device has nothing to draw, and torch would import its compiler for it (1 s)."""
+    if not weight.is_meta:
+        nn.init.normal_(weight, std=std)
+
+
 class Linear(nn.Module):
     """x W^T, plus b where ``bias``. Input (T, in), output (T, out), weight (out, in), bias (out)."""
 
@@ -20,7 +26,7 @@ class Linear(nn.Module):
 
     def reset_parameters(self) -> None:
         """Fresh normal weights, no bias."""
-        nn.init.normal_(self.weight, std=self.std)
+        fill_normal(self.weight, self.std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mindformers_ext.core.layers import MoESpec
 from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.pt.linear import fill_normal
 from mindformers_ext.pt.ops.dtypes import torch_dtype
 from mindformers_ext.pt.ops.gathered import gathered_experts
 from mindformers_ext.pt.ops.grouped import Backend, grouped_product
@@ -37,8 +38,8 @@ class Experts(nn.Module):
 
     def reset_parameters(self) -> None:
         """Fresh normal weights."""
-        nn.init.normal_(self.gate_up, std=self.std)
-        nn.init.normal_(self.down, std=self.std)
+        fill_normal(self.gate_up, self.std)
+        fill_normal(self.down, self.std)
 
     def selected(self, tokens: int | None, dtype: torch.dtype, device: torch.device) -> Backend:
         """The back end for so many tokens, all of them here; None for rows that came sorted from other ranks."""

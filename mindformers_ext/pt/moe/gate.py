@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mindformers_ext.core.layers import MoESpec
 from mindformers_ext.core.spec import NetworkSpec, ParallelSpec
+from mindformers_ext.pt.linear import fill_normal
 from mindformers_ext.pt.moe.aux_loss import AuxiliaryLoss
 from mindformers_ext.pt.ops.dtypes import torch_dtype
 
@@ -54,7 +55,7 @@ class RouterGate(nn.Module):
 
     def reset_parameters(self) -> None:
         """Fresh normal weights."""
-        nn.init.normal_(self.weight, std=self.std)
+        fill_normal(self.weight, self.std)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return F.linear(x_TD.to(self.dtype), self.weight.to(self.dtype)).float()

@@ -142,6 +142,7 @@ print("rank", engine.rank, "found", *found, flush=True)
 
 
 @pytest.mark.slow
+@pytest.mark.turn("together")
 def test_processes_with_different_prompts_notice_it(tmp_path):
     (tmp_path / "agree.py").write_text(AGREE_SCRIPT)
     text = launch("agree.py", 2, free_port(), "log", "True", 120, cwd=tmp_path)
