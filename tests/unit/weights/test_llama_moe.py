@@ -14,11 +14,10 @@ from mindformers_ext.core.config.view import network_spec_from_yaml, yaml_from_n
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.parameters import model_weights
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.formats.tensors import MappingReader
-from mindformers_ext.weights.convert import plan_relayout, rule_set, to_hf, to_mindspore
-from mindformers_ext.weights.layouts import GMM, Layout
+from mindformers_ext.weights.convert import rule_set, to_mindspore
 from mindformers_ext.weights.views import describe, pad, whole
 from tests.helpers.llama_moe_published import PUBLISHED, Published
+from tests.helpers.round_trip import check_round_trip
 
 WORDS = {"model_type": "llama_moe", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
 TINY = {
@@ -79,13 +78,7 @@ def test_names_are_the_published_ones(kind: str) -> None:
 def test_weights_make_the_round_trip(words: dict[str, Any]) -> None:
     spec, held = spec_of(**words), tensors_of(**words)
     inside = to_mindspore(held | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}, spec)
-    assert {name: array.shape for name, array in inside.items()} == {w.name: w.shape for w in model_weights(spec)}
-    gmm = Layout(GMM)
-    turned = dict(plan_relayout(MappingReader(inside), spec, Layout(), gmm).run(MappingReader(inside)))
-    again = dict(plan_relayout(MappingReader(turned), spec, gmm, Layout()).run(MappingReader(turned)))
-    for found in (inside, again):
-        back = to_hf(found, spec)
-        assert back.keys() == held.keys() and all(np.array_equal(back[name], held[name]) for name in held)
+    check_round_trip(held, inside, spec)
 
 
 def test_narrow_experts_are_padded_with_zeros() -> None:

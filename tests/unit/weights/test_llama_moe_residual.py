@@ -14,10 +14,9 @@ from mindformers_ext.core.config.view import network_spec_from_yaml, yaml_from_n
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.parameters import model_weights
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec
-from mindformers_ext.formats.tensors import MappingReader
 from mindformers_ext.jobs.checkpoint.source import check_model
-from mindformers_ext.weights.convert import plan_relayout, rule_set, to_hf, to_mindspore
-from mindformers_ext.weights.layouts import GMM, Layout
+from mindformers_ext.weights.convert import rule_set, to_mindspore
+from tests.helpers.round_trip import check_round_trip
 
 TINY = {
     "model_type": "llama_moe",
@@ -96,13 +95,7 @@ def test_weights_make_the_round_trip(words: dict[str, Any]) -> None:
     spec = spec_of(**words)
     held = tensors_of(spec)
     inside = to_mindspore(held, spec)
-    assert {name: array.shape for name, array in inside.items()} == {w.name: w.shape for w in model_weights(spec)}
-    gmm = Layout(GMM)
-    turned = dict(plan_relayout(MappingReader(inside), spec, Layout(), gmm).run(MappingReader(inside)))
-    again = dict(plan_relayout(MappingReader(turned), spec, gmm, Layout()).run(MappingReader(turned)))
-    for found in (inside, again):
-        back = to_hf(found, spec)
-        assert back.keys() == held.keys() and all(np.array_equal(back[name], held[name]) for name in held)
+    check_round_trip(held, inside, spec)
 
 
 def test_residual_experts_lie_one_after_the_other_in_a_shared_one() -> None:
