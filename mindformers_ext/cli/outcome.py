@@ -23,6 +23,7 @@ from mindformers_ext.core.log import get_logger
 
 USER_MISTAKE = 2
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
+A_MOMENT = 0.01  # seconds
 READER_LEFT = 141  # the same of a program whose reader (head, less) has gone
 
 _ROOM = "make room there, or choose another place"
@@ -56,7 +57,7 @@ def exit_code(run: Callable[[argparse.Namespace], int], arguments: argparse.Name
     removed and processes that were started end. A run that computes for long inside a library should die at once.
     """
     try:
-        with _unwound() if unwinds else nullcontext():
+        with _heard(), _unwound() if unwinds else nullcontext():
             code = run(arguments)
         sys.stdout.flush()
         return code
@@ -165,6 +166,27 @@ def _unwound() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _heard() -> Iterator[None]:
+    """Python drops what is raised in callbacks of weak references and in ``__del__``, also by a signal that comes there
+    (imports have such callbacks): inside, a signal that was dropped so comes again a moment later."""
+    before = sys.unraisablehook
+
+    def again(lost: sys.UnraisableHookArgs) -> None:
+        number = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}.get(lost.exc_type)
+        if number is None or threading.current_thread() is not threading.main_thread():
+            before(lost)
+            return
+        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))
+        signal.setitimer(signal.ITIMER_REAL, A_MOMENT)
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _leave(number: int, frame: object) -> NoReturn:

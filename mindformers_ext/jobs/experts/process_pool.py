@@ -8,9 +8,10 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from mindformers_ext.core.errors import UserError
@@ -38,8 +39,11 @@ def in_processes(
         context = multiprocessing.get_context("spawn")  # threads of torch do not live through a fork
         pool = ProcessPoolExecutor(workers, context, _begin, (os.getpid(), start, given))
         try:
-            for future in as_completed([pool.submit(work, job) for job in jobs]):
-                yield future.result()
+            ended: SimpleQueue[Future[Result]] = SimpleQueue()  # as_completed holds locks that a signal leaves held
+            for job in jobs:
+                pool.submit(work, job).add_done_callback(ended.put)
+            for _ in jobs:
+                yield ended.get().result()
         except BrokenProcessPool as error:
             raise UserError(
                 f"a process of {stage} ended before its work was done, probably for want of memory: use fewer "

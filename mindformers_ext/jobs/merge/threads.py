@@ -8,9 +8,11 @@ on two busy cores, a linear merge took 6 times the processor seconds when torch 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from threading import Event
+from contextlib import contextmanager
+from queue import SimpleQueue
+from threading import Event, Thread
 
 from mindformers_ext.formats.tensors import Array
 
@@ -29,19 +31,49 @@ class _StoppedError(RuntimeError):
 def in_threads(work: Callable[[int, Event], None], places: Iterable[int], threads: int) -> None:
     """``work`` for every place, ``threads`` at a time. The first exception, also Ctrl-C, stops all and is raised.
 
-    ``work`` looks at the event it is given from time to time (``until``), and ends when it is set.
+    ``work`` looks at the event it is given from time to time (``until``), and ends when it is set. The main thread
+    waits in one call that a signal can leave; futures have locks, which a signal's exception can leave held.
     """
-    stop = Event()
-    with ThreadPoolExecutor(threads, "merge") as pool:
-        futures = [pool.submit(work, place, stop) for place in places]
+    stop, todo = Event(), SimpleQueue[int | None]()
+    ended: SimpleQueue[BaseException | None] = SimpleQueue()
+    for place in (*places, *[None] * threads):  # one None ends one thread
+        todo.put(place)
+
+    def run() -> None:
         try:
-            for future in as_completed(futures):
-                future.result()
-        except BaseException:
-            stop.set()
-            for future in futures:
-                future.cancel()
-            raise
+            for place in iter(todo.get, None):
+                if stop.is_set():
+                    break
+                work(place, stop)
+        except BaseException as error:  # noqa: BLE001 (the main thread raises it)
+            ended.put(error)
+        else:
+            ended.put(None)
+
+    workers = [Thread(target=run, name=f"merge_{number}") for number in range(threads)]
+    try:
+        with _signals_held():
+            for worker in workers:
+                worker.start()
+        for _ in workers:
+            error = ended.get()
+            if error is not None:
+                raise error
+    finally:
+        stop.set()
+        for worker in workers:
+            if worker.ident is not None:
+                worker.join()
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Signals wait until the end of it; threads that start inside leave them to the main thread."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def until(stop: Event, blocks: Iterable[Array]) -> Iterator[Array]:

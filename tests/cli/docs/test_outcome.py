@@ -9,6 +9,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,6 +56,29 @@ def test_a_stopped_dry_run_leaves_no_process(number: int, code: int, repo_root: 
     assert process.returncode == code and "Traceback" not in message, message
     assert message.endswith("interrupted\n" if number == signal.SIGINT else "")
     wait_for(lambda: not running(tmp_path / "out"), 60, "the end of every process")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_that_python_drops_in_a_callback_comes_again(number: int, code: int) -> None:
+    class Referred:
+        pass
+
+    def stopped_there(_: object) -> None:
+        signal.raise_signal(number)
+        pytest.fail("the signal is no exception here")
+
+    def run(_: argparse.Namespace) -> int:
+        referred = Referred()
+        _callback = weakref.ref(referred, stopped_there)
+        del referred
+        time.sleep(5)
+        return 0
+
+    try:
+        found: object = exit_code(run, argparse.Namespace())
+    except SystemExit as left:
+        found = left.code
+    assert found == code
 
 
 def running(folder: Path) -> list[str]:

@@ -281,7 +281,6 @@ def test_a_killed_run_leaves_nothing(number, tmp_path):
     process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not any(tmp_path.glob(".out.*.partial/*")):
         time.sleep(0.01)
-    time.sleep(1)  # in the middle: while the threads start, one of twenty runs waited for ever (to be mended)
     process.send_signal(number)
     _, message = process.communicate(timeout=60)
     assert process.returncode in (128 + signal.SIGTERM, 130), message
