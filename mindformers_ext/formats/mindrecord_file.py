@@ -220,7 +220,7 @@ class _LookedUp:
             numbers = np.array(found, np.int64).reshape(1, 3)
         except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
             raise UserError(f"row {row} of {self._path} is not in its index: write the data again") from error
-        return _inside(numbers, self._path, *self._pages)[0]
+        return _inside(numbers, self._path, *self._pages).reshape(2)
 
     def close(self) -> None:
         self._open.close()

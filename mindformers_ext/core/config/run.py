@@ -58,7 +58,7 @@ class DataSpec:
     """A data set as its section describes it.
 
     ``loader``: its type; ``named``: files and folders as given; ``limit``: so many rows are used, None = all;
-    ``mixture``: several domains' files, drawn by proportions.
+    ``mixture``: several domains' files, drawn by proportions. ``seed``: of the order of rows.
     """
 
     section: str
@@ -68,6 +68,7 @@ class DataSpec:
     limit: int | None = None
     drop_remainder: bool = True
     mixture: MixtureSpec | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,6 +304,7 @@ def _data(config: Mapping[str, Any], section: str, problems: Problems) -> DataSp
         limit=limit if isinstance(limit, int) and limit > 0 else None,
         drop_remainder=bool(words.get("drop_remainder", True)),
         mixture=mixture_from_yaml(loader, f"{section}.data_loader", problems),
+        seed=int(words.get("seed") or config.get("seed") or 0),
     )
 
 

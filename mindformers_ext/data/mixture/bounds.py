@@ -78,7 +78,7 @@ class Bounds:
         if free.any():
             left = 1.0 - result[~free].sum()
             result[free] = np.clip(weights[free] * (left / weights[free].sum()), self.low, self.high)
-        return result
+        return np.asarray(result)
 
 
 def entropy(proportions: Floats) -> float:

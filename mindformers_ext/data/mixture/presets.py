@@ -32,7 +32,9 @@ PRESETS: dict[str, Preset] = {
     "sheared_1.3b_pruned": Preset(
         SHEARED_NAMES, PRUNED_START, (1.9643, 0.7459, 2.1393, 1.6117, 1.7590, 1.4449, 2.1251)
     ),
-    "llama": Preset(MOE_NAMES, (0.67, 0.15, 0.045, 0.045, 0.045, 0.025, 0.02), LLAMA_2_7B),
-    "sheared_llama": Preset(MOE_NAMES, (0.361, 0.492, 0.008, 0.031, 0.091, 0.007, 0.01), LLAMA_2_7B),
-    "uniform": Preset(MOE_NAMES, (1 / 7,) * 7, LLAMA_2_7B),
 }
+PRESETS |= dict(
+    llama=Preset(MOE_NAMES, (0.67, 0.15, 0.045, 0.045, 0.045, 0.025, 0.02), LLAMA_2_7B),
+    sheared_llama=Preset(MOE_NAMES, (0.361, 0.492, 0.008, 0.031, 0.091, 0.007, 0.01), LLAMA_2_7B),
+    uniform=Preset(MOE_NAMES, (1 / 7,) * 7, LLAMA_2_7B),
+)

@@ -113,4 +113,4 @@ def updated(settings: Settings, proportions: Floats, losses: Floats, targets: Fl
 
 def normalised(weights: Floats) -> Floats:
     """``weights`` divided by their sum."""
-    return weights / weights.sum()
+    return np.asarray(weights / weights.sum())

@@ -113,8 +113,8 @@ def _read(found: Mapping[str, Any]) -> MixtureState:
     proportions = _shares(found["proportions"], len(domains))
     used = tuple(_count(_count(p) * d.rows + _count(c)) for c, p, d in zip(cursors, passes, domains, strict=True))
     history = tuple((_count(window), _shares(shares, len(domains))) for window, shares in found["history"])
-    numbers = (_count(found[name]) for name in ("seed", "batch", "eval_interval"))
-    return MixtureState(*numbers, domains, proportions, used, _count(found["global_step"]), history)
+    seed, batch, interval, step = (_count(found[name]) for name in ("seed", "batch", "eval_interval", "global_step"))
+    return MixtureState(seed, batch, interval, domains, proportions, used, step, history)
 
 
 def _text(value: Any) -> str:

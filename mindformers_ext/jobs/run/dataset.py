@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -197,8 +196,3 @@ def rows_of_step(run: RunSpec, spec: NetworkSpec) -> tuple[int, int]:
     """Rows of one step of our loop, of all processes together, and how many of these there are."""
     processes = 1 if spec.parallel.parallel_mode == "stand_alone" else spec.parallel.device_num
     return spec.batch_size * run.accumulation * processes, processes
-
-
-def seed_of_data(config: Mapping[str, Any], section: str = "train_dataset") -> int:
-    """The seed of a data set's order: its own, else the run's."""
-    return int((config.get(section) or {}).get("seed") or config.get("seed") or 0)

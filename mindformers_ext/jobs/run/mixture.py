@@ -239,11 +239,12 @@ def _settings(spec: MixtureSpec, rule: str, count: int, problems: Problems, note
 
 def _given(spec: MixtureSpec, names: tuple[str, ...], problems: Problems, notes: list[str]) -> Floats | None:
     """The user's proportions or the preset's, in the order of ``names``."""
-    preset = PRESETS.get(spec.preset or "")
-    if spec.proportions is None and preset is None:
+    values = spec.proportions
+    if values is None:
+        values = _by_name(PRESETS.get(spec.preset or ""), "proportions")
+    if values is None:
         problems.add("no proportion", "give one per domain, a preset, or update_type stratified or temperature")
         return None
-    values = spec.proportions if spec.proportions is not None else _by_name(preset, "proportions")
     found = _ordered("proportion", values, names, problems)
     if found is None:
         return None

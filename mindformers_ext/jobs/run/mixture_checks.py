@@ -17,7 +17,7 @@ from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.data.mixture.schedule import ERROR, RENORMALISE, REPEAT
 from mindformers_ext.data.mixture.state import MixtureState, check_continues, state_from_json
 from mindformers_ext.formats.ms_file import open_checkpoint
-from mindformers_ext.jobs.run.dataset import SAMPLE_ROWS, check_rows, seed_of_data
+from mindformers_ext.jobs.run.dataset import SAMPLE_ROWS, check_rows
 from mindformers_ext.jobs.run.mixture import Mixture, open_mixture
 
 DATA = "data."  # of a batch source's own state in a checkpoint: data.<name>
@@ -43,7 +43,7 @@ def check_mixture(run: RunSpec, config: Mapping[str, Any], spec: NetworkSpec, ro
             "eval_interval: MindFormers' loop cannot measure losses by domain or move proportions; give --trainer "
             f"{OWN}, or leave eval_interval out and take an update_type that does not move"
         )
-    own = mixture.state(seed_of_data(config), rows)
+    own = mixture.state(run.data.seed, rows)
     steps = steps_of_epoch(mixture, rows) * int(section_at(config, "runner_config").get("epochs") or 1)
     notes = [*mixture.notes, *_length_notes(mixture, steps * rows)]
     most = max(1, SAMPLE_ROWS // (len(mixture.files) + len(mixture.evaluated)))

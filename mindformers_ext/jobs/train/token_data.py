@@ -17,7 +17,7 @@ from mindformers_ext.core.config.train import OWN_LOOPS
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.data.row_order import RowOrder
 from mindformers_ext.formats.mindrecord_file import MindRecordFile
-from mindformers_ext.jobs.run.dataset import check_ids, dataset_files, seed_of_data
+from mindformers_ext.jobs.run.dataset import check_ids, dataset_files
 
 COLUMNS = (("input_ids",), ("input_ids", "labels"))
 LOADERS = (None, "MindDataset", MIXTURE)
@@ -149,7 +149,7 @@ class TokenData(PlainSource):
         self.total = min(held, each * shards)
         training = section == "train_dataset"
         shuffles = loader.get("shuffle", training)
-        self.order = RowOrder(held, training if shuffles is None else bool(shuffles), seed_of_data(config, section))
+        self.order = RowOrder(held, training if shuffles is None else bool(shuffles), data.seed)
         self.rows, self.shards = rows, shards
         self.per_epoch = each // (rows // shards)
         if training and not self.per_epoch:

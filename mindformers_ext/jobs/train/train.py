@@ -26,7 +26,7 @@ from mindformers_ext.formats.atomic import write_text
 from mindformers_ext.jobs.engine.door import open_trainer
 from mindformers_ext.jobs.engine.protocols import Trainer
 from mindformers_ext.jobs.predict.network import open_weights
-from mindformers_ext.jobs.run.dataset import rows_of_step, seed_of_data
+from mindformers_ext.jobs.run.dataset import rows_of_step
 from mindformers_ext.jobs.run.display import COMPILING, current
 from mindformers_ext.jobs.run.keep import keep_config, keep_lora
 from mindformers_ext.jobs.run.metrics_file import MetricsFile, StepRecord, record_of
@@ -131,7 +131,7 @@ def open_rows(asked: RunSpec, config: Mapping[str, Any], spec: NetworkSpec) -> B
             config["train_dataset"], config["train_dataset"]["data_loader"], "train_dataset", OWN_LOOPS[asked.engine]
         )
         mixture = open_mixture(asked.data.mixture)
-        return MixtureData(mixture, seed_of_data(config), rows, asked.data.columns, spec.model.vocab_size)
+        return MixtureData(mixture, asked.data.seed, rows, asked.data.columns, spec.model.vocab_size)
     shards = processes if spec.parallel.parallel_mode == "data_parallel" else 1
     return TokenData(config, "train_dataset", rows, shards, asked.engine, spec.model.vocab_size)
 
