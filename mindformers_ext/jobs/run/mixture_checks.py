@@ -111,9 +111,10 @@ def _length_notes(mixture: Mixture, planned: int) -> list[str]:
     told = ", ".join(
         f"{mixture.names[i]} {wanted[i]:.0f} of {rows[i]:.0f} rows ({wanted[i] / rows[i]:.1f} passes)" for i in over
     )
-    if mixture.on_exhausted != REPEAT and planned > rows[mixture.proportions > 0].sum():
+    held = rows.sum() if mixture.settings.moves else rows[mixture.proportions > 0].sum()
+    if mixture.on_exhausted != REPEAT and planned > held:
         raise UserError(
-            f"on_exhausted {mixture.on_exhausted}: the run takes {planned} rows, its domains have {rows.sum():.0f}: "
+            f"on_exhausted {mixture.on_exhausted}: the run takes {planned} rows, its domains have {held:.0f}: "
             "train fewer steps (runner_config.epochs, data_loader.num_samples), or set on_exhausted to repeat"
         )
     if over and mixture.on_exhausted == ERROR and not mixture.settings.moves:
