@@ -13,7 +13,7 @@ from __future__ import annotations
 import mmap
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -25,6 +25,7 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.json_text import parse_json
 
 LONGEST_HEADER = 1 << 24  # bytes; the writer's own default
+HELD_ROWS = 1 << 20  # places of so many rows are held, 16 MiB; those of a larger file are looked up one by one
 FAULTS = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError)  # of a header with other kinds
 
 
@@ -81,7 +82,11 @@ class MindRecordFile:
             raise UserError(f"{path}: {', '.join(wrong) or 'no field is an array'}: rows of token ids are int32")
         self._types = {name: np.dtype(kinds[name]) for name in self.fields}
         self._packed = str(head.get("version", "")) >= "3.0"
-        self._places = _places(path, *pages)
+        self._places: npt.NDArray[np.int64] | _LookedUp
+        if row_count(path) > HELD_ROWS:
+            self._places = _LookedUp(path, *pages)
+        else:
+            self._places = _places(path, *pages)
         with path.open("rb") as file:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -120,6 +125,8 @@ class MindRecordFile:
     def close(self) -> None:
         """Let go of the file."""
         self._data.close()
+        if isinstance(self._places, _LookedUp):
+            self._places.close()
 
 
 def unpacked(data: bytes) -> npt.NDArray[np.int32]:
@@ -156,7 +163,7 @@ def _open_index(path: Path) -> Iterator[sqlite3.Connection]:
     if not index.is_file():
         raise UserError(f"no MindRecord at {path}: the file and its index {index.name} must both be there")
     try:
-        with closing(sqlite3.connect(f"file:{quote(str(index))}?mode=ro", uri=True)) as found:
+        with closing(sqlite3.connect(f"file:{quote(str(index))}?mode=ro", uri=True, check_same_thread=False)) as found:
             found.execute("pragma trusted_schema = off")
             kind = found.execute("select type from sqlite_master where upper(name) = 'INDEXES'").fetchall()
             computed = [row for row in found.execute("pragma table_xinfo(INDEXES)") if row[6]]
@@ -169,16 +176,51 @@ def _open_index(path: Path) -> Iterator[sqlite3.Connection]:
         raise UserError(f"the index {index.name} of {path} cannot be read ({error}): write the data again") from error
 
 
+_PLACE = "PAGE_ID_BLOB, PAGE_OFFSET_BLOB, PAGE_OFFSET_BLOB_END"
+
+
 def _places(path: Path, header: int, page: int) -> npt.NDArray[np.int64]:
     """Start and end (rows, 2) of every row in the file, all of them inside it."""
-    query = "select PAGE_ID_BLOB, PAGE_OFFSET_BLOB, PAGE_OFFSET_BLOB_END from INDEXES order by ROW_ID"
-    size = path.stat().st_size
     with _open_index(path) as index:
-        numbers = np.fromiter((value for row in index.execute(query) for value in row), np.int64)
-    rows = numbers.reshape(-1, 3)
+        found = index.execute(f"select {_PLACE} from INDEXES order by ROW_ID")
+        numbers = np.fromiter((value for row in found for value in row), np.int64)
+    return _inside(numbers.reshape(-1, 3), path, header, page)
+
+
+def _inside(rows: npt.NDArray[np.int64], path: Path, header: int, page: int) -> npt.NDArray[np.int64]:
+    """Start and end (rows, 2) of rows given as page, start and end in it (rows, 3); ``UserError`` if one is outside."""
+    size = path.stat().st_size
     inside = 0 <= header <= size and page >= 0 and bool(((rows >= 0) & (rows <= size)).all())
     inside = inside and bool((rows[:, 0] <= size // max(page, 1)).all())  # so no product is beyond an int64
     places = header + page * rows[:, :1] + rows[:, 1:] if inside else np.empty((0, 2), np.int64)
     if not inside or (places > size).any() or (places[:, 0] > places[:, 1]).any():
         raise UserError(f"{path} is shorter than its index says: copy the pair again")
     return places
+
+
+class _LookedUp:
+    """The same, one row at a time and none of them kept: memory does not grow with the file."""
+
+    def __init__(self, path: Path, header: int, page: int) -> None:
+        self._path, self._pages, self._open = path, (header, page), ExitStack()
+        self._index = self._open.enter_context(_open_index(path))
+        first, last, self._rows = self._index.execute(
+            "select min(ROW_ID), max(ROW_ID), count(*) from INDEXES"
+        ).fetchone()
+        if (first, last) != (0, self._rows - 1):
+            self.close()
+            raise UserError(f"the index of {path} does not number its rows from 0: write the data again")
+
+    def __len__(self) -> int:
+        return int(self._rows)
+
+    def __getitem__(self, row: int) -> npt.NDArray[np.int64]:
+        try:
+            found = self._index.execute(f"select {_PLACE} from INDEXES where ROW_ID = ?", (int(row),)).fetchall()
+            numbers = np.array(found, np.int64).reshape(1, 3)
+        except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
+            raise UserError(f"row {row} of {self._path} is not in its index: write the data again") from error
+        return _inside(numbers, self._path, *self._pages).reshape(2)
+
+    def close(self) -> None:
+        self._open.close()

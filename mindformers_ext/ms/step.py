@@ -226,6 +226,18 @@ class LossNetwork(nn.Cell):
         return self.network.losses(input_ids, labels, keys)
 
 
+class LmLoss(nn.Cell):
+    """The mean loss of a ``CausalLM`` over the tokens that count of ids and labels (B, S+1). Parameter names stay."""
+
+    def __init__(self, network: nn.Cell) -> None:
+        super().__init__(auto_prefix=False)
+        self.network = network
+
+    def construct(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Scalar, float32."""
+        return self.network.losses(input_ids, labels)[1]
+
+
 def step_state(cell: TrainStepCell) -> dict[str, Parameter]:
     """The step's own parameters by name: loss scale and, with a dynamic one, its two counters."""
     return {name: parameter for name, parameter in cell.parameters_dict().items() if name in STEP_STATE}

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn
+from mindspore import Parameter, Tensor, nn, ops
 from mindspore.nn.utils import no_init_parameters
 
 from mindformers_ext.core.config.lora import BESIDE_BASE
@@ -26,7 +26,7 @@ from mindformers_ext.ms.lora import add_lora
 from mindformers_ext.ms.ops.select import select_operators
 from mindformers_ext.ms.optim import build_optimizer
 from mindformers_ext.ms.recompute import recompute_layers
-from mindformers_ext.ms.step import LossNetwork, TrainStepCell, step_state
+from mindformers_ext.ms.step import LmLoss, LossNetwork, TrainStepCell, step_state
 
 MOMENTS = ("adam_m.", "adam_v.")
 
@@ -43,6 +43,17 @@ class DataParallel:
         """This process's rows among those of a step."""
         part = rows // self.size
         return slice(self.rank * part, (self.rank + 1) * part)
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """float64 values of all processes added up. The exchange has float32: each takes a place of its own in it, with
+        the value's head and what that leaves."""
+        if self.size == 1:
+            return values
+        placed = np.zeros((self.size, 2, values.size), np.float32)
+        placed[self.rank, 0] = values.reshape(-1)
+        placed[self.rank, 1] = values.reshape(-1) - placed[self.rank, 0].astype(np.float64)
+        found = ops.AllReduce()(Tensor(placed)).asnumpy().astype(np.float64)
+        return np.asarray(found.sum((0, 1)).reshape(values.shape))
 
     def close(self) -> None:
         """MindSpore's scheduler waits for all processes itself."""
@@ -62,6 +73,7 @@ class MindSporeTrainer:
         self.spec, self.train_spec, self.ranks, self.fused = spec, train, ranks, fused
         self._network: CausalLM | None = None
         self._cell: TrainStepCell | None = None
+        self._loss: LmLoss | None = None
         ms.set_seed(train.seed)
 
     def _build(self) -> CausalLM:
@@ -123,6 +135,16 @@ class MindSporeTrainer:
             updates = int(self.cell.optimizer.global_step.asnumpy()[0]) - (not figures.overflow)
             figures = figures._replace(learning_rate=self.train_spec.schedule.rate(updates))
         return figures
+
+    def evaluate(self, columns: tuple[np.ndarray, np.ndarray]) -> float:
+        """The mean loss over the tokens that count of ids and labels (R, S+1); see ``jobs.engine.protocols``."""
+        assert self._network is not None
+        if self._loss is None:
+            self._loss = LmLoss(self._network)
+        self._loss.set_train(False)
+        loss = self._loss(*(Tensor(np.ascontiguousarray(column, np.int32)) for column in columns))
+        self.cell.set_train(True)
+        return float(loss.asnumpy())
 
     def _noise_keys(self, rows: int) -> tuple[Tensor, ...]:
         """(R, 3) of this rank's rows, where gates add noise."""

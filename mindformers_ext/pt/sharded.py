@@ -66,6 +66,16 @@ class ShardedRanks(Ranks):
         part = rows // self.size
         return slice(self.rank * part, (self.rank + 1) * part)
 
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        total = torch.from_numpy(np.array(values, np.float64)).to(self.kind)
+        dist.all_reduce(total)
+        return np.asarray(total.cpu().numpy())
+
+    def rest(self, network: nn.Module) -> None:
+        for module in network.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def close(self) -> None:
         if dist.is_initialized():
             dist.barrier()  # a rank that leaves early breaks the connections of those that still work

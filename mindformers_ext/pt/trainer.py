@@ -94,6 +94,16 @@ class TorchTrainer:
         self._next_scale(not finite)
         return StepFigures(loss, not finite, self.scale, rate, norm, lm_loss, aux_loss, load, dropped)
 
+    @torch.no_grad()
+    def evaluate(self, columns: tuple[np.ndarray, np.ndarray]) -> float:
+        """The mean loss over the tokens that count of ids and labels (R, S+1); see ``jobs.engine.protocols``."""
+        ids, labels = (torch.from_numpy(column.astype(np.int64)).to(self.device) for column in columns)
+        self.network.eval()
+        loss = float(self.network(ids, labels, losses=True).lm_loss)
+        self.network.train()
+        self.ranks.rest(self.network)
+        return loss
+
     def _noise_keys(self, rows: int) -> Tensor | None:
         """(R, 3) of this rank's rows, where gates add noise."""
         first = self.ranks.rank * rows

@@ -9,6 +9,7 @@ from typing import Any
 
 from mindformers_ext.core.config.file import parse_yaml
 from mindformers_ext.core.config.keys import OUR_SECTIONS, known_keys
+from mindformers_ext.core.config.mixture_words import WORDS
 from mindformers_ext.core.config.view import advice
 from mindformers_ext.core.errors import Problems, nearest
 
@@ -57,7 +58,7 @@ OPEN_SECTIONS: dict[str, tuple[str, ...]] = {
         "prefetch_size",
         "seed",
     ),
-    "train_dataset.data_loader": ("type", "dataset_dir", "shuffle", "num_samples", "num_shards", "shard_id"),
+    "train_dataset.data_loader": ("type", "dataset_dir", "shuffle", "num_samples", "num_shards", "shard_id", *WORDS),
     "trainer": ("type", "model_name"),
     "model.arch": ("type",),
     "parallel.parallel_optimizer_config": (
@@ -67,7 +68,7 @@ OPEN_SECTIONS: dict[str, tuple[str, ...]] = {
     ),
 }
 OPEN_SECTIONS["eval_dataset"] = OPEN_SECTIONS["train_dataset"]
-OPEN_SECTIONS["eval_dataset.data_loader"] = OPEN_SECTIONS["train_dataset.data_loader"]
+OPEN_SECTIONS["eval_dataset.data_loader"] = OPEN_SECTIONS["train_dataset.data_loader"][: -len(WORDS)]
 
 
 def apply_overrides(config: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:

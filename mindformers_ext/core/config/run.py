@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.byte_sizes import read_size
+from mindformers_ext.core.config.mixture_words import MixtureSpec, mixture_from_yaml, with_mixture_words
 from mindformers_ext.core.config.ranges import check_ranges
 from mindformers_ext.core.config.sampling import SamplingSpec, sampling_from_yaml
 from mindformers_ext.core.config.values import read_value, section_at
@@ -56,7 +57,8 @@ class Runner(Enum):
 class DataSpec:
     """A data set as its section describes it.
 
-    ``loader``: its type; ``named``: files and folders as given; ``limit``: so many rows are used, None = all.
+    ``loader``: its type; ``named``: files and folders as given; ``limit``: so many rows are used, None = all;
+    ``mixture``: several domains' files, drawn by proportions. ``seed``: of the order of rows.
     """
 
     section: str
@@ -65,6 +67,8 @@ class DataSpec:
     columns: tuple[str, ...] = ("input_ids",)
     limit: int | None = None
     drop_remainder: bool = True
+    mixture: MixtureSpec | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +165,7 @@ def run_spec_from_yaml(config: Mapping[str, Any], where: str = "the configuratio
     Raises:
         UserError: no such mode or engine, or an engine that does not run on the device; a value of the wrong kind.
     """
+    config = with_mixture_words(config)
     mode = config.get("run_mode")
     if mode not in RUN_MODES:
         raise UserError(f"{where}: run_mode={mode!r}: choose one of {', '.join(RUN_MODES)} (--run_mode)")
@@ -298,6 +303,8 @@ def _data(config: Mapping[str, Any], section: str, problems: Problems) -> DataSp
         columns=_texts(words.get("input_columns") or "input_ids"),
         limit=limit if isinstance(limit, int) and limit > 0 else None,
         drop_remainder=bool(words.get("drop_remainder", True)),
+        mixture=mixture_from_yaml(loader, f"{section}.data_loader", problems),
+        seed=int(words.get("seed") or config.get("seed") or 0),
     )
 
 

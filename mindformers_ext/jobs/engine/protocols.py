@@ -135,6 +135,10 @@ class Ranks(Protocol):
         """This process's rows among those of a step."""
         ...
 
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """float64 ``values`` of all processes added up; each has to ask, and gets the same bits."""
+        ...
+
     def close(self) -> None:
         """Leave the job."""
         ...
@@ -163,6 +167,11 @@ class Trainer(Protocol):
 
     def step(self, columns: tuple[np.ndarray, ...]) -> StepFigures:
         """One update from this rank's rows; all ranks return the same figures."""
+        ...
+
+    def evaluate(self, columns: tuple[np.ndarray, np.ndarray]) -> float:
+        """The mean loss over the tokens that count of this rank's rows, ids and labels (R, S+1), as the network stands;
+        0 where none counts. Every rank has to ask, for as many rows."""
         ...
 
     def values(self, ending: str) -> dict[str, np.ndarray]:

@@ -15,6 +15,7 @@ from mindformers_ext.core.cluster.cluster_rules import TOGETHER
 from mindformers_ext.core.cluster.judged import build_network, judge_network, read_network
 from mindformers_ext.core.cluster.tensor_parallel import check_tensor_parallel
 from mindformers_ext.core.config.foreign import has_our_weights, is_llama
+from mindformers_ext.core.config.mixture_words import with_mixture_words
 from mindformers_ext.core.config.run import (
     ASCEND,
     CPU,
@@ -33,8 +34,9 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.families import FAMILIES, own_families
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.jobs.checkpoint.transform import TransformRequest
-from mindformers_ext.jobs.run.dataset import check_dataset
-from mindformers_ext.jobs.run.seam import seam_notes
+from mindformers_ext.jobs.run.dataset import check_dataset, rows_of_step
+from mindformers_ext.jobs.run.mixture_checks import check_mixture
+from mindformers_ext.jobs.run.seam import seam_notes, update_rows
 from mindformers_ext.jobs.run.sections import check_sections
 from mindformers_ext.jobs.run.start import settle_for_mindformers, settle_for_own_loop
 
@@ -62,6 +64,7 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
     Raises:
         UserError: the first group of mistakes found: keys and values, then the device, files, and data.
     """
+    config = with_mixture_words(config)
     asked = run = run_spec_from_yaml(config, where)
     read, build, notes = check_words(config, run, device_count(run), where, launched(run.engine))
     check_device(run.device.target)
@@ -87,7 +90,11 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
     _check_first_weights(run, build.network)
     if run.runner in (Runner.OWN_LOOP, Runner.MINDFORMERS) and (run.family is not None or is_llama(config)):
         check_tokenizer(run, build.network)
-        if run.mode != "predict":
+        if run.data and run.data.mixture:
+            own = run.runner is Runner.OWN_LOOP
+            rows = rows_of_step(run, build.network)[0] if own else update_rows(run, build.network)
+            notes += check_mixture(run, config, build.network, rows)
+        elif run.mode != "predict":
             check_dataset(run, build.network)
         if run.trains and run.resume:
             notes += seam_notes(config, run, build.network)

@@ -40,14 +40,21 @@ def check_dataset(run: RunSpec, spec: NetworkSpec) -> None:
     files = dataset_files(data)
     rows = sum(row_count(path) for path in files)
     _check_count(run, data, rows if data.limit is None else min(rows, data.limit))
-    left, bearing = SAMPLE_ROWS, 0
+    check_rows(files, data, spec, run)
+
+
+def check_rows(
+    files: Sequence[Path], data: DataSpec, spec: NetworkSpec, run: RunSpec, most: int = SAMPLE_ROWS, what: str = ""
+) -> None:
+    """Look at the first ``most`` rows of ``files``, which ``what`` names; errors as ``check_dataset`` has them."""
+    left, bearing = most, 0
     for path in files:
         if left > 0:
-            read, found = _check_rows(path, data, spec, run, left)
+            read, found = _check_file(path, data, spec, run, left)
             left, bearing = left - read, bearing + found
     if not bearing:
         raise UserError(
-            f"{data.section}: no position of {SAMPLE_ROWS - left} rows bears loss: all tokens are padding "
+            f"{what or data.section}: no position of {most - left} rows bears loss: all tokens are padding "
             f"(pad_token_id {spec.model.pad_token_id}), or all labels are {spec.model.ignore_token_id}: write the data "
             "again, with the tokenizer and the template that the model was made for"
         )
@@ -63,11 +70,20 @@ def dataset_files(data: DataSpec) -> list[Path]:
     option = f"--{'train' if section.startswith('train') else 'eval'}_data"
     if not data.named:
         raise UserError(f"{section}.data_loader names no data: give {option} FILE")
+    return record_files(data.named, f"{section}.data_loader.dataset_dir", f"give {option} FILE, or ")
+
+
+def record_files(named: Sequence[Path], where: str, advice: str = "") -> list[Path]:
+    """The MindRecord files of paths that the key ``where`` names; folders give all that are below them.
+
+    Raises:
+        UserError: one does not exist, is something else, or lacks its index.
+    """
     files = []
-    for path in data.named:
+    for path in named:
         if not path.exists():
             raise UserError(
-                f"the data set {path} ({section}.data_loader.dataset_dir) does not exist: give {option} FILE, or make "
+                f"the data set {path} ({where}) does not exist: {advice}make "
                 "it first (tools/dataset_preprocess/llama/llama_preprocess.py)"
             )
         found = sorted(item for item in path.rglob("*") if _MINDRECORD.search(item.name)) if path.is_dir() else [path]
@@ -92,7 +108,7 @@ def _check_count(run: RunSpec, data: DataSpec, rows: int) -> None:
         )
 
 
-def _check_rows(path: Path, data: DataSpec, spec: NetworkSpec, run: RunSpec, most: int) -> tuple[int, int]:
+def _check_file(path: Path, data: DataSpec, spec: NetworkSpec, run: RunSpec, most: int) -> tuple[int, int]:
     """Look at up to ``most`` rows of one file; returns how many were read, and how many positions bear loss."""
     read = bearing = 0
     problems = Problems(f"data set {path}")
@@ -174,3 +190,9 @@ def loss_tokens(ids: np.ndarray, labels: np.ndarray | None, pad_id: int, ignored
     if labels is not None:
         weight &= labels[:, 1:] != ignored
     return int(weight.sum())
+
+
+def rows_of_step(run: RunSpec, spec: NetworkSpec) -> tuple[int, int]:
+    """Rows of one step of our loop, of all processes together, and how many of these there are."""
+    processes = 1 if spec.parallel.parallel_mode == "stand_alone" else spec.parallel.device_num
+    return spec.batch_size * run.accumulation * processes, processes

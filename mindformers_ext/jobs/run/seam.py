@@ -28,7 +28,7 @@ def seam_notes(config: Mapping[str, Any], run: RunSpec, spec: NetworkSpec) -> li
         return []
     try:
         rows = sum(map(row_count, dataset_files(run.data)))
-        per_epoch = min(rows, run.data.limit or rows) // _rows_of_step(run, spec)
+        per_epoch = min(rows, run.data.limit or rows) // update_rows(run, spec)
         (old, before), (new, now) = (_schedule(words, per_epoch) for words in (load_yaml(former), config))
     except (UserError, ArithmeticError):  # the run's own checks have told what is wrong, or will
         return []
@@ -50,7 +50,7 @@ def _schedule(config: Mapping[str, Any], per_epoch: int) -> tuple[Schedule, int]
     return schedule, steps
 
 
-def _rows_of_step(run: RunSpec, spec: NetworkSpec) -> int:
+def update_rows(run: RunSpec, spec: NetworkSpec) -> int:
     """Rows of one update, of all processes together."""
     parallel = spec.parallel
     rows = run.batch_size * run.accumulation

@@ -23,8 +23,12 @@ class TrainHook(Protocol):
         """New values of network parameters, by MindFormers' names, for ``step`` and those after it; others stay."""
         ...
 
+    def measured(self, step: int, figures: StepFigures) -> Mapping[str, float]:
+        """Further figures for the record of ``step``, which is done; the network may be computed with."""
+        ...
+
     def after_step(self, step: int, figures: StepFigures) -> None:
-        """``step`` is done."""
+        """``step`` is done, and its record written."""
         ...
 
     def state(self) -> Arrays:
@@ -41,6 +45,10 @@ class QuietHook:
 
     def inputs(self, step: int) -> Arrays:
         """No new values."""
+        return {}
+
+    def measured(self, step: int, figures: StepFigures) -> Mapping[str, float]:
+        """No further figures."""
         return {}
 
     def after_step(self, step: int, figures: StepFigures) -> None:

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from mindformers_ext.core.config.mixture_words import MIXTURE
 from mindformers_ext.core.config.run import PYTORCH, DataSpec, data_spec_from_yaml
 from mindformers_ext.core.config.train import OWN_LOOPS
 from mindformers_ext.core.errors import Problems, UserError
@@ -17,7 +20,7 @@ from mindformers_ext.formats.mindrecord_file import MindRecordFile
 from mindformers_ext.jobs.run.dataset import check_ids, dataset_files
 
 COLUMNS = (("input_ids",), ("input_ids", "labels"))
-LOADERS = (None, "MindDataset")
+LOADERS = (None, "MindDataset", MIXTURE)
 SHUFFLES = (None, True, False, "global")
 
 
@@ -31,12 +34,85 @@ class BatchSource(Protocol):
         """Columns (rows, width) int32 of step ``step`` (from 0) of the run; ``part`` chooses among its rows."""
         ...
 
+    def state(self) -> Mapping[str, np.ndarray]:
+        """What a checkpoint must hold of it, by name."""
+        ...
+
+    def restore(self, state: Mapping[str, np.ndarray], where: str) -> None:
+        """Continue from such a state, of the checkpoint ``where``."""
+        ...
+
     def close(self) -> None:
         """Let go of the files."""
         ...
 
 
-class TokenData:
+class PlainSource:
+    """A batch source whose rows follow from the step's number alone: nothing of it stands in a checkpoint."""
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Nothing."""
+        return {}
+
+    def restore(self, state: Mapping[str, np.ndarray], where: str) -> None:
+        """Nothing."""
+
+
+class RecordRows:
+    """Rows of several MindRecord files, one after the other, by number. ``columns`` are read of each.
+
+    vocab: ids of a row must be below; None: they are not looked at.
+    """
+
+    def __init__(self, paths: Sequence[Path], columns: tuple[str, ...], vocab: int | None = None) -> None:
+        self.columns, self.vocab = columns, vocab
+        self.files = [MindRecordFile(path) for path in paths]
+        self._ends = list(accumulate(len(file) for file in self.files))
+
+    def __len__(self) -> int:
+        """Rows of all files."""
+        return self._ends[-1] if self._ends else 0
+
+    def row(self, number: int) -> tuple[np.ndarray, ...]:
+        """Columns (width) int32 of one row."""
+        file, place = self.place(number)
+        return file.read(place, self.columns)
+
+    def place(self, row: int) -> tuple[MindRecordFile, int]:
+        """The file that holds a row, and its number there."""
+        file = bisect_right(self._ends, row)
+        return self.files[file], row - (self._ends[file - 1] if file else 0)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for file in self.files:
+            file.close()
+
+
+Place = tuple[RecordRows, int]  # rows, and the number of one
+
+
+def stacked(places: Sequence[Place]) -> tuple[np.ndarray, ...]:
+    """Columns (rows, width) int32 of rows that may be of different files.
+
+    Raises:
+        UserError: rows of different lengths, or ids without an embedding: only the first rows were looked at before the
+            run (``jobs.run.dataset``).
+    """
+    found = [rows.row(number) for rows, number in places]
+    first, vocab = places[0][0], places[0][0].vocab
+    if len({len(row[0]) for row in found}) > 1:
+        raise UserError(f"{first.files[0].path}: rows of different lengths: write the data again, packed")
+    columns = tuple(np.stack([row[i] for row in found]) for i in range(len(first.columns)))
+    if vocab is None or (columns[0].min() >= 0 and max(column.max() for column in columns) < vocab):
+        return columns
+    for place, (rows, number) in enumerate(places):
+        file, row = rows.place(number)
+        check_ids([column[place] for column in columns], vocab, f"{file.path}, row {row}")
+    return columns
+
+
+class TokenData(PlainSource):
     """Batches of token rows in MindSpore's order.
 
     Args:
@@ -63,20 +139,18 @@ class TokenData:
     ) -> None:
         words = config.get(section) or {}
         loader = words.get("data_loader") or {}
-        _check(words, loader, section, OWN_LOOPS[engine])
-        self.columns = tuple(words.get("input_columns") or ("input_ids",))
+        check_words(words, loader, section, OWN_LOOPS[engine])
         data = data_spec_from_yaml(config, section) or DataSpec(section=section)
-        self.files = [MindRecordFile(path) for path in dataset_files(data)]
-        self._ends = list(accumulate(len(file) for file in self.files))
-        held, limit = self._ends[-1], loader.get("num_samples")
+        self.records = RecordRows(dataset_files(data), columns_of(words), vocab)
+        held, limit = len(self.records), loader.get("num_samples")
         each = -(-held // shards)
         if isinstance(limit, int) and limit > 0:  # shuffled first, then cut
             each = min(each, limit // shards)
         self.total = min(held, each * shards)
         training = section == "train_dataset"
-        shuffles, seed = loader.get("shuffle", training), int(words.get("seed") or config.get("seed") or 0)
-        self.order = RowOrder(held, training if shuffles is None else bool(shuffles), seed)
-        self.rows, self.shards, self.vocab = rows, shards, vocab
+        shuffles = loader.get("shuffle", training)
+        self.order = RowOrder(held, training if shuffles is None else bool(shuffles), data.seed)
+        self.rows, self.shards = rows, shards
         self.per_epoch = each // (rows // shards)
         if training and not self.per_epoch:
             raise UserError(
@@ -86,50 +160,33 @@ class TokenData:
     def batch(self, step: int, part: slice) -> tuple[np.ndarray, ...]:
         """Columns (rows, width) int32 of step ``step`` (from 0) of the run; ``part`` chooses among its rows."""
         epoch, place = divmod(step, self.per_epoch)
-        numbers = np.arange(place * self.rows, (place + 1) * self.rows) % self._ends[-1]
+        numbers = np.arange(place * self.rows, (place + 1) * self.rows) % len(self.records)
         by_process = numbers.reshape(-1, self.shards).T.reshape(-1)
         return self.read(self.order.epoch(epoch)[by_process][part])
 
     def read(self, rows: np.ndarray) -> tuple[np.ndarray, ...]:
         """Columns (rows, width) int32 of the rows with these numbers, of all files one after the other."""
-        found = [self._row(int(row)) for row in rows]
-        if len({len(row[0]) for row in found}) > 1:
-            raise UserError(f"{self.files[0].path}: rows of different lengths: write the data again, packed")
-        columns = tuple(np.stack([row[i] for row in found]) for i in range(len(self.columns)))
-        self._check_ids(columns, rows)
-        return columns
-
-    def _check_ids(self, columns: tuple[np.ndarray, ...], rows: np.ndarray) -> None:
-        """Only the first rows were looked at before the run (``jobs.run.dataset``)."""
-        if self.vocab is None or (columns[0].min() >= 0 and max(column.max() for column in columns) < self.vocab):
-            return
-        for place, number in enumerate(rows):
-            file, row = self._place(int(number))
-            check_ids([column[place] for column in columns], self.vocab, f"{file.path}, row {row}")
-
-    def _place(self, row: int) -> tuple[MindRecordFile, int]:
-        """The file that holds a row, and its number there."""
-        file = next(i for i, end in enumerate(self._ends) if row < end)
-        return self.files[file], row - (self._ends[file - 1] if file else 0)
-
-    def _row(self, row: int) -> tuple[np.ndarray, ...]:
-        file, number = self._place(row)
-        return file.read(number, self.columns)
+        return stacked([(self.records, int(row)) for row in rows])
 
     def close(self) -> None:
         """Let go of the files."""
-        for file in self.files:
-            file.close()
+        self.records.close()
 
 
-def _check(words: Mapping[str, Any], loader: Mapping[str, Any], section: str, trainer: str) -> None:
+def columns_of(words: Mapping[str, Any]) -> tuple[str, ...]:
+    """The columns that a data set's section asks for."""
+    return tuple(words.get("input_columns") or ("input_ids",))
+
+
+def check_words(words: Mapping[str, Any], loader: Mapping[str, Any], section: str, trainer: str) -> None:
+    """What our loop does not build of a data set's section is a ``UserError``; ``trainer``: what it calls itself."""
     problems = Problems(section)
     if loader.get("type") not in LOADERS:
         problems.add(
             f"data_loader.type={loader.get('type')!r}: {trainer} reads MindRecord files",
             "set MindDataset and give the files of llama_preprocess.py",
         )
-    if tuple(words.get("input_columns") or ("input_ids",)) not in COLUMNS:
+    if columns_of(words) not in COLUMNS:
         problems.add(f"input_columns={words['input_columns']!r}", "give ['input_ids'] or ['input_ids', 'labels']")
     if words.get("repeat") not in (None, 1):
         problems.add(f"repeat={words['repeat']!r} is not built in {trainer}", "raise runner_config.epochs")

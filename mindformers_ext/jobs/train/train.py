@@ -18,7 +18,7 @@ from mindformers_ext.core.cluster.cluster_rules import effective_spec
 from mindformers_ext.core.config.lora import DROPOUT_SEED
 from mindformers_ext.core.config.recompute import recompute_from_yaml
 from mindformers_ext.core.config.run import MINDSPORE, PYTORCH, RunSpec
-from mindformers_ext.core.config.train import TrainSpec, train_spec_from_yaml
+from mindformers_ext.core.config.train import OWN_LOOPS, TrainSpec, train_spec_from_yaml
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.log import get_logger, set_up_logging
 from mindformers_ext.core.spec import NetworkSpec
@@ -26,12 +26,16 @@ from mindformers_ext.formats.atomic import write_text
 from mindformers_ext.jobs.engine.door import open_trainer
 from mindformers_ext.jobs.engine.protocols import Trainer
 from mindformers_ext.jobs.predict.network import open_weights
+from mindformers_ext.jobs.run.dataset import rows_of_step
 from mindformers_ext.jobs.run.display import COMPILING, current
 from mindformers_ext.jobs.run.keep import keep_config, keep_lora
 from mindformers_ext.jobs.run.metrics_file import MetricsFile, StepRecord, record_of
+from mindformers_ext.jobs.run.mixture import open_mixture
+from mindformers_ext.jobs.run.mixture_checks import DATA
 from mindformers_ext.jobs.run.quiet import Passed
 from mindformers_ext.jobs.run.watch import Watch
 from mindformers_ext.jobs.train.checkpoint_folder import CheckpointFolder, Resumed
+from mindformers_ext.jobs.train.domain_losses import DomainLosses, target_losses
 from mindformers_ext.jobs.train.hooks import (
     BIAS,
     AdapterDropout,
@@ -41,7 +45,8 @@ from mindformers_ext.jobs.train.hooks import (
     hook_state,
     restore_hooks,
 )
-from mindformers_ext.jobs.train.token_data import BatchSource, TokenData
+from mindformers_ext.jobs.train.mixture_data import MixtureData
+from mindformers_ext.jobs.train.token_data import BatchSource, TokenData, check_words
 
 FRAMEWORKS = {MINDSPORE: "MindSpore", PYTORCH: "PyTorch"}
 
@@ -91,6 +96,7 @@ def train(
         training = replace(training, recomputed=recompute_from_yaml(config, spec))
     elif spec.numerics.softmax_dtype != "float32":
         more.append(f"softmax_compute_type {spec.numerics.softmax_dtype}: PyTorch's attention sums in float32")
+    targets = target_losses(data, asked, spec) if isinstance(data, MixtureData) else None
     current().begin(f"opening {FRAMEWORKS[engine]} and building the network")
     trainer = open_trainer(engine, spec, training, asked.device)
     current().done()
@@ -105,6 +111,8 @@ def train(
         keep_config(config, folder)
         keep_lora(training.lora, folder, asked)
     _load(run, spec)
+    if isinstance(data, MixtureData):
+        run.hooks.append(DomainLosses(data, trainer, spec.model, spec.batch_size, targets))
     run.hooks += [*hooks_of(training, trainer, spec.model.moe_layers), *hooks]
     restore_hooks(run.hooks, run.left)
     try:
@@ -114,12 +122,17 @@ def train(
     trainer.ranks.close()  # after a failure the other ranks may not come any more
 
 
-def open_rows(asked: RunSpec, config: Mapping[str, Any], spec: NetworkSpec) -> TokenData:
-    """The training rows; in data parallel MindRecord deals them out to the processes one by one."""
-    mode = spec.parallel.parallel_mode
-    processes = 1 if mode == "stand_alone" else spec.parallel.device_num
-    shards = processes if mode == "data_parallel" else 1
-    rows = spec.batch_size * asked.accumulation * processes
+def open_rows(asked: RunSpec, config: Mapping[str, Any], spec: NetworkSpec) -> BatchSource:
+    """The training rows: a mixture's, or those of one data set, which MindRecord deals out to the processes of data
+    parallel one by one."""
+    rows, processes = rows_of_step(asked, spec)
+    if asked.data and asked.data.mixture:
+        check_words(
+            config["train_dataset"], config["train_dataset"]["data_loader"], "train_dataset", OWN_LOOPS[asked.engine]
+        )
+        mixture = open_mixture(asked.data.mixture)
+        return MixtureData(mixture, asked.data.seed, rows, asked.data.columns, spec.model.vocab_size)
+    shards = processes if spec.parallel.parallel_mode == "data_parallel" else 1
     return TokenData(config, "train_dataset", rows, shards, asked.engine, spec.model.vocab_size)
 
 
@@ -159,6 +172,7 @@ def _resume(run: Run, path: Path, spec: NetworkSpec) -> None:
             base = open_weights(Path(asked.base), spec.model, asked.strategies)
             stack.callback(base.close)
             below = base.plan.run(base.reader)
+        run.data.restore(found.data(), str(found.path))
         run.first, state = counted_anew(found, run.data.rows)
         run.trainer.fill(chain(below, found.weights()), partly=lora and not asked.base)
         run.trainer.open()
@@ -213,6 +227,8 @@ def _steps(run: Run) -> None:
         columns = data.batch(number - 1, mine)
         figures = trainer.step(columns)
         now = time.perf_counter()
+        for hook in run.hooks:
+            figures = figures._replace(extra={**figures.extra, **hook.measured(number, figures)})
         tokens = columns[0].shape[0] * (columns[0].shape[1] - 1)  # the last token of a row is a target only
         record = record_of(figures, number, data.per_epoch, now - started, tokens)
         started = now
@@ -249,6 +265,7 @@ def _save(run: Run, files: CheckpointFolder, record: StepRecord) -> None:
         "loss_scale": np.array(record.loss_scale, np.float32),
         "global_batch_size": np.array(run.data.rows),
         **hook_state(run.hooks),
+        **{f"{DATA}{name}": array for name, array in run.data.state().items()},
     }
     path = files.write(record.step, state, more)
     words = {
