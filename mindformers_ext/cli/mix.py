@@ -9,6 +9,9 @@ from pathlib import Path
 from mindformers_ext.cli.command import Command
 
 EPILOG = """examples:
+  python tools/mix.py plan --config configs/tiny/llama_mixture.yaml
+  python tools/mix.py plan --dataset_dir prepared --split for_ft --preset llama --tokens 2e9
+  python tools/mix.py show output/mixture
   python tools/mix.py fit sweep/run_* --output fit.json
   python tools/mix.py fit runs.jsonl --tokens 2e9 --available code=3e8 --available wiki=1e9 --repeat 4
 """
@@ -108,7 +111,63 @@ def _fit(words: argparse.Namespace) -> int:
     return 0
 
 
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", type=Path, metavar="YAML", help="of a run on a data mixture; options count before it"
+    )
+    parser.add_argument("--dataset_dir", metavar="DIR", help="a folder prepared by domain")
+    parser.add_argument("--split", help="of that folder: for_prune or for_ft")
+    parser.add_argument(
+        "--proportion", type=named_number, action="append", metavar="NAME=P", help="of a domain; may be repeated"
+    )
+    parser.add_argument(
+        "--preset", help="published names and proportions: llama, sheared_llama, uniform, sheared_1.3b, ..."
+    )
+    parser.add_argument("--update_type", help="how proportions start and move: constant, stratified, temperature, ...")
+    parser.add_argument("--temperature", type=positive, metavar="T", help="of update_type temperature")
+    parser.add_argument("--max_weight", type=positive, metavar="P", help="no proportion is above it")
+    parser.add_argument("--tokens", type=positive, metavar="N", help="of the run (default: the YAML's epochs)")
+    parser.add_argument(
+        "--repeat", type=positive, default=4.0, metavar="R", help="passes beyond which a domain is named (default 4)"
+    )
+
+
+def _plan(words: argparse.Namespace) -> int:
+    from mindformers_ext.jobs.mixing.plan import plan
+
+    names = ("dataset_dir", "split", "preset", "update_type", "temperature", "max_weight")
+    given = {name: getattr(words, name) for name in names if getattr(words, name) is not None}
+    if words.proportion:
+        given |= {"proportion": dict(words.proportion), "set_names": [name for name, _ in words.proportion]}
+    found = plan(words.config, given, words.tokens, words.repeat)
+    width = max(6, *(len(one.name) for one in found.domains))
+    print(f"{found.rows} rows of {found.width} tokens ({found.rows * found.width:.3g}), update_type {found.rule}")
+    print(f"{'domain':{width}}        rows   proportion   rows taken   passes   at most")
+    for one in found.domains:
+        print(
+            f"{one.name:{width}}  {one.rows:10}   {one.proportion:10.4f}   {one.proportion * found.rows:10.0f}   "
+            f"{one.passes:6.2f}   {one.most:7.2f}"
+        )
+    for note in found.notes:
+        print(f"note: {note}")
+    return 0
+
+
+def _show_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output_dir of a run; the picture goes there")
+
+
+def _show(words: argparse.Namespace) -> int:
+    from mindformers_ext.jobs.mixing.show import show
+
+    for run in words.runs:
+        print(f"wrote {show(run)}")
+    return 0
+
+
 COMMANDS = {
+    "plan": ("say how often a run repeats each domain", _plan_options, _plan),
+    "show": ("draw proportions and losses by domain over a run's steps", _show_options, _show),
     "fit": ("find the proportions that several runs speak for", _fit_options, _fit),
 }
 COMMAND = Command(

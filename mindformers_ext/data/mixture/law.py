@@ -28,7 +28,7 @@ class Law:
 
     def losses(self, proportions: Floats) -> Floats:
         """Of each domain (..., n) at ``proportions`` (..., n)."""
-        return self.constants + np.exp(np.asarray(proportions, np.float64) @ self.slopes.T)
+        return np.asarray(self.constants + np.exp(np.asarray(proportions, np.float64) @ self.slopes.T), np.float64)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _fitted(proportions: Floats, losses: Floats) -> tuple[float, Floats]:
     from scipy.optimize import least_squares
 
     def missed(values: Floats) -> Floats:
-        return values[0] + np.exp(proportions @ values[1:]) - losses
+        return np.asarray(values[0] + np.exp(proportions @ values[1:]) - losses, np.float64)
 
     def slope(values: Floats) -> Floats:
         grown = np.exp(proportions @ values[1:])[:, None] * proportions
@@ -102,7 +102,7 @@ def best_proportions(law: Law, weights: Floats, caps: Floats) -> Floats:
         options={"ftol": 1e-12, "maxiter": 1000},
     )
     shares = np.clip(np.asarray(found.x, np.float64), 0.0, caps)
-    return shares / shares.sum()
+    return np.asarray(shares / shares.sum(), np.float64)
 
 
 def best_with_spread(
