@@ -43,6 +43,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
         default=cores(),
         help="processes that tokenise (default: the cores, here %(default)s; fewer where the input is small)",
     )
+    parser.add_argument(
+        "--ray", metavar="ADDRESS", help="tokenise on the machines of this Ray cluster instead; same files"
+    )
 
 
 def _add_inputs(target: argparse.ArgumentParser) -> None:

@@ -63,7 +63,7 @@ INNER = {
         "config",
         "cluster",
     ),
-    "jobs": ("engine", "checkpoint", "run", "preprocess merge predict launch", "experts", "train dryrun"),
+    "jobs": ("engine items", "checkpoint", "run", "preprocess merge predict launch", "experts", "train dryrun"),
 }
 INNER_NUMBER = {
     house: {name: number for number, names in enumerate(order) for name in names.split()}

@@ -21,6 +21,7 @@ from mindformers_ext.data.tokenizers import Tokenizer, puts_blank
 from mindformers_ext.formats.atomic import fresh_file, fresh_group, recover_group
 from mindformers_ext.jobs.engine.door import open_record_writer
 from mindformers_ext.jobs.engine.protocols import RecordWriter
+from mindformers_ext.jobs.items.map_items import Place
 from mindformers_ext.jobs.preprocess.encode import QaBatch, Setup, TextBatch, Tokens, encode_all
 from mindformers_ext.jobs.preprocess.request import SAMPLES, Checked, PreprocessRequest, check_request
 from mindformers_ext.jobs.run.dataset import loss_tokens
@@ -183,7 +184,8 @@ class _Run:
     def _first_pass(self, progress: Progress) -> None:
         setup = Setup(self.checked.special, self.checked.row_length, not self.framed_rows)
         workers = min(self.request.workers, 1 + sum(path.stat().st_size for path in self.checked.files) // SHARE)
-        encoded = encode_all(setup, self.tokenizer, self._batches(progress), workers)
+        place = Place(workers, self.request.ray, fork=True)
+        encoded = encode_all(setup, self.tokenizer, self._batches(progress), place)
         spool = (self.folder / SPOOLED).open("wb") if (self.request.repeat or 1) > 1 else None
         try:
             for tokens in encoded:

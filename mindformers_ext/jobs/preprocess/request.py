@@ -14,6 +14,7 @@ from mindformers_ext.data.readers import SEPARATORS, find_files
 from mindformers_ext.data.tokenizers import Tokenizer, open_tokenizer
 from mindformers_ext.formats.atomic import refuse_existing
 from mindformers_ext.jobs.checkpoint.tiny_model import spec_from_yaml_file
+from mindformers_ext.jobs.items.ray_cluster import check_ray
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class PreprocessRequest:
     skip_masked: bool | None = None
     file_partition: int = 1
     workers: int = 1
+    ray: str | None = None
     overwrite: bool = False
     summary: Path | None = None
 
@@ -137,6 +139,8 @@ def check_request(request: PreprocessRequest) -> tuple[Checked, Tokenizer]:
         for output in (path, path.with_name(path.name + ".db")):
             refuse_existing(output, request.overwrite)
     refuse_existing(request.summary_file, request.overwrite)
+    if request.ray is not None:
+        check_ray(request.ray)
     tokenizer = open_tokenizer(request.model_file)
     spec = spec_from_yaml_file(request.config) if request.config else None
     special = _specials(request, tokenizer)
