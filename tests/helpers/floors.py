@@ -35,7 +35,7 @@ FLOORS = {
     "core": _floor("", "yaml numpy"),
     "formats": _floor("core", "numpy safetensors ml_dtypes"),
     "weights": _floor("core formats", "numpy ml_dtypes"),
-    "data": _floor("core formats", "numpy", late_third="sentencepiece fastchat tokenizers pyarrow jinja2"),
+    "data": _floor("core formats", "numpy", late_third="sentencepiece fastchat tokenizers pyarrow jinja2 datasketch"),
     "surgery": _floor("core weights", "numpy torch"),
     "ms": _floor("core", "numpy mindspore"),
     "pt": _floor("core", "numpy torch triton", late_third="transformers"),

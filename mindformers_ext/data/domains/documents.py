@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +14,7 @@ import numpy.typing as npt
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.data.domains.manifest import MOST_DOMAINS, NAME, NAMES
 from mindformers_ext.data.json_records import Record, read_records
-from mindformers_ext.data.readers import Progress, find_files
+from mindformers_ext.data.readers import find_files
 from mindformers_ext.data.text_lines import PACKED, suffix_of
 
 SUFFIXES = (".jsonl", ".json", ".parquet")  # the first two also behind .gz
@@ -133,14 +132,14 @@ def _places(path: Path, size: int) -> Iterator[tuple[int, int]]:
         yield 0, WHOLE
         return
     start, end = 0, path.stat().st_size
-    with path.open("rb", buffering=1 << 16) as file:
+    with path.open("rb") as file:
         while start < end:
             following = _line_start(file, start + size, end)
             yield start, following
             start = following
 
 
-def _line_start(file: io.BufferedReader, at: int, end: int) -> int:
+def _line_start(file: BinaryIO, at: int, end: int) -> int:
     """The first place from ``at`` on where a line begins."""
     if at >= end:
         return end
@@ -259,11 +258,5 @@ def block_bytes(block: Block) -> int:
     if block.path.suffix != ".parquet":
         return block.end - block.start
     with _parquet(block.path) as file:
-        groups = max(file.metadata.num_row_groups, 1)
+        groups = max(int(file.metadata.num_row_groups), 1)
     return size * (block.end - block.start) // groups
-
-
-__all__ = [
-    "Block", "FIELDS", "IDS", "Progress", "Row", "block_bytes", "document_of", "find_domains", "plan_blocks",
-    "read_block", "score_of", "whole_error",
-]  # fmt: skip

@@ -99,7 +99,9 @@ class Team:
 
 def _begin(work: Work, state: Any, fork: bool) -> _Member:
     # forked: no thread of Python runs yet, and a process that starts from nothing would first import everything again
-    context = multiprocessing.get_context("fork" if fork else "spawn")  # threads of torch do not live through a fork
+    context: Any = multiprocessing.get_context(
+        "fork" if fork else "spawn"
+    )  # threads of torch do not live through a fork
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(work, state, fork, theirs, os.getpid()), daemon=True)
     process.start()

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -67,13 +67,11 @@ class Encoder:
         return self._conversations(batch.conversations)
 
     def _text(self, fragments: list[Fragment]) -> Tokens:
-        glued = iter(encode_glued(self.tokenizer, [item.text for item in fragments if item.glued]))
-        plain = iter(self.tokenizer.encode_batch([item.text for item in fragments if not item.glued]))
         parts: list[Any] = []
-        for item in fragments:
+        for item, found in zip(fragments, fragment_ids(self.tokenizer, fragments), strict=True):
             if item.first and self.setup.framed:
                 parts.append(self.bos)
-            parts.append(next(glued if item.glued else plain))
+            parts.append(found)
             if item.last and self.setup.framed:
                 parts.append(self.eos)
         ids = np.concatenate(parts).astype(np.int32, copy=False)
@@ -92,6 +90,13 @@ class Encoder:
             masked=int((labels == IGNORED).all(axis=1).sum()),
             padding=sum(max(length - row.tokens, 0) for row in rows),
         )
+
+
+def fragment_ids(tokenizer: Tokenizer, fragments: Sequence[Fragment]) -> Iterator[Any]:
+    """Token ids of each fragment, in two calls of the tokenizer."""
+    glued = iter(encode_glued(tokenizer, [item.text for item in fragments if item.glued]))
+    plain = iter(tokenizer.encode_batch([item.text for item in fragments if not item.glued]))
+    return (next(glued if item.glued else plain) for item in fragments)
 
 
 def encode_all(
