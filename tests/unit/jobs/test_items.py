@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+
 import pytest
 
 from mindformers_ext.core.errors import UserError
