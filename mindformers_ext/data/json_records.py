@@ -62,12 +62,15 @@ def read_records(
     Args:
         path: UTF-8, with or without a byte order mark, whatever the locale; unpacked where it ends in .gz.
         progress: is called with the bytes of each part that was read.
-        place: of JSON lines, only those between these bytes; records and lines are numbered from there.
+        place: of JSON lines, only those between these bytes, if any; records and lines are numbered from there.
 
     Raises:
         UserError: no such file, no record in it, not UTF-8, not JSON, an entry that is no object or holds a name twice.
     """
     scanner = _Scanner(path, decoded(path, progress, place))
+    if place is not None:
+        yield from (Record(path, number, *found) for number, found in enumerate(scanner.line_items(), start=1))
+        return
     first = scanner.peek()
     if not first:
         raise UserError(f"{path} is empty: give a JSON list of objects, or one JSON object a line")

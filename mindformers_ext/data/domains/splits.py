@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +22,9 @@ from mindformers_ext.data.domains.manifest import SPLITS
 SLOTS, SHIFT = 1 << 14, 64 - 14
 
 
-def document_hash(document: str | npt.NDArray[np.int32], seed: int) -> int:
-    """64 bits of a text or of token ids; another seed deals documents otherwise."""
-    data = document.encode() if isinstance(document, str) else document.astype("<i4").tobytes()
+def document_hash(ids: npt.NDArray[Any], seed: int) -> int:
+    """64 bits of a document's token ids, so that a text and its ids fall together; another seed deals otherwise."""
+    data = ids.astype("<i4").tobytes()
     return int.from_bytes(blake2b(data, digest_size=8, key=seed.to_bytes(8, "little")).digest(), "little")
 
 

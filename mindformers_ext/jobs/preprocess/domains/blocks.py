@@ -77,7 +77,6 @@ class BlockSetup:
 
 
 class _Document(NamedTuple):
-    hash: int
     content: Any  # text or ids
     record: Record
 
@@ -120,7 +119,7 @@ class BlockEncoder:
             if refused is not None:
                 counts["filtered"][refused] += 1
                 continue
-            batch.append(_Document(document_hash(content, self.setup.seed), content, record))
+            batch.append(_Document(content, record))
             size += len(content) + 1
             if size >= BATCH_CHARACTERS:
                 yield batch
@@ -152,7 +151,7 @@ class BlockEncoder:
         if not kept:
             return
         arrays = {
-            "hash": np.array([document.hash for document, _ in kept], np.uint64),
+            "hash": np.array([document_hash(ids, self.setup.seed) for _, ids in kept], np.uint64),
             "tokens": np.array([len(ids) for _, ids in kept], np.uint32),
             "ids": np.concatenate([ids for _, ids in kept]).astype(self.dtype),
         }
@@ -179,6 +178,6 @@ class BlockEncoder:
             else:
                 whole = item.content
                 check_ids([int(whole.min()), int(whole.max())], self.setup.vocab_size, item.record.where)
-                before, after = [bos] * (whole[0] != bos), [eos] * (whole[-1] != eos)
+                before, after = [bos] * int(whole[0] != bos), [eos] * int(whole[-1] != eos)
                 whole = np.concatenate([before, whole, after]).astype(np.int64)
             yield whole
