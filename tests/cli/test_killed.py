@@ -57,15 +57,14 @@ def test_a_stage_of_experts_goes_on_where_it_was_killed(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("engine", "kills"),
+    ("what", "kills"),
     [
-        ("pt", 6),
+        *(pytest.param(what, 6, marks=pytest.mark.turn("killed training")) for what in ("pt", "pt mixture")),
+        pytest.param("ms mixture", 6, marks=pytest.mark.long("tests/cli/test_killed.py kills it on PyTorch")),
         pytest.param("pt", KILLS, marks=pytest.mark.long("tests/cli/test_killed.py kills the same six times")),
         pytest.param("ms", KILLS, marks=pytest.mark.long("tests/cli/run/test_trainer_own.py kills one run")),
     ],
 )
-def test_training_goes_on_as_if_it_had_not_been_killed(
-    engine: str, kills: int, tmp_path: Path, repo_root: Path
-) -> None:
-    held = campaign(f"train {engine}", kills, tmp_path, repo_root)["held"]
+def test_training_goes_on_as_if_it_had_not_been_killed(what: str, kills: int, tmp_path: Path, repo_root: Path) -> None:
+    held = campaign(f"train {what}", kills, tmp_path, repo_root)["held"]
     assert held["resumed"] >= kills // 2 and held["runs to the end"]

@@ -127,12 +127,16 @@ ENGINES = {"pt": ("torch", "mindformers_ext.pt.trainer"), "ms": ("mindspore",)}
 TIMES = ("seconds", "tokens_per_second")
 
 
-def train(engine: str, folder: Path, kills: int) -> Found:
+def train(what: str, folder: Path, kills: int) -> Found:
     """Training killed and resumed until there were ``kills``: after each every checkpoint is one of the undisturbed
-    run's, and whenever the end is reached the metrics and the last checkpoint are its as well."""
+    run's, and whenever the end is reached the metrics and the last checkpoint are its as well. ``what``: the engine,
+    and "mixture" behind it for data whose proportions move."""
+    from tests.helpers.mixtures import mixture_job
     from tests.helpers.tiny_run import make_job, rows_of
 
-    found, rng, job = Found(), random.Random(engine), folder / "job.yaml"
+    engine, _, mixed = what.partition(" ")
+    make_job = mixture_job if mixed else make_job
+    found, rng, job = Found(), random.Random(what), folder / "job.yaml"
     main = importlib.import_module("mindformers_ext.cli.run_mindformer").main
     for name in (*ENGINES[engine], "mindformers_ext.jobs.train.train", "mindformers_ext.jobs.run.checks"):
         importlib.import_module(name)
