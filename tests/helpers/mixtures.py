@@ -22,16 +22,16 @@ from mindformers_ext.data.domains.manifest import (
 from tests.helpers.tiny_run import SEQ, VOCAB, YAML, config_of, token_rows, write_rows
 
 NAMES = ("books", "code", "web")
-RANGES = {"books": (5, 190), "code": (100, 390), "web": (5, 20)}
+RANGES = {"books": (5, 190), "code": (100, 390), "web": (5, 20), "docs": (5, 390)}
 ROWS, EVAL_ROWS = 30, 5
 PROPORTIONS, TARGETS = [0.5, 0.3, 0.2], [5.9, 5.6, 5.7]
 INTERVAL = 3
 
 
-def domain_rows(name: str, rows: int = ROWS) -> np.ndarray:
+def domain_rows(name: str, width: int = SEQ + 1) -> np.ndarray:
     """Rows of one domain; those that losses are measured on are its last ones."""
     low, high = RANGES[name]
-    return token_rows(rows=rows + EVAL_ROWS, low=low, high=high)
+    return token_rows(width, ROWS + EVAL_ROWS, low, high)
 
 
 def write_domains(folder: Path) -> dict[str, Any]:
@@ -68,19 +68,19 @@ def mixture_job(folder: Path, **words: Any) -> Path:
     return path
 
 
-def prepared_folder(folder: Path) -> Path:
+def prepared_folder(folder: Path, names: tuple[str, ...] = NAMES, width: int = SEQ + 1) -> Path:
     """The same rows as a prepared corpus, one file for each domain and split."""
     splits: dict[str, dict[str, DomainFiles]] = {}
     for split in SPLITS:
         splits[split] = {}
-        for name in NAMES:
-            rows = domain_rows(name)
+        for name in names:
+            rows = domain_rows(name, width)
             rows = rows[ROWS:] if split == "eval" else rows[:ROWS]
             path = write_rows(folder / split / f"{name}.mindrecord", rows)
             mark = sha256(path.read_bytes()).hexdigest()
             splits[split][name] = DomainFiles((RecordFile(path.name, len(rows), path.stat().st_size, mark),))
-    tokens = {name: sum(splits[split][name].rows for split in SPLITS) * (SEQ + 1) for name in NAMES}
-    counts = {name: DomainCounts(documents=1, tokens=tokens[name]) for name in NAMES}
+    tokens = {name: sum(splits[split][name].rows for split in SPLITS) * width for name in names}
+    counts = {name: DomainCounts(documents=1, tokens=tokens[name]) for name in names}
     tokenizer = TokenizerFacts("0" * 64, VOCAB, 1, 2)
-    write_manifest(Manifest(tokenizer, SEQ + 1, 42, NAMES, splits, counts), folder)
+    write_manifest(Manifest(tokenizer, width, 42, names, splits, counts), folder)
     return folder

@@ -34,7 +34,7 @@ from tests.helpers.mixtures import (
     mixture_job,
     prepared_folder,
 )
-from tests.helpers.tiny_run import BATCH, config_of, rows_of, write_rows
+from tests.helpers.tiny_run import BATCH, ROOT, config_of, rows_of, write_rows
 
 TIMES = ("seconds", "tokens_per_second")
 STEPS = 10
@@ -162,6 +162,24 @@ def test_targets_are_measured_on_a_model_and_kept(job: Path, whole: list[dict]) 
     np.testing.assert_allclose(list(kept["target_loss"].values()), column([whole[8]], "domain_loss")[0], rtol=0.02)
     again = run(job, "from_file", target_loss=str(job.parent / "measured" / "target_loss.json"))
     assert again == rows
+
+
+def test_the_example_trains_within_its_caps(tmp_path: Path) -> None:
+    """configs/tiny/mixture_pretrain.yaml, with a smaller network, fewer steps and shorter windows."""
+    folder = prepared_folder(tmp_path / "domains", ("code", "docs"), 129)
+    words = ("hidden_size=32", "intermediate_size=64", "num_layers=1", "num_heads=2", "n_kv_heads=2")
+    loader = ("num_samples=96", "eval_interval=2", "eta=20.0", "max_weight=0.6", f"dataset_dir={folder}")
+    found = config_of(
+        ROOT / "configs" / "tiny" / "mixture_pretrain.yaml",
+        "engine=pt",
+        f"output_dir={tmp_path / 'out'}",
+        *(f"model.model_config.{word}" for word in words),
+        *(f"train_dataset.data_loader.{word}" for word in loader),
+    )
+    checked = check_run(found, "test")
+    train(checked.run, checked.config, checked.build.network, checked.notes)
+    shares = np.array([[row["proportion.docs"], row["proportion.code"]] for row in rows_of(tmp_path / "out")])
+    assert len(shares) == 6 and (shares >= 0.4 - 1e-12).all() and (shares <= 0.6).all() and shares.max() == 0.6
 
 
 def test_orders_of_large_files_are_looked_up_row_by_row(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:

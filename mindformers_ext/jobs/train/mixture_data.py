@@ -45,7 +45,7 @@ class MixtureData:
         if step != standing:
             raise ValueError(f"step {step} of a mixture that stands before step {standing}")
         domains, rows = self.schedule.draw(part)
-        return stacked([(self.domains[d], n) for d, n in zip(domains.tolist(), rows.tolist(), strict=True)])
+        return stacked([(self.domains[d], n) for d, n in zip(domains, rows, strict=True)])
 
     def state(self) -> dict[str, np.ndarray]:
         """Where the mixture stands, behind the last step asked for."""
