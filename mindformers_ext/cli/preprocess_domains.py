@@ -98,7 +98,10 @@ def report(done: Prepared, seconds: float) -> list[str]:
         lines.append("  " + "  ".join([row[0].ljust(widths[0]), *cells, row[-1]]))
     unused = sum(count.unused_documents for count in made.counts.values())
     if unused:
-        notes.append(f"{unused} documents were not used: every split was full (--for_ft, --for_ft_share)")
+        notes.append(
+            f"{unused} documents were not used: their splits were full (--for_ft, --for_ft_share); the split of a "
+            "document is the same in every domain"
+        )
     empty = [name for name, domains in made.splits.items() if not sum(found.rows for found in domains.values())]
     if empty:
         notes.append(f"empty splits: {', '.join(empty)} (give --{empty[0]}, or --{empty[0]}_share)")

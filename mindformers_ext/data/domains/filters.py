@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,19 +22,16 @@ ADS = re.compile(
     r"|share (?:this|on)|follow us|unsubscribe|https?://|www\.|点击|购买|优惠|包邮|订阅|扫码|加微信|版权所有",
     re.IGNORECASE,
 )
-PLAIN = frozenset(
-    " \n\t.,;:!?'\"()-’‘“”–—、。，；：！？（）《》「」…"
-)  # what running text has besides letters and digits
+# Characters that running text seldom has: no letter, digit or blank, and no common punctuation.
+ODD = re.compile(r"""_|[^\w\s.,;:!?'"()\-’‘“”–—、。，；：！？（）《》「」।…]""")
 
 
 def fluency(text: str) -> float:
-    """0 to 1: the share of characters that running text is made of (letters, digits, blanks, common punctuation), times
-    the share of lines that do not repeat an earlier one."""
-    if not text:
-        return 0.0
-    plain = sum(char.isalnum() or char in PLAIN for char in text)
+    """0 to 1: the share of characters that running text is made of (letters with their marks, digits, blanks, common
+    punctuation), times the share of lines that do not repeat an earlier one."""
+    odd = sum(not unicodedata.category(char).startswith("M") for char in ODD.findall(text))
     lines = [line for line in map(str.strip, text.split("\n")) if line]
-    return plain / len(text) * (len(set(lines)) / len(lines) if lines else 0.0)
+    return (1 - odd / len(text)) * len(set(lines)) / len(lines) if lines else 0.0
 
 
 def ads(text: str) -> float:

@@ -122,16 +122,19 @@ def test_processes_blocks_and_shards_write_the_same_bytes(
     monkeypatch.setattr("mindformers_ext.data.domains.documents.SMALLEST", 3000)
     monkeypatch.setattr("mindformers_ext.data.domains.documents.LARGEST", 3000)
     expected = hashes(prepared)
-    assert run(folder, folder / "out" / "two", *SIZES, "--workers", 3) == 0
-    assert hashes(folder / "out" / "two") == expected
-    for shard in ("2/3", "0/3"):
-        assert run(folder, folder / "out" / "three", *SIZES, "--shard", shard, "--workers", 1) == 0
-    assert run(folder, folder / "out" / "three", *SIZES, "--shard", "join") == 2
-    assert "parts are not in" in capsys.readouterr().err and not (folder / "out" / "three").exists()
-    # the rest is done without another shard, as after a kill: what is there is kept
-    assert run(folder, folder / "out" / "three", *SIZES, "--workers", 1) == 0
+    two, three = folder / "out" / "two", folder / "out" / "three"
+    # a shard's parts, then the rest without shards, as after a kill: what is there is kept
+    assert run(folder, two, *SIZES, "--shard", "1/2", "--workers", 1) == 0
+    assert run(folder, two, *SIZES, "--workers", 3) == 0
     assert "parts were there from an earlier run" in capsys.readouterr().out
-    assert hashes(folder / "out" / "three") == expected
+    assert hashes(two) == expected
+    for shard in ("2/3", "0/3"):
+        assert run(folder, three, *SIZES, "--shard", shard, "--workers", 1) == 0
+    assert run(folder, three, *SIZES, "--shard", "join") == 2
+    assert "parts are not in" in capsys.readouterr().err and not three.exists()
+    assert run(folder, three, *SIZES, "--shard", "1/3", "--workers", 1) == 0
+    assert run(folder, three, *SIZES, "--shard", "join") == 0
+    assert hashes(three) == expected
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["one", "three", "two"]
 
 
@@ -154,7 +157,7 @@ def test_filters_leave_out_what_they_say(folder: Path, tmp_path: Path, capsys: p
     }
     assert made.counts["docs"].filtered["field.quality"] > 0
     assert sum(count.unused_documents for count in made.counts.values()) > 0
-    assert "documents were not used" in capsys.readouterr().out
+    assert "documents were not used: their splits were full" in capsys.readouterr().out
 
 
 def test_near_duplicates_are_left_out(folder: Path, tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_a_filter_that_makes_no_sense_is_told(word: str, message: str) -> None:
 
 def test_scores_tell_texts_apart() -> None:
     prose = "The river runs to the sea.\nIt is long, and slow in summer."
-    assert fluency(prose) == 1.0 and fluency("河水流向大海。夏天很慢。") == 1.0
+    assert fluency(prose) == 1.0 and fluency("河水流向大海。夏天很慢。") == fluency("नदी समुद्र में जाती है।") == 1.0
     assert fluency("\n".join(["same line"] * 4)) == pytest.approx(1 / 4)
     assert fluency("@@## $$%% ^^&&") < 0.25 and fluency("") == 0.0
     assert ads(prose) == 0.0 and ads("Buy now!\nSubscribe to our newsletter\nA line of text") == pytest.approx(2 / 3)
