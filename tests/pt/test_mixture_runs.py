@@ -127,6 +127,21 @@ def test_a_resumed_run_is_as_if_it_had_not_stopped(job: Path, whole: list[dict],
     assert (folder / last).read_bytes() == (job.parent / "whole" / last).read_bytes()
 
 
+def test_workers_and_prefetching_change_nothing(job: Path, whole: list[dict]) -> None:
+    assert run(job, "workers", "train_dataset.num_parallel_workers=3", "train_dataset.prefetch_size=16") == whole
+
+
+def test_a_safetensors_file_holds_the_state_too(job: Path, whole: list[dict]) -> None:
+    for options in ((), ("resume_training=True",)):
+        found = config(job, "safe", "load_ckpt_format=safetensors", *options)
+        found["callbacks"][1] |= {"checkpoint_format": "safetensors", "save_checkpoint_steps": 7}
+        checked = check_run(found, "test")
+        train(checked.run, checked.config, checked.build.network, checked.notes)
+        rows = rows_of(job.parent / "safe")
+        assert [{k: v for k, v in row.items() if k not in TIMES} for row in rows] == whole
+        (job.parent / "safe" / "checkpoint" / "rank_0" / "tiny_rank_0-1_10.safetensors").unlink()
+
+
 def test_the_state_is_small_and_tells_what_happened(job: Path, whole: list[dict]) -> None:
     held = held_state(job.parent / "whole" / "checkpoint" / "rank_0" / "tiny_rank_0-1_10.ckpt")
     text = held["mixture"].astype(np.uint8).tobytes()
@@ -160,6 +175,11 @@ def test_targets_are_measured_on_a_model_and_kept(job: Path, whole: list[dict]) 
     kept = json.loads((job.parent / "measured" / "target_loss.json").read_text())
     assert load.is_file() and list(kept["target_loss"]) == list(NAMES)
     np.testing.assert_allclose(list(kept["target_loss"].values()), column([whole[8]], "domain_loss")[0], rtol=0.02)
+    (job.parent / "measured" / "checkpoint" / "rank_0" / "tiny_rank_0-1_10.ckpt").unlink()
+    words = {"target_loss": None, "target_loss_from": str(job.parent / "whole")}
+    shutil.move(job.parent / "whole" / "checkpoint", job.parent / "gone")
+    assert run(job, "measured", "resume_training=True", **words) == rows
+    shutil.move(job.parent / "gone", job.parent / "whole" / "checkpoint")
     again = run(job, "from_file", target_loss=str(job.parent / "measured" / "target_loss.json"))
     assert again == rows
 
@@ -308,6 +328,10 @@ def test_other_files_are_not_resumed_and_a_plain_run_neither(job: Path, whole: l
 
     write_file(tmp_path / "plain.ckpt", held)
     refused(job, "it holds no data mixture", f"load_checkpoint={tmp_path / 'plain.ckpt'}", "resume_training=True")
+    found = config(job, "refused", *resumed)
+    found["train_dataset"]["data_loader"] = {"type": "MindDataset", "dataset_dir": loader["domains"]["books"]}
+    with pytest.raises(UserError, match=r"its run drew a data mixture, .*type is not MixtureDataset"):
+        check_run(found, "test")
 
 
 def test_mindformers_loop_moves_no_proportions(job: Path) -> None:

@@ -35,7 +35,7 @@ from mindformers_ext.core.families import FAMILIES, own_families
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.jobs.checkpoint.transform import TransformRequest
 from mindformers_ext.jobs.run.dataset import check_dataset, rows_of_step
-from mindformers_ext.jobs.run.mixture_checks import check_mixture
+from mindformers_ext.jobs.run.mixture_checks import check_mixture, check_plain
 from mindformers_ext.jobs.run.seam import seam_notes, update_rows
 from mindformers_ext.jobs.run.sections import check_sections
 from mindformers_ext.jobs.run.start import settle_for_mindformers, settle_for_own_loop
@@ -92,6 +92,8 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
         own = run.runner is Runner.OWN_LOOP
         rows = rows_of_step(run, build.network)[0] if own else update_rows(run, build.network)
         notes += check_mixture(run, config, build.network, rows)
+    elif run.family is not None:
+        check_plain(run)
     if run.runner in (Runner.OWN_LOOP, Runner.MINDFORMERS) and (run.family is not None or is_llama(config)):
         check_tokenizer(run, build.network)
         if run.mode != "predict":

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mindformers_ext.core.config.mixture_words import MIXTURE
 from mindformers_ext.core.config.run import OWN, Runner, RunSpec
 from mindformers_ext.core.config.values import section_at
 from mindformers_ext.core.errors import Problems, UserError
@@ -51,10 +52,24 @@ def check_mixture(run: RunSpec, config: Mapping[str, Any], spec: NetworkSpec, ro
     for word, files in (("domain", mixture.files), ("eval rows of", mixture.evaluated)):
         for name, paths in zip(mixture.names, files, strict=bool(files)):
             check_rows(paths, run.data, spec, run, most, f"{word} {name}")
-    if run.resume and run.load:
-        where = _resumed_file(run)
+    where = _resumed_file(run)
+    if where is not None:
         continued(held_state(where), own, mixture, str(where))
     return notes
+
+
+def check_plain(run: RunSpec) -> None:
+    """Whether a run over one data set continues one that was no mixture.
+
+    Raises:
+        UserError: its checkpoint says where a data mixture stood.
+    """
+    where = _resumed_file(run)
+    if where is not None and STATE in held_state(where):
+        raise UserError(
+            f"cannot resume from {where}: its run drew a data mixture, train_dataset.data_loader.type is not "
+            f"{MIXTURE}: give its mixture, or start from its weights without --resume_training"
+        )
 
 
 def _check_words(run: RunSpec, config: Mapping[str, Any]) -> None:
@@ -110,10 +125,14 @@ def _length_notes(mixture: Mixture, planned: int) -> list[str]:
     return [f"by its first proportions the run takes {told}: {what[mixture.on_exhausted]}"] if over else []
 
 
-def _resumed_file(run: RunSpec) -> Path:
-    """The checkpoint of the first rank that ``run``, settled, continues from."""
-    path = Path(run.load or "")
-    return path if path.is_file() else path / "rank_0" / str(run.resume)
+def _resumed_file(run: RunSpec) -> Path | None:
+    """The checkpoint of the first rank that ``run``, settled, continues from; None where it starts, or where slices are
+    yet to be merged."""
+    if not (run.trains and run.resume and run.load):
+        return None
+    path = Path(run.load)
+    path = path if path.is_file() else path / "rank_0" / str(run.resume)
+    return path if path.is_file() else None
 
 
 def steps_of_epoch(mixture: Mixture, rows: int) -> int:
