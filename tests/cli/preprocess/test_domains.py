@@ -138,7 +138,10 @@ def test_processes_blocks_and_shards_write_the_same_bytes(
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["one", "three", "two"]
 
 
-def test_filters_leave_out_what_they_say(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_filters_leave_out_what_they_say(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mindformers_ext.jobs.preprocess.domains.pack.FILE_BYTES", 30 * 4 * LENGTH)
     words = ("--filter", "characters=900:", "field.quality=1:3", "docs/ads=:0.5", "copies/tokens=:600")
     domains = [f"docs={folder / 'corpus' / 'docs'}", f"copies={folder / 'corpus' / 'copies'}"]
     assert (
@@ -146,6 +149,10 @@ def test_filters_leave_out_what_they_say(folder: Path, tmp_path: Path, capsys: p
     )
     made = read_manifest(tmp_path / "out")
     assert made.domains == ("docs", "copies")
+    written = made.splits["for_ft"]["copies"].files
+    assert [file.rows for file in written[:-1]] == [30] * (len(written) - 1) and len(written) > 1
+    assert written[1].name == f"copies-00001-of-{len(written):05}.mindrecord"
+    assert len(rows(made, "for_ft", "copies")) == made.splits["for_ft"]["copies"].rows
     texts = [json.loads(line)["content"] for line in (folder / "corpus/copies/a.jsonl").read_text().splitlines()]
     tokenizer = open_tokenizer(folder / "tokenizer.model")
     long = [text for text in texts if len(text) >= 900]

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -170,16 +171,17 @@ class DomainWriter:
         blocks = _blocks(rows, count, per_file, max(1, BLOCK_TOKENS // self.seq_length))
         at, written = 0, []
         for path in (place / file_name for file_name in _names(name, -(-count // per_file))):
-            writer, end = self._begin(path), min(at + per_file, count)
-            left = end - at
-            while at < end:
-                block = next(blocks)
+            end, first = min(at + per_file, count), next(blocks)  # a fault of the rows shows before a process starts
+            writer, start = self._begin(path), at
+            for block in chain([first], blocks):
                 numbers = {"set": np.full(len(block), number, np.int32), "idx": np.arange(at, at + len(block))}
                 writer.write({"input_ids": block, **numbers})
                 at += len(block)
                 tell(len(block))
+                if at == end:
+                    break
             writer.finish()
-            written.append(RecordFile(path.name, left, *_flushed(path)))
+            written.append(RecordFile(path.name, end - start, *_flushed(path)))
         return DomainFiles(tuple(written))
 
     def _begin(self, path: Path) -> RecordWriter:
