@@ -23,6 +23,7 @@ MORE = (
         "sentencepiece",
         "tokenizers",
         "pyarrow",
+        "scipy",
         "jinja2",
         "fastchat",
         "matplotlib",
