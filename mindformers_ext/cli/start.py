@@ -24,6 +24,7 @@ MORE = (
         "tokenizers",
         "pyarrow",
         "scipy",
+        "datasketch",
         "jinja2",
         "fastchat",
         "matplotlib",
