@@ -102,6 +102,10 @@ def report(done: Prepared, seconds: float) -> list[str]:
             f"{unused} documents were not used: their splits were full (--for_ft, --for_ft_share); the split of a "
             "document is the same in every domain"
         )
+    for split, domains in made.splits.items():
+        without = [name for name, found in domains.items() if not found.rows]
+        if 0 < len(without) < len(domains):
+            notes.append(f"no row in {split}: {', '.join(without)}; a mixture wants rows of every domain")
     empty = [name for name, domains in made.splits.items() if not sum(found.rows for found in domains.values())]
     if empty:
         notes.append(f"empty splits: {', '.join(empty)} (give --{empty[0]}, or --{empty[0]}_share)")
