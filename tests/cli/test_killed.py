@@ -43,6 +43,12 @@ def test_a_reader_takes_the_old_output_or_the_new_and_a_rerun_is_as_undisturbed(
     assert held["nothing"] and held["old"], "kills that come early, and late enough"
 
 
+@pytest.mark.slow
+def test_a_corpus_by_domain_goes_on_with_its_finished_parts(tmp_path: Path, repo_root: Path) -> None:
+    """The prepared folder is the old one, the new one or none; a rerun writes the bytes of an undisturbed run."""
+    assert campaign("domains", 4, tmp_path, repo_root)["held"]["old"]
+
+
 SHORT = pytest.mark.long("tests/cli/test_killed.py kills all of them in one run")
 STAGES = ("split", "features", "importance", "select", "stream", "convert", "report", "run")
 

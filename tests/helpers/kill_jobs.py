@@ -115,12 +115,34 @@ def rows(folder: Path, place: Path, which: str) -> list[str]:
     return [str(word) for word in words]
 
 
+def corpora(folder: Path) -> None:
+    """Two corpora of two domains, several files each, and a tokenizer."""
+    from mindformers_ext.data.corpus import standard_library_text
+    from mindformers_ext.data.tokenizers import train_sentencepiece
+
+    found = list(standard_library_text(200_000))
+    train_sentencepiece(found[:60], folder / "tokenizer.model", 500)
+    for number, text in enumerate(found):
+        place = folder / ("old", "new")[number % 2] / ("docs", "code")[number // 2 % 2] / f"{number // 4 % 3}.jsonl"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with place.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"text": text}) + "\n")
+
+
+def prepared(folder: Path, place: Path, which: str) -> list[str]:
+    """A corpus by domain."""
+    words = ["--dataset_type", "domains", "--model_file", folder / "tokenizer.model", "--input_glob", folder / which]
+    words += ["--output_file", place / "x", "--seq_length", "32", "--for_prune", "0.000005"]
+    return [str(word) for word in words]
+
+
 JOBS = {
     "merge": Job("merge", TORCH, models, merged),
     "mixture": Job("merge", TORCH, models, mixed),
     "convert": Job("convert", ("mindformers_ext.jobs.checkpoint.convert",), weights, converted),
     "convert back": Job("convert", ("mindformers_ext.jobs.checkpoint.convert",), weights, reversed_),
     "transform": Job("transform_ckpt", ("mindformers_ext.jobs.checkpoint.transform",), ranks, moved),
+    "domains": Job("preprocess", ("mindformers_ext.jobs.preprocess.domains.prepare",), corpora, prepared),
     "preprocess": Job("preprocess", ("mindformers_ext.jobs.preprocess.preprocess",), texts, rows),
 }
 ENGINES = {"pt": ("torch", "mindformers_ext.pt.trainer"), "ms": ("mindspore",)}

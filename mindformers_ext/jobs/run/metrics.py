@@ -80,15 +80,26 @@ def read_metrics(run_folder: Path) -> RunMetrics:
     Raises:
         UserError: no file, no record, or a record that is not what it must be (file and line are named).
     """
+    ranks = read_records(run_folder)
+    steps = sorted(set.intersection(*(set(rank) for rank in ranks)))
+    if not steps:
+        raise UserError(
+            f"{run_folder / FOLDER} holds no step that every file has recorded: the run ended before its first step"
+        )
+    return _joined([_stacked([rank[step] for step in steps]) for rank in ranks])
+
+
+def read_records(run_folder: Path) -> list[dict[int, dict[str, Any]]]:
+    """Of each rank: step -> record, with all that the record holds.
+
+    Raises:
+        UserError: see ``read_metrics``.
+    """
     folder = run_folder / FOLDER
     files = sorted(folder.glob("rank_*.jsonl"))  # load_rank_*.jsonl are the loads of a pipeline's stages
     if not files:
         raise UserError(f"no metrics in {folder}: give the output_dir of a training run of run_mindformer.py")
-    ranks = [_read_file(file) for file in files]
-    steps = sorted(set.intersection(*(set(rank) for rank in ranks)))
-    if not steps:
-        raise UserError(f"{folder} holds no step that every file has recorded: the run ended before its first step")
-    return _joined([_stacked([rank[step] for step in steps]) for rank in ranks])
+    return [_read_file(file) for file in files]
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
