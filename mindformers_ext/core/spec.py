@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mindformers_ext.core.errors import Problems
-from mindformers_ext.core.families import FAMILIES, Family, implied_family
+from mindformers_ext.core.families import FAMILIES, Family, end_layers, implied_family
 from mindformers_ext.core.layers import DTYPE_NAMES, AttentionSpec, DenseSpec, LayerSpec, MoESpec, Sizes
 from mindformers_ext.core.layers import (
     SharedExpertSpec as SharedExpertSpec,
@@ -276,7 +276,10 @@ class ModelSpec:
             found += [("shared", "shared_expert", self.moe.shared_expert is not None, row.shared is not None)]
             each = bool(self.moe.shared_expert and self.moe.shared_expert.weighs_each)
             found += [("shared", "weighs_each", each, bool((row.shared or {}).get("weighs_each")))]
-        if not row.chooses_layers:
+        if row.dense_ends:
+            ends = end_layers(len(self.dense_layers) // 2, self.num_hidden_layers)
+            found += [("model", "dense_layers", self.dense_layers, ends)]
+        elif not row.chooses_layers:
             found += [("model", "dense_layers", self.dense_layers, ())]
         for part, name, value, fixed in found:
             if (part, name) not in told and value != fixed:

@@ -38,7 +38,8 @@ def rule_set(spec: ModelSpec, style: str = "per_expert", layout: Layout | None =
     gmm = layout.experts == GMM
     if gmm and not spec.moe:
         raise UserError("the gmm layout transposes experts and this model has none: leave --use_gmm out")
-    dense = table.dense_concat if layout.qkv_concat else table.dense
+    plain, concat = table.dense_of.get(style, (table.dense, table.dense_concat))
+    dense = concat if layout.qkv_concat else plain
     if spec.mlp_bias:
         dense += table.dense_bias_concat if layout.qkv_concat else table.dense_bias
     mixture = _transposed(table.mixtures[style]) if gmm else table.mixtures.get(style, ())
