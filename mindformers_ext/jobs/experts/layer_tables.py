@@ -20,7 +20,7 @@ import numpy as np
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.json_text import TABLES, read_json, read_object
-from mindformers_ext.formats.atomic import fresh_file, write_text
+from mindformers_ext.formats.atomic import fresh_file, refuse_existing, write_text
 from mindformers_ext.jobs.engine.door import read_tables, write_tables
 
 GATES, SCORES, INDICES = "gate_weights", "importance_scores", "neuron_indices"
@@ -74,6 +74,7 @@ def check_suffix(path: Path) -> None:
 def write_table(path: Path, table: LayerTable, overwrite: bool = False) -> None:
     """Write it in the format of the suffix."""
     check_suffix(path)
+    refuse_existing(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     told = {"kind": table.kind, **table.about}
     if path.suffix == ".pt":
