@@ -20,7 +20,8 @@ class Effect:
 
 
 def _texts(words: argparse.Namespace) -> bool:
-    return words.text is None and bool(getattr(words, "stream", True))
+    other = words.text or getattr(words, "conversations", None)
+    return other is None and bool(getattr(words, "stream", True))
 
 
 STREAM = Effect(lambda words: words.stream, "--stream")

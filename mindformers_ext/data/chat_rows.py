@@ -18,8 +18,11 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.data.chat_template import ChatTemplate
 from mindformers_ext.data.conversations import common_prefix
 from mindformers_ext.data.json_records import read_records
+from mindformers_ext.data.packing import Ids
 from mindformers_ext.data.tokenizers import Tokenizer
 from mindformers_ext.data.turns import ASSISTANT, SYSTEM, USER, Talk, read_talk
+
+Mask = np.ndarray[tuple[int], np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +30,8 @@ class ChatRow:
     """ids int32 (n), at most a row's length; ``trained`` bool (n): the tokens of answers. ``whole``: tokens before it
     was cut."""
 
-    ids: np.ndarray
-    trained: np.ndarray
+    ids: Ids
+    trained: Mask
     whole: int
 
 

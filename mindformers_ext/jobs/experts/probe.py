@@ -96,6 +96,20 @@ class Sink(Protocol):
         """The layer is over: what came is to be safe on the disk when this returns."""
 
 
+class Nothing:
+    """A sink of a pass that only moves on."""
+
+    values: tuple[str, ...] = ()
+    gradients: tuple[str, ...] = ()
+    nbytes = 0
+
+    def take(self, layer: int, part: Part, values: object, gradients: object) -> None:
+        """Nothing."""
+
+    def end(self, layer: int) -> None:
+        """Nothing."""
+
+
 @dataclass(frozen=True)
 class Course:
     """A model and the rows that go through it. ``batch``: rows of a batch, in whose order parts come. ``mean``: a row's
