@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mindformers_ext.cli.experts_effects import Effect, check_effects
 from mindformers_ext.cli.experts_flags import add_layers, add_model, add_switch, add_writing, layers
 from mindformers_ext.core.errors import UserError
 
@@ -25,6 +26,7 @@ UNLIKE = (  # options of other splits, which a file of scores leaves nothing to 
     *("hidden_features_path", "threshold", "kernel", "accumulate_level", "importance_type", "exact"),
     "visualization_path",
 )
+EFFECTS = dict.fromkeys(UNLIKE, Effect(lambda words: not is_plus(words), "another method, or scores in a folder"))
 METHODS = ("clustering", "random", "graph", "gradient")  # rows of jobs/experts/split_methods.py, which loads numpy
 OWN = (  # options that go into the request as they are
     *("method", "num_experts", "seed", "workers", "ray", "overwrite", "allow_pickle", "metric", "starts"),
@@ -115,14 +117,10 @@ def is_plus(words: argparse.Namespace) -> bool:
 
 
 def plus_request_of(words: argparse.Namespace) -> PlusRequest:
-    """What the options ask for by a file of scores; options that mean nothing there are a ``UserError``."""
+    """What the options ask for by a file of scores; others that are given are a ``UserError``."""
     from mindformers_ext.jobs.experts.router_splits import PlusRequest
 
-    parser = argparse.ArgumentParser(add_help=False)
-    configure(parser)
-    lost = [f"--{name}" for name in UNLIKE if getattr(words, name) != parser.get_default(name)]
-    if lost:
-        raise UserError(f"{', '.join(lost)} mean nothing with scores in one file: leave them out")
+    check_effects(words, sys.modules[__name__])
     return PlusRequest(
         model=words.model_path,
         scores=words.score_file_path,

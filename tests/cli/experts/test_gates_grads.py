@@ -180,7 +180,7 @@ def test_scores_become_neurons_and_a_model(made: Path, tmp_path: Path, capsys: p
     assert main([*map(str, (*split, "--overwrite", "--num_experts", 4))]) == 2
     assert "has 3 clusters, --num_experts is 4" in capsys.readouterr().err
     assert main([*map(str, (*split, "--overwrite", "--kernel", "l2_norm"))]) == 2
-    assert "--kernel mean nothing with scores in one file" in capsys.readouterr().err
+    assert "--kernel (counts with another method, or scores in a folder)" in capsys.readouterr().err
     assert main([*map(str, (*split, "--overwrite", "--expert_size", 20))]) == 2
     assert "experts that share nothing use every neuron once" in capsys.readouterr().err
 
