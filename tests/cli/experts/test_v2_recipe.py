@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mindformers_ext.cli import convert as convert_weight
+from mindformers_ext.cli import experts
 from mindformers_ext.cli.experts import main
 from mindformers_ext.core.config.hf import model_spec_from_hf
+from tests.cli.docs.test_readme import commands
 from tests.cli.experts.test_gates_grads import CHAT, write_chats
 from tests.helpers.llama_moe_v2_models import read_folder
 from tests.helpers.tiny_llama import make_llama, sentences
@@ -76,6 +79,30 @@ def test_an_empty_variable_is_named(repo_root: Path) -> None:
         done = bash(repo_root, path, model_path="")
         assert done.returncode == 2 and done.stderr.startswith("error: ") and "is empty" in done.stderr
         assert os.access(path, os.X_OK)
+
+
+def test_the_readmes_commands_are_understood(repo_root: Path) -> None:
+    """Both languages have the same; each script's words are those of a stage."""
+    english, chinese = (
+        commands((repo_root / "research/llama_moe_v2" / name).read_text("utf-8"))
+        for name in ("README.md", "README_CN.md")
+    )
+    assert english == chinese and len(english) == 7
+    for command in english:
+        if command.startswith("python convert_weight.py"):
+            convert_weight.parser().parse_args(command.split()[2:])  # run by test_v2_convert.py, as a call
+            continue
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=repo_root,
+            env=os.environ | {"PYTHON": "echo"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        words = experts.parser().parse_args(done.stdout.split()[1:])
+        assert words.model_path == Path("data/llama-3-8b-instruct")
 
 
 def test_one_yaml_runs_the_whole_recipe_once(
