@@ -225,10 +225,11 @@ _V2: dict[str, Any] = {
         ConfigWord("scale_factor", "moe", "routed_scaling_factor", "float", None),
         _ATTENTION_BIAS,
     ),
-    "says": {"moe_type": "modulelist", "use_attn_moe": False, "add_rescale_bias": False},
+    "says": {"moe_type": "modulelist", "add_rescale_bias": False},
     "moe": MIXTRAL.moe,
     "dense_ends": "num_moe_contract_layers",
     "dense_width": "intermediate_size_dense",
+    "attends_by_experts": True,
     "windowed": True,
     "tokenizer": _LLAMA_TOKENS,
 }

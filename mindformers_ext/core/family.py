@@ -50,6 +50,7 @@ class Family:
     chooses_layers: whether ``decoder_sparse_step`` and ``mlp_only_layers`` make layers dense.
     dense_ends: a key that says how many layers at each end are dense, and ``dense_width`` one for their width, where
         ``intermediate_size`` is that of an expert.
+    attends_by_experts: whether heads may be experts in its mixtures (``use_attn_moe``).
     windowed: whether it has ``sliding_window``: in all layers, or where ``mixes_windows`` in those that ``layer_types``
         or ``max_window_layers`` name. ``window``: its default; ``window_switch`` a key without which it has no effect.
     tokenizer: transformers' class where the tokenizer's own files name none.
@@ -74,6 +75,7 @@ class Family:
     chooses_layers: bool = False
     dense_ends: str = ""
     dense_width: str = ""
+    attends_by_experts: bool = False
     windowed: bool = False
     mixes_windows: bool = False
     window: int | None = None

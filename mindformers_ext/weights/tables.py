@@ -33,7 +33,7 @@ class Table:
     routed and shared experts against each other.
     ``dense``: of a layer without; ``dense_concat`` of the same with gate and up in one tensor (``qkv_concat``); where
     its products have biases (``mlp_bias``), ``dense_bias`` and ``dense_bias_concat`` too. ``dense_of``: both where a
-    spelling of the mixtures has others.
+    spelling of the mixtures has others. ``attention_experts``: of a mixture's attention whose heads are experts.
     """
 
     mixtures: Mapping[str, tuple[Rule, ...]] = field(default_factory=dict)
@@ -42,6 +42,7 @@ class Table:
     dense: tuple[Rule, ...] = llama.FEED_FORWARD
     dense_concat: tuple[Rule, ...] = llama.FEED_FORWARD_CONCAT
     dense_of: Mapping[str, tuple[tuple[Rule, ...], tuple[Rule, ...]]] = field(default_factory=dict)
+    attention_experts: tuple[Rule, ...] = ()
     dense_bias: tuple[Rule, ...] = llama.FEED_FORWARD_BIAS
     dense_bias_concat: tuple[Rule, ...] = llama.FEED_FORWARD_BIAS_CONCAT
 
@@ -49,6 +50,7 @@ class Table:
 _V2_DENSE: dict[str, Any] = {
     "dense": llama_moe_v2.DENSE,
     "dense_concat": llama_moe_v2.DENSE_CONCAT,
+    "attention_experts": llama_moe_v2.ATTENTION_EXPERTS,
     "dense_of": {llama_moe_v2.LLAMA_DENSE: (llama.FEED_FORWARD, llama.FEED_FORWARD_CONCAT)},
 }
 TABLES: dict[str, Table] = {

@@ -58,6 +58,7 @@ INNER = {
         "errors capacity philox stages family figures",
         "families plain_file",
         "log byte_sizes json_text weight_fit layers rope",
+        "attention",
         "spec",
         "parameters",
         "config",

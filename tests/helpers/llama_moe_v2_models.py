@@ -54,6 +54,11 @@ CASES: dict[str, dict[str, Any]] = {
     | {"scale_factor": 1.5, "num_moe_contract_layers": 1, "intermediate_size_dense": 224},
 }
 
+ATTENTION = {"use_attn_moe": True, "attn_experts": 4, "top_k_attn": 2, "scale_factor_attn": 1.5}
+CASES["attention"] = ATTENTION
+CASES["attention, finer, contract"] = {**CASES["contract"], **ATTENTION, "attn_experts": 8, "top_k_attn": 3}
+CASES["attention, residual"] = {**CASES["residual"], **ATTENTION, "top_k_attn": 1}
+
 
 def v2_words(case: str, **more: Any) -> dict[str, Any]:
     """config.json of one of ``CASES``, as the published converter writes it but for the window."""
@@ -63,8 +68,7 @@ def v2_words(case: str, **more: Any) -> dict[str, Any]:
 def tensor_shapes(words: Mapping[str, Any], llama_names: bool = False) -> dict[str, tuple[int, ...]]:
     """Every tensor of such a file (spec of LLaMA-MoE v2, section 1); ``llama_names``: of dense layers."""
     hidden, vocab = words["hidden_size"], words["vocab_size"]
-    heads, groups = words["num_attention_heads"], words["num_key_value_heads"]
-    width, layers = hidden // heads, words["num_hidden_layers"]
+    layers = words["num_hidden_layers"]
     experts, own = words.get("num_local_experts", 0), words["intermediate_size"]
     always, ends = words.get("intermediate_size_residual") or 0, words.get("num_moe_contract_layers", 0)
     whole = (words.get("intermediate_size_dense") or experts * own + always) if experts else own
@@ -74,10 +78,9 @@ def tensor_shapes(words: Mapping[str, Any], llama_names: bool = False) -> dict[s
         start = f"model.layers.{layer}."
         for name in ("input_layernorm", "post_attention_layernorm"):
             shapes[f"{start}{name}.weight"] = (hidden,)
-        for name, rows in (("q", heads), ("k", groups), ("v", groups)):
-            shapes[f"{start}self_attn.{name}_proj.weight"] = (rows * width, hidden)
-        shapes[f"{start}self_attn.o_proj.weight"] = (hidden, heads * width)
-        if not experts or not ends <= layer < layers - ends:
+        is_dense = not experts or not ends <= layer < layers - ends
+        shapes |= attention_shapes(words, f"{start}self_attn.", 0 if is_dense else words.get("attn_experts") or 0)
+        if is_dense:
             names = ("gate_proj", "down_proj", "up_proj") if llama_names or not experts else ("w1", "w2", "w3")
             parts = [("mlp." if llama_names or not experts else "block_sparse_moe.", names, whole)]
         else:
@@ -87,6 +90,19 @@ def tensor_shapes(words: Mapping[str, Any], llama_names: bool = False) -> dict[s
         for prefix, (gate, down, up), size in parts:
             shapes |= {f"{start}{prefix}{name}.weight": (size, hidden) for name in (gate, up)}
             shapes[f"{start}{prefix}{down}.weight"] = (hidden, size)
+    return shapes
+
+
+def attention_shapes(words: Mapping[str, Any], start: str, experts: int) -> dict[str, tuple[int, ...]]:
+    """Of one layer; ``experts`` 0: plain."""
+    hidden, heads = words["hidden_size"], words["num_attention_heads"]
+    groups, width = words["num_key_value_heads"], hidden // heads
+    parts = [("", heads, groups)] if not experts else [(f"{e}.", heads // experts, 1) for e in range(experts)]
+    shapes = {f"{start}gate.weight": (experts, hidden)} if experts else {}
+    for part, queries, keys in parts:
+        for name, count in (("q", queries), ("k", keys), ("v", keys)):
+            shapes[f"{start}{name}_proj.{part}weight"] = (count * width, hidden)
+        shapes[f"{start}o_proj.{part}weight"] = (hidden, queries * width)
     return shapes
 
 

@@ -24,7 +24,8 @@ def logits(words: Words, tensors: Tensors, ids: Tensor) -> Tensor:
     for layer in range(words["num_hidden_layers"]):
         start = f"model.layers.{layer}."
         own = {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}
-        x = x + attention(words, own, norm(words, x, own["input_layernorm.weight"]))
+        mixes = expert_attention if "self_attn.gate.weight" in own else attention
+        x = x + mixes(words, own, norm(words, x, own["input_layernorm.weight"]))
         flat = norm(words, x, own["post_attention_layernorm.weight"]).flatten(0, 1)
         x = x + feed_forward(words, own, flat).view_as(x)
     head = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
@@ -54,6 +55,31 @@ def attention(words: Words, own: Tensors, x: Tensor) -> Tensor:
         scores = turn(words, q[..., mine]) @ turn(words, k[..., theirs]).transpose(1, 2) / width**0.5
         out.append(scores.masked_fill(above, -torch.inf).softmax(-1) @ v[..., theirs])
     return linear(torch.cat(out, -1), own["self_attn.o_proj.weight"], _bias(own, "o"))
+
+
+def expert_attention(words: Words, own: Tensors, x: Tensor) -> Tensor:
+    """Row after row, expert after expert: the tokens that pass it attend to each other alone, at their own places."""
+    experts, chosen = own["self_attn.gate.weight"].shape[0], words["top_k_attn"]
+    width = words["hidden_size"] // words["num_attention_heads"]
+    rows = []
+    for row in x:
+        chance = linear(row, own["self_attn.gate.weight"]).softmax(-1)
+        best = chance.topk(chosen, -1)
+        weight = torch.zeros_like(chance).scatter(1, best.indices, best.values / best.values.sum(-1, keepdim=True))
+        out = torch.zeros_like(row)
+        for expert in range(experts):
+            places = (best.indices == expert).any(1).nonzero()[:, 0]
+            q, k, v = (linear(row, own[f"self_attn.{name}_proj.{expert}.weight"]) for name in "qkv")
+            k, v = turn(words, k[None])[0][places], v[places]
+            late = places[None] > places[:, None]
+            heads = []
+            for head in q.split(width, -1):
+                scores = turn(words, head[None])[0][places] @ k.T / width**0.5
+                heads.append(scores.masked_fill(late, -torch.inf).softmax(-1) @ v)
+            mixed = linear(torch.cat(heads, -1), own[f"self_attn.o_proj.{expert}.weight"])
+            out = out.index_add(0, places, mixed * weight[places, expert, None])
+        rows.append(out * words["scale_factor_attn"])
+    return torch.stack(rows)
 
 
 def _bias(own: Tensors, name: str) -> Tensor | None:

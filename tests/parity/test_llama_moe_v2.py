@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import mindspore as ms
@@ -13,18 +14,28 @@ import torch
 from mindspore import Tensor
 
 from mindformers_ext.core.config.hf import model_spec_from_hf
+from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.causal_lm import build_causal_lm as build_mindspore
 from mindformers_ext.ms.engine import MindSporeNetwork
+from mindformers_ext.ms.generate import MindSporeSession
 from mindformers_ext.ms.step import LossNetwork
 from mindformers_ext.pt import names
 from mindformers_ext.pt.causal_lm import build_causal_lm as build_torch
+from mindformers_ext.pt.generate import PyTorchSession
 from mindformers_ext.weights.convert import to_mindspore
 from tests.helpers import llama_moe_v2_oracle as oracle
 from tests.helpers.llama_moe_v2_models import random_tensors, token_ids, v2_words
 
-SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3}
+ATTENTION = ["attention", "attention, finer, contract", "attention, residual"]
 IDS = token_ids(2, 12)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """The oracle's products are tiny."""
+    torch.set_num_threads(1)
 
 
 @functools.cache
@@ -56,7 +67,7 @@ def assert_same(case: str, engine: str, logits: np.ndarray, loss: float, gradien
     assert difference <= 1e-4 and abs(loss - wanted_loss) <= 1e-5 and worst[name] <= 1e-3, name
 
 
-@pytest.mark.parametrize("case", ["vanilla", "contract", "residual"])
+@pytest.mark.parametrize("case", ["vanilla", "contract", "residual", *ATTENTION])
 def test_torch_equals_the_oracle(case: str) -> None:
     spec, weights, *_ = judged(case)
     network = build_torch(spec)
@@ -72,7 +83,14 @@ def test_torch_equals_the_oracle(case: str) -> None:
     assert_same(case, "PyTorch", logits, terms.loss.item(), gradients)
 
 
-@pytest.mark.parametrize("case", ["contract", "residual"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param("residual", marks=pytest.mark.turn("llama_moe_v2")),
+        ATTENTION[1],
+        pytest.param(ATTENTION[2], marks=pytest.mark.turn("llama_moe_v2")),
+    ],
+)
 def test_mindspore_equals_the_oracle(case: str) -> None:
     spec, weights, *_ = judged(case)
     ms.set_context(mode=ms.PYNATIVE_MODE)  # compiled: the same cells in tests/parity/test_mixtral.py, test_qwen_moe.py
@@ -84,3 +102,46 @@ def test_mindspore_equals_the_oracle(case: str) -> None:
     terms, gradients = step(Tensor(IDS.astype(np.int32)))
     named = {item.name: gradient.asnumpy() for item, gradient in zip(parameters, gradients, strict=True)}
     assert_same(case, "MindSpore", logits, float(terms[1].asnumpy()), named)
+
+
+def torch_session(spec: NetworkSpec, weights: dict[str, np.ndarray]) -> PyTorchSession:
+    network = build_torch(spec)
+    names.load(network, weights)
+    return PyTorchSession(network.eval(), 2, 9, 20, torch.device("cpu"))
+
+
+def mindspore_session(spec: NetworkSpec, weights: dict[str, np.ndarray]) -> MindSporeSession:
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    network = MindSporeNetwork(build_mindspore(spec))
+    network.load(weights)
+    return network.session(2, 9, 20)
+
+
+@pytest.mark.parametrize(
+    ("open_session", "case"),
+    [
+        (torch_session, ATTENTION[1]),
+        (mindspore_session, ATTENTION[1]),
+        (mindspore_session, ATTENTION[0]),
+    ],
+)
+def test_step_by_step_with_a_cache_it_is_the_whole_text(open_session: Callable, case: str) -> None:
+    """Two prompts of different lengths, then two tokens each; the oracle knows no cache and no padding."""
+    spec, weights, *_ = judged(case)
+    words = v2_words(case, **SMALL)
+    tensors = {name: torch.from_numpy(array).double() for name, array in random_tensors(words, std=0.3).items()}
+    if open_session is mindspore_session and case == ATTENTION[1]:
+        with pytest.raises(UserError, match="use the PyTorch engine"):
+            open_session(spec, weights)
+        return
+    session = open_session(spec, weights)
+    session.compile()
+    ids, lengths = IDS[:, :9], np.array([9, 6])
+    texts = [ids[row, :length].tolist() for row, length in enumerate(lengths)]
+    found = session.prompt(ids, lengths)
+    for step in range(3):
+        for row, text in enumerate(texts):
+            wanted = oracle.logits(words, tensors, torch.tensor([text]))[0, -1].numpy()
+            assert np.abs(found[row] - wanted).max() <= 1e-4, (step, row)
+            text.append(int(wanted.argmax()))
+        found = session.token(np.array([text[-1] for text in texts]), lengths + step)

@@ -25,13 +25,16 @@ from mindformers_ext.core.config.hf_attention import (
     written_attention,
 )
 from mindformers_ext.core.config.hf_shared import (
+    ATTENTION_KEYS,
     ROUTED_WIDTH,
     as_variant,
+    read_attention_experts,
     read_ends,
     read_shared,
     read_width,
     splits_width,
     told_variant,
+    written_attention_experts,
 )
 from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.errors import Problems
@@ -151,6 +154,9 @@ def model_spec_from_hf(config: Mapping[str, Any]) -> ModelSpec:
     first, *more = (-1,) if no_eos else values["eos_token_id"]
     values |= {"eos_token_id": first, "more_eos_token_ids": tuple(more)}
     _complete_heads(config, row, values, problems)
+    if row.attends_by_experts:
+        values |= read_attention_experts(config, values["num_key_value_heads"], problems)
+        problems.raise_if_any()
     spec = ModelSpec(**values)
     spec.collect(problems)
     problems.raise_if_any()
@@ -186,6 +192,8 @@ def hf_config_from_spec(spec: ModelSpec) -> dict[str, Any]:
         result[ROUTED_WIDTH] = spec.routed_width
     if row.chooses_layers:
         result |= {_STEP: 1, _DENSE: list(spec.dense_layers)}
+    if row.attends_by_experts:
+        result |= written_attention_experts(spec)
     if row.dense_ends:
         result |= {row.dense_ends: len(spec.dense_layers) // 2, row.dense_width: spec.intermediate_size}
     if spec.moe and row.weighs_loss:
@@ -275,7 +283,7 @@ def _read_keys(row: Family) -> set[str]:
         read.add(ROUTED_WIDTH)
     if row.has_experts and row.weighs_loss:
         read |= {_AUX_COEF[0]}
-    read |= {row.dense_ends, row.dense_width} - {""}
+    read |= {row.dense_ends, row.dense_width, *(ATTENTION_KEYS if row.attends_by_experts else ())} - {""}
     return read | ({_STEP, _DENSE} if row.chooses_layers else set())
 
 

@@ -65,6 +65,33 @@ def read_shared(
     return SharedExpertSpec(**found)
 
 
+ATTENTION_KEYS = ("use_attn_moe", "attn_experts", "top_k_attn", "scale_factor_attn")
+
+
+def read_attention_experts(config: Mapping[str, Any], groups: Any, problems: Problems) -> dict[str, Any]:
+    """The fields of ``ModelSpec`` about attention experts; where the file does not say how many, one for each of
+    ``groups`` key/value heads."""
+    switch, *words = ATTENTION_KEYS
+    if not read_value(switch, config.get(switch), "bool", False, problems):
+        return {}
+    found = {
+        words[0]: read_value(words[0], config.get(words[0]), "int", groups, problems),
+        words[1]: read_value(words[1], config.get(words[1]), "int", None, problems),
+        words[2]: read_value(words[2], config.get(words[2]), "float", None, problems),
+    }
+    missing = [name for name in words[1:] if found[name] is None]
+    if missing:
+        problems.add(f"{', '.join(missing)} of attention experts", "give how many a token passes, and their factor")
+    return found
+
+
+def written_attention_experts(spec: Any) -> dict[str, Any]:
+    """The keys of a ``ModelSpec``."""
+    switch, *words = ATTENTION_KEYS
+    on = spec.attn_experts > 0
+    return {switch: on, **{name: getattr(spec, name) if on else None for name in words}}
+
+
 def read_width(
     config: Mapping[str, Any], row: Family, parts: Mapping[str, Mapping[str, Any]], problems: Problems
 ) -> int:
