@@ -54,6 +54,13 @@ def test_the_scripts_make_both_models_one_after_the_other(repo_root: Path, made:
         "split/split_gradient_residual_v2.sh": {**same, **scores, "num_experts_moe": 3, "save_path": out},
         "convert/convert_mixtral_residual_v2.sh": {**same, **gates, **neurons, "save_path": tmp_path / "residual"},
         "split/split_gradient_v2.sh": {**same, **scores, "num_experts": 3, "save_path": tmp_path / "vanilla"},
+        "convert/convert_mixtral_attn_moe.sh": {
+            "model_path": tmp_path / "residual",
+            "save_path": tmp_path / "heads",
+            "folder_name": "Top1-Scale2.0",
+            "top_k_attn": 1,
+            "scale_factor_attn": 2.0,
+        },
         "convert/convert_mixtral_v2.sh": {**same, "save_path": tmp_path / "moe", "scale_factor": ""},
     }
     assert {str(path.relative_to(repo_root / SCRIPTS)) for path in (repo_root / SCRIPTS).rglob("*.sh")} == {*steps}
@@ -72,6 +79,8 @@ def test_the_scripts_make_both_models_one_after_the_other(repo_root: Path, made:
     assert (spec.family, spec.dense_layers, config["num_local_experts"]) == ("llama_moe_v2_residual", (0, 2), 3)
     assert tensors["model.layers.1.mlp_residual.w1.weight"].shape == (24, 48)
     assert read_folder(tmp_path / "moe")[0]["scale_factor"] == 4.0
+    heads = model_spec_from_hf(read_folder(tmp_path / "heads" / "Top1-Scale2.0")[0])
+    assert (heads.attn_experts, heads.top_k_attn, heads.scale_factor_attn) == (2, 1, 2.0)
 
 
 def test_an_empty_variable_is_named(repo_root: Path) -> None:
