@@ -201,16 +201,16 @@ def with_mixture_words(config: Mapping[str, Any]) -> Mapping[str, Any]:
     dynamic = words.pop("dynamic", None)
     if dynamic is not None and not isinstance(dynamic, bool):
         problems.add(f"callbacks.{SEED_CALLBACK}.dynamic={shown(dynamic)} is not True or False", "correct it")
-    if dynamic is False:
-        words["update_type"] = "constant"
-    elif dynamic and "update_type" not in words:
-        words["update_type"] = "doremi"
     loader = section_at(config, PLACE)
+    if dynamic is False:  # whatever else is said
+        words["update_type"] = "constant"
+    elif dynamic and "update_type" not in words and not loader.get("update_type"):
+        words["update_type"] = "doremi"
     if words and loader.get("type") != MIXTURE:
         named = f"callbacks.{SEED_CALLBACK}" if given else "eval_interval"
         problems.add(f"{named} belongs to a data mixture", f"set {PLACE}.type to {MIXTURE}, or remove it")
     for name, value in words.items():
-        if loader.get(name) not in (None, value):
+        if loader.get(name) not in (None, value) and not (name == "update_type" and dynamic is False):
             problems.add(f"{PLACE}.{name}={shown(loader[name])}, elsewhere in the file {shown(value)}", "say it once")
     problems.raise_if_any()
     data = config.get("train_dataset")

@@ -89,6 +89,11 @@ def test_what_is_not_dynamic_is_constant() -> None:
     ):
         found = with_mixture_words(config({"data_loading": words}))
         assert found["train_dataset"]["data_loader"].get("update_type") == rule
+    for dynamic, rule in ((False, "constant"), (True, "sheared_paper")):
+        found = with_mixture_words(
+            config({"data_loading": {"dynamic": dynamic}}, LOADER | {"update_type": "sheared_paper"})
+        )
+        assert found["train_dataset"]["data_loader"].get("update_type") == rule
 
 
 @pytest.mark.parametrize(
