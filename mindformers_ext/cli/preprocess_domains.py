@@ -99,8 +99,8 @@ def report(done: Prepared, seconds: float) -> list[str]:
     unused = sum(count.unused_documents for count in made.counts.values())
     if unused:
         notes.append(
-            f"{unused} documents were not used: their splits were full (--for_ft, --for_ft_share); the split of a "
-            "document is the same in every domain"
+            f"{unused} documents were not used: the splits were full (--for_ft, --for_ft_share), or another domain has "
+            "a copy in another split"
         )
     for split, domains in made.splits.items():
         without = [name for name, found in domains.items() if not found.rows]
@@ -108,7 +108,9 @@ def report(done: Prepared, seconds: float) -> list[str]:
             notes.append(f"no row in {split}: {', '.join(without)}; a mixture wants rows of every domain")
     empty = [name for name, domains in made.splits.items() if not sum(found.rows for found in domains.values())]
     if empty:
-        notes.append(f"empty splits: {', '.join(empty)} (give --{empty[0]}, or --{empty[0]}_share)")
+        notes.append(
+            f"empty splits: {', '.join(empty)} (give --{empty[0]}{'_seq' * (empty[0] == 'eval')} or --{empty[0]}_share)"
+        )
     return [
         *lines,
         "columns: rows of each split, then tokens that filled no row, tokens not used, documents filtered",

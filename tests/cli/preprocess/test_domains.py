@@ -144,9 +144,8 @@ def test_filters_leave_out_what_they_say(
     monkeypatch.setattr("mindformers_ext.jobs.preprocess.domains.pack.FILE_BYTES", 30 * 4 * LENGTH)
     words = ("--filter", "characters=900:", "field.quality=1:3", "docs/ads=:0.5", "copies/tokens=:600")
     domains = [f"docs={folder / 'corpus' / 'docs'}", f"copies={folder / 'corpus' / 'copies'}"]
-    assert (
-        run(folder, tmp_path / "out", "--seq_length", LENGTH, *words, "--domains", *domains, "--for_ft_share", 0.5) == 0
-    )
+    sizes = ("--seq_length", LENGTH, "--eval_seq", 0, "--for_ft_share", 0.7)
+    assert run(folder, tmp_path / "out", *sizes, *words, "--domains", *domains) == 0
     made = read_manifest(tmp_path / "out")
     assert made.domains == ("docs", "copies")
     written = made.splits["for_ft"]["copies"].files
@@ -164,7 +163,7 @@ def test_filters_leave_out_what_they_say(
     }
     assert made.counts["docs"].filtered["field.quality"] > 0
     assert sum(count.unused_documents for count in made.counts.values()) > 0
-    assert "documents were not used: their splits were full" in capsys.readouterr().out
+    assert "documents were not used: the splits were full" in capsys.readouterr().out
 
 
 def test_near_duplicates_are_left_out(folder: Path, tmp_path: Path) -> None:

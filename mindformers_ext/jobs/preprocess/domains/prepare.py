@@ -16,8 +16,9 @@ from mindformers_ext.formats.atomic import fresh_folder
 from mindformers_ext.formats.folder_lock import shared
 from mindformers_ext.jobs.items.map_items import Place, Work, map_items
 from mindformers_ext.jobs.preprocess.domains.blocks import BlockEncoder
-from mindformers_ext.jobs.preprocess.domains.pack import Survey, pack
+from mindformers_ext.jobs.preprocess.domains.pack import pack
 from mindformers_ext.jobs.preprocess.domains.request import CheckedDomains, DomainsRequest, check_domains
+from mindformers_ext.jobs.preprocess.domains.survey import Survey
 
 WORTH_KEEPING = 64 << 20  # bytes of finished parts that are kept when an input has to be mended
 
