@@ -55,7 +55,10 @@ def test_every_word_has_its_place() -> None:
     assert (found.eta, found.smoothing, found.low, found.high, found.entropy) == (2.0, 0.0, 0.1, 0.9, 0.2)
     assert (found.interval, found.on_exhausted, found.samples) == (3, "error", 7)
     assert spec() == MixtureSpec(folder=Path("corpus"), split="for_prune")
-    assert mixture_from_yaml({"type": "MindDataset", "dataset_dir": "x"}, "", Problems("")) is None
+    plain = {"type": "MindDataset", "dataset_dir": "x", "num_samples": 5}
+    for words, wrong in ((plain, 0), (plain | {"eta": 1, "split": "eval"}, 1), ({"type": "Other", "split": "eval"}, 0)):
+        problems = Problems("")
+        assert mixture_from_yaml(words, "", problems) is None and len(problems.lines) == wrong
 
 
 def test_the_seed_s_names_move_to_ours() -> None:
@@ -86,6 +89,11 @@ def test_what_is_not_dynamic_is_constant() -> None:
     ):
         found = with_mixture_words(config({"data_loading": words}))
         assert found["train_dataset"]["data_loader"].get("update_type") == rule
+    for dynamic, rule in ((False, "constant"), (True, "sheared_paper")):
+        found = with_mixture_words(
+            config({"data_loading": {"dynamic": dynamic}}, LOADER | {"update_type": "sheared_paper"})
+        )
+        assert found["train_dataset"]["data_loader"].get("update_type") == rule
 
 
 @pytest.mark.parametrize(
@@ -112,5 +120,15 @@ def test_the_command_line_sets_words_of_a_mixture() -> None:
     data = run_spec_from_yaml(changed).data
     assert data is not None and data.mixture is not None and data.mixture.high == 0.7
     assert data.mixture.names == ("docs", "code") and data.mixture.interval == 10 and data.seed == 1
+    words = [("callbacks.data_loading.dynamic", "False"), ("callbacks.data_loading.proportion", "[0.2, 0.8]")]
+    found = load_yaml(path)
+    for name in ("proportion", "update_type"):
+        found["train_dataset"]["data_loader"].pop(name)
+    data = run_spec_from_yaml(apply_overrides(found, [*words, ("callbacks.CheckpointMonitor.prefix", "x")])).data
+    assert data is not None and data.mixture is not None
+    assert (data.mixture.proportions, data.mixture.rule) == ((0.2, 0.8), "constant")
+    for wrong, message in (("data_loading.dynamik", "did you mean 'dynamic'"), ("Monitor.prefix", "is a list of 2")):
+        with pytest.raises(UserError, match=message):
+            apply_overrides(found, [(f"callbacks.{wrong}", "1")])
     with pytest.raises(UserError, match="unknown key 'max_wait'.*did you mean 'max_weight'"):
         apply_overrides(load_yaml(path), [("train_dataset.data_loader.max_wait", "0.7")])
