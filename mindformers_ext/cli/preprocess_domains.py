@@ -34,7 +34,9 @@ def add_domain_options(parser: argparse.ArgumentParser) -> None:
         default=(),
         metavar="NAME=LOW:HIGH",
         help="keep documents whose score is in the range: characters, tokens, fluency, ads (both 0 to 1), field.NAME "
-        "(a number in the record); DOMAIN/ in front for one domain; duplicates=0.8: of near duplicates the first",
+        "(a number in the record); DOMAIN/ in front for one domain; duplicates=0.8: of near duplicates the "
+        "first. A name alone stands for "
+        "characters=200:, tokens=32:, fluency=0.75:, ads=:0.25, duplicates=0.8",
     )
     group.add_argument("--eval_seq", type=int, help="rows of each domain for evaluation (default 2)")
     group.add_argument("--for_prune", type=float, help="1e9 tokens of all domains for pruning (default 0)")

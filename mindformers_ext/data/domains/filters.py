@@ -52,8 +52,8 @@ class FilterKind:
 FILTERS: Mapping[str, FilterKind] = {
     "characters": FilterKind("characters of the text", len, (200, math.inf)),
     "tokens": FilterKind("tokens of the document, BOS and EOS included", None, (32, math.inf)),
-    "fluency": FilterKind("0 to 1, see fluency() in data/domains/filters.py", fluency, (0.75, 1.0)),
-    "ads": FilterKind("0 to 1: share of lines with a mark of advertising", ads, (0.0, 0.25)),
+    "fluency": FilterKind("0 to 1, see fluency() in data/domains/filters.py", fluency, (0.75, math.inf)),
+    "ads": FilterKind("0 to 1: share of lines with a mark of advertising", ads, (-math.inf, 0.25)),
     "duplicates": FilterKind("about which likeness (Jaccard, 0 to 1) makes a document a duplicate", None, (0.0, 0.8)),
 }
 FIELD, TOKENS, DUPLICATES, EMPTY = "field.", "tokens", "duplicates", "empty"

@@ -234,15 +234,17 @@ def test_a_vocabulary_beyond_16_bits(tmp_path: Path) -> None:
         (("--split", "eval"), "--split has no effect on domains"),
         (("--summary", "x.json"), "--summary has no effect on domains"),
         (("--shard", "join"), "parts are not in"),
+        (("--config", "configs/tiny/mixture_pretrain.yaml"), "trains on rows of 129 tokens"),
         (("--ray", "127.0.0.1:1"), "ay"),
         (("--domains", "docs=nowhere"), "no input file at nowhere"),
     ],
 )
 def test_a_bad_option_is_told_and_nothing_is_written(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple, message: str
+    folder: Path, tmp_path: Path, repo_root: Path, capsys: pytest.CaptureFixture[str], words: tuple, message: str
 ) -> None:
     (tmp_path / "corpus").mkdir()
     shutil.copytree(folder / "corpus" / "docs", tmp_path / "corpus" / "docs")
+    words = [repo_root / word if str(word).startswith("configs/") else word for word in words]
     given = ("--seq_length", LENGTH, "--workers", 1, *words)
     assert run(folder, tmp_path / "out", *given, source=tmp_path / "corpus") == 2
     errors = capsys.readouterr().err
