@@ -96,7 +96,7 @@ def test_the_readmes_commands_are_understood(repo_root: Path) -> None:
         commands((repo_root / "research/llama_moe_v2" / name).read_text("utf-8"))
         for name in ("README.md", "README_CN.md")
     )
-    assert english == chinese and len(english) == 7
+    assert english == chinese and len(english) == 8
     for command in english:
         if command.startswith("python convert_weight.py"):
             convert_weight.parser().parse_args(command.split()[2:])  # run by test_v2_convert.py, as a call
@@ -111,7 +111,7 @@ def test_the_readmes_commands_are_understood(repo_root: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         words = experts.parser().parse_args(done.stdout.split()[1:])
-        assert words.model_path == Path("data/llama-3-8b-instruct")
+        assert str(words.model_path).startswith("data/")
 
 
 def test_one_yaml_runs_the_whole_recipe_once(
