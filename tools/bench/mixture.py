@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows per second of a data mixture beside one plain data set, and the memory of planning and reading it.
 
-    python tools/bench/mixture.py [--rows 3500] [--width 4097] [--batch 32] [--rounds 7] [--plan 100000000]
+    python tools/bench/mixture.py [--rows 3500] [--width 4097] [--batch 32] [--rounds 101] [--plan 100000000]
 
-The same rows stand once in one MindRecord and once in seven, one for each domain of Sheared-LLaMA. Rounds of both
-readers take turns; each reads the batches that training would take. Planning computes the ids of so many rows from
-domains of as many, in processes of their own, whose peaks are compared with that of a ten-thousandth of the rows.
+The same rows stand once in one MindRecord and once in seven, one for each domain of Sheared-LLaMA. The readers take
+turns of ten batches, those that training would take; the ratio is the median over the rounds. Planning computes the
+ids of so many rows from domains of as many, in processes of their own, whose peaks are compared with that of a
+ten-thousandth of the rows.
 """
 
 import set_up  # noqa: F401 (first)
@@ -35,6 +36,7 @@ from mindformers_ext.jobs.train.mixture_data import MixtureData  # noqa: E402
 from mindformers_ext.jobs.train.token_data import TokenData  # noqa: E402
 
 PRESET = PRESETS["sheared_1.3b"]
+STEPS = 10  # of a turn
 SMALL = 10_000  # times fewer rows, for comparison
 
 
@@ -52,12 +54,12 @@ def write(folder, rows, width):
     return plain, tuple(files.items())
 
 
-def seconds(source, steps, start):
-    """Seconds that ``steps`` batches take."""
-    began = time.perf_counter()
-    for step in range(start, start + steps):
+def seconds(source, start):
+    """Seconds by the clock and of this process that the next batches take."""
+    began = time.perf_counter(), time.process_time()
+    for step in range(start, start + STEPS):
         source.batch(step, slice(None))
-    return time.perf_counter() - began
+    return time.perf_counter() - began[0], time.process_time() - began[1]
 
 
 def readers(folder, options):
@@ -102,7 +104,7 @@ def main():
     parser.add_argument("--rows", type=int, default=3500)
     parser.add_argument("--width", type=int, default=4097, help="tokens of a row")
     parser.add_argument("--batch", type=int, default=32, help="rows of a step")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=101)
     parser.add_argument("--plan", type=int, default=100_000_000, help="rows whose ids are computed")
     parser.add_argument("--folder", type=Path, help="where to write the rows (default: the system's temporary folder)")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -113,14 +115,18 @@ def main():
     work = Path(tempfile.mkdtemp(dir=options.folder, prefix="mixture_"))
     try:
         one, several = readers(work, options)
-        steps, times = max(1, options.rows // options.batch), ([], [])
+        times = []
         for number in range(options.rounds + 1):
-            pairs = list(zip((one, several), times, strict=True))
-            for source, taken in pairs if number % 2 else reversed(pairs):
-                taken.append(seconds(source, steps, number * steps))
-        rates = [steps * options.batch / float(np.median(taken[1:])) for taken in times]  # the first round warms up
-        ratio = f"ratio {rates[1] / rates[0]:.3f}"
-        print(f"plain {rates[0]:.0f} rows/s, mixture of {len(PRESET.names)} domains {rates[1]:.0f} rows/s: {ratio}")
+            pairs = [(0, one), (1, several)]
+            taken = {place: seconds(source, number * STEPS) for place, source in pairs[:: 1 if number % 2 else -1]}
+            times.append([taken[0], taken[1]])
+        times = np.array(times[1:])  # (rounds, reader, clock or process); the first round warms up
+        rates = STEPS * options.batch / np.median(times[:, :, 0], 0)
+        wall, cpu = np.median(times[:, 0] / times[:, 1], 0)
+        print(
+            f"plain {rates[0]:.0f} rows/s, mixture of {len(PRESET.names)} domains {rates[1]:.0f} rows/s: "
+            f"ratio wall {wall:.3f}  CPU {cpu:.3f}"
+        )
     finally:
         shutil.rmtree(work)
     large, small = planned(options.plan, 1024), planned(max(1024, options.plan // SMALL), 1024)

@@ -63,7 +63,7 @@ class DomainSchedule:
     """Draws a run's samples step by step.
 
     Args:
-        state: where it stands; ``step`` is the one drawn next.
+        state: where it stands; ``step``, here too, is the one drawn next.
         on_exhausted: what happens where a domain has no unused row: its rows come again in another order (``repeat``),
             the rest of the samples is drawn from the other domains (``renormalise``, by the same numbers), or the run
             ends (``error``).
@@ -77,11 +77,11 @@ class DomainSchedule:
     @property
     def state(self) -> MixtureState:
         """Where it stands."""
-        return replace(self._state, step=self._step, used=tuple(self._used))
+        return replace(self._state, step=self.step, used=tuple(self._used))
 
     @state.setter
     def state(self, state: MixtureState) -> None:
-        self._state, self._step, self._used = state, state.step, list(state.used)
+        self._state, self.step, self._used = state, state.step, list(state.used)
         self._shares = np.array(state.proportions, np.float64)
         self._edges = edges(self._shares)
 
@@ -99,26 +99,26 @@ class DomainSchedule:
             used[domain] = number + 1
             if first <= place < end:
                 rows.append(self._orders[domain].row(number))
-        self._step += 1
+        self.step += 1
         return domains[first:end], rows
 
     def pass_over(self, step: int) -> None:
         """Stand before ``step``, with the present proportions, without computing the rows on the way."""
-        while self._step < step:
+        while self.step < step:
             for domain, count in enumerate(np.bincount(self._domains()).tolist()):
                 self._used[domain] += count
-            self._step += 1
+            self.step += 1
 
     def move(self, proportions: Floats) -> None:
         """The window that begins with the next step has these proportions."""
-        state, window = self.state, self._step // max(self._state.interval, 1)
+        state, window = self.state, self.step // max(self._state.interval, 1)
         shares = tuple(proportions.tolist())
         self.state = replace(state, proportions=shares, history=(*state.history[-LAST:], (window, shares)))
 
     def _domains(self) -> Ints:
         """The domain of every sample of the next step."""
         batch = self._state.batch
-        draws = self._draws.of(self._state.seed, self._step, batch)
+        draws = self._draws.of(self._state.seed, self.step, batch)
         if self.on_exhausted == REPEAT:
             return self._edges.searchsorted(draws, side="right")
         left = np.array([domain.rows for domain in self._state.domains], np.int64) - np.array(self._used, np.int64)
@@ -131,7 +131,7 @@ class DomainSchedule:
             if self.on_exhausted == ERROR:
                 name = self._state.domains[int(found[done + over])].name
                 raise UserError(
-                    f"step {self._step + 1}: the domain {name} is exhausted, and on_exhausted is error: give it more "
+                    f"step {self.step + 1}: the domain {name} is exhausted, and on_exhausted is error: give it more "
                     "rows or a smaller proportion, train fewer steps, or set on_exhausted to repeat or renormalise"
                 )
             left -= np.bincount(found[done : done + over], minlength=len(left))
@@ -144,7 +144,7 @@ class DomainSchedule:
         shares = np.where(left > 0, self._shares, 0.0)
         if not shares.sum() > 0:
             raise UserError(
-                f"step {self._step + 1}: every domain with a proportion above 0 is exhausted: train fewer steps "
+                f"step {self.step + 1}: every domain with a proportion above 0 is exhausted: train fewer steps "
                 "(runner_config.epochs, data_loader.num_samples), or set on_exhausted to repeat"
             )
         return np.asarray(shares / shares.sum())

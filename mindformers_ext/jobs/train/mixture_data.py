@@ -42,7 +42,7 @@ class MixtureData:
 
     def batch(self, step: int, part: slice) -> tuple[np.ndarray, ...]:
         """Columns (rows, width) int32 of step ``step`` (from 0), which follows the last one asked for."""
-        standing = self.schedule.state.step
+        standing = self.schedule.step
         if step != standing:
             raise ValueError(f"step {step} of a mixture that stands before step {standing}")
         domains, rows = self.schedule.draw(part)
