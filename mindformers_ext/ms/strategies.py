@@ -39,6 +39,9 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "head norm": (("dp - mp -", "-"), ("dp - mp -",)),
     "rotary": (("dp - mp -", "- - - -", "- - - -"), ("dp - mp -",)),
     "attend": (("dp - mp", "dp - mp", "dp - mp"), ("dp - mp",)),
+    # attention whose heads are experts: who passes which is routed by groups of tokens
+    "pass experts": (("tok - -",), ("tok - -", "tok - -", "tok")),
+    "attend experts": (("dp - mp",) * 5, ("dp - mp",)),
     "project out": (("dp mp", "- mp"), ("tok -",)),
     "residual": (("tok -", "tok -"), ()),
     "feed forward": (("dp mp", "dp mp"), ("dp mp",)),

@@ -76,5 +76,9 @@ class Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
         return self.wo(mixed.transpose(1, 2).reshape(-1, self.heads * self.head_dim))
 
+    def with_loss(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Output, and a loss of its own (G), where heads are experts."""
+        return self(x_TD, cos_SP, sin_SP), None
+
     def forward(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
         return self.mix(*self.project(x_TD, cos_SP.shape[0], cos_SP, sin_SP))

@@ -19,13 +19,16 @@ from mindformers_ext.data.domains.manifest import (
     TokenizerFacts,
     write_manifest,
 )
-from tests.helpers.tiny_run import SEQ, VOCAB, YAML, config_of, token_rows, write_rows
+from mindformers_ext.jobs.run.checks import check_run
+from mindformers_ext.jobs.train.train import train
+from tests.helpers.tiny_run import SEQ, VOCAB, YAML, config_of, rows_of, token_rows, write_rows
 
 NAMES = ("books", "code", "web")
 RANGES = {"books": (5, 190), "code": (100, 390), "web": (5, 20), "docs": (5, 390)}
 ROWS, EVAL_ROWS = 30, 5
 PROPORTIONS, TARGETS = [0.5, 0.3, 0.2], [5.9, 5.6, 5.7]
 INTERVAL = 3
+TIMES = ("seconds", "tokens_per_second")
 
 
 def domain_rows(name: str, width: int = SEQ + 1) -> np.ndarray:
@@ -84,3 +87,19 @@ def prepared_folder(folder: Path, names: tuple[str, ...] = NAMES, width: int = S
     tokenizer = TokenizerFacts("0" * 64, VOCAB, 1, 2)
     write_manifest(Manifest(tokenizer, width, 42, names, splits, counts), folder)
     return folder
+
+
+def mixture_config(job: Path, output: str = "out", *options: str, **loader: Any) -> dict[str, Any]:
+    """The job's YAML on PyTorch with a checkpoint at every step; ``loader``: words of its loader, None: left out."""
+    words = ("engine=pt", "callbacks.1.save_checkpoint_steps=1", f"output_dir={job.parent / output}")
+    found = config_of(job, *words, *options)
+    loader = found["train_dataset"]["data_loader"] | loader
+    found["train_dataset"]["data_loader"] = {name: value for name, value in loader.items() if value is not None}
+    return found
+
+
+def train_checked(config: dict[str, Any]) -> list[dict]:
+    """Check and train in this process; the run's metrics without times."""
+    checked = check_run(config, "test")
+    train(checked.run, checked.config, checked.build.network, checked.notes)
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows_of(Path(checked.run.output_dir))]

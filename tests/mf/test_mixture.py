@@ -6,7 +6,7 @@ import pytest
 from mindformers_ext.core.config.mixture_words import with_mixture_words
 from mindformers_ext.jobs.run.checks import check_run
 from mindformers_ext.jobs.train.train import train
-from tests.helpers.mixtures import NAMES, mixture_job
+from tests.helpers.mixtures import NAMES, mixture_job, prepared_folder
 from tests.helpers.tiny_run import config_of, rows_of
 
 pytestmark = pytest.mark.slow
@@ -21,7 +21,8 @@ def test_the_same_rows_as_in_our_loop_and_after_a_resume(job, tmp_path):
     path = mixture_job(tmp_path, **FIXED)
     checked = check_run(config_of(path, *WORDS, "engine=pt", f"output_dir={tmp_path / 'ours'}"), "test")
     train(checked.run, checked.config, checked.build.network, checked.notes)
-    theirs = tmp_path / "theirs"
+    theirs, folder = tmp_path / "theirs", prepared_folder(tmp_path / "domains")
+    path = mixture_job(tmp_path, **FIXED, domains=None, dataset_dir=str(folder), split="for_ft")
     checked = check_run(config_of(path, *WORDS, f"output_dir={theirs}"), "test")
     run(checked.config, checked)
     rows = rows_of(theirs)

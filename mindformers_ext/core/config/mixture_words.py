@@ -58,12 +58,12 @@ WORDS: dict[str, Kind] = {
     "update_type": TEXT,
     "target_loss": Kind("a list of numbers, one per name, or a JSON file", lambda v: PATH.fits(v) or _is_numbers(v)),
     "target_loss_from": PATH,
-    "eta": RATE,
+    "eta": number(0, 1e6),
     "smoothing": SHARE,
     "min_weight": SHARE,
     "max_weight": SHARE,
     "min_entropy": RATE,
-    "temperature": number(0, above=True),
+    "temperature": number(1e-3, 1e6),
     "on_exhausted": TEXT,
     "eval_interval": Kind(
         "a number of steps above 0, or that with ba behind (50ba)", lambda v: steps_of(v) is not None

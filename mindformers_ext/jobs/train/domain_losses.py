@@ -178,10 +178,10 @@ def _kept(mixture: Mixture, folder: Path) -> Floats | None:
         return None
     found = read_object(path, "remove it, and the losses are measured again")
     losses = found.get(TARGETS)
-    same = found.get("model") == str(mixture.target_model) and isinstance(losses, dict)
-    if not same or tuple(losses) != mixture.names or not all(isinstance(x, float) for x in losses.values()):
+    if found.get("model") != str(mixture.target_model) or not isinstance(losses, dict):
         return None
-    return np.array(list(losses.values()))
+    values = [value for value in losses.values() if isinstance(value, float)]
+    return np.array(values) if tuple(losses) == mixture.names and len(values) == len(losses) else None
 
 
 def _keep(mixture: Mixture, losses: Sequence[float], tokens: Sequence[int], folder: Path) -> None:

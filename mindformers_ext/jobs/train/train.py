@@ -172,7 +172,7 @@ def _resume(run: Run, path: Path, spec: NetworkSpec) -> None:
             base = open_weights(Path(asked.base), spec.model, asked.strategies)
             stack.callback(base.close)
             below = base.plan.run(base.reader)
-        run.data.restore(found.data(), str(found.path))
+        run.data.restore(found.data(), found.step, str(found.path))
         run.first, state = counted_anew(found, run.data.rows)
         run.trainer.fill(chain(below, found.weights()), partly=lora and not asked.base)
         run.trainer.open()
