@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 from hashlib import sha256
 from pathlib import Path
@@ -14,8 +15,10 @@ import pytest
 
 from mindformers_ext.cli.preprocess import main
 from mindformers_ext.data.corpus import standard_library_text
+from mindformers_ext.data.domains.documents import Block
 from mindformers_ext.data.domains.manifest import SPLITS, Manifest, read_manifest, split_files
 from mindformers_ext.data.tokenizers import open_tokenizer, train_sentencepiece
+from mindformers_ext.jobs.preprocess.domains.blocks import BlockEncoder
 from tests.helpers.mds_writer import write_mds
 from tests.helpers.merge_models import tokenizer_json
 from tests.helpers.records import rows_of
@@ -272,6 +275,24 @@ def test_a_bad_record_is_told_and_nothing_is_written(
     assert run(folder, tmp_path / "out", "--seq_length", 8, "--workers", 1, source=tmp_path / "corpus") == 2
     errors = capsys.readouterr().err
     assert "a.jsonl" in errors and message in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
+def test_an_input_that_changes_meanwhile_is_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "corpus").mkdir()
+    shutil.copy(folder / "corpus" / "docs" / "a.jsonl", tmp_path / "corpus" / "a.jsonl")
+    plain = BlockEncoder.encode
+
+    def encode(encoder: BlockEncoder, block: Block) -> int:
+        read = plain(encoder, block)
+        os.utime(block.path, (1, 1))
+        return read
+
+    monkeypatch.setattr(BlockEncoder, "encode", encode)
+    assert run(folder, tmp_path / "out", "--seq_length", LENGTH, "--workers", 1, source=tmp_path / "corpus") == 2
+    assert "a.jsonl' has changed while it was read" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 

@@ -125,6 +125,9 @@ def _join(checked: CheckedDomains) -> Manifest:
     from tqdm import tqdm
 
     request, seq_length = checked.request, checked.facts.seq_length
+    changed = [block.path for block in checked.blocks if not checked.setup.part_of(block).is_file()]
+    if changed:
+        raise UserError(f"'{changed[0]}' has changed while it was read: run the same command again")
     with tqdm(unit=" documents", desc="looking through", mininterval=0.5, dynamic_ncols=True, delay=1) as bar:
         survey = Survey(checked.parts(), checked.likeness, bar.update)
     with (
