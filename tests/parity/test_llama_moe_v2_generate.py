@@ -58,7 +58,7 @@ def answers(session: Any) -> list[list[int]]:
     return np.stack(chosen, 1).tolist()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.turn("llama_moe_v2 answers")) for case in CASES])
 def test_on_pytorch(case: str) -> None:
     spec, weights, wanted = judged(case)
     network = build_torch(spec)
@@ -67,8 +67,8 @@ def test_on_pytorch(case: str) -> None:
     assert found == wanted and len({*found[0]}) > 3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.turn("llama_moe_v2 answers")) for case in CASES])
+@pytest.mark.long("tests/parity/test_llama_moe_v2.py takes the same steps, fewer of them and not compiled")
+@pytest.mark.parametrize("case", CASES)
 def test_on_mindspore(case: str) -> None:
     """Compiled."""
     spec, weights, wanted = judged(case)
