@@ -39,6 +39,10 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "head norm": (("dp - mp -", "-"), ("dp - mp -",)),
     "rotary": (("dp - mp -", "- - - -", "- - - -"), ("dp - mp -",)),
     "attend": (("dp - mp", "dp - mp", "dp - mp"), ("dp - mp",)),
+    "rotary documents": (("dp - mp -", "dp - - -", "dp - - -"), ("dp - mp -",)),
+    "attend documents": (("dp - mp", "dp - mp", "dp - mp", "dp -"), ("dp - mp",)),
+    "document tables": (("dp -", "- - - -", "- - - -"), ("dp - - -", "dp - - -")),
+    "counted": (("dp -",), ("dp",)),
     "project out": (("dp mp", "- mp"), ("tok -",)),
     "residual": (("tok -", "tok -"), ()),
     "feed forward": (("dp mp", "dp mp"), ("dp mp",)),
@@ -47,6 +51,10 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "noise": (("dp -",), ("dp -",)),
     "noises": (("dp -",), ()),
     "slots": (("tok - -", "-"), ("tok - -", "tok - -", "tok - -", "tok - -", "tok - -", "tok", "tok -")),
+    "counted slots": (
+        ("tok - -", "-", "tok -"),
+        ("tok - -", "tok - -", "tok - -", "tok - -", "tok - -", "tok", "tok -"),
+    ),
     "dispatch": (("tok - -", "tok - -", "tok - -", "tok - -"), ("tok - - -",)),
     # G = (outer, ep, seq) groups and E experts: tokens to their experts and back, over ep
     "to experts": (("outer - seq ep - -",), ()),

@@ -17,6 +17,7 @@ from mindformers_ext.pt.loss import next_token_loss, targets
 from mindformers_ext.pt.norm import RmsNorm
 from mindformers_ext.pt.ops.dtypes import torch_dtype
 from mindformers_ext.pt.ops.noise import mixture_noise
+from mindformers_ext.pt.ops.packed import restarted_positions
 
 
 class Terms(NamedTuple):
@@ -50,8 +51,8 @@ class TokenEmbedding(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers, final norm.
 
-    Inputs (B, S) int, and the keys (B, 3) of the noise of gates that add it (``core.philox``). Outputs: hidden
-    (B*S, D), aux_loss (), load (mixtures, E) and dropped (mixtures); a dense model returns load (1, 1) and dropped (1)
+    Inputs (B, S) int, the keys (B, 3) of the noise of gates that add it (``core.philox``), and the documents (B, S) of
+    packed rows (``core.documents``), whose padding counts in no mixture's balance. Outputs: hidden (B*S, D), aux_loss (), load (mixtures, E) and dropped (mixtures); a dense model returns load (1, 1) and dropped (1)
     of zeros. ``recompute``: layers that compute their activations again.
     """
 
@@ -81,12 +82,17 @@ class Decoder(nn.Module):
             return None
         return mixture_noise(keys_B3, place, (self.drawing[0], tokens, self.drawing[1]))
 
-    def forward(self, ids_BS: Tensor, keys_B3: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        cos_SP, sin_SP = self.tables(ids_BS.shape[1], ids_BS.device)
+    def forward(
+        self, ids_BS: Tensor, keys_B3: Tensor | None = None, documents_BS: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        cos, sin = self.tables(ids_BS.shape[1], ids_BS.device)
+        if documents_BS is not None:
+            place_BS = restarted_positions(documents_BS)
+            cos, sin = cos[place_BS][:, None], sin[place_BS][:, None]
         x_TD = self.tok_embeddings(ids_BS.reshape(-1)).to(self.compute_dtype)
         losses, reports = list[Tensor](), list[Tensor]()
         for layer in self.layers:
-            inputs = x_TD, cos_SP, sin_SP, self.noise(keys_B3, len(losses), ids_BS.shape[1])
+            inputs = x_TD, cos, sin, self.noise(keys_B3, len(losses), ids_BS.shape[1]), documents_BS
             if self.recompute and self.training:
                 x_TD, aux_loss_G, report_GE = checkpoint(layer, *inputs, use_reentrant=False)
             else:
@@ -133,18 +139,27 @@ class CausalLM(nn.Module):
         losses: bool = False,
         tokens: Tensor | None = None,
         keys: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor | Terms:
         """See the class. ``tokens``: counted tokens to divide the loss by, where other ranks hold a share of them;
-        ``keys``: (B, 3) of the noise of gates that add it."""
+        ``keys``: (B, 3) of the noise of gates that add it; ``documents``: of packed rows, of the shape of ids."""
         if losses:
-            return self._losses(ids_BS, labels_BT, tokens, keys)
-        x_TD, _, _, _ = self.model(ids_BS)
+            return self._losses(ids_BS, labels_BT, tokens, keys, documents)
+        x_TD, _, _, _ = self.model(ids_BS, None, documents)
         return self.head(x_TD).float().view(*ids_BS.shape, -1)
 
-    def _losses(self, ids_BT: Tensor, labels_BT: Tensor | None, tokens: Tensor | None, keys: Tensor | None) -> Terms:
+    def _losses(
+        self,
+        ids_BT: Tensor,
+        labels_BT: Tensor | None,
+        tokens: Tensor | None,
+        keys: Tensor | None,
+        documents_BT: Tensor | None,
+    ) -> Terms:
         """The shift by one token happens here. Tokens equal to the pad id do not count."""
         model = self.spec.model
-        x_TD, aux_loss, load, dropped = self.model(ids_BT[:, :-1], keys)
+        documents_BS = None if documents_BT is None else documents_BT[:, :-1]
+        x_TD, aux_loss, load, dropped = self.model(ids_BT[:, :-1], keys, documents_BS)
         target_T, counted_T = targets(ids_BT, labels_BT, model.pad_token_id, model.ignore_token_id)
         total, count = next_token_loss(self.head(x_TD), target_T, counted_T)
         lm_loss = total / (count if tokens is None else tokens).clamp(min=1)

@@ -7,7 +7,7 @@ engine continues what the other began.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -74,7 +74,8 @@ class TorchTrainer:
         names.fill(self.network, weights, optional=("",) if partly else BESIDE_BASE)
 
     def step(self, columns: tuple[np.ndarray, ...]) -> StepFigures:
-        """One update from this rank's rows: token ids (R, S+1) and, if any, labels; R a multiple of micro batches."""
+        """One update from this rank's rows: token ids (R, S+1), then, if any, labels and the documents of packed rows;
+        R a multiple of micro batches."""
         torch.manual_seed(self.train_spec.seed + self.updates * self.ranks.size + self.ranks.rank)  # LoRA's dropout
         tensors = [torch.from_numpy(column.astype(np.int64)).to(self.device) for column in columns]
         terms = self._backward(tensors, self._noise_keys(len(columns[0])))
@@ -95,11 +96,13 @@ class TorchTrainer:
         return StepFigures(loss, not finite, self.scale, rate, norm, lm_loss, aux_loss, load, dropped)
 
     @torch.no_grad()
-    def evaluate(self, columns: tuple[np.ndarray, np.ndarray]) -> float:
-        """The mean loss over the tokens that count of ids and labels (R, S+1); see ``jobs.engine.protocols``."""
-        ids, labels = (torch.from_numpy(column.astype(np.int64)).to(self.device) for column in columns)
+    def evaluate(self, columns: tuple[np.ndarray, ...]) -> float:
+        """The mean loss over the tokens that count of rows as ``step`` takes them; see ``jobs.engine.protocols``."""
+        ids, labels, documents = three(
+            [torch.from_numpy(column.astype(np.int64)).to(self.device) for column in columns]
+        )
         self.network.eval()
-        loss = float(self.network(ids, labels, losses=True).lm_loss)
+        loss = float(self.network(ids, labels, losses=True, documents=documents).lm_loss)
         self.network.train()
         self.ranks.rest(self.network)
         return loss
@@ -120,9 +123,11 @@ class TorchTrainer:
         found = []
         for index, micro in enumerate(zip(*parts, strict=True)):
             self.ranks.last_micro_batch(self.network, index == len(parts[0]) - 1)
-            ids, labels = micro[0], micro[1] if len(micro) > 1 else None
+            ids, labels, documents = three(micro)
             tokens = self.ranks.counted(ids, labels, self.network.spec.model)
-            terms = self.network(ids, labels, losses=True, tokens=tokens, keys=parts_of_keys[index])
+            terms = self.network(
+                ids, labels, losses=True, tokens=tokens, keys=parts_of_keys[index], documents=documents
+            )
             (terms.loss * self.scale).backward()
             found.append(Terms(*(term.detach() for term in terms)))
         return found
@@ -203,6 +208,13 @@ class TorchTrainer:
                         raise UserError(f"cannot resume: the checkpoint has no {prefix}{part} of {tuple(view.shape)}")
                     names.set_view(view, found)
                 self.ranks.take(moment, whole, name, parameter)
+
+
+def three(columns: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Ids, labels and documents of rows that may lack the last ones."""
+    ids, labels, documents = (*columns, None, None)[:3]
+    assert ids is not None
+    return ids, labels, documents
 
 
 def _groups(network: nn.Module, groups: tuple[ParameterGroup, ...]) -> dict[str, ParameterGroup]:
