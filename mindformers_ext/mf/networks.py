@@ -126,11 +126,17 @@ class PortableLlamaForCausalLM(PreTrainedModel):
         """From now on training returns (loss, lm_loss, aux_loss, expert_load, dropped) instead of the loss."""
         self.returns_terms = True
 
-    def construct(self, input_ids: Tensor, labels: Tensor | None = None, noise_keys: Tensor | None = None) -> Any:
-        """See the class. ``input_ids`` (B, T) and ``labels`` (B, T), int32; T = seq_length + 1 in training, which
-        also has the keys of the noise where gates add it (``mf.noise``)."""
+    def construct(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        noise_keys: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Any:
+        """See the class. ``input_ids``, ``labels`` and the ``document_ids`` of packed rows (B, T), int32;
+        T = seq_length + 1 in training, which also has the keys of the noise where gates add it (``mf.noise``)."""
         if self.training:
-            terms = self.causal_lm.losses(input_ids, labels, noise_keys)
+            terms = self.causal_lm.losses(input_ids, labels, noise_keys, document_ids)
             if self.returns_terms:
                 return terms
             return terms[0]

@@ -217,25 +217,27 @@ class LossNetwork(nn.Cell):
         self.network = network
         self.draws = network.spec.noise_shape is not None
 
-    def construct(self, input_ids: Tensor, labels: Tensor | None = None, keys: Tensor | None = None) -> Terms:
-        """LossTerms of token ids (B, S+1), optional labels (B, S+1), and where gates add noise its keys, last."""
-        if not self.draws:
-            return self.network.losses(input_ids, labels)
-        if keys is None:
-            return self.network.losses(input_ids, None, labels)
-        return self.network.losses(input_ids, labels, keys)
+    def construct(self, input_ids: Tensor, *more: Tensor) -> Terms:
+        """LossTerms of token ids (B, S+1), optional labels (B, S+1), the documents of packed rows (B, S+1), and where
+        gates add noise its keys, last."""
+        count = len(more) - 1 if self.draws else len(more)
+        labels = more[0] if count > 0 else None
+        documents = more[1] if count > 1 else None
+        keys = more[count] if self.draws else None
+        return self.network.losses(input_ids, labels, keys, documents)
 
 
 class LmLoss(nn.Cell):
-    """The mean loss of a ``CausalLM`` over the tokens that count of ids and labels (B, S+1). Parameter names stay."""
+    """The mean loss of a ``CausalLM`` over the tokens that count of ids, labels and documents (B, S+1). Parameter names
+    stay."""
 
     def __init__(self, network: nn.Cell) -> None:
         super().__init__(auto_prefix=False)
         self.network = network
 
-    def construct(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+    def construct(self, input_ids: Tensor, labels: Tensor, documents: Tensor | None = None) -> Tensor:
         """Scalar, float32."""
-        return self.network.losses(input_ids, labels)[1]
+        return self.network.losses(input_ids, labels, None, documents)[1]
 
 
 def step_state(cell: TrainStepCell) -> dict[str, Parameter]:

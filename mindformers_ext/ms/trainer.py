@@ -126,7 +126,8 @@ class MindSporeTrainer:
         return self._cell
 
     def step(self, columns: tuple[np.ndarray, ...]) -> StepFigures:
-        """One update from this rank's rows: token ids (R, S+1) and, if any, labels; R a multiple of micro batches."""
+        """One update from this rank's rows: token ids (R, S+1), then, if any, labels and the documents of packed rows;
+        R a multiple of micro batches."""
         outputs = self.cell(
             *(Tensor(np.ascontiguousarray(column, np.int32)) for column in columns), *self._noise_keys(len(columns[0]))
         )
@@ -136,8 +137,8 @@ class MindSporeTrainer:
             figures = figures._replace(learning_rate=self.train_spec.schedule.rate(updates))
         return figures
 
-    def evaluate(self, columns: tuple[np.ndarray, np.ndarray]) -> float:
-        """The mean loss over the tokens that count of ids and labels (R, S+1); see ``jobs.engine.protocols``."""
+    def evaluate(self, columns: tuple[np.ndarray, ...]) -> float:
+        """The mean loss over the tokens that count of rows as ``step`` takes them; see ``jobs.engine.protocols``."""
         assert self._network is not None
         if self._loss is None:
             self._loss = LmLoss(self._network)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mindformers_ext.core.cluster.build import BuildSpec, build_spec
@@ -11,6 +12,8 @@ from mindformers_ext.core.cluster.cluster_rules import check_cluster, check_netw
 from mindformers_ext.core.config.foreign import foreign_lora, foreign_spec
 from mindformers_ext.core.config.run import RunSpec
 from mindformers_ext.core.config.view import network_spec_from_yaml, yaml_notes
+from mindformers_ext.core.documents import DOCUMENT_IDS
+from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import NetworkSpec
 
 
@@ -22,9 +25,15 @@ def read_network(config: Mapping[str, Any], run: RunSpec, device_num: int) -> tu
     Raises:
         UserError: lists every key and value that cannot be.
     """
+    packed = run.data is not None and DOCUMENT_IDS in run.data.columns
     if run.family is None:
+        if packed:
+            raise UserError(
+                f"input_columns: {DOCUMENT_IDS}: rows packed of documents are for networks of ours, this one is "
+                "MindFormers' own: name one of ours in model.arch.type, or give its padded rows"
+            )
         return foreign_spec(config, device_num)
-    spec = network_spec_from_yaml(config, device_num)
+    spec = replace(network_spec_from_yaml(config, device_num), packed=packed)
     return spec, yaml_notes(config, spec.model.moe)
 
 
@@ -34,6 +43,14 @@ def judge_network(spec: NetworkSpec, run: RunSpec, mode: str) -> list[str]:
     Raises:
         UserError: lists every broken rule.
     """
+    if spec.packed and spec.parallel.pipeline_stage > 1:
+        problems = Problems("packed rows")
+        problems.add(
+            f"parallel_config.pipeline_stage={spec.parallel.pipeline_stage}: {DOCUMENT_IDS} are not sent between "
+            "pipeline stages",
+            "set it to 1 and use data_parallel, model_parallel and expert_parallel, or train on padded rows",
+        )
+        problems.raise_if_any()
     return check_cluster(spec) if run.family is None else check_network(spec, mode)
 
 

@@ -169,9 +169,9 @@ class Trainer(Protocol):
         """One update from this rank's rows; all ranks return the same figures."""
         ...
 
-    def evaluate(self, columns: tuple[np.ndarray, np.ndarray]) -> float:
-        """The mean loss over the tokens that count of this rank's rows, ids and labels (R, S+1), as the network stands;
-        0 where none counts. Every rank has to ask, for as many rows."""
+    def evaluate(self, columns: tuple[np.ndarray, ...]) -> float:
+        """The mean loss over the tokens that count of this rank's rows, ids, labels and of packed rows their documents
+        (R, S+1), as the network stands; 0 where none counts. Every rank has to ask, for as many rows."""
         ...
 
     def values(self, ending: str) -> dict[str, np.ndarray]:

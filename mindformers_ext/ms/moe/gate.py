@@ -45,9 +45,7 @@ class Gate(Protocol):
     def choose(self, scores_GNS: Tensor, bias_E: Tensor) -> Choice:
         """Experts and weights of each token from its scores, by groups of N tokens."""
 
-    def loss(
-        self, scores_GNS: Tensor, prob_GNE: Tensor, counts_GE: Tensor, counted_GN: Tensor | None = None
-    ) -> Tensor:
+    def loss(self, scores_GNS: Tensor, prob_GNE: Tensor, counts_GE: Tensor, counted_GN: Tensor | None = None) -> Tensor:
         """The auxiliary loss of every group (G); ``counts_GE`` float32: assignments per expert before dropping, of the
         tokens that count; ``counted_GN``: 1 for those, 0 for others, None where all do."""
 
@@ -107,9 +105,7 @@ class TopkChoice(nn.Cell):
             weight_GNK = weight_GNK * self.moe.routed_scaling_factor
         return expert_GNK, weight_GNK, prob_GNE
 
-    def loss(
-        self, logits_GNE: Tensor, prob_GNE: Tensor, counts_GE: Tensor, counted_GN: Tensor | None = None
-    ) -> Tensor:
+    def loss(self, logits_GNE: Tensor, prob_GNE: Tensor, counts_GE: Tensor, counted_GN: Tensor | None = None) -> Tensor:
         """All auxiliary losses (G); with a bias the load is that of the unbiased choice."""
         if self.sigmoid:
             prob_GNE = prob_GNE / (prob_GNE.sum(-1, keepdims=True) + 1e-9)
@@ -181,9 +177,7 @@ class LinearGate(nn.Cell):
         """See ``Gate``."""
         return self.router.choose(logits_GNE, bias_E)
 
-    def loss(
-        self, logits_GNE: Tensor, prob_GNE: Tensor, counts_GE: Tensor, counted_GN: Tensor | None = None
-    ) -> Tensor:
+    def loss(self, logits_GNE: Tensor, prob_GNE: Tensor, counts_GE: Tensor, counted_GN: Tensor | None = None) -> Tensor:
         """See ``Gate``."""
         return self.router.loss(logits_GNE, prob_GNE, counts_GE, counted_GN)
 

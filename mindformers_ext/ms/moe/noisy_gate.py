@@ -143,9 +143,7 @@ class NoisyGate(nn.Cell):
         """See ``Gate``."""
         return self.router.choose(scores_GNS)
 
-    def loss(
-        self, scores_GNS: Tensor, prob_GNE: Tensor, counts_GE: Tensor, counted_GN: Tensor | None = None
-    ) -> Tensor:
+    def loss(self, scores_GNS: Tensor, prob_GNE: Tensor, counts_GE: Tensor, counted_GN: Tensor | None = None) -> Tensor:
         """See ``Gate``."""
         return self.router.loss(scores_GNS, prob_GNE, counts_GE, counted_GN)
 

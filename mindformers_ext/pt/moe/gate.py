@@ -42,9 +42,7 @@ class Gate(Protocol):
     ``counted_GN``: tokens that count in its loss and its report, None: all.
     """
 
-    def __call__(
-        self, x_GND: Tensor, noise_TE: Tensor | None = None, counted_GN: Tensor | None = None
-    ) -> Choice: ...
+    def __call__(self, x_GND: Tensor, noise_TE: Tensor | None = None, counted_GN: Tensor | None = None) -> Choice: ...
 
     def choose(self, x_GND: Tensor) -> tuple[Tensor, Tensor]:
         """Weights (G, N, K) float32 and experts (G, N, K), without losses and counts: inference."""
@@ -144,9 +142,7 @@ class TopkChoice(nn.Module):
         inside = (group_score >= limit).unsqueeze(-1)
         return torch.where(inside, by_group, by_group.new_full((), -3.0e38)).reshape(G, N, E)
 
-    def _auxiliary(
-        self, logits_GNE: Tensor, prob_GNE: Tensor, counts_GE: Tensor, counted_GN: Tensor | None
-    ) -> Tensor:
+    def _auxiliary(self, logits_GNE: Tensor, prob_GNE: Tensor, counts_GE: Tensor, counted_GN: Tensor | None) -> Tensor:
         """All auxiliary losses; with a bias the load is that of the unbiased choice."""
         if self.moe.use_gating_sigmoid:
             prob_GNE = prob_GNE / (prob_GNE.sum(-1, keepdim=True) + 1e-9)
@@ -169,9 +165,7 @@ def count_assignments(expert_GNK: Tensor, experts: int, counted_GNK: Tensor | No
     return torch.zeros(flat.shape[0], experts, dtype=torch.int64, device=flat.device).scatter_add_(1, flat, ones)
 
 
-def counted_assignments(
-    expert_GNK: Tensor, experts: int, counted_GN: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def counted_assignments(expert_GNK: Tensor, experts: int, counted_GN: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Assignments (G, E) int64 of all tokens, and of those that count where it is told."""
     counts_GE = count_assignments(expert_GNK, experts)
     if counted_GN is None:
