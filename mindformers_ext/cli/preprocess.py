@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mindformers_ext.cli.command import Command
+from mindformers_ext.cli.preprocess_domains import DOMAIN_OPTIONS, add_domain_options, prepare, refuse_domain_options
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.preprocess.preprocess import Summary
 
-TYPES = ("wiki", "wikipedia", "qa", "text", "jsonl")
+TYPES = ("wiki", "wikipedia", "qa", "text", "jsonl", "domains", "mds")
 EPILOG = """examples:
   WikiText for pretraining, rows of 2049 tokens:
     python tools/dataset_preprocess/llama/llama_preprocess.py --dataset_type wiki --input_glob wiki.train.tokens \\
@@ -26,6 +27,10 @@ EPILOG = """examples:
     python tools/dataset_preprocess/llama/llama_preprocess.py --dataset_type jsonl --field content \\
         --input_glob 'corpus/*.jsonl' --model_file Mixtral-8x7B-v0.1 --split eval --workers 8 \\
         --output_file eval.mindrecord
+  a corpus by domain (a sub-folder each), for pruning and continued training with a mixture of domains:
+    python tools/dataset_preprocess/llama/llama_preprocess.py --dataset_type domains --input_glob corpus \\
+        --model_file Llama-2-7b --seq_length 4096 --eval_seq 500 --for_prune 0.4 --filter fluency duplicates=0.8 \\
+        --output_file prepared
 """
 
 
@@ -33,7 +38,13 @@ def _options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     _add_inputs(parser)
     _add_rows(parser)
-    parser.add_argument("--output_file", type=Path, required=True, help="file to write, best named X.mindrecord")
+    add_domain_options(parser)
+    parser.add_argument(
+        "--output_file",
+        type=Path,
+        required=True,
+        help="file to write, best named X.mindrecord; domains and mds: the folder",
+    )
     parser.add_argument("--file_partition", type=int, default=1, help="files to spread the rows over: X0, X1, ...")
     parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
     parser.add_argument("--summary", type=Path, help="where the counts go as JSON (default OUTPUT_FILE.summary.json)")
@@ -43,6 +54,15 @@ def _options(parser: argparse.ArgumentParser) -> None:
         default=cores(),
         help="processes that tokenise (default: the cores, here %(default)s; fewer where the input is small)",
     )
+    parser.add_argument(
+        "--ray", metavar="ADDRESS", help="tokenise on the machines of this Ray cluster instead; same files"
+    )
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="tokenise the I-th of N parts only, I from 0 (a Slurm array's task), and leave them beside the output; "
+        "--shard join, last, makes the same files of them as one command would",
+    )
 
 
 def _add_inputs(target: argparse.ArgumentParser) -> None:
@@ -51,11 +71,16 @@ def _add_inputs(target: argparse.ArgumentParser) -> None:
         default="wiki",
         help="wiki: WikiText's token files, cleaned; wikipedia: "
         "parquet; qa: conversations of FastChat's or OpenAI's form, loss on the answers only; text: plain text; "
-        "jsonl: JSON lines; all but parquet also as .gz "
+        "jsonl: JSON lines; all but parquet also as .gz; domains: a folder with a sub-folder (or file) per domain of "
+        "JSON lines, .gz or parquet, into a folder of splits; mds: the same from folders of MDS shards "
         f"(one of {', '.join(TYPES)}; default wiki)",
     )
-    target.add_argument("--input_glob", required=True, help="a file, a folder, or a glob pattern in quotes")
-    target.add_argument("--field", help="jsonl: name of the text (default text); wikipedia: column (default the first)")
+    target.add_argument("--input_glob", help="a file, a folder, or a glob pattern in quotes; domains: the folder")
+    target.add_argument(
+        "--field",
+        help="jsonl: name of the text (default text); wikipedia: column (default the first); domains: name of the text "
+        "or of the token ids (default the first there is of text, content, input_ids)",
+    )
     target.add_argument("--document", help="text: what gets BOS and EOS: file, paragraph or line (default file)")
     target.add_argument(
         "--model_file",
@@ -99,12 +124,20 @@ def cores() -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from mindformers_ext.jobs.preprocess.preprocess import preprocess
-    from mindformers_ext.jobs.preprocess.request import PreprocessRequest
+    from mindformers_ext.jobs.preprocess.preprocess import encode_shard, preprocess
+    from mindformers_ext.jobs.preprocess.request import FOLDERS, JOIN, PreprocessRequest
 
     options = vars(arguments)
     options.pop("tokenizer")
+    own = {name: options.pop(name) for name in DOMAIN_OPTIONS}
+    if options["dataset_type"] in FOLDERS:
+        return prepare({**options, **own})
+    refuse_domain_options(own, options["dataset_type"])
     started = time.monotonic()
+    if options["shard"] not in (None, JOIN):
+        done = encode_shard(PreprocessRequest(**options))
+        print(f"{done.path}: {done.batches} batches encoded in {time.monotonic() - started:.1f} s; last, --shard join")
+        return 0
     summary = preprocess(PreprocessRequest(**options))
     for line in report(summary, time.monotonic() - started):
         print(line)

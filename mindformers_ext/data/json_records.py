@@ -52,7 +52,9 @@ class Record:
         raise UserError(f"{self.where}: '{name}' is {json.dumps(value)[:40]}, not a string; write it in quotes")
 
 
-def read_records(path: Path, progress: Callable[[int], object] | None = None) -> Iterator[Record]:
+def read_records(
+    path: Path, progress: Callable[[int], object] | None = None, place: tuple[int, int] | None = None
+) -> Iterator[Record]:
     """The objects of a JSON list (``[{...}, {...}]``) or of JSON lines (one object a line), in file order.
 
     Only a part of the file is in memory at any time. The first character that is not blank says which of the two it is.
@@ -60,11 +62,15 @@ def read_records(path: Path, progress: Callable[[int], object] | None = None) ->
     Args:
         path: UTF-8, with or without a byte order mark, whatever the locale; unpacked where it ends in .gz.
         progress: is called with the bytes of each part that was read.
+        place: of JSON lines, only those between these bytes, if any; records and lines are numbered from there.
 
     Raises:
         UserError: no such file, no record in it, not UTF-8, not JSON, an entry that is no object or holds a name twice.
     """
-    scanner = _Scanner(path, decoded(path, progress))
+    scanner = _Scanner(path, decoded(path, progress, place))
+    if place is not None:
+        yield from (Record(path, number, *found) for number, found in enumerate(scanner.line_items(), start=1))
+        return
     first = scanner.peek()
     if not first:
         raise UserError(f"{path} is empty: give a JSON list of objects, or one JSON object a line")

@@ -40,8 +40,12 @@ def decode_lines(data: bytes, where: str) -> list[str]:
         raise _not_utf8(where, 1 + data.count(b"\n", 0, error.start), error) from error
 
 
-def decoded(path: Path, progress: Callable[[int], object] | None = None) -> Iterator[str]:
+def decoded(
+    path: Path, progress: Callable[[int], object] | None = None, place: tuple[int, int] | None = None
+) -> Iterator[str]:
     """The file's text in parts, line ends as they are; ``progress`` gets the bytes of the file that each part took.
+
+    ``place``: only the bytes from its first to before its second number, both at the start of a line.
 
     Raises:
         UserError: the file cannot be read, is not UTF-8 (the line is named), or is damaged gzip.
@@ -49,7 +53,7 @@ def decoded(path: Path, progress: Callable[[int], object] | None = None) -> Iter
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     line = 1
     try:
-        for chunk in chunks(path, progress):
+        for chunk in chunks(path, progress, place):
             text = decoder.decode(chunk)
             line += text.count("\n")
             yield text
@@ -58,15 +62,18 @@ def decoded(path: Path, progress: Callable[[int], object] | None = None) -> Iter
         raise _not_utf8(str(path), line + bytes(error.object[: error.start]).count(b"\n"), error) from error
 
 
-def chunks(path: Path, progress: Callable[[int], object] | None = None) -> Iterator[bytes]:
-    """The file's bytes in parts, unpacked where its name ends in .gz; ``progress`` as for ``decoded``."""
+def chunks(
+    path: Path, progress: Callable[[int], object] | None = None, place: tuple[int, int] | None = None
+) -> Iterator[bytes]:
+    """The file's bytes in parts, unpacked where its name ends in .gz; the rest as for ``decoded``."""
+    start, end = place or (0, 0)
     try:
         with path.open("rb") as file, _unpacked(file, path.suffix == PACKED) as stream:
-            place = 0
-            while chunk := stream.read(CHUNK):
+            file.seek(start)
+            while chunk := stream.read(CHUNK if place is None else min(CHUNK, end - start)):
                 if progress:
-                    progress(file.tell() - place)
-                    place = file.tell()
+                    progress(file.tell() - start)
+                start = file.tell()
                 yield chunk
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path} is no whole gzip file ({error}): copy it again") from error

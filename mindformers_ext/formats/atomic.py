@@ -50,18 +50,24 @@ def fresh_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a short file whole, in place of an older one. Several processes may write the same text at once; what dead
-    ones left is removed."""
+    """Write a short file whole, in place of an older one; the rest as for ``shared_file``."""
+    with shared_file(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def shared_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write; on success the file there replaces ``path``. Several processes, of several machines, may
+    write the same content at once; what dead ones left is removed."""
     beside, descriptor = _locked(path, folder=False, kind="text")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            _is_alive(path, beside, "text")
-            os.replace(beside, path)
+        yield beside
+        flush(beside)
+        _is_alive(path, beside, "text")
+        os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+        os.close(descriptor)
     flush(path.parent)
 
 

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from mindformers_ext.core.config.keys import MODEL, MODES
-from mindformers_ext.core.config.run import ASCEND, CPU, TRAINER_KEY
+from mindformers_ext.core.config.mixture_words import PLACE
+from mindformers_ext.core.config.run import ASCEND, CPU, TRAINER_KEY, data_spec_from_yaml
 from mindformers_ext.core.config.values import section_at
 from mindformers_ext.core.documents import DOCUMENT_IDS
 from mindformers_ext.core.families import GENERIC_NAMES, Family, family_of_yaml
 from mindformers_ext.mf.config import WRITTEN
+from mindformers_ext.mf.mixture import SEED
 from mindformers_ext.mf.noise import NOISE, may_draw
 
 NOT_THEIRS = ("engine", TRAINER_KEY, "register_path")  # obeyed before MindFormers is opened
@@ -64,6 +66,9 @@ def adapt(config: Mapping[str, Any], device_target: str) -> tuple[dict[str, Any]
             result.setdefault(f"{section}_task", {"type": "CausalLanguageModelDataset"})
             result[f"{section}_task"]["dataset_config"] = result[section]
             _limit_workers(result[section], section, notes)
+    loader, data = section_at(result, PLACE), data_spec_from_yaml(config, "train_dataset")
+    if data and data.mixture:
+        result["train_dataset"]["data_loader"] = {**loader, SEED: data.seed}
     _adapt_parallel(result, device_target, notes)
     draws = family is not None and may_draw(family, section_at(config, MODEL))
     columns = (result.get("train_dataset") or {}).get("input_columns") or ["input_ids"]

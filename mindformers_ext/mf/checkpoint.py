@@ -15,8 +15,10 @@ from mindspore import nn
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.jobs.checkpoint.saved import note_size
 from mindformers_ext.jobs.run.keep import WEIGHTS, is_finite, last_good, surplus
+from mindformers_ext.jobs.run.mixture_checks import DATA
 from mindformers_ext.jobs.train.hooks import hook_state
 from mindformers_ext.mf.hooks import HOOKS, figures_at
+from mindformers_ext.mf.mixture import SOURCE
 from mindformers_ext.ms.kept_reports import KEPT
 from mindformers_ext.ms.lora import adapter_parameters
 
@@ -115,6 +117,8 @@ class WholeCheckpointMonitor(CheckpointMonitor):
         if isinstance(cb_params.net_outputs, (tuple, list)):
             values["loss_scale"] = ms.Tensor(figures_at(cb_params).loss_scale, ms.float32)
         values |= {name: ms.Tensor(array) for name, array in hook_state(cb_params.get(HOOKS, [])).items()}
+        if SOURCE in cb_params:
+            values |= {f"{DATA}{name}": ms.Tensor(array) for name, array in cb_params[SOURCE].state(step).items()}
         if self.global_batch_size is not None:
             values["global_batch_size"] = self.global_batch_size
         self._append_dict.update(values)

@@ -19,6 +19,7 @@ from mindformers_ext.jobs.run.metrics_file import MetricsFile, StepRecord, recor
 from mindformers_ext.jobs.run.watch import Watch
 from mindformers_ext.mf.hooks import figures_at
 from mindformers_ext.mf.lean import without
+from mindformers_ext.mf.mixture import SOURCE
 from mindformers_ext.mf.step import real_model
 
 SCALARS = (
@@ -100,6 +101,8 @@ class MoELossMonitor(MFLossMonitor):
         seconds = (time.time() - self.step_time) / done
         step = self.initial_step + parameters.cur_step_num
         tokens = self._tokens(parameters.train_dataset_element)
+        if SOURCE in parameters:
+            figures = figures._replace(extra={**figures.extra, **parameters[SOURCE].figures(step)})
         record = record_of(figures, step, self.watch.per_epoch, seconds, tokens)
         self.metrics.append(record)
         self._draw(record)

@@ -18,6 +18,7 @@ from mindformers_ext.mf.balance import MoETopkBiasBalanceCallback
 from mindformers_ext.mf.checkpoint import WholeCheckpointMonitor
 from mindformers_ext.mf.config import PortableLlamaConfig
 from mindformers_ext.mf.load_monitor import MoELoadMonitor
+from mindformers_ext.mf.mixture import MixtureDataset
 from mindformers_ext.mf.monitor import MoELossMonitor
 from mindformers_ext.mf.networks import PortableLlamaForCausalLM
 from mindformers_ext.mf.pipeline_step import PortablePipelineStepCell
@@ -44,6 +45,7 @@ REGISTERED: tuple[tuple[str, type], ...] = (
     (Kind.CALLBACK, MoETopkBiasBalanceCallback),
     (Kind.CALLBACK, MoELoadMonitor),
     (Kind.CALLBACK, ObsMonitor),
+    (Kind.DATASET_LOADER, MixtureDataset),
     (Kind.TRAINER, PortableCausalLanguageModelingTrainer),
 )
 

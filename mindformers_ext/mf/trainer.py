@@ -30,6 +30,7 @@ from mindformers_ext.mf.balance import MoETopkBiasBalanceCallback
 from mindformers_ext.mf.checkpoint import WholeCheckpointMonitor
 from mindformers_ext.mf.hooks import DropoutSeeds, HookCallback
 from mindformers_ext.mf.load_monitor import MoELoadMonitor
+from mindformers_ext.mf.mixture import MixtureRows, MixtureTrack, rows_below
 from mindformers_ext.mf.monitor import MoELossMonitor
 from mindformers_ext.mf.networks import PortableLlamaForCausalLM
 from mindformers_ext.mf.noise import NoiseFed, noise_of
@@ -54,6 +55,8 @@ class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
     """``CausalLanguageModelingTrainer`` plus: our callbacks behind MindFormers' names, gradient accumulation on one
     device and in data parallel, a resumed loss scale with its counters, and an evaluation whose result is kept."""
 
+    mixture: MixtureRows | None = None  # of the data set that is trained on
+
     def training_process(self, *args: Any, **kwargs: Any) -> None:
         """Train with our callbacks in place of MindFormers' of the same name."""
         with stand_ins(), experts_without_sequence_parallel():
@@ -69,6 +72,12 @@ class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
         with os.fdopen(open_plain(path, AFRESH), "w", encoding="utf-8") as file:
             file.write(json.dumps(self.eval_result, indent=1) + "\n")
         logger.info("Evaluation: %s, kept in %s", self.eval_result, path)
+
+    def create_train_dataset(self, *args: Any, **kwargs: Any) -> Any:
+        """MindFormers' data set; a mixture below it is kept."""
+        dataset = super().create_train_dataset(*args, **kwargs)
+        self.mixture = rows_below(dataset)
+        return dataset
 
     def _check_grad_accumulation_steps(self) -> None:
         """Keep the steps where our train step accumulates; MindFormers resets them to 1 outside semi-auto parallel."""
@@ -105,8 +114,11 @@ class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
         wrapper = super().create_model_wrapper(network, optimizer)
         if is_ours:
             self._feed_noise(wrapper, real_model(network).spec)
+        first = int(self.config.runner_config.initial_step or 0)
         if wrapper is not None:
-            wrapper.first_step = int(self.config.runner_config.initial_step or 0)
+            wrapper.first_step = first
+        if self.mixture is not None:
+            self.mixture.go_to(first)
         if isinstance(wrapper, TrainStepCell) and self.config.resume_training and self.config.checkpoint.load_path:
             restore_step_state(wrapper, self._resume_file())
         return wrapper
@@ -129,7 +141,8 @@ class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
         hooks = [item for item in found if isinstance(item, HookCallback)]
         others = [item for item in found if not isinstance(item, HookCallback)]
         place = next((i for i, item in enumerate(others) if isinstance(item, CheckpointMonitor)), len(others))
-        return [*others[:place], *hooks, DropoutSeeds(seed_of(self.config)), *others[place:]]
+        tracks = [MixtureTrack(self.mixture)] if self.mixture is not None else []
+        return [*tracks, *others[:place], *hooks, DropoutSeeds(seed_of(self.config)), *others[place:]]
 
     def _shows_load(self) -> bool:
         return any(

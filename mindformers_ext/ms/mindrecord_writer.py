@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,18 +27,35 @@ PAGE_BYTES, PAGE_ROWS, LARGEST_PAGE = 1 << 20, 8, 1 << 28
 READY, DONE, FAILED = "ready", "done", "failed"
 
 
+class _File(NamedTuple):
+    """What is written next: ``fields`` are arrays, ``numbers`` (name -> type) single values of a row."""
+
+    path: Path
+    fields: tuple[str, ...]
+    numbers: Mapping[str, str]
+    shards: int
+    page: int
+
+
 class MindRecordWriter:
     """See ``jobs.engine.protocols.RecordWriter``."""
 
-    def __init__(self, path: Path, fields: tuple[str, ...], shards: int, row_length: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        fields: tuple[str, ...],
+        shards: int,
+        row_length: int,
+        numbers: Mapping[str, str] | None = None,
+    ) -> None:
         """Start the process; what it needs is loaded while the caller goes on."""
         self.path, self.rows = path, 0
-        self._job = (path, fields, shards, page_bytes(row_length * len(fields) * 4))
+        self._job = _File(path, fields, dict(numbers or {}), shards, page_bytes(row_length * len(fields) * 4))
         self._start(light=True)
         self._ready = False
 
     def write(self, block: Mapping[str, np.ndarray]) -> None:
-        """Append rows: one int32 array of shape (rows, length) per field."""
+        """Append rows: one int32 array of shape (rows, length) per field, one of shape (rows,) per number."""
         self._wait_until_ready()
         try:
             self._connection.send(dict(block))
@@ -48,6 +65,21 @@ class MindRecordWriter:
 
     def close(self) -> int:
         """Finish the files; returns how many rows they hold."""
+        rows = self.finish()
+        self._connection.close()
+        self._process.join()
+        return rows
+
+    def begin(self, path: Path) -> None:
+        """Another file like the finished one, in the same process."""
+        self.path, self.rows, self._job, self._ready = path, 0, self._job._replace(path=path), False
+        try:
+            self._connection.send(self._job)
+        except OSError as error:
+            raise self._failure() from error
+
+    def finish(self) -> int:
+        """Finish the files, and keep the process for another; returns how many rows they hold."""
         self._wait_until_ready()
         try:
             self._connection.send(None)
@@ -56,7 +88,6 @@ class MindRecordWriter:
         word, what = self._receive()
         if word != DONE:
             raise self._failure(what)
-        self._process.join()
         return self.rows
 
     def abort(self) -> None:
@@ -68,7 +99,7 @@ class MindRecordWriter:
     def _start(self, light: bool) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, child = context.Pipe()
-        self._process = context.Process(target=_serve, args=(child, light, *self._job), daemon=True)
+        self._process = context.Process(target=_serve, args=(child, light, self._job), daemon=True)
         self._process.start()
         child.close()
 
@@ -103,28 +134,17 @@ def page_bytes(row: int) -> int:
     return min(1 << (needed - 1).bit_length(), LARGEST_PAGE)
 
 
-def _serve(connection: Connection, light: bool, path: Path, fields: tuple[str, ...], shards: int, page: int) -> None:
-    """The process: blocks come in, None ends the file. Nothing is left to do at exit, and MindSpore's own steps there
-    would miss the parts that were not loaded."""
+def _serve(connection: Connection, light: bool, file: _File) -> None:
+    """The process: blocks come in, None ends the file, another file may follow. Nothing is left to do at exit, and
+    MindSpore's own steps there would miss the parts that were not loaded."""
     code = 1
     try:
-        writer = _writer(light, path, fields, shards, page)
-        connection.send((READY, ""))
-        pending: list[dict[str, np.ndarray]] = []
-        while (block := connection.recv()) is not None:
-            columns = [block[name] for name in fields]
-            pending += [dict(zip(fields, row, strict=True)) for row in zip(*columns, strict=True)]
-            # MindSpore deals rows evenly to the shards, and what is left over to shards that it draws at random
-            even = len(pending) // shards * shards
-            if even:
-                writer.write_raw_data(pending[:even])
-                del pending[:even]
-        if pending:
-            writer.write_raw_data(pending)
-        writer.commit()
-        connection.send((DONE, ""))
-        code = 0
-    except EOFError:  # the command was ended
+        while True:
+            _write_file(connection, light, file)
+            code = 0
+            file = connection.recv()
+            code = 1
+    except EOFError:  # the last file is finished, or the command was ended
         pass
     except (RuntimeError, ImportError, AttributeError, TypeError, ValueError, LookupError, OSError) as error:
         connection.send((FAILED, f"{type(error).__name__}: {error}"))
@@ -133,16 +153,36 @@ def _serve(connection: Connection, light: bool, path: Path, fields: tuple[str, .
         os._exit(code)
 
 
-def _writer(light: bool, path: Path, fields: tuple[str, ...], shards: int, page: int) -> Any:
+def _write_file(connection: Connection, light: bool, file: _File) -> None:
+    writer = _writer(light, file)
+    connection.send((READY, ""))
+    pending: list[dict[str, np.ndarray]] = []
+    names = (*file.fields, *file.numbers)
+    while (block := connection.recv()) is not None:
+        columns = [block[name] for name in names]
+        pending += [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+        # MindSpore deals rows evenly to the shards, and what is left over to shards that it draws at random
+        even = len(pending) // file.shards * file.shards
+        if even:
+            writer.write_raw_data(pending[:even])
+            del pending[:even]
+    if pending:
+        writer.write_raw_data(pending)
+    writer.commit()
+    connection.send((DONE, ""))
+
+
+def _writer(light: bool, file: _File) -> Any:
     os.environ.setdefault("GLOG_v", "4")
-    found = importlib.util.find_spec("mindspore") if light else None
+    found = importlib.util.find_spec("mindspore") if light and "mindspore" not in sys.modules else None
     if found is not None and found.submodule_search_locations:
         package = ModuleType("mindspore")
         package.__path__ = list(found.submodule_search_locations)
         sys.modules["mindspore"] = package
     from mindspore.mindrecord import FileWriter
 
-    writer = FileWriter(file_name=str(path), shard_num=shards, overwrite=False)
-    writer.set_page_size(page)
-    writer.add_schema({name: {"type": "int32", "shape": [-1]} for name in fields}, "token rows")
+    writer = FileWriter(file_name=str(file.path), shard_num=file.shards, overwrite=False)
+    writer.set_page_size(file.page)
+    arrays = {name: {"type": "int32", "shape": [-1]} for name in file.fields}
+    writer.add_schema({**arrays, **{name: {"type": kind} for name, kind in file.numbers.items()}}, "token rows")
     return writer

@@ -23,5 +23,6 @@ MS_TRAINING_STATE = (
     (r"(beta1_power|beta2_power|learning_rate|afactor_step)", "optimizer state"),
     (r"(global_step|epoch_num|step_num|current_iterator_step|last_overflow_iterator_step)", "counters"),
     (r"(scale_sense|loss_scale|global_batch_size|graceful_exit|graceful_init)", "train-step state"),
+    (r"(data\.mixture|hook\.\d+\.\w+)", "state of the data and of hooks"),
     (r"(list_index|scale_window_up_count|scale_window_down_count)", "train-step state"),
 )

@@ -35,7 +35,9 @@ FLOORS = {
     "core": _floor("", "yaml numpy"),
     "formats": _floor("core", "numpy safetensors ml_dtypes"),
     "weights": _floor("core formats", "numpy ml_dtypes"),
-    "data": _floor("core formats", "numpy", late_third="sentencepiece fastchat tokenizers pyarrow jinja2 scipy"),
+    "data": _floor(
+        "core formats", "numpy", late_third="sentencepiece fastchat tokenizers pyarrow jinja2 datasketch scipy"
+    ),
     "surgery": _floor("core weights", "numpy torch"),
     "ms": _floor("core", "numpy mindspore"),
     "pt": _floor("core", "numpy torch triton", late_third="transformers"),
@@ -63,7 +65,7 @@ INNER = {
         "config",
         "cluster",
     ),
-    "jobs": ("engine", "checkpoint", "run", "preprocess merge mixing predict launch", "experts", "train dryrun"),
+    "jobs": ("engine items", "checkpoint", "run", "preprocess merge mixing predict launch", "experts", "train dryrun"),
 }
 INNER_NUMBER = {
     house: {name: number for number, names in enumerate(order) for name in names.split()}

@@ -18,15 +18,12 @@ import set_up  # noqa: F401 (first)
 # isort: split
 import argparse
 import json
-import re
 import statistics
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from own_commands import command, once, with_sizes
+
 CONFIG = "configs/tiny/llama_pretrain.yaml"
 SIZES = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 768, "num_layers": 5, "n_kv_heads": 4}
 LENGTH, BATCH, EXPERTS, CHOSEN = 128, 16, 8, 2
@@ -42,21 +39,6 @@ MIXTURES: dict[str, tuple[str, tuple[str, ...]]] = {
     "random split, ridge": ("random", ("--gate", "ridge")),
 }
 TRAINED_ON = "clustering, ridge"
-
-
-def command(*words: object) -> None:
-    """One of the project's commands, quiet unless it fails."""
-    told = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=False)
-    if told.returncode:
-        raise SystemExit(f"{' '.join(map(str, words))}\n{told.stdout[-3000:]}{told.stderr[-3000:]}")
-
-
-def once(path: Path, make: Callable[[], None]) -> Path:
-    """``path``, made if it is not there."""
-    if not path.exists():
-        print(f"  {path}", flush=True)
-        make()
-    return path
 
 
 def corpus(out: Path, config: Path) -> None:
@@ -187,7 +169,7 @@ def main() -> None:
     out = words.output.absolute()
     out.mkdir(parents=True, exist_ok=True)
     config = out / "llama.yaml"
-    config.write_text(with_sizes((ROOT / CONFIG).read_text(encoding="utf-8")), encoding="utf-8")
+    config.write_text(with_sizes(CONFIG, SIZES), encoding="utf-8")
     data = once(out / "data", lambda: corpus(out / "data", config))
     found = {
         seed: one_seed(out / f"seed_{seed}", config, data, seed, words.epochs, words.further) for seed in words.seeds
@@ -196,13 +178,6 @@ def main() -> None:
     for name in next(iter(found.values())):
         values = [one[name] for one in found.values()]
         print(f"{name:44} {statistics.mean(values):7.4f}   " + " ".join(f"{value:7.4f}" for value in values))
-
-
-def with_sizes(text: str) -> str:
-    """The YAML's text with ``SIZES``."""
-    for name, value in SIZES.items():
-        text = re.sub(rf"^( +{name}: )\d+", rf"\g<1>{value}", text, count=1, flags=re.M)
-    return text
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class Permutation:
         self.rows = rows
         wide = max(isqrt(rows - 1) + 1, 1)  # the smallest with wide^2 >= rows
         self.sides = np.uint64(wide), np.uint64(-(-rows // wide))
-        self._keys = np.random.Philox(key=key).random_raw(ROUNDS)
+        self._keys = np.random.Philox(key=np.array(key, np.uint64)).random_raw(ROUNDS)
         self._kept: tuple[int, npt.NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
     def at(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -26,6 +26,7 @@ from mindformers_ext.formats.safetensors_file import SafetensorsFile, Safetensor
 from mindformers_ext.formats.strategy import Strategy
 from mindformers_ext.formats.tensors import Array
 from mindformers_ext.jobs.checkpoint.source import rank_meta
+from mindformers_ext.jobs.items.processes import end_with_parent
 from mindformers_ext.weights.boxes import pieces, read_box
 from mindformers_ext.weights.reshard import SlicedReader
 from mindformers_ext.weights.reshard_plan import RankPart
@@ -159,13 +160,6 @@ def _start_worker(source: RankFiles, overwrite: bool, queue: Any, parent: int) -
     threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
     reader = open_source(source, check_crc=False)
     _worker.update(reader=reader, meta=rank_meta(source.files[0]), overwrite=overwrite, queue=queue)
-
-
-def end_with_parent(parent: int) -> None:
-    """A worker whose parent was killed would wait for tasks for ever."""
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
 
 
 def _work(task: RankTask) -> None:

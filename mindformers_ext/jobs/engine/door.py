@@ -104,11 +104,16 @@ def open_records(plain: bool = False) -> RecordStore:
     return MindRecordStore()
 
 
-def open_record_writer(path: Path, fields: tuple[str, ...], shards: int, row_length: int) -> RecordWriter:
-    """MindRecord ``path``, or ``path0``, ``path1``, ... for several shards, none of which may exist."""
+def open_record_writer(
+    path: Path, fields: tuple[str, ...], shards: int, row_length: int, numbers: Mapping[str, str] | None = None
+) -> RecordWriter:
+    """MindRecord ``path``, or ``path0``, ``path1``, ... for several shards, none of which may exist.
+
+    ``fields`` are int32 arrays, ``numbers`` ("int32" or "int64" by name) single values of each row.
+    """
     from mindformers_ext.ms.mindrecord_writer import MindRecordWriter
 
-    return MindRecordWriter(path, fields, shards, row_length)
+    return MindRecordWriter(path, fields, shards, row_length, numbers)
 
 
 def open_reference(

@@ -88,7 +88,16 @@ class RecordWriter(Protocol):
     """Writes one data set of token rows in a process of its own, block by block."""
 
     def write(self, block: Mapping[str, np.ndarray]) -> None:
-        """Append rows: one int32 array of shape (rows, length) per field. Returns before they are on the disk."""
+        """Append rows: one int32 array of shape (rows, length) per field, one of shape (rows,) per number. Returns
+        before they are on the disk."""
+        ...
+
+    def finish(self) -> int:
+        """Finish the files, and keep the process for another; returns how many rows they hold."""
+        ...
+
+    def begin(self, path: Path) -> None:
+        """Another file like the finished one."""
         ...
 
     def close(self) -> int:

@@ -22,10 +22,11 @@ from mindformers_ext.core.errors import UserError, listed
 from mindformers_ext.formats.disk import check_space
 from mindformers_ext.formats.folder_lock import locked
 from mindformers_ext.jobs.experts.dense_model import DenseModel, open_dense, template_kind
-from mindformers_ext.jobs.experts.layer_pool import Solved, check_ray, solve_here, solve_in_processes, solve_on_ray
+from mindformers_ext.jobs.experts.layer_pool import Solved, solve_layers
 from mindformers_ext.jobs.experts.overlap_files import write_overlap
 from mindformers_ext.jobs.experts.split_methods import Method, SplitRequest, check_words
 from mindformers_ext.jobs.experts.splits import META, layer_file, open_split, read_meta, split_sha, write_split
+from mindformers_ext.jobs.items.ray_cluster import check_ray
 
 COPIES = 3  # of a layer's matrix as float32 that solving one layer holds
 GRAPH_COPIES = 5  # of the graph's
@@ -124,11 +125,7 @@ def run_split(request: SplitRequest, plan: SplitPlan, quiet: bool = False) -> Sp
 
 def solved(request: SplitRequest, plan: SplitPlan) -> Generator[Solved, None, None]:
     """(layer, split, figures) of each layer to do, as they are finished."""
-    if request.ray is not None:
-        return solve_on_ray(request, plan.todo, request.ray)
-    if plan.workers > 1:
-        return solve_in_processes(request, plan.todo, plan.workers)
-    return solve_here(request, plan.todo)
+    return solve_layers(request, plan.todo, plan.workers)
 
 
 def check_place(folder: Path) -> None:

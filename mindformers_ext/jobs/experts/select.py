@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -22,10 +22,11 @@ from mindformers_ext.jobs.experts.dense_model import TEMPLATE, DenseModel, open_
 from mindformers_ext.jobs.experts.feature_files import LayerFeatures, check_features, features_rows, find_features
 from mindformers_ext.jobs.experts.gate_files import SUMMARY, GateFiles, gates_folder
 from mindformers_ext.jobs.experts.layer_data import Gathered, gather
+from mindformers_ext.jobs.experts.layer_pool import AGAIN
 from mindformers_ext.jobs.experts.probe import BASE
-from mindformers_ext.jobs.experts.process_pool import in_processes
 from mindformers_ext.jobs.experts.ranks import own_share
 from mindformers_ext.jobs.experts.splits import open_split, split_sha
+from mindformers_ext.jobs.items.map_items import Place, Work, map_items
 from mindformers_ext.surgery.experts.split import LayerSplit
 from mindformers_ext.surgery.experts.words import INITS, KINDS, OUTPUT_NORM, SCORED, TARGETS
 
@@ -236,9 +237,8 @@ def _from_files(
     if request.overwrite:
         files.clear(todo, about)
     jobs = [(request, layer, files, about[layer]) for layer in todo]
-    results: Iterable[str] = map(_layer_from_files, jobs)
-    if workers > 1:
-        results = in_processes(_layer_from_files, jobs, workers, "select")
+    work = Work("select", _layer_from_files, open_dense, (request.model_path,), DenseModel.close, AGAIN)
+    results = map_items(work, jobs, Place(workers), ordered=False)
     bar = tqdm(results, "gates", len(jobs), unit="layer", disable=request.quiet or None)
     return sorted({note for note in bar if note})[:1]
 
@@ -252,21 +252,17 @@ def _layer_bytes(request: SelectRequest, model: DenseModel, layer: int) -> int:
     return BASE + tokens * (2 * 2 * width + 16 * request.experts) + 3 * max(shards) + 3 * 4 * width * inner
 
 
-def _layer_from_files(job: tuple[SelectRequest, int, GateFiles, dict[str, Any]]) -> str:
+def _layer_from_files(model: DenseModel, job: tuple[SelectRequest, int, GateFiles, dict[str, Any]]) -> str:
     """One layer, in this process or in one of several; returns a note."""
     request, layer, files, about = job
-    model = open_dense(request.model_path)
-    try:
-        kind = template_kind(request.template)
-        split = layer_split(request, model, layer)
-        features = _share(find_features(request.features or Path(), kind, layer, request.allow_pickle), request.percent)
-        ridge = request.gate == "ridge"
-        found = gather(features, model, layer, split, kind, request.criterion, ridge, request.limit)
-        fit_and_write(request, model, layer, split, found, files, about)
-        used = len(found.x)
-        return f"gates were fitted to {used} of {found.there} tokens (--max_tokens)" if used < found.there else ""
-    finally:
-        model.close()
+    kind = template_kind(request.template)
+    split = layer_split(request, model, layer)
+    features = _share(find_features(request.features or Path(), kind, layer, request.allow_pickle), request.percent)
+    ridge = request.gate == "ridge"
+    found = gather(features, model, layer, split, kind, request.criterion, ridge, request.limit)
+    fit_and_write(request, model, layer, split, found, files, about)
+    used = len(found.x)
+    return f"gates were fitted to {used} of {found.there} tokens (--max_tokens)" if used < found.there else ""
 
 
 def _share(features: LayerFeatures, percent: float) -> LayerFeatures:

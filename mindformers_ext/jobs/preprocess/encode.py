@@ -1,30 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of text to token ids, here or in several processes; results come in the order of the batches."""
+"""Batches of text to token ids, here, in several processes or on a cluster, in the order of the batches."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-import threading
-import time
-from collections import deque
-from collections.abc import Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
-from queue import Queue
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mindformers_ext.core.errors import UserError
 from mindformers_ext.data.conversations import IGNORED, Conversation, Specials, encode_conversations
 from mindformers_ext.data.readers import Fragment
 from mindformers_ext.data.tokenizers import Tokenizer, encode_glued
-
-WINDOW = 3  # batches per process that may be under way: enough to hide waiting, few enough for any memory
+from mindformers_ext.jobs.items.map_items import Place, Work, map_items
 
 
 class TextBatch(NamedTuple):
@@ -78,13 +67,11 @@ class Encoder:
         return self._conversations(batch.conversations)
 
     def _text(self, fragments: list[Fragment]) -> Tokens:
-        glued = iter(encode_glued(self.tokenizer, [item.text for item in fragments if item.glued]))
-        plain = iter(self.tokenizer.encode_batch([item.text for item in fragments if not item.glued]))
         parts: list[Any] = []
-        for item in fragments:
+        for item, found in zip(fragments, fragment_ids(self.tokenizer, fragments), strict=True):
             if item.first and self.setup.framed:
                 parts.append(self.bos)
-            parts.append(next(glued if item.glued else plain))
+            parts.append(found)
             if item.last and self.setup.framed:
                 parts.append(self.eos)
         ids = np.concatenate(parts).astype(np.int32, copy=False)
@@ -105,93 +92,22 @@ class Encoder:
         )
 
 
+def fragment_ids(tokenizer: Tokenizer, fragments: Sequence[Fragment]) -> Iterator[Any]:
+    """Token ids of each fragment, in two calls of the tokenizer."""
+    glued = iter(encode_glued(tokenizer, [item.text for item in fragments if item.glued]))
+    plain = iter(tokenizer.encode_batch([item.text for item in fragments if not item.glued]))
+    return (next(glued if item.glued else plain) for item in fragments)
+
+
 def encode_all(
-    setup: Setup, tokenizer: Tokenizer, batches: Iterable[TextBatch | QaBatch], workers: int
+    setup: Setup, tokenizer: Tokenizer, batches: Iterable[TextBatch | QaBatch], place: Place
 ) -> Generator[Tokens, None, None]:
-    """The encoded batches, in order and the same for any number of ``workers`` (1: in this process).
+    """The encoded batches, in order and the same wherever they are encoded.
 
     Raises:
-        UserError: a process was killed.
+        UserError: a process was killed, or the cluster does not answer.
     """
-    if workers == 1:
-        yield from map(Encoder(setup, tokenizer).encode, batches)
-        return
-    # forked: no thread of Python runs yet, and a process that starts from nothing would first import everything again
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    team = [_start(Encoder(setup, tokenizer)) for _ in range(workers)]
-    free: Queue[Connection] = Queue()
-    for member in team:
-        free.put(member.pipe)
-    threads = ThreadPoolExecutor(workers)
-    waiting: deque[Future[Tokens]] = deque()
-    try:
-        for batch in batches:
-            waiting.append(threads.submit(_encoded, free, batch))
-            if len(waiting) >= WINDOW * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for member in team:
-            member.process.kill()  # whoever waits for it hears the end of its pipe
-        threads.shutdown(wait=True, cancel_futures=True)
-        for member in team:
-            member.process.join()
-            member.pipe.close()
-
-
-@dataclass(frozen=True)
-class _Member:
-    """A process that encodes. Its pipe is its own, so that the end of the process is the end of the pipe: with one pipe
-    for all, half a result of a killed process would be waited for without end."""
-
-    process: BaseProcess
-    pipe: Connection
-
-
-def _start(encoder: Encoder) -> _Member:
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(encoder, theirs, os.getpid()), daemon=True)
-    process.start()
-    theirs.close()
-    return _Member(process, ours)
-
-
-def _encoded(free: Queue[Connection], batch: TextBatch | QaBatch) -> Tokens:
-    """The batch as one of the free processes encodes it."""
-    pipe = free.get()
-    try:
-        pipe.send(batch)
-        found = pipe.recv()
-    except (EOFError, OSError) as error:
-        raise UserError(
-            "a tokenising process ended before its work was done, probably for want of memory: use fewer --workers"
-        ) from error
-    finally:
-        free.put(pipe)
-    if isinstance(found, UserError):
-        raise found
-    return found
-
-
-def _work(encoder: Encoder, pipe: Connection, parent: int) -> None:
-    """In the process: encode what comes through the pipe until it is closed."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as a fork it has its parent's handler, which unwinds
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    while True:
-        try:
-            batch = pipe.recv()
-        except EOFError:
-            return
-        try:
-            pipe.send(encoder.encode(batch))
-        except UserError as error:
-            pipe.send(error)
-
-
-def _end_with(parent: int) -> None:
-    """A process whose parent was killed would wait for batches for ever."""
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
+    if place.workers > 1 or place.ray:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    work = Work("tokenising", Encoder.encode, Encoder, (setup, tokenizer))
+    return map_items(work, batches, place)

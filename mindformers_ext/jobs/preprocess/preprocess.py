@@ -4,30 +4,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.data.conversations import IGNORED, read_conversations
+from mindformers_ext.data.conversations import IGNORED
 from mindformers_ext.data.packing import Packer, check_ids
-from mindformers_ext.data.parquet import read_parquet
-from mindformers_ext.data.readers import Cutting, Fragment, Progress, read_jsonl, read_text, read_wiki
-from mindformers_ext.data.tokenizers import Tokenizer, puts_blank
+from mindformers_ext.data.readers import Progress
+from mindformers_ext.data.tokenizers import Tokenizer
 from mindformers_ext.formats.atomic import fresh_file, fresh_group, recover_group
 from mindformers_ext.jobs.engine.door import open_record_writer
 from mindformers_ext.jobs.engine.protocols import RecordWriter
-from mindformers_ext.jobs.preprocess.encode import QaBatch, Setup, TextBatch, Tokens, encode_all
+from mindformers_ext.jobs.preprocess.batches import EncodedText
+from mindformers_ext.jobs.preprocess.encode import Tokens
 from mindformers_ext.jobs.preprocess.request import SAMPLES, Checked, PreprocessRequest, check_request
+from mindformers_ext.jobs.preprocess.shards import ShardReport, find_shards, write_shard
 from mindformers_ext.jobs.run.dataset import loss_tokens
 
-BATCH_CHARACTERS = 1 << 17  # of text that a process encodes at once
-BATCH_CONVERSATIONS = 64
-SHARE = 4_000_000  # bytes of input that make one more process worth its start
 BLOCK_TOKENS = 1 << 18  # handed to the writer at once
 SPOOLED = "tokens.int32"  # ids of the first pass, where --repeat asks for more
 
@@ -84,8 +83,21 @@ class Summary:
         return json.dumps({**asdict(self), **shares}, indent=2, ensure_ascii=False) + "\n"
 
 
+def encode_shard(request: PreprocessRequest) -> ShardReport:
+    """Encode the part of the input that ``--shard i/n`` names, and leave it beside the output for the join.
+
+    Raises:
+        UserError: as for ``preprocess``.
+    """
+    checked, tokenizer = check_request(request)
+    counts = {"no_question": 0}
+    source = EncodedText(checked, tokenizer, counts)
+    with _bar(checked) as bar, closing(source.encoded(bar.update)) as encoded:
+        return write_shard(request, source.made_of, encoded, counts)
+
+
 def preprocess(request: PreprocessRequest) -> Summary:
-    """Write the data set and its summary; they appear whole or not at all.
+    """Write the data set and its summary; they appear whole or not at all. ``--shard join`` takes what shards encoded.
 
     Raises:
         UserError: an option, an input line, a tokenizer or an output that does not fit; what and where is said.
@@ -113,7 +125,15 @@ def preprocess(request: PreprocessRequest) -> Summary:
     if request.summary is not None:
         with fresh_file(request.summary, request.overwrite) as path:
             path.write_text(summary.as_json(), encoding="utf-8")
+    if request.is_join:
+        for path in find_shards(request, run.source.made_of):
+            path.unlink()
     return summary
+
+
+def _bar(checked: Checked) -> tqdm:
+    size = sum(path.stat().st_size for path in checked.files)
+    return tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", mininterval=0.5, dynamic_ncols=True)
 
 
 class _Run:
@@ -141,16 +161,14 @@ class _Run:
         )
         self.block: list[dict[str, np.ndarray]] = []
         self.block_tokens = 0
-        self.framed_rows = self.request.dataset_type == "wikipedia"  # BOS and EOS around rows, not around documents
+        self.source = EncodedText(checked, tokenizer, self.counts)
+        self.framed_rows = self.source.framed_rows
         self.packer = Packer(checked.row_length - 2 * self.framed_rows)
         self.samples_left = (self.request.samples_num or SAMPLES) if self.framed_rows else None
 
     def work(self) -> None:
         """Everything from the first byte read to the last row handed over."""
-        from tqdm import tqdm
-
-        size = sum(path.stat().st_size for path in self.checked.files)
-        with tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", mininterval=0.5, dynamic_ncols=True) as bar:
+        with _bar(self.checked) as bar:
             self._first_pass(bar.update)
         for _ in range((self.request.repeat or 1) - 1):
             for ids in _blocks_of(self.folder / SPOOLED):
@@ -168,7 +186,7 @@ class _Run:
             [str(path) for path in checked.files],
             [str(path) for path in request.shard_files()],
             str(self.tokenizer.path),
-            sha256(self.tokenizer.path.read_bytes()).hexdigest(),
+            self.source.tokenizer_sha256,
             checked.special.bos,
             checked.special.eos,
             checked.special.pad,
@@ -181,9 +199,7 @@ class _Run:
         )
 
     def _first_pass(self, progress: Progress) -> None:
-        setup = Setup(self.checked.special, self.checked.row_length, not self.framed_rows)
-        workers = min(self.request.workers, 1 + sum(path.stat().st_size for path in self.checked.files) // SHARE)
-        encoded = encode_all(setup, self.tokenizer, self._batches(progress), workers)
+        encoded = self.source.encoded(progress)
         spool = (self.folder / SPOOLED).open("wb") if (self.request.repeat or 1) > 1 else None
         try:
             for tokens in encoded:
@@ -200,38 +216,6 @@ class _Run:
             encoded.close()  # its processes end now
             if spool:
                 spool.close()
-
-    def _batches(self, progress: Progress) -> Iterator[TextBatch | QaBatch]:
-        if self.request.dataset_type == "qa":
-            yield from self._conversation_batches(progress)
-            return
-        cutting = Cutting(blank=puts_blank(self.tokenizer))
-        for path in self.checked.files:
-            yield from _text_batches(self._reader(path, cutting, progress))
-
-    def _reader(self, path: Path, cutting: Cutting, progress: Progress) -> Iterator[Fragment]:
-        request = self.request
-        readers: dict[str, Callable[[], Iterator[Fragment]]] = {
-            "wiki": lambda: read_wiki(path, cutting, progress),
-            "wikipedia": lambda: read_parquet(path, request.field, cutting, progress),
-            "text": lambda: read_text(path, request.document or "file", cutting, progress),
-            "jsonl": lambda: read_jsonl(path, request.field or "text", cutting, progress),
-        }
-        return readers[request.dataset_type]()
-
-    def _conversation_batches(self, progress: Progress) -> Iterator[QaBatch]:
-        batch = []
-        for path in self.checked.files:
-            for conversation in read_conversations(path, progress):
-                if conversation is None:
-                    self.counts["no_question"] += 1
-                    continue
-                batch.append(conversation)
-                if len(batch) == BATCH_CONVERSATIONS:
-                    yield QaBatch(batch)
-                    batch = []
-        if batch:
-            yield QaBatch(batch)
 
     def _count(self, tokens: Tokens) -> None:
         counts = self.counts
@@ -286,18 +270,6 @@ class _Run:
             joined = {name: np.concatenate([block[name] for block in self.block]) for name in self.block[0]}
             self.writer.write(joined)
         self.block, self.block_tokens = [], 0
-
-
-def _text_batches(fragments: Iterable[Fragment]) -> Iterator[TextBatch]:
-    batch, size = [], 0
-    for fragment in fragments:
-        batch.append(fragment)
-        size += len(fragment.text) + 1
-        if size >= BATCH_CHARACTERS:
-            yield TextBatch(batch)
-            batch, size = [], 0
-    if batch:
-        yield TextBatch(batch)
 
 
 def _blocks_of(path: Path) -> Iterator[Any]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import NetworkSpec
@@ -14,6 +15,7 @@ from mindformers_ext.data.readers import SEPARATORS, find_files
 from mindformers_ext.data.tokenizers import Tokenizer, open_tokenizer
 from mindformers_ext.formats.atomic import refuse_existing
 from mindformers_ext.jobs.checkpoint.tiny_model import spec_from_yaml_file
+from mindformers_ext.jobs.items.ray_cluster import check_ray
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,13 @@ KINDS: Mapping[str, DatasetKind] = {
     "qa": DatasetKind((".json", ".jsonl"), ("input_ids", "labels"), options=("skip_masked",)),
     "text": DatasetKind((".txt", ".text", ".md"), options=("repeat", "document")),
     "jsonl": DatasetKind((".jsonl", ".json"), options=("repeat", "field")),
+    "domains": DatasetKind((".jsonl", ".json", ".parquet"), options=("field",)),
+    "mds": DatasetKind((), options=()),
 }
+FOLDERS = ("domains", "mds")  # what they write is a folder; jobs/preprocess/domains/ does so
 SPLITS = ("train", "eval")
-SHORTEST, MOST_SHARDS, MOST_WORKERS = 8, 1000, 256
+SHORTEST, MOST_SHARDS, MOST_WORKERS, MOST_PARTS = 8, 1000, 256, 100_000
+JOIN = "join"  # --shard: put together what the shards have made
 SAMPLES = 10000  # of wikipedia, as MindFormers' script has it
 
 
@@ -42,9 +48,9 @@ class PreprocessRequest:
     """What to write. None stands for an option that was not given."""
 
     dataset_type: str
-    input_glob: str
     output_file: Path
     model_file: Path
+    input_glob: str | None = None
     seq_length: int | None = None
     split: str = "train"
     config: Path | None = None
@@ -58,6 +64,8 @@ class PreprocessRequest:
     skip_masked: bool | None = None
     file_partition: int = 1
     workers: int = 1
+    ray: str | None = None
+    shard: str | None = None
     overwrite: bool = False
     summary: Path | None = None
 
@@ -91,7 +99,21 @@ class PreprocessRequest:
             if getattr(self, name) not in (None, 1, False, SAMPLES) and name not in self.kind.options:
                 types = ", ".join(word for word, kind in KINDS.items() if name in kind.options)
                 problems.add(f"--{name} has no effect on {self.dataset_type}", f"leave it out; it is for {types}")
+        if self.input_glob is None and self.dataset_type != "domains":
+            problems.add("--input_glob is missing", "give a file, a folder or a glob pattern in quotes")
+        if self.shard is not None:
+            read_shard(self.shard, problems)
         problems.raise_if_any()
+
+    @property
+    def own_shard(self) -> tuple[int, int] | None:
+        """(i, n) of ``--shard i/n``, None for all of the work."""
+        return read_shard(self.shard, Problems("")) if self.shard else None
+
+    @property
+    def is_join(self) -> bool:
+        """Whether the shards are joined."""
+        return self.shard == JOIN
 
     def shard_files(self) -> list[Path]:
         """The files of the data set, as MindRecord names them."""
@@ -102,6 +124,19 @@ class PreprocessRequest:
             self.output_file.with_name(f"{self.output_file.name}{number:0{width}}")
             for number in range(self.file_partition)
         ]
+
+
+def read_shard(word: str, problems: Problems) -> tuple[int, int] | None:
+    """(i, n) of "i/n" with i from 0; None for "join"."""
+    own, slash, count = word.partition("/")
+    if word == JOIN:
+        return None
+    numbers = (int(own), int(count)) if own.isdecimal() and count.isdecimal() and len(word) < 20 else (0, 0)
+    if not slash or not 0 <= numbers[0] < numbers[1] <= MOST_PARTS:
+        problems.add(
+            f"--shard {word[:40]}", f"give i/n with i from 0 to n - 1 and n up to {MOST_PARTS}, and last --shard {JOIN}"
+        )
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -130,13 +165,44 @@ def check_request(request: PreprocessRequest) -> tuple[Checked, Tokenizer]:
         UserError: something does not fit; what and where is said.
     """
     request.check()
-    files = find_files(request.input_glob, request.kind.suffixes)
+    files = find_files(request.input_glob or "", request.kind.suffixes)
     for path in request.shard_files():
         if path.is_dir():
             raise UserError(f"output '{path}' is a folder: give a file name")
         for output in (path, path.with_name(path.name + ".db")):
             refuse_existing(output, request.overwrite)
     refuse_existing(request.summary_file, request.overwrite)
+    if request.ray is not None:
+        check_ray(request.ray)
+    tokenizer, found = open_checked(request)
+    checked = Checked(
+        request=request,
+        files=files,
+        special=found.special,
+        unknown=tokenizer.special_ids["unk_id"],
+        tokenizer_vocab=tokenizer.vocab_size,
+        vocab_size=found.vocab_size,
+        seq_length=found.seq_length,
+        loss_pad=found.spec.model.pad_token_id if found.spec else found.special.pad,
+    )
+    return checked, tokenizer
+
+
+class TokenFacts(NamedTuple):
+    """What ids there are and how long rows are; ``spec`` of --config."""
+
+    special: Specials
+    vocab_size: int
+    seq_length: int
+    spec: NetworkSpec | None
+
+
+def open_checked(request: PreprocessRequest) -> tuple[Tokenizer, TokenFacts]:
+    """The tokenizer, and what follows from it, the options and --config; they must agree.
+
+    Raises:
+        UserError: something does not fit.
+    """
     tokenizer = open_tokenizer(request.model_file)
     spec = spec_from_yaml_file(request.config) if request.config else None
     special = _specials(request, tokenizer)
@@ -145,11 +211,7 @@ def check_request(request: PreprocessRequest) -> tuple[Checked, Tokenizer]:
     _check_ids(request, special, vocab_size, tokenizer)
     if spec:
         _check_config(request, spec, special, seq_length, tokenizer)
-    loss_pad = spec.model.pad_token_id if spec else special.pad
-    checked = Checked(
-        request, files, special, tokenizer.special_ids["unk_id"], tokenizer.vocab_size, vocab_size, seq_length, loss_pad
-    )
-    return checked, tokenizer
+    return tokenizer, TokenFacts(special, vocab_size, seq_length, spec)
 
 
 def _specials(request: PreprocessRequest, tokenizer: Tokenizer) -> Specials:

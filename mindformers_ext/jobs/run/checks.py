@@ -88,13 +88,13 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
         run, found, merge = settle_for_mindformers(run, build, known)
         notes += found
     _check_first_weights(run, build.network)
+    if run.data and run.data.mixture:
+        own = run.runner is Runner.OWN_LOOP
+        rows = rows_of_step(run, build.network)[0] if own else update_rows(run, build.network)
+        notes += check_mixture(run, config, build.network, rows)
     if run.runner in (Runner.OWN_LOOP, Runner.MINDFORMERS) and (run.family is not None or is_llama(config)):
         check_tokenizer(run, build.network)
-        if run.data and run.data.mixture:
-            own = run.runner is Runner.OWN_LOOP
-            rows = rows_of_step(run, build.network)[0] if own else update_rows(run, build.network)
-            notes += check_mixture(run, config, build.network, rows)
-        elif run.mode != "predict":
+        if run.mode != "predict":
             check_dataset(run, build.network)
         if run.trains and run.resume:
             notes += seam_notes(config, run, build.network)

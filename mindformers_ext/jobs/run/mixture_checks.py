@@ -12,8 +12,9 @@ import numpy as np
 
 from mindformers_ext.core.config.run import OWN, Runner, RunSpec
 from mindformers_ext.core.config.values import section_at
-from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.data.mixture.rules import ALIASES, RULES, Rule
 from mindformers_ext.data.mixture.schedule import ERROR, RENORMALISE, REPEAT
 from mindformers_ext.data.mixture.state import MixtureState, check_continues, state_from_json
 from mindformers_ext.formats.ms_file import open_checkpoint
@@ -22,6 +23,15 @@ from mindformers_ext.jobs.run.mixture import Mixture, open_mixture
 
 DATA = "data."  # of a batch source's own state in a checkpoint: data.<name>
 STATE = "mixture"  # such a name: the bytes of a JSON text
+# Keys that would change which rows come when, with the values that mean off.
+OFF: dict[str, tuple[object, ...]] = {
+    "train_dataset.repeat": (None, 1),
+    "train_dataset.drop_remainder": (None, True),
+    "train_dataset.eod_reset": (None, False),
+    "train_dataset.dynamic_batch": (None, False),
+    "ignore_data_skip": (None, False),
+    "data_skip_steps": (None, 0),
+}
 
 
 def check_mixture(run: RunSpec, config: Mapping[str, Any], spec: NetworkSpec, rows: int) -> list[str]:
@@ -32,17 +42,8 @@ def check_mixture(run: RunSpec, config: Mapping[str, Any], spec: NetworkSpec, ro
             few rows where none may come twice; a checkpoint of another mixture; a runner that cannot do it.
     """
     assert run.data is not None and run.data.mixture is not None
-    if not run.trains:
-        raise UserError(
-            f"{run.data.section}.data_loader.type MixtureDataset is for training, which measures losses by domain; for "
-            f"run_mode {run.mode} set MindDataset and give one domain's files"
-        )
+    _check_words(run, config)
     mixture = open_mixture(run.data.mixture)
-    if run.runner is not Runner.OWN_LOOP and mixture.interval:
-        raise UserError(
-            "eval_interval: MindFormers' loop cannot measure losses by domain or move proportions; give --trainer "
-            f"{OWN}, or leave eval_interval out and take an update_type that does not move"
-        )
     own = mixture.state(run.data.seed, rows)
     steps = steps_of_epoch(mixture, rows) * int(section_at(config, "runner_config").get("epochs") or 1)
     notes = [*mixture.notes, *_length_notes(mixture, steps * rows)]
@@ -54,6 +55,33 @@ def check_mixture(run: RunSpec, config: Mapping[str, Any], spec: NetworkSpec, ro
         where = _resumed_file(run)
         continued(held_state(where), own, mixture, str(where))
     return notes
+
+
+def _check_words(run: RunSpec, config: Mapping[str, Any]) -> None:
+    """What a mixture cannot be combined with, by the words alone."""
+    assert run.data is not None and run.data.mixture is not None
+    problems = Problems("the data mixture (MixtureDataset)")
+    if not run.trains:
+        problems.add(
+            f"run_mode {run.mode}: it is for training, which measures losses by domain",
+            f"set {run.data.section}.data_loader.type to MindDataset and give one domain's files",
+        )
+    if run.family is None:
+        problems.add(f"{run.network} is a network of MindFormers' own", "set MindDataset, or take a family of ours")
+    rule = run.data.mixture.rule or "constant"
+    if run.runner is not Runner.OWN_LOOP and (
+        run.data.mixture.interval or RULES.get(ALIASES.get(rule, rule), Rule()).moves
+    ):
+        problems.add(
+            "MindFormers' loop cannot measure losses by domain or move proportions",
+            f"give --trainer {OWN}, or leave eval_interval out and take an update_type that does not move",
+        )
+    for place, off in OFF.items():
+        section, _, name = place.rpartition(".")
+        value = section_at(config, section).get(name)
+        if value not in off:
+            problems.add(f"{place}={value!r} is not built with it", "leave it out")
+    problems.raise_if_any()
 
 
 def _length_notes(mixture: Mixture, planned: int) -> list[str]:

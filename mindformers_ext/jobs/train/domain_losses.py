@@ -18,6 +18,7 @@ from mindformers_ext.core.figures import StepFigures
 from mindformers_ext.core.log import get_logger
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.data.mixture.rules import updated
+from mindformers_ext.data.mixture.state import MixtureState
 from mindformers_ext.formats.atomic import write_text
 from mindformers_ext.jobs.engine.protocols import Trainer
 from mindformers_ext.jobs.predict.evaluate import Window, score
@@ -54,7 +55,7 @@ class DomainLosses(QuietHook):
     def measured(self, step: int, figures: StepFigures) -> Mapping[str, float]:
         """Proportions of the step and rows drawn so far of each domain; at the end of a window also their losses."""
         state, mixture = self.data.schedule.state, self.data.mixture
-        result = _named("proportion", mixture.names, state.proportions) | _named("rows", mixture.names, state.used)
+        result = drawn_figures(state)
         ends = bool(mixture.interval) and step % mixture.interval == 0
         if ends and np.isfinite(figures.loss):
             losses = self._losses(step)
@@ -113,6 +114,11 @@ def _batch(held: RecordRows, numbers: range, rows: int, model: ModelSpec) -> tup
         filled[: len(numbers)] = column[: len(numbers)]
         whole.append(filled)
     return tuple(whole)
+
+
+def drawn_figures(state: MixtureState) -> dict[str, float]:
+    """Proportions of the step that is done, and rows drawn so far, of each domain."""
+    return _named("proportion", state.names, state.proportions) | _named("rows", state.names, state.used)
 
 
 def _named(word: str, names: Sequence[str], values: Sequence[float] | Floats) -> dict[str, float]:

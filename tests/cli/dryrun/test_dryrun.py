@@ -39,7 +39,7 @@ from tests.helpers.sliced import same, write_file
 from tests.helpers.tiny_run import ROOT, environment
 
 SEED = "mixtral_8x7b/pretrain_mixtral-8x7b.yaml"
-LLAMA_MOE = "../llama_moe/pretrain_llama_moe_3_5b_2_8.yaml"  # a gate of several products, and its noise
+LLAMA_MOE = "../llama_moe/continue_llama_moe_3_5b_2_8.yaml"  # a gate of several products, and its noise; a data mixture
 R17 = {"data_parallel": 2, "model_parallel": 4, "expert_parallel": 2, "use_seq_parallel": True}
 # every rank of model parallel routes the same tokens, as MindFormers' 32k files of r1.2 to r1.6 ask for
 ALIKE = {

@@ -17,10 +17,11 @@ from mindformers_ext.cli.experts import main
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats import disk
 from mindformers_ext.formats.fingerprint import fingerprint
-from mindformers_ext.jobs.experts import layer_pool, run_split
+from mindformers_ext.jobs.experts import run_split
 from mindformers_ext.jobs.experts.dense_model import open_dense
 from mindformers_ext.jobs.experts.metis import graph_bytes
 from mindformers_ext.jobs.experts.splits import open_split
+from mindformers_ext.jobs.items import ray_cluster
 from tests.helpers.tiny_llama import LAYERS, WIDTH, make_llama
 
 NAME = "layers.{}.mlp.gate_proj.weight"
@@ -345,10 +346,10 @@ def test_importance_that_tells_what_it_is_must_fit(
 def test_a_cluster_that_cannot_be_used_is_told(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(layer_pool, "find_spec", lambda name: None)
+    monkeypatch.setattr(ray_cluster, "find_spec", lambda name: None)
     assert split(model, tmp_path, "--method", "random", "--ray", "auto") == 2
     assert "pip install 'mindformers_ext[ray]'" in capsys.readouterr().err
-    monkeypatch.setattr(layer_pool, "find_spec", lambda name: name)
+    monkeypatch.setattr(ray_cluster, "find_spec", lambda name: name)
     assert split(model, tmp_path, "--method", "random", "--ray", "127.0.0.1:1") == 2
     assert "nobody answers" in capsys.readouterr().err and not list(tmp_path.iterdir())
 

@@ -113,24 +113,53 @@ def test_text_comes_back(corpus: Path, texts: list[str], model: Path, document: 
         ("qa", "talk.json", ("--file_partition", 4)),
     ],
 )
-def test_any_number_of_workers_writes_the_same_files(
+def test_any_number_of_workers_or_shards_writes_the_same_files(
     corpus: Path, model: Path, kind: str, source: str, more: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mindformers_ext.jobs.preprocess.preprocess.SHARE", 1)  # processes for an input of any size
+    small = {"SHARE": 1, "BATCH_CHARACTERS": 5000, "BATCH_CONVERSATIONS": 7}  # processes for an input of any size
+    for name, value in small.items():
+        monkeypatch.setattr(f"mindformers_ext.jobs.preprocess.batches.{name}", value)
     written = []
     output = corpus / "out" / "data.mindrecord"
-    for workers in (1, 3):
+    for workers in (1, 3, 2):
         more_here = ("--seq_length", 40, "--workers", workers, "--overwrite", *more)
-        assert run(kind, corpus / source, model, output, *more_here) == 0
+        shards = ("1/3", "0/3", "2/3", "join") if workers == 2 else ()
+        for word in (("--shard", shard) for shard in shards) if shards else ((),):
+            assert run(kind, corpus / source, model, output, *more_here, *word) == 0
         described = summary_of(output)
         files = sorted(item for item in output.parent.iterdir() if not item.name.endswith(".json"))
         written.append((described, {item.name: sha256(item.read_bytes()).digest() for item in files}))
-    assert written[0] == written[1]
+    assert written[0] == written[1] == written[2]
     described, files = written[0]
     assert described["row_length"] == (40 if "eval" in more else 41)
     assert len(files) == (8 if kind == "qa" else 2)
     first = output.with_name(output.name + "0") if kind == "qa" else output
     assert sum(1 for _ in rows_of(first, "input_ids")) == described["records"] > 50
+
+
+def test_shards_that_do_not_fit_are_told(corpus: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = corpus / "out" / "data.mindrecord"
+
+    def said(*words: object, source: str = "a.txt") -> str:
+        assert run("text", corpus / source, model, output, "--workers", 1, *words) == 2
+        return capsys.readouterr().err
+
+    for word in ("3/3", "1", "a/b", "0/0", "1/999999", "whole"):
+        assert f"--shard {word}: give i/n" in said("--shard", word)
+    assert "no shard of" in said("--shard", "join")
+    assert run("text", corpus / "a.txt", model, output, "--shard", "1/2", "--workers", 1) == 0
+    assert "data.mindrecord.shard-00000-of-00002 of 2 is missing" in said("--shard", "join")
+    assert run("text", corpus / "a.txt", model, output, "--shard", "0/2", "--workers", 1) == 0
+    assert "made of another text or with other options" in said("--shard", "join", source="b.txt")
+    assert "made of another text or with other options" in said("--shard", "join", "--bos_id", 3)
+    damaged = output.with_name("data.mindrecord.shard-00001-of-00002")
+    data = damaged.read_bytes()
+    damaged.write_bytes(data[:-9])
+    assert "is damaged" in said("--shard", "join")
+    assert sorted(path.name[:22] for path in output.parent.iterdir()) == ["data.mindrecord.shard-"] * 2
+    damaged.write_bytes(data)
+    assert run("text", corpus / "a.txt", model, output, "--shard", "join", "--workers", 1) == 0
+    assert not list(output.parent.glob("*.shard-*"))
 
 
 def test_qa_counts_what_bears_no_loss(corpus: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
