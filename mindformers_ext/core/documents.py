@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows packed of several documents: what their column ``document_ids`` may hold.
 
-A row numbers its documents 1, 2, ... in order; 0 is the padding behind the last one. A token attends to its own document
-alone, and positions begin anew in each.
+A row numbers its documents 1, 2, ... in order; 0 is the padding behind the last one. A token attends to its own
+document alone, and positions begin anew in each.
 """
 
 from __future__ import annotations

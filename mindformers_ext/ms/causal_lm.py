@@ -115,10 +115,11 @@ def _report_types(report: ms.Type) -> tuple:
 class Decoder(nn.Cell):
     """Embedding, layers, final norm.
 
-    Inputs (B, S) int32, the keys (B, 3) of the noise of gates that add it (``core.philox``), and the documents (B, S) of
-    packed rows (``core.documents``), whose padding counts in no mixture's balance. Outputs: hidden (B*S, D), aux_loss (), load (mixtures, E) and dropped (mixtures), float32, a mixture being a layer with
-    experts; a dense model has none and returns load (1, 1) and dropped (1) of zeros. In a pipeline no stage sees all
-    layers, so load and dropped are not reported: aux_loss stands in their place.
+    Inputs (B, S) int32, the keys (B, 3) of the noise of gates that add it (``core.philox``), and the documents (B,
+    S) of packed rows (``core.documents``), whose padding counts in no mixture's balance. Outputs: hidden (B*S, D),
+    aux_loss (), load (mixtures, E) and dropped (mixtures), float32, a mixture being a layer with experts; a dense
+    model has none and returns load (1, 1) and dropped (1) of zeros. In a pipeline no stage sees all layers, so load
+    and dropped are not reported: aux_loss stands in their place.
     """
 
     def __init__(self, spec: NetworkSpec, operators: Operators) -> None:

@@ -24,8 +24,8 @@ class FeedForward(Protocol):
     def __call__(
         self, x_TD: Tensor, noise_TE: Tensor | None = None, counted_T: Tensor | None = None
     ) -> FeedForwardOutput:
-        """Rows (T, D) in training and evaluation, the noise that a mixture's gate adds in training, and which tokens (T)
-        count in its balance (1 or 0), all where it is not told: padding is routed like the others."""
+        """Rows (T, D) in training and evaluation, the noise that a mixture's gate adds in training, and which tokens
+        (T) count in its balance (1 or 0), all where it is not told: padding is routed like the others."""
 
     def for_inference(self, tokens: int) -> nn.Cell:
         """A cell of the same parameters for graphs of ``tokens`` rows that drops none: x (T, D) and valid (T) int32,

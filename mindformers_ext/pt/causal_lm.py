@@ -51,9 +51,10 @@ class TokenEmbedding(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers, final norm.
 
-    Inputs (B, S) int, the keys (B, 3) of the noise of gates that add it (``core.philox``), and the documents (B, S) of
-    packed rows (``core.documents``), whose padding counts in no mixture's balance. Outputs: hidden (B*S, D), aux_loss (), load (mixtures, E) and dropped (mixtures); a dense model returns load (1, 1) and dropped (1)
-    of zeros. ``recompute``: layers that compute their activations again.
+    Inputs (B, S) int, the keys (B, 3) of the noise of gates that add it (``core.philox``), and the documents (B, S)
+    of packed rows (``core.documents``), whose padding counts in no mixture's balance. Outputs: hidden (B*S, D),
+    aux_loss (), load (mixtures, E) and dropped (mixtures); a dense model returns load (1, 1) and dropped (1) of
+    zeros. ``recompute``: layers that compute their activations again.
     """
 
     def __init__(self, spec: NetworkSpec) -> None:

@@ -26,8 +26,8 @@ def build_feed_forward(spec: NetworkSpec, layer: LayerSpec) -> FeedForward:
 class Layer(nn.Module):
     """Attention and feed-forward, each behind a norm and added to the residual.
 
-    Inputs (T, D), the rotary tables, of a mixture the noise (T, E) that its gate adds, and of packed rows their documents
-    (B, S); output as that of its feed-forward layer, with y (T, D) the state behind this layer.
+    Inputs (T, D), the rotary tables, of a mixture the noise (T, E) that its gate adds, and of packed rows their
+    documents (B, S); output as that of its feed-forward layer, with y (T, D) the state behind this layer.
     """
 
     def __init__(self, spec: NetworkSpec, layer: LayerSpec) -> None:

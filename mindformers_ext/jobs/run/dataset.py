@@ -40,8 +40,8 @@ def check_dataset(run: RunSpec, spec: NetworkSpec) -> None:
         return
     if run.mode == "eval" and DOCUMENT_IDS in data.columns:
         raise UserError(
-            f"{data.section}.input_columns names {DOCUMENT_IDS}: evaluation takes rows of one document each; write them "
-            "with --pack_strategy pad, and leave the column out"
+            f"{data.section}.input_columns names {DOCUMENT_IDS}: evaluation takes rows of one document each; write "
+            "them with --pack_strategy pad, and leave the column out"
         )
     files = dataset_files(data)
     rows = sum(row_count(path) for path in files)

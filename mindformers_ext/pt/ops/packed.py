@@ -38,7 +38,7 @@ def document_mask(documents_BS: Tensor, window: int | None) -> Tensor:
 
 
 def document_ends(documents_BS: Tensor) -> Tensor:
-    """Where documents begin in B*S tokens, and their end, int32: 129 of each row with its padding, most of no length."""
+    """Where documents begin in B*S tokens, and the end, int32: 129 a row with its padding, most of no length."""
     B, S = documents_BS.shape
     number_M = torch.arange(1, MOST_DOCUMENTS + 1, device=documents_BS.device)
     inside_BSM = (documents_BS[..., None] > 0) & (documents_BS[..., None] <= number_M)
