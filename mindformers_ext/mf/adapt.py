@@ -70,6 +70,7 @@ def adapt(config: Mapping[str, Any], device_target: str) -> tuple[dict[str, Any]
     if data and data.mixture:
         result["train_dataset"]["data_loader"] = {**loader, SEED: data.seed}
     _adapt_parallel(result, device_target, notes)
+    (result.get("runner_config") or {}).pop("freeze_gate", None)  # ``mf.networks`` reads the copy
     draws = family is not None and may_draw(family, section_at(config, MODEL))
     columns = (result.get("train_dataset") or {}).get("input_columns") or ["input_ids"]
     if family is not None and result.get("train_dataset") and (draws or DOCUMENT_IDS in columns):

@@ -116,6 +116,14 @@ def group_of(name: str, groups: tuple[ParameterGroup, ...]) -> ParameterGroup:
 
 
 DEFAULT_GROUP = ParameterGroup()
+FREEZE_GATE = "runner_config.freeze_gate"
+# what scores experts stands below ``router`` (core/parameters.py); gates of shared experts choose nothing
+FROZEN_GATES = ParameterGroup(pattern=r"(.*\.)?router\..*", trained=False)
+
+
+def gates_are_frozen(config: Mapping[str, Any]) -> bool:
+    """Whether the run's gates stay as they are while everything else learns."""
+    return section_at(config, "runner_config").get("freeze_gate") is True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +207,7 @@ def train_spec_from_yaml(
         print_every=int(monitor.get("per_print_times") or 1),
         checkpoint=_checkpoint(callbacks.get("CheckpointMonitor"), problems, notes, own),
         lora=lora_from_yaml(config),
+        groups=(FROZEN_GATES,) if gates_are_frozen(config) else (),
     )
     problems.raise_if_any()
     return spec, notes
