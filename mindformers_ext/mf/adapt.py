@@ -73,6 +73,8 @@ def adapt(config: Mapping[str, Any], device_target: str) -> tuple[dict[str, Any]
     (result.get("runner_config") or {}).pop("freeze_gate", None)  # ``mf.networks`` reads the copy
     draws = family is not None and may_draw(family, section_at(config, MODEL))
     columns = (result.get("train_dataset") or {}).get("input_columns") or ["input_ids"]
+    if family is not None and DOCUMENT_IDS in columns:  # the network is built for such rows
+        result["model"]["model_config"][WRITTEN]["train_dataset"] = {"input_columns": list(columns)}
     if family is not None and result.get("train_dataset") and (draws or DOCUMENT_IDS in columns):
         # the names of what the network is called with
         result["train_dataset"]["construct_args_key"] = [*columns, NOISE] if draws else list(columns)

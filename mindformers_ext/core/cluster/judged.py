@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from mindformers_ext.core.cluster.build import BuildSpec, build_spec
@@ -25,15 +24,14 @@ def read_network(config: Mapping[str, Any], run: RunSpec, device_num: int) -> tu
     Raises:
         UserError: lists every key and value that cannot be.
     """
-    packed = run.data is not None and DOCUMENT_IDS in run.data.columns
     if run.family is None:
-        if packed:
+        if run.data is not None and DOCUMENT_IDS in run.data.columns:
             raise UserError(
                 f"input_columns: {DOCUMENT_IDS}: rows packed of documents are for networks of ours, this one is "
                 "MindFormers' own: name one of ours in model.arch.type, or give its padded rows"
             )
         return foreign_spec(config, device_num)
-    spec = replace(network_spec_from_yaml(config, device_num), packed=packed)
+    spec = network_spec_from_yaml(config, device_num)
     return spec, yaml_notes(config, spec.model.moe)
 
 
