@@ -21,7 +21,6 @@ from mindformers_ext.data.readers import Progress
 from mindformers_ext.data.turns import talk_of
 
 CHOSEN, REJECTED = SIDES = ("chosen", "rejected")
-PAIR_COLUMNS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")  # MindFormers' names
 
 
 class Pair(NamedTuple):

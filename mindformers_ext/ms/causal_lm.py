@@ -258,14 +258,15 @@ class CausalLM(nn.Cell):
         """In a pipeline: see ``ms.kept_reports``; before the network is compiled."""
         self.model.keep_reports(self.spec)
 
-    def _head(self, x_TD: Tensor) -> Tensor:
+    def head(self, x_TD: Tensor) -> Tensor:
+        """Logits (T, V) in the type of x."""
         if self.tied:
             return self.product(x_TD, ops.cast(self.model.tok_embeddings.embedding_weight, x_TD.dtype))
         return self.lm_head(x_TD)
 
     def construct(self, ids_BS: Tensor, documents_BS: Tensor | None = None) -> Tensor:
         x_TD, _, _, _ = self.model(ids_BS, None, documents_BS)
-        logits = ops.cast(self._head(x_TD), ms.float32)
+        logits = ops.cast(self.head(x_TD), ms.float32)
         return ops.reshape(logits, (ids_BS.shape[0], ids_BS.shape[1], self.vocab_size))
 
     def losses(
@@ -279,9 +280,29 @@ class CausalLM(nn.Cell):
         documents_BS = None if documents_BT is None else self.tokens(documents_BT)
         x_TD, aux_loss, load, dropped = self.model(self.tokens(ids_BT), keys_B3, documents_BS)
         target_T, weight_T = self.targets(ids_BT, labels_BT)
-        lm_loss = self.next_token_loss(self._head(x_TD), target_T, weight_T)
+        lm_loss = self.next_token_loss(self.head(x_TD), target_T, weight_T)
         loss = self.add(lm_loss, aux_loss) if self.add_aux_loss else lm_loss
         return loss, lm_loss, aux_loss, load, dropped
+
+
+class RowLogProbabilities(nn.Cell):
+    """The sum of the log-probabilities of each row's labels, of a ``CausalLM`` on one device. Parameter names stay.
+
+    Inputs: ids and labels (B, S+1), and the keys of its noise. Outputs: (B) float32, then what ``losses`` has behind
+    its first two.
+    """
+
+    def __init__(self, network: CausalLM) -> None:
+        super().__init__(auto_prefix=False)
+        self.network = network
+
+    def construct(
+        self, ids_BT: Tensor, labels_BT: Tensor, keys_B3: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x_TD, aux_loss, load, dropped = self.network.model(self.network.tokens(ids_BT), keys_B3)
+        target_T, weight_T = self.network.targets(ids_BT, labels_BT)
+        losses_T = self.network.next_token_loss.rows(self.network.head(x_TD), target_T, weight_T)
+        return -ops.reshape(losses_T, (ids_BT.shape[0], -1)).sum(1), aux_loss, load, dropped
 
 
 def build_causal_lm(spec: NetworkSpec) -> CausalLM:

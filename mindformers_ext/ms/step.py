@@ -14,6 +14,8 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from mindformers_ext.core.config.lora import DROPOUT_SEED
+from mindformers_ext.ms.causal_lm import CausalLM, RowLogProbabilities
+from mindformers_ext.ms.loss import PreferenceLoss
 from mindformers_ext.ms.ops.select import select_operators
 
 _scaled = ops.MultitypeFuncGraph("scaled")
@@ -225,6 +227,33 @@ class LossNetwork(nn.Cell):
         documents = more[1] if count > 1 else None
         keys = more[count] if self.draws else None
         return self.network.losses(input_ids, labels, keys, documents)
+
+
+class PreferenceNetwork(nn.Cell):
+    """Adapts a ``CausalLM`` to the step over pairs of answers (``core.preferences``). Parameter names stay."""
+
+    def __init__(self, network: CausalLM, beta: float) -> None:
+        super().__init__(auto_prefix=False)
+        self.rows, self.loss = RowLogProbabilities(network), PreferenceLoss(beta)
+        self.adds = network.add_aux_loss
+        self.join = ops.Concat(axis=0)
+
+    def construct(
+        self,
+        chosen: Tensor,
+        chosen_labels: Tensor,
+        rejected: Tensor,
+        rejected_labels: Tensor,
+        reference: Tensor,
+        keys: Tensor | None = None,
+    ) -> Terms:
+        """LossTerms of ids and labels (R, S+1), the reference's (R, 2), and where gates add noise the keys of 2R rows;
+        what is measured of the pairs stands behind the shares dropped."""
+        ids, labels = self.join((chosen, rejected)), self.join((chosen_labels, rejected_labels))
+        logp_B, aux_loss, load, dropped = self.rows(ids, labels, keys)
+        lm_loss, measured = self.loss(logp_B, reference)
+        loss = lm_loss + aux_loss if self.adds else lm_loss
+        return loss, lm_loss, aux_loss, load, self.join((dropped, measured))
 
 
 class LmLoss(nn.Cell):

@@ -13,7 +13,7 @@ from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.pt.attention import rotary_tables
 from mindformers_ext.pt.layer import Layer
 from mindformers_ext.pt.linear import Linear, fill_normal
-from mindformers_ext.pt.loss import next_token_loss, targets
+from mindformers_ext.pt.loss import next_token_loss, preference_loss, targets, token_losses
 from mindformers_ext.pt.norm import RmsNorm
 from mindformers_ext.pt.ops.dtypes import torch_dtype
 from mindformers_ext.pt.ops.noise import mixture_noise
@@ -141,9 +141,18 @@ class CausalLM(nn.Module):
         tokens: Tensor | None = None,
         keys: Tensor | None = None,
         documents: Tensor | None = None,
+        preference: tuple[Tensor, float] | None = None,
+        by_row: bool = False,
     ) -> Tensor | Terms:
         """See the class. ``tokens``: counted tokens to divide the loss by, where other ranks hold a share of them;
-        ``keys``: (B, 3) of the noise of gates that add it; ``documents``: of packed rows, of the shape of ids."""
+        ``keys``: (B, 3) of the noise of gates that add it; ``documents``: of packed rows, of the shape of ids.
+
+        ``preference``: the reference's log-probabilities (B/2, 2) and beta; rows are chosen answers and then as many
+        rejected ones, lm_loss is that of ``core.preferences``, and ``core.figures.MEASURED`` stand behind ``dropped``.
+        ``by_row``: the sum of the log-probabilities of each row's labels (B) alone.
+        """
+        if by_row or preference is not None:
+            return self._of_rows(ids_BS, labels_BT, keys, preference)
         if losses:
             return self._losses(ids_BS, labels_BT, tokens, keys, documents)
         x_TD, _, _, _ = self.model(ids_BS, None, documents)
@@ -166,6 +175,19 @@ class CausalLM(nn.Module):
         lm_loss = total / (count if tokens is None else tokens).clamp(min=1)
         loss = lm_loss + aux_loss if self.add_aux_loss else lm_loss
         return Terms(loss, lm_loss, aux_loss, load, dropped)
+
+    def _of_rows(
+        self, ids_BT: Tensor, labels_BT: Tensor | None, keys: Tensor | None, preference: tuple[Tensor, float] | None
+    ) -> Tensor | Terms:
+        model = self.spec.model
+        x_TD, aux_loss, load, dropped = self.model(ids_BT[:, :-1], keys)
+        target_T, counted_T = targets(ids_BT, labels_BT, model.pad_token_id, model.ignore_token_id)
+        logp_B = -token_losses(self.head(x_TD), target_T, counted_T).view(len(ids_BT), -1).sum(1)
+        if preference is None:
+            return logp_B
+        lm_loss, measured = preference_loss(logp_B, *preference)
+        loss = lm_loss + aux_loss if self.add_aux_loss else lm_loss
+        return Terms(loss, lm_loss, aux_loss, load, torch.cat((dropped, measured)))
 
 
 def build_causal_lm(spec: NetworkSpec) -> CausalLM:

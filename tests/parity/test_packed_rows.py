@@ -27,6 +27,11 @@ TRAIN = TrainSpec(
 )
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # the tensors are tiny
+
+
 def torch_trainer(name: str, train: TrainSpec = TRAIN) -> TorchTrainer:
     trainer = TorchTrainer(NETWORKS[name](), train, torch.device("cpu"))
     trainer.open()

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from mindformers_ext.core.preferences import PAIR_COLUMNS
 from mindformers_ext.data.documents import IGNORED, PAD, Document, DocumentPacker, filled
-from mindformers_ext.data.preferences import PAIR_COLUMNS
 from mindformers_ext.jobs.preprocess.encode import Tokens
 from mindformers_ext.jobs.preprocess.request import Checked
 

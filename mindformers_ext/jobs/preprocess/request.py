@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 from mindformers_ext.core.documents import DOCUMENT_IDS
 from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.preferences import PAIR_COLUMNS
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.data.chat_template import ChatTemplate
 from mindformers_ext.data.conversations import Specials
 from mindformers_ext.data.documents import STRATEGIES
-from mindformers_ext.data.preferences import PAIR_COLUMNS
 from mindformers_ext.data.readers import SEPARATORS, find_files
 from mindformers_ext.data.tokenizers import Tokenizer, open_tokenizer
 from mindformers_ext.formats.atomic import refuse_existing

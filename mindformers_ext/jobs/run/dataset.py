@@ -13,6 +13,7 @@ import numpy as np
 from mindformers_ext.core.config.run import DATA_OF, MINDRECORD, PYTORCH, DataSpec, RunSpec
 from mindformers_ext.core.documents import DOCUMENT_IDS, MOST_DOCUMENTS, wrong_documents
 from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.preferences import PAIR_COLUMNS, holds_pairs
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.data.conversations import IGNORED
 from mindformers_ext.formats.mindrecord_file import row_count
@@ -124,12 +125,13 @@ def _check_file(path: Path, data: DataSpec, spec: NetworkSpec, run: RunSpec, mos
             _check_lengths({len(row) for row in block[0]}, spec, run.mode == "eval", problems)
             problems.raise_if_any()
             columns = dict(zip(data.columns, map(_stacked, block), strict=True))
-            ids, labels = columns[data.columns[0]], columns.get("labels")
-            _check_block(ids, labels, first, spec, problems)
-            _check_documents(ids, columns.get(DOCUMENT_IDS), first, problems)
-            problems.raise_if_any()
-            read += len(ids)
-            bearing += loss_tokens(ids, labels, spec.model.pad_token_id, spec.model.ignore_token_id)
+            for ids_name, labels_name in sides(data.columns):
+                ids, labels = columns[ids_name], columns.get(labels_name)
+                _check_block(ids, labels, first, spec, problems)
+                _check_documents(ids, columns.get(DOCUMENT_IDS), first, problems)
+                problems.raise_if_any()
+                bearing += loss_tokens(ids, labels, spec.model.pad_token_id, spec.model.ignore_token_id)
+            read += len(block[0])
     except RuntimeError as error:
         line = " ".join(str(error).split())[:300]
         raise UserError(f"data set {path} cannot be read with the columns {', '.join(data.columns)}: {line}") from error
@@ -196,6 +198,13 @@ def _check_documents(ids: np.ndarray, documents: np.ndarray | None, first: int, 
             "token, and 0 at its padding",
             "write the data again with --pack_strategy",
         )
+
+
+def sides(names: Sequence[str]) -> list[tuple[str, str]]:
+    """The names of ids and labels that belong together among a data set's columns."""
+    if holds_pairs(names):
+        return [PAIR_COLUMNS[:2], PAIR_COLUMNS[2:]]
+    return [(names[0], "labels")]
 
 
 def check_documents(documents: np.ndarray, where: str) -> None:

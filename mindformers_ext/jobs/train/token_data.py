@@ -16,11 +16,12 @@ from mindformers_ext.core.config.run import PYTORCH, DataSpec, data_spec_from_ya
 from mindformers_ext.core.config.train import OWN_LOOPS
 from mindformers_ext.core.documents import DOCUMENT_IDS
 from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.preferences import PAIR_COLUMNS
 from mindformers_ext.data.row_order import RowOrder
 from mindformers_ext.formats.mindrecord_file import MindRecordFile
 from mindformers_ext.jobs.run.dataset import check_documents, check_ids, dataset_files
 
-COLUMNS = (("input_ids",), ("input_ids", "labels"), ("input_ids", "labels", DOCUMENT_IDS))
+COLUMNS = (("input_ids",), ("input_ids", "labels"), ("input_ids", "labels", DOCUMENT_IDS), PAIR_COLUMNS)
 LOADERS = (None, "MindDataset", MIXTURE)
 SHUFFLES = (None, True, False, "global")
 
@@ -163,10 +164,14 @@ class TokenData(PlainSource):
 
     def batch(self, step: int, part: slice) -> tuple[np.ndarray, ...]:
         """Columns (rows, width) int32 of step ``step`` (from 0) of the run; ``part`` chooses among its rows."""
+        return self.read(self.numbers(step, part))
+
+    def numbers(self, step: int, part: slice) -> np.ndarray:
+        """The numbers of such rows among those of all files."""
         epoch, place = divmod(step, self.per_epoch)
         numbers = np.arange(place * self.rows, (place + 1) * self.rows) % len(self.records)
         by_process = numbers.reshape(-1, self.shards).T.reshape(-1)
-        return self.read(self.order.epoch(epoch)[by_process][part])
+        return self.order.epoch(epoch)[by_process][part]
 
     def read(self, rows: np.ndarray) -> tuple[np.ndarray, ...]:
         """Columns (rows, width) int32 of the rows with these numbers, of all files one after the other."""
