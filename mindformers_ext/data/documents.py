@@ -62,4 +62,5 @@ class DocumentPacker:
 def filled(parts: list[Ids], length: int, value: int) -> Ids:
     """The parts one after the other, and ``value`` behind them."""
     missing = length - sum(map(len, parts))
-    return np.concatenate([*parts, np.full(missing, value, np.int32)]).astype(np.int32, copy=False)
+    whole: Ids = np.concatenate([*parts, np.full(missing, value, np.int32)]).astype(np.int32, copy=False)
+    return whole

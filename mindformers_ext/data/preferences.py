@@ -15,7 +15,7 @@ import numpy as np
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.data.conversations import Conversation, Write, vicuna
-from mindformers_ext.data.documents import IGNORED, Document
+from mindformers_ext.data.documents import IGNORED, Document, Ids
 from mindformers_ext.data.json_records import Record, read_records
 from mindformers_ext.data.readers import Progress
 from mindformers_ext.data.turns import talk_of
@@ -78,7 +78,7 @@ def fitted(chosen: Document, rejected: Document, length: int, prompt: int) -> tu
     return found[0], found[1]
 
 
-def _parted(document: Document) -> Sequence[np.ndarray]:
+def _parted(document: Document) -> Sequence[Ids]:
     """The prompt's tokens and the answer's."""
     bearing = np.flatnonzero(document.labels != IGNORED)
     start, end = (int(bearing[0]), int(bearing[-1]) + 1) if len(bearing) else (len(document.ids),) * 2

@@ -41,11 +41,11 @@ def judge_network(spec: NetworkSpec, run: RunSpec, mode: str) -> list[str]:
     Raises:
         UserError: lists every broken rule.
     """
-    if spec.packed and spec.parallel.pipeline_stage > 1:
+    stages = effective_spec(spec)[0].parallel.pipeline_stage if spec.packed else 1
+    if stages > 1:
         problems = Problems("packed rows")
         problems.add(
-            f"parallel_config.pipeline_stage={spec.parallel.pipeline_stage}: {DOCUMENT_IDS} are not sent between "
-            "pipeline stages",
+            f"parallel_config.pipeline_stage={stages}: {DOCUMENT_IDS} are not sent between pipeline stages",
             "set it to 1 and use data_parallel, model_parallel and expert_parallel, or train on padded rows",
         )
         problems.raise_if_any()

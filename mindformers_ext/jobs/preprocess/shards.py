@@ -117,5 +117,6 @@ def joined(paths: Sequence[Path], counts: dict[str, int]) -> Generator[Tokens, N
 
 
 def _tokens(frame: Frame) -> Tokens:
-    arrays = {name: frame.read(name) for name in ARRAYS if name in frame}
-    return Tokens(**arrays, **{name: int(frame.facts[name]) for name in NUMBERS})
+    labels, lengths = (frame.read(name) if name in frame else None for name in ARRAYS[1:])
+    numbers = {name: int(frame.facts[name]) for name in NUMBERS}
+    return Tokens(frame.read(ARRAYS[0]), labels, **numbers, lengths=lengths)

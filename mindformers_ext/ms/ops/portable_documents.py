@@ -46,14 +46,16 @@ def _rows(table_SP: Tensor, place_BS: Tensor) -> Tensor:
 class PackedBlock(AttentionBlock):
     """``AttentionBlock`` of whole rows with a mask (Z, S, S) of its own, an addend as ``causal_mask`` gives it."""
 
-    def construct(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def construct(  # type: ignore[override]
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
         scores = self.product_nt(q, k)
         square = ops.cast(ops.reshape(scores, (q.shape[0], -1, mask.shape[1], mask.shape[2])), self.softmax_dtype)
         masked = square + ops.broadcast_to(ops.expand_dims(mask, 1), square.shape)
         weights = ops.reshape(ops.cast(self.softmax(masked), q.dtype), scores.shape)
         return self.product(weights, v), weights
 
-    def bprop(
+    def bprop(  # type: ignore[override]
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, out: tuple, dout: tuple
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dq, dk, dv = self.gradients(q, k, v, out, dout)
@@ -79,7 +81,9 @@ class PackedAttentionOp(CausalAttentionOp):
         self.causal = causal_mask(0, seq_length, softmax_dtype, window)
         self.hidden = float(np.asarray(self.causal.asnumpy().min(), np.float32)) if seq_length > 1 else -6e4
 
-    def construct(self, q_BSD: Tensor, k_BSD: Tensor, v_BSD: Tensor, documents_BS: Tensor) -> Tensor:
+    def construct(  # type: ignore[override]
+        self, q_BSD: Tensor, k_BSD: Tensor, v_BSD: Tensor, documents_BS: Tensor
+    ) -> Tensor:
         B, S, _ = q_BSD.shape
         q, k, v = self._split_queries(q_BSD * self.scale), self._split_keys(k_BSD), self._split_keys(v_BSD)
         apart_BSS = ops.expand_dims(documents_BS, 2) != ops.expand_dims(documents_BS, 1)
