@@ -22,6 +22,8 @@ STAGES = {
     "split": "which neurons make up which expert",
     "features": "what the dense model computes inside, as data for gates",
     "importance": "how much the loss feels each neuron, for the gradient split",
+    "gates": "gates of a LLaMA-MoE v2, by clusters of hidden states",
+    "grads": "how much the loss feels each neuron, by cluster, for a LLaMA-MoE v2",
     "select": "fit the gates that choose experts",
     "convert": "write the mixture, or the dense model again",
     "run": "all stages from one YAML",

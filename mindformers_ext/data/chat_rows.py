@@ -7,7 +7,9 @@ begins, without white space at its end: the text, and the mark by which the mode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -15,8 +17,12 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.data.chat_template import ChatTemplate
 from mindformers_ext.data.conversations import Conversation, common_prefix
 from mindformers_ext.data.documents import IGNORED, Document
+from mindformers_ext.data.json_records import read_records
+from mindformers_ext.data.packing import Ids
 from mindformers_ext.data.tokenizers import Tokenizer
-from mindformers_ext.data.turns import ASSISTANT, SYSTEM, USER, Talk
+from mindformers_ext.data.turns import ASSISTANT, SYSTEM, USER, Talk, read_talk
+
+Mask = np.ndarray[tuple[int], np.dtype[np.bool_]]
 
 
 def chat_of(template: ChatTemplate, talk: Talk, where: str) -> Conversation:
@@ -61,3 +67,26 @@ def encode_chats(tokenizer: Tokenizer, conversations: Sequence[Conversation]) ->
         labels[:1] = IGNORED
         found.append(Document(ids, labels))
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class ChatRow:
+    """ids int32 (n), at most a row's length; ``trained`` bool (n): the tokens of answers. ``whole``: tokens before it
+    was cut."""
+
+    ids: Ids
+    trained: Mask
+    whole: int
+
+
+def read_chat_rows(path: Path, tokenizer: Tokenizer, template: ChatTemplate, length: int) -> Iterator[ChatRow]:
+    """A row per conversation in which an answer is given, in the file's order; a longer one is cut at the end.
+
+    Raises:
+        UserError: names file, record and line of what is malformed, or what the template refuses.
+    """
+    for record in read_records(path):
+        talk = read_talk(record)
+        if len(talk.said) > 1:
+            ((ids, labels),) = encode_chats(tokenizer, [chat_of(template, talk, record.where)])
+            yield ChatRow(ids[:length], (labels != IGNORED)[:length], len(ids))

@@ -82,6 +82,12 @@ class Attention(nn.Module):
     def _out(self, mixed: Tensor) -> Tensor:
         return self.wo(mixed.transpose(1, 2).reshape(-1, self.heads * self.head_dim))
 
+    def with_loss(
+        self, x_TD: Tensor, cos: Tensor, sin: Tensor, documents_BS: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output, and a loss of its own (G), where heads are experts."""
+        return self(x_TD, cos, sin, documents_BS), None
+
     def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, documents_BS: Tensor | None = None) -> Tensor:
         q, k, v = self.project(x_TD, cos.shape[-2], cos, sin)
         if documents_BS is None:

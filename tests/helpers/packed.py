@@ -87,4 +87,20 @@ def llama_moe() -> NetworkSpec:
     return replace(dense(), model=model)
 
 
-NETWORKS = {"dense": dense, "mixtral": mixtral, "llama_moe": llama_moe}
+def llama_moe_v2() -> NetworkSpec:
+    """Heads that are experts too: a token is found in the experts that it passes."""
+    moe = MoESpec(
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        capacity_factor=0.0,
+        norm_single_choice=True,
+        routed_scaling_factor=2.0,
+        aux_losses=(("expert", 0.1),),
+        aux_loss_reduce="mean",
+    )
+    heads = {"attn_experts": 2, "top_k_attn": 1, "scale_factor_attn": 1.5}
+    model = replace(dense().model, moe=moe, family="llama_moe_v2", sliding_window=None, **heads)
+    return replace(dense(), model=model)
+
+
+NETWORKS = {"dense": dense, "mixtral": mixtral, "llama_moe": llama_moe, "llama_moe_v2": llama_moe_v2}

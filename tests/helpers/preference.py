@@ -30,7 +30,7 @@ def dpo_loss(
 
 
 def pairs(count: int = 16, seed: int = 0) -> tuple[np.ndarray, ...]:
-    """Ids and labels of the chosen, then of the rejected (count, SEQ + 1); a chosen answer counts up, the other down."""
+    """Ids and labels of the chosen, then of the rejected (count, SEQ + 1); one counts up, one down."""
     draw = np.random.default_rng(seed)
     found = [np.full((count, SEQ + 1), value, np.int32) for value in (PAD, -100, PAD, -100)]
     for row in range(count):

@@ -80,6 +80,9 @@ KEYS: tuple[Key, ...] = (
         full_attention_layers    full_attention_layers    layers -
         qk_layernorm             qk_norm                  bool   False
         dense_layers             dense_layers             layers -
+        attn_experts             attn_experts             int    0
+        top_k_attn               top_k_attn               int    0
+        scale_factor_attn        scale_factor_attn        float  1.0
     """,
     ),
     *_keys(

@@ -86,7 +86,9 @@ def network_spec_from_yaml(config: Mapping[str, Any], device_num: int = 1) -> Ne
     problems.raise_if_any()
 
     alike = expert_sizes_told(parts["moe"], parts["model"])
-    moe = MoESpec(**parts["moe"] | alike) if parts["moe"]["num_local_experts"] > 1 else None
+    row = _named_family(sections)
+    always = row is not None and row.has_experts and not row.implied  # one expert is a mixture where the name says so
+    moe = MoESpec(**parts["moe"] | alike) if parts["moe"]["num_local_experts"] > 1 or always else None
     model = ModelSpec(**parts["model"], moe=moe)
     model.collect(problems)
     numerics = NumericsSpec(**parts["numerics"])
@@ -107,7 +109,7 @@ def yaml_from_network_spec(spec: NetworkSpec) -> dict[str, Any]:
         UserError: where MindFormers' words cannot say what the spec holds.
     """
     problems = Problems("this network as YAML")
-    if spec.model.moe and spec.model.moe.num_local_experts == 1:
+    if spec.model.moe and spec.model.moe.num_local_experts == 1 and not spec.model.family:
         problems.add("one expert", "expert_num: 1 means a dense network in YAML; use moe=None")
     if spec.model.moe and spec.model.moe.router_dtype == "float16":
         problems.add("router_dtype='float16'", "MindFormers reads router_dense_type float16 as float32; use float32")
