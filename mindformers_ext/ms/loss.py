@@ -125,12 +125,12 @@ class PreferenceLoss(nn.Cell):
         self.softplus = SoftplusOp()
         self.halves = P.Split(axis=0, output_num=2)
 
-    def construct(self, logp_B: Tensor, reference_R2: Tensor) -> tuple[Tensor, Tensor]:
-        chosen_R, rejected_R = self.halves(logp_B)
-        margin_R = self.beta * ((chosen_R - reference_R2[:, 0]) - (rejected_R - reference_R2[:, 1]))
-        accuracy = ops.cast(margin_R > 0, ms.float32).mean()
-        measured = ops.stop_gradient(ops.stack((accuracy, margin_R.mean())))
-        return self.softplus(-margin_R).mean(), measured
+    def construct(self, logp_B: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        chosen, rejected = self.halves(logp_B)
+        margin = self.beta * ((chosen - reference[:, 0]) - (rejected - reference[:, 1]))
+        accuracy = ops.cast(margin > 0, ms.float32).mean()
+        measured = ops.stop_gradient(ops.stack((accuracy, margin.mean())))
+        return self.softplus(-margin).mean(), measured
 
 
 def _row_shape(logits: list, label: list, weight: list) -> list:

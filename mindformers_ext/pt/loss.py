@@ -30,12 +30,12 @@ def token_losses(logits_TV: Tensor, target_T: Tensor, counted_T: Tensor) -> Tens
     return torch.where(counted_T, losses_T, losses_T.new_zeros(()))
 
 
-def preference_loss(logp_B: Tensor, reference_R2: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def preference_loss(logp_B: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """The loss () of ``core.preferences`` and ``core.figures.MEASURED`` (2).
 
     Inputs: log-probabilities of all chosen answers, then of the rejected ones (2R), and the reference's (R, 2).
     """
-    chosen_R, rejected_R = logp_B.chunk(2)
-    margin_R = beta * ((chosen_R - reference_R2[:, 0]) - (rejected_R - reference_R2[:, 1]))
-    measured = torch.stack(((margin_R > 0).float().mean(), margin_R.mean())).detach()
-    return -F.logsigmoid(margin_R).mean(), measured
+    chosen, rejected = logp_B.chunk(2)
+    margin = beta * ((chosen - reference[:, 0]) - (rejected - reference[:, 1]))
+    measured = torch.stack(((margin > 0).float().mean(), margin.mean())).detach()
+    return -F.logsigmoid(margin).mean(), measured

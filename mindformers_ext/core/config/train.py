@@ -176,8 +176,7 @@ def train_spec_from_yaml(
     if engine == MINDSPORE:
         _check_mindspore(config, parallel, problems, notes)
     runner, wrapper = config.get("runner_config") or {}, config.get("runner_wrapper") or {}
-    epochs = int(runner.get("epochs") or 1)
-    steps = epochs * per_epoch
+    steps = int(runner.get("epochs") or 1) * per_epoch
     optimizer = _optimizer(config.get("optimizer") or {}, problems)
     schedule = schedule_from_yaml(config, steps, per_epoch, problems)
     callbacks = {str(item.get("type")): item for item in config.get("callbacks") or []}

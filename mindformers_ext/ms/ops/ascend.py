@@ -155,9 +155,9 @@ class PackedFlashOp(nn.Cell):
 
     def construct(self, q_BSD: Tensor, k_BSD: Tensor, v_BSD: Tensor, documents_BS: Tensor) -> Tensor:
         B, S, _ = q_BSD.shape
-        ends_BM = self.join((document_ends(documents_BS), ops.full((B, 1), S, dtype=ms.int32)))
+        ends = self.join((document_ends(documents_BS), ops.full((B, 1), S, dtype=ms.int32)))
         row_B = ops.reshape(ops.arange(B, dtype=ms.int32), (-1, 1))
-        ends = ops.cast(ops.reshape(ends_BM + row_B * S, (-1,)), ms.int64)
+        ends = ops.cast(ops.reshape(ends + row_B * S, (-1,)), ms.int64)
         q = ops.reshape(q_BSD, (-1, self.heads, self.head_dim))
         k = ops.reshape(k_BSD, (-1, self.kv_heads, self.head_dim))
         v = ops.reshape(v_BSD, (-1, self.kv_heads, self.head_dim))

@@ -13,10 +13,10 @@ from mindformers_ext.ms.ops.portable_attention import AttentionBlock, CausalAtte
 
 def document_ends(documents_BS: Tensor) -> Tensor:
     """(B, 128) int32: how many tokens of a row stand in its first 1, 2, ... documents."""
-    number_M = ops.reshape(ops.arange(1, MOST_DOCUMENTS + 1, dtype=ms.int32), (1, -1, 1))
-    held_BMS = ops.expand_dims(documents_BS, 1)
-    inside_BMS = ops.logical_and(held_BMS > 0, held_BMS <= number_M)
-    return ops.cast(ops.cast(inside_BMS, ms.float32).sum(-1), ms.int32)  # exact: below 2^24
+    number = ops.reshape(ops.arange(1, MOST_DOCUMENTS + 1, dtype=ms.int32), (1, -1, 1))
+    held = ops.expand_dims(documents_BS, 1)
+    inside = ops.logical_and(held > 0, held <= number)
+    return ops.cast(ops.cast(inside, ms.float32).sum(-1), ms.int32)  # exact: below 2^24
 
 
 class DocumentTables(nn.Cell):
@@ -30,11 +30,11 @@ class DocumentTables(nn.Cell):
         self.join = ops.Concat(axis=1)
 
     def construct(self, documents_BS: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> tuple[Tensor, Tensor]:
-        ends_BM = document_ends(documents_BS)
+        ends = document_ends(documents_BS)
         # where document 1, 2, ... begins, and last, for 0, the padding
-        begins_BM = self.join((ops.zeros_like(ends_BM[:, :1]), ends_BM))
+        begins = self.join((ops.zeros_like(ends[:, :1]), ends))
         which_BS = ops.select(documents_BS > 0, documents_BS - 1, ops.full_like(documents_BS, MOST_DOCUMENTS))
-        begin_BS = ops.gather_elements(begins_BM, 1, which_BS)
+        begin_BS = ops.gather_elements(begins, 1, which_BS)
         place_BS = ops.reshape(ops.arange(documents_BS.shape[1], dtype=ms.int32), (1, -1)) - begin_BS
         return _rows(cos_SP, place_BS), _rows(sin_SP, place_BS)
 

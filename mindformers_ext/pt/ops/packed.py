@@ -40,11 +40,11 @@ def document_mask(documents_BS: Tensor, window: int | None) -> Tensor:
 def document_ends(documents_BS: Tensor) -> Tensor:
     """Where documents begin in B*S tokens, and the end, int32: 129 a row with its padding, most of no length."""
     B, S = documents_BS.shape
-    number_M = torch.arange(1, MOST_DOCUMENTS + 1, device=documents_BS.device)
-    inside_BSM = (documents_BS[..., None] > 0) & (documents_BS[..., None] <= number_M)
-    ends_BM = F.pad(inside_BSM.sum(1), (0, 1), value=S)
-    ends_BM = ends_BM + S * torch.arange(B, device=documents_BS.device)[:, None]
-    return F.pad(ends_BM.reshape(-1), (1, 0)).to(torch.int32)
+    number = torch.arange(1, MOST_DOCUMENTS + 1, device=documents_BS.device)
+    inside = (documents_BS[..., None] > 0) & (documents_BS[..., None] <= number)
+    ends = F.pad(inside.sum(1), (0, 1), value=S)
+    ends = ends + S * torch.arange(B, device=documents_BS.device)[:, None]
+    return F.pad(ends.reshape(-1), (1, 0)).to(torch.int32)
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor, window: int | None) -> Tensor:
