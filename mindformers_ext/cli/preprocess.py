@@ -161,7 +161,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def report(summary: Summary, seconds: float) -> list[str]:
     """The summary as a person reads it; counts that are zero and matter only then are left out."""
-    what = "conversations" if summary.dataset_type in ("qa", "dpo") else "documents"
+    what = {"qa": "conversations", "dpo": "pairs"}.get(summary.dataset_type, "documents")
     names = summary.output_files
     lines = [
         f"{names[0]}{f' to {names[-1]}' if len(names) > 1 else ''}: {summary.records} records of "

@@ -107,7 +107,7 @@ class Encoder:
         return Tokens(
             np.concatenate([document.ids for document in found]),
             np.concatenate([document.labels for document in found]),
-            documents=len(found),
+            documents=len(found) // (1 if self.setup.prompt is None else 2),
             truncated=truncated,
             cut=before - sum(len(document.ids) for document in found),
             lengths=np.array([len(document.ids) for document in found], np.int64),

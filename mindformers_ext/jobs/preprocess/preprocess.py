@@ -75,12 +75,17 @@ class Summary:
     @property
     def padding_share(self) -> float:
         """Padding among all tokens of the rows."""
-        return self.padding_tokens / max(self.records * self.row_length, 1)
+        return self.padding_tokens / self._held
 
     @property
     def loss_share(self) -> float:
         """Tokens with loss among all tokens of the rows."""
-        return self.loss_tokens / max(self.records * self.row_length, 1)
+        return self.loss_tokens / self._held
+
+    @property
+    def _held(self) -> int:
+        """Tokens of all rows; a pair has two."""
+        return max(self.records * self.row_length, 1) * (2 if self.dataset_type == "dpo" else 1)
 
     def as_json(self) -> str:
         """Everything as JSON text."""
