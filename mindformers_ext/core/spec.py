@@ -365,7 +365,7 @@ class DeviceSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkSpec:
-    """All that a network is built from."""
+    """All that a network is built from. ``packed``: its rows may be packed of documents (``core.documents``)."""
 
     model: ModelSpec
     seq_length: int
@@ -374,6 +374,7 @@ class NetworkSpec:
     parallel: ParallelSpec = field(default_factory=ParallelSpec)
     kernels: KernelSpec = field(default_factory=KernelSpec)
     return_extra_loss: bool = True
+    packed: bool = False
 
     @property
     def noise_shape(self) -> tuple[int, int, int] | None:

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations to rows by the tokenizer's own chat template, with a mark on the tokens of every answer.
+"""Conversations in the words of a tokenizer's own chat template, with labels on every answer and what ends it.
 
-An answer reaches from where the template asks for it to where its turn ends, the token that ends it included. Texts are
-encoded from their beginning, so that a row's tokens are those of the whole text; where an answer begins among them is
-found by comparing them with the tokens of the text up to there.
+An answer is what the template writes behind the prompt for it (``add_generation_prompt``), up to where the next turn
+begins, without white space at its end: the text, and the mark by which the model learns to stop (Llama 3's <|eot_id|>).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +15,58 @@ import numpy as np
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.data.chat_template import ChatTemplate
-from mindformers_ext.data.conversations import common_prefix
+from mindformers_ext.data.conversations import Conversation, common_prefix
+from mindformers_ext.data.documents import IGNORED, Document
 from mindformers_ext.data.json_records import read_records
 from mindformers_ext.data.packing import Ids
 from mindformers_ext.data.tokenizers import Tokenizer
 from mindformers_ext.data.turns import ASSISTANT, SYSTEM, USER, Talk, read_talk
 
 Mask = np.ndarray[tuple[int], np.dtype[np.bool_]]
+
+
+def chat_of(template: ChatTemplate, talk: Talk, where: str) -> Conversation:
+    """The text of a conversation and where its answers stand.
+
+    Raises:
+        UserError: the template refuses it, or writes the turns so far in another way once more follow.
+    """
+    speakers = [USER, ASSISTANT] * ((len(talk.said) + 1) // 2)
+    messages = [{"role": who, "content": text} for who, text in zip(speakers, talk.said, strict=False)]
+    first = 0 if talk.system is None else 1
+    if first:
+        messages.insert(0, {"role": SYSTEM, "content": str(talk.system)})
+    text = template.render(messages, add_generation_prompt=False)
+    answers = []
+    for number in range(first + 1, len(messages), 2):
+        lead = template.render(messages[:number])
+        through = template.render(messages[: number + 1], add_generation_prompt=False).rstrip()
+        if not (text.startswith(through) and through.startswith(lead.rstrip())):
+            raise UserError(
+                f"{where}: the chat template in {template.folder} writes turn {number} in another way once more follow "
+                "(as templates do that leave out earlier thoughts): cut the conversation into one for each answer"
+            )
+        answers.append((min(len(lead), len(through)), len(through)))
+    return Conversation(text, tuple(answers), where)
+
+
+def encode_chats(tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> list[Document]:
+    """Tokens and labels. Which tokens are an answer's follows from the tokens of the texts up to it and through it."""
+    texts: list[str] = []
+    for conversation in conversations:
+        texts.append(conversation.text)
+        texts += [conversation.text[:place] for answer in conversation.answers for place in answer]
+    encoded = iter(tokenizer.encode_batch(texts))
+    found = []
+    for conversation in conversations:
+        ids = np.asarray(next(encoded), np.int32)
+        labels = np.full(len(ids), IGNORED, np.int32)
+        for _ in conversation.answers:
+            start, end = (common_prefix(ids, np.asarray(next(encoded), np.int32)) for _ in range(2))
+            labels[start:end] = ids[start:end]
+        labels[:1] = IGNORED
+        found.append(Document(ids, labels))
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,25 +88,5 @@ def read_chat_rows(path: Path, tokenizer: Tokenizer, template: ChatTemplate, len
     for record in read_records(path):
         talk = read_talk(record)
         if len(talk.said) > 1:
-            yield _row(talk, record.where, tokenizer, template, length)
-
-
-def _row(talk: Talk, where: str, tokenizer: Tokenizer, template: ChatTemplate, length: int) -> ChatRow:
-    messages = [{"role": SYSTEM, "content": talk.system}] if talk.system is not None else []
-    before = len(messages)
-    messages += [{"role": (USER, ASSISTANT)[n % 2], "content": text} for n, text in enumerate(talk.said)]
-    whole = template.render(messages, add_generation_prompt=False)
-    texts = [whole]
-    for place in range(before + 1, len(messages), 2):
-        texts += [template.render(messages[:place]), template.render(messages[: place + 1], False)]
-    if not all(whole.startswith(text) for text in texts):
-        raise UserError(
-            f"{where}: the chat template in {template.folder} writes a conversation's beginning otherwise when it goes "
-            "on, so that answers cannot be found in it: give a tokenizer with another template"
-        )
-    every, *ends = (np.asarray(ids, np.int32) for ids in tokenizer.encode_batch(texts))
-    trained = np.zeros(len(every), bool)
-    places = [common_prefix(every, ids) for ids in ends]
-    for first, last in zip(places[::2], places[1::2], strict=True):
-        trained[first:last] = True
-    return ChatRow(every[:length], trained[:length], len(every))
+            ((ids, labels),) = encode_chats(tokenizer, [chat_of(template, talk, record.where)])
+            yield ChatRow(ids[:length], (labels != IGNORED)[:length], len(ids))

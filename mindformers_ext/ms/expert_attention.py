@@ -33,16 +33,22 @@ class PassExperts(nn.Cell):
         self.one, self.zero = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
 
     def construct(self, logits_GNE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.of_counted(logits_GNE, None)
+
+    def of_counted(self, logits_GNE: Tensor, counted_GN: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The same where some tokens do not count (1 or 0): they have no part in the loss."""
         expert_GNK, weight_GNK, prob_GNE = self.router.choose(logits_GNE, self.router.bias())
         chosen_GNKE = self.one_hot(ops.stop_gradient(expert_GNK), self.count, self.one, self.zero)
         seen_GNE = chosen_GNKE.sum(2)
         weight_GNE = (chosen_GNKE * ops.expand_dims(weight_GNK, 3)).sum(2)
-        return weight_GNE, seen_GNE, self.router.loss(logits_GNE, prob_GNE, seen_GNE.sum(1))
+        told_GNE = seen_GNE if counted_GN is None else seen_GNE * ops.expand_dims(counted_GN, -1)
+        return weight_GNE, seen_GNE, self.router.loss(logits_GNE, prob_GNE, told_GNE.sum(1), counted_GN)
 
 
 class AttendExperts(nn.Cell):
-    """Causal attention within each expert. Inputs: q (B, S, H*P), k and v (B, S, E*P), weight and seen (B, S, E);
-    output (B, S, H*P), each expert's heads weighed. S is the length it was built for."""
+    """Causal attention within each expert. Inputs: q (B, S, H*P), k and v (B, S, E*P), weight and seen (B, S, E), and
+    of packed rows their documents (B, S), within which it stays; output (B, S, H*P), each expert's heads weighed. S is
+    the length it was built for."""
 
     def __init__(self, heads: int, experts: int, head_dim: int, length: int, softmax_dtype: ms.Type) -> None:
         super().__init__()
@@ -57,11 +63,23 @@ class AttendExperts(nn.Cell):
         x = ops.reshape(x, (-1, self.length, self.experts, times, self.head_dim))
         return ops.reshape(self.transpose(x, (0, 2, 3, 1, 4)), (-1, times * self.length, self.head_dim))
 
-    def construct(self, q: Tensor, k: Tensor, v: Tensor, weight_BSE: Tensor, seen_BSE: Tensor) -> Tensor:
+    def construct(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        weight_BSE: Tensor,
+        seen_BSE: Tensor,
+        documents_BS: Tensor | None = None,
+    ) -> Tensor:
         A, R, S = self.experts, self.times, self.length
         q, k, v = self._apart(q * self.scale, R), self._apart(k, 1), self._apart(v, 1)
         seen = ops.reshape(self.transpose(seen_BSE, (0, 2, 1)), (-1, 1, 1, S))
         unseen = ops.cast(1.0 - seen, self.dtype) * self.hidden  # (B*A, 1, 1, S)
+        if documents_BS is not None:
+            apart_BSS = ops.expand_dims(documents_BS, 2) != ops.expand_dims(documents_BS, 1)
+            apart = ops.repeat_elements(ops.cast(apart_BSS, self.dtype), A, 0) if A > 1 else apart_BSS
+            unseen = unseen + ops.stop_gradient(ops.expand_dims(ops.cast(apart, self.dtype), 1) * self.hidden)
         scores = ops.reshape(ops.cast(self.product_nt(q, k), self.dtype), (-1, R, S, S))
         weights = self.softmax(ops.maximum(scores + self.mask + unseen, Tensor(self.hidden, self.dtype)))
         mixed = self.product(ops.reshape(ops.cast(weights, v.dtype), (-1, R * S, S)), v)
@@ -83,23 +101,46 @@ class ExpertAttention(Attention):
         self.choose = PassExperts(self.router, attention.experts)
         self.is_cut = shards.active
         self.choose_cut = shards.region(self.choose.construct, "pass experts", _passed_shapes, _passed_types)
+        self.choose_counted = shards.region(
+            self.choose.of_counted, "pass counted experts", _counted_shapes, _counted_types
+        )
         sizes = self.heads // shards.mp, self.kv_heads // shards.mp, self.head_dim, spec.seq_length
-        self.attend = shards.local(operators.build(AttendExperts, *sizes, self.softmax_dtype), "attend experts")
+        attend = operators.build(AttendExperts, *sizes, self.softmax_dtype)
+        self.attend = shards.local(attend, "attend experts")
+        self.attend_packed = shards.local(attend, "attend experts in documents")
 
-    def passed(self, x_TD: Tensor, groups: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    def passed(
+        self, x_TD: Tensor, groups: int, length: int, counted_T: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """weight and seen (B, S, E), and the loss (G), of rows of ``length`` S tokens."""
         logits_GNE = ops.reshape(self.router.scores(x_TD), (groups, -1, self.kv_heads))
-        weight, seen, loss_G = self.choose_cut(logits_GNE) if self.is_cut else self.choose(logits_GNE)
+        if counted_T is None:
+            weight, seen, loss_G = self.choose_cut(logits_GNE) if self.is_cut else self.choose(logits_GNE)
+        else:
+            counted_GN = ops.reshape(counted_T, (groups, -1))
+            choose = self.choose_counted if self.is_cut else self.choose.of_counted
+            weight, seen, loss_G = choose(logits_GNE, counted_GN)
         shape = (-1, length, self.kv_heads)
         return ops.reshape(weight, shape), ops.reshape(seen, shape), loss_G
 
-    def construct(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> tuple[Tensor, Tensor]:
-        S = cos_SP.shape[1]
-        weight_BSE, seen_BSE, loss_G = self.passed(x_TD, self.groups, S)
-        q = ops.reshape(self.rotary(self.query(x_TD, S), cos_SP, sin_SP), (-1, S, self.heads * self.head_dim))
-        k = ops.reshape(self.rotary(self.key(x_TD, S), cos_SP, sin_SP), (-1, S, self.kv_heads * self.head_dim))
+    def construct(
+        self,
+        x_TD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        documents_BS: Tensor | None = None,
+        counted_T: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        S = cos.shape[1]
+        weight_BSE, seen_BSE, loss_G = self.passed(x_TD, self.groups, S, counted_T)
+        rotary = self.rotary if documents_BS is None else self.packed_rotary
+        q = ops.reshape(rotary(self.query(x_TD, S), cos, sin), (-1, S, self.heads * self.head_dim))
+        k = ops.reshape(rotary(self.key(x_TD, S), cos, sin), (-1, S, self.kv_heads * self.head_dim))
         v = ops.reshape(self.wv(x_TD), (-1, S, self.kv_heads * self.head_dim))
-        mixed = self.attend(q, k, v, weight_BSE, seen_BSE)
+        if documents_BS is None:
+            mixed = self.attend(q, k, v, weight_BSE, seen_BSE)
+        else:
+            mixed = self.attend_packed(q, k, v, weight_BSE, seen_BSE, documents_BS)
         return self.wo(ops.reshape(mixed, (-1, self.heads * self.head_dim))), loss_G
 
 
@@ -168,3 +209,11 @@ def _passed_shapes(logits: list) -> tuple:
 
 def _passed_types(logits: ms.Type) -> tuple:
     return logits, logits, logits
+
+
+def _counted_shapes(logits: list, counted: list) -> tuple:
+    return _passed_shapes(logits)
+
+
+def _counted_types(logits: ms.Type, counted: ms.Type) -> tuple:
+    return _passed_types(logits)

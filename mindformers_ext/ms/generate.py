@@ -78,7 +78,7 @@ class _Graph(nn.Cell):
         return x_TD + more_TD
 
     def _logits(self, x_BD: Tensor) -> Tensor:
-        logits_BV = self.network._head(self.decoder.norm_out(x_BD))
+        logits_BV = self.network.head(self.decoder.norm_out(x_BD))
         if self.head_is_part:  # process after process, each with its part of the vocabulary
             B = logits_BV.shape[0]
             logits_BV = ops.reshape(self.gather_all(logits_BV), (self.count, B, -1))

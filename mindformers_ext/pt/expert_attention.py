@@ -18,6 +18,7 @@ from mindformers_ext.core.layers import AttentionSpec
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.pt.attention import Attention
 from mindformers_ext.pt.moe.gate import LinearGate
+from mindformers_ext.pt.ops.packed import document_mask
 
 
 class Passed(NamedTuple):
@@ -38,12 +39,14 @@ class ExpertAttention(Attention):
             raise ValueError("an attention without experts")
         self.router, self.groups = LinearGate(spec, attention.experts), spec.parallel.groups
 
-    def passed(self, x_TD: Tensor, length: int, trains: bool = False) -> Passed:
-        """Which experts each token of rows of ``length`` passes; with the loss where it ``trains``."""
+    def passed(self, x_TD: Tensor, length: int, trains: bool = False, counted_T: Tensor | None = None) -> Passed:
+        """Which experts each token of rows of ``length`` passes; with the loss where it ``trains``, over the tokens
+        that count."""
         x_GND = x_TD.view(self.groups if trains else 1, -1, x_TD.shape[1])
         loss = None
         if trains:
-            expert_GNK, weight_GNK, loss, _ = self.router(x_GND)
+            choice = self.router(x_GND, None, None if counted_T is None else counted_T.view(x_GND.shape[:2]))
+            expert_GNK, weight_GNK, loss = choice.expert_GNK, choice.weight_GNK, choice.aux_loss_G
         else:
             weight_GNK, expert_GNK = self.router.choose(x_GND)
         place_TK, weight_TK = expert_GNK.flatten(0, 1), weight_GNK.flatten(0, 1)
@@ -67,14 +70,18 @@ class ExpertAttention(Attention):
         weight = passed.weight_BSE.to(mixed.dtype).transpose(1, 2).repeat_interleave(times, 1)[..., None]
         return self.wo((mixed * weight).transpose(1, 2).reshape(-1, self.heads * self.head_dim))
 
-    def with_loss(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> tuple[Tensor, Tensor | None]:
+    def with_loss(
+        self, x_TD: Tensor, cos: Tensor, sin: Tensor, documents_BS: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Output (B*S, D), and the loss that balances the experts (G)."""
-        passed = self.passed(x_TD, cos_SP.shape[0], trains=True)
-        q, k, v = self.project(x_TD, cos_SP.shape[0], cos_SP, sin_SP)
-        return self.mix_passed(q, k, v, passed, passed.seen_BES), passed.aux_loss_G
+        counted_T = None if documents_BS is None else documents_BS.reshape(-1) > 0
+        passed = self.passed(x_TD, cos.shape[-2], trains=True, counted_T=counted_T)
+        q, k, v = self.project(x_TD, cos.shape[-2], cos, sin)
+        mask = None if documents_BS is None else document_mask(documents_BS, None)
+        return self.mix_passed(q, k, v, passed, passed.seen_BES, mask), passed.aux_loss_G
 
-    def forward(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
-        return self.with_loss(x_TD, cos_SP, sin_SP)[0]
+    def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, documents_BS: Tensor | None = None) -> Tensor:
+        return self.with_loss(x_TD, cos, sin, documents_BS)[0]
 
 
 def build_attention(spec: NetworkSpec, attention: AttentionSpec) -> Attention:

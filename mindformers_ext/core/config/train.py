@@ -17,6 +17,7 @@ from mindformers_ext.core.config.run import MINDSPORE, PYTORCH
 from mindformers_ext.core.config.schedule import Schedule, schedule_from_yaml
 from mindformers_ext.core.config.values import section_at
 from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.preferences import BETA, DPO_BETA, PAIR_COLUMNS, holds_pairs
 from mindformers_ext.core.spec import ParallelSpec
 
 OWN_LOOPS = {PYTORCH: "the PyTorch engine", MINDSPORE: "--trainer own"}  # by engine, as errors and notes call them
@@ -116,6 +117,14 @@ def group_of(name: str, groups: tuple[ParameterGroup, ...]) -> ParameterGroup:
 
 
 DEFAULT_GROUP = ParameterGroup()
+FREEZE_GATE = "runner_config.freeze_gate"
+# what scores experts stands below ``router`` (core/parameters.py); gates of shared experts choose nothing
+FROZEN_GATES = ParameterGroup(pattern=r"(.*\.)?router\..*", trained=False)
+
+
+def gates_are_frozen(config: Mapping[str, Any]) -> bool:
+    """Whether the run's gates stay as they are while everything else learns."""
+    return section_at(config, "runner_config").get("freeze_gate") is True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +132,8 @@ class TrainSpec:
     """How a network is trained: everything but the network and the data.
 
     ``recompute``: every layer computes its activations again; ``recomputed`` says it layer by layer, for an engine that
-    can. ``groups``: parameters that are trained in another way than the rest.
+    can. ``groups``: parameters that are trained in another way than the rest. ``dpo_beta``: rows are pairs of answers,
+    and the loss is that of ``core.preferences``.
     """
 
     optimizer: OptimizerSpec
@@ -141,6 +151,7 @@ class TrainSpec:
     checkpoint: CheckpointSchedule | None = None
     lora: LoraSpec | None = None
     groups: tuple[ParameterGroup, ...] = ()
+    dpo_beta: float | None = None
 
 
 def train_spec_from_yaml(
@@ -165,8 +176,7 @@ def train_spec_from_yaml(
     if engine == MINDSPORE:
         _check_mindspore(config, parallel, problems, notes)
     runner, wrapper = config.get("runner_config") or {}, config.get("runner_wrapper") or {}
-    epochs = int(runner.get("epochs") or 1)
-    steps = epochs * per_epoch
+    steps = int(runner.get("epochs") or 1) * per_epoch
     optimizer = _optimizer(config.get("optimizer") or {}, problems)
     schedule = schedule_from_yaml(config, steps, per_epoch, problems)
     callbacks = {str(item.get("type")): item for item in config.get("callbacks") or []}
@@ -199,9 +209,24 @@ def train_spec_from_yaml(
         print_every=int(monitor.get("per_print_times") or 1),
         checkpoint=_checkpoint(callbacks.get("CheckpointMonitor"), problems, notes, own),
         lora=lora_from_yaml(config),
+        groups=(FROZEN_GATES,) if gates_are_frozen(config) else (),
+        dpo_beta=_dpo_beta(config, problems),
     )
     problems.raise_if_any()
     return spec, notes
+
+
+def _dpo_beta(config: Mapping[str, Any], problems: Problems) -> float | None:
+    """The factor of the margin where rows are pairs of answers."""
+    beta = _value_at(config, DPO_BETA)
+    if holds_pairs(section_at(config, "train_dataset").get("input_columns") or ()):
+        return float(BETA if beta is None else beta)
+    if beta is not None:
+        problems.add(
+            f"{DPO_BETA}={beta}: rows are not pairs of answers",
+            f"set train_dataset.input_columns to {list(PAIR_COLUMNS)}, or leave the key out",
+        )
+    return None
 
 
 def _value_at(config: Mapping[str, Any], path: str) -> Any:

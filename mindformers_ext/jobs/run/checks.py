@@ -32,6 +32,7 @@ from mindformers_ext.core.config.run import (
 )
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.families import FAMILIES, own_families
+from mindformers_ext.core.preferences import PAIR_COLUMNS, holds_pairs
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.jobs.checkpoint.transform import TransformRequest
 from mindformers_ext.jobs.run.dataset import check_dataset, rows_of_step
@@ -139,6 +140,13 @@ def _check_runner(run: RunSpec, where: str) -> None:
         raise UserError(
             "--trainer mindformers with the PyTorch engine: MindFormers computes with MindSpore; leave --trainer out, "
             "or choose --engine ms"
+        )
+    pairs = run.data is not None and holds_pairs(run.data.columns)
+    if pairs and (run.runner is Runner.MINDFORMERS or not run.trains):
+        what = "MindFormers' loop does not" if run.trains else f"run_mode {run.mode} cannot"
+        raise UserError(
+            f"{where}: input_columns {', '.join(PAIR_COLUMNS)}: {what} learn from pairs of answers: train with "
+            f"--trainer {OWN}"
         )
     if run.runner is not Runner.OWN_LOOP:
         return

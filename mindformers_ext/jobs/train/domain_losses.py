@@ -93,25 +93,28 @@ def sums(trainer: Trainer, files: Sequence[RecordRows], rows: int, model: ModelS
     for domain, held in enumerate(files):
         for first in range(0, len(held), rows * size):
             mine = range(first + rank * rows, min(first + (rank + 1) * rows, len(held)))
-            ids, labels = _batch(held, mine, rows, model)
+            ids, labels, *documents = _batch(held, mine, rows, model)
             counted = (ids[:, :-1] != model.pad_token_id) & (labels[:, 1:] != model.ignore_token_id)
             count = int(counted.sum())
-            loss = trainer.evaluate((ids, labels))
+            loss = trainer.evaluate((ids, labels, *documents))
             found[domain] += (loss * count if count else 0.0, count)
     found = trainer.ranks.sum(found)
     return found[:, 0], found[:, 1]
 
 
-def _batch(held: RecordRows, numbers: range, rows: int, model: ModelSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and labels (rows, width); behind the rows with these numbers follow some without a label."""
+def _batch(held: RecordRows, numbers: range, rows: int, model: ModelSpec) -> tuple[np.ndarray, ...]:
+    """Ids, labels and, of packed rows, documents (rows, width); behind the rows with these numbers follow some without
+    a label."""
     read = stacked([(held, number) for number in numbers or (0,)])
-    ids, labels = read[0], read[-1]
+    columns = read if len(read) > 1 else (read[0], read[0])
     if len(numbers) == rows:
-        return ids, labels
-    shape = rows, ids.shape[1]
-    all_ids, all_labels = np.zeros(shape, np.int32), np.full(shape, model.ignore_token_id, np.int32)
-    all_ids[: len(numbers)], all_labels[: len(numbers)] = ids[: len(numbers)], labels[: len(numbers)]
-    return all_ids, all_labels
+        return columns
+    whole = []
+    for column, empty in zip(columns, (0, model.ignore_token_id, 0), strict=False):
+        filled = np.full((rows, column.shape[1]), empty, np.int32)
+        filled[: len(numbers)] = column[: len(numbers)]
+        whole.append(filled)
+    return tuple(whole)
 
 
 def drawn_figures(state: MixtureState) -> dict[str, float]:

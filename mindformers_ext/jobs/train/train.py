@@ -21,6 +21,7 @@ from mindformers_ext.core.config.run import MINDSPORE, PYTORCH, RunSpec
 from mindformers_ext.core.config.train import OWN_LOOPS, TrainSpec, train_spec_from_yaml
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.log import get_logger, set_up_logging
+from mindformers_ext.core.preferences import holds_pairs
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.formats.atomic import write_text
 from mindformers_ext.jobs.engine.door import open_trainer
@@ -46,6 +47,7 @@ from mindformers_ext.jobs.train.hooks import (
     restore_hooks,
 )
 from mindformers_ext.jobs.train.mixture_data import MixtureData
+from mindformers_ext.jobs.train.pairs import PairData
 from mindformers_ext.jobs.train.token_data import BatchSource, TokenData, check_words
 
 FRAMEWORKS = {MINDSPORE: "MindSpore", PYTORCH: "PyTorch"}
@@ -115,6 +117,8 @@ def train(
         run.hooks.append(DomainLosses(data, trainer, spec.model, spec.batch_size, targets))
     run.hooks += [*hooks_of(training, trainer, spec.model.moe_layers), *hooks]
     restore_hooks(run.hooks, run.left)
+    if isinstance(data, PairData):
+        data.measure(trainer, spec.batch_size)
     try:
         _steps(run)
     finally:
@@ -133,7 +137,8 @@ def open_rows(asked: RunSpec, config: Mapping[str, Any], spec: NetworkSpec) -> B
         mixture = open_mixture(asked.data.mixture)
         return MixtureData(mixture, asked.data.seed, rows, asked.data.columns, spec.model.vocab_size)
     shards = processes if spec.parallel.parallel_mode == "data_parallel" else 1
-    return TokenData(config, "train_dataset", rows, shards, asked.engine, spec.model.vocab_size)
+    kind = PairData if asked.data and holds_pairs(asked.data.columns) else TokenData
+    return kind(config, "train_dataset", rows, shards, asked.engine, spec.model.vocab_size)
 
 
 def hooks_of(train: TrainSpec, trainer: Trainer, layers: tuple[int, ...] = ()) -> list[TrainHook]:
@@ -229,7 +234,8 @@ def _steps(run: Run) -> None:
         now = time.perf_counter()
         for hook in run.hooks:
             figures = figures._replace(extra={**figures.extra, **hook.measured(number, figures)})
-        tokens = columns[0].shape[0] * (columns[0].shape[1] - 1)  # the last token of a row is a target only
+        rows = 2 * len(columns[0]) if isinstance(data, PairData) else len(columns[0])
+        tokens = rows * (columns[0].shape[1] - 1)  # the last token of a row is a target only
         record = record_of(figures, number, data.per_epoch, now - started, tokens)
         started = now
         metrics.append(record)

@@ -40,6 +40,11 @@ RUN_ELSEWHERE = {
     "--model_file tokenizer.model --output_file output/finetune/alpaca.mindrecord": FINETUNE,
     "python run_mindformer.py --config configs/tiny/finetune_mixtral.yaml": FINETUNE,
     "python tools/bench/mixture.py": "tests/cli/docs/test_bench.py, with few rows",
+    "python tools/dataset_preprocess/llama/llama_preprocess.py --dataset_type qa --pack_strategy pack "
+    "--config configs/tiny/finetune_mixtral.yaml --input_glob output/finetune/alpaca.json "
+    "--model_file tokenizer.model --output_file output/finetune/packed.mindrecord": FINETUNE,
+    "python run_mindformer.py --config configs/tiny/finetune_mixtral.yaml --train_data "
+    'output/finetune/packed.mindrecord --train_dataset.input_columns "[input_ids,labels,document_ids]"': FINETUNE,
     "python tools/bench/generate.py": "tests/cli/docs/test_bench.py, with a small model",
     "python tools/bench/cluster.py": "tests/cli/docs/test_bench.py, with few rows",
     "python tools/bench/gpu.py": "tests/cli/run/test_engine_pt.py, with toy shapes",

@@ -96,8 +96,11 @@ def test_the_readmes_commands_are_understood(repo_root: Path) -> None:
         commands((repo_root / "research/llama_moe_v2" / name).read_text("utf-8"))
         for name in ("README.md", "README_CN.md")
     )
-    assert english == chinese and len(english) == 8
-    for command in english:
+    assert english == chinese
+    # what follows is run by tests/cli/run/test_v2_finetuning.py
+    made = [command for command in english if "preprocess" not in command and "run_mindformer" not in command]
+    assert len(made) == 8
+    for command in made:
         if command.startswith("python convert_weight.py"):
             convert_weight.parser().parse_args(command.split()[2:])  # run by test_v2_convert.py, as a call
             continue
