@@ -109,7 +109,7 @@ def cut_weights(case: Case, masks: FullMasks) -> dict[str, np.ndarray]:
         for number, layer in enumerate(stays) if rule.per_layer else ((0, None),):
             name = str(rule.hf).format(layer=layer)
             cut = tensor_cut(name, str(rule.dims), masks, layer)
-            parts = list(cut.blocks(np.array_split(weights[name], 3), np.dtype(np.float32)))
+            parts = list(cut.blocks(np.array_split(weights[name], 3)))
             shape = cut.shape(weights[name].shape)
             found[str(rule.hf).format(layer=number)] = np.concatenate(parts) if parts else np.zeros(shape, np.float32)
     return found

@@ -9,18 +9,22 @@ from typing import Any
 
 from mindformers_ext.core.cluster.cluster_rules import effective_spec
 from mindformers_ext.core.config.lora import LoraSpec, lora_from_yaml
+from mindformers_ext.core.config.pruning import pruning_from_yaml
 from mindformers_ext.core.config.recompute import RecomputeSpec, recompute_from_yaml
 from mindformers_ext.core.config.view import network_spec_from_yaml
+from mindformers_ext.core.pruning import PruningSpec
 from mindformers_ext.core.spec import NetworkSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildSpec:
     """``network``: with the sizes that are really built (``effective_spec``); ``lora``: adapters beside its layers;
-    ``recompute``: layers whose activations are computed again, none where nothing is learnt."""
+    ``pruning``: masks in them; ``recompute``: layers whose activations are computed again, none where nothing is
+    learnt."""
 
     network: NetworkSpec
     lora: LoraSpec | None = None
+    pruning: PruningSpec | None = None
     recompute: RecomputeSpec = RecomputeSpec()
 
 
@@ -28,13 +32,14 @@ def build_spec(read: NetworkSpec, config: Mapping[str, Any], recompute: bool = T
     """What is built of the network ``read`` from ``config``; ``recompute``: by an engine that recomputes parts.
 
     Raises:
-        UserError: ``pet_config`` or ``recompute_config`` does not fit it.
+        UserError: ``pet_config``, ``l0_module`` or ``recompute_config`` does not fit it.
     """
     network = effective_spec(read)[0]
     wanted = recompute and config.get("run_mode") != "predict"
     return BuildSpec(
         network=network,
         lora=lora_from_yaml(config),
+        pruning=pruning_from_yaml(config, network.model),
         recompute=recompute_from_yaml(config, network) if wanted else RecomputeSpec(),
     )
 

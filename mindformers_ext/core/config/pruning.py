@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mindformers_ext.core.config.train import ParameterGroup
+from mindformers_ext.core.config.train import ParameterGroup, TrainSpec
 from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.pruning import (
@@ -188,3 +188,19 @@ def pruning_groups(spec: PruningSpec, learning_rate: float) -> tuple[ParameterGr
         ParameterGroup(pattern=re.escape(MASKS) + ".*", lr_factor=factor, decay=False),
         ParameterGroup(pattern=re.escape(LAMBDAS) + ".*", lr_factor=factor, sign=-1, decay=False),
     )
+
+
+def with_pruning(train: TrainSpec, spec: PruningSpec) -> TrainSpec:
+    """``train`` of a network with masks.
+
+    Raises:
+        UserError: the target is still rising when the run ends, or the weights have no learning rate.
+    """
+    if spec.warmup_steps > train.steps:
+        raise UserError(
+            f"{WHERE}.lagrangian_warmup_steps={spec.warmup_steps} of a run of {train.steps} steps: the target would "
+            f"not be reached; LLM-Shearing takes a fifth of the steps, here {max(1, train.steps // 5)}"
+        )
+    if not train.schedule.learning_rate > 0:
+        raise UserError(f"{WHERE}: lr_schedule.learning_rate is {train.schedule.learning_rate}: give one above 0")
+    return replace(train, pruning=spec, groups=(*pruning_groups(spec, train.schedule.learning_rate), *train.groups))

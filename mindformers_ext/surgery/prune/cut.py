@@ -168,8 +168,8 @@ class TensorCut:
         found = (self.rows, self.columns)[: len(source)]
         return tuple(size if kept is None else len(kept) for size, kept in zip(source, found, strict=True))
 
-    def blocks(self, stored: Iterable[npt.NDArray], dtype: np.dtype) -> Iterator[npt.NDArray]:
-        """The tensor from consecutive blocks of its stored rows, computed in float32 and given in ``dtype``."""
+    def blocks(self, stored: Iterable[npt.NDArray]) -> Iterator[npt.NDArray]:
+        """The tensor from consecutive blocks of its stored rows: in float32 where it is scaled, else as stored."""
         start = done = 0
         for block in stored:
             stop = start + len(block)
@@ -182,7 +182,7 @@ class TensorCut:
             taken = self._scaled(taken, done)
             start, done = stop, done + len(taken)
             if len(taken):
-                yield np.ascontiguousarray(taken.astype(dtype, copy=False))
+                yield np.ascontiguousarray(taken)
 
     def _scaled(self, taken: npt.NDArray, done: int) -> npt.NDArray:
         if self.row_factor is None and self.column_factor is None:
