@@ -21,7 +21,7 @@ from mindformers_ext.formats.ms_ckpt import CkptFile
 from mindformers_ext.jobs.run.checks import check_run
 from mindformers_ext.jobs.train.train import train
 from tests.helpers.mixtures import NAMES, mixture_job
-from tests.helpers.tiny_run import VOCAB, config_of, rows_of
+from tests.helpers.tiny_run import VOCAB, config_of, rows_of, token_rows, write_rows
 
 TIMES = ("seconds", "tokens_per_second")
 STEPS, KEPT = 8, "checkpoint/rank_0/tiny_rank_0-1_{}.ckpt"
@@ -194,3 +194,27 @@ def test_runs_that_cannot_prune_are_refused(job: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             check_run(given, "test")
+
+
+def test_the_tiny_yaml_and_the_readmes_commands(tmp_path: Path, repo_root: Path) -> None:
+    from mindformers_ext.cli.convert import main as convert
+
+    rows = write_rows(tmp_path / "rows.mindrecord", token_rows(width=129, rows=64, high=1990))
+    output, pruned, next_yaml = tmp_path / "prune", tmp_path / "pruned", tmp_path / "continue.yaml"
+    given = config_of(
+        repo_root / "configs" / "tiny" / "llama_prune.yaml",
+        "engine=pt",
+        f"output_dir={output}",
+        f"train_dataset.data_loader.dataset_dir={rows}",
+        "model.model_config.l0_module.lagrangian_warmup_steps=2",
+    )
+    assert len(run(given, output)) == 4
+    words = ["cut", str(output), "--output", str(pruned), "--next_yaml", str(next_yaml), "--quiet"]
+    assert main(words) == 3  # four steps are too few
+    assert main([*words, "--force"]) == 0
+    assert main(["report", str(pruned)]) == 0
+    assert main(["masks", str(output), "--output", str(tmp_path / "masks.npz")]) == 0
+    assert main(["cut", str(output), "--masks", str(tmp_path / "masks.npz"), "--output", str(pruned)]) == 2  # exists
+    form = ["--model", "llama", "--format", "composer"]
+    assert convert([*form, "--input_path", str(pruned), "--output_path", str(tmp_path / "state_dict.pt")]) == 0
+    assert len(run(load_yaml(next_yaml) | {"output_dir": str(tmp_path / "on")}, tmp_path / "on")) == 4
