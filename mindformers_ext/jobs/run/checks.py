@@ -70,6 +70,7 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
     read, build, notes = check_words(config, run, device_count(run), where, launched(run.engine))
     check_device(run.device.target)
     _check_lora(run)
+    _check_pruning(run, build)
     if run.use_parallel and not launched(run.engine):
         run = run.alone()
         alone = replace(read.parallel, parallel_mode="stand_alone", device_num=1)
@@ -182,6 +183,19 @@ def _check_lora(run: RunSpec) -> None:
             f"pet_config with run_mode {run.mode}: merge the adapters into the base first (python "
             "tools/merge_lora.py --help), load the result, and leave pet_config out"
         )
+
+
+def _check_pruning(run: RunSpec, build: BuildSpec) -> None:
+    """Masks are trained by our own loop alone, and folded into the weights before they are used."""
+    if build.pruning is None:
+        return
+    if not run.trains:
+        raise UserError(
+            f"l0_module with run_mode {run.mode}: cut the model first (python tools/prune.py --help), load the result, "
+            "and leave l0_module out"
+        )
+    if run.runner is not Runner.OWN_LOOP:
+        raise UserError("l0_module: masks are trained by our own loop; pass --trainer own, or --engine pt")
 
 
 def launched(engine: str = MINDSPORE) -> bool:
