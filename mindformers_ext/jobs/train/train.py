@@ -93,15 +93,7 @@ def train(
     spec, engine = effective_spec(spec)[0], asked.engine
     folder = Path(asked.output_dir)
     data = source or open_rows(asked, config, spec)
-    moe = spec.model.moe
-    bias_rate = moe.topk_bias_update_rate if moe and moe.balance_via_topk_bias else 0.0
-    training, more = train_spec_from_yaml(config, spec.parallel, data.per_epoch, bias_rate, engine)
-    if pruning := pruning_from_yaml(config, spec.model):
-        training = with_pruning(training, pruning)
-    if engine == MINDSPORE:
-        training = replace(training, recomputed=recompute_from_yaml(config, spec))
-    elif spec.numerics.softmax_dtype != "float32":
-        more.append(f"softmax_compute_type {spec.numerics.softmax_dtype}: PyTorch's attention sums in float32")
+    training, more = _how_to_train(asked, config, spec, data.per_epoch)
     targets = target_losses(data, asked, spec) if isinstance(data, MixtureData) else None
     current().begin(f"opening {FRAMEWORKS[engine]} and building the network")
     trainer = open_trainer(engine, spec, training, asked.device)
@@ -131,6 +123,22 @@ def train(
     finally:
         data.close()
     trainer.ranks.close()  # after a failure the other ranks may not come any more
+
+
+def _how_to_train(
+    asked: RunSpec, config: Mapping[str, Any], spec: NetworkSpec, per_epoch: int
+) -> tuple[TrainSpec, list[str]]:
+    """The settings of the training and notes on them; ``per_epoch``: steps of an epoch."""
+    moe, engine = spec.model.moe, asked.engine
+    bias_rate = moe.topk_bias_update_rate if moe and moe.balance_via_topk_bias else 0.0
+    training, notes = train_spec_from_yaml(config, spec.parallel, per_epoch, bias_rate, engine)
+    if pruning := pruning_from_yaml(config, spec.model):
+        training = with_pruning(training, pruning)
+    if engine == MINDSPORE:
+        training = replace(training, recomputed=recompute_from_yaml(config, spec))
+    elif spec.numerics.softmax_dtype != "float32":
+        notes.append(f"softmax_compute_type {spec.numerics.softmax_dtype}: PyTorch's attention sums in float32")
+    return training, notes
 
 
 def open_rows(asked: RunSpec, config: Mapping[str, Any], spec: NetworkSpec) -> BatchSource:
