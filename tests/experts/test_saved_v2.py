@@ -100,8 +100,9 @@ def test_the_loss_of_balance_has_a_gradient_and_counts_no_padding(tmp_path: Path
     assert mixture.loss(torch.eye(8)[:1].expand(8, 8), torch.tensor([[0, 1]] * 8)).item() == pytest.approx(8)
 
 
-def test_the_configuration_is_found_and_named(tmp_path: Path) -> None:
+def test_the_configuration_is_found_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _, _, folder = made(tmp_path / "made", "contract")
     loaded(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     assert (config.scale_factor, config.num_moe_contract_layers, config.dense_size()) == (2.5, 1, 224)
+    assert "This is not supported" not in caplog.text

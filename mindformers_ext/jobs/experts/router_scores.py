@@ -26,7 +26,7 @@ from mindformers_ext.jobs.experts.calibration import Calibration, opened
 from mindformers_ext.jobs.experts.layer_tables import GATE, GATES, SCORES, SUFFIXES, LayerTable, read_table, write_table
 from mindformers_ext.jobs.experts.probe import Nothing, Part, backward, check_needs, forward, needs
 from mindformers_ext.jobs.experts.ranks import Share, own_share
-from mindformers_ext.jobs.experts.states import States
+from mindformers_ext.jobs.experts.states import States, remove_left
 
 Tell = Callable[[str], object]
 
@@ -116,14 +116,17 @@ def write_scores(request: ScoresRequest, tell: Tell = lambda line: None) -> Laye
         folder.mkdir(parents=True, exist_ok=True)
         about = {"model": weights, GATES: table.digest, "texts": start.every.digest("")}
         noted = {**about, "computed": request.calibration.computed(), "ranks": share.size}
-        _ended(folder, share.rank).unlink(missing_ok=True)
-        digest = course.rows.digest(json.dumps(noted, sort_keys=True))
-        place = folder / f".states_{share.rank}"
-        states = States(place, course.length, spec.hidden_size, digest, keep=True, anew=request.overwrite)
-        forward(course, states, Nothing(), (len(layers) - 1,), keep_last=True)
-        backward(course, states, sink, layers)
-        write_text(_ended(folder, share.rank), json.dumps(noted) + "\n")
-        states.remove()
+        ended, place = _ended(folder, share.rank), folder / f".states_{share.rank}"
+        if request.overwrite or not ended.is_file() or read_object(ended) != noted:
+            ended.unlink(missing_ok=True)
+            digest = course.rows.digest(json.dumps(noted, sort_keys=True))
+            states = States(place, course.length, spec.hidden_size, digest, keep=True, anew=request.overwrite)
+            forward(course, states, Nothing(), (len(layers) - 1,), keep_last=True)
+            backward(course, states, sink, layers)
+            write_text(ended, json.dumps(noted) + "\n")
+            states.remove()
+        else:
+            remove_left(place)  # killed behind its end
         return _combine(request, about, noted, layers, share, tell)
 
 

@@ -15,6 +15,7 @@ from mindformers_ext.cli.experts import main
 from mindformers_ext.data.chat_rows import read_chat_rows
 from mindformers_ext.data.chat_template import ChatTemplate
 from mindformers_ext.data.tokenizers import open_tokenizer
+from mindformers_ext.jobs.experts import router_scores
 from mindformers_ext.jobs.experts.layer_tables import GATE, GATES, INDICES, SCORES, LayerTable, read_table, write_table
 from mindformers_ext.surgery.experts.bounded import bounded_clusters
 from mindformers_ext.surgery.experts.gradient_plus import plus_split
@@ -138,13 +139,30 @@ def test_scores_are_those_of_autograd(made: Path, tmp_path: Path) -> None:
 def test_twice_the_texts_and_two_processes_give_the_same(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Each of the two is killed behind its first layer, and goes on."""
+    end = router_scores.ScoreSink.end
+
+    def killed(sink: router_scores.ScoreSink, layer: int) -> None:
+        end(sink, layer)
+        if layer == LAYERS - 1:
+            raise KeyboardInterrupt
+
     twice = write_chats(tmp_path / "twice.jsonl", 2)
     assert main(words("grads", made, tmp_path / "a", "--format", "npz")) == 0
     assert main(words("grads", made, tmp_path / "b", "--format", "npz", "--conversations", twice)) == 0
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in (1, 0):
         monkeypatch.setenv("RANK", str(rank))
+        with monkeypatch.context() as patch:
+            patch.setattr(router_scores.ScoreSink, "end", killed)
+            assert main(words("grads", made, tmp_path / "c", "--format", "npz")) == 130
         assert main(words("grads", made, tmp_path / "c", "--format", "npz")) == 0
+        if rank:  # started once more, it has nothing left to do
+            monkeypatch.setattr(router_scores, "backward", None)
+            assert main(words("grads", made, tmp_path / "c", "--format", "npz")) == 0
+            monkeypatch.undo()
+            monkeypatch.setenv("WORLD_SIZE", "2")
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"importance_scores.npz"}
     assert "the last one writes the scores" in capsys.readouterr().out
     first, *others = (read_table(tmp_path / name / "importance_scores.npz", SCORES) for name in "abc")
     for other in others:

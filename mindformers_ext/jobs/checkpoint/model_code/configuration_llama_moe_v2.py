@@ -38,6 +38,12 @@ class LlamaMoEV2Config(LlamaConfig):
         if self.use_attn_moe and self.attn_experts is None:
             self.attn_experts = self.num_key_value_heads
 
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As transformers has it; the published files call the model a Mixtral, which is no reason to warn."""
+        words, rest = super().get_config_dict(*args, **kwargs)
+        return ({**words, "model_type": cls.model_type} if words.get("model_type") == "mixtral" else words), rest
+
     def check(self) -> None:
         """Raise ValueError with what is wrong and what is allowed."""
         for name, wanted in BUILT.items():
