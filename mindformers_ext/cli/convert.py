@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mindformers_ext.cli.command import Command, add_switch, dtype, optional_path
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.families import own_families
+from mindformers_ext.core.families import LLAMA, own_families
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.checkpoint.convert import ConvertRequest
@@ -31,6 +31,12 @@ EPILOG = """examples:
 """
 SEED_DTYPE = "fp16"  # what --mindspore_ckpt_path has always written without --dtype
 MS_SUFFIXES = (".ckpt", ".safetensors")
+COMPOSER = "composer"
+# what a Composer checkpoint has no use for
+NOT_COMPOSER = (
+    *("torch_ckpt_idr", "torch_ckpt_dir", "mindspore_ckpt_path", "pre_ckpt_path", "use_gmm", "qkv_concat"),
+    *("strategy_dir", "input_layout", "max_shard_size", "allow_overflow", "dry_run", "download"),
+)
 
 
 def add_common(target: argparse.ArgumentParser) -> None:
@@ -67,6 +73,13 @@ def add_common(target: argparse.ArgumentParser) -> None:
 def _options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("--model", choices=own_families(), help="model (default: what the configuration says)")
+    parser.add_argument(
+        "--format",
+        choices=("mindspore", COMPOSER),
+        default="mindspore",
+        help="of the output, with --reversed of the input: composer is LLM-Shearing's state_dict.pt, made from a "
+        "Hugging Face folder or a MindSpore checkpoint; default %(default)s",
+    )
     add_switch(parser, "--reversed", "MindSpore to Hugging Face")
     parser.add_argument(
         "--input_path",
@@ -88,7 +101,28 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.format == COMPOSER:
+        return _composer(arguments)
     return run(_request(arguments), arguments.dry_run)
+
+
+def _composer(arguments: argparse.Namespace) -> int:
+    from mindformers_ext.jobs.checkpoint.composer import save_composer, save_hugging_face
+
+    for name in NOT_COMPOSER:
+        if getattr(arguments, name):
+            raise UserError(f"--{name} has no effect with --format {COMPOSER}: leave it out")
+    if arguments.model not in (None, LLAMA.name):
+        raise UserError(f"--model {arguments.model}: LLM-Shearing's format is LLaMA's alone")
+    source = _one("input", {"--input_path": arguments.input_path})
+    output = _one("output", {"--output_path": arguments.output_path})
+    if arguments.reversed:
+        report = save_hugging_face(source, output, {}, arguments.config, arguments.dtype, arguments.overwrite)
+    else:
+        report = save_composer(source, output, arguments.config, arguments.dtype, arguments.overwrite)
+    _say(report.notes, {})
+    print(f"{output}: {report.tensors} tensors, {report.nbytes / 1e9:.3f} GB")
+    return 0
 
 
 def _request(arguments: argparse.Namespace) -> ConvertRequest:

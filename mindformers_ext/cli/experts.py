@@ -16,6 +16,7 @@ from mindformers_ext.cli.command import Command
 
 EPILOG = """examples:
   python tools/build_experts.py split --model_path llama_7B --save_path experts --num_experts 8
+  python tools/build_experts.py convert --style mixtral --model_path llama_8B --save_path moe --num_experts 8 --top_k 2
   python tools/build_experts.py split --help
 """
 STAGES = {

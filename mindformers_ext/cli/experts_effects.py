@@ -69,10 +69,15 @@ REPORT: Mapping[str, Effect] = {
 }
 V2 = Effect(lambda words: words.style is not None, "--style")
 V1 = Effect(lambda words: words.style is None, "no --style")
+HEADS = Effect(lambda words: words.style == "attention", "--style attention")
+CUT = Effect(lambda words: words.style not in (None, "attention"), "another --style")
+SPLIT = Effect(lambda words: words.style != "attention", "another --style")
 CONVERT: Mapping[str, Effect] = {
     **{"eval_tokens": JUDGED, "block_size": JUDGED, "seed": DRAWN},
-    **dict.fromkeys(("top_k", "scale_factor", "num_moe_contract_layers", "gate_weights_file"), V2),
-    **dict.fromkeys(("neuron_indices_file", "share_neurons", "truncate_gates", "pad_intermediate", "fold_scale"), V2),
+    **dict.fromkeys(("num_moe_contract_layers", "gate_weights_file"), V2),
+    **dict.fromkeys(("top_k_attn", "scale_factor_attn", "attn_experts"), HEADS),
+    **dict.fromkeys(("top_k", "scale_factor", "neuron_indices_file", "share_neurons", "truncate_gates"), CUT),
+    **{"pad_intermediate": CUT, "fold_scale": CUT, "num_experts": SPLIT},
     **dict.fromkeys(("split_file_path", "select_file_path", "num_selects", "preset", "gate_type"), V1),
     **dict.fromkeys(("use_random_gate", "use_softmax", "multiply_gate_scores", "score_scale_factor"), V1),
     **dict.fromkeys(("score_scale_factor_file_path", "allow_pickle", "eval_text", "templates"), V1),

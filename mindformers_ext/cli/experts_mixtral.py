@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``convert --style``: a dense LLaMA becomes a LLaMA-MoE v2, in the words of its published scripts."""
+"""``convert --style``: a dense LLaMA becomes a LLaMA-MoE v2, in the words of its published scripts.
+
+With ``attention`` the heads of such a model, or of a dense one, become experts.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from mindformers_ext.core.families import MIXTRAL
 if TYPE_CHECKING:
     from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest
 
-STYLES = (MIXTRAL.name, f"{MIXTRAL.name}-residual")  # of jobs/experts/mixtral_parts.py, which loads numpy
+ATTENTION = "attention"
+STYLES = (MIXTRAL.name, f"{MIXTRAL.name}-residual", ATTENTION)  # two of jobs/experts/mixtral_parts.py
 TYPES = ("modulelist",)  # as the published script calls a list of experts; how they are computed is the engine's matter
 
 
@@ -21,7 +25,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of a LLaMA-MoE v2."""
     group = parser.add_argument_group("LLaMA-MoE v2 (with --style)")
     add = group.add_argument
-    add("--style", choices=STYLES, help="write a LLaMA-MoE v2: experts alone, or beside what every token passes")
+    text = "write a LLaMA-MoE v2: experts alone, beside what every token passes, or heads that are experts"
+    add("--style", choices=STYLES, help=text)
     add("--top_k", type=int, metavar="K", help="experts that a token passes")
     add(
         "--scale_factor",
@@ -32,6 +37,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--num_moe_contract_layers", type=int, default=0, metavar="C", help="dense layers at each end; default 0")
     add("--gate_weights_file", type=Path, metavar="FILE", help="what gates wrote; without it gates are random")
     add("--neuron_indices_file", type=Path, metavar="FILE", help="what split wrote; without it neurons in their order")
+    add("--top_k_attn", type=int, metavar="K", help="attention experts that a token passes")
+    text = "the sum of the chosen attention experts is multiplied by it; default attn_experts / top_k_attn"
+    add("--scale_factor_attn", type=float, metavar="S", help=text)
+    add("--attn_experts", type=int, metavar="E", help="attention experts; default one for each key/value head")
     add("--moe_implementation_type", choices=TYPES, default=TYPES[0], help="one matrix per expert, the only form")
     for name, text in (
         ("--share_neurons", "the file's neurons may stand in several experts, or in none"),
@@ -44,6 +53,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def converted(words: argparse.Namespace, output: OutputRequest) -> MergeReport:
     """Convert, or with ``--dry_run`` check."""
+    if words.style == ATTENTION:
+        return _attention(words, output)
     from mindformers_ext.jobs.experts.mixtral import MixtralRequest, convert
     from mindformers_ext.jobs.experts.mixtral_parts import MixtralParts
 
@@ -64,3 +75,20 @@ def converted(words: argparse.Namespace, output: OutputRequest) -> MergeReport:
         model=words.model_path, parts=parts, output=output, fold=words.fold_scale, dtype=words.dtype
     )
     return convert(request, write=not words.dry_run)
+
+
+def _attention(words: argparse.Namespace, output: OutputRequest) -> MergeReport:
+    from mindformers_ext.jobs.experts.mixtral_attention import AttentionRequest, convert_attention
+
+    request = AttentionRequest(
+        model=words.model_path,
+        output=output,
+        chosen=words.top_k_attn,
+        scale=words.scale_factor_attn,
+        experts=words.attn_experts,
+        ends=words.num_moe_contract_layers,
+        gates=words.gate_weights_file,
+        dtype=words.dtype,
+        seed=words.seed,
+    )
+    return convert_attention(request, write=not words.dry_run)

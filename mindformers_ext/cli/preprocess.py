@@ -29,8 +29,12 @@ EPILOG = """examples:
         --output_file eval.mindrecord
   a corpus by domain (a sub-folder each), for pruning and continued training with a mixture of domains:
     python tools/dataset_preprocess/llama/llama_preprocess.py --dataset_type domains --input_glob corpus \\
-        --model_file Llama-2-7b --seq_length 4096 --eval_seq 500 --for_prune 0.4 --filter fluency duplicates=0.8 \\
+        --model_file Llama-2-7b --seq_length 4097 --eval_seq 500 --for_prune 0.4 --filter fluency duplicates=0.8 \\
         --output_file prepared
+  on many machines that share a disk, the same command with one of (shards: the last command joins them):
+    --ray HOST:PORT
+    --shard $SLURM_ARRAY_TASK_ID/16     in: sbatch --array=0-15
+    --shard join
 """
 
 
@@ -107,7 +111,12 @@ def _add_inputs(target: argparse.ArgumentParser) -> None:
 
 
 def _add_rows(target: argparse.ArgumentParser) -> None:
-    target.add_argument("--seq_length", type=int, help="positions of the network (default: --config's, else 2048)")
+    target.add_argument(
+        "--seq_length",
+        type=int,
+        help="positions of the network (default: --config's, else 2048); domains: tokens of a row, one more than a "
+        "network that trains on it has positions",
+    )
     target.add_argument("--split", default="train", help="train: rows of seq_length + 1 tokens; eval: of seq_length")
     target.add_argument(
         "--config",

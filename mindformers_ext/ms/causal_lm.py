@@ -248,6 +248,11 @@ class CausalLM(nn.Cell):
         self.targets = shards.stage(Targets(spec, shards), last)
         self.next_token_loss = shards.stage(NextTokenLoss(shards), last)
         self.add = shards.shard(P.Add(), "scalars")
+        self.penalties = nn.CellList([])
+
+    def add_penalty(self, penalty: nn.Cell) -> None:
+        """A further loss () that follows from parameters alone, a part of aux_loss from now on (``ms.l0``)."""
+        self.penalties = nn.CellList([*self.penalties, penalty])
 
     def keep_all_in_evaluation(self) -> None:
         """From now on tokens are dropped in training only."""
@@ -279,6 +284,8 @@ class CausalLM(nn.Cell):
         """See the class; the shift by one token happens here. Tokens equal to the pad id do not count."""
         documents_BS = None if documents_BT is None else self.tokens(documents_BT)
         x_TD, aux_loss, load, dropped = self.model(self.tokens(ids_BT), keys_B3, documents_BS)
+        for penalty in self.penalties:
+            aux_loss = self.add(aux_loss, penalty())
         target_T, weight_T = self.targets(ids_BT, labels_BT)
         lm_loss = self.next_token_loss(self.head(x_TD), target_T, weight_T)
         loss = self.add(lm_loss, aux_loss) if self.add_aux_loss else lm_loss

@@ -19,9 +19,8 @@ class RmsNorm(nn.Cell):
         super().__init__()
         width, dtype = spec.model.hidden_size, mindspore_dtype(spec.numerics.param_dtype)
         self.weight = Parameter(initializer("ones", (width,), dtype), name="weight")
-        norm = operators.build(
-            operators.rms_norm, width, spec.model.rms_norm_eps, operators.dtype(spec.numerics.norm_dtype)
-        )
+        self.norm_dtype = operators.dtype(spec.numerics.norm_dtype)
+        norm = operators.build(operators.rms_norm, width, spec.model.rms_norm_eps, self.norm_dtype)
         self.norm = Shards(spec).local(norm, "norm")
 
     def construct(self, x_TD: Tensor) -> Tensor:

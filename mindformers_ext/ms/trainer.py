@@ -19,9 +19,11 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.figures import StepFigures, figures_of, with_preferences
 from mindformers_ext.core.log import get_logger
 from mindformers_ext.core.philox import noise_keys
+from mindformers_ext.core.pruning import BESIDE_MASKS
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.causal_lm import CausalLM, RowLogProbabilities, build_causal_lm
 from mindformers_ext.ms.engine import fill
+from mindformers_ext.ms.l0 import add_masks
 from mindformers_ext.ms.lora import add_lora
 from mindformers_ext.ms.ops.select import select_operators
 from mindformers_ext.ms.optim import build_optimizer
@@ -81,6 +83,8 @@ class MindSporeTrainer:
         network = build_causal_lm(self.spec)
         if self.train_spec.lora:
             add_lora(network, self.train_spec.lora, self.spec)
+        if self.train_spec.pruning:
+            add_masks(network, self.train_spec.pruning)
         for parameter in network.trainable_params():
             parameter.requires_grad = group_of(parameter.name, self.train_spec.groups).trained
         recompute = self.train_spec.recomputed
@@ -100,7 +104,7 @@ class MindSporeTrainer:
         elif self._network is None:
             with no_init_parameters():
                 self._network = self._build()
-        fill(self._network, weights, optional=("",) if partly else BESIDE_BASE)
+        fill(self._network, weights, optional=("",) if partly else BESIDE_BASE + BESIDE_MASKS)
 
     def open(self) -> None:
         """Make the optimizer and the step; what no weight was filled into gets its random start values."""

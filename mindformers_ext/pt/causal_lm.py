@@ -69,6 +69,7 @@ class Decoder(nn.Module):
         self.recompute = False
         self.drawing = len(model.moe_layers), model.moe.num_local_experts if model.moe else 0
         self._tables: tuple[Tensor, Tensor] | None = None
+        self.l0_module: nn.Module | None = None  # the masks of a run that prunes (``pt.l0``): their penalty
 
     def tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin (length, P), kept for the longest text so far, or where they follow its length for the last."""
@@ -170,6 +171,8 @@ class CausalLM(nn.Module):
         model = self.spec.model
         documents_BS = None if documents_BT is None else documents_BT[:, :-1]
         x_TD, aux_loss, load, dropped = self.model(ids_BT[:, :-1], keys, documents_BS)
+        if self.model.l0_module is not None:
+            aux_loss = aux_loss + self.model.l0_module()
         target_T, counted_T = targets(ids_BT, labels_BT, model.pad_token_id, model.ignore_token_id)
         total, count = next_token_loss(self.head(x_TD), target_T, counted_T)
         lm_loss = total / (count if tokens is None else tokens).clamp(min=1)

@@ -98,6 +98,8 @@ def _old_values(path: Path) -> Any:
 
 
 def _for_torch(value: object) -> object:
+    if isinstance(value, np.ndarray) and value.dtype.name == "bfloat16":
+        return torch.from_numpy(np.array(value.view(np.uint16), order="C", copy=True)).view(torch.bfloat16)
     if isinstance(value, np.ndarray):
         return torch.from_numpy(np.array(value, order="C", copy=True))
     if isinstance(value, np.generic):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,19 @@ FAULTS = (
 )
 
 
+NESTED = ("state", "model")
+DEPTH = 8  # of tables in tables
+
+
+def _tensors_in(value: object, depth: int = 0) -> Iterator[torch.Tensor]:
+    """Every tensor in tables and lists."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple) and depth < DEPTH:
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(item, depth + 1)
+
+
 class TorchFile:
     """The tensors of one file, mapped from the disk, not read. bfloat16 comes as its bits (uint16)."""
 
@@ -51,12 +64,16 @@ class TorchFile:
                 f"'{path}' cannot be read as plain tensors ({fault_text(error)}): it is damaged, or holds Python "
                 "objects, which are never run. Save the model as safetensors"
             ) from error
+        everything = list(_tensors_in(loaded))
+        for key in NESTED:  # as Composer's trainer saves; what else such a file holds is left alone
+            if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+                loaded = loaded[key]
         if not isinstance(loaded, dict):
             raise UserError(f"'{path}' holds a {type(loaded).__name__}, not tensors by name: save model.state_dict()")
         self._tensors: dict[str, torch.Tensor] = {}
         for name, tensor in loaded.items():
             self._tensors[str(name)] = self._checked(name, tensor)
-        check_storages(path, self._tensors.values(), stored)
+        check_storages(path, everything, stored)
 
     @property
     def infos(self) -> dict[str, tuple[tuple[int, ...], str]]:

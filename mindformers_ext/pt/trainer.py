@@ -18,10 +18,12 @@ from mindformers_ext.core.config.train import ParameterGroup, TrainSpec, group_o
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.figures import StepFigures, with_preferences
 from mindformers_ext.core.philox import noise_keys
+from mindformers_ext.core.pruning import BESIDE_MASKS
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.pt import names
 from mindformers_ext.pt.causal_lm import CausalLM, Terms
 from mindformers_ext.pt.init import build_empty, draw_weights
+from mindformers_ext.pt.l0 import add_masks
 from mindformers_ext.pt.lora import add_lora
 from mindformers_ext.pt.optim import Adam
 from mindformers_ext.pt.ranks import Ranks
@@ -45,6 +47,8 @@ class TorchTrainer:
         network = build_empty(self.ranks.local(spec), torch.device("cpu"))
         left = draw_weights(network, train.seed)
         self.adapted = add_lora(network, train.lora, left) if train.lora else []
+        if train.pruning:
+            add_masks(network, train.pruning)
         self._groups = _groups(network, train.groups)
         for name, parameter in network.named_parameters():
             parameter.requires_grad = parameter.requires_grad and self._groups[name].trained
@@ -71,7 +75,7 @@ class TorchTrainer:
     def fill(self, weights: Iterable[tuple[str, np.ndarray]], partly: bool = False) -> None:
         """Weights by MindFormers' names; adapters, with ``partly`` all, that do not come keep theirs. Errors as
         ``pt.names.fill``."""
-        names.fill(self.network, weights, optional=("",) if partly else BESIDE_BASE)
+        names.fill(self.network, weights, optional=("",) if partly else BESIDE_BASE + BESIDE_MASKS)
 
     def step(self, columns: tuple[np.ndarray, ...]) -> StepFigures:
         """One update from this rank's rows: token ids (R, S+1), then, if any, labels and the documents of packed rows;
@@ -185,10 +189,15 @@ class TorchTrainer:
         }
 
     def set_values(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Replace buffers by name, the same on every rank."""
+        """Replace buffers and parameters by name, the same on every rank."""
         held = dict(self.network.named_buffers()) if arrays else {}
+        parameters = dict(self.network.named_parameters()) if arrays else {}
         for name, array in arrays.items():
-            names.set_view(held[name], array)
+            if name in parameters:
+                whole, parameter = torch.from_numpy(np.array(array, np.float32)), parameters[name]
+                self.ranks.take(self.ranks.own(parameter.detach()), whole, name, parameter)
+            else:
+                names.set_view(held[name], array)
 
     def state(self, adapters: bool) -> Iterator[tuple[str, np.ndarray]]:
         """Weights (with ``adapters`` those of LoRA alone), moments and counters; every rank must ask for all of it."""

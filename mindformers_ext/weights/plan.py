@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mindformers_ext.core.errors import LISTED, Problems, UserError
+from mindformers_ext.core.pruning import ROOT as MASKED
 from mindformers_ext.formats.dtypes import BY_NUMPY, cast, is_float
 from mindformers_ext.formats.tensors import Array, Index, TensorInfo, TensorReader
 from mindformers_ext.weights.rules import Extras, RuleSet
@@ -159,6 +160,11 @@ def make_plan(
         UserError: tensors missing, unexpected, misshaped or of a type that holds no weights; all of them listed.
     """
     from_hf = direction == "to_ms"
+    if any(name.startswith(MASKED) for name in infos):
+        raise UserError(
+            "the checkpoint holds the masks of a pruning run, and its weights are not yet cut by them: make a model "
+            "folder of it with tools/prune.py cut"
+        )
     wanted = {
         name: shape for binding in rules.bindings for name, shape in (binding.hf if from_hf else binding.ms).items()
     }

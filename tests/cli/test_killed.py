@@ -33,7 +33,7 @@ def campaign(name: str, kills: int, folder: Path, root: Path) -> dict:
     "name",
     [
         *("merge", "mixture", "convert", "convert back", "transform"),
-        pytest.param("preprocess", marks=pytest.mark.slow),  # a process writes its file
+        pytest.param("preprocess", marks=pytest.mark.turn("killed jobs")),  # a process writes its file
     ],
 )
 def test_a_reader_takes_the_old_output_or_the_new_and_a_rerun_is_as_undisturbed(
@@ -43,12 +43,24 @@ def test_a_reader_takes_the_old_output_or_the_new_and_a_rerun_is_as_undisturbed(
     assert held["nothing"] and held["old"], "kills that come early, and late enough"
 
 
+@pytest.mark.turn("killed jobs")
+def test_a_corpus_by_domain_goes_on_with_its_finished_parts(tmp_path: Path, repo_root: Path) -> None:
+    """The prepared folder is the old one, the new one or none; a rerun writes the bytes of an undisturbed run."""
+    assert campaign("domains", 4, tmp_path, repo_root)["held"]["old"]
+
+
 SHORT = pytest.mark.long("tests/cli/test_killed.py kills all of them in one run")
 STAGES = ("split", "features", "importance", "select", "stream", "convert", "report", "run")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "kills"), [("run", 3), *(pytest.param(name, KILLS, marks=SHORT) for name in STAGES)])
+@pytest.mark.parametrize(
+    ("stage", "kills"),
+    [
+        pytest.param("run", 3, marks=pytest.mark.turn("killed jobs")),
+        *(pytest.param(name, KILLS, marks=SHORT) for name in STAGES),
+    ],
+)
 def test_a_stage_of_experts_goes_on_where_it_was_killed(
     stage: str, kills: int, tmp_path: Path, repo_root: Path
 ) -> None:
@@ -57,15 +69,14 @@ def test_a_stage_of_experts_goes_on_where_it_was_killed(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("engine", "kills"),
+    ("what", "kills"),
     [
-        ("pt", 6),
+        *(pytest.param(what, 6, marks=pytest.mark.turn("killed training")) for what in ("pt", "pt mixture")),
+        pytest.param("ms mixture", 6, marks=pytest.mark.long("tests/cli/test_killed.py kills it on PyTorch")),
         pytest.param("pt", KILLS, marks=pytest.mark.long("tests/cli/test_killed.py kills the same six times")),
         pytest.param("ms", KILLS, marks=pytest.mark.long("tests/cli/run/test_trainer_own.py kills one run")),
     ],
 )
-def test_training_goes_on_as_if_it_had_not_been_killed(
-    engine: str, kills: int, tmp_path: Path, repo_root: Path
-) -> None:
-    held = campaign(f"train {engine}", kills, tmp_path, repo_root)["held"]
+def test_training_goes_on_as_if_it_had_not_been_killed(what: str, kills: int, tmp_path: Path, repo_root: Path) -> None:
+    held = campaign(f"train {what}", kills, tmp_path, repo_root)["held"]
     assert held["resumed"] >= kills // 2 and held["runs to the end"]

@@ -16,7 +16,8 @@ from tests.helpers import llama_moe_v2_oracle as oracle
 from tests.helpers.llama_moe_v2_models import random_tensors, token_ids, v2_words, write_folder
 
 pytestmark = pytest.mark.usefixtures("remote_code")
-SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3}
+ATTENTION = ["attention", "attention, finer, contract", "attention, residual"]
 IDS = torch.from_numpy(token_ids(2, 12))
 
 
@@ -35,7 +36,7 @@ def loaded(folder: Path, **more: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **more)
 
 
-@pytest.mark.parametrize("case", ["vanilla", "contract", "residual"])
+@pytest.mark.parametrize("case", ["vanilla", "contract", "residual", *ATTENTION])
 def test_it_computes_what_the_oracle_does_also_when_saved_again(case: str, tmp_path: Path) -> None:
     words, drawn, folder = made(tmp_path / case, case)
     model = loaded(folder)
@@ -54,18 +55,24 @@ def test_a_missing_weight_or_word_is_an_error(tmp_path: Path) -> None:
     name = "model.layers.0.block_sparse_moe.w1.weight"
     with pytest.raises(ValueError, match=f"1 missing .{name}"):
         loaded(made(tmp_path / "lost", "contract", lost=name)[2])
+    with pytest.raises(ValueError, match="top_k_attn=None"):
+        loaded(made(tmp_path / "attn", "attention", top_k_attn=None)[2])
     with pytest.raises(ValueError, match="scale_factor=None"):
         loaded(made(tmp_path / "word", "vanilla", scale_factor=None)[2])
 
 
-def test_generation_of_padded_texts_is_that_of_each_alone(tmp_path: Path) -> None:
-    model = loaded(made(tmp_path / "made", "residual")[2])
+@pytest.mark.parametrize("case", ["residual", "attention, finer, contract"])
+def test_generation_of_padded_texts_is_that_of_each_alone(case: str, tmp_path: Path) -> None:
+    """Padded on the left; with a cache and without; beams reorder it."""
+    model = loaded(made(tmp_path / "made", case)[2])
     told = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0, "eos_token_id": None}
     ids, mask = IDS.clone(), torch.ones_like(IDS)
     ids[0, :4], mask[0, :4] = 0, 0
     both = model.generate(ids, attention_mask=mask, **told)
     assert torch.equal(both[:1, 4:], model.generate(ids[:1, 4:], **told))
     assert torch.equal(both[1:], model.generate(ids[1:], use_cache=False, **told))
+    beams = model.generate(ids, attention_mask=mask, num_beams=3, **told)
+    assert torch.equal(beams, model.generate(ids, attention_mask=mask, num_beams=3, use_cache=False, **told))
 
 
 def test_the_loss_of_balance_has_a_gradient_and_counts_no_padding(tmp_path: Path) -> None:

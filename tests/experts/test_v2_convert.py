@@ -13,11 +13,13 @@ from ml_dtypes import bfloat16
 from transformers import AutoModelForCausalLM
 
 from mindformers_ext.core.config.hf import model_spec_from_hf
+from mindformers_ext.core.errors import UserError
 from mindformers_ext.jobs.checkpoint.convert import ConvertRequest
 from mindformers_ext.jobs.checkpoint.convert import convert as convert_weights
 from mindformers_ext.jobs.experts import writing
 from mindformers_ext.jobs.experts.layer_tables import GATE, GATES, INDICES, LayerTable, write_table
 from mindformers_ext.jobs.experts.mixtral import MixtralRequest, convert
+from mindformers_ext.jobs.experts.mixtral_attention import AttentionRequest, convert_attention
 from mindformers_ext.jobs.experts.mixtral_parts import MixtralParts
 from mindformers_ext.jobs.merge.output import OutputRequest
 from mindformers_ext.surgery.experts.gradient_plus import plus_split
@@ -174,4 +176,62 @@ def test_a_run_that_stops_leaves_nothing(dense: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(writing, "_write", broken)
     with pytest.raises(KeyboardInterrupt):
         made(dense, tmp_path / "moe", experts=8, chosen=2)
+    assert not list(tmp_path.iterdir())
+
+
+def heads_made(model: Path, out: Path, **words: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    output = OutputRequest(folder=out, shard_bytes=10**9, quiet=True)
+    convert_attention(AttentionRequest(model=model, output=output, **words))
+    return read_folder(out)
+
+
+@pytest.mark.parametrize(("experts", "ends"), [(None, 0), (8, 1)])
+def test_all_heads_as_experts_with_gates_of_zero_are_the_dense_model(
+    dense: Path, tmp_path: Path, experts: int | None, ends: int
+) -> None:
+    count = experts or 4
+    asked = {"chosen": count, "scale": float(count), "ends": ends, "experts": experts}
+    words, tensors = heads_made(dense, tmp_path / "moe", gates=gates_of(tmp_path, count), **asked)
+    assert_dense(dense, words, tensors)
+    assert (words["attn_experts"], words["num_local_experts"], words["intermediate_size"]) == (count, 1, WIDTH)
+    plain = [name for name in tensors if name.endswith("self_attn.q_proj.weight")]
+    assert plain == [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 3) if ends]
+    source = random_tensors(DENSE)
+    for name in plain:
+        np.testing.assert_array_equal(tensors[name], source[name])
+    own = tensors["model.layers.1.self_attn.k_proj.3.weight"]
+    start = 3 // (count // 4) * 8
+    np.testing.assert_array_equal(own, source["model.layers.1.self_attn.k_proj.weight"][start : start + 8])
+
+
+@pytest.mark.usefixtures("remote_code")
+def test_heads_of_a_residual_mixture_become_experts_there_and_back(dense: Path, tmp_path: Path) -> None:
+    files = {"gates": gates_of(tmp_path, 7, None), "indices": indices_of(tmp_path, 7, 1)}
+    made(dense, tmp_path / "moe", style="mixtral-residual", chosen=2, ends=1, **files)
+    words, tensors = heads_made(tmp_path / "moe", tmp_path / "attn", chosen=3)
+    assert (words["scale_factor"], words["scale_factor_attn"], words["intermediate_size_residual"]) == (1.0, 4 / 3, 28)
+    found = of_transformers(tmp_path / "attn", torch.float32, trust_remote_code=True)
+    torch.testing.assert_close(found.double(), logits(words, tensors), rtol=0, atol=5e-5)
+    convert_weights(ConvertRequest(input_path=tmp_path / "attn", output_path=tmp_path / "attn.ckpt"))
+    convert_weights(ConvertRequest(input_path=tmp_path / "attn.ckpt", output_path=tmp_path / "back", direction="to_hf"))
+    back_words, back = read_folder(tmp_path / "back")
+    assert back.keys() == tensors.keys() and all(np.array_equal(back[name], tensors[name]) for name in tensors)
+    assert model_spec_from_hf(back_words) == model_spec_from_hf(words)
+    with pytest.raises(UserError, match="its heads are experts already"):
+        heads_made(tmp_path / "attn", tmp_path / "no", chosen=1)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"chosen": None}, "--top_k_attn is missing"),
+        ({"chosen": 5}, "--top_k_attn 5 of 4 experts: choose 1 to 4"),
+        ({"chosen": 1, "experts": 6}, "--attn_experts 6: give 4, or a multiple of it that divides 8"),
+        ({"chosen": 1, "scale": 0.0}, "--scale_factor_attn 0.0"),
+        ({"chosen": 1, "ends": 2}, "no layer would be MoE"),
+    ],
+)
+def test_heads_that_cannot_be_experts(dense: Path, tmp_path: Path, words: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        heads_made(dense, tmp_path / "moe", **words)
     assert not list(tmp_path.iterdir())

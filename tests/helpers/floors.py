@@ -62,11 +62,18 @@ INNER = {
         "log byte_sizes json_text weight_fit layers rope",
         "attention",
         "spec",
-        "parameters",
+        "parameters pruning",
         "config",
         "cluster",
     ),
-    "jobs": ("engine items", "checkpoint", "run", "preprocess merge mixing predict launch", "experts", "train dryrun"),
+    "jobs": (
+        "engine items",
+        "checkpoint",
+        "run",
+        "preprocess merge mixing predict launch",
+        "experts prune",
+        "train dryrun",
+    ),
 }
 INNER_NUMBER = {
     house: {name: number for number, names in enumerate(order) for name in names.split()}

@@ -115,24 +115,50 @@ def rows(folder: Path, place: Path, which: str) -> list[str]:
     return [str(word) for word in words]
 
 
+def corpora(folder: Path) -> None:
+    """Two corpora of two domains, several files each, and a tokenizer."""
+    from mindformers_ext.data.corpus import standard_library_text
+    from mindformers_ext.data.tokenizers import train_sentencepiece
+
+    found = list(standard_library_text(200_000))
+    train_sentencepiece(found[:60], folder / "tokenizer.model", 500)
+    for number, text in enumerate(found):
+        place = folder / ("old", "new")[number % 2] / ("docs", "code")[number // 2 % 2] / f"{number // 4 % 3}.jsonl"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with place.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"text": text}) + "\n")
+
+
+def prepared(folder: Path, place: Path, which: str) -> list[str]:
+    """A corpus by domain."""
+    words = ["--dataset_type", "domains", "--model_file", folder / "tokenizer.model", "--input_glob", folder / which]
+    words += ["--output_file", place / "x", "--seq_length", "32", "--for_prune", "0.000005"]
+    return [str(word) for word in words]
+
+
 JOBS = {
     "merge": Job("merge", TORCH, models, merged),
     "mixture": Job("merge", TORCH, models, mixed),
     "convert": Job("convert", ("mindformers_ext.jobs.checkpoint.convert",), weights, converted),
     "convert back": Job("convert", ("mindformers_ext.jobs.checkpoint.convert",), weights, reversed_),
     "transform": Job("transform_ckpt", ("mindformers_ext.jobs.checkpoint.transform",), ranks, moved),
+    "domains": Job("preprocess", ("mindformers_ext.jobs.preprocess.domains.prepare",), corpora, prepared),
     "preprocess": Job("preprocess", ("mindformers_ext.jobs.preprocess.preprocess",), texts, rows),
 }
 ENGINES = {"pt": ("torch", "mindformers_ext.pt.trainer"), "ms": ("mindspore",)}
 TIMES = ("seconds", "tokens_per_second")
 
 
-def train(engine: str, folder: Path, kills: int) -> Found:
+def train(what: str, folder: Path, kills: int) -> Found:
     """Training killed and resumed until there were ``kills``: after each every checkpoint is one of the undisturbed
-    run's, and whenever the end is reached the metrics and the last checkpoint are its as well."""
+    run's, and whenever the end is reached the metrics and the last checkpoint are its as well. ``what``: the engine,
+    and "mixture" behind it for data whose proportions move."""
+    from tests.helpers.mixtures import mixture_job
     from tests.helpers.tiny_run import make_job, rows_of
 
-    found, rng, job = Found(), random.Random(engine), folder / "job.yaml"
+    engine, _, mixed = what.partition(" ")
+    make_job = mixture_job if mixed else make_job
+    found, rng, job = Found(), random.Random(what), folder / "job.yaml"
     main = importlib.import_module("mindformers_ext.cli.run_mindformer").main
     for name in (*ENGINES[engine], "mindformers_ext.jobs.train.train", "mindformers_ext.jobs.run.checks"):
         importlib.import_module(name)

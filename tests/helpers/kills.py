@@ -293,7 +293,7 @@ def main(name: str, folder: Path, kills: int) -> Found:
         from tests.helpers.kill_experts import experts
 
         return experts(name.split()[1:], folder, kills)
-    return Campaign(JOBS[name], folder).go(kills, chained=name == "preprocess")
+    return Campaign(JOBS[name], folder).go(kills, chained=name in ("preprocess", "domains"))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ CASES: dict[str, dict[str, Any]] = {
 ATTENTION = {"use_attn_moe": True, "attn_experts": 4, "top_k_attn": 2, "scale_factor_attn": 1.5}
 CASES["attention"] = ATTENTION
 CASES["attention, finer, contract"] = {**CASES["contract"], **ATTENTION, "attn_experts": 8, "top_k_attn": 3}
-CASES["attention, residual"] = {**CASES["residual"], **ATTENTION, "top_k_attn": 1}
+CASES["attention, residual"] = {**CASES["residual"], **ATTENTION, "top_k_attn": 1, "router_aux_loss_coef": 0.05}
 
 
 def v2_words(case: str, **more: Any) -> dict[str, Any]:

@@ -16,25 +16,41 @@ from torch.nn.functional import cross_entropy, linear, silu
 
 Words = Mapping[str, Any]
 Tensors = Mapping[str, Tensor]
+Balances = dict[str, list[Tensor]]
 
 
-def logits(words: Words, tensors: Tensors, ids: Tensor) -> Tensor:
-    """(B, S, V) of ids (B, S), float64."""
+def logits(words: Words, tensors: Tensors, ids: Tensor, balances: Balances | None = None) -> Tensor:
+    """(B, S, V) of ids (B, S), float64; ``balances`` gets what each gate's loss of balance is."""
     x = tensors["model.embed_tokens.weight"][ids]
     for layer in range(words["num_hidden_layers"]):
         start = f"model.layers.{layer}."
         own = {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}
         mixes = expert_attention if "self_attn.gate.weight" in own else attention
-        x = x + mixes(words, own, norm(words, x, own["input_layernorm.weight"]))
+        before = norm(words, x, own["input_layernorm.weight"])
+        told(balances, "heads", own.get("self_attn.gate.weight"), before.flatten(0, 1), words.get("top_k_attn") or 0)
+        x = x + mixes(words, own, before)
         flat = norm(words, x, own["post_attention_layernorm.weight"]).flatten(0, 1)
+        told(balances, "mlp", own.get("block_sparse_moe.gate.weight"), flat, words.get("num_experts_per_tok") or 0)
         x = x + feed_forward(words, own, flat).view_as(x)
     head = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
     return linear(norm(words, x, tensors["model.norm.weight"]), head)
 
 
 def loss(words: Words, tensors: Tensors, ids: Tensor) -> Tensor:
-    """Mean cross entropy of ids (B, S+1)."""
-    return cross_entropy(logits(words, tensors, ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+    """Mean cross entropy of ids (B, S+1), and the losses of balance, of each kind of gate the mean over layers."""
+    balances: Balances = {}
+    found = cross_entropy(logits(words, tensors, ids[:, :-1], balances).flatten(0, 1), ids[:, 1:].flatten())
+    return found + words["router_aux_loss_coef"] * sum(torch.stack(values).mean() for values in balances.values())
+
+
+def told(balances: Balances | None, kind: str, gate: Tensor | None, x: Tensor, chosen: int) -> None:
+    """Experts * sum of (share of tokens that choose one) * (its mean probability), for tokens (T, H)."""
+    if balances is None or gate is None:
+        return
+    chance = linear(x, gate).softmax(-1)
+    taken = torch.zeros_like(chance).scatter(1, chance.topk(chosen, -1).indices, 1.0)
+    value = chance.shape[1] * sum(taken[:, e].mean() * chance[:, e].mean() for e in range(chance.shape[1]))
+    balances.setdefault(kind, []).append(value)
 
 
 def norm(words: Words, x: Tensor, weight: Tensor) -> Tensor:

@@ -12,8 +12,11 @@ is one plain text, one document per paragraph. What is measured, each call in a 
 
 Calls alternate; medians of wall and processor seconds (all processes of a call) and ratios of tokens per second.
 
+With ``--ray``: processes of this machine against a Ray cluster of one node with as many cores on it, rates from the
+first quarter of the batches to the last (both have a start of some seconds that a long corpus does not notice).
+
     python tools/bench/preprocess.py --model_file tokenizer.model [--text FILE] [--megabytes 30] [--rounds 3] \\
-        [--sources]
+        [--sources] [--ray]
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import set_up  # noqa: F401 (first)
 
 # isort: split
 import argparse
+import atexit
 import json
 import os
 import platform
@@ -62,10 +66,18 @@ if __name__ == "__main__":
         work(self)
         inner["rows"] = time.perf_counter() - begun
     job._Run.work = timed
+    count, seen = job._Run._count, []
+    def counted(self, tokens):
+        seen.append((time.perf_counter(), tokens.ids.size))
+        count(self, tokens)
+    job._Run._count = counted
+    workers, _, address = extra.partition("@")
     sys.stderr = open(os.devnull, "w")
     done = job.preprocess(PreprocessRequest(dataset_type="text", document="paragraph", input_glob=text,
-        output_file=Path(folder) / "x.mindrecord", model_file=Path(model), seq_length=2048, workers=int(extra),
-        overwrite=True))
+        output_file=Path(folder) / "x.mindrecord", model_file=Path(model), seq_length=2048, workers=int(workers),
+        ray=address or None, overwrite=True))
+    late = seen[len(seen) // 4 :]
+    inner["steady"] = sum(size for _, size in late[1:]) / max(late[-1][0] - late[0][0], 1e-9)
     sys.stderr = sys.__stderr__
     figures(start, 0.0, done.tokens)
     print(json.dumps(inner))
@@ -144,6 +156,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=30, help="of text, at most")
     parser.add_argument("--sources", action="store_true", help="source code instead of documentation")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ray", action="store_true", help="processes against a Ray cluster on this machine")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", SyntaxWarning)  # of packages that are parsed for their documentation
     with tempfile.TemporaryDirectory() as name:
@@ -151,11 +164,13 @@ def main() -> None:
         size = make_text(folder / "text.txt", arguments.text, arguments.megabytes, arguments.sources)
         common = (arguments.model_file.resolve(), folder / "text.txt", folder)
         calls = {
-            "ours, 1 worker": (OURS, 1),
-            "ours, 2 workers": (OURS, 2),
-            "sentencepiece": (PEER, 1),
-            "line by line": (LOOP, LOOP_CHARACTERS),
+            "ours, 1 worker": (OURS, "1"),
+            "ours, 2 workers": (OURS, "2"),
+            "sentencepiece": (PEER, "1"),
+            "line by line": (LOOP, str(LOOP_CHARACTERS)),
         }
+        if arguments.ray:
+            calls = {"processes": (OURS, "2"), "ray": (OURS, f"2@{start_cluster(2)}")}
         print(
             f"machine: {platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start; "
             f"{size / 1e6:.1f} MB of text"
@@ -164,7 +179,31 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for name, (code, extra) in calls.items():
                 samples[name].append(measured(code, folder, *common, extra))
-    report(samples)
+    if arguments.ray:
+        report_ray(samples)
+    else:
+        report(samples)
+
+
+def start_cluster(cores: int) -> str:
+    """A Ray cluster of one node on this machine, which ends with this process; its address."""
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": cores, "object_store_memory": 200 * 2**20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    atexit.register(cluster.shutdown)
+    return cluster.address
+
+
+def report_ray(samples: dict[str, list[dict]]) -> None:
+    """Rates behind the first quarter of the batches, and their ratio by rounds."""
+    for name, taken in samples.items():
+        rates = ", ".join(f"{sample['steady']:,.0f}" for sample in taken)
+        walls = ", ".join(f"{sample['wall']:.1f}" for sample in taken)
+        print(f"{name:<10} {taken[0]['tokens']:>9} tokens  {rates} tokens/s  whole command {walls} s")
+    pairs = zip(samples["ray"], samples["processes"], strict=True)
+    ratios = [ray["steady"] / processes["steady"] for ray, processes in pairs]
+    print(f"ray / processes: {statistics.median(ratios):.2f} (rounds {', '.join(f'{ratio:.2f}' for ratio in ratios)})")
 
 
 def report(samples: dict[str, list[dict]]) -> None:

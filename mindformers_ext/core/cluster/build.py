@@ -9,21 +9,24 @@ from typing import Any
 
 from mindformers_ext.core.cluster.cluster_rules import effective_spec
 from mindformers_ext.core.config.lora import LoraSpec, lora_from_yaml
+from mindformers_ext.core.config.pruning import pruning_from_yaml
 from mindformers_ext.core.config.recompute import RecomputeSpec, recompute_from_yaml
 from mindformers_ext.core.config.train import FREEZE_GATE, gates_are_frozen
 from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.pruning import PruningSpec
 from mindformers_ext.core.spec import NetworkSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildSpec:
     """``network``: with the sizes that are really built (``effective_spec``); ``lora``: adapters beside its layers;
-    ``recompute``: layers whose activations are computed again, none where nothing is learnt; ``freeze_gate``: the gates
-    of its mixtures do not learn."""
+    ``pruning``: masks in them; ``recompute``: layers whose activations are computed again, none where nothing is
+    learnt; ``freeze_gate``: the gates of its mixtures do not learn."""
 
     network: NetworkSpec
     lora: LoraSpec | None = None
+    pruning: PruningSpec | None = None
     recompute: RecomputeSpec = RecomputeSpec()
     freeze_gate: bool = False
 
@@ -32,7 +35,8 @@ def build_spec(read: NetworkSpec, config: Mapping[str, Any], recompute: bool = T
     """What is built of the network ``read`` from ``config``; ``recompute``: by an engine that recomputes parts.
 
     Raises:
-        UserError: ``pet_config`` or ``recompute_config`` does not fit it, or gates are to be frozen that it lacks.
+        UserError: ``pet_config``, ``l0_module`` or ``recompute_config`` does not fit it, or gates are to be frozen that
+            it lacks.
     """
     network = effective_spec(read)[0]
     freezes = gates_are_frozen(config)
@@ -42,6 +46,7 @@ def build_spec(read: NetworkSpec, config: Mapping[str, Any], recompute: bool = T
     return BuildSpec(
         network=network,
         lora=lora_from_yaml(config),
+        pruning=pruning_from_yaml(config, network.model),
         recompute=recompute_from_yaml(config, network) if wanted else RecomputeSpec(),
         freeze_gate=freezes,
     )

@@ -209,6 +209,7 @@ COMPOSED: dict[str, frozenset[str]] = {
             "residual_dtype",
             "embedding_init_type",
             "pet_config",
+            "l0_module",
             "shared_expert_intermediate_size",
             "shared_expert_scale",
             "extend_method",

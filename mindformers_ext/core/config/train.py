@@ -18,6 +18,7 @@ from mindformers_ext.core.config.schedule import Schedule, schedule_from_yaml
 from mindformers_ext.core.config.values import section_at
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.preferences import BETA, DPO_BETA, PAIR_COLUMNS, holds_pairs
+from mindformers_ext.core.pruning import PruningSpec
 from mindformers_ext.core.spec import ParallelSpec
 
 OWN_LOOPS = {PYTORCH: "the PyTorch engine", MINDSPORE: "--trainer own"}  # by engine, as errors and notes call them
@@ -132,8 +133,8 @@ class TrainSpec:
     """How a network is trained: everything but the network and the data.
 
     ``recompute``: every layer computes its activations again; ``recomputed`` says it layer by layer, for an engine that
-    can. ``groups``: parameters that are trained in another way than the rest. ``dpo_beta``: rows are pairs of answers,
-    and the loss is that of ``core.preferences``.
+    can. ``pruning``: the network has masks. ``groups``: parameters that are trained in another way than the rest.
+    ``dpo_beta``: rows are pairs of answers, and the loss is that of ``core.preferences``.
     """
 
     optimizer: OptimizerSpec
@@ -150,6 +151,7 @@ class TrainSpec:
     print_every: int = 1
     checkpoint: CheckpointSchedule | None = None
     lora: LoraSpec | None = None
+    pruning: PruningSpec | None = None
     groups: tuple[ParameterGroup, ...] = ()
     dpo_beta: float | None = None
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from mindformers_ext.jobs.checkpoint.source import read_config
 from mindformers_ext.jobs.experts.cut import in_type
 from mindformers_ext.jobs.experts.dense_model import open_dense
 from mindformers_ext.jobs.experts.mixtral_forms import MATRICES, PLAIN, SHARED, V2, Form, config_of
-from mindformers_ext.jobs.experts.mixtral_parts import Made, MixtralParts, make_parts
+from mindformers_ext.jobs.experts.mixtral_parts import PLAIN_STYLE, Made, MixtralParts, make_parts
 from mindformers_ext.jobs.experts.writing import Task, Tensors, as_written, copied, given, write_model
 from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest, check_output
 from mindformers_ext.jobs.merge.sidecars import copy_tokenizer, write_json
@@ -80,11 +80,11 @@ def convert(request: MixtralRequest, write: bool = True) -> MergeReport:
         form = _form(request, model.spec, config)
         made = make_parts(request.parts, model.spec, fingerprint(model.reader))
         sizes = replace(made.sizes, scale=1.0) if request.fold else made.sizes
-        tasks = _tasks(request, model.reader, made, form, kind)
+        tasks = mixture_tasks(model.reader, made, form, kind, made.sizes.scale if request.fold else 1.0)
         stored = max((info.dtype for info in model.reader.infos.values()), key=lambda item: item.itemsize)
         told = None if kind else config.get("torch_dtype") or config.get("dtype")
         result = config_of(form, config, sizes, str(told or BY_NUMPY[kind or stored].long))
-        _check_names(result, tasks)
+        check_names(result, tasks)
         notes = [*notes_of(model.reader), *made.notes, *_form_notes(request, form, made)]
 
         def beside(folder: Path) -> list[str]:
@@ -108,7 +108,7 @@ def _form(request: MixtralRequest, spec: ModelSpec, config: Mapping[str, Any]) -
     problems.raise_if_any()
     if not request.fold:
         return V2
-    if request.parts.style not in (PLAIN.name,):
+    if request.parts.style != PLAIN_STYLE:
         if spec.head_dim * spec.num_attention_heads != spec.hidden_size:
             raise UserError(f"head_dim={spec.head_dim} with --fold_scale: a {SHARED.name} has hidden_size / heads")
         return SHARED
@@ -125,13 +125,15 @@ def _form_notes(request: MixtralRequest, form: Form, made: Made) -> list[str]:
     return [text + " and ".join(left)] if left else []
 
 
-def _tasks(request: MixtralRequest, reader: Reader, made: Made, form: Form, kind: np.dtype | None) -> list[Task]:
-    """Every tensor of the dense model, copied, renamed or cut, and the gates."""
+def mixture_tasks(
+    reader: Reader, made: Made, form: Form, kind: np.dtype | None, scale: float = 1.0, skip: Collection[str] = ()
+) -> list[Task]:
+    """Every tensor of the dense model but those to ``skip``, copied, renamed or cut, and the gates; ``scale``: by which
+    the experts' last matrices are multiplied."""
     tasks: list[Task] = []
-    scale = made.sizes.scale if request.fold else 1.0
     places = {f"model.layers.{n}.mlp.{m}.weight": (n, m) for n in range(made.sizes.layers) for m in MATRICES}
     for name, info in reader.infos.items():
-        if name.endswith("rotary_emb.inv_freq"):
+        if name.endswith("rotary_emb.inv_freq") or name in skip:
             continue
         if name not in places:
             tasks.append(copied(reader, in_type(info, kind)))
@@ -147,10 +149,10 @@ def _tasks(request: MixtralRequest, reader: Reader, made: Made, form: Form, kind
             parts = [(form.expert.format(e, word), ids, scale) for e, ids in enumerate(split.experts)]
             parts += [(form.always.format(word), ids, form.always_factor) for ids in split.residual]
             pieces = [
-                Piece(_sized(target, start + to, axis, ids.size), axis, ids, factor if last else 1.0)
+                Piece(sized(target, start + to, axis, ids.size), axis, ids, factor if last else 1.0)
                 for to, ids, factor in parts
             ]
-        tasks.append(_cut(reader, name, pieces))
+        tasks.append(cut_task(reader, name, pieces))
     for layer, gate in made.gates.items():
         start = f"model.layers.{layer}."
         tasks.append(given(start + form.gate, gate))
@@ -159,12 +161,15 @@ def _tasks(request: MixtralRequest, reader: Reader, made: Made, form: Form, kind
     return tasks
 
 
-def _sized(info: TensorInfo, name: str, axis: int, size: int) -> TensorInfo:
+def sized(info: TensorInfo, name: str, axis: int, size: int) -> TensorInfo:
+    """``info`` under another name, of another length along ``axis``."""
     shape = tuple(size if place == axis else length for place, length in enumerate(info.shape))
     return replace(info, name=name, shape=shape)
 
 
-def _cut(reader: Reader, name: str, pieces: list[Piece]) -> Task:
+def cut_task(reader: Reader, name: str, pieces: list[Piece]) -> Task:
+    """The pieces of one tensor."""
+
     def read() -> Tensors:
         dense = reader.read(name)
         for piece in pieces:
@@ -174,7 +179,7 @@ def _cut(reader: Reader, name: str, pieces: list[Piece]) -> Task:
     return Task(tuple(piece.info for piece in pieces), read, stored.nbytes + 4 * largest)
 
 
-def _check_names(config: Mapping[str, Any], tasks: list[Task]) -> None:
+def check_names(config: Mapping[str, Any], tasks: list[Task]) -> None:
     """What will be written must be what its own config.json describes, tensor for tensor."""
     rules = rule_set(model_spec_from_hf(config))
     wanted = {name: shape for binding in rules.bindings for name, shape in binding.hf.items()}

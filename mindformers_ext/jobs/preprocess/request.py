@@ -239,7 +239,8 @@ def check_request(request: PreprocessRequest) -> tuple[Checked, Tokenizer]:
 
 
 class TokenFacts(NamedTuple):
-    """What ids there are and how long rows are; ``spec`` of --config."""
+    """What ids there are, and how long rows are: ``seq_length`` and, but for folders, one token more for training.
+    ``spec`` of --config."""
 
     special: Specials
     vocab_size: int
@@ -256,7 +257,8 @@ def open_checked(request: PreprocessRequest) -> tuple[Tokenizer, TokenFacts]:
     tokenizer = open_tokenizer(request.model_file)
     spec = spec_from_yaml_file(request.config) if request.config else None
     special = _specials(request, tokenizer)
-    seq_length = request.seq_length or (spec.seq_length if spec else 2048)
+    usual = spec.seq_length + (request.dataset_type in FOLDERS) if spec else 2048
+    seq_length = request.seq_length or usual
     vocab_size = spec.model.vocab_size if spec else tokenizer.vocab_size
     _check_ids(request, special, vocab_size, tokenizer)
     if spec:
@@ -298,7 +300,13 @@ def _check_config(
             f"ids up to {tokenizer.base_size - 1} from the tokenizer, vocab_size={model.vocab_size}",
             f"set vocab_size to at least {tokenizer.base_size}, or use the tokenizer the model was made for",
         )
-    if seq_length != spec.seq_length:
+    if request.dataset_type in FOLDERS and seq_length != spec.seq_length + 1:
+        problems.add(
+            f"--seq_length {seq_length}, but a network with seq_length: {spec.seq_length} in the YAML trains on rows "
+            f"of {spec.seq_length + 1} tokens",
+            f"give --seq_length {spec.seq_length + 1}, or leave it out",
+        )
+    elif request.dataset_type not in FOLDERS and seq_length != spec.seq_length:
         problems.add(f"--seq_length {seq_length}, seq_length: {spec.seq_length} in the YAML", "make them equal")
     if special.bos != model.bos_token_id:
         problems.add(

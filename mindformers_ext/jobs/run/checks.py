@@ -36,7 +36,7 @@ from mindformers_ext.core.preferences import PAIR_COLUMNS, holds_pairs
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.jobs.checkpoint.transform import TransformRequest
 from mindformers_ext.jobs.run.dataset import check_dataset, rows_of_step
-from mindformers_ext.jobs.run.mixture_checks import check_mixture
+from mindformers_ext.jobs.run.mixture_checks import check_mixture, check_plain
 from mindformers_ext.jobs.run.seam import seam_notes, update_rows
 from mindformers_ext.jobs.run.sections import check_sections
 from mindformers_ext.jobs.run.start import settle_for_mindformers, settle_for_own_loop
@@ -70,6 +70,7 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
     read, build, notes = check_words(config, run, device_count(run), where, launched(run.engine))
     check_device(run.device.target)
     _check_lora(run)
+    _check_pruning(run, build)
     if run.use_parallel and not launched(run.engine):
         run = run.alone()
         alone = replace(read.parallel, parallel_mode="stand_alone", device_num=1)
@@ -93,6 +94,8 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
         own = run.runner is Runner.OWN_LOOP
         rows = rows_of_step(run, build.network)[0] if own else update_rows(run, build.network)
         notes += check_mixture(run, config, build.network, rows)
+    elif run.family is not None:
+        check_plain(run)
     if run.runner in (Runner.OWN_LOOP, Runner.MINDFORMERS) and (run.family is not None or is_llama(config)):
         check_tokenizer(run, build.network)
         if run.mode != "predict":
@@ -180,6 +183,19 @@ def _check_lora(run: RunSpec) -> None:
             f"pet_config with run_mode {run.mode}: merge the adapters into the base first (python "
             "tools/merge_lora.py --help), load the result, and leave pet_config out"
         )
+
+
+def _check_pruning(run: RunSpec, build: BuildSpec) -> None:
+    """Masks are trained by our own loop alone, and folded into the weights before they are used."""
+    if build.pruning is None:
+        return
+    if not run.trains:
+        raise UserError(
+            f"l0_module with run_mode {run.mode}: cut the model first (python tools/prune.py --help), load the result, "
+            "and leave l0_module out"
+        )
+    if run.runner is not Runner.OWN_LOOP:
+        raise UserError("l0_module: masks are trained by our own loop; pass --trainer own, or --engine pt")
 
 
 def launched(engine: str = MINDSPORE) -> bool:

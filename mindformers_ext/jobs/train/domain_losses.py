@@ -15,6 +15,7 @@ import numpy.typing as npt
 from mindformers_ext.core.config.run import RunSpec
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.figures import StepFigures
+from mindformers_ext.core.json_text import read_object
 from mindformers_ext.core.log import get_logger
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.data.mixture.rules import updated
@@ -129,7 +130,8 @@ def target_losses(data: MixtureData, asked: RunSpec, spec: NetworkSpec) -> Float
     """Target losses (n) of a mixture that moves, measured where they have to be; None where none are asked for."""
     if data.mixture.target_model is None:
         return data.mixture.targets
-    return reference_losses(data.mixture, asked, spec, data.domains[0].columns)
+    kept = _kept(data.mixture, Path(asked.output_dir)) if asked.resume else None
+    return kept if kept is not None else reference_losses(data.mixture, asked, spec, data.domains[0].columns)
 
 
 def reference_losses(mixture: Mixture, asked: RunSpec, spec: NetworkSpec, columns: tuple[str, ...]) -> Floats:
@@ -170,6 +172,19 @@ def _window(rows: RecordRows, number: int, model: ModelSpec) -> Window:
     read = rows.row(number)
     ids, labels = read[0], read[-1]
     return Window(ids, (ids[:-1] != model.pad_token_id) & (labels[1:] != model.ignore_token_id))
+
+
+def _kept(mixture: Mixture, folder: Path) -> Floats | None:
+    """What ``_keep`` has kept for the run that is continued, None where it was of another model or other domains."""
+    path = folder / MEASURED
+    if not path.is_file():
+        return None
+    found = read_object(path, "remove it, and the losses are measured again")
+    losses = found.get(TARGETS)
+    if found.get("model") != str(mixture.target_model) or not isinstance(losses, dict):
+        return None
+    values = [value for value in losses.values() if isinstance(value, float)]
+    return np.array(values) if tuple(losses) == mixture.names and len(values) == len(losses) else None
 
 
 def _keep(mixture: Mixture, losses: Sequence[float], tokens: Sequence[int], folder: Path) -> None:

@@ -56,8 +56,8 @@ class PairData(TokenData):
         assert self.reference is not None
         return {REFERENCE: self.reference}
 
-    def restore(self, state: Mapping[str, np.ndarray], where: str) -> None:
-        """The reference of the checkpoint ``where``.
+    def restore(self, state: Mapping[str, np.ndarray], step: int, where: str) -> None:
+        """The reference of the checkpoint ``where``; it is the same behind every step.
 
         Raises:
             UserError: it has none, or one of another number of pairs.

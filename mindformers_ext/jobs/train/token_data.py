@@ -40,8 +40,8 @@ class BatchSource(Protocol):
         """What a checkpoint must hold of it, by name."""
         ...
 
-    def restore(self, state: Mapping[str, np.ndarray], where: str) -> None:
-        """Continue from such a state, of the checkpoint ``where``."""
+    def restore(self, state: Mapping[str, np.ndarray], step: int, where: str) -> None:
+        """Continue behind ``step`` from such a state, of the checkpoint ``where``."""
         ...
 
     def close(self) -> None:
@@ -56,7 +56,7 @@ class PlainSource:
         """Nothing."""
         return {}
 
-    def restore(self, state: Mapping[str, np.ndarray], where: str) -> None:
+    def restore(self, state: Mapping[str, np.ndarray], step: int, where: str) -> None:
         """Nothing."""
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from mindformers_ext.core.cluster.cluster_rules import effective_spec
 from mindformers_ext.core.config.lora import DROPOUT_SEED
+from mindformers_ext.core.config.pruning import pruning_from_yaml, with_pruning
 from mindformers_ext.core.config.recompute import recompute_from_yaml
 from mindformers_ext.core.config.run import MINDSPORE, PYTORCH, RunSpec
 from mindformers_ext.core.config.train import OWN_LOOPS, TrainSpec, train_spec_from_yaml
@@ -48,6 +49,7 @@ from mindformers_ext.jobs.train.hooks import (
 )
 from mindformers_ext.jobs.train.mixture_data import MixtureData
 from mindformers_ext.jobs.train.pairs import PairData
+from mindformers_ext.jobs.train.pruning_masks import PruningMasks
 from mindformers_ext.jobs.train.token_data import BatchSource, TokenData, check_words
 
 FRAMEWORKS = {MINDSPORE: "MindSpore", PYTORCH: "PyTorch"}
@@ -94,6 +96,8 @@ def train(
     moe = spec.model.moe
     bias_rate = moe.topk_bias_update_rate if moe and moe.balance_via_topk_bias else 0.0
     training, more = train_spec_from_yaml(config, spec.parallel, data.per_epoch, bias_rate, engine)
+    if pruning := pruning_from_yaml(config, spec.model):
+        training = with_pruning(training, pruning)
     if engine == MINDSPORE:
         training = replace(training, recomputed=recompute_from_yaml(config, spec))
     elif spec.numerics.softmax_dtype != "float32":
@@ -113,6 +117,9 @@ def train(
         keep_config(config, folder)
         keep_lora(training.lora, folder, asked)
     _load(run, spec)
+    if training.pruning:  # before what evaluates: it sets the masks of evaluation
+        every = data.mixture.interval if isinstance(data, MixtureData) else 0
+        run.hooks.append(PruningMasks(training.pruning, training.seed, trainer, every))
     if isinstance(data, MixtureData):
         run.hooks.append(DomainLosses(data, trainer, spec.model, spec.batch_size, targets))
     run.hooks += [*hooks_of(training, trainer, spec.model.moe_layers), *hooks]
@@ -177,7 +184,7 @@ def _resume(run: Run, path: Path, spec: NetworkSpec) -> None:
             base = open_weights(Path(asked.base), spec.model, asked.strategies)
             stack.callback(base.close)
             below = base.plan.run(base.reader)
-        run.data.restore(found.data(), str(found.path))
+        run.data.restore(found.data(), found.step, str(found.path))
         run.first, state = counted_anew(found, run.data.rows)
         run.trainer.fill(chain(below, found.weights()), partly=lora and not asked.base)
         run.trainer.open()

@@ -15,6 +15,7 @@ import pytest
 
 from tests.helpers.cluster import default_port
 
+PRUNE = "tests/pt/test_prune_run.py, with its own rows and few steps"
 FINETUNE = "tests/cli/run/test_finetune.py, with its own records and tokenizer"
 
 # Commands that another test, or the suite itself, runs.
@@ -39,11 +40,18 @@ RUN_ELSEWHERE = {
     "--config configs/tiny/finetune_mixtral.yaml --input_glob output/finetune/alpaca.json "
     "--model_file tokenizer.model --output_file output/finetune/alpaca.mindrecord": FINETUNE,
     "python run_mindformer.py --config configs/tiny/finetune_mixtral.yaml": FINETUNE,
+    "python tools/bench/mixture.py": "tests/cli/docs/test_bench.py, with few rows",
     "python tools/dataset_preprocess/llama/llama_preprocess.py --dataset_type qa --pack_strategy pack "
     "--config configs/tiny/finetune_mixtral.yaml --input_glob output/finetune/alpaca.json "
     "--model_file tokenizer.model --output_file output/finetune/packed.mindrecord": FINETUNE,
     "python run_mindformer.py --config configs/tiny/finetune_mixtral.yaml --train_data "
     'output/finetune/packed.mindrecord --train_dataset.input_columns "[input_ids,labels,document_ids]"': FINETUNE,
+    "python run_mindformer.py --config configs/tiny/llama_prune.yaml": PRUNE,
+    "python tools/prune.py cut output/llama_prune --output output/llama_pruned --next_yaml "
+    "output/llama_continue.yaml": PRUNE,
+    "python tools/prune.py report output/llama_pruned": PRUNE,
+    "python convert_weight.py --model llama --format composer --input_path output/llama_pruned --output_path "
+    "output/state_dict.pt": PRUNE,
     "python tools/bench/generate.py": "tests/cli/docs/test_bench.py, with a small model",
     "python tools/bench/cluster.py": "tests/cli/docs/test_bench.py, with few rows",
     "python tools/bench/gpu.py": "tests/cli/run/test_engine_pt.py, with toy shapes",

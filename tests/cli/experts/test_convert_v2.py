@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,3 +169,24 @@ def test_outputs(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert run(dense, tmp_path, *TWO, "--overwrite") == 0
     words = ("convert", "--style", "mixtral", "--model_path", dense, "--save_path", dense, "--overwrite", *TWO)
     assert main([*map(str, words)]) == 2 and "which is read" in capsys.readouterr().err
+
+
+def test_without_torch_scores_become_neurons_and_a_model(dense: Path, tmp_path: Path) -> None:
+    """Files as .npz, in a process that may not import torch."""
+    scores = np.random.default_rng(0).random((2, 12)).astype(np.float32)
+    named = {f"{layer}.{cluster}": scores[cluster] for layer in range(3) for cluster in range(2)}
+    np.savez(tmp_path / "scores.npz", **named)
+    base = ["--model_path", dense, "--save_path"]
+    split = ["split", "--method", "gradient", "--score_file_path", tmp_path / "scores.npz", *base, tmp_path]
+    moe = ["convert", "--style", "mixtral-residual", "--top_k", 1, "--quiet", *base, tmp_path / "moe"]
+    commands = [
+        [*map(str, (*split, "--num_experts_residual", 1))],
+        [*map(str, (*moe, "--neuron_indices_file", tmp_path / "neuron_indices.npz"))],
+    ]
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        f"from mindformers_ext.cli.experts import main\nsys.exit(sum(main(words) for words in {commands!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "moe" / "config.json").read_text())["intermediate_size_residual"] == 4

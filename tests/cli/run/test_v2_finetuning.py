@@ -73,9 +73,7 @@ def test_launchers_understand_the_commands(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_conversations_and_pairs_are_learnt_as_the_readme_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_conversations_and_pairs_are_learnt_as_the_readme_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the tensors are tiny
     data = tmp_path / "data"
     chat_folder(data / "llama-3-8b-instruct")

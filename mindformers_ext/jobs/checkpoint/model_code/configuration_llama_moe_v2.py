@@ -18,10 +18,13 @@ WORDS: dict[str, Any] = {
     "moe_type": "modulelist",
     "router_aux_loss_coef": 0.0,
     "sliding_window": None,
-    "use_attn_moe": False,
+    "use_attn_moe": False,  # key/value heads, each with its query heads, are experts outside dense layers
+    "attn_experts": None,  # None: one for each key/value head
+    "top_k_attn": None,
+    "scale_factor_attn": None,
     "add_rescale_bias": False,
 }
-BUILT = {"moe_type": "modulelist", "use_attn_moe": False, "add_rescale_bias": False, "mlp_bias": False}
+BUILT = {"moe_type": "modulelist", "add_rescale_bias": False, "mlp_bias": False}
 
 
 class LlamaMoEV2Config(LlamaConfig):
@@ -31,6 +34,9 @@ class LlamaMoEV2Config(LlamaConfig):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{**WORDS, **kwargs})
+        self.attn_experts: int | None
+        if self.use_attn_moe and self.attn_experts is None:
+            self.attn_experts = self.num_key_value_heads
 
     def check(self) -> None:
         """Raise ValueError with what is wrong and what is allowed."""
@@ -41,8 +47,22 @@ class LlamaMoEV2Config(LlamaConfig):
             raise ValueError(f"scale_factor={self.scale_factor}: give the factor of the experts' sum, above 0")
         if not 1 <= self.num_experts_per_tok <= self.num_local_experts:
             raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok}: 1 to {self.num_local_experts}")
+        if self.use_attn_moe:
+            self.check_attention()
         if self.sliding_window is not None and self.sliding_window < self.max_position_embeddings:
             raise ValueError(f"sliding_window={self.sliding_window}: this code sees every token, set it to null")
+
+    def check_attention(self) -> None:
+        """Raise ValueError for attention experts that cannot be."""
+        count, groups, heads = self.attn_experts or 0, self.num_key_value_heads, self.num_attention_heads
+        if count < 1 or count % groups or heads % count:
+            raise ValueError(f"attn_experts={count}: a multiple of {groups} that divides {heads} is wanted")
+        if self.top_k_attn is None or not 1 <= self.top_k_attn <= count:
+            raise ValueError(f"top_k_attn={self.top_k_attn}: 1 to {count}")
+        if self.scale_factor_attn is None or not 0 < self.scale_factor_attn < math.inf:
+            raise ValueError(f"scale_factor_attn={self.scale_factor_attn}: give a factor above 0")
+        if self.attention_bias:
+            raise ValueError("attention_bias=True: attention experts have none")
 
     def is_dense(self, layer: int) -> bool:
         """Whether a layer stands at an end."""

@@ -2,8 +2,9 @@
 """LLaMA-MoE v2 (arXiv 2411.15708) for transformers 4.57 and 5: LLaMA with experts in its feed-forward parts.
 
 y = residual(x) + scale_factor * sum of w_e expert_e(x) over the chosen experts, w their probabilities brought to a sum
-of 1. Weights have the names of the published checkpoints; one that is missing or left over is an error. In training
-``router_aux_loss_coef`` times the loss of balance, the mean of all layers', is added to the loss.
+of 1; heads may be experts, too. Weights have the names of the published checkpoints; one that is missing or left over
+is an error. In training ``router_aux_loss_coef`` times the loss of balance, the mean of all layers', is added to the
+loss.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.nn.functional import linear, one_hot, silu
 from transformers import LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
+from .attention_llama_moe_v2 import LlamaMoEV2Attention
 from .configuration_llama_moe_v2 import LlamaMoEV2Config
 
 
@@ -84,6 +86,8 @@ class LlamaMoEV2DecoderLayer(LlamaDecoderLayer):
         if config.is_dense(layer_idx):
             self.block_sparse_moe: nn.Module = LlamaMoEV2SwiGlu(config.hidden_size, config.dense_size())
             return
+        if config.use_attn_moe:
+            self.self_attn = LlamaMoEV2Attention(config, layer_idx)
         self.block_sparse_moe = LlamaMoEV2Mixture(config)
         if config.intermediate_size_residual:
             self.mlp_residual = LlamaMoEV2SwiGlu(config.hidden_size, config.intermediate_size_residual)
@@ -101,6 +105,7 @@ class LlamaMoEV2Strict:
     accepts_loss_kwargs = False  # a trainer divides the whole loss, the part of balance as well
     _no_split_modules = ["LlamaMoEV2DecoderLayer"]
     _keep_in_fp32_modules_strict = ["gate"]
+    _supports_flash_attn = False  # its masks are none that attention experts can use
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
 
     @classmethod
@@ -151,15 +156,19 @@ class LlamaMoEV2ForCausalLM(LlamaMoEV2Strict, LlamaForCausalLM):
         self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> Any:
         """As LLaMA's; in training the loss has that of balance in it."""
+        attentions = [part for part in self.modules() if isinstance(part, LlamaMoEV2Attention)]
         mixtures = [part for part in self.modules() if isinstance(part, LlamaMoEV2Mixture)]
         real = attention_mask.bool() if attention_mask is not None and attention_mask.dim() == 2 else None
-        for mixture in mixtures:
-            mixture.real = real
+        parts: list[Any] = [*mixtures, *attentions]
+        for part in parts:
+            part.real = real
         output = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         coefficient = self.config.router_aux_loss_coef or 0.0
         if not self.training or not coefficient or kwargs.get("labels") is None:
             return output
-        balance = torch.stack([mixture.balance for mixture in mixtures]).mean()
+        balance = torch.stack([part.balance for part in mixtures]).mean()
+        if attentions:
+            balance = balance + torch.stack([part.balance for part in attentions]).mean()
         loss = output[0] + coefficient * balance
         if isinstance(output, tuple):
             return loss, *output[1:]

@@ -44,7 +44,7 @@ class DomainsRequest(PreprocessRequest):
     @property
     def parts(self) -> Path:
         """Where finished parts wait to be packed."""
-        return self.output_file.with_name(self.output_file.name + ".parts").absolute()
+        return self.output_file.absolute().with_name(f".{self.output_file.name}.parts")
 
     def check(self) -> None:
         """As for every data set, and sizes that make sense."""

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""See mindformers_ext/cli/shearing.py."""
+
+from mindformers_ext.cli.start import start
+
+if __name__ == "__main__":
+    raise SystemExit(start("shearing"))

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python tools/prune.py masks|cut|report``: a dense model cut to a smaller shape by the masks of a pruning run."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+from pathlib import Path
+
+from mindformers_ext.cli.command import Command, add_switch, dtype
+from mindformers_ext.core.byte_sizes import read_size
+
+EPILOG = """examples:
+  python tools/prune.py masks output/prune --output masks.npz
+  python tools/prune.py cut output/prune --output pruned --base Llama-2-7b-hf --next_yaml continue.yaml
+  python tools/prune.py cut Llama-2-7b-hf --masks masks.npz --output pruned
+  python tools/prune.py report pruned
+exit code 3: the masks have not come to the target's shape, and nothing was written
+"""
+NOT_REACHED = 3
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
+    for name, (text, configure, _) in COMMANDS.items():
+        configure(commands.add_parser(name, allow_abbrev=False, help=text, description=f"{text[0].upper()}{text[1:]}."))
+
+
+def _run(words: argparse.Namespace) -> int:
+    from mindformers_ext.jobs.prune.report import NotReachedError
+
+    _, _, run = COMMANDS[words.command]
+    try:
+        return run(words)
+    except NotReachedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return NOT_REACHED
+
+
+def _add_run(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("model", type=Path, metavar="RUN", help=text)
+    parser.add_argument(
+        "--config", type=Path, metavar="YAML", help="the run's, where none lies in its output_dir (run_config/)"
+    )
+
+
+def _masks_options(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser, "checkpoint of a pruning run, or its output_dir")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.npz", help="masks by module")
+    add_switch(parser, "--overwrite", text="replace an existing file")
+
+
+def _masks(words: argparse.Namespace) -> int:
+    from mindformers_ext.jobs.prune.masks_file import write_masks
+    from mindformers_ext.jobs.prune.report import table
+    from mindformers_ext.jobs.prune.trained import find_run, masks_of
+
+    masks = masks_of(find_run(words.model, words.config))
+    write_masks(words.output, masks, words.overwrite)
+    print("\n".join(table(masks)))
+    print(f"wrote {words.output}")
+    return 0
+
+
+def _cut_options(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser, "Hugging Face folder (with --masks), or checkpoint of a pruning run, or its output_dir")
+    add = parser.add_argument
+    add("--output", type=Path, required=True, metavar="DIR", help="Hugging Face folder to write")
+    add("--masks", type=Path, metavar="FILE.npz", help="that 'masks' has written; default: the checkpoint's own")
+    add("--base", type=Path, metavar="DIR", help="the dense model's folder, for config.json and the tokenizer")
+    add("--next_yaml", type=Path, metavar="YAML", help="write the YAML of continued pretraining")
+    add("--dtype", type=dtype, metavar="TYPE", help="type of the written weights; default: the stored one")
+    add("--max_shard_size", default="5GB", metavar="SIZE", help="bytes of one shard; default %(default)s")
+    add_switch(parser, "--fold_lm_head", text="scale the head too, as LLM-Shearing did: not the masked model")
+    add_switch(parser, "--force", text="cut although the masks have not come to the target's shape")
+    add_switch(parser, "--overwrite", text="replace an existing folder")
+    add_switch(parser, "--quiet", text="no progress bar")
+
+
+def _cut(words: argparse.Namespace) -> int:
+    from mindformers_ext.jobs.merge.output import OutputRequest
+    from mindformers_ext.jobs.prune.cut import CutRequest, cut
+    from mindformers_ext.jobs.prune.report import table
+
+    out = OutputRequest(
+        folder=words.output,
+        shard_bytes=read_size(words.max_shard_size, "--max_shard_size", bare=True),
+        overwrite=words.overwrite,
+        quiet=words.quiet,
+    )
+    report = cut(
+        CutRequest(
+            model=words.model,
+            output=out,
+            masks=words.masks,
+            config=words.config,
+            base=words.base,
+            next_yaml=words.next_yaml,
+            dtype=words.dtype,
+            fold_head=words.fold_lm_head,
+            force=words.force,
+        )
+    )
+    for note in report.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print("\n".join(table(report.masks)))
+    before, after = report.parameters
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(
+        f"{words.output}: {after} of {before} weights ({after / before:.1%}), {report.nbytes / 1e9:.3f} GB in "
+        f"{report.seconds:.1f} s, {peak:.2f} GB of memory"
+    )
+    return 0
+
+
+def _report_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("place", type=Path, metavar="DIR|FILE.npz", help="a folder that 'cut' has written, or masks")
+
+
+def _report(words: argparse.Namespace) -> int:
+    from mindformers_ext.jobs.prune.masks_file import MASKS, read_masks
+    from mindformers_ext.jobs.prune.report import table
+
+    print("\n".join(table(read_masks(words.place / MASKS if words.place.is_dir() else words.place))))
+    return 0
+
+
+COMMANDS = {
+    "masks": ("write the masks that a pruning run has come to", _masks_options, _masks),
+    "cut": ("write the model that the masks leave", _cut_options, _cut),
+    "report": ("show expected sizes beside the target's", _report_options, _report),
+}
+COMMAND = Command(
+    prog="prune.py",
+    description="Cut a dense model to a smaller shape by the masks of a pruning run (Sheared-LLaMA). The result is the "
+    "masked model, exactly; weights stream in blocks, and outputs appear whole or not at all.",
+    epilog=EPILOG,
+    options=_options,
+    run=_run,
+)
+parser, main = COMMAND.parser, COMMAND.main

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cut a dense model by its masks into a Hugging Face folder: block by block, whole or not at all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from mindformers_ext.core.config.hf_attention import with_both_ropes
+from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.pruning import ModelShape, shape_of_model
+from mindformers_ext.formats.atomic import fresh_folder
+from mindformers_ext.formats.disk import check_space, refusal
+from mindformers_ext.formats.dtypes import BY_NUMPY, cast, float_dtype
+from mindformers_ext.formats.safetensors_dir import CONFIG
+from mindformers_ext.formats.tensors import Array, TensorInfo
+from mindformers_ext.jobs.merge.output import OutputRequest, check_output, write_weights
+from mindformers_ext.jobs.merge.sidecars import copy_tokenizer, write_json
+from mindformers_ext.jobs.prune.masks_file import MASKS, SavedMasks, read_masks, write_masks
+from mindformers_ext.jobs.prune.next_stage import next_yaml, write_next
+from mindformers_ext.jobs.prune.report import REPORT, check_reached, pruning_report
+from mindformers_ext.jobs.prune.source import DenseSource, DenseTensor, open_folder, open_trained
+from mindformers_ext.jobs.prune.trained import TrainedRun, find_run, masks_of
+from mindformers_ext.surgery.prune.cut import FullMasks, TensorCut, full_masks, pruned_shape, tensor_cut
+from mindformers_ext.weights.plan import Plan
+
+THREADS = 2  # each holds a few blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutRequest:
+    """What to cut.
+
+    ``model``: a Hugging Face folder, or a pruning run's checkpoint or output_dir. ``masks`` None: those of the
+    checkpoint. ``config``: the run's YAML, where it does not lie beside the checkpoint. ``base``: the folder that
+    config.json and the tokenizer come from. ``next_yaml``: where the next stage's YAML is written. ``fold_head``
+    scales the head too, as LLM-Shearing did.
+    """
+
+    model: Path
+    output: OutputRequest
+    masks: Path | None = None
+    config: Path | None = None
+    base: Path | None = None
+    next_yaml: Path | None = None
+    dtype: str | None = None
+    fold_head: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class CutReport:
+    """What was written."""
+
+    masks: SavedMasks
+    shape: ModelShape
+    parameters: tuple[int, int]
+    nbytes: int
+    seconds: float
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    info: TensorInfo
+    dense: DenseTensor
+    cut: TensorCut
+
+
+def cut(request: CutRequest) -> CutReport:
+    """Write the pruned model.
+
+    Raises:
+        UserError: anything wrong with model, masks or output; nothing is left half-written.
+        NotReachedError: the masks have not come to the target's shape.
+    """
+    check_output(request.output, [request.model, *([request.base] if request.base else [])])
+    run = None if (request.model / CONFIG).is_file() else find_run(request.model, request.config)
+    _check_words(request, run)
+    masks = read_masks(request.masks) if request.masks else masks_of(_trained(run))
+    notes = check_reached(masks, request.force)
+    with ExitStack() as stack:
+        dense = stack.enter_context(open_trained(run, request.base) if run else open_folder(request.model))
+        _check_model(dense, masks)
+        full = full_masks(masks.values, masks.source, dense.model.tie_word_embeddings, request.fold_head)
+        shape = pruned_shape(full)
+        _check_shape(masks, shape)
+        pieces = list(_pieces(dense, full, float_dtype(request.dtype) if request.dtype else None))
+        stage = next_yaml(run, shape, request.output.folder) if run and request.next_yaml else None
+        started = time.monotonic()
+        parameters = (_count(item.step.target for item in dense.tensors), _count(piece.info for piece in pieces))
+        try:
+            check_space(request.output.folder, sum(piece.info.nbytes for piece in pieces))
+            notes += _write(request, dense, pieces, masks, pruning_report(masks, full, shape, parameters), shape)
+        except OSError as error:
+            raise refusal(error, f"read '{request.model}' or to write '{request.output.folder}'") from error
+    if stage and request.next_yaml:
+        write_next(request.next_yaml, stage, request.output.overwrite)
+        notes += stage.notes
+    nbytes = sum(piece.info.nbytes for piece in pieces)
+    return CutReport(masks, shape, parameters, nbytes, time.monotonic() - started, tuple(notes))
+
+
+def _trained(run: TrainedRun | None) -> TrainedRun:
+    if run is None:
+        raise UserError("a model folder has no masks: give --masks, or a pruning run's checkpoint as the model")
+    return run
+
+
+def _check_words(request: CutRequest, run: TrainedRun | None) -> None:
+    problems = Problems("prune cut")
+    if run is None and request.next_yaml:
+        problems.add("--next_yaml of a model folder", "the next stage follows from a pruning run's YAML: leave it out")
+    if run is None and request.config:
+        problems.add("--config of a model folder", "its config.json tells its sizes: leave it out")
+    if request.next_yaml and (request.next_yaml.is_dir() or request.next_yaml.suffix not in (".yaml", ".yml")):
+        problems.add(f"--next_yaml '{request.next_yaml}'", "give the name of a .yaml file")
+    if request.next_yaml and request.next_yaml.exists() and not request.output.overwrite:
+        problems.add(f"--next_yaml '{request.next_yaml}' exists", "choose another name, or pass --overwrite")
+    problems.raise_if_any()
+
+
+def _check_model(dense: DenseSource, masks: SavedMasks) -> None:
+    own = shape_of_model(dense.model)
+    problems = Problems("the masks belong to another model")
+    for name in ModelShape.__dataclass_fields__:
+        ours, theirs = getattr(own, name), getattr(masks.source, name)
+        if ours != theirs:
+            problems.add(f"its {name} is {ours}, the masks' {theirs}", "give the model that was pruned")
+    problems.raise_if_any()
+
+
+def _check_shape(masks: SavedMasks, shape: ModelShape) -> None:
+    if masks.target is None or shape == masks.target:
+        return
+    problems = Problems("the masks have not the target's shape")
+    for name in ModelShape.__dataclass_fields__:
+        ours, theirs = getattr(shape, name), getattr(masks.target, name)
+        if ours != theirs:
+            problems.add(f"{name} is {ours}, the target's {theirs}", "write the masks again with 'prune.py masks'")
+    problems.raise_if_any()
+
+
+def _pieces(dense: DenseSource, full: FullMasks, kind: Any) -> Iterator[_Piece]:
+    """Every tensor that stays, under its new name."""
+    numbers = {old: new for new, old in enumerate(full.kept_layers)}
+    for tensor in dense.tensors:
+        if tensor.layer is not None and tensor.layer not in numbers:
+            continue
+        target = tensor.step.target
+        name = target.name
+        if tensor.layer is not None:
+            name = name.replace(f"layers.{tensor.layer}.", f"layers.{numbers[tensor.layer]}.", 1)
+        found = tensor_cut(target.name, tensor.dims, full, tensor.layer)
+        yield _Piece(TensorInfo(name, found.shape(target.shape), kind or target.dtype), tensor, found)
+
+
+def _count(infos: Any) -> int:
+    return sum(prod(info.shape) for info in infos)
+
+
+def _write(
+    request: CutRequest,
+    dense: DenseSource,
+    pieces: Sequence[_Piece],
+    masks: SavedMasks,
+    report: Mapping[str, Any],
+    shape: ModelShape,
+) -> list[str]:
+    """The folder; returns notes."""
+    out = replace(request.output, threads=THREADS)
+
+    def blocks(place: int) -> Iterator[Array]:
+        piece = pieces[place]
+        step = piece.dense.step
+        ((_, stored),) = Plan((step,), (), (), None).stream(dense.reader)
+        for block in piece.cut.blocks(stored):
+            array, lost = cast(block, piece.info.dtype)
+            if lost:
+                kind = BY_NUMPY[piece.info.dtype].long
+                raise UserError(f"'{piece.info.name}': {lost} values do not fit {kind}: choose another --dtype")
+            yield array
+
+    with fresh_folder(out.folder, out.overwrite) as partial:
+        write_weights(partial, [piece.info for piece in pieces], out, blocks)
+        kinds = {BY_NUMPY[piece.info.dtype].long for piece in pieces}
+        write_json(partial / CONFIG, pruned_config(dense, shape, report["layers"], max(kinds)))
+        write_json(partial / REPORT, report)
+        write_masks(partial / MASKS, masks)
+        source = request.base or (request.model if request.model.is_dir() else None)
+        if source and (source / CONFIG).is_file():
+            return copy_tokenizer(str(source), source, partial)
+    return ["no tokenizer was written: give the dense model's folder with --base"]
+
+
+def pruned_config(dense: DenseSource, shape: ModelShape, layers: Sequence[int], dtype: str) -> dict[str, Any]:
+    """The config.json of what is left; a head's width is said always, for it need not follow from the sizes."""
+    config = with_both_ropes(dense.config)
+    for key in ("_name_or_path", "auto_map", "dtype"):
+        config.pop(key, None)
+    own = dense.model
+    if own.full_attention_layers and len(layers) < own.num_hidden_layers and not config.get("layer_types"):
+        raise UserError("layers see windows of different widths, and config.json does not say which: add layer_types")
+    if config.get("layer_types"):
+        config["layer_types"] = [config["layer_types"][layer] for layer in layers]
+    sizes = {name: getattr(shape, name) for name in ModelShape.__dataclass_fields__}
+    return {**config, **sizes, "torch_dtype": dtype}

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The YAML of continued pretraining, from that of the run that pruned: new sizes, new weights, the last proportions."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mindformers_ext.core.config.file import dump_yaml
+from mindformers_ext.core.config.mixture_words import MIXTURE
+from mindformers_ext.core.config.values import section_at
+from mindformers_ext.core.pruning import ModelShape
+from mindformers_ext.data.mixture.state import MixtureState, state_from_json
+from mindformers_ext.formats.atomic import fresh_file
+from mindformers_ext.jobs.prune.trained import TrainedRun, opened
+from mindformers_ext.jobs.run.mixture_checks import DATA, STATE
+
+SIZES = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+}
+
+
+@dataclass(frozen=True)
+class NextStage:
+    """Its content, and what was filled in."""
+
+    config: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def next_yaml(run: TrainedRun, shape: ModelShape, weights: Path) -> NextStage:
+    """The run's YAML without masks, at the pruned sizes, starting from ``weights`` and the last proportions."""
+    config = copy.deepcopy(dict(run.config))
+    words = config["model"]["model_config"]
+    words.pop("l0_module")
+    words |= {word: getattr(shape, name) for word, name in SIZES.items()}
+    config |= {"load_checkpoint": str(weights), "resume_training": False}
+    config["output_dir"] = str(config.get("output_dir") or "./output").rstrip("/") + "_continued"
+    notes = [f"sizes and load_checkpoint are filled in; output_dir is {config['output_dir']}"]
+    for section in ("train_dataset", "train_dataset_task.dataset_config"):
+        loader = section_at(config, f"{section}.data_loader")
+        last = _last_state(run) if isinstance(loader, dict) and loader.get("type") == MIXTURE else None
+        if last is not None and isinstance(loader, dict):
+            shares = dict(zip(last.names, last.proportions, strict=True))
+            loader["proportion"] = shares if isinstance(loader.get("proportion"), dict) else list(last.proportions)
+            if section == "train_dataset":
+                notes.append("proportion: the run's last, " + ", ".join(f"{n} {p:.4f}" for n, p in shares.items()))
+    return NextStage(config, tuple(notes))
+
+
+def _last_state(run: TrainedRun) -> MixtureState | None:
+    """Where the run's mixture stood; None where its checkpoint does not tell."""
+    with opened(run.file) as reader:
+        name = DATA + STATE
+        if name not in reader.infos:
+            return None
+        text = np.asarray(reader.read(name)).astype(np.uint8).tobytes().decode("utf-8", "replace")
+    return state_from_json(text, str(run.file))
+
+
+def write_next(path: Path, stage: NextStage, overwrite: bool) -> None:
+    """Write the YAML whole."""
+    with fresh_file(path, overwrite) as partial:
+        partial.write_text(dump_yaml(stage.config), encoding="utf-8")
