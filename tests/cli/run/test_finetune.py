@@ -81,3 +81,18 @@ def test_the_seed_tasks_halve_the_loss_within_200_steps(tmp_path: Path) -> None:
     found = losses(tmp_path, data)
     assert len(found) <= 200
     assert mean(found[-10:]) < 0.5 * found[0]
+
+
+@pytest.mark.long("tests/cli/run/test_finetune.py finetunes on a handful of packed records")
+@pytest.mark.slow
+def test_the_seed_tasks_packed_halve_the_loss_within_200_steps(tmp_path: Path) -> None:
+    records, tokenizer = SHARED / "alpaca_seed.json", SHARED / "llama2_tokenizer.model"
+    if not records.is_file() or not tokenizer.is_file():
+        pytest.skip("needs ../shared/data")
+    data = prepare(
+        tmp_path, records, tokenizer, "--config", str(CONFIG), "--seq_length", "256", "--pack_strategy", "pack"
+    )
+    options = ["--train_dataset.input_columns", "[input_ids,labels,document_ids]", "--engine", "pt"]
+    found = losses(tmp_path, data, *options, "--runner_config.freeze_gate", "True")
+    assert len(found) <= 200
+    assert mean(found[-10:]) < 0.5 * found[0]
