@@ -45,8 +45,8 @@ def test_a_handful_of_records_packed(tmp_path: Path) -> None:
     train_sentencepiece(list(standard_library_text(300_000)), tokenizer, 600)
     records = [{"instruction": f"Say {word}.", "input": "", "output": f"It is {word}."} for word in COLOURS * 8]
     (tmp_path / "records.json").write_text(json.dumps(records), encoding="utf-8")
-    data = prepare(tmp_path, tmp_path / "records.json", tokenizer, "--seq_length", "640", "--pack_strategy", "pack")
-    sizes = {"seq_length": 640, "vocab_size": 600, "pad_token_id": 3, "hidden_size": 64, "intermediate_size": 64}
+    data = prepare(tmp_path, tmp_path / "records.json", tokenizer, "--seq_length", "448", "--pack_strategy", "pack")
+    sizes = {"seq_length": 448, "vocab_size": 600, "pad_token_id": 3, "hidden_size": 64, "intermediate_size": 64}
     options = [word for key, value in sizes.items() for word in (f"--model.model_config.{key}", str(value))]
     options += ["--train_dataset.input_columns", "[input_ids,labels,document_ids]", "--engine", "pt"]
     found = losses(tmp_path, data, *options, "--runner_config.epochs", "15")
@@ -79,5 +79,20 @@ def test_the_seed_tasks_halve_the_loss_within_200_steps(tmp_path: Path) -> None:
         pytest.skip("needs ../shared/data")
     data = prepare(tmp_path, records, tokenizer, "--config", str(CONFIG))
     found = losses(tmp_path, data)
+    assert len(found) <= 200
+    assert mean(found[-10:]) < 0.5 * found[0]
+
+
+@pytest.mark.long("tests/cli/run/test_finetune.py finetunes on a handful of packed records")
+@pytest.mark.slow
+def test_the_seed_tasks_packed_halve_the_loss_within_200_steps(tmp_path: Path) -> None:
+    records, tokenizer = SHARED / "alpaca_seed.json", SHARED / "llama2_tokenizer.model"
+    if not records.is_file() or not tokenizer.is_file():
+        pytest.skip("needs ../shared/data")
+    data = prepare(
+        tmp_path, records, tokenizer, "--config", str(CONFIG), "--seq_length", "256", "--pack_strategy", "pack"
+    )
+    options = ["--train_dataset.input_columns", "[input_ids,labels,document_ids]", "--engine", "pt"]
+    found = losses(tmp_path, data, *options, "--runner_config.freeze_gate", "True")
     assert len(found) <= 200
     assert mean(found[-10:]) < 0.5 * found[0]
