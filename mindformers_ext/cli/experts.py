@@ -16,12 +16,15 @@ from mindformers_ext.cli.command import Command
 
 EPILOG = """examples:
   python tools/build_experts.py split --model_path llama_7B --save_path experts --num_experts 8
+  python tools/build_experts.py convert --style mixtral --model_path llama_8B --save_path moe --num_experts 8 --top_k 2
   python tools/build_experts.py split --help
 """
 STAGES = {
     "split": "which neurons make up which expert",
     "features": "what the dense model computes inside, as data for gates",
     "importance": "how much the loss feels each neuron, for the gradient split",
+    "gates": "gates of a LLaMA-MoE v2, by clusters of hidden states",
+    "grads": "how much the loss feels each neuron, by cluster, for a LLaMA-MoE v2",
     "select": "fit the gates that choose experts",
     "convert": "write the mixture, or the dense model again",
     "run": "all stages from one YAML",

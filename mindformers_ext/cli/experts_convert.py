@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``convert``: dense LLaMA, split and gates become a LLaMA-MoE folder; ``--reversed`` makes it dense again."""
+"""``convert``: dense LLaMA, split and gates become a LLaMA-MoE folder; ``--reversed`` makes it dense again.
+
+With ``--style`` the folder is a LLaMA-MoE v2 (``cli.experts_mixtral``).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mindformers_ext.cli import experts_mixtral
 from mindformers_ext.cli.experts_effects import CONVERT, check_effects
 from mindformers_ext.cli.experts_flags import add_model, add_switch, add_writing
 from mindformers_ext.core.errors import UserError
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest
 
 EFFECTS = CONVERT
+EXPERTS = 8  # of a layer where nobody says
 PRESETS = ("moefication", LLAMA_MOE.name)  # of jobs/experts/gating.py
 # what may come out, by the reference's word; transformers leaves out or adds the head of what is written
 CLASSES = (
@@ -37,6 +42,7 @@ BACK = (
 def configure(parser: argparse.ArgumentParser) -> None:
     """The stage's options."""
     add_model(parser, "folder to write")
+    experts_mixtral.add_options(parser)
     add_gating(parser)
     add = parser.add_argument
     add("--convert_type", choices=CLASSES, default=CLASSES[0], help="only the first is written")
@@ -58,7 +64,7 @@ def add_gating(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--split_file_path", type=Path, help="folder that split has written")
     add("--select_file_path", type=Path, help="folder that select has written; without it gates are random")
-    add("--num_experts", type=int, default=8, metavar="N", help="experts per layer; default %(default)s")
+    add("--num_experts", type=int, metavar="N", help=f"experts per layer; default {EXPERTS}, with --style as split")
     add("--num_selects", type=int, default=2, metavar="K", help="experts that a token passes; default %(default)s")
     add(
         "--preset",
@@ -88,7 +94,10 @@ def run(words: argparse.Namespace) -> int:
         )
     if not words.reversed:
         check_effects(words, sys.modules[__name__])
-    report = (_reversed if words.reversed else _converted)(words)
+    if words.style is not None and not words.reversed:
+        report = experts_mixtral.converted(words, _output(words))
+    else:
+        report = (_reversed if words.reversed else _converted)(words)
     if not words.quiet:
         for note in report.notes:
             print(f"note: {note}", file=sys.stderr)
@@ -131,7 +140,7 @@ def parts_of(words: argparse.Namespace) -> Parts:
             split=words.split_file_path,
             gates=None if words.use_random_gate else words.select_file_path,
             templates=words.templates,
-            experts=words.num_experts,
+            experts=EXPERTS if words.num_experts is None else words.num_experts,
             chosen=words.num_selects,
             preset=words.preset,
             network=words.gate_type,

@@ -20,7 +20,8 @@ class Effect:
 
 
 def _texts(words: argparse.Namespace) -> bool:
-    return words.text is None and bool(getattr(words, "stream", True))
+    other = words.text or getattr(words, "conversations", None)
+    return other is None and bool(getattr(words, "stream", True))
 
 
 STREAM = Effect(lambda words: words.stream, "--stream")
@@ -32,7 +33,12 @@ DOMAINS = Effect(_texts, "--train_data_path")
 SHARE = Effect(lambda words: words.text is None, "--train_data_path or --hidden_features_path")
 JUDGED = Effect(lambda words: words.eval_text is not None, "--eval_text")
 DRAWN = Effect(
-    lambda words: words.use_random_gate or words.select_file_path is None or words.eval_text is not None,
+    lambda words: (
+        words.use_random_gate
+        or getattr(words, "gate_weights_file", None) is None
+        and words.select_file_path is None
+        or words.eval_text is not None
+    ),
     "random gates or --eval_text",
 )
 NUMBERED = Effect(lambda words: words.device_target != "CPU", "--device_target GPU or Ascend")
@@ -61,7 +67,21 @@ REPORT: Mapping[str, Effect] = {
     **dict.fromkeys(("eval_tokens", "block_size", "seed", "preset", "gate_type", "use_softmax"), JUDGED),
     **dict.fromkeys(("multiply_gate_scores", "score_scale_factor", "score_scale_factor_file_path"), JUDGED),
 }
-CONVERT: Mapping[str, Effect] = {"eval_tokens": JUDGED, "block_size": JUDGED, "seed": DRAWN}
+V2 = Effect(lambda words: words.style is not None, "--style")
+V1 = Effect(lambda words: words.style is None, "no --style")
+HEADS = Effect(lambda words: words.style == "attention", "--style attention")
+CUT = Effect(lambda words: words.style not in (None, "attention"), "another --style")
+SPLIT = Effect(lambda words: words.style != "attention", "another --style")
+CONVERT: Mapping[str, Effect] = {
+    **{"eval_tokens": JUDGED, "block_size": JUDGED, "seed": DRAWN},
+    **dict.fromkeys(("num_moe_contract_layers", "gate_weights_file"), V2),
+    **dict.fromkeys(("top_k_attn", "scale_factor_attn", "attn_experts"), HEADS),
+    **dict.fromkeys(("top_k", "scale_factor", "neuron_indices_file", "share_neurons", "truncate_gates"), CUT),
+    **{"pad_intermediate": CUT, "fold_scale": CUT, "num_experts": SPLIT},
+    **dict.fromkeys(("split_file_path", "select_file_path", "num_selects", "preset", "gate_type"), V1),
+    **dict.fromkeys(("use_random_gate", "use_softmax", "multiply_gate_scores", "score_scale_factor"), V1),
+    **dict.fromkeys(("score_scale_factor_file_path", "allow_pickle", "eval_text", "templates"), V1),
+}
 
 
 def without_effect(words: argparse.Namespace, stage: Any) -> list[str]:

@@ -59,6 +59,13 @@ def add_calibration(parser: argparse.ArgumentParser, required: bool = True) -> N
     group.add_argument("--device_id", type=int, default=0, help="number of the device; default %(default)s")
 
 
+def add_conversations(parser: argparse.ArgumentParser) -> None:
+    """Texts that are conversations, by the tokenizer's chat template; their answers are what is predicted."""
+    parser.add_argument(
+        "--conversations", type=Path, metavar="FILE", help="instead of texts: .json or .jsonl of conversations"
+    )
+
+
 def add_writing(parser: argparse.ArgumentParser) -> None:
     """How outputs are written."""
     for name, text in (
@@ -84,6 +91,7 @@ def calibration(words: argparse.Namespace) -> Calibration:
         train_data_path=words.train_data_path,
         train_data_cache_path=words.train_data_cache_path,
         text=words.text,
+        conversations=getattr(words, "conversations", None),
         data_use_percent=0.01 if words.data_use_percent is None else words.data_use_percent,
         block_size=words.block_size,
         batch_size=words.batch_size,

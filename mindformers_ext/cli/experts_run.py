@@ -21,12 +21,16 @@ from mindformers_ext.cli.experts_flags import add_switch
 from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.errors import Problems, UserError
 
-ORDER = ("split", "importance", "features", "select", "convert", "report")
+FILES = ("gates", "grads")  # stages of a LLaMA-MoE v2, which write a file
+ORDER = (*FILES, "split", "importance", "features", "select", "convert", "report")
 BEFORE_SPLIT = {"gradient": "importance", "graph": "features"}  # method -> the stage whose output it reads
-# what a stage reads: option -> stage that writes it
-READS = {"score_file_path": "importance", "hidden_features_path": "features"}
-READS |= {"split_file_path": "split", "select_file_path": "select"}
-SKIPS = ("convert", "report")  # stages that write a whole once; the others look themselves at what is there
+# what a stage reads: option, and the stage that writes it; the last that is there
+READS = (
+    *(("score_file_path", "importance"), ("score_file_path", "grads"), ("hidden_features_path", "features")),
+    *(("split_file_path", "split"), ("select_file_path", "select")),
+    *(("gate_weights_file", "gates"), ("neuron_indices_file", "split")),
+)
+SKIPS = ("convert", "report")  # stages that write a whole once, where they are told to
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +64,11 @@ class Stage:
     output: Path
     place: Path
     before: str
+
+    @property
+    def whole(self) -> bool:
+        """Whether it writes a whole once, and does not look itself at what is there."""
+        return self.name in (*SKIPS, *FILES) or (self.name == "split" and _is_plus(self.options))
 
     @property
     def argv(self) -> list[str]:
@@ -125,7 +134,7 @@ def _stage(
     made: Mapping[str, Stage],
 ) -> Stage:
     options = {key: value for key, value in shared.items() if key in known}
-    options |= {key: str(made[stage].output) for key, stage in READS.items() if key in known and stage in made}
+    options |= {key: str(made[stage].output) for key, stage in READS if key in known and stage in made}
     if name == "split" and "importance" in made:  # an expert for each data cluster, also before these are there
         of = _parsed("importance", made["importance"].options)
         same = {key: getattr(of, key) for key in ("kernel", "accumulate_level", "importance_type")}
@@ -139,11 +148,24 @@ def _stage(
     return Stage(name, options, _output(name, options), Path(shared["save_path"]), before)
 
 
+def _is_plus(options: Mapping[str, Any]) -> bool:
+    from mindformers_ext.cli.experts_split import is_plus
+
+    return is_plus(_parsed("split", options))
+
+
 def _output(name: str, options: Mapping[str, Any]) -> Path:
     """The folder that a stage with these options writes."""
     if name in SKIPS:
         return Path(str(options["save_path"]))
     words = _parsed(name, options)
+    if name in FILES:
+        path: Path = _module(name).request_of(words).path
+        return path
+    if name == "split" and _is_plus(options):
+        from mindformers_ext.cli.experts_split import plus_request_of
+
+        return plus_request_of(words).path
     if name == "split":
         from mindformers_ext.cli.experts_split import request_of
         from mindformers_ext.jobs.experts.run_split import split_folder
@@ -167,7 +189,7 @@ def _output(name: str, options: Mapping[str, Any]) -> Path:
 
 
 def _carry_out(stage: Stage, overwrite: bool) -> int:
-    if stage.name in SKIPS:
+    if stage.whole:
         return _write_whole(stage, overwrite)
     return _call(stage, overwrite)
 
@@ -201,7 +223,7 @@ def _done(stage: Stage) -> int | None:
     """0 where an earlier run of the same options has finished this stage, else None."""
     from mindformers_ext.jobs.experts.finished import is_done
 
-    if stage.name not in SKIPS or not stage.output.exists() or not is_done(stage.place, stage.name, stage.digest):
+    if not stage.whole or not stage.output.exists() or not is_done(stage.place, stage.name, stage.digest):
         return None
     print(f"{stage.output} is there already")
     return 0

@@ -44,6 +44,7 @@ ROWS = (
     Row("experts", "cut a dense LLaMA into a mixture of experts, stage by stage", "experts", "COMMAND",
         "python tools/build_experts.py"),
     Row("preprocess", "text and conversations to MindRecord files of token rows", "preprocess", "COMMAND", PREPROCESS),
+    Row("mix", "proportions of a data mixture: plan, show, fit", "mix", "COMMAND", "python tools/mix.py"),
     Row("train", "train a model folder on a file, or a YAML", "first", "TRAIN"),
     Row("predict", "answer prompts with a model folder, or a YAML", "first", "PREDICT"),
     Row("eval", "perplexity of a model folder on a text, or of a YAML", "first", "EVAL"),

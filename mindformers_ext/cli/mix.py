@@ -9,7 +9,7 @@ from pathlib import Path
 from mindformers_ext.cli.command import Command
 
 EPILOG = """examples:
-  python tools/mix.py plan --config configs/tiny/llama_mixture.yaml
+  python tools/mix.py plan --config configs/tiny/mixture_pretrain.yaml
   python tools/mix.py plan --dataset_dir prepared --split for_ft --preset llama --tokens 2e9
   python tools/mix.py show output/mixture
   python tools/mix.py fit sweep/run_* --output fit.json

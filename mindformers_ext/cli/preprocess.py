@@ -15,7 +15,7 @@ from mindformers_ext.cli.preprocess_domains import DOMAIN_OPTIONS, add_domain_op
 if TYPE_CHECKING:
     from mindformers_ext.jobs.preprocess.preprocess import Summary
 
-TYPES = ("wiki", "wikipedia", "qa", "text", "jsonl", "domains", "mds")
+TYPES = ("wiki", "wikipedia", "qa", "text", "jsonl", "dpo", "domains", "mds")
 EPILOG = """examples:
   WikiText for pretraining, rows of 2049 tokens:
     python tools/dataset_preprocess/llama/llama_preprocess.py --dataset_type wiki --input_glob wiki.train.tokens \\
@@ -29,8 +29,12 @@ EPILOG = """examples:
         --output_file eval.mindrecord
   a corpus by domain (a sub-folder each), for pruning and continued training with a mixture of domains:
     python tools/dataset_preprocess/llama/llama_preprocess.py --dataset_type domains --input_glob corpus \\
-        --model_file Llama-2-7b --seq_length 4096 --eval_seq 500 --for_prune 0.4 --filter fluency duplicates=0.8 \\
+        --model_file Llama-2-7b --seq_length 4097 --eval_seq 500 --for_prune 0.4 --filter fluency duplicates=0.8 \\
         --output_file prepared
+  on many machines that share a disk, the same command with one of (shards: the last command joins them):
+    --ray HOST:PORT
+    --shard $SLURM_ARRAY_TASK_ID/16     in: sbatch --array=0-15
+    --shard join
 """
 
 
@@ -70,7 +74,8 @@ def _add_inputs(target: argparse.ArgumentParser) -> None:
         "--dataset_type",
         default="wiki",
         help="wiki: WikiText's token files, cleaned; wikipedia: "
-        "parquet; qa: conversations of FastChat's or OpenAI's form, loss on the answers only; text: plain text; "
+        "parquet; qa: conversations of FastChat's or OpenAI's form, loss on the answers only; dpo: pairs of a chosen "
+        "and a rejected answer to a prompt; text: plain text; "
         "jsonl: JSON lines; all but parquet also as .gz; domains: a folder with a sub-folder (or file) per domain of "
         "JSON lines, .gz or parquet, into a folder of splits; mds: the same from folders of MDS shards "
         f"(one of {', '.join(TYPES)}; default wiki)",
@@ -106,7 +111,12 @@ def _add_inputs(target: argparse.ArgumentParser) -> None:
 
 
 def _add_rows(target: argparse.ArgumentParser) -> None:
-    target.add_argument("--seq_length", type=int, help="positions of the network (default: --config's, else 2048)")
+    target.add_argument(
+        "--seq_length",
+        type=int,
+        help="positions of the network (default: --config's, else 2048); domains: tokens of a row, one more than a "
+        "network that trains on it has positions",
+    )
     target.add_argument("--split", default="train", help="train: rows of seq_length + 1 tokens; eval: of seq_length")
     target.add_argument(
         "--config",
@@ -116,6 +126,20 @@ def _add_rows(target: argparse.ArgumentParser) -> None:
     target.add_argument("--repeat", type=int, help="go over the text this many times (default 1)")
     target.add_argument("--samples_num", type=int, help="wikipedia: at most this many rows (default 10000)")
     target.add_argument("--skip_masked", action="store_true", help="qa: leave out rows without any loss")
+    target.add_argument(
+        "--pack_strategy",
+        help="qa: pack: several whole conversations to a row, with document_ids; pad: one to a row; conversations "
+        "longer than a row are dropped (without it: one to a row, cut at its end)",
+    )
+    target.add_argument(
+        "--chat",
+        action="store_true",
+        help="qa, dpo: in the words of the tokenizer's own chat template; records of qa may be alpaca's too (default: "
+        "Vicuna's words)",
+    )
+    target.add_argument(
+        "--max_prompt_length", type=int, help="dpo: tokens that the prompt of a longer pair keeps (default 128)"
+    )
 
 
 def cores() -> int:
@@ -146,7 +170,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def report(summary: Summary, seconds: float) -> list[str]:
     """The summary as a person reads it; counts that are zero and matter only then are left out."""
-    what = "conversations" if summary.dataset_type == "qa" else "documents"
+    what = {"qa": "conversations", "dpo": "pairs"}.get(summary.dataset_type, "documents")
     names = summary.output_files
     lines = [
         f"{names[0]}{f' to {names[-1]}' if len(names) > 1 else ''}: {summary.records} records of "
@@ -160,6 +184,7 @@ def report(summary: Summary, seconds: float) -> list[str]:
         "truncated": f"records were longer than {summary.row_length} tokens and lost {summary.truncated_tokens} tokens",
         "masked": "records bear no loss: no answer, or it was cut off (--skip_masked leaves them out)",
         "masked_skipped": "records without any loss were left out",
+        "too_long": f"conversations were longer than a row and were dropped, {summary.too_long_tokens} tokens",
         "no_question": "conversations without a human turn were left out",
         "unknown_tokens": "unknown tokens"
         + (" get no loss, because pad is the unknown token too" if summary.pad_id == summary.unk_id else ""),

@@ -34,7 +34,9 @@ def add_domain_options(parser: argparse.ArgumentParser) -> None:
         default=(),
         metavar="NAME=LOW:HIGH",
         help="keep documents whose score is in the range: characters, tokens, fluency, ads (both 0 to 1), field.NAME "
-        "(a number in the record); DOMAIN/ in front for one domain; duplicates=0.8: of near duplicates the first",
+        "(a number in the record); DOMAIN/ in front for one domain; duplicates=0.8: of near duplicates the "
+        "first. A name alone stands for "
+        "characters=200:, tokens=32:, fluency=0.75:, ads=:0.25, duplicates=0.8",
     )
     group.add_argument("--eval_seq", type=int, help="rows of each domain for evaluation (default 2)")
     group.add_argument("--for_prune", type=float, help="1e9 tokens of all domains for pruning (default 0)")
@@ -98,10 +100,19 @@ def report(done: Prepared, seconds: float) -> list[str]:
         lines.append("  " + "  ".join([row[0].ljust(widths[0]), *cells, row[-1]]))
     unused = sum(count.unused_documents for count in made.counts.values())
     if unused:
-        notes.append(f"{unused} documents were not used: every split was full (--for_ft, --for_ft_share)")
+        notes.append(
+            f"{unused} documents were not used: the splits were full (--for_ft, --for_ft_share), or another domain has "
+            "a copy in another split"
+        )
+    for split, domains in made.splits.items():
+        without = [name for name, found in domains.items() if not found.rows]
+        if 0 < len(without) < len(domains):
+            notes.append(f"no row in {split}: {', '.join(without)}; a mixture wants rows of every domain")
     empty = [name for name, domains in made.splits.items() if not sum(found.rows for found in domains.values())]
     if empty:
-        notes.append(f"empty splits: {', '.join(empty)} (give --{empty[0]}, or --{empty[0]}_share)")
+        notes.append(
+            f"empty splits: {', '.join(empty)} (give --{empty[0]}{'_seq' * (empty[0] == 'eval')} or --{empty[0]}_share)"
+        )
     return [
         *lines,
         "columns: rows of each split, then tokens that filled no row, tokens not used, documents filtered",

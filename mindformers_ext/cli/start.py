@@ -23,6 +23,8 @@ MORE = (
         "sentencepiece",
         "tokenizers",
         "pyarrow",
+        "scipy",
+        "datasketch",
         "jinja2",
         "fastchat",
         "matplotlib",

@@ -10,84 +10,12 @@ new way to choose experts is a row of ``GATES`` and a cell in ``ms.moe.gate`` an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-
-@dataclass(frozen=True)
-class ConfigWord:
-    """One key of a ``config.json`` beyond those that all families share.
-
-    ``part``: model (``ModelSpec``), moe (``MoESpec``) or shared (``SharedExpertSpec``), whose ``field`` it fills; of
-    several, with blanks between, all. ``means``: where the file's values are called otherwise here, each pair of them.
-    """
-
-    key: str
-    part: str
-    field: str
-    kind: str
-    default: Any
-    means: tuple[tuple[Any, Any], ...] = ()
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """The fields that it fills."""
-        return tuple(self.field.split())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """One row.
-
-    name: Hugging Face's ``model_type`` and the stem of every file about the family.
-    hf_class: transformers' class.
-    yaml_names: pairs of ``model_config.type`` and ``arch.type`` that mean it in a YAML, the one to write first.
-    has_experts: whether some layers are mixtures.
-    implied: whether experts, or their absence, mean this family where nothing is named.
-    variant_of: a family whose ``model_type`` and class its ``config.json`` is written with, and ``variant_key`` the key
-        that tells it there by a number. Its own ``name`` and ``hf_class`` are read too.
-    reads_as: a family of the same tensors and formulas under which it is known here without a window; "" for itself.
-    defaults: of transformers' configuration class, by ``ModelSpec`` field (= key); None: derived from other keys.
-    words: further keys.
-    says: keys that change the function, each with the one value that is built; written, and read where it stands.
-    model, moe, shared: what the family's name fixes of each spec, by field.
-    weighs_loss: whether ``router_aux_loss_coef`` weighs a loss of its routing.
-    shares_width: whether its experts, the shared ones too, are parts of one layer as wide as ``intermediate_size``.
-    chooses_layers: whether ``decoder_sparse_step`` and ``mlp_only_layers`` make layers dense.
-    windowed: whether it has ``sliding_window``: in all layers, or where ``mixes_windows`` in those that ``layer_types``
-        or ``max_window_layers`` name. ``window``: its default; ``window_switch`` a key without which it has no effect.
-    tokenizer: transformers' class where the tokenizer's own files name none.
-    """
-
-    name: str
-    hf_class: str
-    yaml_names: tuple[tuple[str, str], ...] = ()
-    has_experts: bool = False
-    implied: bool = False
-    reads_as: str = ""
-    variant_of: str = ""
-    variant_key: str = ""
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    words: tuple[ConfigWord, ...] = ()
-    says: Mapping[str, Any] = field(default_factory=dict)
-    model: Mapping[str, Any] = field(default_factory=dict)
-    moe: Mapping[str, Any] = field(default_factory=dict)
-    shared: Mapping[str, Any] | None = None
-    weighs_loss: bool = True
-    shares_width: bool = False
-    chooses_layers: bool = False
-    windowed: bool = False
-    mixes_windows: bool = False
-    window: int | None = None
-    window_switch: str = ""
-    tokenizer: str = ""
-
-    @property
-    def gate(self) -> str:
-        """The gate of its mixtures where none is named (of ``GATES``)."""
-        kinds = [ours for word in self.words if word.field == "gate" for _, ours in word.means]
-        return kinds[0] if kinds else str(self.moe.get("gate", "linear"))
-
+from mindformers_ext.core.family import ConfigWord as ConfigWord
+from mindformers_ext.core.family import Family as Family
+from mindformers_ext.core.family import end_layers as end_layers
 
 _LLAMA_TOKENS, _QWEN_TOKENS = "LlamaTokenizer", "Qwen2Tokenizer"
 _LLAMA: dict[str, Any] = {
@@ -285,11 +213,47 @@ LLAMA_MOE_RESIDUAL = Family(
     shared={"weighs_each": True},
     **_CUT,
 )
-
-FAMILIES: dict[str, Family] = {
-    row.name: row
-    for row in (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, LLAMA_MOE, LLAMA_MOE_RESIDUAL)
+# experts cut from a dense model under Mixtral's name, whose sum is scaled (LLaMA-MoE v2, Qu et al. 2024,
+# arXiv:2411.15708); layers at both ends may stay dense
+_V2: dict[str, Any] = {
+    "has_experts": True,
+    "variant_of": MIXTRAL.name,
+    "defaults": MIXTRAL.defaults,
+    "words": (
+        *MIXTRAL.words,
+        ConfigWord("intermediate_size", "moe", "intermediate_size", "int", 14336),
+        ConfigWord("scale_factor", "moe", "routed_scaling_factor", "float", None),
+        _ATTENTION_BIAS,
+    ),
+    "says": {"moe_type": "modulelist", "add_rescale_bias": False},
+    "moe": MIXTRAL.moe,
+    "dense_ends": "num_moe_contract_layers",
+    "dense_width": "intermediate_size_dense",
+    "attends_by_experts": True,
+    "windowed": True,
+    "tokenizer": _LLAMA_TOKENS,
 }
+LLAMA_MOE_V2 = Family(
+    name="llama_moe_v2",
+    hf_class="LlamaMoEV2ForCausalLM",
+    yaml_names=(("LlamaMoEV2Config", "LlamaMoEV2ForCausalLM"),),
+    variant_key="scale_factor num_moe_contract_layers moe_type use_attn_moe",
+    **_V2,
+)
+_ALWAYS = ConfigWord("intermediate_size_residual", "shared", "intermediate_size", "int", None)
+# the same beside a feed-forward part that every token passes
+LLAMA_MOE_V2_RESIDUAL = Family(
+    name="llama_moe_v2_residual",
+    hf_class="LlamaMoEV2ResidualForCausalLM",
+    yaml_names=(("LlamaMoEV2ResidualConfig", "LlamaMoEV2ResidualForCausalLM"),),
+    variant_key=_ALWAYS.key,
+    **{**_V2, "words": (*_V2["words"], _ALWAYS)},
+    shared={"gated": False},
+)
+
+_ROWS = (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, LLAMA_MOE, LLAMA_MOE_RESIDUAL)
+# of variants the one that more keys tell comes first
+FAMILIES: dict[str, Family] = {row.name: row for row in (*_ROWS, LLAMA_MOE_V2_RESIDUAL, LLAMA_MOE_V2)}
 
 # MindFormers' name for any LLaMA-shaped network: with experts, or where MindFormers' own does not run, it means ours.
 GENERIC_NAMES = ("LlamaConfig", "LlamaForCausalLM")

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
+MEASURED = ("accuracy", "margin")  # of pairs of answers: the share whose margin is above 0, and the mean margin
 NOTHING: Mapping[str, float] = MappingProxyType({})
 
 
@@ -66,6 +67,13 @@ def figures_of(outputs: Any) -> StepFigures:
         expert_load=values[7] if has_terms else np.zeros((1, 1), np.float32),
         dropped=values[8].reshape(-1) if has_terms else np.zeros(1, np.float32),
     )
+
+
+def with_preferences(figures: StepFigures) -> StepFigures:
+    """Figures of a step over pairs of answers: what it has measured stands behind ``dropped``."""
+    count = len(MEASURED)
+    extra = dict(zip(MEASURED, map(float, figures.dropped[-count:]), strict=True))
+    return figures._replace(dropped=figures.dropped[:-count], extra={**figures.extra, **extra})
 
 
 def _first(values: Sequence[Array], place: int, absent: float) -> float:

@@ -89,7 +89,8 @@ class AttentionSpec:
     """Grouped-query attention. ``qkv_bias``: q, k and v have a bias (Qwen2), ``out_bias``: the output projection too;
     ``qk_norm``: q and k of every head are normalised before they are turned (Qwen3; Henry et al. 2020,
     arXiv:2010.04245). ``window``: tokens that a token sees, itself included (Beltagy et al. 2020, arXiv:2004.05150,
-    section 3.1); None: all before it."""
+    section 3.1); None: all before it. ``experts``: key/value heads, each with its query heads, are experts
+    (``core.attention``); a token has keys and values in those alone that it passes."""
 
     num_attention_heads: int
     num_key_value_heads: int
@@ -98,6 +99,7 @@ class AttentionSpec:
     qk_norm: bool = False
     out_bias: bool = False
     window: int | None = None
+    experts: MoESpec | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

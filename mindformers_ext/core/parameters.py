@@ -7,13 +7,14 @@ products of size letters:
 
     V vocabulary    D model    F dense feed-forward    M routed expert    U shared experts together
     E experts       H heads    N key/value heads       P head width       R shared experts, each S wide    1 2
+    A attention experts, each of Q query heads
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mindformers_ext.core.families import GATES, RESIDUAL_GATE, SHARED_GATE, WEIGHTING, GateWeight
 from mindformers_ext.core.layers import AttentionSpec, LayerSpec, MoESpec
@@ -58,13 +59,16 @@ _NORM = ("D", "-", "ones")
 def attention_rows(spec: AttentionSpec) -> Iterator[WeightRow]:
     """Attention with the norm before it."""
     yield WeightRow("attention_norm.weight", *_NORM)
-    for name, rows in _QKV.items():
+    for name, rows in ({**_QKV, "wk": "AP", "wv": "AP"} if spec.experts else _QKV).items():
         yield WeightRow(f"attention.{name}.weight", f"{rows} D", "mp -")
         if spec.qkv_bias:
             yield WeightRow(f"attention.{name}.bias", rows, "mp", "zeros")
     yield WeightRow("attention.wo.weight", "D HP", "- mp")
     if spec.out_bias:
         yield WeightRow("attention.wo.bias", "D", "-", "zeros")
+    if spec.experts:
+        (gate,) = GATES[spec.experts.gate]
+        yield _gate_row("attention.router.", replace(gate, dims="A D"))
     if spec.qk_norm:
         yield WeightRow("attention.q_norm.weight", "P", "-", "ones")
         yield WeightRow("attention.k_norm.weight", "P", "-", "ones")
@@ -136,6 +140,8 @@ def size_letters(model: ModelSpec) -> dict[str, int]:
         "1": 1,
         "2": 2,
     }
+    if model.attn_experts:
+        letters |= {"A": model.attn_experts, "Q": model.num_attention_heads // model.attn_experts}
     if model.moe:
         letters |= {"E": model.moe.num_local_experts, "M": model.expert_size}
         if model.moe.shared_expert:

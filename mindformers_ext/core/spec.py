@@ -11,12 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mindformers_ext.core.attention import attention_of, collect_attention_experts
 from mindformers_ext.core.errors import Problems
-from mindformers_ext.core.families import FAMILIES, Family, implied_family
-from mindformers_ext.core.layers import DTYPE_NAMES, AttentionSpec, DenseSpec, LayerSpec, MoESpec, Sizes
-from mindformers_ext.core.layers import (
-    SharedExpertSpec as SharedExpertSpec,
-)
+from mindformers_ext.core.families import FAMILIES, Family, end_layers, implied_family
+from mindformers_ext.core.layers import DTYPE_NAMES, DenseSpec, LayerSpec, MoESpec, Sizes
+from mindformers_ext.core.layers import SharedExpertSpec as SharedExpertSpec
 from mindformers_ext.core.rope import Rope, RopeScaling
 from mindformers_ext.core.stages import layer_stage
 
@@ -41,7 +40,8 @@ class ModelSpec:
 
     A token id of -1 means that the model has no such token. ``more_eos_token_ids`` also end a text (Llama 3).
     ``sliding_window``: tokens that a token sees, but in ``full_attention_layers``, where it sees all before it.
-    ``dense_layers``: those that stay dense although ``moe`` is there, in rising order. ``family``: a row of
+    ``dense_layers``: those that stay dense although ``moe`` is there, in rising order. ``attn_experts``: in mixtures
+    the heads are so many experts (0: none), of which a token passes ``top_k_attn``. ``family``: a row of
     ``core.families``, "" where experts or their absence tell it; ``layer`` is what a network is built from.
     """
 
@@ -71,6 +71,9 @@ class ModelSpec:
     full_attention_layers: tuple[int, ...] = ()
     moe: MoESpec | None = None
     dense_layers: tuple[int, ...] = ()
+    attn_experts: int = 0
+    top_k_attn: int = 0
+    scale_factor_attn: float = 1.0
     family: str = ""
 
     @property
@@ -129,21 +132,15 @@ class ModelSpec:
             widths["intermediate_size"] = self.intermediate_size
         if self.expert_size != self.intermediate_size:
             widths["moe_intermediate_size"] = self.expert_size
+        if self.attn_experts:
+            widths["attn_experts"] = self.attn_experts
         if self.moe and self.moe.shared_expert:
             widths["shared_expert_intermediate_size"] = self.moe.shared_expert.intermediate_size
         return widths
 
     def layer(self, index: int) -> LayerSpec:
         """What layer ``index`` is."""
-        attention = AttentionSpec(
-            num_attention_heads=self.num_attention_heads,
-            num_key_value_heads=self.num_key_value_heads,
-            head_dim=self.head_dim,
-            qkv_bias=self.qkv_bias,
-            qk_norm=self.qk_norm,
-            out_bias=self.out_bias,
-            window=None if index in self.full_attention_layers else self.sliding_window,
-        )
+        attention = attention_of(self, index)
         if self.moe is None or index in self.dense_layers:
             return LayerSpec(attention, DenseSpec(intermediate_size=self.intermediate_size, bias=self.mlp_bias))
         shared = self.moe.shared_expert.at(index) if self.moe.shared_expert else None
@@ -180,6 +177,8 @@ class ModelSpec:
         if self.rope_scaling:
             self.rope_scaling.collect(problems)
         self._collect_window(problems)
+        if self.attn_experts:
+            collect_attention_experts(self, problems)
         if self.moe:
             self.moe.collect(problems)
             self._collect_factors(self.moe, problems)
@@ -262,6 +261,8 @@ class ModelSpec:
         found: list[tuple[str, str, Any, Any]] = [
             ("model", name, getattr(self, name), row.model.get(name, False)) for name in FEATURES
         ]
+        if not row.attends_by_experts:
+            found += [("model", "attn_experts", self.attn_experts, 0)]
         if not row.windowed:
             found += [("model", "sliding_window", self.sliding_window, None)]
         if not row.mixes_windows:
@@ -276,7 +277,10 @@ class ModelSpec:
             found += [("shared", "shared_expert", self.moe.shared_expert is not None, row.shared is not None)]
             each = bool(self.moe.shared_expert and self.moe.shared_expert.weighs_each)
             found += [("shared", "weighs_each", each, bool((row.shared or {}).get("weighs_each")))]
-        if not row.chooses_layers:
+        if row.dense_ends:
+            ends = end_layers(len(self.dense_layers) // 2, self.num_hidden_layers)
+            found += [("model", "dense_layers", self.dense_layers, ends)]
+        elif not row.chooses_layers:
             found += [("model", "dense_layers", self.dense_layers, ())]
         for part, name, value, fixed in found:
             if (part, name) not in told and value != fixed:
@@ -361,7 +365,7 @@ class DeviceSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkSpec:
-    """All that a network is built from."""
+    """All that a network is built from. ``packed``: its rows may be packed of documents (``core.documents``)."""
 
     model: ModelSpec
     seq_length: int
@@ -370,6 +374,7 @@ class NetworkSpec:
     parallel: ParallelSpec = field(default_factory=ParallelSpec)
     kernels: KernelSpec = field(default_factory=KernelSpec)
     return_extra_loss: bool = True
+    packed: bool = False
 
     @property
     def noise_shape(self) -> tuple[int, int, int] | None:

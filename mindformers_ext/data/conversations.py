@@ -9,13 +9,15 @@ masks a whole conversation wherever padding is ``<unk>`` and the text holds one,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mindformers_ext.data.documents import IGNORED as IGNORED
+from mindformers_ext.data.documents import Document
 from mindformers_ext.data.json_records import read_records
 from mindformers_ext.data.packing import Ids
 from mindformers_ext.data.readers import Progress
@@ -23,7 +25,7 @@ from mindformers_ext.data.tokenizers import Tokenizer
 from mindformers_ext.data.turns import Talk, read_talk
 
 TEMPLATE = "vicuna_v1.1"
-IGNORED = -100
+Write = Callable[[Talk, str], "Conversation"]  # a talk and where it stands
 
 
 class Conversation(NamedTuple):
@@ -62,23 +64,35 @@ class QaRow:
     tokens: int
 
 
-def read_conversations(path: Path, progress: Progress | None = None) -> Iterator[Conversation | None]:
+def read_conversations(
+    path: Path, progress: Progress | None = None, write: Write | None = None, alpaca: bool = False
+) -> Iterator[Conversation | None]:
     """The conversations of a JSON list or of JSON lines; None for one in which nobody asks anything.
 
-    A turn of the system stands in place of the template's own words.
+    Args:
+        path: the file.
+        progress: hears how many bytes were read.
+        write: makes the text, by default Vicuna's: there a turn of the system stands in place of the template's words.
+        alpaca: records of an instruction and an output are conversations too.
 
     Raises:
         UserError: names file, record and line of what is malformed.
     """
     for record in read_records(path, progress):
-        talk = read_talk(record)
-        yield _rendered(talk, record.where) if talk.said else None
+        talk = read_talk(record, alpaca)
+        yield (write or vicuna)(talk, record.where) if talk.said else None
+
+
+def encode_documents(tokenizer: Tokenizer, conversations: Sequence[Conversation], special: Specials) -> list[Document]:
+    """Every conversation whole."""
+    rows = encode_conversations(tokenizer, conversations, special, 0)
+    return [Document(row.ids[: row.tokens], row.labels[: row.tokens]) for row in rows]
 
 
 def encode_conversations(
     tokenizer: Tokenizer, conversations: Sequence[Conversation], special: Specials, length: int
 ) -> list[QaRow]:
-    """One row of ``length`` tokens per conversation, padded or cut at the end."""
+    """One row of ``length`` tokens per conversation, padded or cut at the end; 0: as long as it is."""
     parts = [_parts(conversation) for conversation in conversations]
     flat = [part for found in parts for part in found]
     encoded = iter(tokenizer.encode_batch([part.text for part in flat]))
@@ -97,7 +111,8 @@ def _template() -> Any:
     return get_conv_template(TEMPLATE)
 
 
-def _rendered(talk: Talk, where: str) -> Conversation:
+def vicuna(talk: Talk, where: str) -> Conversation:
+    """The conversation in Vicuna's words."""
     template = _template()
     if talk.system is not None:
         template.set_system_message(talk.system)
@@ -142,6 +157,7 @@ def _row(
         ids.append(own)
         labels.append(target)
     tokens = sum(map(len, ids))
+    length = length or tokens
     missing = max(length - tokens, 0)
     ids.append(np.full(missing, special.pad, np.int32))
     labels.append(np.full(missing, IGNORED, np.int32))

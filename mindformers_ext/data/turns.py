@@ -8,6 +8,7 @@ other form, and begin with a turn of the system.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,13 +35,24 @@ class Talk:
     system: str | None = None
 
 
-def read_talk(record: Record) -> Talk:
+def read_talk(record: Record, alpaca: bool = False) -> Talk:
     """The turns of ``record``. One turn of the assistant before anybody asks is left out, as MindFormers does.
+
+    ``alpaca``: a record of an instruction, perhaps an input, and an output is a question and its answer.
 
     Raises:
         UserError: names record and turn of what is malformed, or of turns that do not alternate.
     """
-    turns = [_turn(record, number, turn) for number, turn in enumerate(_turns(record), start=1)]
+    if alpaca and "instruction" in record.value and not any(name in record.value for name in LISTS):
+        given = "" if record.value.get("input") is None else record.text("input")
+        asked = record.text("instruction")
+        return Talk((f"{asked}\n\n{given}" if given.strip() else asked, record.text("output")))
+    return talk_of(record, _turns(record))
+
+
+def talk_of(record: Record, found: Sequence[Any]) -> Talk:
+    """The same of the turns ``found`` in ``record``."""
+    turns = [_turn(record, number, turn) for number, turn in enumerate(found, start=1)]
     system = turns.pop(0)[2] if turns and turns[0][0] == SYSTEM else None
     if turns and turns[0][0] == ASSISTANT:
         turns = turns[1:]

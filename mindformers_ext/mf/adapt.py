@@ -12,6 +12,7 @@ from mindformers_ext.core.config.keys import MODEL, MODES
 from mindformers_ext.core.config.mixture_words import PLACE
 from mindformers_ext.core.config.run import ASCEND, CPU, TRAINER_KEY, data_spec_from_yaml
 from mindformers_ext.core.config.values import section_at
+from mindformers_ext.core.documents import DOCUMENT_IDS
 from mindformers_ext.core.families import GENERIC_NAMES, Family, family_of_yaml
 from mindformers_ext.mf.config import WRITTEN
 from mindformers_ext.mf.mixture import SEED
@@ -69,10 +70,14 @@ def adapt(config: Mapping[str, Any], device_target: str) -> tuple[dict[str, Any]
     if data and data.mixture:
         result["train_dataset"]["data_loader"] = {**loader, SEED: data.seed}
     _adapt_parallel(result, device_target, notes)
+    (result.get("runner_config") or {}).pop("freeze_gate", None)  # ``mf.networks`` reads the copy
     draws = family is not None and may_draw(family, section_at(config, MODEL))
-    if draws and result.get("train_dataset"):  # the names of what the network is called with
-        columns = result["train_dataset"].get("input_columns") or ["input_ids"]
-        result["train_dataset"]["construct_args_key"] = [*columns, NOISE]
+    columns = (result.get("train_dataset") or {}).get("input_columns") or ["input_ids"]
+    if family is not None and DOCUMENT_IDS in columns:  # the network is built for such rows
+        result["model"]["model_config"][WRITTEN]["train_dataset"] = {"input_columns": list(columns)}
+    if family is not None and result.get("train_dataset") and (draws or DOCUMENT_IDS in columns):
+        # the names of what the network is called with
+        result["train_dataset"]["construct_args_key"] = [*columns, NOISE] if draws else list(columns)
     why = ""
     if device_target == CPU:
         why = "the CPU has no data sinking"

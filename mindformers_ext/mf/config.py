@@ -56,6 +56,10 @@ class PortableLlamaConfig(LlamaConfig):
         """The adapters that ``pet_config`` asks for."""
         return self._build().lora
 
+    def freezes_gate(self) -> bool:
+        """Whether the gates of its mixtures do not learn."""
+        return self._build().freeze_gate
+
     def recompute_spec(self) -> RecomputeSpec:
         """The layers that ``recompute_config`` computes again."""
         return self._build().recompute

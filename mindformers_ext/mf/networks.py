@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import mindspore as ms
@@ -12,6 +13,7 @@ from mindformers.tools.logger import logger
 from mindformers.tools.utils import get_predict_run_mode, get_real_group_size
 from mindspore import Tensor, ops
 
+from mindformers_ext.core.config.train import FROZEN_GATES
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.families import implied_family
 from mindformers_ext.mf.config import PortableLlamaConfig
@@ -57,6 +59,8 @@ class PortableLlamaForCausalLM(PreTrainedModel):
         self.causal_lm = build_causal_lm(spec)
         lora = config.lora()
         self.adapted = add_lora(self.causal_lm, lora, spec) if lora else []
+        if config.freezes_gate():
+            self._freeze_gates()
         if lora:
             logger.info(
                 "LoRA: rank %d, scale %g, beside %d layers: %s ...",
@@ -77,6 +81,12 @@ class PortableLlamaForCausalLM(PreTrainedModel):
         if spec.parallel.pipeline_stage > 1:  # otherwise every micro batch would be compiled anew
             select_operators().reuse(self)
         self.load_checkpoint(config)
+
+    def _freeze_gates(self) -> None:
+        frozen = [item for item in self.causal_lm.get_parameters() if re.fullmatch(FROZEN_GATES.pattern, item.name)]
+        for parameter in frozen:
+            parameter.requires_grad = False
+        logger.info("freeze_gate: %d weights of gates do not learn", len(frozen))
 
     def _mark_recompute(self, config: PortableLlamaConfig) -> None:
         """Mark the layers that compute their activations again; other devices than Ascend have memory to spare."""
@@ -126,11 +136,17 @@ class PortableLlamaForCausalLM(PreTrainedModel):
         """From now on training returns (loss, lm_loss, aux_loss, expert_load, dropped) instead of the loss."""
         self.returns_terms = True
 
-    def construct(self, input_ids: Tensor, labels: Tensor | None = None, noise_keys: Tensor | None = None) -> Any:
-        """See the class. ``input_ids`` (B, T) and ``labels`` (B, T), int32; T = seq_length + 1 in training, which
-        also has the keys of the noise where gates add it (``mf.noise``)."""
+    def construct(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        noise_keys: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Any:
+        """See the class. ``input_ids``, ``labels`` and the ``document_ids`` of packed rows (B, T), int32;
+        T = seq_length + 1 in training, which also has the keys of the noise where gates add it (``mf.noise``)."""
         if self.training:
-            terms = self.causal_lm.losses(input_ids, labels, noise_keys)
+            terms = self.causal_lm.losses(input_ids, labels, noise_keys, document_ids)
             if self.returns_terms:
                 return terms
             return terms[0]

@@ -58,7 +58,8 @@ def rotary_tables(tables: tuple[np.ndarray, np.ndarray], dtype: ms.Type) -> tupl
 
 
 class Attention(nn.Cell):
-    """Causal self-attention. Input (B*S, D) and the rotary tables (1, S, 1, P); output (B*S, D)."""
+    """Causal self-attention. Input (B*S, D) and the rotary tables (1, S, 1, P); output (B*S, D). Of packed rows also
+    their documents (B, S), with tables (B, S, 1, P)."""
 
     def __init__(self, spec: NetworkSpec, attention: AttentionSpec, operators: Operators) -> None:
         super().__init__()
@@ -76,18 +77,14 @@ class Attention(nn.Cell):
             self.k_norm = HeadNorm(spec, self.head_dim, operators)
         rotary = operators.build(operators.rotary, operators.dtype(spec.numerics.rotary_dtype))
         self.rotary = shards.local(rotary, "rotary")
+        self.packed_rotary = shards.local(rotary, "rotary documents")
         self.softmax_dtype = operators.dtype(spec.numerics.softmax_dtype)
-        attend = operators.build(
-            operators.causal_attention,
-            self.heads // shards.mp,
-            self.kv_heads // shards.mp,
-            self.head_dim,
-            spec.seq_length,
-            self.softmax_dtype,
-            attention.window,
-        )
         self.window = attention.window
-        self.attend = shards.local(attend, "attend")
+        heads, kv_heads = self.heads // shards.mp, self.kv_heads // shards.mp
+        sizes = heads, kv_heads, self.head_dim, spec.seq_length, self.softmax_dtype, self.window
+        self.attend = shards.local(operators.build(operators.causal_attention, *sizes), "attend")
+        if spec.packed:
+            self.attend_packed = shards.local(operators.build(operators.packed_attention, *sizes), "attend documents")
 
     def query(self, x_TD: Tensor, length: int) -> Tensor:
         """(B, S, H, P) of rows of ``length`` S tokens, not yet turned."""
@@ -99,14 +96,15 @@ class Attention(nn.Cell):
         k_BSNP = ops.reshape(self.wk(x_TD), (-1, length, self.kv_heads, self.head_dim))
         return self.k_norm(k_BSNP) if self.qk_norm else k_BSNP
 
-    def construct(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
-        S = cos_SP.shape[1]
-        q = self.rotary(self.query(x_TD, S), cos_SP, sin_SP)
-        k = self.rotary(self.key(x_TD, S), cos_SP, sin_SP)
+    def construct(self, x_TD: Tensor, cos: Tensor, sin: Tensor, documents_BS: Tensor | None = None) -> Tensor:
+        S = cos.shape[1]
+        if documents_BS is None:
+            q, k = self.rotary(self.query(x_TD, S), cos, sin), self.rotary(self.key(x_TD, S), cos, sin)
+        else:
+            q = self.packed_rotary(self.query(x_TD, S), cos, sin)
+            k = self.packed_rotary(self.key(x_TD, S), cos, sin)
+        q = ops.reshape(q, (-1, S, self.heads * self.head_dim))
+        k = ops.reshape(k, (-1, S, self.kv_heads * self.head_dim))
         v = ops.reshape(self.wv(x_TD), (-1, S, self.kv_heads * self.head_dim))
-        mixed = self.attend(
-            ops.reshape(q, (-1, S, self.heads * self.head_dim)),
-            ops.reshape(k, (-1, S, self.kv_heads * self.head_dim)),
-            v,
-        )
+        mixed = self.attend(q, k, v) if documents_BS is None else self.attend_packed(q, k, v, documents_BS)
         return self.wo(ops.reshape(mixed, (-1, self.heads * self.head_dim)))

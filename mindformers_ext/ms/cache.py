@@ -30,7 +30,8 @@ class LayerCache(nn.Cell):
         self.rolls = self.positions < positions
         shape = (rows * attention.num_key_value_heads * self.positions, attention.head_dim)
         self.key = Parameter(ops.zeros(shape, dtype), name=f"cache.{layer}.key", requires_grad=False)
-        self.value = Parameter(ops.zeros(shape, dtype), name=f"cache.{layer}.value", requires_grad=False)
+        wide = (shape[0], shape[1] + (attention.experts is not None))  # see PromptExpertAttention
+        self.value = Parameter(ops.zeros(wide, dtype), name=f"cache.{layer}.value", requires_grad=False)
 
 
 class PromptAttention(nn.Cell):

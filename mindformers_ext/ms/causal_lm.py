@@ -16,12 +16,14 @@ from mindspore.common.initializer import Normal, initializer
 
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.attention import Linear, rotary_tables
+from mindformers_ext.ms.documents import CountedTokens, counted_shape, counted_type, table_shapes, table_types
 from mindformers_ext.ms.kept_reports import kept_reports, name_reports
 from mindformers_ext.ms.layer import Layer
 from mindformers_ext.ms.loss import NextTokenLoss, ShiftedTokens, Targets, token_shape
 from mindformers_ext.ms.norm import RmsNorm
 from mindformers_ext.ms.ops.dtypes import mindspore_dtype
 from mindformers_ext.ms.ops.noise import StageNoise
+from mindformers_ext.ms.ops.portable_documents import DocumentTables
 from mindformers_ext.ms.ops.select import Operators, select_operators
 from mindformers_ext.ms.strategies import Shards
 
@@ -113,10 +115,11 @@ def _report_types(report: ms.Type) -> tuple:
 class Decoder(nn.Cell):
     """Embedding, layers, final norm.
 
-    Inputs (B, S) int32, and the keys (B, 3) of the noise of gates that add it (``core.philox``). Outputs:
-    hidden (B*S, D), aux_loss (), load (mixtures, E) and dropped (mixtures), float32, a mixture being a layer with
-    experts; a dense model has none and returns load (1, 1) and dropped (1) of zeros. In a pipeline no stage sees all
-    layers, so load and dropped are not reported: aux_loss stands in their place.
+    Inputs (B, S) int32, the keys (B, 3) of the noise of gates that add it (``core.philox``), and the documents (B,
+    S) of packed rows (``core.documents``), whose padding counts in no mixture's balance. Outputs: hidden (B*S, D),
+    aux_loss (), load (mixtures, E) and dropped (mixtures), float32, a mixture being a layer with experts; a dense
+    model has none and returns load (1, 1) and dropped (1) of zeros. In a pipeline no stage sees all layers, so load
+    and dropped are not reported: aux_loss stands in their place.
     """
 
     def __init__(self, spec: NetworkSpec, operators: Operators) -> None:
@@ -148,6 +151,9 @@ class Decoder(nn.Cell):
         self.stack = shards.shard_list(P.Stack(), "tok -", len(self.mixtures))
         self.total = shards.shard(P.ReduceSum(), "reports")
         self.read_report = shards.local(ReadReport(spec.parallel.groups), "report", _report_shapes, _report_types)
+        if spec.packed:
+            self.packed_tables = shards.local(DocumentTables(), "document tables", table_shapes, table_types)
+            self.counted = shards.local(CountedTokens(), "counted", counted_shape, counted_type)
         self.reports, self.keeps = shards.stages == 1, False
         self.kept = nn.CellList([])
         self.cos_SP, self.sin_SP = rotary_tables(
@@ -159,16 +165,21 @@ class Decoder(nn.Cell):
         self.kept, self.keeps = kept_reports(spec), True
         name_reports(self.kept)
 
-    def construct(self, ids_BS: Tensor, keys_B3: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def construct(
+        self, ids_BS: Tensor, keys_B3: Tensor | None = None, documents_BS: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         _check_length(ids_BS.shape[1], self.seq_length)
-        cos_SP, sin_SP = self.cos_SP, self.sin_SP
+        cos, sin, counted_T = self.cos_SP, self.sin_SP, None
+        if documents_BS is not None:
+            cos, sin = self.packed_tables(documents_BS, cos, sin)
+            counted_T = self.counted(documents_BS)
         x_TD = ops.cast(self.tok_embeddings(ops.reshape(ids_BS, (-1,))), self.compute_dtype)
         aux_loss_G = None
         reports: tuple = ()
         noises = self._drawn(keys_B3)
         for index in range(self.depth):
             noise_TE = noises[self.noise_order.index(index)] if noises and index in self.noise_order else None
-            x_TD, layer_aux_G, report_GE = self.layers[index](x_TD, cos_SP, sin_SP, noise_TE)
+            x_TD, layer_aux_G, report_GE = self.layers[index](x_TD, cos, sin, noise_TE, documents_BS, counted_T)
             if self.keeps:
                 x_TD = self.kept[index](x_TD, report_GE)
             aux_loss_G = self.add_losses[index](aux_loss_G, layer_aux_G)
@@ -212,7 +223,8 @@ class CausalLM(nn.Cell):
 
     ``construct(ids (B, S)) -> logits (B, S, V)`` float32; ``losses(ids (B, S+1), labels=None, keys=None)`` -> (loss,
     lm_loss, aux_loss, load (mixtures, E), dropped (mixtures)) with loss = lm_loss + aux_loss, or lm_loss alone when
-    ``return_extra_loss`` is off. ``keys``: (B, 3) int32, of the noise of gates that add it, in training.
+    ``return_extra_loss`` is off. ``keys``: (B, 3) int32, of the noise of gates that add it, in training. Both take the
+    documents of packed rows, of the shape of ids, where the spec says ``packed``.
     """
 
     def __init__(self, spec: NetworkSpec, operators: Operators | None = None) -> None:
@@ -251,27 +263,53 @@ class CausalLM(nn.Cell):
         """In a pipeline: see ``ms.kept_reports``; before the network is compiled."""
         self.model.keep_reports(self.spec)
 
-    def _head(self, x_TD: Tensor) -> Tensor:
+    def head(self, x_TD: Tensor) -> Tensor:
+        """Logits (T, V) in the type of x."""
         if self.tied:
             return self.product(x_TD, ops.cast(self.model.tok_embeddings.embedding_weight, x_TD.dtype))
         return self.lm_head(x_TD)
 
-    def construct(self, ids_BS: Tensor) -> Tensor:
-        x_TD, _, _, _ = self.model(ids_BS)
-        logits = ops.cast(self._head(x_TD), ms.float32)
+    def construct(self, ids_BS: Tensor, documents_BS: Tensor | None = None) -> Tensor:
+        x_TD, _, _, _ = self.model(ids_BS, None, documents_BS)
+        logits = ops.cast(self.head(x_TD), ms.float32)
         return ops.reshape(logits, (ids_BS.shape[0], ids_BS.shape[1], self.vocab_size))
 
     def losses(
-        self, ids_BT: Tensor, labels_BT: Tensor | None = None, keys_B3: Tensor | None = None
+        self,
+        ids_BT: Tensor,
+        labels_BT: Tensor | None = None,
+        keys_B3: Tensor | None = None,
+        documents_BT: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """See the class; the shift by one token happens here. Tokens equal to the pad id do not count."""
-        x_TD, aux_loss, load, dropped = self.model(self.tokens(ids_BT), keys_B3)
+        documents_BS = None if documents_BT is None else self.tokens(documents_BT)
+        x_TD, aux_loss, load, dropped = self.model(self.tokens(ids_BT), keys_B3, documents_BS)
         for penalty in self.penalties:
             aux_loss = self.add(aux_loss, penalty())
         target_T, weight_T = self.targets(ids_BT, labels_BT)
-        lm_loss = self.next_token_loss(self._head(x_TD), target_T, weight_T)
+        lm_loss = self.next_token_loss(self.head(x_TD), target_T, weight_T)
         loss = self.add(lm_loss, aux_loss) if self.add_aux_loss else lm_loss
         return loss, lm_loss, aux_loss, load, dropped
+
+
+class RowLogProbabilities(nn.Cell):
+    """The sum of the log-probabilities of each row's labels, of a ``CausalLM`` on one device. Parameter names stay.
+
+    Inputs: ids and labels (B, S+1), and the keys of its noise. Outputs: (B) float32, then what ``losses`` has behind
+    its first two.
+    """
+
+    def __init__(self, network: CausalLM) -> None:
+        super().__init__(auto_prefix=False)
+        self.network = network
+
+    def construct(
+        self, ids_BT: Tensor, labels_BT: Tensor, keys_B3: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x_TD, aux_loss, load, dropped = self.network.model(self.network.tokens(ids_BT), keys_B3)
+        target_T, weight_T = self.network.targets(ids_BT, labels_BT)
+        losses_T = self.network.next_token_loss.rows(self.network.head(x_TD), target_T, weight_T)
+        return -ops.reshape(losses_T, (ids_BT.shape[0], -1)).sum(1), aux_loss, load, dropped
 
 
 def build_causal_lm(spec: NetworkSpec) -> CausalLM:

@@ -21,8 +21,11 @@ FeedForwardOutput = tuple[Tensor, Tensor | None, Tensor | None]
 class FeedForward(Protocol):
     """A layer's second half, whatever is in it."""
 
-    def __call__(self, x_TD: Tensor, noise_TE: Tensor | None = None) -> FeedForwardOutput:
-        """Rows (T, D) in training and evaluation, and the noise that a mixture's gate adds in training."""
+    def __call__(
+        self, x_TD: Tensor, noise_TE: Tensor | None = None, counted_T: Tensor | None = None
+    ) -> FeedForwardOutput:
+        """Rows (T, D) in training and evaluation, the noise that a mixture's gate adds in training, and which tokens
+        (T) count in its balance (1 or 0), all where it is not told: padding is routed like the others."""
 
     def for_inference(self, tokens: int) -> nn.Cell:
         """A cell of the same parameters for graphs of ``tokens`` rows that drops none: x (T, D) and valid (T) int32,
@@ -56,7 +59,9 @@ class SwiGlu(nn.Cell):
         """The output alone."""
         return self.w2(self.hidden(x_TD))
 
-    def construct(self, x_TD: Tensor, noise_TE: Tensor | None = None) -> FeedForwardOutput:
+    def construct(
+        self, x_TD: Tensor, noise_TE: Tensor | None = None, counted_T: Tensor | None = None
+    ) -> FeedForwardOutput:
         return self.product(x_TD), None, None
 
     def for_inference(self, tokens: int) -> nn.Cell:

@@ -14,6 +14,7 @@ from mindspore import Tensor, nn, ops
 
 from mindformers_ext.core.capacity import last_at_each_place, rows_at_once
 from mindformers_ext.core.cluster.tensor_parallel import head_parts
+from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.attention import rotary_tables
 from mindformers_ext.ms.cache import (
@@ -25,6 +26,7 @@ from mindformers_ext.ms.cache import (
     positions_tensor,
 )
 from mindformers_ext.ms.causal_lm import CausalLM
+from mindformers_ext.ms.expert_attention import PromptExpertAttention, TokenExpertAttention
 from mindformers_ext.ms.layer import Layer
 from mindformers_ext.ms.ops.select import Operators, select_operators
 
@@ -76,7 +78,7 @@ class _Graph(nn.Cell):
         return x_TD + more_TD
 
     def _logits(self, x_BD: Tensor) -> Tensor:
-        logits_BV = self.network._head(self.decoder.norm_out(x_BD))
+        logits_BV = self.network.head(self.decoder.norm_out(x_BD))
         if self.head_is_part:  # process after process, each with its part of the vocabulary
             B = logits_BV.shape[0]
             logits_BV = ops.reshape(self.gather_all(logits_BV), (self.count, B, -1))
@@ -103,7 +105,12 @@ class PromptGraph(_Graph):
         super().__init__(network, shape, operators, count)
         layers = zip(self.decoder.layers, caches, strict=True)
         self.attentions = nn.CellList(
-            [PromptAttention(layer.attention, cache, shape[:2], operators) for layer, cache in layers],
+            [
+                (PromptExpertAttention if layer.attends_by_experts else PromptAttention)(
+                    layer.attention, cache, shape[:2], operators
+                )
+                for layer, cache in layers
+            ],
             auto_prefix=False,
         )
         self.rolls = [cache.rolls for cache in caches]
@@ -149,7 +156,12 @@ class TokenGraph(_Graph):
         spec, positions = network.spec, self.positions
         layers = zip(self.decoder.layers, caches, strict=True)
         self.attentions = nn.CellList(
-            [TokenAttention(layer.attention, cache, cache.positions) for layer, cache in layers],
+            [
+                (TokenExpertAttention if layer.attends_by_experts else TokenAttention)(
+                    layer.attention, cache, cache.positions
+                )
+                for layer, cache in layers
+            ],
             auto_prefix=False,
         )
         self.rolls = [cache.rolls for cache in caches]
@@ -202,6 +214,7 @@ class MindSporeSession:
         spec: NetworkSpec = network.spec
         operators = select_operators().for_network(spec)
         network.set_train(False)
+        _check_heads(spec)
         self.rows, self.length, self.positions = rows, length, positions
         self._vocab_size = spec.model.vocab_size
         caches = [LayerCache(layer, rows, positions, spec) for layer in range(spec.model.num_hidden_layers)]
@@ -256,6 +269,15 @@ class MindSporeSession:
     def token(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """float32 logits (B, V) behind one more token per row, which stands at its position from then on."""
         return self._tokens(*self._step_of(tokens, positions)).asnumpy()
+
+
+def _check_heads(spec: NetworkSpec) -> None:
+    """Every layer's cache has as many heads; ``UserError`` where attention experts are finer."""
+    if spec.model.attn_experts not in (0, spec.model.num_key_value_heads):
+        raise UserError(
+            f"attn_experts={spec.model.attn_experts} of {spec.model.num_key_value_heads} key/value heads: MindSpore "
+            "generates with one expert per head alone; use the PyTorch engine (engine: pt)"
+        )
 
 
 def _int32(array: np.ndarray) -> Tensor:

@@ -8,7 +8,7 @@ from mindspore import Tensor, nn
 
 from mindformers_ext.core.layers import DenseSpec, LayerSpec
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.ms.attention import Attention
+from mindformers_ext.ms.expert_attention import build_attention
 from mindformers_ext.ms.feed_forward import FeedForward, FeedForwardOutput, SwiGlu
 from mindformers_ext.ms.moe import noisy_gate as noisy_gate
 from mindformers_ext.ms.moe.layer import MoE
@@ -29,21 +29,34 @@ def build_feed_forward(spec: NetworkSpec, layer: LayerSpec, operators: Operators
 class Layer(nn.Cell):
     """Attention and feed-forward, each behind a norm and added to the residual.
 
-    Inputs: x (T, D), the rotary tables, and of a mixture the noise (T, E) that its gate adds. Outputs:
-    ``FeedForwardOutput``.
+    Inputs: x (T, D), the rotary tables, of a mixture the noise (T, E) that its gate adds, and of packed rows their
+    documents (B, S) and which tokens (T) count, 1 or 0. Outputs: ``FeedForwardOutput``.
     """
 
     def __init__(self, spec: NetworkSpec, layer: LayerSpec, operators: Operators) -> None:
         super().__init__()
         self.attention_norm = RmsNorm(spec, operators)
-        self.attention = Attention(spec, layer.attention, operators)
+        self.attention = build_attention(spec, layer.attention, operators)
+        self.attends_by_experts = layer.attention.experts is not None
         self.ffn_norm = RmsNorm(spec, operators)
         self.feed_forward = build_feed_forward(spec, layer, operators)
         self.add = Shards(spec).shard(P.Add(), "residual")
+        self.add_losses = Shards(spec).shard(P.Add(), "groups")
 
     def construct(
-        self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor, noise_TE: Tensor | None = None
+        self,
+        x_TD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        noise_TE: Tensor | None = None,
+        documents_BS: Tensor | None = None,
+        counted_T: Tensor | None = None,
     ) -> FeedForwardOutput:
-        x_TD = self.add(x_TD, self.attention(self.attention_norm(x_TD), cos_SP, sin_SP))
-        y_TD, aux_loss_G, report_GE = self.feed_forward(self.ffn_norm(x_TD), noise_TE)
+        if self.attends_by_experts:
+            mixed_TD, loss_G = self.attention(self.attention_norm(x_TD), cos, sin, documents_BS, counted_T)
+            x_TD = self.add(x_TD, mixed_TD)
+            y_TD, aux_loss_G, report_GE = self.feed_forward(self.ffn_norm(x_TD), noise_TE, counted_T)
+            return self.add(x_TD, y_TD), self.add_losses(aux_loss_G, loss_G), report_GE
+        x_TD = self.add(x_TD, self.attention(self.attention_norm(x_TD), cos, sin, documents_BS))
+        y_TD, aux_loss_G, report_GE = self.feed_forward(self.ffn_norm(x_TD), noise_TE, counted_T)
         return self.add(x_TD, y_TD), aux_loss_G, report_GE

@@ -8,6 +8,7 @@ import mindspore.ops.operations as P
 from mindspore import Tensor, nn, ops
 
 from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.ms.ops.portable import SoftplusOp
 from mindformers_ext.ms.strategies import Shards
 
 
@@ -110,6 +111,26 @@ class WeightedLosses(nn.Cell):
         label_T = label_T * ops.cast(weight_T > 0, ms.int32)
         losses = self.rows(ops.cast(logits_TV, ms.float32), label_T)
         return ops.reshape(losses, (-1,)) * weight_T
+
+
+class PreferenceLoss(nn.Cell):
+    """The loss () of ``core.preferences`` and ``core.figures.MEASURED`` (2), all float32.
+
+    Inputs: log-probabilities of all chosen answers, then of the rejected ones (2R), and the reference's (R, 2).
+    """
+
+    def __init__(self, beta: float) -> None:
+        super().__init__()
+        self.beta = beta
+        self.softplus = SoftplusOp()
+        self.halves = P.Split(axis=0, output_num=2)
+
+    def construct(self, logp_B: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        chosen, rejected = self.halves(logp_B)
+        margin = self.beta * ((chosen - reference[:, 0]) - (rejected - reference[:, 1]))
+        accuracy = ops.cast(margin > 0, ms.float32).mean()
+        measured = ops.stop_gradient(ops.stack((accuracy, margin.mean())))
+        return self.softplus(-margin).mean(), measured
 
 
 def _row_shape(logits: list, label: list, weight: list) -> list:

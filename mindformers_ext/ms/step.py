@@ -14,6 +14,8 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from mindformers_ext.core.config.lora import DROPOUT_SEED
+from mindformers_ext.ms.causal_lm import CausalLM, RowLogProbabilities
+from mindformers_ext.ms.loss import PreferenceLoss
 from mindformers_ext.ms.ops.select import select_operators
 
 _scaled = ops.MultitypeFuncGraph("scaled")
@@ -217,25 +219,54 @@ class LossNetwork(nn.Cell):
         self.network = network
         self.draws = network.spec.noise_shape is not None
 
-    def construct(self, input_ids: Tensor, labels: Tensor | None = None, keys: Tensor | None = None) -> Terms:
-        """LossTerms of token ids (B, S+1), optional labels (B, S+1), and where gates add noise its keys, last."""
-        if not self.draws:
-            return self.network.losses(input_ids, labels)
-        if keys is None:
-            return self.network.losses(input_ids, None, labels)
-        return self.network.losses(input_ids, labels, keys)
+    def construct(self, input_ids: Tensor, *more: Tensor) -> Terms:
+        """LossTerms of token ids (B, S+1), optional labels (B, S+1), the documents of packed rows (B, S+1), and where
+        gates add noise its keys, last."""
+        count = len(more) - 1 if self.draws else len(more)
+        labels = more[0] if count > 0 else None
+        documents = more[1] if count > 1 else None
+        keys = more[count] if self.draws else None
+        return self.network.losses(input_ids, labels, keys, documents)
+
+
+class PreferenceNetwork(nn.Cell):
+    """Adapts a ``CausalLM`` to the step over pairs of answers (``core.preferences``). Parameter names stay."""
+
+    def __init__(self, network: CausalLM, beta: float) -> None:
+        super().__init__(auto_prefix=False)
+        self.rows, self.loss = RowLogProbabilities(network), PreferenceLoss(beta)
+        self.adds = network.add_aux_loss
+        self.join = ops.Concat(axis=0)
+
+    def construct(
+        self,
+        chosen: Tensor,
+        chosen_labels: Tensor,
+        rejected: Tensor,
+        rejected_labels: Tensor,
+        reference: Tensor,
+        keys: Tensor | None = None,
+    ) -> Terms:
+        """LossTerms of ids and labels (R, S+1), the reference's (R, 2), and where gates add noise the keys of 2R rows;
+        what is measured of the pairs stands behind the shares dropped."""
+        ids, labels = self.join((chosen, rejected)), self.join((chosen_labels, rejected_labels))
+        logp_B, aux_loss, load, dropped = self.rows(ids, labels, keys)
+        lm_loss, measured = self.loss(logp_B, reference)
+        loss = lm_loss + aux_loss if self.adds else lm_loss
+        return loss, lm_loss, aux_loss, load, self.join((dropped, measured))
 
 
 class LmLoss(nn.Cell):
-    """The mean loss of a ``CausalLM`` over the tokens that count of ids and labels (B, S+1). Parameter names stay."""
+    """The mean loss of a ``CausalLM`` over the tokens that count of ids, labels and documents (B, S+1). Parameter names
+    stay."""
 
     def __init__(self, network: nn.Cell) -> None:
         super().__init__(auto_prefix=False)
         self.network = network
 
-    def construct(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+    def construct(self, input_ids: Tensor, labels: Tensor, documents: Tensor | None = None) -> Tensor:
         """Scalar, float32."""
-        return self.network.losses(input_ids, labels)[1]
+        return self.network.losses(input_ids, labels, None, documents)[1]
 
 
 def step_state(cell: TrainStepCell) -> dict[str, Parameter]:

@@ -39,6 +39,15 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "head norm": (("dp - mp -", "-"), ("dp - mp -",)),
     "rotary": (("dp - mp -", "- - - -", "- - - -"), ("dp - mp -",)),
     "attend": (("dp - mp", "dp - mp", "dp - mp"), ("dp - mp",)),
+    "rotary documents": (("dp - mp -", "dp - - -", "dp - - -"), ("dp - mp -",)),
+    "attend documents": (("dp - mp", "dp - mp", "dp - mp", "dp -"), ("dp - mp",)),
+    "document tables": (("dp -", "- - - -", "- - - -"), ("dp - - -", "dp - - -")),
+    "counted": (("dp -",), ("dp",)),
+    # attention whose heads are experts: who passes which is routed by groups of tokens
+    "pass experts": (("tok - -",), ("tok - -", "tok - -", "tok")),
+    "pass counted experts": (("tok - -", "tok -"), ("tok - -", "tok - -", "tok")),
+    "attend experts": (("dp - mp",) * 5, ("dp - mp",)),
+    "attend experts in documents": (("dp - mp",) * 5 + ("dp -",), ("dp - mp",)),
     "project out": (("dp mp", "- mp"), ("tok -",)),
     "residual": (("tok -", "tok -"), ()),
     "feed forward": (("dp mp", "dp mp"), ("dp mp",)),
@@ -47,6 +56,10 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "noise": (("dp -",), ("dp -",)),
     "noises": (("dp -",), ()),
     "slots": (("tok - -", "-"), ("tok - -", "tok - -", "tok - -", "tok - -", "tok - -", "tok", "tok -")),
+    "counted slots": (
+        ("tok - -", "-", "tok -"),
+        ("tok - -", "tok - -", "tok - -", "tok - -", "tok - -", "tok", "tok -"),
+    ),
     "dispatch": (("tok - -", "tok - -", "tok - -", "tok - -"), ("tok - - -",)),
     # G = (outer, ep, seq) groups and E experts: tokens to their experts and back, over ep
     "to experts": (("outer - seq ep - -",), ()),
@@ -171,8 +184,8 @@ class _Local(nn.Cell):
         super().__init__(auto_prefix=False)
         self.cell = cell
         place = len(STRATEGIES[row][0]) - 1
-        run = (self.run_1, self.run_2, self.run_3, self.run_4, self.run_5)[place]
-        first = (_first_of_1, _first_of_2, _first_of_3, _first_of_4, _first_of_5)[place]
+        run = (self.run_1, self.run_2, self.run_3, self.run_4, self.run_5, self.run_6)[place]
+        first = (_first_of_1, _first_of_2, _first_of_3, _first_of_4, _first_of_5, _first_of_6)[place]
         self.region = shards.region(run, row, shape or first, kind or first)
 
     def construct(self, *inputs: Tensor) -> Any:
@@ -198,6 +211,10 @@ class _Local(nn.Cell):
         """The cell on five inputs."""
         return self.cell(a, b, c, d, e)
 
+    def run_6(self, a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor, f: Tensor) -> Any:
+        """The cell on six inputs."""
+        return self.cell(a, b, c, d, e, f)
+
 
 def _first_of_1(a: Any) -> Any:
     return a
@@ -216,4 +233,8 @@ def _first_of_4(a: Any, b: Any, c: Any, d: Any) -> Any:
 
 
 def _first_of_5(a: Any, b: Any, c: Any, d: Any, e: Any) -> Any:
+    return a
+
+
+def _first_of_6(a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> Any:
     return a

@@ -16,19 +16,19 @@ from mindspore.nn.utils import no_init_parameters
 from mindformers_ext.core.config.lora import BESIDE_BASE
 from mindformers_ext.core.config.train import LossScale, TrainSpec, group_of
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.figures import StepFigures, figures_of
+from mindformers_ext.core.figures import StepFigures, figures_of, with_preferences
 from mindformers_ext.core.log import get_logger
 from mindformers_ext.core.philox import noise_keys
 from mindformers_ext.core.pruning import BESIDE_MASKS
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.ms.causal_lm import CausalLM, build_causal_lm
+from mindformers_ext.ms.causal_lm import CausalLM, RowLogProbabilities, build_causal_lm
 from mindformers_ext.ms.engine import fill
 from mindformers_ext.ms.l0 import add_masks
 from mindformers_ext.ms.lora import add_lora
 from mindformers_ext.ms.ops.select import select_operators
 from mindformers_ext.ms.optim import build_optimizer
 from mindformers_ext.ms.recompute import recompute_layers
-from mindformers_ext.ms.step import LmLoss, LossNetwork, TrainStepCell, step_state
+from mindformers_ext.ms.step import LmLoss, LossNetwork, PreferenceNetwork, TrainStepCell, step_state
 
 MOMENTS = ("adam_m.", "adam_v.")
 
@@ -76,6 +76,7 @@ class MindSporeTrainer:
         self._network: CausalLM | None = None
         self._cell: TrainStepCell | None = None
         self._loss: LmLoss | None = None
+        self._rows: RowLogProbabilities | None = None
         ms.set_seed(train.seed)
 
     def _build(self) -> CausalLM:
@@ -114,7 +115,7 @@ class MindSporeTrainer:
         parameters = network.trainable_params()
         optimizer = build_optimizer(parameters, train.optimizer, train.schedule, train.groups, self.fused)
         self._cell = TrainStepCell(
-            LossNetwork(network),
+            LossNetwork(network) if train.dpo_beta is None else PreferenceNetwork(network, train.dpo_beta),
             optimizer,
             _scale_sense(train.loss_scale),
             train.max_grad_norm,
@@ -130,18 +131,20 @@ class MindSporeTrainer:
         return self._cell
 
     def step(self, columns: tuple[np.ndarray, ...]) -> StepFigures:
-        """One update from this rank's rows: token ids (R, S+1) and, if any, labels; R a multiple of micro batches."""
-        outputs = self.cell(
-            *(Tensor(np.ascontiguousarray(column, np.int32)) for column in columns), *self._noise_keys(len(columns[0]))
-        )
-        figures = figures_of(outputs)
+        """One update from this rank's rows: token ids (R, S+1), then, if any, labels and the documents of packed rows;
+        R a multiple of micro batches. With ``dpo_beta``: pairs, and the reference's (R, 2) float32."""
+        pairs = self.train_spec.dpo_beta is not None
+        keys = self._noise_keys(len(columns[0]) * (2 if pairs else 1))
+        figures = figures_of(self.cell(*map(_tensor, columns), *keys))
+        if pairs:
+            figures = with_preferences(figures)
         if self.cell.has_group_lr:  # the step tells the rate of one group
             updates = int(self.cell.optimizer.global_step.asnumpy()[0]) - (not figures.overflow)
             figures = figures._replace(learning_rate=self.train_spec.schedule.rate(updates))
         return figures
 
-    def evaluate(self, columns: tuple[np.ndarray, np.ndarray]) -> float:
-        """The mean loss over the tokens that count of ids and labels (R, S+1); see ``jobs.engine.protocols``."""
+    def evaluate(self, columns: tuple[np.ndarray, ...]) -> float:
+        """The mean loss over the tokens that count of rows as ``step`` takes them; see ``jobs.engine.protocols``."""
         assert self._network is not None
         if self._loss is None:
             self._loss = LmLoss(self._network)
@@ -149,6 +152,16 @@ class MindSporeTrainer:
         loss = self._loss(*(Tensor(np.ascontiguousarray(column, np.int32)) for column in columns))
         self.cell.set_train(True)
         return float(loss.asnumpy())
+
+    def row_log_probabilities(self, ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Sum (R) of the log-probabilities of the labels that count; see ``jobs.engine.protocols``."""
+        assert self._network is not None
+        if self._rows is None:
+            self._rows = RowLogProbabilities(self._network)
+        self._rows.set_train(False)
+        found = self._rows(_tensor(ids), _tensor(labels))[0].asnumpy()
+        self.cell.set_train(True)
+        return np.asarray(found)
 
     def _noise_keys(self, rows: int) -> tuple[Tensor, ...]:
         """(R, 3) of this rank's rows, where gates add noise."""
@@ -205,6 +218,12 @@ def _scale_sense(words: LossScale) -> float | nn.Cell:
     if words.window:
         return nn.DynamicLossScaleUpdateCell(words.value, words.factor, words.window)
     return words.value
+
+
+def _tensor(column: np.ndarray) -> Tensor:
+    """Ids as int32; what the reference told stays float32."""
+    kind = np.float32 if column.dtype == np.float32 else np.int32
+    return Tensor(np.ascontiguousarray(column, kind))
 
 
 def _plain(parameter: Parameter) -> np.ndarray:

@@ -13,6 +13,7 @@ from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.pt.linear import Linear
 from mindformers_ext.pt.norm import RmsNorm
 from mindformers_ext.pt.ops.dtypes import torch_dtype
+from mindformers_ext.pt.ops.packed import select_packed
 
 
 def rotary_tables(
@@ -39,7 +40,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention. Input (B*S, D) and the rotary tables (S, P); output (B*S, D).
+    """Causal self-attention. Input (B*S, D) and the rotary tables (S, P); output (B*S, D). Of packed rows also their
+    documents (B, S), with tables (B, 1, S, P).
 
     The softmax runs in float32 inside torch's kernel, whatever ``softmax_compute_type`` says.
     """
@@ -73,8 +75,21 @@ class Attention(nn.Module):
         (B*S, D)."""
         mask = window_mask(q.shape[2], self.window, q.device) if mask is None else mask
         grouped = self.heads != self.kv_heads
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        return self._out(
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        )
+
+    def _out(self, mixed: Tensor) -> Tensor:
         return self.wo(mixed.transpose(1, 2).reshape(-1, self.heads * self.head_dim))
 
-    def forward(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> Tensor:
-        return self.mix(*self.project(x_TD, cos_SP.shape[0], cos_SP, sin_SP))
+    def with_loss(
+        self, x_TD: Tensor, cos: Tensor, sin: Tensor, documents_BS: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output, and a loss of its own (G), where heads are experts."""
+        return self(x_TD, cos, sin, documents_BS), None
+
+    def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, documents_BS: Tensor | None = None) -> Tensor:
+        q, k, v = self.project(x_TD, cos.shape[-2], cos, sin)
+        if documents_BS is None:
+            return self.mix(q, k, v)
+        return self._out(select_packed(q.device, q.dtype)(q, k, v, documents_BS, self.window))

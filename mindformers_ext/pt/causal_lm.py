@@ -13,10 +13,11 @@ from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.pt.attention import rotary_tables
 from mindformers_ext.pt.layer import Layer
 from mindformers_ext.pt.linear import Linear, fill_normal
-from mindformers_ext.pt.loss import next_token_loss, targets
+from mindformers_ext.pt.loss import next_token_loss, preference_loss, targets, token_losses
 from mindformers_ext.pt.norm import RmsNorm
 from mindformers_ext.pt.ops.dtypes import torch_dtype
 from mindformers_ext.pt.ops.noise import mixture_noise
+from mindformers_ext.pt.ops.packed import restarted_positions
 
 
 class Terms(NamedTuple):
@@ -50,9 +51,10 @@ class TokenEmbedding(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers, final norm.
 
-    Inputs (B, S) int, and the keys (B, 3) of the noise of gates that add it (``core.philox``). Outputs: hidden
-    (B*S, D), aux_loss (), load (mixtures, E) and dropped (mixtures); a dense model returns load (1, 1) and dropped (1)
-    of zeros. ``recompute``: layers that compute their activations again.
+    Inputs (B, S) int, the keys (B, 3) of the noise of gates that add it (``core.philox``), and the documents (B, S)
+    of packed rows (``core.documents``), whose padding counts in no mixture's balance. Outputs: hidden (B*S, D),
+    aux_loss (), load (mixtures, E) and dropped (mixtures); a dense model returns load (1, 1) and dropped (1) of
+    zeros. ``recompute``: layers that compute their activations again.
     """
 
     def __init__(self, spec: NetworkSpec) -> None:
@@ -82,12 +84,17 @@ class Decoder(nn.Module):
             return None
         return mixture_noise(keys_B3, place, (self.drawing[0], tokens, self.drawing[1]))
 
-    def forward(self, ids_BS: Tensor, keys_B3: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        cos_SP, sin_SP = self.tables(ids_BS.shape[1], ids_BS.device)
+    def forward(
+        self, ids_BS: Tensor, keys_B3: Tensor | None = None, documents_BS: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        cos, sin = self.tables(ids_BS.shape[1], ids_BS.device)
+        if documents_BS is not None:
+            place_BS = restarted_positions(documents_BS)
+            cos, sin = cos[place_BS][:, None], sin[place_BS][:, None]
         x_TD = self.tok_embeddings(ids_BS.reshape(-1)).to(self.compute_dtype)
         losses, reports = list[Tensor](), list[Tensor]()
         for layer in self.layers:
-            inputs = x_TD, cos_SP, sin_SP, self.noise(keys_B3, len(losses), ids_BS.shape[1])
+            inputs = x_TD, cos, sin, self.noise(keys_B3, len(losses), ids_BS.shape[1]), documents_BS
             if self.recompute and self.training:
                 x_TD, aux_loss_G, report_GE = checkpoint(layer, *inputs, use_reentrant=False)
             else:
@@ -134,18 +141,36 @@ class CausalLM(nn.Module):
         losses: bool = False,
         tokens: Tensor | None = None,
         keys: Tensor | None = None,
+        documents: Tensor | None = None,
+        preference: tuple[Tensor, float] | None = None,
+        by_row: bool = False,
     ) -> Tensor | Terms:
         """See the class. ``tokens``: counted tokens to divide the loss by, where other ranks hold a share of them;
-        ``keys``: (B, 3) of the noise of gates that add it."""
+        ``keys``: (B, 3) of the noise of gates that add it; ``documents``: of packed rows, of the shape of ids.
+
+        ``preference``: the reference's log-probabilities (B/2, 2) and beta; rows are chosen answers and then as many
+        rejected ones, lm_loss is that of ``core.preferences``, and ``core.figures.MEASURED`` stand behind ``dropped``.
+        ``by_row``: the sum of the log-probabilities of each row's labels (B) alone.
+        """
+        if by_row or preference is not None:
+            return self._of_rows(ids_BS, labels_BT, keys, preference)
         if losses:
-            return self._losses(ids_BS, labels_BT, tokens, keys)
-        x_TD, _, _, _ = self.model(ids_BS)
+            return self._losses(ids_BS, labels_BT, tokens, keys, documents)
+        x_TD, _, _, _ = self.model(ids_BS, None, documents)
         return self.head(x_TD).float().view(*ids_BS.shape, -1)
 
-    def _losses(self, ids_BT: Tensor, labels_BT: Tensor | None, tokens: Tensor | None, keys: Tensor | None) -> Terms:
+    def _losses(
+        self,
+        ids_BT: Tensor,
+        labels_BT: Tensor | None,
+        tokens: Tensor | None,
+        keys: Tensor | None,
+        documents_BT: Tensor | None,
+    ) -> Terms:
         """The shift by one token happens here. Tokens equal to the pad id do not count."""
         model = self.spec.model
-        x_TD, aux_loss, load, dropped = self.model(ids_BT[:, :-1], keys)
+        documents_BS = None if documents_BT is None else documents_BT[:, :-1]
+        x_TD, aux_loss, load, dropped = self.model(ids_BT[:, :-1], keys, documents_BS)
         if self.model.l0_module is not None:
             aux_loss = aux_loss + self.model.l0_module()
         target_T, counted_T = targets(ids_BT, labels_BT, model.pad_token_id, model.ignore_token_id)
@@ -153,6 +178,19 @@ class CausalLM(nn.Module):
         lm_loss = total / (count if tokens is None else tokens).clamp(min=1)
         loss = lm_loss + aux_loss if self.add_aux_loss else lm_loss
         return Terms(loss, lm_loss, aux_loss, load, dropped)
+
+    def _of_rows(
+        self, ids_BT: Tensor, labels_BT: Tensor | None, keys: Tensor | None, preference: tuple[Tensor, float] | None
+    ) -> Tensor | Terms:
+        model = self.spec.model
+        x_TD, aux_loss, load, dropped = self.model(ids_BT[:, :-1], keys)
+        target_T, counted_T = targets(ids_BT, labels_BT, model.pad_token_id, model.ignore_token_id)
+        logp_B = -token_losses(self.head(x_TD), target_T, counted_T).view(len(ids_BT), -1).sum(1)
+        if preference is None:
+            return logp_B
+        lm_loss, measured = preference_loss(logp_B, *preference)
+        loss = lm_loss + aux_loss if self.add_aux_loss else lm_loss
+        return Terms(loss, lm_loss, aux_loss, load, torch.cat((dropped, measured)))
 
 
 def build_causal_lm(spec: NetworkSpec) -> CausalLM:

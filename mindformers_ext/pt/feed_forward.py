@@ -30,10 +30,13 @@ class FeedForwardOutput(NamedTuple):
 class FeedForward(Protocol):
     """A module that stands behind attention: nobody asks which one it is. Input (T, D), output ``FeedForwardOutput``.
 
-    A mixture takes the tokens of its routing groups one after the other, and the noise (T, E) that its gate adds.
+    A mixture takes the tokens of its routing groups one after the other, the noise (T, E) that its gate adds, and which
+    tokens (T) bool count in its balance, all where it is not told: padding is routed like the others.
     """
 
-    def __call__(self, x_TD: Tensor, noise_TE: Tensor | None = None) -> FeedForwardOutput: ...
+    def __call__(
+        self, x_TD: Tensor, noise_TE: Tensor | None = None, counted_T: Tensor | None = None
+    ) -> FeedForwardOutput: ...
 
     def dropless(self, x_TD: Tensor) -> Tensor:
         """y (T, D) without losses, reports and dropping: inference."""
@@ -56,7 +59,9 @@ class SwiGlu(nn.Module):
         self.w2 = Linear(width, hidden, std, dtype, bias)
         self.w3 = Linear(hidden, width, std, dtype, bias)
 
-    def forward(self, x_TD: Tensor, noise_TE: Tensor | None = None) -> FeedForwardOutput:
+    def forward(
+        self, x_TD: Tensor, noise_TE: Tensor | None = None, counted_T: Tensor | None = None
+    ) -> FeedForwardOutput:
         return FeedForwardOutput(self.dropless(x_TD))
 
     def hidden(self, x_TD: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from mindformers_ext.core.capacity import last_at_each_place
 from mindformers_ext.core.log import get_logger
 from mindformers_ext.pt.attention import rotary_tables
 from mindformers_ext.pt.causal_lm import CausalLM
+from mindformers_ext.pt.expert_attention import ExpertAttention
 
 WARM_UP = 3  # steps before a capture: libraries allocate and choose kernels in them
 
@@ -33,6 +34,8 @@ class PyTorchSession:
         ]
         self.keys = [torch.zeros(shape, dtype=kind, device=device) for shape in shapes]
         self.values = [torch.zeros(shape, dtype=kind, device=device) for shape in shapes]
+        # where heads are experts: which tokens of the cache each has
+        self.seen = [torch.zeros(shape[:3], dtype=torch.bool, device=device) for shape in shapes]
         decoder = network.model
         self.tables = rotary_tables(decoder.rope.growing_tables(positions), decoder.rotary_dtype, device)
         self.place = torch.arange(positions, device=device)
@@ -70,9 +73,16 @@ class PyTorchSession:
             cos_SP, sin_SP = self._prompt_tables(S, lengths)
             x_TD = decoder.tok_embeddings(ids_BS.reshape(-1)).to(decoder.compute_dtype)
             for index, layer in enumerate(decoder.layers):
-                q, k, v = layer.attention.project(layer.attention_norm(x_TD), S, cos_SP, sin_SP)
+                attention, before_TD = layer.attention, layer.attention_norm(x_TD)
+                q, k, v = attention.project(before_TD, S, cos_SP, sin_SP)
                 self._keep(index, k, v, lengths)
-                x_TD = self._fed(layer, x_TD + layer.attention.mix(q, k, v))
+                if isinstance(attention, ExpertAttention):
+                    passed = attention.passed(before_TD, S)
+                    self.seen[index][:, :, :S] = passed.seen_BES
+                    mixed_TD = attention.mix_passed(q, k, v, passed, passed.seen_BES)
+                else:
+                    mixed_TD = attention.mix(q, k, v)
+                x_TD = self._fed(layer, x_TD + mixed_TD)
             return self._scores(x_TD.view(B, S, -1)[self.row, last_B]).cpu().numpy()
 
     def _prompt_tables(self, length: int, lengths: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -111,11 +121,18 @@ class PyTorchSession:
         mask = (self.place <= self.position_B[:, None])[:, None, None]
         x_BD = decoder.tok_embeddings(self.token_B).to(decoder.compute_dtype)
         for index, layer in enumerate(decoder.layers):
-            q, k, v = layer.attention.project(layer.attention_norm(x_BD), 1, cos, sin)
+            attention, before_BD = layer.attention, layer.attention_norm(x_BD)
+            q, k, v = attention.project(before_BD, 1, cos, sin)
             keys, values, window = self.keys[index], self.values[index], self.windows[index]
             place_B = self.position_B % window  # a cache that is full rolls
             keys[self.row, :, place_B], values[self.row, :, place_B] = k[:, :, 0], v[:, :, 0]
-            x_BD = self._fed(layer, x_BD + layer.attention.mix(q, keys, values, mask[..., :window]))
+            if isinstance(attention, ExpertAttention):
+                passed, seen = attention.passed(before_BD, 1), self.seen[index]
+                seen[self.row, :, place_B] = passed.seen_BES[:, :, 0]
+                mixed_BD = attention.mix_passed(q, keys, values, passed, seen, mask)
+            else:
+                mixed_BD = attention.mix(q, keys, values, mask[..., :window])
+            x_BD = self._fed(layer, x_BD + mixed_BD)
         return self._scores(x_BD)
 
     def _fed(self, layer: torch.nn.Module, x_TD: Tensor) -> Tensor:

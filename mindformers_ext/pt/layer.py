@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mindformers_ext.core.layers import DenseSpec, LayerSpec
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.pt.attention import Attention
+from mindformers_ext.pt.expert_attention import build_attention
 from mindformers_ext.pt.feed_forward import FeedForward, FeedForwardOutput, SwiGlu
 from mindformers_ext.pt.moe import noisy_gate as noisy_gate
 from mindformers_ext.pt.moe.layer import MoE
@@ -26,20 +26,28 @@ def build_feed_forward(spec: NetworkSpec, layer: LayerSpec) -> FeedForward:
 class Layer(nn.Module):
     """Attention and feed-forward, each behind a norm and added to the residual.
 
-    Inputs (T, D), the rotary tables, and of a mixture the noise (T, E) that its gate adds; output as that of
-    its feed-forward layer, with y (T, D) the state behind this layer.
+    Inputs (T, D), the rotary tables, of a mixture the noise (T, E) that its gate adds, and of packed rows their
+    documents (B, S); output as that of its feed-forward layer, with y (T, D) the state behind this layer.
     """
 
     def __init__(self, spec: NetworkSpec, layer: LayerSpec) -> None:
         super().__init__()
         self.attention_norm = RmsNorm(spec)
-        self.attention = Attention(spec, layer.attention)
+        self.attention = build_attention(spec, layer.attention)
         self.ffn_norm = RmsNorm(spec)
         self.feed_forward = build_feed_forward(spec, layer)
 
     def forward(
-        self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor, noise_TE: Tensor | None = None
+        self,
+        x_TD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        noise_TE: Tensor | None = None,
+        documents_BS: Tensor | None = None,
     ) -> FeedForwardOutput:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), cos_SP, sin_SP)
-        fed = self.feed_forward(self.ffn_norm(x_TD), noise_TE)
-        return FeedForwardOutput(x_TD + fed.y_TD, fed.aux_loss_G, fed.report_GE)
+        mixed_TD, loss_G = self.attention.with_loss(self.attention_norm(x_TD), cos, sin, documents_BS)
+        x_TD = x_TD + mixed_TD
+        counted_T = None if documents_BS is None else documents_BS.reshape(-1) > 0
+        fed = self.feed_forward(self.ffn_norm(x_TD), noise_TE, counted_T)
+        aux_loss_G = fed.aux_loss_G if loss_G is None or fed.aux_loss_G is None else fed.aux_loss_G + loss_G
+        return FeedForwardOutput(x_TD + fed.y_TD, aux_loss_G, fed.report_GE)

@@ -20,6 +20,22 @@ def targets(ids_BT: Tensor, labels_BT: Tensor | None, pad_token_id: int, ignore_
 
 def next_token_loss(logits_TV: Tensor, target_T: Tensor, counted_T: Tensor) -> tuple[Tensor, Tensor]:
     """Sum () of the cross entropy over counted tokens, in float32, and their number ()."""
+    return token_losses(logits_TV, target_T, counted_T).sum(), counted_T.sum()
+
+
+def token_losses(logits_TV: Tensor, target_T: Tensor, counted_T: Tensor) -> Tensor:
+    """The cross entropy (T) of counted tokens in float32, 0 of others."""
     label_T = torch.where(counted_T, target_T, target_T.new_zeros(())).long()
     losses_T = F.cross_entropy(logits_TV.float(), label_T, reduction="none")
-    return torch.where(counted_T, losses_T, losses_T.new_zeros(())).sum(), counted_T.sum()
+    return torch.where(counted_T, losses_T, losses_T.new_zeros(()))
+
+
+def preference_loss(logp_B: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """The loss () of ``core.preferences`` and ``core.figures.MEASURED`` (2).
+
+    Inputs: log-probabilities of all chosen answers, then of the rejected ones (2R), and the reference's (R, 2).
+    """
+    chosen, rejected = logp_B.chunk(2)
+    margin = beta * ((chosen - reference[:, 0]) - (rejected - reference[:, 1]))
+    measured = torch.stack(((margin > 0).float().mean(), margin.mean())).detach()
+    return -F.logsigmoid(margin).mean(), measured

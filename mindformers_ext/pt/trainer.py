@@ -7,7 +7,7 @@ engine continues what the other began.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mindformers_ext.core.config.lora import BESIDE_BASE
 from mindformers_ext.core.config.train import ParameterGroup, TrainSpec, group_of
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.figures import StepFigures
+from mindformers_ext.core.figures import StepFigures, with_preferences
 from mindformers_ext.core.philox import noise_keys
 from mindformers_ext.core.pruning import BESIDE_MASKS
 from mindformers_ext.core.spec import NetworkSpec
@@ -78,10 +78,12 @@ class TorchTrainer:
         names.fill(self.network, weights, optional=("",) if partly else BESIDE_BASE + BESIDE_MASKS)
 
     def step(self, columns: tuple[np.ndarray, ...]) -> StepFigures:
-        """One update from this rank's rows: token ids (R, S+1) and, if any, labels; R a multiple of micro batches."""
+        """One update from this rank's rows: token ids (R, S+1), then, if any, labels and the documents of packed rows;
+        R a multiple of micro batches. With ``dpo_beta``: pairs, and the reference's (R, 2) float32."""
         torch.manual_seed(self.train_spec.seed + self.updates * self.ranks.size + self.ranks.rank)  # LoRA's dropout
-        tensors = [torch.from_numpy(column.astype(np.int64)).to(self.device) for column in columns]
-        terms = self._backward(tensors, self._noise_keys(len(columns[0])))
+        pairs = self.train_spec.dpo_beta is not None
+        tensors = [_tensor(column).to(self.device) for column in columns]
+        terms = self._backward(tensors, self._noise_keys(len(columns[0]) * (2 if pairs else 1)))
         gradients = [self.ranks.gradient(name, p.grad) for name, p in self._named if p.grad is not None]
         if len(gradients) != len(self._named):
             missing = [name for name, p in self._named if p.grad is None]
@@ -96,17 +98,29 @@ class TorchTrainer:
             self._update(gradients, unscale, norm, rate)
         self.network.zero_grad(set_to_none=True)
         self._next_scale(not finite)
-        return StepFigures(loss, not finite, self.scale, rate, norm, lm_loss, aux_loss, load, dropped)
+        figures = StepFigures(loss, not finite, self.scale, rate, norm, lm_loss, aux_loss, load, dropped)
+        return with_preferences(figures) if pairs else figures
 
     @torch.no_grad()
-    def evaluate(self, columns: tuple[np.ndarray, np.ndarray]) -> float:
-        """The mean loss over the tokens that count of ids and labels (R, S+1); see ``jobs.engine.protocols``."""
-        ids, labels = (torch.from_numpy(column.astype(np.int64)).to(self.device) for column in columns)
+    def evaluate(self, columns: tuple[np.ndarray, ...]) -> float:
+        """The mean loss over the tokens that count of rows as ``step`` takes them; see ``jobs.engine.protocols``."""
+        ids, labels, documents = three(
+            [torch.from_numpy(column.astype(np.int64)).to(self.device) for column in columns]
+        )
         self.network.eval()
-        loss = float(self.network(ids, labels, losses=True).lm_loss)
+        loss = float(self.network(ids, labels, losses=True, documents=documents).lm_loss)
         self.network.train()
         self.ranks.rest(self.network)
         return loss
+
+    @torch.no_grad()
+    def row_log_probabilities(self, ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Sum (R) of the log-probabilities of the labels that count; see ``jobs.engine.protocols``."""
+        self.network.eval()
+        found = self.network(*(_tensor(column).to(self.device) for column in (ids, labels)), by_row=True)
+        self.network.train()
+        self.ranks.rest(self.network)
+        return found.cpu().numpy()
 
     def _noise_keys(self, rows: int) -> Tensor | None:
         """(R, 3) of this rank's rows, where gates add noise."""
@@ -124,11 +138,22 @@ class TorchTrainer:
         found = []
         for index, micro in enumerate(zip(*parts, strict=True)):
             self.ranks.last_micro_batch(self.network, index == len(parts[0]) - 1)
-            ids, labels = micro[0], micro[1] if len(micro) > 1 else None
-            tokens = self.ranks.counted(ids, labels, self.network.spec.model)
-            terms = self.network(ids, labels, losses=True, tokens=tokens, keys=parts_of_keys[index])
+            terms = self._terms(micro, parts_of_keys[index])
             (terms.loss * self.scale).backward()
             found.append(Terms(*(term.detach() for term in terms)))
+        return found
+
+    def _terms(self, micro: Sequence[Tensor], keys: Tensor | None) -> Terms:
+        """Of one micro batch."""
+        if self.train_spec.dpo_beta is not None:
+            chosen, chosen_labels, rejected, rejected_labels, reference = micro
+            ids, labels = torch.cat((chosen, rejected)), torch.cat((chosen_labels, rejected_labels))
+            found = self.network(ids, labels, keys=keys, preference=(reference, self.train_spec.dpo_beta))
+        else:
+            ids, own_labels, documents = three(micro)
+            tokens = self.ranks.counted(ids, own_labels, self.network.spec.model)
+            found = self.network(ids, own_labels, losses=True, tokens=tokens, keys=keys, documents=documents)
+        assert isinstance(found, Terms)
         return found
 
     def _update(self, gradients: list[Tensor], unscale: float, norm: float, rate: float) -> None:
@@ -212,6 +237,18 @@ class TorchTrainer:
                         raise UserError(f"cannot resume: the checkpoint has no {prefix}{part} of {tuple(view.shape)}")
                     names.set_view(view, found)
                 self.ranks.take(moment, whole, name, parameter)
+
+
+def _tensor(column: np.ndarray) -> Tensor:
+    """Ids as int64; what the reference told stays float32."""
+    return torch.from_numpy(column if column.dtype == np.float32 else column.astype(np.int64))
+
+
+def three(columns: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Ids, labels and documents of rows that may lack the last ones."""
+    ids, labels, documents = (*columns, None, None)[:3]
+    assert ids is not None
+    return ids, labels, documents
 
 
 def _groups(network: nn.Module, groups: tuple[ParameterGroup, ...]) -> dict[str, ParameterGroup]:

@@ -14,7 +14,7 @@ from mindformers_ext.weights import llama
 from mindformers_ext.weights.layouts import GMM, Layout, check_count
 from mindformers_ext.weights.plan import Plan, make_plan
 from mindformers_ext.weights.rules import Extras, Rule, RuleSet
-from mindformers_ext.weights.tables import TABLES
+from mindformers_ext.weights.tables import TABLES, Table
 from mindformers_ext.weights.training_state import MS_TRAINING_STATE, ROUTER_STATE
 from mindformers_ext.weights.transforms import Transposed
 
@@ -38,7 +38,8 @@ def rule_set(spec: ModelSpec, style: str = "per_expert", layout: Layout | None =
     gmm = layout.experts == GMM
     if gmm and not spec.moe:
         raise UserError("the gmm layout transposes experts and this model has none: leave --use_gmm out")
-    dense = table.dense_concat if layout.qkv_concat else table.dense
+    plain, concat = table.dense_of.get(style, (table.dense, table.dense_concat))
+    dense = concat if layout.qkv_concat else plain
     if spec.mlp_bias:
         dense += table.dense_bias_concat if layout.qkv_concat else table.dense_bias
     mixture = _transposed(table.mixtures[style]) if gmm else table.mixtures.get(style, ())
@@ -50,7 +51,7 @@ def rule_set(spec: ModelSpec, style: str = "per_expert", layout: Layout | None =
     return RuleSet(
         (
             llama.EMBEDDING,
-            *llama.attention(spec.layer(0).attention, layout.qkv_concat),
+            *_attention(spec, table, layout),
             *(replace(rule, layers="dense") for rule in dense),
             *(replace(rule, layers="mixture") for rule in mixture),
             llama.FINAL_NORM,
@@ -63,6 +64,22 @@ def rule_set(spec: ModelSpec, style: str = "per_expert", layout: Layout | None =
             llama.TIED_MS if tied else (),
             kept=tuple(pattern for pattern, _ in ROUTER_STATE),
         ),
+    )
+
+
+def _attention(spec: ModelSpec, table: Table, layout: Layout) -> tuple[Rule, ...]:
+    """Attention of every layer; where heads are experts in mixtures, theirs there and the plain one elsewhere."""
+    plain = replace(spec, attn_experts=0).layer(0).attention
+    before, *inside, behind = llama.attention(plain, layout.qkv_concat)
+    if not spec.attn_experts:
+        return before, *inside, behind
+    if layout.qkv_concat:
+        raise UserError("qkv_concat joins q, k and v and this model's are experts: leave it out")
+    return (
+        before,
+        *(replace(rule, layers="dense") for rule in inside),
+        *(replace(rule, layers="mixture") for rule in table.attention_experts),
+        behind,
     )
 
 

@@ -13,7 +13,6 @@ from mindformers_ext.weights.transforms import SplitHalves, Stack
 
 _MS = "model.layers.{layer}.feed_forward."
 _OLD, _NEW = "model.layers.{layer}.block_sparse_moe.", "model.layers.{layer}.mlp."
-_W1, _W2, _W3 = (_MS + f"ffn.{name}.weight" for name in ("w1", "w2", "w3"))
 
 
 def fused(prefix: str, start: str = _MS) -> tuple[Rule, ...]:
@@ -30,10 +29,15 @@ def fused(prefix: str, start: str = _MS) -> tuple[Rule, ...]:
     )
 
 
-PER_EXPERT = (
-    Rule(_OLD + "gate.weight", (_MS + "router.dense.weight",), "E D"),
-    Rule(_OLD + "experts.{expert}.w1.weight", (_W1,), "M D", Stack()),
-    Rule(_OLD + "experts.{expert}.w2.weight", (_W2,), "D M", Stack()),
-    Rule(_OLD + "experts.{expert}.w3.weight", (_W3,), "M D", Stack()),
-)
+def per_expert(start: str = _MS) -> tuple[Rule, ...]:
+    """Router and experts, a matrix each; ``start``: what stands before them on MindSpore's side."""
+    return (
+        Rule(_OLD + "gate.weight", (start + "router.dense.weight",), "E D"),
+        Rule(_OLD + "experts.{expert}.w1.weight", (start + "ffn.w1.weight",), "M D", Stack()),
+        Rule(_OLD + "experts.{expert}.w2.weight", (start + "ffn.w2.weight",), "D M", Stack()),
+        Rule(_OLD + "experts.{expert}.w3.weight", (start + "ffn.w3.weight",), "M D", Stack()),
+    )
+
+
+PER_EXPERT = per_expert()
 STYLES = {"per_expert": PER_EXPERT, "fused": fused(_NEW), "fused_block_sparse": fused(_OLD)}

@@ -26,9 +26,9 @@ class Rule:
     """Hugging Face template(s) -> MindSpore template(s).
 
     ``hf`` may hold ``{layer}`` and, when the transform joins one tensor per expert, ``{expert}`` or, of shared ones,
-    ``{shared}``; several templates are in the transform's order. ``dims`` is the shape of each Hugging Face tensor in
-    size letters (``core.parameters``, "E 2F D"); "HP" is a product, "2M" twice M. ``layers``: all, or those alone whose
-    feed-forward is dense or a mixture.
+    ``{shared}``, of attention's, ``{group}``; several templates are in the transform's order. ``dims`` is the shape of
+    each Hugging Face tensor in size letters (``core.parameters``, "E 2F D"); "HP" is a product, "2M" twice M.
+    ``layers``: all, or those alone whose feed-forward is dense or a mixture.
     """
 
     hf: str | tuple[str, ...]
@@ -136,7 +136,7 @@ class RuleSet:
 
 # What is numbered in a template: the letters of how many there are and of their width, and whether narrower ones are
 # held as wide as the widest.
-NUMBERED = {"expert": ("E", "M", True), "shared": ("R", "S", False)}
+NUMBERED = {"expert": ("E", "M", True), "shared": ("R", "S", False), "group": ("A", "", False)}
 
 
 def bind(

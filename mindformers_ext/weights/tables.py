@@ -5,11 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from mindformers_ext.core.families import (
     LLAMA,
     LLAMA_MOE,
     LLAMA_MOE_RESIDUAL,
+    LLAMA_MOE_V2,
+    LLAMA_MOE_V2_RESIDUAL,
     MISTRAL,
     MIXTRAL,
     QWEN2,
@@ -17,7 +20,7 @@ from mindformers_ext.core.families import (
     QWEN3,
     QWEN3_MOE,
 )
-from mindformers_ext.weights import llama, llama_moe, mixtral, qwen2_moe, qwen3_moe
+from mindformers_ext.weights import llama, llama_moe, llama_moe_v2, mixtral, qwen2_moe, qwen3_moe
 from mindformers_ext.weights.rules import Rule
 
 
@@ -29,7 +32,8 @@ class Table:
     ``gates``: by the kind of gate, where a family has several, the rules besides; ``weighting``: those of what weighs
     routed and shared experts against each other.
     ``dense``: of a layer without; ``dense_concat`` of the same with gate and up in one tensor (``qkv_concat``); where
-    its products have biases (``mlp_bias``), ``dense_bias`` and ``dense_bias_concat`` too.
+    its products have biases (``mlp_bias``), ``dense_bias`` and ``dense_bias_concat`` too. ``dense_of``: both where a
+    spelling of the mixtures has others. ``attention_experts``: of a mixture's attention whose heads are experts.
     """
 
     mixtures: Mapping[str, tuple[Rule, ...]] = field(default_factory=dict)
@@ -37,10 +41,18 @@ class Table:
     weighting: tuple[Rule, ...] = ()
     dense: tuple[Rule, ...] = llama.FEED_FORWARD
     dense_concat: tuple[Rule, ...] = llama.FEED_FORWARD_CONCAT
+    dense_of: Mapping[str, tuple[tuple[Rule, ...], tuple[Rule, ...]]] = field(default_factory=dict)
+    attention_experts: tuple[Rule, ...] = ()
     dense_bias: tuple[Rule, ...] = llama.FEED_FORWARD_BIAS
     dense_bias_concat: tuple[Rule, ...] = llama.FEED_FORWARD_BIAS_CONCAT
 
 
+_V2_DENSE: dict[str, Any] = {
+    "dense": llama_moe_v2.DENSE,
+    "dense_concat": llama_moe_v2.DENSE_CONCAT,
+    "attention_experts": llama_moe_v2.ATTENTION_EXPERTS,
+    "dense_of": {llama_moe_v2.LLAMA_DENSE: (llama.FEED_FORWARD, llama.FEED_FORWARD_CONCAT)},
+}
 TABLES: dict[str, Table] = {
     LLAMA.name: Table(),
     MISTRAL.name: Table(),
@@ -51,6 +63,8 @@ TABLES: dict[str, Table] = {
     QWEN3_MOE.name: Table(qwen3_moe.STYLES),
     LLAMA_MOE.name: Table(llama_moe.STYLES, llama_moe.GATES),
     LLAMA_MOE_RESIDUAL.name: Table(llama_moe.RESIDUAL_STYLES, llama_moe.RESIDUAL_GATES, llama_moe.WEIGHTING),
+    LLAMA_MOE_V2.name: Table(llama_moe_v2.STYLES, **_V2_DENSE),
+    LLAMA_MOE_V2_RESIDUAL.name: Table(llama_moe_v2.RESIDUAL_STYLES, **_V2_DENSE),
 }
 
 

@@ -33,7 +33,7 @@ def campaign(name: str, kills: int, folder: Path, root: Path) -> dict:
     "name",
     [
         *("merge", "mixture", "convert", "convert back", "transform"),
-        pytest.param("preprocess", marks=pytest.mark.slow),  # a process writes its file
+        pytest.param("preprocess", marks=pytest.mark.turn("killed jobs")),  # a process writes its file
     ],
 )
 def test_a_reader_takes_the_old_output_or_the_new_and_a_rerun_is_as_undisturbed(
@@ -43,10 +43,10 @@ def test_a_reader_takes_the_old_output_or_the_new_and_a_rerun_is_as_undisturbed(
     assert held["nothing"] and held["old"], "kills that come early, and late enough"
 
 
-@pytest.mark.slow
+@pytest.mark.turn("killed jobs")
 def test_a_corpus_by_domain_goes_on_with_its_finished_parts(tmp_path: Path, repo_root: Path) -> None:
     """The prepared folder is the old one, the new one or none; a rerun writes the bytes of an undisturbed run."""
-    assert campaign("domains", 6, tmp_path, repo_root)["held"]["old"]
+    assert campaign("domains", 4, tmp_path, repo_root)["held"]["old"]
 
 
 SHORT = pytest.mark.long("tests/cli/test_killed.py kills all of them in one run")
@@ -54,7 +54,13 @@ STAGES = ("split", "features", "importance", "select", "stream", "convert", "rep
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "kills"), [("run", 3), *(pytest.param(name, KILLS, marks=SHORT) for name in STAGES)])
+@pytest.mark.parametrize(
+    ("stage", "kills"),
+    [
+        pytest.param("run", 3, marks=pytest.mark.turn("killed jobs")),
+        *(pytest.param(name, KILLS, marks=SHORT) for name in STAGES),
+    ],
+)
 def test_a_stage_of_experts_goes_on_where_it_was_killed(
     stage: str, kills: int, tmp_path: Path, repo_root: Path
 ) -> None:

@@ -22,7 +22,13 @@ pytestmark = [
         not FIVE, reason="TRANSFORMERS5_PYTHON does not name a Python with transformers 5; see this file"
     ),
 ]
-TESTS = ("test_saved_mixture.py", "test_saved_model.py", "test_saved_training.py", "test_published_models.py")
+TESTS = (
+    "test_saved_mixture.py",
+    "test_saved_model.py",
+    "test_saved_training.py",
+    "test_published_models.py",
+    "test_saved_v2.py",
+)
 
 
 def test_the_saved_model_passes_its_tests_with_transformers_5(repo_root: Path) -> None:

@@ -57,9 +57,10 @@ STOREYS = ("core", "formats", "weights data", "surgery ms pt", "jobs", "mf", "cl
 # The inner order of a folder, lowest first: what stands on one line never sees each other. Loose files stand as `name`.
 INNER = {
     "core": (
-        "errors capacity philox stages families figures",
-        "plain_file",
+        "errors capacity philox stages family figures documents preferences",
+        "families plain_file",
         "log byte_sizes json_text weight_fit layers rope",
+        "attention",
         "spec",
         "parameters pruning",
         "config",

@@ -31,6 +31,7 @@ import torch
 
 from mindformers_ext.core.config.file import load_yaml, parse_yaml
 from mindformers_ext.core.errors import UserError
+from tests.helpers import fuzz_domains as domains
 from tests.helpers import fuzz_values as values
 from tests.helpers.fuzz_weights import edit_header, hf_folder
 from tests.helpers.spoil import spoiled_bytes, spoiled_json, spoiled_yaml
@@ -224,6 +225,11 @@ FORMATS: dict[str, Format] = {
     "launches": Format("words.json", values.launch_words, values.launch),
     "bin": Format("bin", as_bytes("bin/pytorch_model.bin"), table),
     "table of a bin": Format("bin", pickled, table),
+    "manifest": Format("prepared", as_json("prepared/manifest.json"), domains.prepared),
+    "mds index": Format("mds", as_json("mds/index.json"), domains.mds),
+    "mds shard": Format("mds", as_bytes("mds/shard.00000.mds"), domains.mds),
+    "frames": Format("part", as_bytes("part"), domains.frames),
+    "parquet": Format("rows.parquet", as_bytes("rows.parquet"), domains.documents),
 }
 
 
@@ -278,6 +284,7 @@ def whole_inputs(folder: Path, root: Path) -> None:
     ids = np.arange(90, dtype=np.int32).reshape(10, 9)
     writer.write({"input_ids": ids, "labels": ids})
     writer.close()
+    domains.write_domains(folder)
     (folder / "text.jsonl").write_text('{"text": "one", "n": [1, 2]}\n{"text": "two \\u00e9"}\n')
     text = YAML.replace("dataset_dir: ''", f"dataset_dir: {folder / 'rows.mindrecord'}").replace(f"th: {SEQ}", "th: 8")
     (folder / "job.yaml").write_text(

@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from mindformers_ext.core.families import FAMILIES, Family
+from mindformers_ext.core.families import FAMILIES, Family, end_layers
 from mindformers_ext.core.layers import DTYPE_NAMES, LOAD_FORMS, MoESpec, SharedExpertSpec
 from mindformers_ext.core.rope import RopeScaling
 from mindformers_ext.core.spec import FEATURES, KernelSpec, ModelSpec, NetworkSpec, NumericsSpec, ParallelSpec
@@ -319,6 +319,14 @@ def shared_experts(draw: st.DrawFn, row: Family, layers: int) -> SharedExpertSpe
     )
 
 
+def dense_layers(row: Family, layers: int) -> st.SearchStrategy[tuple[int, ...]]:
+    """Those of a family that may have some beside its mixtures."""
+    if row.dense_ends:
+        return st.integers(0, (layers - 1) // 2).map(lambda count: end_layers(count, layers))
+    most = layers - 1 if row.chooses_layers else 0
+    return st.sets(st.integers(0, layers - 1), max_size=most).map(sorted).map(tuple)
+
+
 @st.composite
 def family_specs(draw: st.DrawFn, family: str) -> ModelSpec:
     """Small models of one family that its ``config.json`` can describe, at odd sizes."""
@@ -346,11 +354,11 @@ def family_specs(draw: st.DrawFn, family: str) -> ModelSpec:
             aux_loss_reduce="mean" if row.weighs_loss else "sum",
             intermediate_size=None if row.shares_width or own_width == width else own_width,
             shared_expert=shared,
+            **({"routed_scaling_factor": draw(st.integers(1, 40)) / 8} if "routed_scaling_factor" in told else {}),
             **{key: value for key, value in row.moe.items() if key != "norm_topk_prob"},
             **draw(noisy_words(row, layers)),
         )
-        if row.chooses_layers:
-            dense = tuple(sorted(draw(st.sets(st.integers(0, layers - 1), max_size=layers - 1))))
+        dense = draw(dense_layers(row, layers))
     window, full = None, ()
     if row.windowed:
         windows = st.integers(1, 63)

@@ -32,11 +32,19 @@ TINY = {
     "eos_token_id": "2",
     "seq_length": "32",
     "max_position_embedding": "null",
+    "bos_token_id": "1",
+    "eos_token_id": "2",
+    "pad_token_id": "0",
     "compute_dtype": "float32",
     "param_init_type": "float32",
     "rotary_dtype": "float32",
     "softmax_compute_type": "float32",
 }
+
+
+WIDTH = "moe_intermediate_size"
+# what only some files say
+TINY_PARTS = {WIDTH: "24", "shared_expert_intermediate_size": "40", "dense_layers": "[0, 3]"}
 
 
 def devices_of(config):
@@ -90,7 +98,10 @@ def test_a_file_is_accepted_for_its_devices(path):
 @pytest.mark.parametrize("path", RUNS, ids=name_of)
 def test_a_network_is_built_from_it(path):
     config = load_yaml(path) | {"use_parallel": False}
-    pairs = [(f"model.model_config.{name}", value) for name, value in TINY.items()]
+    own = config["model"]["model_config"]
+    tiny = TINY | {name: value for name, value in TINY_PARTS.items() if name in own}
+    tiny |= {"num_layers": "4"} if "dense_layers" in own else {}
+    pairs = [(f"model.model_config.{name}", value) for name, value in tiny.items()]
     config = apply_overrides(config, pairs)
     config["model"]["model_config"].pop("l0_module", None)  # our own loop's: tests/pt/test_prune_run.py
     config, _ = adapt(config, "CPU")
@@ -102,9 +113,10 @@ def test_a_network_is_built_from_it(path):
     shapes = {parameter.name: parameter.shape for parameter in network.get_parameters()}
     experts = (config.get("moe_config") or {}).get("expert_num", 1)
     if experts > 1:
-        width = 96 // experts if network.spec.model.family_row.shares_width else 96
-        assert shapes["model.layers.1.feed_forward.ffn.w1.weight"] == (experts, width, 64)
-        assert shapes["model.layers.1.feed_forward.router.dense.weight"] == (experts, 64)
+        width = 96 // experts if network.spec.model.family_row.shares_width else int(tiny.get(WIDTH, 96))
+        routed = "routed_experts." if network.spec.model.moe.shared_expert else ""
+        assert shapes[f"model.layers.1.feed_forward.{routed}ffn.w1.weight"] == (experts, width, 64)
+        assert shapes[f"model.layers.1.feed_forward.{routed}router.dense.weight"] == (experts, 64)
     assert shapes["lm_head.weight"] == (128, 64)
 
 

@@ -11,6 +11,8 @@ from mindformers_ext.core.cluster.cluster_rules import check_cluster, check_netw
 from mindformers_ext.core.config.foreign import foreign_lora, foreign_spec
 from mindformers_ext.core.config.run import RunSpec
 from mindformers_ext.core.config.view import network_spec_from_yaml, yaml_notes
+from mindformers_ext.core.documents import DOCUMENT_IDS
+from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import NetworkSpec
 
 
@@ -23,6 +25,11 @@ def read_network(config: Mapping[str, Any], run: RunSpec, device_num: int) -> tu
         UserError: lists every key and value that cannot be.
     """
     if run.family is None:
+        if run.data is not None and DOCUMENT_IDS in run.data.columns:
+            raise UserError(
+                f"input_columns: {DOCUMENT_IDS}: rows packed of documents are for networks of ours, this one is "
+                "MindFormers' own: name one of ours in model.arch.type, or give its padded rows"
+            )
         return foreign_spec(config, device_num)
     spec = network_spec_from_yaml(config, device_num)
     return spec, yaml_notes(config, spec.model.moe)
@@ -34,6 +41,14 @@ def judge_network(spec: NetworkSpec, run: RunSpec, mode: str) -> list[str]:
     Raises:
         UserError: lists every broken rule.
     """
+    stages = effective_spec(spec)[0].parallel.pipeline_stage if spec.packed else 1
+    if stages > 1:
+        problems = Problems("packed rows")
+        problems.add(
+            f"parallel_config.pipeline_stage={stages}: {DOCUMENT_IDS} are not sent between pipeline stages",
+            "set it to 1 and use data_parallel, model_parallel and expert_parallel, or train on padded rows",
+        )
+        problems.raise_if_any()
     return check_cluster(spec) if run.family is None else check_network(spec, mode)
 
 

@@ -33,6 +33,8 @@ def check_tensor_parallel(spec: NetworkSpec) -> list[str]:
         UserError: another split than model_parallel over all devices.
     """
     parallel, devices = effective_spec(spec)[0].parallel, spec.parallel.device_num
+    if spec.model.attn_experts and devices > 1:
+        raise UserError("attention experts are not cut for prediction: use one process (--use_parallel False)")
     given = {
         name: getattr(parallel, name)
         for name in ("data_parallel", "model_parallel", "expert_parallel", "pipeline_stage")

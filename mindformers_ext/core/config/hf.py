@@ -25,11 +25,16 @@ from mindformers_ext.core.config.hf_attention import (
     written_attention,
 )
 from mindformers_ext.core.config.hf_shared import (
+    ATTENTION_KEYS,
     ROUTED_WIDTH,
     as_variant,
+    read_attention_experts,
+    read_ends,
     read_shared,
+    read_width,
     splits_width,
     told_variant,
+    written_attention_experts,
 )
 from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.errors import Problems
@@ -92,6 +97,7 @@ _NOTED: dict[str, tuple[tuple[object, ...], str]] = {
     "pretraining_tp": ((1, None), "the same sums in another order"),
     "attention_dropout": ((0, 0.0, None), "of training only; not built, nothing is dropped"),
     "router_jitter_noise": ((0, 0.0, None), "of training only; not built, nothing is added"),
+    "use_layer_wise_balance": ((False, None), "the loss that balances experts is taken layer by layer here"),
 }
 _HARMLESS = frozenset(
     """architectures model_type torch_dtype dtype transformers_version _name_or_path name_or_path _commit_hash use_cache
@@ -133,6 +139,8 @@ def model_spec_from_hf(config: Mapping[str, Any]) -> ModelSpec:
     values["rope_theta"], values["rope_scaling"] = read_rope(config, values["rope_theta"], problems)
     parts = _words(config, row, problems)
     problems.raise_if_any()
+    if row.dense_width:
+        values["intermediate_size"] = read_width(config, row, parts, problems)
     window, full = read_window(config, row, values["num_hidden_layers"], values["max_position_embeddings"], problems)
     values |= {"sliding_window": window, "full_attention_layers": full}
     own = FAMILIES[row.reads_as] if row.reads_as and window is None else row
@@ -146,6 +154,9 @@ def model_spec_from_hf(config: Mapping[str, Any]) -> ModelSpec:
     first, *more = (-1,) if no_eos else values["eos_token_id"]
     values |= {"eos_token_id": first, "more_eos_token_ids": tuple(more)}
     _complete_heads(config, row, values, problems)
+    if row.attends_by_experts:
+        values |= read_attention_experts(config, values["num_key_value_heads"], problems)
+        problems.raise_if_any()
     spec = ModelSpec(**values)
     spec.collect(problems)
     problems.raise_if_any()
@@ -181,6 +192,10 @@ def hf_config_from_spec(spec: ModelSpec) -> dict[str, Any]:
         result[ROUTED_WIDTH] = spec.routed_width
     if row.chooses_layers:
         result |= {_STEP: 1, _DENSE: list(spec.dense_layers)}
+    if row.attends_by_experts:
+        result |= written_attention_experts(spec)
+    if row.dense_ends:
+        result |= {row.dense_ends: len(spec.dense_layers) // 2, row.dense_width: spec.intermediate_size}
     if spec.moe and row.weighs_loss:
         factor = dict(spec.moe.aux_losses).get("expert", 0.0)
         result[_AUX_COEF[0]] = float(f"{factor / spec.moe.num_experts_per_tok:.15g}")
@@ -242,7 +257,8 @@ def _check_keys(config: Mapping[str, Any], row: Family, problems: Problems) -> N
     """transformers reads the keys that its class knows and no other, so that an unknown one changes nothing. But one
     that is nearly a known one is taken for a slip, and one that makes another family's experts belongs there."""
     experts = {word.key for other in FAMILIES.values() for word in other.words if word.part != "model"}
-    variants = {word.key for other in FAMILIES.values() if other.variant_of == row.name for word in other.words}
+    root = row.variant_of or row.name
+    variants = {word.key for other in FAMILIES.values() if other.variant_of == root for word in other.words}
     experts -= {*variants, ROUTED_WIDTH}  # written by the class of both, read where the variant's key tells it
     own, read = {word.key for word in row.words}, _read_keys(row)
     for key, value in config.items():
@@ -267,6 +283,7 @@ def _read_keys(row: Family) -> set[str]:
         read.add(ROUTED_WIDTH)
     if row.has_experts and row.weighs_loss:
         read |= {_AUX_COEF[0]}
+    read |= {row.dense_ends, row.dense_width, *(ATTENTION_KEYS if row.attends_by_experts else ())} - {""}
     return read | ({_STEP, _DENSE} if row.chooses_layers else set())
 
 
@@ -284,6 +301,8 @@ def _words(config: Mapping[str, Any], row: Family, problems: Problems) -> dict[s
 
 def _dense_layers(config: Mapping[str, Any], row: Family, layers: int, problems: Problems) -> tuple[int, ...]:
     """Layers without experts: transformers' rule ``index in mlp_only_layers or (index + 1) % decoder_sparse_step``."""
+    if row.dense_ends:
+        return read_ends(config, row, layers, problems)
     if not row.chooses_layers:
         return ()
     step = read_value(_STEP, config.get(_STEP), "int", 1, problems)
@@ -331,7 +350,7 @@ def _check_expressible(spec: ModelSpec, row: Family) -> None:
         if values is not None and len({getattr(values, name) for name in word.fields}) > 1:
             said = ", ".join(f"{name}={getattr(values, name)!r}" for name in word.fields)
             problems.add(said, f"a {row.name} has one word for both, {word.key}")
-    if spec.dense_layers and not row.chooses_layers:
+    if spec.dense_layers and not (row.chooses_layers or row.dense_ends):
         problems.add(f"dense_layers={list(spec.dense_layers)}", f"every layer of a {row.name} is a mixture")
     problems.raise_if_any()
 
@@ -353,6 +372,10 @@ def _routing(
     problems: Problems,
 ) -> MoESpec:
     fields = {**row.moe, **parts["moe"]}
+    if not (fields.get("routed_scaling_factor", 1.0) or 0) > 0:
+        (word,) = (word.key for word in row.words if word.field == "routed_scaling_factor")
+        given = "missing" if config.get(word) is None else config[word]
+        problems.add(f"{word} is {given}", "give what the sum of the chosen experts is multiplied by, above 0")
     problems.raise_if_any()
     if row.shared is not None:
         fields["shared_expert"] = read_shared(config, row, parts["shared"], model, problems)

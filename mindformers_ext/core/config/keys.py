@@ -80,6 +80,9 @@ KEYS: tuple[Key, ...] = (
         full_attention_layers    full_attention_layers    layers -
         qk_layernorm             qk_norm                  bool   False
         dense_layers             dense_layers             layers -
+        attn_experts             attn_experts             int    0
+        top_k_attn               top_k_attn               int    0
+        scale_factor_attn        scale_factor_attn        float  1.0
     """,
     ),
     *_keys(
@@ -278,7 +281,7 @@ PASSED: dict[str, frozenset[str]] = {
     "swap_config": frozenset("swap layer_swap op_swap default_prefetch".split()),
     "runner_config": frozenset(
         """epochs sink_mode sink_size gradient_accumulation_steps stop_step num_classes per_epoch_size
-        global_batch_size initial_epoch initial_step origin_epochs step_scale""".split()
+        global_batch_size initial_epoch initial_step origin_epochs step_scale freeze_gate dpo_beta""".split()
     ),
     "model": frozenset({"model_config", "arch"}),
     TOP: frozenset(

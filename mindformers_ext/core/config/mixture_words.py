@@ -14,9 +14,11 @@ from mindformers_ext.core.config.ranges import COUNT, PATH, PATHS, RATE, SHARE, 
 from mindformers_ext.core.config.values import section_at
 from mindformers_ext.core.errors import Problems
 
-MIXTURE = "MixtureDataset"
+MIXTURE, PLAIN = "MixtureDataset", "MindDataset"
+SHARED = ("type", "dataset_dir", "num_samples")  # words of both
 PLACE = "train_dataset.data_loader"
 SEED_CALLBACK = "data_loading"  # Sheared-LLaMA's
+SEED_SECTION = f"callbacks.{SEED_CALLBACK}"
 SEED_WORDS = ("dynamic", "set_names", "proportion", "update_type", "target_loss")
 _BATCHES = re.compile(r"([1-9][0-9]{0,9})ba")
 
@@ -58,12 +60,12 @@ WORDS: dict[str, Kind] = {
     "update_type": TEXT,
     "target_loss": Kind("a list of numbers, one per name, or a JSON file", lambda v: PATH.fits(v) or _is_numbers(v)),
     "target_loss_from": PATH,
-    "eta": RATE,
+    "eta": number(0, 1e6),
     "smoothing": SHARE,
     "min_weight": SHARE,
     "max_weight": SHARE,
     "min_entropy": RATE,
-    "temperature": number(0, above=True),
+    "temperature": number(1e-3, 1e6),
     "on_exhausted": TEXT,
     "eval_interval": Kind(
         "a number of steps above 0, or that with ba behind (50ba)", lambda v: steps_of(v) is not None
@@ -108,6 +110,9 @@ class MixtureSpec:
 def mixture_from_yaml(loader: Mapping[str, Any], where: str, problems: Problems) -> MixtureSpec | None:
     """The mixture that the section ``where`` describes, None where it is of another type; what is wrong is added to
     ``problems``."""
+    if loader.get("type") == PLAIN:
+        own = [name for name in loader if name in WORDS and name not in SHARED]
+        problems.add_names("words", f"of {where} belong to {MIXTURE}", own, f"set type to it, {PLAIN} has none of them")
     if loader.get("type") != MIXTURE:
         return None
     before = len(problems.lines)
@@ -166,7 +171,7 @@ def _numbers(value: Any) -> tuple[float, ...] | dict[str, float] | None:
 def with_mixture_words(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """``config`` with Sheared-LLaMA's names at the places of ours; the same object where there are none.
 
-    ``callbacks`` may be a mapping, as Composer has it: each name becomes the type of a callback. ``dynamic: False`` is
+    ``callbacks`` may be a mapping, as Composer has it: a name is the type of its callback. ``dynamic: False`` is
     ``update_type: constant``.
 
     Raises:
@@ -175,7 +180,7 @@ def with_mixture_words(config: Mapping[str, Any]) -> Mapping[str, Any]:
     callbacks = config.get("callbacks")
     if isinstance(callbacks, Mapping):
         callbacks = [
-            {**(words or {}), "type": name} if _is_section(words) else words for name, words in callbacks.items()
+            {"type": name, **(words or {})} if _is_section(words) else words for name, words in callbacks.items()
         ]
     given = (
         [item for item in callbacks or () if isinstance(item, Mapping) and item.get("type") == SEED_CALLBACK]
@@ -196,16 +201,16 @@ def with_mixture_words(config: Mapping[str, Any]) -> Mapping[str, Any]:
     dynamic = words.pop("dynamic", None)
     if dynamic is not None and not isinstance(dynamic, bool):
         problems.add(f"callbacks.{SEED_CALLBACK}.dynamic={shown(dynamic)} is not True or False", "correct it")
-    if dynamic is False:
-        words["update_type"] = "constant"
-    elif dynamic and "update_type" not in words:
-        words["update_type"] = "doremi"
     loader = section_at(config, PLACE)
+    if dynamic is False:  # whatever else is said
+        words["update_type"] = "constant"
+    elif dynamic and "update_type" not in words and not loader.get("update_type"):
+        words["update_type"] = "doremi"
     if words and loader.get("type") != MIXTURE:
         named = f"callbacks.{SEED_CALLBACK}" if given else "eval_interval"
         problems.add(f"{named} belongs to a data mixture", f"set {PLACE}.type to {MIXTURE}, or remove it")
     for name, value in words.items():
-        if loader.get(name) not in (None, value):
+        if loader.get(name) not in (None, value) and not (name == "update_type" and dynamic is False):
             problems.add(f"{PLACE}.{name}={shown(loader[name])}, elsewhere in the file {shown(value)}", "say it once")
     problems.raise_if_any()
     data = config.get("train_dataset")

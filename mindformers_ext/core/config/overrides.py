@@ -9,7 +9,7 @@ from typing import Any
 
 from mindformers_ext.core.config.file import parse_yaml
 from mindformers_ext.core.config.keys import OUR_SECTIONS, known_keys
-from mindformers_ext.core.config.mixture_words import WORDS
+from mindformers_ext.core.config.mixture_words import SEED_SECTION, SEED_WORDS, WORDS
 from mindformers_ext.core.config.view import advice
 from mindformers_ext.core.errors import Problems, nearest
 
@@ -59,6 +59,7 @@ OPEN_SECTIONS: dict[str, tuple[str, ...]] = {
         "seed",
     ),
     "train_dataset.data_loader": ("type", "dataset_dir", "shuffle", "num_samples", "num_shards", "shard_id", *WORDS),
+    SEED_SECTION: SEED_WORDS,
     "trainer": ("type", "model_name"),
     "model.arch": ("type",),
     "parallel.parallel_optimizer_config": (
@@ -74,10 +75,10 @@ OPEN_SECTIONS["eval_dataset.data_loader"] = OPEN_SECTIONS["train_dataset.data_lo
 def apply_overrides(config: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """A copy of ``config`` with each ``(dotted path, text)`` set; ``config`` itself is not changed.
 
-    The text is one YAML value (``0.1``, ``True``, ``[0.9, 0.95]``, ``null``). A step may be a list index
-    (``callbacks.1.prefix``). Where the file shares a section by an anchor (``train_dataset`` and
-    ``train_dataset_task.dataset_config``), both see the change. A text stays a text: ``58`` over ``"58GB"`` gives
-    ``"58"``. Later pairs win.
+    The text is one YAML value (``0.1``, ``True``, ``[0.9, 0.95]``, ``null``). A step may be a list index, or the type
+    of what stands there (``callbacks.1.prefix``, ``callbacks.CheckpointMonitor.prefix``). Where the file shares a
+    section by an anchor (``train_dataset`` and ``train_dataset_task.dataset_config``), both see the change. A text
+    stays a text: ``58`` over ``"58GB"`` gives ``"58"``. Later pairs win.
 
     Raises:
         UserError: lists every path that leads nowhere, with the nearest known key, and every text that is not YAML.
@@ -130,10 +131,10 @@ def _set(config: dict[str, Any], path: str, text: str, problems: Problems) -> No
     for depth, step in enumerate(steps):
         section, last = ".".join(steps[:depth]), depth == len(steps) - 1
         if isinstance(here, list):
-            if not step.isdecimal() or int(step) >= len(here):
+            key: Any = _place(here, section, step)
+            if key is None:
                 problems.add(f"--{path}: '{section}' is a list of {len(here)}", f"use an index below {len(here)}")
                 return
-            key: Any = int(step)
         elif not isinstance(here, dict):
             problems.add(f"--{path}: '{section}' is the value {here!r}, not a section", "check the path")
             return
@@ -151,6 +152,18 @@ def _set(config: dict[str, Any], path: str, text: str, problems: Problems) -> No
             _replace(here, key, value, text, path, problems)
         else:
             here = here[key]
+
+
+def _place(items: list[Any], section: str, step: str) -> int | None:
+    """The place in a list that ``step`` names: its number, or the type of what stands there. Sheared-LLaMA's callback
+    is added where it is missing."""
+    if step.isdecimal():
+        return int(step) if int(step) < len(items) else None
+    types = [item.get("type") if isinstance(item, dict) else None for item in items]
+    if step not in types and f"{section}.{step}" == SEED_SECTION:
+        items.append({"type": step})
+        return len(types)
+    return types.index(step) if step in types else None
 
 
 def _replace(here: Any, key: Any, value: Any, text: str, path: str, problems: Problems) -> None:

@@ -17,6 +17,7 @@ from mindformers_ext.core.config.run import MINDSPORE, PYTORCH
 from mindformers_ext.core.config.schedule import Schedule, schedule_from_yaml
 from mindformers_ext.core.config.values import section_at
 from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.preferences import BETA, DPO_BETA, PAIR_COLUMNS, holds_pairs
 from mindformers_ext.core.pruning import PruningSpec
 from mindformers_ext.core.spec import ParallelSpec
 
@@ -117,6 +118,14 @@ def group_of(name: str, groups: tuple[ParameterGroup, ...]) -> ParameterGroup:
 
 
 DEFAULT_GROUP = ParameterGroup()
+FREEZE_GATE = "runner_config.freeze_gate"
+# what scores experts stands below ``router`` (core/parameters.py); gates of shared experts choose nothing
+FROZEN_GATES = ParameterGroup(pattern=r"(.*\.)?router\..*", trained=False)
+
+
+def gates_are_frozen(config: Mapping[str, Any]) -> bool:
+    """Whether the run's gates stay as they are while everything else learns."""
+    return section_at(config, "runner_config").get("freeze_gate") is True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +134,7 @@ class TrainSpec:
 
     ``recompute``: every layer computes its activations again; ``recomputed`` says it layer by layer, for an engine that
     can. ``pruning``: the network has masks. ``groups``: parameters that are trained in another way than the rest.
+    ``dpo_beta``: rows are pairs of answers, and the loss is that of ``core.preferences``.
     """
 
     optimizer: OptimizerSpec
@@ -143,6 +153,7 @@ class TrainSpec:
     lora: LoraSpec | None = None
     pruning: PruningSpec | None = None
     groups: tuple[ParameterGroup, ...] = ()
+    dpo_beta: float | None = None
 
 
 def train_spec_from_yaml(
@@ -167,8 +178,7 @@ def train_spec_from_yaml(
     if engine == MINDSPORE:
         _check_mindspore(config, parallel, problems, notes)
     runner, wrapper = config.get("runner_config") or {}, config.get("runner_wrapper") or {}
-    epochs = int(runner.get("epochs") or 1)
-    steps = epochs * per_epoch
+    steps = int(runner.get("epochs") or 1) * per_epoch
     optimizer = _optimizer(config.get("optimizer") or {}, problems)
     schedule = schedule_from_yaml(config, steps, per_epoch, problems)
     callbacks = {str(item.get("type")): item for item in config.get("callbacks") or []}
@@ -201,9 +211,24 @@ def train_spec_from_yaml(
         print_every=int(monitor.get("per_print_times") or 1),
         checkpoint=_checkpoint(callbacks.get("CheckpointMonitor"), problems, notes, own),
         lora=lora_from_yaml(config),
+        groups=(FROZEN_GATES,) if gates_are_frozen(config) else (),
+        dpo_beta=_dpo_beta(config, problems),
     )
     problems.raise_if_any()
     return spec, notes
+
+
+def _dpo_beta(config: Mapping[str, Any], problems: Problems) -> float | None:
+    """The factor of the margin where rows are pairs of answers."""
+    beta = _value_at(config, DPO_BETA)
+    if holds_pairs(section_at(config, "train_dataset").get("input_columns") or ()):
+        return float(BETA if beta is None else beta)
+    if beta is not None:
+        problems.add(
+            f"{DPO_BETA}={beta}: rows are not pairs of answers",
+            f"set train_dataset.input_columns to {list(PAIR_COLUMNS)}, or leave the key out",
+        )
+    return None
 
 
 def _value_at(config: Mapping[str, Any], path: str) -> Any:

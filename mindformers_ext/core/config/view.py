@@ -41,7 +41,8 @@ from mindformers_ext.core.config.recompute import names_without_effect
 from mindformers_ext.core.config.rope_words import read_extension, written_extension
 from mindformers_ext.core.config.routing_words import read_routing, routing_notes, written_routing
 from mindformers_ext.core.config.run import RUN_MODES, TRAINING
-from mindformers_ext.core.config.values import read_value
+from mindformers_ext.core.config.values import read_value, section_at
+from mindformers_ext.core.documents import DOCUMENT_IDS
 from mindformers_ext.core.errors import Problems, nearest
 from mindformers_ext.core.families import GENERIC_NAMES, Family, family_of_features, named_family
 from mindformers_ext.core.layers import MoESpec, SharedExpertSpec, dtype_name, expert_sizes_told, told_sizes
@@ -85,7 +86,9 @@ def network_spec_from_yaml(config: Mapping[str, Any], device_num: int = 1) -> Ne
     problems.raise_if_any()
 
     alike = expert_sizes_told(parts["moe"], parts["model"])
-    moe = MoESpec(**parts["moe"] | alike) if parts["moe"]["num_local_experts"] > 1 else None
+    row = _named_family(sections)
+    always = row is not None and row.has_experts and not row.implied  # one expert is a mixture where the name says so
+    moe = MoESpec(**parts["moe"] | alike) if parts["moe"]["num_local_experts"] > 1 or always else None
     model = ModelSpec(**parts["model"], moe=moe)
     model.collect(problems)
     numerics = NumericsSpec(**parts["numerics"])
@@ -93,7 +96,10 @@ def network_spec_from_yaml(config: Mapping[str, Any], device_num: int = 1) -> Ne
     problems.raise_if_any()
     parallel = ParallelSpec(**parts["parallel"], device_num=device_num)
     kernels = KernelSpec(**parts["kernels"])
-    return NetworkSpec(model=model, numerics=numerics, parallel=parallel, kernels=kernels, **parts["network"])
+    packed = DOCUMENT_IDS in (section_at(config, "train_dataset").get("input_columns") or ())
+    return NetworkSpec(
+        model=model, numerics=numerics, parallel=parallel, kernels=kernels, packed=packed, **parts["network"]
+    )
 
 
 def yaml_from_network_spec(spec: NetworkSpec) -> dict[str, Any]:
@@ -103,7 +109,7 @@ def yaml_from_network_spec(spec: NetworkSpec) -> dict[str, Any]:
         UserError: where MindFormers' words cannot say what the spec holds.
     """
     problems = Problems("this network as YAML")
-    if spec.model.moe and spec.model.moe.num_local_experts == 1:
+    if spec.model.moe and spec.model.moe.num_local_experts == 1 and not spec.model.family:
         problems.add("one expert", "expert_num: 1 means a dense network in YAML; use moe=None")
     if spec.model.moe and spec.model.moe.router_dtype == "float16":
         problems.add("router_dtype='float16'", "MindFormers reads router_dense_type float16 as float32; use float32")

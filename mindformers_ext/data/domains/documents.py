@@ -14,6 +14,7 @@ import numpy.typing as npt
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.data.domains.manifest import MOST_DOMAINS, NAME, NAMES
 from mindformers_ext.data.json_records import Record, read_records
+from mindformers_ext.data.parquet import opened_parquet
 from mindformers_ext.data.readers import find_files
 from mindformers_ext.data.text_lines import PACKED, suffix_of
 
@@ -155,7 +156,7 @@ def _has_lines(path: Path) -> bool:
 
 
 def _row_groups(path: Path, size: int) -> Iterator[tuple[int, int]]:
-    with _parquet(path) as file:
+    with opened_parquet(path) as file:
         groups = file.metadata.num_row_groups
         step = max(1, groups * size // max(path.stat().st_size, 1))
         for start in range(0, groups, step):
@@ -217,22 +218,8 @@ def score_of(record: Record, name: str) -> float:
     raise UserError(f"{record.where}: the filter wants a number in '{name}', {have}: leave out the filter, or mend it")
 
 
-def _parquet(path: Path) -> Any:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise UserError("parquet files are read by pyarrow, which is not installed: pip install pyarrow") from error
-    try:
-        return parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is no parquet file ({error}): give one") from error
-
-
 def _read_parquet(block: Block, field: str | None, more: Sequence[str]) -> Iterator[Record]:
-    import pyarrow
-
-    with _parquet(block.path) as file:
+    with opened_parquet(block.path) as file:
         names = file.schema_arrow.names
         name = field or next((name for name in FIELDS if name in names), TEXT_FIELDS[0])
         missing = [column for column in (name, *more) if column not in names]
@@ -241,13 +228,10 @@ def _read_parquet(block: Block, field: str | None, more: Sequence[str]) -> Itera
             raise UserError(f"{block.path} has the columns {have}, no '{missing[0]}': give another --field")
         groups = range(block.start, block.end)
         number = sum(file.metadata.row_group(group).num_rows for group in range(block.start))
-        try:
-            for batch in file.iter_batches(batch_size=ROWS, row_groups=groups, columns=[name, *more]):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield Row(block.path, number, 0, value)
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise UserError(f"{block.path} is damaged ({error}): copy it again") from error
+        for batch in file.iter_batches(batch_size=ROWS, row_groups=groups, columns=[name, *more]):
+            for value in batch.to_pylist():
+                number += 1
+                yield Row(block.path, number, 0, value)
 
 
 def block_bytes(block: Block) -> int:
@@ -257,6 +241,6 @@ def block_bytes(block: Block) -> int:
         return size
     if block.path.suffix != ".parquet":
         return block.end - block.start
-    with _parquet(block.path) as file:
+    with opened_parquet(block.path) as file:
         groups = max(int(file.metadata.num_row_groups), 1)
     return size * (block.end - block.start) // groups

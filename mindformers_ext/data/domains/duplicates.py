@@ -51,7 +51,7 @@ class Sketcher:
 
 
 class SeenSketches:
-    """Sketches that were kept; needs about 2 kB of memory for each."""
+    """Sketches that were kept; needs about 3 kB of memory for each."""
 
     def __init__(self, likeness: float) -> None:
         """``likeness``: Jaccard index, 0 to 1, from which a document is a duplicate."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,19 +22,16 @@ ADS = re.compile(
     r"|share (?:this|on)|follow us|unsubscribe|https?://|www\.|点击|购买|优惠|包邮|订阅|扫码|加微信|版权所有",
     re.IGNORECASE,
 )
-PLAIN = frozenset(
-    " \n\t.,;:!?'\"()-’‘“”–—、。，；：！？（）《》「」…"
-)  # what running text has besides letters and digits
+# Characters that running text seldom has: no letter, digit or blank, and no common punctuation.
+ODD = re.compile(r"""_|[^\w\s.,;:!?'"()\-’‘“”–—、。，；：！？（）《》「」।…]""")
 
 
 def fluency(text: str) -> float:
-    """0 to 1: the share of characters that running text is made of (letters, digits, blanks, common punctuation), times
-    the share of lines that do not repeat an earlier one."""
-    if not text:
-        return 0.0
-    plain = sum(char.isalnum() or char in PLAIN for char in text)
+    """0 to 1: the share of characters that running text is made of (letters with their marks, digits, blanks, common
+    punctuation), times the share of lines that do not repeat an earlier one."""
+    odd = sum(not unicodedata.category(char).startswith("M") for char in ODD.findall(text))
     lines = [line for line in map(str.strip, text.split("\n")) if line]
-    return plain / len(text) * (len(set(lines)) / len(lines) if lines else 0.0)
+    return (1 - odd / len(text)) * len(set(lines)) / len(lines) if lines else 0.0
 
 
 def ads(text: str) -> float:
@@ -54,8 +52,8 @@ class FilterKind:
 FILTERS: Mapping[str, FilterKind] = {
     "characters": FilterKind("characters of the text", len, (200, math.inf)),
     "tokens": FilterKind("tokens of the document, BOS and EOS included", None, (32, math.inf)),
-    "fluency": FilterKind("0 to 1, see fluency() in data/domains/filters.py", fluency, (0.75, 1.0)),
-    "ads": FilterKind("0 to 1: share of lines with a mark of advertising", ads, (0.0, 0.25)),
+    "fluency": FilterKind("0 to 1, see fluency() in data/domains/filters.py", fluency, (0.75, math.inf)),
+    "ads": FilterKind("0 to 1: share of lines with a mark of advertising", ads, (-math.inf, 0.25)),
     "duplicates": FilterKind("about which likeness (Jaccard, 0 to 1) makes a document a duplicate", None, (0.0, 0.8)),
 }
 FIELD, TOKENS, DUPLICATES, EMPTY = "field.", "tokens", "duplicates", "empty"

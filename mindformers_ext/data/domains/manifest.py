@@ -58,8 +58,9 @@ class DomainCounts:
     """What became of a domain's documents and tokens.
 
     ``documents`` were read; ``filtered`` of them, by the filter's name, were left out, and ``unused_documents`` because
-    every split was full. Of the others ``tokens`` were used: they are rows, or ``dropped_tokens`` at the end of a split
-    that fill none. ``unused_tokens`` are those of unused documents, and what a full split left of its last ones.
+    every split was full or another domain has a copy in an earlier split. Of the others ``tokens`` were used: they are
+    rows, or ``dropped_tokens`` at the end of a split that fill none. ``unused_tokens`` are those of unused documents,
+    and what a full split left of its last ones.
     """
 
     documents: int = 0

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which split a document falls into: by a hash of what it holds, so that copies of it fall into one and the same.
 
-Hashes are dealt to 16384 slots. A split is a range of slots, the same in every domain: first eval, then for_prune, then
-for_ft. A range is as wide as the domain needs that has least for what is asked of it; another domain takes only as many
-of its slots as it needs itself. So no document, nor a copy of it in another domain, is in two splits.
+Hashes are dealt to 16384 slots. A split takes a range of slots of each domain, first eval, then for_prune, then for_ft,
+as wide as what is asked of the domain. Where the ranges of two domains differ, a document of one may have a copy in the
+other that fell into an earlier split: it is left out then, so that no two splits share a document.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mindformers_ext.core.errors import Problems, UserError
-from mindformers_ext.data.domains.manifest import SPLITS
 
 SLOTS, SHIFT = 1 << 14, 64 - 14
 
@@ -48,39 +47,35 @@ class Range:
 
 
 def deal(
-    tokens: Mapping[str, npt.NDArray[np.int64]], amounts: Mapping[str, Amount], seq_length: int
-) -> dict[str, dict[str, Range]]:
-    """The range of every split and domain.
+    split: str, amount: Amount, tokens: Mapping[str, npt.NDArray[np.int64]], starts: Mapping[str, int], seq_length: int
+) -> dict[str, Range]:
+    """The range of every domain in one split.
 
     Args:
+        split: its name, for messages.
+        amount: what the split is given.
         tokens: of each domain, tokens by slot.
-        amounts: of each split.
+        starts: of each domain, the first slot that no earlier split has.
+        seq_length: tokens of a row.
 
     Raises:
         UserError: a domain has not as many rows as are asked of it.
     """
-    result: dict[str, dict[str, Range]] = {}
-    start, problems = 0, Problems("the splits")
-    for split in SPLITS:
-        amount = amounts[split]
-        if amount.share is not None:
-            end = min(SLOTS, start + round(amount.share * SLOTS))
-            result[split] = {name: Range(start, end, None) for name in tokens}
-        elif amount.rest:
-            end = SLOTS
-            result[split] = {name: Range(start, end, None) for name in tokens}
-        else:
-            result[split] = {name: _enough(count, start, (amount.rows or {})[name], seq_length)
-                             for name, count in tokens.items()}  # fmt: skip
-            end = max((found.end for found in result[split].values()), default=start)
-            for name, found in result[split].items():
-                there = int(tokens[name][start:].sum()) // seq_length
-                if found.rows and found.rows > there:
-                    problems.add(
-                        f"{split} wants {found.rows} rows of {seq_length} tokens of {name}, which has {there} for it",
-                        "give more text, ask for fewer rows, use a smaller --seq_length, or shares of the documents",
-                    )
-        start = end
+    problems, result = Problems("the splits"), {}
+    for name, count in tokens.items():
+        start = starts[name]
+        if amount.share is not None or amount.rest:
+            end = SLOTS if amount.share is None else min(SLOTS, start + round(amount.share * SLOTS))
+            result[name] = Range(start, end, None)
+            continue
+        rows = (amount.rows or {})[name]
+        result[name] = _enough(count, start, rows, seq_length)
+        there = int(count[start:].sum()) // seq_length
+        if rows > there:
+            problems.add(
+                f"{split} wants {rows} rows of {seq_length} tokens of {name}, which has {there} for it",
+                "give more text, ask for fewer rows, use a smaller --seq_length, or shares of the documents",
+            )
     problems.raise_if_any()
     return result
 

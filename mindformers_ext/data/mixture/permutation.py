@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 ROUNDS = 8  # even, so that the sides are back in their places
-CHUNK = 4096  # places computed at once
 MOST = 1 << 62  # rows: sides stay below 2^32
 _SHIFT = np.uint64(32)
 _MIX = tuple(
@@ -35,7 +34,6 @@ class Permutation:
         wide = max(isqrt(rows - 1) + 1, 1)  # the smallest with wide^2 >= rows
         self.sides = np.uint64(wide), np.uint64(-(-rows // wide))
         self._keys = np.random.Philox(key=np.array(key, np.uint64)).random_raw(ROUNDS)
-        self._kept: tuple[int, npt.NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
     def at(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The rows at these places (from 0) of the order; different places have different rows."""
@@ -46,18 +44,6 @@ class Permutation:
             found[outside] = self._once(found[outside])
             outside = outside[found[outside] >= rows]
         return found.astype(np.int64)
-
-    def between(self, first: int, end: int) -> npt.NDArray[np.int64]:
-        """The rows at places ``first`` to ``end``, computed a chunk at a time."""
-        parts = []
-        while first < end:
-            chunk = first // CHUNK
-            if self._kept[0] != chunk:
-                self._kept = chunk, self.at(np.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, self.rows)))
-            stop = min(end, (chunk + 1) * CHUNK)
-            parts.append(self._kept[1][first - chunk * CHUNK : stop - chunk * CHUNK])
-            first = stop
-        return np.concatenate(parts) if len(parts) != 1 else parts[0]
 
     def _once(self, numbers: Numbers) -> Numbers:
         wide, high = self.sides

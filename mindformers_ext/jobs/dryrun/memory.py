@@ -17,6 +17,7 @@ from mindformers_ext.core.cluster.split_cost import ASSUMPTIONS
 from mindformers_ext.core.cluster.split_search import MACHINE, Split, fitting_splits, step_rows
 from mindformers_ext.core.config.foreign import foreign_lora
 from mindformers_ext.core.config.lora import lora_from_yaml
+from mindformers_ext.core.config.mixture_words import with_mixture_words
 from mindformers_ext.core.config.recompute import WHERE, recompute_from_yaml
 from mindformers_ext.core.config.run import RunSpec, run_spec_from_yaml
 from mindformers_ext.core.config.values import read_value, section_at
@@ -182,6 +183,7 @@ def suggestions(config: Mapping[str, Any], where: str, world: int | None, memory
     if limit_text is None:
         raise UserError("--suggest needs the memory of one device: add --memory 64GB")
     limit = read_size(str(limit_text), "--memory" if memory else "context.max_device_memory")
+    config = with_mixture_words(config)
     words = {**config, "use_parallel": True}
     try:
         run = run_spec_from_yaml(words)

@@ -12,6 +12,7 @@ from mindformers_ext.core.capacity import rows_at_once
 from mindformers_ext.core.cluster.cluster_rules import TOGETHER, effective_spec
 from mindformers_ext.core.cluster.judged import judge_network, read_network
 from mindformers_ext.core.cluster.memory import StageMemory, prediction_memory, stage_memory
+from mindformers_ext.core.config.mixture_words import with_mixture_words
 from mindformers_ext.core.config.run import (
     ASCEND,
     MINDFORMERS,
@@ -120,7 +121,7 @@ def plan_dry_run(
     """
     if world < 1:
         raise UserError(f"--worker_num {world}: give the number of devices of the whole job, 1 or more")
-    words = {**config, "output_dir": str(out)}
+    words = {**with_mixture_words(config), "output_dir": str(out)}
     mode = words.get("run_mode")
     if mode not in (*TRAINING, PREDICT):
         raise UserError(

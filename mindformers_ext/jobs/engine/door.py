@@ -200,3 +200,18 @@ def read_numbers(path: Path, allow_pickle: bool = False) -> Any:
     from mindformers_ext.pt.number_file import read_numbers as read
 
     return read(path, allow_pickle)
+
+
+def write_tables(path: Path, value: Any, overwrite: bool = False) -> None:
+    """The same of dictionaries of numbers in dictionaries, keys being names or whole numbers. Imports torch."""
+    from mindformers_ext.pt.number_tables import write_tables as write
+
+    with fresh_file(path, overwrite) as partial:
+        write(partial, value)
+
+
+def read_tables(path: Path) -> Any:
+    """What such a file holds; errors as ``read_numbers``."""
+    from mindformers_ext.pt.number_tables import read_tables as read
+
+    return read(path)

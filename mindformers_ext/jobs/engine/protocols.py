@@ -175,12 +175,18 @@ class Trainer(Protocol):
         ...
 
     def step(self, columns: tuple[np.ndarray, ...]) -> StepFigures:
-        """One update from this rank's rows; all ranks return the same figures."""
+        """One update from this rank's rows; all ranks return the same figures. Of pairs of answers
+        (``core.preferences``) the last column is the reference's, float32."""
         ...
 
-    def evaluate(self, columns: tuple[np.ndarray, np.ndarray]) -> float:
-        """The mean loss over the tokens that count of this rank's rows, ids and labels (R, S+1), as the network stands;
-        0 where none counts. Every rank has to ask, for as many rows."""
+    def evaluate(self, columns: tuple[np.ndarray, ...]) -> float:
+        """The mean loss over the tokens that count of this rank's rows, ids, labels and of packed rows their documents
+        (R, S+1), as the network stands; 0 where none counts. Every rank has to ask, for as many rows."""
+        ...
+
+    def row_log_probabilities(self, ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Sum (R) of the log-probabilities of the labels that count of ids and labels (R, S+1), as the network stands.
+        Every rank has to ask, for as many rows."""
         ...
 
     def values(self, ending: str) -> dict[str, np.ndarray]:

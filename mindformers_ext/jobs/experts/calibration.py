@@ -17,6 +17,7 @@ from mindformers_ext.jobs.engine.door import join_job
 from mindformers_ext.jobs.experts.dense_model import DenseModel, open_dense
 from mindformers_ext.jobs.experts.probe import Course, Rows
 from mindformers_ext.jobs.experts.ranks import Share
+from mindformers_ext.jobs.experts.text_chats import read_chats
 from mindformers_ext.jobs.experts.text_domains import (
     DOMAINS,
     check_length,
@@ -32,12 +33,14 @@ from mindformers_ext.jobs.experts.text_domains import (
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What is asked for. ``text``: one plain text file instead of the folder ``train_data_path`` of domains."""
+    """What is asked for. ``text``: one plain text file instead of the folder ``train_data_path`` of domains, or
+    ``conversations``, a file of them."""
 
     model_path: Path
     train_data_path: Path | None = None
     train_data_cache_path: Path | None = None
     text: Path | None = None
+    conversations: Path | None = None
     domains: Mapping[str, int] = field(default_factory=lambda: dict(DOMAINS))
     data_use_percent: float = 0.01
     block_size: int = 2048
@@ -56,12 +59,14 @@ class Calibration:
             UserError: lists every option that does not fit.
         """
         problems = Problems("options")
-        if (self.train_data_path is None) == (self.text is None):
+        if sum(one is not None for one in (self.train_data_path, self.text, self.conversations)) != 1:
             problems.add("texts come from --train_data_path or from --text", "give one of the two")
         for name in ("block_size", "batch_size"):
             problems.positive(f"--{name}", getattr(self, name))
         if self.text is not None and not self.text.is_file():
             problems.add(f"the text '{self.text}' is no file", "give one plain text file")
+        if self.conversations is not None and not self.conversations.is_file():
+            problems.add(f"the conversations '{self.conversations}' are no file", "give a .json or .jsonl")
         if self.max_tokens is not None:
             problems.positive("--max_tokens", self.max_tokens)
         problems.one_of("--engine", self.engine, ENGINES)
@@ -89,6 +94,8 @@ def texts_of(asked: Calibration) -> dict[str, Any]:
         found[name] = getattr(asked, name)
     if asked.text is not None:
         return found | {"text": texts_hash([asked.text])}
+    if asked.conversations is not None:
+        return found | {"conversations": texts_hash([asked.conversations])}
     files = domain_files(asked.train_data_path or Path(), asked.domains)
     found |= {"data_use_percent": asked.data_use_percent, "domains": dict(asked.domains)}
     return found | {"texts": {key: texts_hash(paths) for key, paths in files.items()}}
@@ -146,6 +153,8 @@ def _rows(asked: Calibration, model: DenseModel, keep: bool) -> tuple[Rows, list
     check_length(asked.block_size, tokenizer, model.spec.max_position_embeddings)
     if asked.text is not None:
         rows, notes = read_plain_text(asked.text, tokenizer, asked.block_size), list[str]()
+    elif asked.conversations is not None:
+        rows, notes = read_chats(asked.conversations, tokenizer, model.folder, asked.block_size)
     elif asked.train_data_path is not None:
         rows, notes = read_domains(
             asked.train_data_path,

@@ -24,7 +24,7 @@ from mindformers_ext.formats.folder_lock import locked
 from mindformers_ext.jobs.engine.door import write_numbers
 from mindformers_ext.jobs.experts.calibration import Calibration, Opened, opened
 from mindformers_ext.jobs.experts.importance_scores import META
-from mindformers_ext.jobs.experts.probe import Part, backward, check_needs, forward, needs
+from mindformers_ext.jobs.experts.probe import Nothing, Part, backward, check_needs, forward, needs
 from mindformers_ext.jobs.experts.ranks import Share, own_share
 from mindformers_ext.jobs.experts.states import States, remove_left
 from mindformers_ext.surgery.experts.words import KERNELS
@@ -150,27 +150,13 @@ def write_importance(request: ImportanceRequest, tell: Callable[[str], object] =
         spec = start.model.spec
         place = folder / f".states_{share.rank}"
         states = States(place, start.course.length, spec.hidden_size, digest, keep=True, anew=request.overwrite)
-        forward(start.course, states, _Nothing(), (spec.num_hidden_layers - 1,), keep_last=True)
+        forward(start.course, states, Nothing(), (spec.num_hidden_layers - 1,), keep_last=True)
         backward(start.course, states, sink, layers)
         predicted = np.bincount(own, np.maximum(start.course.rows.lengths - 1, 0), request.clusters)
         write_text(_finished(folder, share.rank), json.dumps({"about": about, "tokens": predicted.tolist()}) + "\n")
         states.remove()
         whole = _combine(request, folder, about, layers, share)
         return ImportanceReport(folder, counts, whole)
-
-
-class _Nothing:
-    """A sink that wants nothing."""
-
-    values: tuple[str, ...] = ()
-    gradients: tuple[str, ...] = ()
-    nbytes = 0
-
-    def take(self, layer: int, part: Part, values: object, gradients: object) -> None:
-        """Nothing."""
-
-    def end(self, layer: int) -> None:
-        """Nothing."""
 
 
 def _clusters(request: ImportanceRequest, start: Opened) -> np.ndarray:

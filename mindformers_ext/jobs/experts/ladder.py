@@ -191,7 +191,7 @@ def _losses(course: Course, probe: LayerProbe, ways: Sequence[Way], states: Sequ
         file, total = state.input_of(course.model.spec.num_hidden_layers), 0.0
         for _, rows, length in course.parts():
             ids = course.rows.ids[rows.start : rows.stop, :length]
-            counted = np.arange(1, length + 1)[None] < course.rows.lengths[rows.start : rows.stop, None]
+            counted = course.rows.counted(rows, length, mean=False)
             total += probe.loss(file.read(rows, length), np.roll(ids, -1, axis=1), counted)[0]
         file.close()
         found[way.name] = total / max(_predicted(course), 1)

@@ -35,10 +35,12 @@ TOKENS = 2048  # that a layer computes at once, unless one row has more
 
 @dataclass(frozen=True)
 class Rows:
-    """Token rows: ids (R, S) int32, padded on the right, and their lengths (R)."""
+    """Token rows: ids (R, S) int32, padded on the right, and their lengths (R). ``trained``: bool (R, S), the tokens
+    that are predicted; None: all but the first of each row."""
 
     ids: np.ndarray
     lengths: np.ndarray
+    trained: np.ndarray | None = None
 
     @property
     def tokens(self) -> int:
@@ -47,13 +49,28 @@ class Rows:
 
     def share(self, share: Share) -> Rows:
         """Those of one process: every ``size``-th from its rank on, so that all together are the whole."""
-        return Rows(self.ids[share.rank :: share.size], self.lengths[share.rank :: share.size])
+        return self.at(slice(share.rank, None, share.size))
+
+    def at(self, rows: slice) -> Rows:
+        """Some of the rows."""
+        return Rows(self.ids[rows], self.lengths[rows], None if self.trained is None else self.trained[rows])
+
+    def counted(self, rows: range, length: int, mean: bool) -> np.ndarray:
+        """float32 (rows, length): how much the prediction at each token counts: 1, or with ``mean`` one over how many
+        the row has; 0 where the next token is not predicted."""
+        inside = np.arange(1, length + 1)[None] < self.lengths[rows.start : rows.stop, None]
+        if self.trained is not None:
+            inside &= np.roll(self.trained[rows.start : rows.stop, :length], -1, axis=1)
+        found = inside.astype(np.float32)
+        return found / np.maximum(found.sum(1, keepdims=True), 1) if mean else found
 
     def digest(self, more: str) -> str:
         """A name for these rows and whatever ``more`` says."""
         hashed = sha256(more.encode())
         hashed.update(np.ascontiguousarray(self.ids).data)
         hashed.update(np.ascontiguousarray(self.lengths, np.int64).data)
+        if self.trained is not None:
+            hashed.update(np.packbits(self.trained).data)
         return hashed.hexdigest()
 
 
@@ -79,9 +96,24 @@ class Sink(Protocol):
         """The layer is over: what came is to be safe on the disk when this returns."""
 
 
+class Nothing:
+    """A sink of a pass that only moves on."""
+
+    values: tuple[str, ...] = ()
+    gradients: tuple[str, ...] = ()
+    nbytes = 0
+
+    def take(self, layer: int, part: Part, values: object, gradients: object) -> None:
+        """Nothing."""
+
+    def end(self, layer: int) -> None:
+        """Nothing."""
+
+
 @dataclass(frozen=True)
 class Course:
-    """A model and the rows that go through it. ``batch``: rows of a batch, in whose order parts come."""
+    """A model and the rows that go through it. ``batch``: rows of a batch, in whose order parts come. ``mean``: a row's
+    loss is the mean over its predicted tokens; otherwise their sum."""
 
     model: DenseModel
     rows: Rows
@@ -90,6 +122,7 @@ class Course:
     batch: int
     tokens: int = TOKENS
     quiet: bool = False
+    mean: bool = False
 
     @property
     def length(self) -> int:
@@ -190,8 +223,8 @@ def forward(course: Course, states: States, sink: Sink, layers: Sequence[int], k
 
 
 def backward(course: Course, states: States, sink: Sink, layers: Sequence[int]) -> None:
-    """From the loss, summed over the predicted tokens, back to the first of ``layers``, after ``forward`` of all layers
-    with kept states. A token is the target of the one before it in its row."""
+    """From the loss, summed over the rows (see ``Course.mean``), back to the first of ``layers``, after ``forward`` of
+    all layers with kept states. A token is the target of the one before it in its row."""
     count, first = course.model.spec.num_hidden_layers, min(layers)
     probe = course.open()
     if states.done("loss") == 0:
@@ -229,7 +262,7 @@ def _head(course: Course, states: States, probe: LayerProbe) -> None:
     for _, rows, length in course.parts():
         ids = course.rows.ids[rows.start : rows.stop, :length]
         target = np.roll(ids, -1, axis=1)
-        counted = np.arange(1, length + 1)[None] < course.rows.lengths[rows.start : rows.stop, None]
+        counted = course.rows.counted(rows, length, course.mean)
         _, gradient = probe.loss(came.read(rows, length), target, counted)
         leaves.write(rows, gradient)
     came.close()

@@ -30,7 +30,7 @@ from mindformers_ext.jobs.experts.ladder import (
     oracle,
     static_masks,
 )
-from mindformers_ext.jobs.experts.probe import Course, Part, Rows, check_needs, forward, needs
+from mindformers_ext.jobs.experts.probe import Course, Part, check_needs, forward, needs
 from mindformers_ext.jobs.experts.ranks import Share
 from mindformers_ext.jobs.experts.states import States
 from mindformers_ext.surgery.experts.split import LayerSplit
@@ -125,7 +125,7 @@ def _halves(course: Course, request: QualityRequest) -> tuple[Course, Course]:
 
 
 def _part(course: Course, at: slice) -> Course:
-    return replace(course, rows=Rows(course.rows.ids[at], course.rows.lengths[at]))
+    return replace(course, rows=course.rows.at(at))
 
 
 def _kept(split: LayerSplit, chosen: int) -> int:

@@ -11,7 +11,7 @@ import json
 import zlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from hashlib import sha256
 from itertools import islice
@@ -125,7 +125,7 @@ def read_domains(
     ]
     notes.append("rows: " + ", ".join(f"{key} {count}" for key, count in counts.items()))
     order = draws.permutation(len(rows))
-    return padded([rows[place] for place in order], length, _padding(tokenizer)), notes
+    return padded([rows[place] for place in order], length, padding_of(tokenizer)), notes
 
 
 def read_plain_text(path: Path, tokenizer: Tokenizer, length: int) -> Rows:
@@ -138,7 +138,7 @@ def read_plain_text(path: Path, tokenizer: Tokenizer, length: int) -> Rows:
     every = np.concatenate(ids) if ids else np.zeros(0, np.int32)
     if not len(every):
         raise UserError(f"'{path}' holds no text: give a file with some")
-    return padded(list(_framed(every, tokenizer, length)), length, _padding(tokenizer))
+    return padded(list(_framed(every, tokenizer, length)), length, padding_of(tokenizer))
 
 
 def padded(rows: Sequence[np.ndarray], length: int, padding: int) -> Rows:
@@ -156,7 +156,7 @@ def limited(rows: Rows, tokens: int | None) -> Rows:
     before = np.cumsum(rows.lengths) - rows.lengths
     count = int((before < tokens).sum())
     lengths = np.minimum(rows.lengths[:count], tokens - before[:count])
-    return Rows(rows.ids[:count], lengths)
+    return replace(rows.at(slice(count)), lengths=lengths)
 
 
 def check_percent(percent: float) -> None:
@@ -287,7 +287,8 @@ def _framed(ids: np.ndarray, tokenizer: Tokenizer, length: int) -> Iterator[np.n
         yield np.concatenate((before, ids[start : start + room], behind))
 
 
-def _padding(tokenizer: Tokenizer) -> int:
+def padding_of(tokenizer: Tokenizer) -> int:
+    """The id that fills rows up: EOS, or 0 where there is none."""
     return max(tokenizer.special_ids["eos_id"], 0)
 
 

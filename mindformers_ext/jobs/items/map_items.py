@@ -58,7 +58,7 @@ def map_items(
     if place.ray is None and place.workers == 1:
         yield from _here(work, items)
         return
-    team = Team(work, place.workers, place.fork, ordered) if place.ray is None else RayTeam(work, place.ray)
+    team = Team(work, place.workers, place.fork, ordered) if place.ray is None else RayTeam(work, place.ray, ordered)
     try:
         yield from windowed(team, items, ordered)
     finally:

@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import secrets
+import signal
 import socket
+import threading
 import time
+from concurrent.futures import Future
 from importlib.util import find_spec
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from mindformers_ext.core.errors import UserError
@@ -37,7 +41,7 @@ def check_ray(address: str) -> None:
 class RayTeam:
     """All cores of the cluster at ``address``; see ``jobs.items.window.Handing``."""
 
-    def __init__(self, work: Work, address: str) -> None:
+    def __init__(self, work: Work, address: str, ordered: bool) -> None:
         """Join the cluster and give it ``work``, once.
 
         Raises:
@@ -45,16 +49,20 @@ class RayTeam:
         """
         import ray
 
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except Exception as error:  # noqa: BLE001 Ray raises many kinds
             raise UserError(
                 f"the Ray cluster at '{address}' does not answer ({_short(error)}): correct --ray"
             ) from error
-        self.work, self._ray = work, ray
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)  # Ray puts one of its own in its place
+        self.work, self._ray, self._ordered = work, ray, ordered
         self._task = ray.remote(num_cpus=1, max_retries=RETRIES)(_do)
         self._given = secrets.token_hex(8), [ray.put(work)]  # in a list: a process gets it when it has none
-        self._waiting: list[Any] = []
+        self._ended: SimpleQueue[Future[Any]] = SimpleQueue()
         self._cores, self._counted = 1, 0.0
 
     @property
@@ -65,18 +73,18 @@ class RayTeam:
             self._counted = time.monotonic()
         return self._cores
 
-    def submit(self, item: Any) -> Any:
+    def submit(self, item: Any) -> Future[Any]:
         """Begin an item."""
-        ticket = self._task.remote(*self._given, item)
-        self._waiting.append(ticket)
-        return ticket
+        future = self._task.remote(*self._given, item).future()  # waiting inside Ray turns a signal into exit code 1
+        if not self._ordered:
+            future.add_done_callback(self._ended.put)
+        return future
 
-    def result(self, ticket: Any) -> Any:
-        """The item's result; an item whose machine was lost is begun again."""
+    def result(self, ticket: Future[Any]) -> Any:
+        """The item's result; an item whose machine was lost was begun again."""
         errors = self._ray.exceptions
-        self._waiting.remove(ticket)
         try:
-            return self._ray.get(ticket)
+            return ticket.result()
         except errors.RayTaskError as error:
             cause = getattr(error, "cause", None)
             if isinstance(cause, UserError):
@@ -90,8 +98,7 @@ class RayTeam:
 
     def finished(self) -> Any:
         """The result of the item that is finished next."""
-        (done,), _ = self._ray.wait(self._waiting, num_returns=1)
-        return self.result(done)
+        return self.result(self._ended.get())
 
     def close(self) -> None:
         """Leave the cluster, which ends what this job still has there."""

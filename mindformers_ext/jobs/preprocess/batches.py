@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from functools import partial
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 
-from mindformers_ext.data.conversations import read_conversations
+from mindformers_ext.data.chat_rows import chat_of
+from mindformers_ext.data.chat_template import ChatTemplate
+from mindformers_ext.data.conversations import Conversation, read_conversations
 from mindformers_ext.data.parquet import read_parquet
+from mindformers_ext.data.preferences import read_pairs
 from mindformers_ext.data.readers import Cutting, Fragment, Progress, read_jsonl, read_text, read_wiki
 from mindformers_ext.data.tokenizers import Tokenizer, puts_blank
 from mindformers_ext.jobs.items.map_items import Place
@@ -40,14 +44,21 @@ class EncodedText:
         request = self.request
         if request.is_join:
             return joined(find_shards(request, self.made_of), self.counts)
-        setup = Setup(self.checked.special, self.checked.row_length, not self.framed_rows)
+        setup = Setup(
+            self.checked.special,
+            self.checked.row_length,
+            not self.framed_rows,
+            whole=request.by_document,
+            chat=bool(request.chat),
+            prompt=request.prompt_length if request.is_pairs else None,
+        )
         workers = min(request.workers, 1 + sum(path.stat().st_size for path in self.checked.files) // SHARE)
         number, count = request.own_shard or (0, 1)
         batches = islice(self._batches(progress), number, None, count)
         return encode_all(setup, self.tokenizer, batches, Place(workers, request.ray, fork=True))
 
     def _batches(self, progress: Progress) -> Iterator[TextBatch | QaBatch]:
-        if self.request.dataset_type == "qa":
+        if self.request.dataset_type in ("qa", "dpo"):
             yield from self._conversation_batches(progress)
             return
         cutting = Cutting(blank=puts_blank(self.tokenizer))
@@ -65,18 +76,29 @@ class EncodedText:
         return readers[request.dataset_type]()
 
     def _conversation_batches(self, progress: Progress) -> Iterator[QaBatch]:
-        batch = []
+        batch: list[Conversation] = []
         for path in self.checked.files:
-            for conversation in read_conversations(path, progress):
-                if conversation is None:
-                    self.counts["no_question"] += 1
-                    continue
-                batch.append(conversation)
+            for found in self._conversations(path, progress):
+                batch += found
                 if len(batch) == BATCH_CONVERSATIONS:
                     yield QaBatch(batch)
                     batch = []
         if batch:
             yield QaBatch(batch)
+
+    def _conversations(self, path: Path, progress: Progress) -> Iterator[Sequence[Conversation]]:
+        """The conversations of a file one by one, or in pairs."""
+        write = None
+        if self.request.chat:
+            write = partial(chat_of, ChatTemplate(self.tokenizer.path.parent))
+        if self.request.is_pairs:
+            yield from read_pairs(path, progress, write)
+            return
+        for conversation in read_conversations(path, progress, write, alpaca=write is not None):
+            if conversation is None:
+                self.counts["no_question"] += 1
+            else:
+                yield (conversation,)
 
 
 def _text_batches(fragments: Iterable[Fragment]) -> Iterator[TextBatch]:

@@ -10,7 +10,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mindformers_ext.data.conversations import IGNORED, Conversation, Specials, encode_conversations
+from mindformers_ext.data.chat_rows import encode_chats
+from mindformers_ext.data.conversations import (
+    IGNORED,
+    Conversation,
+    Specials,
+    encode_conversations,
+    encode_documents,
+)
+from mindformers_ext.data.documents import Document
+from mindformers_ext.data.preferences import fitted
 from mindformers_ext.data.readers import Fragment
 from mindformers_ext.data.tokenizers import Tokenizer, encode_glued
 from mindformers_ext.jobs.items.map_items import Place, Work, map_items
@@ -23,23 +32,31 @@ class TextBatch(NamedTuple):
 
 
 class QaBatch(NamedTuple):
-    """Conversations, in order."""
+    """Conversations, in order; of pairs the preferred one and then the other."""
 
     conversations: list[Conversation]
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a process needs to encode. ``framed``: documents get BOS and EOS."""
+    """What a process needs to encode. ``framed``: documents get BOS and EOS.
+
+    Of conversations: ``whole``, not cut to rows; ``chat``, as the template has written them; ``prompt``: they are pairs
+    of answers, whose prompts keep so many tokens where a pair is longer than a row.
+    """
 
     special: Specials
     row_length: int
     framed: bool
+    whole: bool = False
+    chat: bool = False
+    prompt: int | None = None
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """An encoded batch. Running text: ``ids`` is flat. Conversations: ``ids`` and ``labels`` are (rows, row_length).
+    """An encoded batch. Running text: ``ids`` is flat. Conversations: ``ids`` and ``labels`` are (rows, row_length), or
+    with ``lengths`` flat, whole documents one after the other.
 
     ``truncated`` counts conversations that were cut, ``cut`` their lost tokens, ``masked`` rows without a label.
     """
@@ -51,6 +68,14 @@ class Tokens:
     cut: int = 0
     masked: int = 0
     padding: int = 0
+    lengths: np.ndarray | None = None
+
+    def each(self) -> list[Document]:
+        """The documents of a batch that has ``lengths``."""
+        assert self.lengths is not None and self.labels is not None
+        ends = np.cumsum(self.lengths)[:-1]
+        pairs = zip(np.split(self.ids, ends), np.split(self.labels, ends), strict=True)
+        return [Document(ids, labels) for ids, labels in pairs] if len(self.lengths) else []
 
 
 class Encoder:
@@ -64,7 +89,29 @@ class Encoder:
         """Token ids of a batch."""
         if isinstance(batch, TextBatch):
             return self._text(batch.fragments)
+        if self.setup.whole:
+            return self._documents(batch.conversations)
         return self._conversations(batch.conversations)
+
+    def _documents(self, conversations: list[Conversation]) -> Tokens:
+        if self.setup.chat:
+            found = encode_chats(self.tokenizer, conversations)
+        else:
+            found = encode_documents(self.tokenizer, conversations, self.setup.special)
+        truncated, before = 0, sum(len(document.ids) for document in found)
+        if self.setup.prompt is not None:
+            limits = self.setup.row_length, self.setup.prompt
+            truncated = sum(len(document.ids) > limits[0] for document in found)
+            pairs = zip(found[::2], found[1::2], strict=True)
+            found = [document for chosen, rejected in pairs for document in fitted(chosen, rejected, *limits)]
+        return Tokens(
+            np.concatenate([document.ids for document in found]),
+            np.concatenate([document.labels for document in found]),
+            documents=len(found) // (1 if self.setup.prompt is None else 2),
+            truncated=truncated,
+            cut=before - sum(len(document.ids) for document in found),
+            lengths=np.array([len(document.ids) for document in found], np.int64),
+        )
 
     def _text(self, fragments: list[Fragment]) -> Tokens:
         parts: list[Any] = []

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from mindformers_ext.core.documents import DOCUMENT_IDS
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.data.conversations import IGNORED
 from mindformers_ext.data.packing import Packer, check_ids
@@ -22,6 +23,7 @@ from mindformers_ext.formats.atomic import fresh_file, fresh_group, recover_grou
 from mindformers_ext.jobs.engine.door import open_record_writer
 from mindformers_ext.jobs.engine.protocols import RecordWriter
 from mindformers_ext.jobs.preprocess.batches import EncodedText
+from mindformers_ext.jobs.preprocess.document_rows import DocumentRows
 from mindformers_ext.jobs.preprocess.encode import Tokens
 from mindformers_ext.jobs.preprocess.request import SAMPLES, Checked, PreprocessRequest, check_request
 from mindformers_ext.jobs.preprocess.shards import ShardReport, find_shards, write_shard
@@ -37,7 +39,8 @@ class Summary:
 
     ``loss_tokens`` counts what a network learns to predict: not masked by labels, and not behind a token that is
     ``pad_token_id``. ``no_question`` conversations hold no human turn and are left out; ``masked`` rows hold no answer,
-    or only one that was cut off; ``truncated`` rows lost ``truncated_tokens`` at their end.
+    or only one that was cut off; ``truncated`` rows lost ``truncated_tokens`` at their end. Of whole documents
+    ``too_long`` ones with ``too_long_tokens`` are left out.
     """
 
     dataset_type: str
@@ -65,17 +68,24 @@ class Summary:
     masked: int = 0
     masked_skipped: int = 0
     no_question: int = 0
+    too_long: int = 0
+    too_long_tokens: int = 0
     samples_left_out: bool = False
 
     @property
     def padding_share(self) -> float:
         """Padding among all tokens of the rows."""
-        return self.padding_tokens / max(self.records * self.row_length, 1)
+        return self.padding_tokens / self._held
 
     @property
     def loss_share(self) -> float:
         """Tokens with loss among all tokens of the rows."""
-        return self.loss_tokens / max(self.records * self.row_length, 1)
+        return self.loss_tokens / self._held
+
+    @property
+    def _held(self) -> int:
+        """Tokens of all rows; a pair has two."""
+        return max(self.records * self.row_length, 1) * (2 if self.dataset_type == "dpo" else 1)
 
     def as_json(self) -> str:
         """Everything as JSON text."""
@@ -106,7 +116,7 @@ def preprocess(request: PreprocessRequest) -> Summary:
     checked, tokenizer = check_request(request)
     with fresh_group(request.output_file, request.overwrite) as folder:
         writer = open_record_writer(
-            folder / request.output_file.name, request.kind.fields, request.file_partition, checked.row_length
+            folder / request.output_file.name, request.fields, request.file_partition, checked.row_length
         )
         try:
             run = _Run(checked, tokenizer, folder, writer)
@@ -155,6 +165,8 @@ class _Run:
                 "masked",
                 "masked_skipped",
                 "no_question",
+                "too_long",
+                "too_long_tokens",
                 "records",
             ),
             0,
@@ -163,6 +175,7 @@ class _Run:
         self.block_tokens = 0
         self.source = EncodedText(checked, tokenizer, self.counts)
         self.framed_rows = self.source.framed_rows
+        self.documents = DocumentRows(checked, self.counts)
         self.packer = Packer(checked.row_length - 2 * self.framed_rows)
         self.samples_left = (self.request.samples_num or SAMPLES) if self.framed_rows else None
 
@@ -173,6 +186,8 @@ class _Run:
         for _ in range((self.request.repeat or 1) - 1):
             for ids in _blocks_of(self.folder / SPOOLED):
                 self._pack(ids)
+        for row in self.documents.close():
+            self._row(row)
         self._flush()
         self.counts["dropped_tokens"] += len(self.packer.rest)
         (self.folder / SPOOLED).unlink(missing_ok=True)
@@ -204,6 +219,10 @@ class _Run:
         try:
             for tokens in encoded:
                 self._count(tokens)
+                if tokens.lengths is not None:
+                    for row in self.documents.add(tokens):
+                        self._row(row)
+                    continue
                 if tokens.labels is not None:
                     self._conversations(tokens)
                     continue
@@ -247,21 +266,41 @@ class _Run:
             self.samples_left -= len(rows)
         self._rows(rows, None)
 
+    def _row(self, row: dict[str, np.ndarray]) -> None:
+        """A row of documents, or of a pair, whose sides count one after the other."""
+        columns = {name: values[None] for name, values in row.items()}
+        self.counts["records"] += 1
+        sides = [name for name in columns if name.endswith("input_ids")]
+        for side in sides:
+            ids, labels = columns[side], columns[side.replace("input_ids", "labels")]
+            behind = columns[DOCUMENT_IDS] == 0 if DOCUMENT_IDS in columns else None
+            self._count_rows(ids, labels, behind)
+        self._keep(columns)
+
     def _rows(self, ids: np.ndarray, labels: np.ndarray | None) -> None:
         if not len(ids):
             return
+        self.counts["records"] += len(ids)
+        self._count_rows(ids, labels)
+        self._keep({"input_ids": ids} if labels is None else {"input_ids": ids, "labels": labels})
+
+    def _count_rows(self, ids: np.ndarray, labels: np.ndarray | None, behind: np.ndarray | None = None) -> None:
+        """``behind``: which tokens are padding; None: those equal to its id at a row's end."""
         counts = self.counts
-        counts["records"] += len(ids)
         counts["loss_tokens"] += loss_tokens(ids, labels, self.checked.loss_pad)
         padding = 0
         if labels is not None:
-            padding = int((np.cumsum((ids != self.checked.special.pad)[:, ::-1], axis=1) == 0).sum())
+            if behind is None:
+                behind = np.cumsum((ids != self.checked.special.pad)[:, ::-1], axis=1) == 0
+            padding = int(behind.sum())
             counts["padding_tokens"] += padding
         if self.checked.unknown >= 0:
             unknown = int((ids == self.checked.unknown).sum())
             counts["unknown_tokens"] += unknown - (padding if self.checked.unknown == self.checked.special.pad else 0)
-        self.block.append({"input_ids": ids} if labels is None else {"input_ids": ids, "labels": labels})
-        self.block_tokens += ids.size
+
+    def _keep(self, columns: dict[str, np.ndarray]) -> None:
+        self.block.append(columns)
+        self.block_tokens += sum(column.size for column in columns.values())
         if self.block_tokens >= BLOCK_TOKENS:
             self._flush()
 

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from mindformers_ext.core.documents import DOCUMENT_IDS
 from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.preferences import PAIR_COLUMNS
 from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.data.chat_template import ChatTemplate
 from mindformers_ext.data.conversations import Specials
+from mindformers_ext.data.documents import STRATEGIES
 from mindformers_ext.data.readers import SEPARATORS, find_files
 from mindformers_ext.data.tokenizers import Tokenizer, open_tokenizer
 from mindformers_ext.formats.atomic import refuse_existing
@@ -30,9 +34,10 @@ class DatasetKind:
 KINDS: Mapping[str, DatasetKind] = {
     "wiki": DatasetKind((".tokens", ".txt", ".raw")),
     "wikipedia": DatasetKind((".parquet",), options=("field", "samples_num")),
-    "qa": DatasetKind((".json", ".jsonl"), ("input_ids", "labels"), options=("skip_masked",)),
+    "qa": DatasetKind((".json", ".jsonl"), ("input_ids", "labels"), options=("skip_masked", "pack_strategy", "chat")),
     "text": DatasetKind((".txt", ".text", ".md"), options=("repeat", "document")),
     "jsonl": DatasetKind((".jsonl", ".json"), options=("repeat", "field")),
+    "dpo": DatasetKind((".json", ".jsonl"), PAIR_COLUMNS, options=("chat", "max_prompt_length")),
     "domains": DatasetKind((".jsonl", ".json", ".parquet"), options=("field",)),
     "mds": DatasetKind((), options=()),
 }
@@ -40,6 +45,17 @@ FOLDERS = ("domains", "mds")  # what they write is a folder; jobs/preprocess/dom
 SPLITS = ("train", "eval")
 SHORTEST, MOST_SHARDS, MOST_WORKERS, MOST_PARTS = 8, 1000, 256, 100_000
 JOIN = "join"  # --shard: put together what the shards have made
+OPTIONS = (
+    "repeat",
+    "field",
+    "document",
+    "samples_num",
+    "skip_masked",
+    "pack_strategy",
+    "chat",
+    "max_prompt_length",
+)
+PROMPT = 128  # tokens, as the recipe of LLaMA-MoE-v2 has it
 SAMPLES = 10000  # of wikipedia, as MindFormers' script has it
 
 
@@ -62,6 +78,9 @@ class PreprocessRequest:
     document: str | None = None
     samples_num: int | None = None
     skip_masked: bool | None = None
+    pack_strategy: str | None = None
+    chat: bool | None = None
+    max_prompt_length: int | None = None
     file_partition: int = 1
     workers: int = 1
     ray: str | None = None
@@ -73,6 +92,31 @@ class PreprocessRequest:
     def kind(self) -> DatasetKind:
         """The rules of this data set type."""
         return KINDS[self.dataset_type]
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The columns that are written."""
+        return (*self.kind.fields, DOCUMENT_IDS) if self.pack_strategy else self.kind.fields
+
+    @property
+    def is_pairs(self) -> bool:
+        """Whether records are pairs of answers to a prompt."""
+        return self.dataset_type == "dpo"
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether rows hold padding."""
+        return len(self.kind.fields) > 1
+
+    @property
+    def by_document(self) -> bool:
+        """Whether conversations are kept whole, or dropped, instead of cut at a row's end."""
+        return self.is_pairs or bool(self.pack_strategy)
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens that the prompt of a pair keeps where it is too long."""
+        return self.max_prompt_length or PROMPT
 
     @property
     def summary_file(self) -> Path:
@@ -90,11 +134,15 @@ class PreprocessRequest:
         for name, most in (("file_partition", MOST_SHARDS), ("workers", MOST_WORKERS)):
             if not 1 <= getattr(self, name) <= most:
                 problems.add(f"{name}={getattr(self, name)}", f"give 1 to {most}")
-        for name in ("repeat", "samples_num"):
+        if self.pack_strategy is not None:
+            problems.one_of("pack_strategy", self.pack_strategy, STRATEGIES)
+        elif self.chat and self.dataset_type == "qa":
+            problems.add("--chat without --pack_strategy", f"give --pack_strategy, one of {', '.join(STRATEGIES)}")
+        for name in ("repeat", "samples_num", "max_prompt_length"):
             if getattr(self, name) is not None:
                 problems.positive(name, getattr(self, name))
         problems.raise_if_any()
-        for name in ("repeat", "field", "document", "samples_num", "skip_masked"):
+        for name in OPTIONS:
             # MindFormers' own commands may spell out the values that change nothing
             if getattr(self, name) not in (None, 1, False, SAMPLES) and name not in self.kind.options:
                 types = ", ".join(word for word, kind in KINDS.items() if name in kind.options)
@@ -175,6 +223,8 @@ def check_request(request: PreprocessRequest) -> tuple[Checked, Tokenizer]:
     if request.ray is not None:
         check_ray(request.ray)
     tokenizer, found = open_checked(request)
+    if request.chat:
+        ChatTemplate(tokenizer.path.parent)  # is there one
     checked = Checked(
         request=request,
         files=files,
@@ -189,7 +239,8 @@ def check_request(request: PreprocessRequest) -> tuple[Checked, Tokenizer]:
 
 
 class TokenFacts(NamedTuple):
-    """What ids there are and how long rows are; ``spec`` of --config."""
+    """What ids there are, and how long rows are: ``seq_length`` and, but for folders, one token more for training.
+    ``spec`` of --config."""
 
     special: Specials
     vocab_size: int
@@ -206,7 +257,8 @@ def open_checked(request: PreprocessRequest) -> tuple[Tokenizer, TokenFacts]:
     tokenizer = open_tokenizer(request.model_file)
     spec = spec_from_yaml_file(request.config) if request.config else None
     special = _specials(request, tokenizer)
-    seq_length = request.seq_length or (spec.seq_length if spec else 2048)
+    usual = spec.seq_length + (request.dataset_type in FOLDERS) if spec else 2048
+    seq_length = request.seq_length or usual
     vocab_size = spec.model.vocab_size if spec else tokenizer.vocab_size
     _check_ids(request, special, vocab_size, tokenizer)
     if spec:
@@ -232,7 +284,7 @@ def _specials(request: PreprocessRequest, tokenizer: Tokenizer) -> Specials:
 def _check_ids(request: PreprocessRequest, special: Specials, vocab_size: int, tokenizer: Tokenizer) -> None:
     problems = Problems("special tokens")
     for name, value in (("bos_id", special.bos), ("eos_id", special.eos), ("pad_id", special.pad)):
-        unpadded = name == "pad_id" and value == -1 and "labels" not in request.kind.fields
+        unpadded = name == "pad_id" and value == -1 and not request.is_padded
         if not 0 <= value < vocab_size and not unpadded:
             problems.add(f"{name}={value}", f"the vocabulary of {tokenizer.path.name} has ids 0 to {vocab_size - 1}")
     problems.raise_if_any()
@@ -248,7 +300,13 @@ def _check_config(
             f"ids up to {tokenizer.base_size - 1} from the tokenizer, vocab_size={model.vocab_size}",
             f"set vocab_size to at least {tokenizer.base_size}, or use the tokenizer the model was made for",
         )
-    if seq_length != spec.seq_length:
+    if request.dataset_type in FOLDERS and seq_length != spec.seq_length + 1:
+        problems.add(
+            f"--seq_length {seq_length}, but a network with seq_length: {spec.seq_length} in the YAML trains on rows "
+            f"of {spec.seq_length + 1} tokens",
+            f"give --seq_length {spec.seq_length + 1}, or leave it out",
+        )
+    elif request.dataset_type not in FOLDERS and seq_length != spec.seq_length:
         problems.add(f"--seq_length {seq_length}, seq_length: {spec.seq_length} in the YAML", "make them equal")
     if special.bos != model.bos_token_id:
         problems.add(
@@ -260,7 +318,7 @@ def _check_config(
             f"eos_id {special.eos}, eos_token_id: {', '.join(map(str, eos_ids))} in the YAML",
             "make them equal, or give --eos_id",
         )
-    padded = "labels" in request.kind.fields  # rows of running text hold no padding, a YAML may say -1 or -100 there
+    padded = request.is_padded  # rows of running text hold no padding, a YAML may say -1 or -100 there
     if special.pad != model.pad_token_id and (padded or model.pad_token_id >= 0):
         problems.add(
             f"pad_id {special.pad}, pad_token_id: {model.pad_token_id} in the YAML", "make them equal, or give --pad_id"

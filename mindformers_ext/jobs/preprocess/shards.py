@@ -21,6 +21,7 @@ from mindformers_ext.formats.frames import Frame, FrameWriter, read_frames
 from mindformers_ext.jobs.preprocess.encode import Tokens
 from mindformers_ext.jobs.preprocess.request import Checked, PreprocessRequest
 
+ARRAYS = ("ids", "labels", "lengths")
 NUMBERS = ("documents", "truncated", "cut", "masked", "padding")  # of an encoded batch
 
 
@@ -46,6 +47,7 @@ def what_makes(checked: Checked, tokenizer_sha256: str) -> str:
         request.dataset_type,
         request.field,
         request.document,
+        [request.by_document, request.chat, request.prompt_length] if request.by_document else None,
         checked.row_length,
         special,
         tokenizer_sha256,
@@ -63,7 +65,8 @@ def write_shard(
     path.parent.mkdir(parents=True, exist_ok=True)
     with shared_file(path) as beside, FrameWriter(beside) as writer:
         for tokens in encoded:
-            arrays = {"ids": tokens.ids} | ({} if tokens.labels is None else {"labels": tokens.labels})
+            found = {name: getattr(tokens, name) for name in ARRAYS}
+            arrays = {name: array for name, array in found.items() if array is not None}
             writer.add({name: getattr(tokens, name) for name in NUMBERS}, arrays)
             batches += 1
         writer.ending.update(made=made, counts=counts)
@@ -114,5 +117,6 @@ def joined(paths: Sequence[Path], counts: dict[str, int]) -> Generator[Tokens, N
 
 
 def _tokens(frame: Frame) -> Tokens:
-    labels = frame.read("labels") if "labels" in frame else None
-    return Tokens(frame.read("ids"), labels, **{name: int(frame.facts[name]) for name in NUMBERS})
+    labels, lengths = (frame.read(name) if name in frame else None for name in ARRAYS[1:])
+    numbers = {name: int(frame.facts[name]) for name in NUMBERS}
+    return Tokens(frame.read(ARRAYS[0]), labels, **numbers, lengths=lengths)

@@ -32,10 +32,11 @@ from mindformers_ext.core.config.run import (
 )
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.families import FAMILIES, own_families
+from mindformers_ext.core.preferences import PAIR_COLUMNS, holds_pairs
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.jobs.checkpoint.transform import TransformRequest
 from mindformers_ext.jobs.run.dataset import check_dataset, rows_of_step
-from mindformers_ext.jobs.run.mixture_checks import check_mixture
+from mindformers_ext.jobs.run.mixture_checks import check_mixture, check_plain
 from mindformers_ext.jobs.run.seam import seam_notes, update_rows
 from mindformers_ext.jobs.run.sections import check_sections
 from mindformers_ext.jobs.run.start import settle_for_mindformers, settle_for_own_loop
@@ -93,6 +94,8 @@ def check_run(config: Mapping[str, Any], where: str) -> CheckedRun:
         own = run.runner is Runner.OWN_LOOP
         rows = rows_of_step(run, build.network)[0] if own else update_rows(run, build.network)
         notes += check_mixture(run, config, build.network, rows)
+    elif run.family is not None:
+        check_plain(run)
     if run.runner in (Runner.OWN_LOOP, Runner.MINDFORMERS) and (run.family is not None or is_llama(config)):
         check_tokenizer(run, build.network)
         if run.mode != "predict":
@@ -138,6 +141,13 @@ def _check_runner(run: RunSpec, where: str) -> None:
         raise UserError(
             "--trainer mindformers with the PyTorch engine: MindFormers computes with MindSpore; leave --trainer out, "
             "or choose --engine ms"
+        )
+    pairs = run.data is not None and holds_pairs(run.data.columns)
+    if pairs and (run.runner is Runner.MINDFORMERS or not run.trains):
+        what = "MindFormers' loop does not" if run.trains else f"run_mode {run.mode} cannot"
+        raise UserError(
+            f"{where}: input_columns {', '.join(PAIR_COLUMNS)}: {what} learn from pairs of answers: train with "
+            f"--trainer {OWN}"
         )
     if run.runner is not Runner.OWN_LOOP:
         return

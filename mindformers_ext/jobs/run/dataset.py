@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from mindformers_ext.core.config.run import DATA_OF, MINDRECORD, PYTORCH, DataSpec, RunSpec
+from mindformers_ext.core.documents import DOCUMENT_IDS, MOST_DOCUMENTS, wrong_documents
 from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.preferences import PAIR_COLUMNS, holds_pairs
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.data.conversations import IGNORED
 from mindformers_ext.formats.mindrecord_file import row_count
@@ -37,6 +39,11 @@ def check_dataset(run: RunSpec, spec: NetworkSpec) -> None:
         raise UserError(f"run_mode {run.mode} needs the section {DATA_OF[run.mode]}: add it to the file")
     if data.loader != MINDRECORD:
         return
+    if run.mode == "eval" and DOCUMENT_IDS in data.columns:
+        raise UserError(
+            f"{data.section}.input_columns names {DOCUMENT_IDS}: evaluation takes rows of one document each; write "
+            "them with --pack_strategy pad, and leave the column out"
+        )
     files = dataset_files(data)
     rows = sum(row_count(path) for path in files)
     _check_count(run, data, rows if data.limit is None else min(rows, data.limit))
@@ -117,13 +124,14 @@ def _check_file(path: Path, data: DataSpec, spec: NetworkSpec, run: RunSpec, mos
         for first, block in _blocks(rows, data.columns):
             _check_lengths({len(row) for row in block[0]}, spec, run.mode == "eval", problems)
             problems.raise_if_any()
-            ids, *more = (np.stack(column) for column in block)
-            _check_block(ids, more[0] if "labels" in data.columns else None, first, spec, problems)
-            problems.raise_if_any()
-            read += len(ids)
-            bearing += loss_tokens(
-                ids, more[0] if "labels" in data.columns else None, spec.model.pad_token_id, spec.model.ignore_token_id
-            )
+            columns = dict(zip(data.columns, map(_stacked, block), strict=True))
+            for ids_name, labels_name in sides(data.columns):
+                ids, labels = columns[ids_name], columns.get(labels_name)
+                _check_block(ids, labels, first, spec, problems)
+                _check_documents(ids, columns.get(DOCUMENT_IDS), first, problems)
+                problems.raise_if_any()
+                bearing += loss_tokens(ids, labels, spec.model.pad_token_id, spec.model.ignore_token_id)
+            read += len(block[0])
     except RuntimeError as error:
         line = " ".join(str(error).split())[:300]
         raise UserError(f"data set {path} cannot be read with the columns {', '.join(data.columns)}: {line}") from error
@@ -171,6 +179,38 @@ def _check_block(ids: np.ndarray, labels: np.ndarray | None, first: int, spec: N
             f"row {first + row} holds the label {labels[row][wrong[row]][0]}",
             f"use ids below {vocab} or ignore_token_id {ignored}",
         )
+
+
+def _stacked(rows: list[np.ndarray]) -> np.ndarray:
+    """(rows, length); of rows of different lengths as long as the longest, -1 behind the others."""
+    width = max(map(len, rows))
+    return np.stack([np.pad(row, (0, width - len(row)), constant_values=-1) for row in rows])
+
+
+def _check_documents(ids: np.ndarray, documents: np.ndarray | None, first: int, problems: Problems) -> None:
+    """Every row numbers its documents (``core.documents``)."""
+    if documents is None:
+        return
+    wrong = 0 if documents.shape != ids.shape else wrong_documents(documents)
+    if wrong is not None:
+        problems.add(
+            f"row {first + wrong}: {DOCUMENT_IDS} must be 1, 2, ... up to {MOST_DOCUMENTS} in order, one for every "
+            "token, and 0 at its padding",
+            "write the data again with --pack_strategy",
+        )
+
+
+def sides(names: Sequence[str]) -> list[tuple[str, str]]:
+    """The names of ids and labels that belong together among a data set's columns."""
+    if holds_pairs(names):
+        return [PAIR_COLUMNS[:2], PAIR_COLUMNS[2:]]
+    return [(names[0], "labels")]
+
+
+def check_documents(documents: np.ndarray, where: str) -> None:
+    """The documents (rows, length) of a step's rows; a ``UserError`` names ``where``."""
+    if wrong_documents(documents) is not None:
+        raise UserError(f"{where}: {DOCUMENT_IDS} that are not numbered in order: write the data again")
 
 
 def check_ids(columns: Sequence[np.ndarray], vocab: int, where: str) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mindformers_ext.core.config.mixture_words import MixtureSpec
+from mindformers_ext.core.config.ranges import as_number
 from mindformers_ext.core.errors import Problems, UserError, listed, nearest
 from mindformers_ext.core.json_text import read_json
 from mindformers_ext.data.domains.manifest import EVAL, NAME, NAMES, read_manifest, split_files
@@ -94,8 +95,9 @@ def open_mixture(spec: MixtureSpec, section: str = "train_dataset.data_loader") 
     problems.raise_if_any()
     settings = _settings(spec, rule, len(names), problems, notes)
     given = _given(spec, names, problems, notes) if RULES[rule].given else None
-    targets = _targets(spec, names, problems) if settings.moves else None
+    targets = _targets(spec, names, problems, notes) if settings.moves else None
     _check_measured(spec, settings, names, measured, problems)
+    _check_apart(names, held, measured if spec.interval else {}, problems, notes)
     problems.raise_if_any()
     domains = tuple(Domain(name, held[name].rows, held[name].mark) for name in names)
     empty = [name for name, domain in zip(names, domains, strict=True) if not domain.rows]
@@ -165,7 +167,7 @@ def _files(spec: MixtureSpec, section: str) -> tuple[dict[str, _Records], dict[s
         return read[0], read[1]
     manifest = read_manifest(spec.folder)
     found = []
-    for split in (spec.split or "", spec.eval_split or EVAL):
+    for split in (spec.split or "", *((spec.eval_split or EVAL,) if spec.interval else ())):
         paths = split_files(manifest, split)
         found.append(
             {
@@ -173,7 +175,7 @@ def _files(spec: MixtureSpec, section: str) -> tuple[dict[str, _Records], dict[s
                 for name, part in manifest.splits[split].items()
             }
         )
-    return found[0], found[1]
+    return found[0], found[-1]
 
 
 def _marked(paths: Sequence[Path]) -> _Records:
@@ -245,7 +247,7 @@ def _given(spec: MixtureSpec, names: tuple[str, ...], problems: Problems, notes:
     if values is None:
         problems.add("no proportion", "give one per domain, a preset, or update_type stratified or temperature")
         return None
-    found = _ordered("proportion", values, names, problems)
+    found = _ordered("proportion", values, names, problems, all_used=spec.proportions is not None)
     if found is None:
         return None
     low, total = float(found.min()), float(found.sum())
@@ -260,7 +262,7 @@ def _given(spec: MixtureSpec, names: tuple[str, ...], problems: Problems, notes:
     return found
 
 
-def _targets(spec: MixtureSpec, names: tuple[str, ...], problems: Problems) -> Floats | None:
+def _targets(spec: MixtureSpec, names: tuple[str, ...], problems: Problems, notes: list[str]) -> Floats | None:
     """Target losses in the order of ``names``; None where a model is to be measured, or there are none."""
     preset = PRESETS.get(spec.preset or "")
     if spec.target_model is not None:
@@ -268,6 +270,9 @@ def _targets(spec: MixtureSpec, names: tuple[str, ...], problems: Problems) -> F
     values = spec.targets
     if isinstance(values, Path):
         values = _from_file(values)
+        left = [name for name in values if name not in names] if isinstance(values, Mapping) else []
+        if left:
+            notes.append(f"target_loss {spec.targets} also has {listed(left)}, which are not drawn")
     if values is None:
         values = _by_name(preset, "targets")
     if values is None:
@@ -276,7 +281,10 @@ def _targets(spec: MixtureSpec, names: tuple[str, ...], problems: Problems) -> F
             "give one per domain, a JSON file, target_loss_from: a model's folder, or a preset that has them",
         )
         return None
-    return _ordered(TARGETS, values, names, problems)
+    found = _ordered(TARGETS, values, names, problems, all_used=isinstance(spec.targets, Mapping))
+    if found is not None and found.min() < 0:
+        problems.add(f"target_loss has the negative number {found.min():g}", "give losses in nats per token")
+    return found
 
 
 def _from_file(path: Path) -> Mapping[str, float] | tuple[float, ...]:
@@ -285,13 +293,8 @@ def _from_file(path: Path) -> Mapping[str, float] | tuple[float, ...]:
     if isinstance(found, Mapping) and TARGETS in found:
         found = found[TARGETS]
     values = list(found.values()) if isinstance(found, Mapping) else found
-    if (
-        not isinstance(values, list)
-        or not values
-        or not all(
-            isinstance(item, (int, float)) and not isinstance(item, bool) and np.isfinite(item) for item in values
-        )
-    ):
+    numbers = [as_number(item) for item in values] if isinstance(values, list) else []
+    if not numbers or not all(number is not None and np.isfinite(number) for number in numbers):
         raise UserError(f"target_loss {path} holds no finite number per domain: give a list, or one number per name")
     return found if isinstance(found, Mapping) else tuple(map(float, values))
 
@@ -302,10 +305,16 @@ def _by_name(preset: Preset | None, field: str) -> Mapping[str, float] | None:
 
 
 def _ordered(
-    word: str, values: tuple[float, ...] | Mapping[str, float], names: tuple[str, ...], problems: Problems
+    word: str,
+    values: tuple[float, ...] | Mapping[str, float],
+    names: tuple[str, ...],
+    problems: Problems,
+    all_used: bool = False,
 ) -> Floats | None:
-    """One number per domain, in their order."""
+    """One number per domain, in their order; ``all_used``: a mapping has no other names."""
     if isinstance(values, Mapping):
+        other = [name for name in values if name not in names] if all_used else []
+        problems.add_names("names", f"of {word} are no domains", other, f"the domains are {listed(names)}")
         missing = [name for name in names if name not in values]
         problems.add_names("domains", f"have no {word}", missing, "give one for each")
         return None if missing else np.array([values[name] for name in names], np.float64)
@@ -328,6 +337,25 @@ def _check_measured(
     missing = [name for name in names if name not in measured or not measured[name].rows]
     advice = "give eval_domains with a file for each" if spec.folder is None else "prepare eval rows of each"
     problems.add_names("domains", "have no row to measure losses on", missing, advice)
+
+
+def _check_apart(
+    names: tuple[str, ...],
+    held: Mapping[str, _Records],
+    measured: Mapping[str, _Records],
+    problems: Problems,
+    notes: list[str],
+) -> None:
+    """A file belongs to one domain; one that is also measured on is said."""
+    owners: dict[Path, str] = {}
+    for name in names:
+        for path in held[name].paths:
+            owner = owners.setdefault(path.resolve(), name)
+            if owner != name:
+                problems.add(f"{path} is given for {owner} and for {name}", "give each domain its own files")
+    both = [str(path) for name in measured for path in measured[name].paths if path.resolve() in owners]
+    if both:
+        notes.append(f"losses are measured on rows that are trained on: {listed(both)}")
 
 
 def _shown(names: tuple[str, ...], shares: Floats) -> str:

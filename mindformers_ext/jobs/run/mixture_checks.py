@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from mindformers_ext.core.config.mixture_words import MIXTURE
 from mindformers_ext.core.config.run import OWN, Runner, RunSpec
 from mindformers_ext.core.config.values import section_at
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.data.mixture.rules import ALIASES, RULES, Rule
 from mindformers_ext.data.mixture.schedule import ERROR, RENORMALISE, REPEAT
-from mindformers_ext.data.mixture.state import MixtureState, check_continues, state_from_json
+from mindformers_ext.data.mixture.state import LARGEST, MixtureState, check_continues, state_from_json
 from mindformers_ext.formats.ms_file import open_checkpoint
+from mindformers_ext.formats.tensors import Reader
 from mindformers_ext.jobs.run.dataset import SAMPLE_ROWS, check_rows
 from mindformers_ext.jobs.run.mixture import Mixture, open_mixture
 
@@ -47,14 +49,35 @@ def check_mixture(run: RunSpec, config: Mapping[str, Any], spec: NetworkSpec, ro
     own = mixture.state(run.data.seed, rows)
     steps = steps_of_epoch(mixture, rows) * int(section_at(config, "runner_config").get("epochs") or 1)
     notes = [*mixture.notes, *_length_notes(mixture, steps * rows)]
+    if mixture.settings.moves and mixture.interval >= steps:
+        notes.append(f"the proportions will not move: the run has {steps} steps, a window {mixture.interval}")
     most = max(1, SAMPLE_ROWS // (len(mixture.files) + len(mixture.evaluated)))
     for word, files in (("domain", mixture.files), ("eval rows of", mixture.evaluated)):
         for name, paths in zip(mixture.names, files, strict=bool(files)):
             check_rows(paths, run.data, spec, run, most, f"{word} {name}")
-    if run.resume and run.load:
-        where = _resumed_file(run)
-        continued(held_state(where), own, mixture, str(where))
+    where = _resumed_file(run)
+    if where is not None:
+        with closing(open_checkpoint(where)) as reader:
+            continued(held_state(reader), own, mixture, str(where))
     return notes
+
+
+def check_plain(run: RunSpec) -> None:
+    """Whether a run over one data set continues one that was no mixture.
+
+    Raises:
+        UserError: its checkpoint says where a data mixture stood.
+    """
+    where = _resumed_file(run)
+    if where is None:
+        return
+    with closing(open_checkpoint(where)) as reader:
+        is_mixed = f"{DATA}{STATE}" in reader.infos
+    if is_mixed:
+        raise UserError(
+            f"cannot resume from {where}: its run drew a data mixture, train_dataset.data_loader.type is not "
+            f"{MIXTURE}: give its mixture, or start from its weights without --resume_training"
+        )
 
 
 def _check_words(run: RunSpec, config: Mapping[str, Any]) -> None:
@@ -96,9 +119,10 @@ def _length_notes(mixture: Mixture, planned: int) -> list[str]:
     told = ", ".join(
         f"{mixture.names[i]} {wanted[i]:.0f} of {rows[i]:.0f} rows ({wanted[i] / rows[i]:.1f} passes)" for i in over
     )
-    if mixture.on_exhausted != REPEAT and planned > rows[mixture.proportions > 0].sum():
+    held = rows.sum() if mixture.settings.moves else rows[mixture.proportions > 0].sum()
+    if mixture.on_exhausted != REPEAT and planned > held:
         raise UserError(
-            f"on_exhausted {mixture.on_exhausted}: the run takes {planned} rows, its domains have {rows.sum():.0f}: "
+            f"on_exhausted {mixture.on_exhausted}: the run takes {planned} rows, its domains have {held:.0f}: "
             "train fewer steps (runner_config.epochs, data_loader.num_samples), or set on_exhausted to repeat"
         )
     if over and mixture.on_exhausted == ERROR and not mixture.settings.moves:
@@ -110,10 +134,14 @@ def _length_notes(mixture: Mixture, planned: int) -> list[str]:
     return [f"by its first proportions the run takes {told}: {what[mixture.on_exhausted]}"] if over else []
 
 
-def _resumed_file(run: RunSpec) -> Path:
-    """The checkpoint of the first rank that ``run``, settled, continues from."""
-    path = Path(run.load or "")
-    return path if path.is_file() else path / "rank_0" / str(run.resume)
+def _resumed_file(run: RunSpec) -> Path | None:
+    """The checkpoint of the first rank that ``run``, settled, continues from; None where it starts, or where slices are
+    yet to be merged."""
+    if not (run.trains and run.resume and run.load):
+        return None
+    path = Path(run.load)
+    path = path if path.is_file() else path / "rank_0" / str(run.resume)
+    return path if path.is_file() else None
 
 
 def steps_of_epoch(mixture: Mixture, rows: int) -> int:
@@ -159,8 +187,8 @@ def continued(state: Mapping[str, np.ndarray], own: MixtureState, mixture: Mixtu
     return saved
 
 
-def held_state(path: Path) -> dict[str, np.ndarray]:
-    """What the checkpoint ``path`` holds of a batch source."""
-    with closing(open_checkpoint(path)) as reader:
-        names = [name for name in reader.infos if name.startswith(DATA)]
-        return {name.removeprefix(DATA): np.asarray(reader.read(name)) for name in names}
+def held_state(reader: Reader) -> dict[str, np.ndarray]:
+    """What an open checkpoint holds of a batch source; of more than a state can have nothing is read."""
+    names = [name for name in reader.infos if name.startswith(DATA)]
+    small = [name for name in names if float(np.prod(reader.infos[name].shape, dtype=np.float64)) <= LARGEST]
+    return {name.removeprefix(DATA): np.asarray(reader.read(name)) for name in small}

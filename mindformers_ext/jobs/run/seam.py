@@ -51,9 +51,10 @@ def _schedule(config: Mapping[str, Any], per_epoch: int) -> tuple[Schedule, int]
 
 
 def update_rows(run: RunSpec, spec: NetworkSpec) -> int:
-    """Rows of one update, of all processes together."""
+    """Rows of one update in MindFormers' loop, of all processes together; a pipeline's micro batches take the place of
+    accumulation."""
     parallel = spec.parallel
-    rows = run.batch_size * run.accumulation
     if parallel.parallel_mode in SHARDED_MODES:
-        return rows * parallel.data_parallel * parallel.micro_batch_num * parallel.micro_batch_interleave_num
-    return rows * parallel.device_num
+        micro = parallel.micro_batch_num if parallel.pipeline_stage > 1 else run.accumulation
+        return run.batch_size * parallel.data_parallel * parallel.micro_batch_interleave_num * micro
+    return run.batch_size * run.accumulation * parallel.device_num

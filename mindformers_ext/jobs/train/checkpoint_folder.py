@@ -22,7 +22,7 @@ from mindformers_ext.formats.safetensors_file import SafetensorsFileWriter
 from mindformers_ext.formats.tensors import Reader, TensorInfo
 from mindformers_ext.jobs.checkpoint.saved import note_size, saved_as, saved_in
 from mindformers_ext.jobs.run.keep import WEIGHTS, is_finite, last_good, surplus
-from mindformers_ext.jobs.run.mixture_checks import DATA
+from mindformers_ext.jobs.run.mixture_checks import held_state
 from mindformers_ext.jobs.train.hooks import PREFIX
 from mindformers_ext.weights.reshard import open_sliced
 
@@ -154,8 +154,7 @@ class Resumed:
 
     def data(self) -> dict[str, np.ndarray]:
         """Where the run's rows stood."""
-        names = [name for name in self._reader.infos if name.startswith(DATA)]
-        return {name.removeprefix(DATA): np.asarray(self._reader.read(name)) for name in names}
+        return held_state(self._reader)
 
     def close(self) -> None:
         """Let go of the file."""

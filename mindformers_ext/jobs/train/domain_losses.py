@@ -15,6 +15,7 @@ import numpy.typing as npt
 from mindformers_ext.core.config.run import RunSpec
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.figures import StepFigures
+from mindformers_ext.core.json_text import read_object
 from mindformers_ext.core.log import get_logger
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.data.mixture.rules import updated
@@ -92,25 +93,28 @@ def sums(trainer: Trainer, files: Sequence[RecordRows], rows: int, model: ModelS
     for domain, held in enumerate(files):
         for first in range(0, len(held), rows * size):
             mine = range(first + rank * rows, min(first + (rank + 1) * rows, len(held)))
-            ids, labels = _batch(held, mine, rows, model)
+            ids, labels, *documents = _batch(held, mine, rows, model)
             counted = (ids[:, :-1] != model.pad_token_id) & (labels[:, 1:] != model.ignore_token_id)
             count = int(counted.sum())
-            loss = trainer.evaluate((ids, labels))
+            loss = trainer.evaluate((ids, labels, *documents))
             found[domain] += (loss * count if count else 0.0, count)
     found = trainer.ranks.sum(found)
     return found[:, 0], found[:, 1]
 
 
-def _batch(held: RecordRows, numbers: range, rows: int, model: ModelSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and labels (rows, width); behind the rows with these numbers follow some without a label."""
+def _batch(held: RecordRows, numbers: range, rows: int, model: ModelSpec) -> tuple[np.ndarray, ...]:
+    """Ids, labels and, of packed rows, documents (rows, width); behind the rows with these numbers follow some without
+    a label."""
     read = stacked([(held, number) for number in numbers or (0,)])
-    ids, labels = read[0], read[-1]
+    columns = read if len(read) > 1 else (read[0], read[0])
     if len(numbers) == rows:
-        return ids, labels
-    shape = rows, ids.shape[1]
-    all_ids, all_labels = np.zeros(shape, np.int32), np.full(shape, model.ignore_token_id, np.int32)
-    all_ids[: len(numbers)], all_labels[: len(numbers)] = ids[: len(numbers)], labels[: len(numbers)]
-    return all_ids, all_labels
+        return columns
+    whole = []
+    for column, empty in zip(columns, (0, model.ignore_token_id, 0), strict=False):
+        filled = np.full((rows, column.shape[1]), empty, np.int32)
+        filled[: len(numbers)] = column[: len(numbers)]
+        whole.append(filled)
+    return tuple(whole)
 
 
 def drawn_figures(state: MixtureState) -> dict[str, float]:
@@ -126,7 +130,8 @@ def target_losses(data: MixtureData, asked: RunSpec, spec: NetworkSpec) -> Float
     """Target losses (n) of a mixture that moves, measured where they have to be; None where none are asked for."""
     if data.mixture.target_model is None:
         return data.mixture.targets
-    return reference_losses(data.mixture, asked, spec, data.domains[0].columns)
+    kept = _kept(data.mixture, Path(asked.output_dir)) if asked.resume else None
+    return kept if kept is not None else reference_losses(data.mixture, asked, spec, data.domains[0].columns)
 
 
 def reference_losses(mixture: Mixture, asked: RunSpec, spec: NetworkSpec, columns: tuple[str, ...]) -> Floats:
@@ -167,6 +172,19 @@ def _window(rows: RecordRows, number: int, model: ModelSpec) -> Window:
     read = rows.row(number)
     ids, labels = read[0], read[-1]
     return Window(ids, (ids[:-1] != model.pad_token_id) & (labels[1:] != model.ignore_token_id))
+
+
+def _kept(mixture: Mixture, folder: Path) -> Floats | None:
+    """What ``_keep`` has kept for the run that is continued, None where it was of another model or other domains."""
+    path = folder / MEASURED
+    if not path.is_file():
+        return None
+    found = read_object(path, "remove it, and the losses are measured again")
+    losses = found.get(TARGETS)
+    if found.get("model") != str(mixture.target_model) or not isinstance(losses, dict):
+        return None
+    values = [value for value in losses.values() if isinstance(value, float)]
+    return np.array(values) if tuple(losses) == mixture.names and len(values) == len(losses) else None
 
 
 def _keep(mixture: Mixture, losses: Sequence[float], tokens: Sequence[int], folder: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from mindformers_ext.core.errors import UserError
 from mindformers_ext.data.mixture.schedule import DomainSchedule
 from mindformers_ext.jobs.run.mixture import Mixture
 from mindformers_ext.jobs.run.mixture_checks import continued, state_arrays, steps_of_epoch
@@ -41,23 +42,29 @@ class MixtureData:
 
     def batch(self, step: int, part: slice) -> tuple[np.ndarray, ...]:
         """Columns (rows, width) int32 of step ``step`` (from 0), which follows the last one asked for."""
-        standing = self.schedule.state.step
+        standing = self.schedule.step
         if step != standing:
             raise ValueError(f"step {step} of a mixture that stands before step {standing}")
         domains, rows = self.schedule.draw(part)
-        return stacked([(self.domains[d], n) for d, n in zip(domains.tolist(), rows.tolist(), strict=True)])
+        return stacked([(self.domains[d], n) for d, n in zip(domains, rows, strict=True)])
 
     def state(self) -> dict[str, np.ndarray]:
         """Where the mixture stands, behind the last step asked for."""
         return state_arrays(self.schedule.state)
 
-    def restore(self, state: Mapping[str, np.ndarray], where: str) -> None:
-        """Continue from the state of the checkpoint ``where``.
+    def restore(self, state: Mapping[str, np.ndarray], step: int, where: str) -> None:
+        """Continue behind ``step`` from the state of the checkpoint ``where``.
 
         Raises:
-            UserError: it holds none, or that of another mixture.
+            UserError: it holds none, or that of another mixture or step.
         """
-        self.schedule.state = continued(state, self.schedule.state, self.mixture, where)
+        found = continued(state, self.schedule.state, self.mixture, where)
+        if found.step != step:
+            raise UserError(
+                f"cannot resume from {where}: it is of step {step}, its data mixture of step {found.step}: choose "
+                "another checkpoint"
+            )
+        self.schedule.state = found
 
     def close(self) -> None:
         """Let go of the files."""

@@ -14,12 +14,14 @@ import numpy as np
 from mindformers_ext.core.config.mixture_words import MIXTURE
 from mindformers_ext.core.config.run import PYTORCH, DataSpec, data_spec_from_yaml
 from mindformers_ext.core.config.train import OWN_LOOPS
+from mindformers_ext.core.documents import DOCUMENT_IDS
 from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.preferences import PAIR_COLUMNS
 from mindformers_ext.data.row_order import RowOrder
 from mindformers_ext.formats.mindrecord_file import MindRecordFile
-from mindformers_ext.jobs.run.dataset import check_ids, dataset_files
+from mindformers_ext.jobs.run.dataset import check_documents, check_ids, dataset_files
 
-COLUMNS = (("input_ids",), ("input_ids", "labels"))
+COLUMNS = (("input_ids",), ("input_ids", "labels"), ("input_ids", "labels", DOCUMENT_IDS), PAIR_COLUMNS)
 LOADERS = (None, "MindDataset", MIXTURE)
 SHUFFLES = (None, True, False, "global")
 
@@ -38,8 +40,8 @@ class BatchSource(Protocol):
         """What a checkpoint must hold of it, by name."""
         ...
 
-    def restore(self, state: Mapping[str, np.ndarray], where: str) -> None:
-        """Continue from such a state, of the checkpoint ``where``."""
+    def restore(self, state: Mapping[str, np.ndarray], step: int, where: str) -> None:
+        """Continue behind ``step`` from such a state, of the checkpoint ``where``."""
         ...
 
     def close(self) -> None:
@@ -54,7 +56,7 @@ class PlainSource:
         """Nothing."""
         return {}
 
-    def restore(self, state: Mapping[str, np.ndarray], where: str) -> None:
+    def restore(self, state: Mapping[str, np.ndarray], step: int, where: str) -> None:
         """Nothing."""
 
 
@@ -104,11 +106,14 @@ def stacked(places: Sequence[Place]) -> tuple[np.ndarray, ...]:
     if len({len(row[0]) for row in found}) > 1:
         raise UserError(f"{first.files[0].path}: rows of different lengths: write the data again, packed")
     columns = tuple(np.stack([row[i] for row in found]) for i in range(len(first.columns)))
-    if vocab is None or (columns[0].min() >= 0 and max(column.max() for column in columns) < vocab):
+    if DOCUMENT_IDS in first.columns:
+        check_documents(columns[first.columns.index(DOCUMENT_IDS)], str(first.files[0].path))
+    tokens = [column for name, column in zip(first.columns, columns, strict=True) if name != DOCUMENT_IDS]
+    if vocab is None or (columns[0].min() >= 0 and max(column.max() for column in tokens) < vocab):
         return columns
     for place, (rows, number) in enumerate(places):
         file, row = rows.place(number)
-        check_ids([column[place] for column in columns], vocab, f"{file.path}, row {row}")
+        check_ids([column[place] for column in tokens], vocab, f"{file.path}, row {row}")
     return columns
 
 
@@ -159,10 +164,14 @@ class TokenData(PlainSource):
 
     def batch(self, step: int, part: slice) -> tuple[np.ndarray, ...]:
         """Columns (rows, width) int32 of step ``step`` (from 0) of the run; ``part`` chooses among its rows."""
+        return self.read(self.numbers(step, part))
+
+    def numbers(self, step: int, part: slice) -> np.ndarray:
+        """The numbers of such rows among those of all files."""
         epoch, place = divmod(step, self.per_epoch)
         numbers = np.arange(place * self.rows, (place + 1) * self.rows) % len(self.records)
         by_process = numbers.reshape(-1, self.shards).T.reshape(-1)
-        return self.read(self.order.epoch(epoch)[by_process][part])
+        return self.order.epoch(epoch)[by_process][part]
 
     def read(self, rows: np.ndarray) -> tuple[np.ndarray, ...]:
         """Columns (rows, width) int32 of the rows with these numbers, of all files one after the other."""
@@ -187,7 +196,10 @@ def check_words(words: Mapping[str, Any], loader: Mapping[str, Any], section: st
             "set MindDataset and give the files of llama_preprocess.py",
         )
     if columns_of(words) not in COLUMNS:
-        problems.add(f"input_columns={words['input_columns']!r}", "give ['input_ids'] or ['input_ids', 'labels']")
+        problems.add(
+            f"input_columns={words['input_columns']!r}",
+            f"give one of {', '.join(str(list(names)) for names in COLUMNS)}",
+        )
     if words.get("repeat") not in (None, 1):
         problems.add(f"repeat={words['repeat']!r} is not built in {trainer}", "raise runner_config.epochs")
     if section == "train_dataset" and words.get("drop_remainder", True) is False:

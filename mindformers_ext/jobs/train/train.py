@@ -22,6 +22,7 @@ from mindformers_ext.core.config.run import MINDSPORE, PYTORCH, RunSpec
 from mindformers_ext.core.config.train import OWN_LOOPS, TrainSpec, train_spec_from_yaml
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.log import get_logger, set_up_logging
+from mindformers_ext.core.preferences import holds_pairs
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.formats.atomic import write_text
 from mindformers_ext.jobs.engine.door import open_trainer
@@ -47,6 +48,7 @@ from mindformers_ext.jobs.train.hooks import (
     restore_hooks,
 )
 from mindformers_ext.jobs.train.mixture_data import MixtureData
+from mindformers_ext.jobs.train.pairs import PairData
 from mindformers_ext.jobs.train.pruning_masks import PruningMasks
 from mindformers_ext.jobs.train.token_data import BatchSource, TokenData, check_words
 
@@ -91,15 +93,7 @@ def train(
     spec, engine = effective_spec(spec)[0], asked.engine
     folder = Path(asked.output_dir)
     data = source or open_rows(asked, config, spec)
-    moe = spec.model.moe
-    bias_rate = moe.topk_bias_update_rate if moe and moe.balance_via_topk_bias else 0.0
-    training, more = train_spec_from_yaml(config, spec.parallel, data.per_epoch, bias_rate, engine)
-    if pruning := pruning_from_yaml(config, spec.model):
-        training = with_pruning(training, pruning)
-    if engine == MINDSPORE:
-        training = replace(training, recomputed=recompute_from_yaml(config, spec))
-    elif spec.numerics.softmax_dtype != "float32":
-        more.append(f"softmax_compute_type {spec.numerics.softmax_dtype}: PyTorch's attention sums in float32")
+    training, more = _how_to_train(asked, config, spec, data.per_epoch)
     targets = target_losses(data, asked, spec) if isinstance(data, MixtureData) else None
     current().begin(f"opening {FRAMEWORKS[engine]} and building the network")
     trainer = open_trainer(engine, spec, training, asked.device)
@@ -122,11 +116,29 @@ def train(
         run.hooks.append(DomainLosses(data, trainer, spec.model, spec.batch_size, targets))
     run.hooks += [*hooks_of(training, trainer, spec.model.moe_layers), *hooks]
     restore_hooks(run.hooks, run.left)
+    if isinstance(data, PairData):
+        data.measure(trainer, spec.batch_size)
     try:
         _steps(run)
     finally:
         data.close()
     trainer.ranks.close()  # after a failure the other ranks may not come any more
+
+
+def _how_to_train(
+    asked: RunSpec, config: Mapping[str, Any], spec: NetworkSpec, per_epoch: int
+) -> tuple[TrainSpec, list[str]]:
+    """The settings of the training and notes on them; ``per_epoch``: steps of an epoch."""
+    moe, engine = spec.model.moe, asked.engine
+    bias_rate = moe.topk_bias_update_rate if moe and moe.balance_via_topk_bias else 0.0
+    training, notes = train_spec_from_yaml(config, spec.parallel, per_epoch, bias_rate, engine)
+    if pruning := pruning_from_yaml(config, spec.model):
+        training = with_pruning(training, pruning)
+    if engine == MINDSPORE:
+        training = replace(training, recomputed=recompute_from_yaml(config, spec))
+    elif spec.numerics.softmax_dtype != "float32":
+        notes.append(f"softmax_compute_type {spec.numerics.softmax_dtype}: PyTorch's attention sums in float32")
+    return training, notes
 
 
 def open_rows(asked: RunSpec, config: Mapping[str, Any], spec: NetworkSpec) -> BatchSource:
@@ -140,7 +152,8 @@ def open_rows(asked: RunSpec, config: Mapping[str, Any], spec: NetworkSpec) -> B
         mixture = open_mixture(asked.data.mixture)
         return MixtureData(mixture, asked.data.seed, rows, asked.data.columns, spec.model.vocab_size)
     shards = processes if spec.parallel.parallel_mode == "data_parallel" else 1
-    return TokenData(config, "train_dataset", rows, shards, asked.engine, spec.model.vocab_size)
+    kind = PairData if asked.data and holds_pairs(asked.data.columns) else TokenData
+    return kind(config, "train_dataset", rows, shards, asked.engine, spec.model.vocab_size)
 
 
 def hooks_of(train: TrainSpec, trainer: Trainer, layers: tuple[int, ...] = ()) -> list[TrainHook]:
@@ -179,7 +192,7 @@ def _resume(run: Run, path: Path, spec: NetworkSpec) -> None:
             base = open_weights(Path(asked.base), spec.model, asked.strategies)
             stack.callback(base.close)
             below = base.plan.run(base.reader)
-        run.data.restore(found.data(), str(found.path))
+        run.data.restore(found.data(), found.step, str(found.path))
         run.first, state = counted_anew(found, run.data.rows)
         run.trainer.fill(chain(below, found.weights()), partly=lora and not asked.base)
         run.trainer.open()
@@ -236,7 +249,8 @@ def _steps(run: Run) -> None:
         now = time.perf_counter()
         for hook in run.hooks:
             figures = figures._replace(extra={**figures.extra, **hook.measured(number, figures)})
-        tokens = columns[0].shape[0] * (columns[0].shape[1] - 1)  # the last token of a row is a target only
+        rows = 2 * len(columns[0]) if isinstance(data, PairData) else len(columns[0])
+        tokens = rows * (columns[0].shape[1] - 1)  # the last token of a row is a target only
         record = record_of(figures, number, data.per_epoch, now - started, tokens)
         started = now
         metrics.append(record)

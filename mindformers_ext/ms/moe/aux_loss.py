@@ -17,8 +17,8 @@ class AuxiliaryLoss(nn.Cell):
     ``factor * E^2 * mean_g(mean(f) * mean(P))``, averaged over routing groups. "expert" has g = E, "device"
     g = expert_group_size, "comm" g = expert parallel size. Every one equals its factor when the load is balanced.
 
-    Inputs: logits (G, N, E), probabilities (G, N, E) that sum to 1 per token, counts (G, E), all float32. Output ();
-    ``per_group`` gives (G), whose mean it is.
+    Inputs: logits (G, N, E), probabilities (G, N, E) that sum to 1 per token, counts (G, E), all float32; where not all
+    tokens count, 1 or 0 for each (G, N). Output (); ``per_group`` gives (G), whose mean it is.
     """
 
     def __init__(self, moe: MoESpec, expert_parallel: int = 1) -> None:
@@ -35,12 +35,14 @@ class AuxiliaryLoss(nn.Cell):
     def construct(self, logits_GNE: Tensor, prob_GNE: Tensor, counts_GE: Tensor) -> Tensor:
         return self.per_group(logits_GNE, prob_GNE, counts_GE).mean()
 
-    def per_group(self, logits_GNE: Tensor, prob_GNE: Tensor, counts_GE: Tensor) -> Tensor:
+    def per_group(
+        self, logits_GNE: Tensor, prob_GNE: Tensor, counts_GE: Tensor, counted_GN: Tensor | None = None
+    ) -> Tensor:
         """The loss of every routing group (G)."""
         total_G = ops.zeros((logits_GNE.shape[0],), logits_GNE.dtype)
         if self.balances:
-            share_GE = counts_GE / counts_GE.sum(-1, keepdims=True)
-            mean_GE = prob_GNE.mean(1)
+            share_GE = counts_GE / ops.maximum(counts_GE.sum(-1, keepdims=True), 1.0)
+            mean_GE = mean_of(prob_GNE, counted_GN)
             for i in range(len(self.pools)):
                 pool, weight = self.pools[i], self.weights[i]
                 product = self.matmul(share_GE, pool) * self.matmul(mean_GE, pool)
@@ -49,8 +51,16 @@ class AuxiliaryLoss(nn.Cell):
             # Shifted by the maximum: exp never overflows (the unshifted form is inf * 0 = nan above 88).
             top = ops.stop_gradient(logits_GNE.max(-1, keepdims=True))
             logsumexp = ops.log(ops.exp(logits_GNE - top).sum(-1)) + ops.squeeze(top, -1)
-            total_G = total_G + self.z_factor * ops.square(logsumexp).mean(-1)
+            total_G = total_G + self.z_factor * mean_of(ops.expand_dims(ops.square(logsumexp), -1), counted_GN)[:, 0]
         return total_G
+
+
+def mean_of(x_GNE: Tensor, counted_GN: Tensor | None) -> Tensor:
+    """The mean (G, E) over tokens, or over those that count."""
+    if counted_GN is None:
+        return x_GNE.mean(1)
+    total_GE = (x_GNE * ops.expand_dims(counted_GN, -1)).sum(1)
+    return total_GE / ops.maximum(counted_GN.sum(-1, keepdims=True), 1.0)
 
 
 def _pooling(experts: int, parts: int) -> np.ndarray:

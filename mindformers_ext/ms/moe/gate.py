@@ -45,8 +45,9 @@ class Gate(Protocol):
     def choose(self, scores_GNS: Tensor, bias_E: Tensor) -> Choice:
         """Experts and weights of each token from its scores, by groups of N tokens."""
 
-    def loss(self, scores_GNS: Tensor, prob_GNE: Tensor, counts_GE: Tensor) -> Tensor:
-        """The auxiliary loss of every group (G); ``counts_GE`` float32: assignments per expert before dropping."""
+    def loss(self, scores_GNS: Tensor, prob_GNE: Tensor, counts_GE: Tensor, counted_GN: Tensor | None = None) -> Tensor:
+        """The auxiliary loss of every group (G); ``counts_GE`` float32: assignments per expert before dropping, of the
+        tokens that count; ``counted_GN``: 1 for those, 0 for others, None where all do."""
 
 
 class RouterGate(nn.Cell):
@@ -104,15 +105,18 @@ class TopkChoice(nn.Cell):
             weight_GNK = weight_GNK * self.moe.routed_scaling_factor
         return expert_GNK, weight_GNK, prob_GNE
 
-    def loss(self, logits_GNE: Tensor, prob_GNE: Tensor, counts_GE: Tensor) -> Tensor:
+    def loss(self, logits_GNE: Tensor, prob_GNE: Tensor, counts_GE: Tensor, counted_GN: Tensor | None = None) -> Tensor:
         """All auxiliary losses (G); with a bias the load is that of the unbiased choice."""
         if self.sigmoid:
             prob_GNE = prob_GNE / (prob_GNE.sum(-1, keepdims=True) + 1e-9)
         if self.biased and self.aux_loss.balances:
             _, expert_GNK = self.topk(ops.stop_gradient(prob_GNE), self.chosen)
-            _, _, counts_GE, _ = self.order(ops.reshape(expert_GNK, (expert_GNK.shape[0], -1)))
-            counts_GE = ops.cast(counts_GE, ms.float32)
-        return self.aux_loss.per_group(logits_GNE, prob_GNE, counts_GE)
+            if counted_GN is None:
+                _, _, counts_GE, _ = self.order(ops.reshape(expert_GNK, (expert_GNK.shape[0], -1)))
+                counts_GE = ops.cast(counts_GE, ms.float32)
+            else:
+                counts_GE = counted_assignments(expert_GNK, counted_GN, self.experts)
+        return self.aux_loss.per_group(logits_GNE, prob_GNE, counts_GE, counted_GN)
 
     def _probabilities(self, logits_GNE: Tensor) -> Tensor:
         if self.sigmoid:
@@ -173,9 +177,16 @@ class LinearGate(nn.Cell):
         """See ``Gate``."""
         return self.router.choose(logits_GNE, bias_E)
 
-    def loss(self, logits_GNE: Tensor, prob_GNE: Tensor, counts_GE: Tensor) -> Tensor:
+    def loss(self, logits_GNE: Tensor, prob_GNE: Tensor, counts_GE: Tensor, counted_GN: Tensor | None = None) -> Tensor:
         """See ``Gate``."""
-        return self.router.loss(logits_GNE, prob_GNE, counts_GE)
+        return self.router.loss(logits_GNE, prob_GNE, counts_GE, counted_GN)
+
+
+def counted_assignments(expert_GNK: Tensor, counted_GN: Tensor, experts: int) -> Tensor:
+    """Assignments (G, E) float32 of the tokens that count (G, N), 1 or 0."""
+    number_E = ops.reshape(ops.arange(experts, dtype=ms.int32), (1, 1, 1, -1))
+    chosen_GNE = ops.cast(ops.expand_dims(expert_GNK, -1) == number_E, ms.float32).sum(2)
+    return (chosen_GNE * ops.expand_dims(counted_GN, -1)).sum(1)
 
 
 GATES: dict[str, Callable[[NetworkSpec, MoESpec, Operators], Gate]] = {"linear": LinearGate}

@@ -66,20 +66,23 @@ class NoisyChoice(nn.Cell):
         weight_GNK = score_GNK * self.factor if self.multiply else ops.ones_like(score_GNK)
         return expert_GNK, weight_GNK, spread_GNE
 
-    def loss(self, scores_GNS: Tensor, spread_GNE: Tensor, counts_GE: Tensor) -> Tensor:
+    def loss(
+        self, scores_GNS: Tensor, spread_GNE: Tensor, counts_GE: Tensor, counted_GN: Tensor | None = None
+    ) -> Tensor:
         """See ``Gate``."""
         if self.balance == 0 or self.experts == 1:
             return ops.zeros_like(counts_GE[:, 0])
         load_GE = counts_GE
         if self._is_noisy(scores_GNS) and self.chosen < self.experts:
-            load_GE = self._load(scores_GNS)
+            load_GE = _sum_of(self._chances(scores_GNS), counted_GN)
         elif self.as_released:
-            load_GE = ops.cast(spread_GNE > 0, ms.float32).sum(1)
-        return self.balance * (self._squared_variation(spread_GNE.sum(1)) + self._squared_variation(load_GE))
+            load_GE = _sum_of(ops.cast(spread_GNE > 0, ms.float32), counted_GN)
+        importance_GE = _sum_of(spread_GNE, counted_GN)
+        return self.balance * (self._squared_variation(importance_GE) + self._squared_variation(load_GE))
 
-    def _load(self, scores_GNS: Tensor) -> Tensor:
-        """Per expert (G, E) the sum over tokens of the chance that it is chosen if its own noise is drawn again: that
-        it exceeds the best of those left out, or, where it is left out, the last of the chosen."""
+    def _chances(self, scores_GNS: Tensor) -> Tensor:
+        """The chance (G, N, E) that an expert is chosen if its own noise is drawn again: that it exceeds the best of
+        those left out, or, where it is left out, the last of the chosen."""
         clean_GNE, sigma_GNE, added_GNE = self._sizes(scores_GNS)
         logits_GNE = clean_GNE + added_GNE
         around_GNK, _ = self.topk(logits_GNE, self.chosen + 1)
@@ -88,13 +91,18 @@ class NoisyChoice(nn.Cell):
         inside_GNE = ops.cast(ops.stop_gradient(compared_GNE > first_out), ms.float32)
         limit_GNE = inside_GNE * first_out + (1.0 - inside_GNE) * last_in
         distance_GNE = (clean_GNE - limit_GNE) / sigma_GNE
-        return (0.5 * (1.0 + self.erf(distance_GNE * math.sqrt(0.5)))).sum(1)
+        return 0.5 * (1.0 + self.erf(distance_GNE * math.sqrt(0.5)))
 
     def _squared_variation(self, value_GE: Tensor) -> Tensor:
         """Variance over E - 1 by squared mean (G)."""
         mean_GE = value_GE.mean(-1, keep_dims=True)
         variance_G = ops.square(value_GE - mean_GE).sum(-1) / self.divisor
         return variance_G / (ops.square(mean_GE[:, 0]) + 1e-10)
+
+
+def _sum_of(x_GNE: Tensor, counted_GN: Tensor | None) -> Tensor:
+    """Over the tokens that count (G, E)."""
+    return x_GNE.sum(1) if counted_GN is None else (x_GNE * ops.expand_dims(counted_GN, -1)).sum(1)
 
 
 def _product(spec: NetworkSpec, moe: MoESpec, operators: Operators, width: int, std: float) -> RouterGate:
@@ -135,9 +143,9 @@ class NoisyGate(nn.Cell):
         """See ``Gate``."""
         return self.router.choose(scores_GNS)
 
-    def loss(self, scores_GNS: Tensor, prob_GNE: Tensor, counts_GE: Tensor) -> Tensor:
+    def loss(self, scores_GNS: Tensor, prob_GNE: Tensor, counts_GE: Tensor, counted_GN: Tensor | None = None) -> Tensor:
         """See ``Gate``."""
-        return self.router.loss(scores_GNS, prob_GNE, counts_GE)
+        return self.router.loss(scores_GNS, prob_GNE, counts_GE, counted_GN)
 
 
 class NoisyMlpGate(NoisyGate):

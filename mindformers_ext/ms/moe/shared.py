@@ -86,8 +86,10 @@ class SharedMoE(nn.Cell):
             return self.mean(routed_TD, self.always(x_TD), self.weighting(x_TD))
         return self.add(routed_TD, self.always(x_TD))
 
-    def construct(self, x_TD: Tensor, noise_TE: Tensor | None = None) -> FeedForwardOutput:
-        y_TD, aux_loss_G, report_GE = self.routed_experts(x_TD, noise_TE)
+    def construct(
+        self, x_TD: Tensor, noise_TE: Tensor | None = None, counted_T: Tensor | None = None
+    ) -> FeedForwardOutput:
+        y_TD, aux_loss_G, report_GE = self.routed_experts(x_TD, noise_TE, counted_T)
         return self.together(y_TD, x_TD), aux_loss_G, report_GE
 
     def for_inference(self, tokens: int) -> nn.Cell:

@@ -22,6 +22,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops.auto_generate import FlashAttentionScore, GroupedMatmul, RotaryPositionEmbedding, Swiglu, TopKRouter
 
 from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.ms.ops.portable_documents import document_ends
 
 MASK_WIDTH = 2048  # of the mask that stands for any longer causal one (FlashAttentionScore, sparse_mode 2)
 LEFT_UP_CAUSAL, WHOLE_MASK, BAND = 2, 0, 4  # sparse_mode
@@ -122,6 +123,46 @@ class FlashAttentionOp(nn.Cell):
     def construct(self, q_BSD: Tensor, k_BSD: Tensor, v_BSD: Tensor) -> Tensor:
         _, _, _, mixed_BSD = self.attend(q_BSD, k_BSD, v_BSD, None, None, None, self.hidden)
         return mixed_BSD
+
+
+class PackedFlashOp(nn.Cell):
+    """As ``PackedAttentionOp``, by FlashAttentionScore of variable length (layout TND): it computes nothing between
+    documents. As many lengths whatever a row holds: its 128 documents, most of no token, and its padding."""
+
+    def __init__(
+        self,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        seq_length: int,
+        softmax_dtype: ms.Type,
+        window: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        if window is not None and window >= seq_length:
+            window = None
+        self.hidden = hidden_keys(MASK_WIDTH + 1)
+        self.join = P.Concat(axis=1)
+        self.attend = FlashAttentionScore(
+            head_num=heads,
+            scale_value=1.0 / math.sqrt(head_dim),
+            input_layout="TND",
+            next_tokens=0,
+            sparse_mode=LEFT_UP_CAUSAL if window is None else BAND,
+            **({} if window is None else {"pre_tokens": window - 1}),
+        )
+
+    def construct(self, q_BSD: Tensor, k_BSD: Tensor, v_BSD: Tensor, documents_BS: Tensor) -> Tensor:
+        B, S, _ = q_BSD.shape
+        ends = self.join((document_ends(documents_BS), ops.full((B, 1), S, dtype=ms.int32)))
+        row_B = ops.reshape(ops.arange(B, dtype=ms.int32), (-1, 1))
+        ends = ops.cast(ops.reshape(ends + row_B * S, (-1,)), ms.int64)
+        q = ops.reshape(q_BSD, (-1, self.heads, self.head_dim))
+        k = ops.reshape(k_BSD, (-1, self.kv_heads, self.head_dim))
+        v = ops.reshape(v_BSD, (-1, self.kv_heads, self.head_dim))
+        _, _, _, mixed = self.attend(q, k, v, None, None, None, self.hidden, None, ends, ends)
+        return ops.reshape(mixed, q_BSD.shape)
 
 
 class TopKRouterSlots(nn.Cell):
@@ -226,6 +267,13 @@ FUSED = (
         FlashAttentionOp,
         attention_unfit,
     ),
+    FusedKernel(
+        "packed_attention",
+        "use_flash_attention",
+        lambda spec: spec.kernels.flash_attention,
+        PackedFlashOp,
+        attention_unfit,
+    ),
     FusedKernel("rms_norm", "fused_rms_norm", lambda spec: spec.kernels.rms_norm, RmsNormKernel),
     FusedKernel("rotary", "use_fused_rope", lambda spec: spec.kernels.rope, RotaryKernel, rope_unfit),
     FusedKernel("swiglu", "use_fused_swiglu", lambda spec: spec.kernels.swiglu, SwiGluKernel),
@@ -257,4 +305,4 @@ def fused_cells(spec: NetworkSpec) -> tuple[dict[str, type[nn.Cell]], list[str]]
             notes.append(f"{kernel.switch}: portable operators instead, {reason}")
         else:
             cells[kernel.field] = kernel.cell
-    return cells, notes
+    return cells, list(dict.fromkeys(notes))

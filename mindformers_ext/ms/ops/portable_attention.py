@@ -53,6 +53,10 @@ class AttentionBlock(nn.Cell):
         return self.product(weights, v), weights
 
     def bprop(self, q: Tensor, k: Tensor, v: Tensor, out: tuple, dout: tuple) -> tuple[Tensor, Tensor, Tensor]:
+        return self.gradients(q, k, v, out, dout)
+
+    def gradients(self, q: Tensor, k: Tensor, v: Tensor, out: tuple, dout: tuple) -> tuple[Tensor, Tensor, Tensor]:
+        """Those at q, k and v."""
         mixed, weights = out
         dmixed = dout[0]
         along = ops.cast(ops.reshape(mixed * dmixed, (-1, mixed.shape[2])), ms.float32)
@@ -71,6 +75,8 @@ class CausalAttentionOp(nn.Cell):
     ``window``: tokens that a token sees, itself included; None: all before it.
     """
 
+    may_halve = True
+
     def __init__(
         self,
         heads: int,
@@ -83,7 +89,7 @@ class CausalAttentionOp(nn.Cell):
         super().__init__()
         self.kv_heads, self.repeats, self.head_dim = kv_heads, heads // kv_heads, head_dim
         self.scale = head_dim**-0.5
-        self.halved = seq_length >= _HALVES_FROM and seq_length % 2 == 0
+        self.halved = self.may_halve and seq_length >= _HALVES_FROM and seq_length % 2 == 0
         self.last_length = seq_length // 2 if self.halved else seq_length
         self.last = AttentionBlock(seq_length - self.last_length, self.last_length, head_dim, softmax_dtype, window)
         if self.halved:

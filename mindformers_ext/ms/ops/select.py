@@ -12,7 +12,7 @@ import mindspore as ms
 from mindspore import nn
 
 from mindformers_ext.core.spec import NetworkSpec, NumericsSpec
-from mindformers_ext.ms.ops import ascend, portable, portable_attention, portable_dropout
+from mindformers_ext.ms.ops import ascend, portable, portable_attention, portable_documents, portable_dropout
 from mindformers_ext.ms.ops.dtypes import mindspore_dtype
 
 _log = logging.getLogger("mindformers_ext")
@@ -40,6 +40,7 @@ class Operators:
     swiglu: Callable[..., nn.Cell] = portable.SwiGluOp
     rotary: Callable[..., nn.Cell] = portable.RotaryOp
     causal_attention: Callable[..., nn.Cell] = portable_attention.CausalAttentionOp
+    packed_attention: Callable[..., nn.Cell] = portable_documents.PackedAttentionOp
     grouped_product: Callable[..., nn.Cell] = portable.GroupedProductOp
     dropout: Callable[..., nn.Cell] | None = portable_dropout.SeededDropoutOp  # None: MindSpore's own, which is fused
     slots: Callable[..., nn.Cell] | None = None  # a kernel that fills experts' slots; None: the router sorts

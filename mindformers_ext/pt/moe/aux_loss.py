@@ -16,7 +16,8 @@ class AuxiliaryLoss(nn.Module):
     ``factor * E^2 * mean_g(mean(f) * mean(P))``. "expert" has g = E, "device" g = expert_group_size, "comm" g = expert
     parallel size. Every one equals its factor when the load is balanced.
 
-    Inputs: logits (G, N, E), probabilities (G, N, E) that sum to 1 per token, counts (G, E), all float32. Output (G).
+    Inputs: logits (G, N, E), probabilities (G, N, E) that sum to 1 per token, counts (G, E), all float32, and which
+    tokens (G, N) count, all where it is not told. Output (G).
     """
 
     def __init__(self, moe: MoESpec, expert_parallel: int = 1) -> None:
@@ -31,16 +32,27 @@ class AuxiliaryLoss(nn.Module):
         """Whether any loss but the z loss is on."""
         return bool(self.active)
 
-    def forward(self, logits_GNE: Tensor, prob_GNE: Tensor, counts_GE: Tensor) -> Tensor:
+    def forward(
+        self, logits_GNE: Tensor, prob_GNE: Tensor, counts_GE: Tensor, counted_GN: Tensor | None = None
+    ) -> Tensor:
         G, _, E = logits_GNE.shape
         total_G = logits_GNE.new_zeros(G)
         if self.active:
-            share_GE = counts_GE / counts_GE.sum(-1, keepdim=True)
-            mean_GE = prob_GNE.mean(1)
+            share_GE = counts_GE / counts_GE.sum(-1, keepdim=True).clamp(min=1)
+            mean_GE = mean_of(prob_GNE, counted_GN)
             for parts, factor in self.active:
                 pools = (G, parts, E // parts)
                 product = share_GE.reshape(pools).mean(-1) * mean_GE.reshape(pools).mean(-1)
                 total_G = total_G + factor * E**2 / parts * product.sum(-1)
         if self.z_factor > 0:
-            total_G = total_G + self.z_factor * torch.logsumexp(logits_GNE, -1).square().mean(-1)
+            square_GN = torch.logsumexp(logits_GNE, -1).square()
+            total_G = total_G + self.z_factor * mean_of(square_GN[..., None], counted_GN)[..., 0]
         return total_G
+
+
+def mean_of(x_GNE: Tensor, counted_GN: Tensor | None) -> Tensor:
+    """The mean (G, E) over tokens, or over those that count."""
+    if counted_GN is None:
+        return x_GNE.mean(1)
+    weight_GN = counted_GN.to(x_GNE.dtype)
+    return (x_GNE * weight_GN[..., None]).sum(1) / weight_GN.sum(1, keepdim=True).clamp(min=1)

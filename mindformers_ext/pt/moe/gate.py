@@ -26,19 +26,23 @@ class Choice(NamedTuple):
     """What a gate decides.
 
     expert_GNK (G, N, K) int64, best first; weight_GNK (G, N, K) float32; aux_loss_G (G) float32; counts_GE (G, E)
-    int64 assignments of each expert.
+    int64 assignments of each expert; reported_GE those of tokens that count, None where all do.
     """
 
     expert_GNK: Tensor
     weight_GNK: Tensor
     aux_loss_G: Tensor
     counts_GE: Tensor
+    reported_GE: Tensor | None = None
 
 
 class Gate(Protocol):
-    """A module over the tokens (G, N, D) of every routing group; one that draws noise takes it too, (T, E)."""
+    """A module over the tokens (G, N, D) of every routing group; one that draws noise takes it too, (T, E).
 
-    def __call__(self, x_GND: Tensor, noise_TE: Tensor | None = None) -> Choice: ...
+    ``counted_GN``: tokens that count in its loss and its report, None: all.
+    """
+
+    def __call__(self, x_GND: Tensor, noise_TE: Tensor | None = None, counted_GN: Tensor | None = None) -> Choice: ...
 
     def choose(self, x_GND: Tensor) -> tuple[Tensor, Tensor]:
         """Weights (G, N, K) float32 and experts (G, N, K), without losses and counts: inference."""
@@ -74,8 +78,8 @@ class LinearGate(nn.Module):
         """(G, N, E) float32."""
         return self.dense(x_GND.flatten(0, 1)).view(*x_GND.shape[:2], -1)
 
-    def forward(self, x_GND: Tensor) -> Choice:
-        return self.router(self.logits(x_GND))
+    def forward(self, x_GND: Tensor, noise_TE: Tensor | None = None, counted_GN: Tensor | None = None) -> Choice:
+        return self.router(self.logits(x_GND), counted_GN)
 
     def choose(self, x_GND: Tensor) -> tuple[Tensor, Tensor]:
         """See ``Gate``."""
@@ -99,11 +103,12 @@ class TopkChoice(nn.Module):
             self.register_buffer("topk_bias", torch.zeros(self.experts))
         self.aux_loss = AuxiliaryLoss(moe, parallel.expert_parallel if parallel else 1)
 
-    def forward(self, logits_GNE: Tensor) -> Choice:
+    def forward(self, logits_GNE: Tensor, counted_GN: Tensor | None = None) -> Choice:
         prob_GNE = self._probabilities(logits_GNE)
         weight_GNK, expert_GNK = self._weighted(prob_GNE)
-        counts_GE = count_assignments(expert_GNK, self.experts)
-        return Choice(expert_GNK, weight_GNK, self._auxiliary(logits_GNE, prob_GNE, counts_GE), counts_GE)
+        counts_GE, reported_GE = counted_assignments(expert_GNK, self.experts, counted_GN)
+        loss_G = self._auxiliary(logits_GNE, prob_GNE, counts_GE if reported_GE is None else reported_GE, counted_GN)
+        return Choice(expert_GNK, weight_GNK, loss_G, counts_GE, reported_GE)
 
     def choose(self, logits_GNE: Tensor) -> tuple[Tensor, Tensor]:
         """Weights (G, N, K) float32 and experts (G, N, K), nothing counted: inference."""
@@ -137,13 +142,15 @@ class TopkChoice(nn.Module):
         inside = (group_score >= limit).unsqueeze(-1)
         return torch.where(inside, by_group, by_group.new_full((), -3.0e38)).reshape(G, N, E)
 
-    def _auxiliary(self, logits_GNE: Tensor, prob_GNE: Tensor, counts_GE: Tensor) -> Tensor:
+    def _auxiliary(self, logits_GNE: Tensor, prob_GNE: Tensor, counts_GE: Tensor, counted_GN: Tensor | None) -> Tensor:
         """All auxiliary losses; with a bias the load is that of the unbiased choice."""
         if self.moe.use_gating_sigmoid:
             prob_GNE = prob_GNE / (prob_GNE.sum(-1, keepdim=True) + 1e-9)
         if self.moe.balance_via_topk_bias and self.aux_loss.balances:
-            counts_GE = count_assignments(best(prob_GNE.detach(), self.chosen), self.experts)
-        return self.aux_loss(logits_GNE, prob_GNE, counts_GE.to(torch.float32))
+            expert_GNK = best(prob_GNE.detach(), self.chosen)
+            found = counted_assignments(expert_GNK, self.experts, counted_GN)
+            counts_GE = found[0] if found[1] is None else found[1]
+        return self.aux_loss(logits_GNE, prob_GNE, counts_GE.to(torch.float32), counted_GN)
 
 
 def best(score_GNE: Tensor, count: int) -> Tensor:
@@ -156,6 +163,14 @@ def count_assignments(expert_GNK: Tensor, experts: int, counted_GNK: Tensor | No
     flat = expert_GNK.flatten(1)
     ones = torch.ones_like(flat) if counted_GNK is None else counted_GNK.flatten(1).to(flat.dtype)
     return torch.zeros(flat.shape[0], experts, dtype=torch.int64, device=flat.device).scatter_add_(1, flat, ones)
+
+
+def counted_assignments(expert_GNK: Tensor, experts: int, counted_GN: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Assignments (G, E) int64 of all tokens, and of those that count where it is told."""
+    counts_GE = count_assignments(expert_GNK, experts)
+    if counted_GN is None:
+        return counts_GE, None
+    return counts_GE, count_assignments(expert_GNK, experts, counted_GN[..., None].expand_as(expert_GNK))
 
 
 GATES: dict[str, Callable[[NetworkSpec, MoESpec], Gate]] = {"linear": LinearGate}

@@ -29,15 +29,17 @@ class MoE(nn.Module):
         self.ffn = Experts(spec, moe)
         self.exchange: ExpertExchange | None = None  # where the experts are spread over ranks
 
-    def route(self, x_TD: Tensor, noise_TE: Tensor | None = None) -> Routing:
+    def route(self, x_TD: Tensor, noise_TE: Tensor | None = None, counted_T: Tensor | None = None) -> Routing:
         """What becomes of every token of the routing groups."""
         T, D = x_TD.shape
         x_GND = x_TD.view(self.groups, T // self.groups, D)
-        choice = self.router(x_GND) if noise_TE is None else self.router(x_GND, noise_TE)
-        return apply_slots(choice, self.slots, self.training)
+        counted_GN = None if counted_T is None else counted_T.view(x_GND.shape[:2])
+        return apply_slots(self.router(x_GND, noise_TE, counted_GN), self.slots, self.training)
 
-    def forward(self, x_TD: Tensor, noise_TE: Tensor | None = None) -> FeedForwardOutput:
-        routing = self.route(x_TD, noise_TE)
+    def forward(
+        self, x_TD: Tensor, noise_TE: Tensor | None = None, counted_T: Tensor | None = None
+    ) -> FeedForwardOutput:
+        routing = self.route(x_TD, noise_TE, counted_T)
         kept_TK = None if routing.kept_GNK is None else routing.kept_GNK.flatten(0, 1)
         y_TD = self.computed(x_TD, routing.expert_GNK.flatten(0, 1), routing.weight_GNK.flatten(0, 1), kept_TK)
         report_GE = torch.cat((routing.counts_GE, routing.dropped_G[:, None]), 1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mindformers_ext.core.layers import MoESpec
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.pt.moe.gate import GATES, Choice, RouterGate, best, count_assignments
+from mindformers_ext.pt.moe.gate import GATES, Choice, RouterGate, best, count_assignments, counted_assignments
 from mindformers_ext.pt.ops.dtypes import torch_dtype
 
 
@@ -38,7 +38,9 @@ class NoisyChoice(nn.Module):
         """What the experts' outputs are multiplied by."""
         return score_GNK * self.factor if self.multiply else torch.ones_like(score_GNK)
 
-    def forward(self, clean_GNE: Tensor, drawn: tuple[Tensor, Tensor] | None = None) -> Choice:
+    def forward(
+        self, clean_GNE: Tensor, drawn: tuple[Tensor, Tensor] | None = None, counted_GN: Tensor | None = None
+    ) -> Choice:
         """``clean``: logits. ``drawn``: of a step with noise its size before softplus, and the noise."""
         noise: tuple[Tensor, Tensor] | None = None  # its size, and what is added
         if drawn is not None:
@@ -46,29 +48,37 @@ class NoisyChoice(nn.Module):
             noise = sigma_GNE, drawn[1] * sigma_GNE
         logits_GNE = clean_GNE if noise is None else clean_GNE + noise[1]
         score_GNK, expert_GNK, order_GNE = self.scores(logits_GNE)
-        counts_GE = count_assignments(expert_GNK, self.experts)
+        counts_GE, reported_GE = counted_assignments(expert_GNK, self.experts, counted_GN)
         loss_G = clean_GNE.new_zeros(clean_GNE.shape[0])
         if self.balance:
-            importance_GE = torch.zeros_like(logits_GNE).scatter(-1, expert_GNK, score_GNK).sum(1)
-            load_GE = counts_GE.float()
+            importance_GE = _sum_of(torch.zeros_like(logits_GNE).scatter(-1, expert_GNK, score_GNK), counted_GN)
+            load_GE = (counts_GE if reported_GE is None else reported_GE).float()
             if noise is not None and self.chosen < self.experts:
                 compared_GNE = noise[1] if self.as_released else logits_GNE
-                load_GE = self._load(clean_GNE, noise[0], logits_GNE, compared_GNE, order_GNE)
+                chance_GNE = self._chances(clean_GNE, noise[0], logits_GNE, compared_GNE, order_GNE)
+                load_GE = _sum_of(chance_GNE, counted_GN)
             elif self.as_released:
-                load_GE = count_assignments(expert_GNK, self.experts, score_GNK > 0).float()
+                positive_GNK = score_GNK > 0
+                seen_GNK = positive_GNK if counted_GN is None else positive_GNK & counted_GN[..., None]
+                load_GE = count_assignments(expert_GNK, self.experts, seen_GNK).float()
             loss_G = self.balance * (squared_variation(importance_GE) + squared_variation(load_GE))
-        return Choice(expert_GNK, self.weights(score_GNK), loss_G, counts_GE)
+        return Choice(expert_GNK, self.weights(score_GNK), loss_G, counts_GE, reported_GE)
 
-    def _load(
+    def _chances(
         self, clean_GNE: Tensor, sigma_GNE: Tensor, logits_GNE: Tensor, compared_GNE: Tensor, order_GNE: Tensor
     ) -> Tensor:
-        """Per expert (G, E) the sum over tokens of the chance that it is chosen if its own noise is drawn again: that
-        it exceeds the best of those left out, or, where it is left out, the last of the chosen."""
+        """The chance (G, N, E) that an expert is chosen if its own noise is drawn again: that it exceeds the best of
+        those left out, or, where it is left out, the last of the chosen."""
         around_GN2 = logits_GNE.gather(-1, order_GNE[..., self.chosen - 1 : self.chosen + 1])
         last_in, first_out = around_GN2[..., :1], around_GN2[..., 1:]
         limit_GNE = torch.where(compared_GNE > first_out, first_out, last_in)
         distance_GNE = (clean_GNE - limit_GNE) / sigma_GNE
-        return (0.5 * (1.0 + torch.erf(distance_GNE * math.sqrt(0.5)))).sum(1)
+        return 0.5 * (1.0 + torch.erf(distance_GNE * math.sqrt(0.5)))
+
+
+def _sum_of(x_GNE: Tensor, counted_GN: Tensor | None) -> Tensor:
+    """Over the tokens that count (G, E)."""
+    return (x_GNE if counted_GN is None else x_GNE * counted_GN[..., None].to(x_GNE.dtype)).sum(1)
 
 
 def squared_variation(value_GE: Tensor) -> Tensor:
@@ -93,16 +103,16 @@ class NoisyGate(nn.Module):
         """(T, E) float32."""
         return self.dense(x_TD)
 
-    def forward(self, x_GND: Tensor, noise_TE: Tensor | None = None) -> Choice:
+    def forward(self, x_GND: Tensor, noise_TE: Tensor | None = None, counted_GN: Tensor | None = None) -> Choice:
         """``noise_TE``: standard normal, of a training step; evaluation has none."""
         if self.draws and self.training and noise_TE is None:
             raise ValueError("a gate that adds noise is trained with noise: give it, or call eval()")
         shape, x_TD = (*x_GND.shape[:2], -1), x_GND.flatten(0, 1)
         clean_GNE = self.logits(x_TD).view(shape)
         if not self.training:
-            return self.router(clean_GNE)
+            return self.router(clean_GNE, None, counted_GN)
         drawn = None if noise_TE is None else (self.noise(x_TD).view(shape), noise_TE.view(shape))
-        choice = self.router(clean_GNE, drawn)
+        choice = self.router(clean_GNE, drawn, counted_GN)
         # a plain sum, one expert or no noise leave weights without effect: their gradient is zero, not missing
         unused = sum((weight.sum() * 0.0 for weight in self.parameters()), choice.aux_loss_G)
         return choice._replace(aux_loss_G=unused)

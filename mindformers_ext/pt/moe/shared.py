@@ -40,8 +40,10 @@ class SharedMoE(nn.Module):
             self.weighting = RouterGate(hidden, 2, std, dtype)
         self.shared, self.scale = shared, shared.scale_of(0)
 
-    def forward(self, x_TD: Tensor, noise_TE: Tensor | None = None) -> FeedForwardOutput:
-        routed = self.routed_experts(x_TD, noise_TE)
+    def forward(
+        self, x_TD: Tensor, noise_TE: Tensor | None = None, counted_T: Tensor | None = None
+    ) -> FeedForwardOutput:
+        routed = self.routed_experts(x_TD, noise_TE, counted_T)
         return FeedForwardOutput(self._together(routed.y_TD, x_TD), routed.aux_loss_G, routed.report_GE)
 
     def _together(self, routed_TD: Tensor, x_TD: Tensor) -> Tensor:

@@ -67,8 +67,8 @@ class Routing(NamedTuple):
     """A choice after dropping: what the experts compute and what the layer reports.
 
     expert_GNK (G, N, K) int64, best first; weight_GNK (G, N, K) float32, 0 where dropped; kept_GNK (G, N, K) bool,
-    None when nothing can be dropped; aux_loss_G (G); counts_GE (G, E) float32 assignments before dropping; dropped_G
-    (G) float32 their share that was dropped.
+    None when nothing can be dropped; aux_loss_G (G); counts_GE (G, E) float32 assignments before dropping, of tokens
+    that count; dropped_G (G) float32 the share of all that was dropped.
     """
 
     expert_GNK: Tensor
@@ -84,7 +84,7 @@ def apply_slots(choice: Choice, rule: SlotRule, training: bool = True) -> Routin
     slots, weight_GNK = rule(choice.expert_GNK, choice.counts_GE, training), choice.weight_GNK
     if slots.kept_GNK is not None:
         weight_GNK = torch.where(slots.kept_GNK, weight_GNK, weight_GNK.new_zeros(()))
-    counts_GE = choice.counts_GE.to(torch.float32)
+    counts_GE = (choice.counts_GE if choice.reported_GE is None else choice.reported_GE).to(torch.float32)
     return Routing(choice.expert_GNK, weight_GNK, slots.kept_GNK, choice.aux_loss_G, counts_GE, slots.dropped_G)
 
 

@@ -79,25 +79,25 @@ def _repair(scores: np.ndarray, labels: np.ndarray, excess: np.ndarray) -> None:
     """Move rows over shortest paths until no column has an ``excess`` or lack; ``labels`` changes in place."""
     if not excess.any():
         return
-    cost = _costs(scores, labels)
+    cost = move_costs(scores, labels)
     while excess.any():
-        distance, before, path = _paths(cost, excess > 0)
+        distance, before, path = shortest_paths(cost, excess > 0)
         if not path:
             end = int(np.where(excess < 0, distance, np.inf).argmin())
-            path = _path_to(end, before)
+            path = path_to(end, before)
             excess[path[0]] -= 1
             excess[end] += 1
-        moves = [(_cheapest(scores, labels, *step), step[1]) for step in zip(path[:-1], path[1:], strict=True)]
+        moves = [(cheapest(scores, labels, *step), step[1]) for step in zip(path[:-1], path[1:], strict=True)]
         for row, there in moves:  # all are chosen before any label changes
             labels[row] = there
         if len(path) == 2:
             _move_equal(scores, labels, excess, path, cost[path[0], path[1]])
         for column in dict.fromkeys(path):
-            cost[column] = _losses(scores, labels, column)[1].min(1, initial=np.inf)
+            cost[column] = row_losses(scores, labels, column)[1].min(1, initial=np.inf)
             cost[column, column] = np.inf
 
 
-def _costs(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def move_costs(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """float64 (E, E): what the cheapest move of a row from a to b loses."""
     columns, rows = scores.shape
     order = np.argsort(labels.astype(np.uint16), kind="stable")
@@ -110,14 +110,14 @@ def _costs(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return cost
 
 
-def _losses(scores: np.ndarray, labels: np.ndarray, column: int) -> tuple[np.ndarray, np.ndarray]:
+def row_losses(scores: np.ndarray, labels: np.ndarray, column: int) -> tuple[np.ndarray, np.ndarray]:
     """The rows of ``column``, and what each loses in every other one, float64 (E, rows)."""
     members = np.flatnonzero(labels == column)
     part = scores[:, members]
     return members, part[column].astype(np.float64) - part
 
 
-def _cheapest(scores: np.ndarray, labels: np.ndarray, here: int, there: int) -> int:
+def cheapest(scores: np.ndarray, labels: np.ndarray, here: int, there: int) -> int:
     """The row that loses least on its way."""
     members = np.flatnonzero(labels == here)
     loss = scores[here, members].astype(np.float64) - scores[there, members]
@@ -138,7 +138,7 @@ def _move_equal(scores: np.ndarray, labels: np.ndarray, excess: np.ndarray, path
     excess[there] += len(equal)
 
 
-def _paths(cost: np.ndarray, sources: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[int]]:
+def shortest_paths(cost: np.ndarray, sources: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Bellman and Ford: distance of each node from the nearest source, the node before it, and a negative cycle if
     there is one (first node = last)."""
     distance = np.where(sources, 0.0, np.inf)
@@ -163,7 +163,8 @@ def _paths(cost: np.ndarray, sources: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return distance, before, path[::-1]
 
 
-def _path_to(node: int, before: np.ndarray) -> list[int]:
+def path_to(node: int, before: np.ndarray) -> list[int]:
+    """From a source to ``node``."""
     path = [node]
     while before[path[-1]] >= 0:
         path.append(int(before[path[-1]]))

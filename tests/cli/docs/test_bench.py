@@ -54,6 +54,25 @@ def test_preprocessing_is_measured_against_sentencepiece_and_mindformers(repo_ro
     assert len(re.findall(r"tokens/s \d+\.\d+ for the whole command", text)) == 4
 
 
+def test_a_mixture_is_read_and_planned_beside_plain_rows(repo_root: Path, tmp_path: Path) -> None:
+    small = ["--rows", "280", "--width", "33", "--batch", "8", "--rounds", "1", "--folder", str(tmp_path)]
+    text = bench(repo_root, "mixture", *small, "--plan", "20000")
+    assert re.search(r"mixture of 7 domains \d+ rows/s: ratio wall \d+\.\d+  CPU \d+\.\d+", text) and not any(
+        tmp_path.iterdir()
+    )
+    assert re.search(r"planned 20000 rows in \d+\.\d s, peak \d+ MB .*, state \d+ bytes", text)
+
+
+def test_a_ray_cluster_is_measured_against_processes(repo_root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="pip install 'mindformers_ext[ray]'")
+    train_sentencepiece(standard_library_text(200_000), tmp_path / "tokenizer.model", 1000)
+    words = ["--model_file", str(tmp_path / "tokenizer.model"), "--megabytes", "5", "--rounds", "1", "--ray"]
+    text = bench(repo_root, "preprocess", *words)
+    tokens = dict(re.findall(r"^(processes|ray) +(\d+) tokens", text, re.M))
+    assert len(tokens) == 2 and len(set(tokens.values())) == 1
+    assert re.search(r"^ray / processes: \d+\.\d+ ", text, re.M)
+
+
 def test_generation_is_measured_and_its_answers_are_equal(repo_root: Path) -> None:
     small = ["--prompt", "20", "--new", "6", "--hidden", "64", "--ffn", "96", "--layers", "2", "--rounds", "1"]
     text = bench(repo_root, "generate", *small, "--batches", "1", "2")

@@ -40,6 +40,12 @@ RUN_ELSEWHERE = {
     "--config configs/tiny/finetune_mixtral.yaml --input_glob output/finetune/alpaca.json "
     "--model_file tokenizer.model --output_file output/finetune/alpaca.mindrecord": FINETUNE,
     "python run_mindformer.py --config configs/tiny/finetune_mixtral.yaml": FINETUNE,
+    "python tools/bench/mixture.py": "tests/cli/docs/test_bench.py, with few rows",
+    "python tools/dataset_preprocess/llama/llama_preprocess.py --dataset_type qa --pack_strategy pack "
+    "--config configs/tiny/finetune_mixtral.yaml --input_glob output/finetune/alpaca.json "
+    "--model_file tokenizer.model --output_file output/finetune/packed.mindrecord": FINETUNE,
+    "python run_mindformer.py --config configs/tiny/finetune_mixtral.yaml --train_data "
+    'output/finetune/packed.mindrecord --train_dataset.input_columns "[input_ids,labels,document_ids]"': FINETUNE,
     "python run_mindformer.py --config configs/tiny/llama_prune.yaml": PRUNE,
     "python tools/prune.py cut output/llama_prune --output output/llama_pruned --next_yaml "
     "output/llama_continue.yaml": PRUNE,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 from hashlib import sha256
 from pathlib import Path
@@ -14,8 +15,10 @@ import pytest
 
 from mindformers_ext.cli.preprocess import main
 from mindformers_ext.data.corpus import standard_library_text
+from mindformers_ext.data.domains.documents import Block
 from mindformers_ext.data.domains.manifest import SPLITS, Manifest, read_manifest, split_files
 from mindformers_ext.data.tokenizers import open_tokenizer, train_sentencepiece
+from mindformers_ext.jobs.preprocess.domains.blocks import BlockEncoder
 from tests.helpers.mds_writer import write_mds
 from tests.helpers.merge_models import tokenizer_json
 from tests.helpers.records import rows_of
@@ -122,27 +125,36 @@ def test_processes_blocks_and_shards_write_the_same_bytes(
     monkeypatch.setattr("mindformers_ext.data.domains.documents.SMALLEST", 3000)
     monkeypatch.setattr("mindformers_ext.data.domains.documents.LARGEST", 3000)
     expected = hashes(prepared)
-    assert run(folder, folder / "out" / "two", *SIZES, "--workers", 3) == 0
-    assert hashes(folder / "out" / "two") == expected
-    for shard in ("2/3", "0/3"):
-        assert run(folder, folder / "out" / "three", *SIZES, "--shard", shard, "--workers", 1) == 0
-    assert run(folder, folder / "out" / "three", *SIZES, "--shard", "join") == 2
-    assert "parts are not in" in capsys.readouterr().err and not (folder / "out" / "three").exists()
-    # the rest is done without another shard, as after a kill: what is there is kept
-    assert run(folder, folder / "out" / "three", *SIZES, "--workers", 1) == 0
+    two, three = folder / "out" / "two", folder / "out" / "three"
+    # a shard's parts, then the rest without shards, as after a kill: what is there is kept
+    assert run(folder, two, *SIZES, "--shard", "1/2", "--workers", 1) == 0
+    assert run(folder, two, *SIZES, "--workers", 3) == 0
     assert "parts were there from an earlier run" in capsys.readouterr().out
-    assert hashes(folder / "out" / "three") == expected
+    assert hashes(two) == expected
+    for shard in ("2/3", "0/3"):
+        assert run(folder, three, *SIZES, "--shard", shard, "--workers", 1) == 0
+    assert run(folder, three, *SIZES, "--shard", "join") == 2
+    assert "parts are not in" in capsys.readouterr().err and not three.exists()
+    assert run(folder, three, *SIZES, "--shard", "1/3", "--workers", 1) == 0
+    assert run(folder, three, *SIZES, "--shard", "join") == 0
+    assert hashes(three) == expected
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["one", "three", "two"]
 
 
-def test_filters_leave_out_what_they_say(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_filters_leave_out_what_they_say(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mindformers_ext.jobs.preprocess.domains.pack.FILE_BYTES", 30 * 4 * LENGTH)
     words = ("--filter", "characters=900:", "field.quality=1:3", "docs/ads=:0.5", "copies/tokens=:600")
     domains = [f"docs={folder / 'corpus' / 'docs'}", f"copies={folder / 'corpus' / 'copies'}"]
-    assert (
-        run(folder, tmp_path / "out", "--seq_length", LENGTH, *words, "--domains", *domains, "--for_ft_share", 0.5) == 0
-    )
+    sizes = ("--seq_length", LENGTH, "--eval_seq", 0, "--for_ft_share", 0.7)
+    assert run(folder, tmp_path / "out", *sizes, *words, "--domains", *domains) == 0
     made = read_manifest(tmp_path / "out")
     assert made.domains == ("docs", "copies")
+    written = made.splits["for_ft"]["copies"].files
+    assert [file.rows for file in written[:-1]] == [30] * (len(written) - 1) and len(written) > 1
+    assert written[1].name == f"copies-00001-of-{len(written):05}.mindrecord"
+    assert len(rows(made, "for_ft", "copies")) == made.splits["for_ft"]["copies"].rows
     texts = [json.loads(line)["content"] for line in (folder / "corpus/copies/a.jsonl").read_text().splitlines()]
     tokenizer = open_tokenizer(folder / "tokenizer.model")
     long = [text for text in texts if len(text) >= 900]
@@ -154,7 +166,7 @@ def test_filters_leave_out_what_they_say(folder: Path, tmp_path: Path, capsys: p
     }
     assert made.counts["docs"].filtered["field.quality"] > 0
     assert sum(count.unused_documents for count in made.counts.values()) > 0
-    assert "documents were not used" in capsys.readouterr().out
+    assert "documents were not used: the splits were full" in capsys.readouterr().out
 
 
 def test_near_duplicates_are_left_out(folder: Path, tmp_path: Path) -> None:
@@ -225,15 +237,17 @@ def test_a_vocabulary_beyond_16_bits(tmp_path: Path) -> None:
         (("--split", "eval"), "--split has no effect on domains"),
         (("--summary", "x.json"), "--summary has no effect on domains"),
         (("--shard", "join"), "parts are not in"),
+        (("--config", "configs/tiny/mixture_pretrain.yaml"), "trains on rows of 129 tokens"),
         (("--ray", "127.0.0.1:1"), "ay"),
         (("--domains", "docs=nowhere"), "no input file at nowhere"),
     ],
 )
 def test_a_bad_option_is_told_and_nothing_is_written(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple, message: str
+    folder: Path, tmp_path: Path, repo_root: Path, capsys: pytest.CaptureFixture[str], words: tuple, message: str
 ) -> None:
     (tmp_path / "corpus").mkdir()
     shutil.copytree(folder / "corpus" / "docs", tmp_path / "corpus" / "docs")
+    words = [repo_root / word if str(word).startswith("configs/") else word for word in words]
     given = ("--seq_length", LENGTH, "--workers", 1, *words)
     assert run(folder, tmp_path / "out", *given, source=tmp_path / "corpus") == 2
     errors = capsys.readouterr().err
@@ -261,6 +275,24 @@ def test_a_bad_record_is_told_and_nothing_is_written(
     assert run(folder, tmp_path / "out", "--seq_length", 8, "--workers", 1, source=tmp_path / "corpus") == 2
     errors = capsys.readouterr().err
     assert "a.jsonl" in errors and message in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
+def test_an_input_that_changes_meanwhile_is_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "corpus").mkdir()
+    shutil.copy(folder / "corpus" / "docs" / "a.jsonl", tmp_path / "corpus" / "a.jsonl")
+    plain = BlockEncoder.encode
+
+    def encode(encoder: BlockEncoder, block: Block) -> int:
+        read = plain(encoder, block)
+        os.utime(block.path, (1, 1))
+        return read
+
+    monkeypatch.setattr(BlockEncoder, "encode", encode)
+    assert run(folder, tmp_path / "out", "--seq_length", LENGTH, "--workers", 1, source=tmp_path / "corpus") == 2
+    assert "a.jsonl' has changed while it was read" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 

@@ -75,7 +75,12 @@ def hashes(place: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("kind", ["domains", "jsonl", "qa"])
 def test_a_lost_node_costs_only_its_items(
-    folder: Path, tmp_path: Path, kind: str, killed: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    tmp_path: Path,
+    kind: str,
+    killed: Callable[[int], str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for name, size in (("SMALLEST", 9000), ("LARGEST", 9000)):
         monkeypatch.setattr(f"mindformers_ext.data.domains.documents.{name}", size)
@@ -90,5 +95,9 @@ def test_a_lost_node_costs_only_its_items(
         assert main([str(word) for word in (*words, tmp_path / name / "x.mindrecord", *more)]) == 0
         return hashes(tmp_path / name)
 
-    expected = run("here", "--workers", 1)
-    assert run("there", "--ray", killed(12)) == expected
+    expected, address = run("here", "--workers", 1), killed(12)
+    assert run("there", "--ray", address) == expected
+    if kind != "qa":  # what is wrong with a record is told as if it had been read here
+        wrong = ["--field", "title", "--ray", address, "--overwrite"]
+        assert main([str(word) for word in (*words, tmp_path / "there" / "x.mindrecord", *wrong)]) == 2
+        assert "record 1 (line 1): no field 'title'" in capsys.readouterr().err

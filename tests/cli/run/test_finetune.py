@@ -40,6 +40,20 @@ def mean(values: list[float]) -> float:
 
 
 @pytest.mark.slow
+def test_a_handful_of_records_packed(tmp_path: Path) -> None:
+    tokenizer = tmp_path / "tokenizer.model"
+    train_sentencepiece(list(standard_library_text(300_000)), tokenizer, 600)
+    records = [{"instruction": f"Say {word}.", "input": "", "output": f"It is {word}."} for word in COLOURS * 8]
+    (tmp_path / "records.json").write_text(json.dumps(records), encoding="utf-8")
+    data = prepare(tmp_path, tmp_path / "records.json", tokenizer, "--seq_length", "640", "--pack_strategy", "pack")
+    sizes = {"seq_length": 640, "vocab_size": 600, "pad_token_id": 3, "hidden_size": 64, "intermediate_size": 64}
+    options = [word for key, value in sizes.items() for word in (f"--model.model_config.{key}", str(value))]
+    options += ["--train_dataset.input_columns", "[input_ids,labels,document_ids]", "--engine", "pt"]
+    found = losses(tmp_path, data, *options, "--runner_config.epochs", "15")
+    assert mean(found[-5:]) < 0.5 * found[0]
+
+
+@pytest.mark.slow
 def test_a_handful_of_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = tmp_path / "tokenizer.model"
     train_sentencepiece(list(standard_library_text(300_000)), tokenizer, 600)

@@ -20,6 +20,7 @@ from mindformers_ext.data.conversations import (
     common_prefix,
     encode_conversations,
     read_conversations,
+    vicuna,
 )
 from mindformers_ext.data.corpus import standard_library_text
 from mindformers_ext.data.tokenizers import SentencePieceTokenizer, Tokenizer, open_tokenizer, train_sentencepiece
@@ -124,9 +125,7 @@ def test_what_masks_a_whole_conversation_in_mindformers_does_not_here(
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁</>"), min_size=1), min_size=1))
 def test_every_answer_and_nothing_else(small: SentencePieceTokenizer, texts: list[str]) -> None:
-    from mindformers_ext.data.conversations import _rendered
-
-    conversation = _rendered(Talk(tuple(part for text in texts for part in ("Question?", text))), "here")
+    conversation = vicuna(Talk(tuple(part for text in texts for part in ("Question?", text))), "here")
     assert [conversation.text[start:end] for start, end in conversation.answers] == texts
     length = 300 + 8 * sum(map(len, texts)) * len(texts)
     (row,) = encode_conversations(small, [conversation], SPECIAL, length)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from mindformers_ext.core.config.file import parse_yaml
 from mindformers_ext.core.config.run import run_spec_from_yaml
 from mindformers_ext.core.config.schedule import schedule_from_yaml
 from mindformers_ext.core.errors import Problems
+from mindformers_ext.core.spec import ParallelSpec
 from mindformers_ext.jobs.run import seam
 from mindformers_ext.jobs.run.keep import keep_config
 from tests.helpers.tiny_run import YAML
@@ -46,3 +48,18 @@ def test_nothing_is_said_where_the_former_run_is_not_known(monkeypatch: pytest.M
     (tmp_path / "run_config").mkdir()
     (tmp_path / "run_config" / "train.yaml").write_text("]")
     assert notes(monkeypatch, tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "rows"),
+    [
+        ({"parallel_mode": "stand_alone"}, 6),
+        ({"parallel_mode": "data_parallel", "device_num": 4}, 24),
+        ({"parallel_mode": "semi_auto_parallel", "device_num": 8, "data_parallel": 4, "micro_batch_num": 16}, 24),
+        ({"parallel_mode": "semi_auto_parallel", "data_parallel": 4, "pipeline_stage": 2, "micro_batch_num": 16}, 128),
+    ],
+)
+def test_rows_of_an_update_are_those_of_mindformers_batch(words: dict[str, Any], rows: int) -> None:
+    """Its ``_check_global_batch_size_for_auto_parallel``: micro batches count in a pipeline, accumulation elsewhere."""
+    run = replace(run_spec_from_yaml(parse_yaml(YAML, "test")), batch_size=2, accumulation=3)
+    assert seam.update_rows(run, replace(SPEC, parallel=ParallelSpec(**words))) == rows

@@ -13,10 +13,12 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.data.domains.documents import Block, block_bytes
 from mindformers_ext.data.domains.manifest import Manifest, write_manifest
 from mindformers_ext.formats.atomic import fresh_folder
+from mindformers_ext.formats.folder_lock import shared
 from mindformers_ext.jobs.items.map_items import Place, Work, map_items
 from mindformers_ext.jobs.preprocess.domains.blocks import BlockEncoder
-from mindformers_ext.jobs.preprocess.domains.pack import Survey, pack
+from mindformers_ext.jobs.preprocess.domains.pack import pack
 from mindformers_ext.jobs.preprocess.domains.request import CheckedDomains, DomainsRequest, check_domains
+from mindformers_ext.jobs.preprocess.domains.survey import Survey
 
 WORTH_KEEPING = 64 << 20  # bytes of finished parts that are kept when an input has to be mended
 
@@ -56,8 +58,6 @@ def prepare_domains(request: DomainsRequest) -> Prepared:
     with _kept_parts(request):
         _encode(checked, todo)
         manifest = None if request.own_shard else _join(checked)
-    if manifest is not None:
-        _remove_parts(request.parts)
     return Prepared(manifest, request.parts, len(mine), len(todo), len(mine) - len(todo), checked.left_out)
 
 
@@ -68,31 +68,39 @@ def _own_blocks(checked: CheckedDomains) -> Sequence[Block]:
 
 @contextmanager
 def _kept_parts(request: DomainsRequest) -> Iterator[None]:
-    """The folder of parts. An input that has to be mended leaves it only where it holds much, or others' parts."""
+    """The folder of parts, which goes when they are packed. An input that has to be mended leaves it only where it
+    holds much, a shard always; what another process works with stays as well."""
     try:
         request.parts.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make '{request.parts}' ({error.strerror}): choose another --output_file") from error
-    try:
-        yield
-    except UserError as error:
-        parts = list(request.parts.glob("*.part"))
-        if request.shard is None and sum(path.stat().st_size for path in parts) < WORTH_KEEPING:
-            _remove_parts(request.parts)
-            raise
-        with suppress(OSError):
-            request.parts.rmdir()
-        if request.shard is None:
-            raise UserError(
-                f"{error}\n{len(parts)} finished parts wait in '{request.parts}' for the next run"
-            ) from error
-        raise
+    with shared(request.parts) as alone:
+        try:
+            yield
+        except UserError as error:
+            parts = list(request.parts.glob("*.part"))
+            if request.shard is None and sum(path.stat().st_size for path in parts) < WORTH_KEEPING:
+                _remove_parts(request.parts, alone())
+                raise
+            _remove_empty(request.parts)
+            if request.shard is not None:
+                raise
+            told = f"{error}\n{len(parts)} finished parts wait in '{request.parts}' for the next run"
+            raise UserError(told) from error
+        if not request.own_shard:
+            _remove_parts(request.parts, alone())
 
 
-def _remove_parts(folder: Path) -> None:
-    """Parts, finished or not, and the folder if nothing else is in it."""
+def _remove_parts(folder: Path, alone: bool) -> None:
+    """Parts, finished or not, and the folder if nothing else is in it; unless others work with them."""
+    if not alone:
+        return
     for path in (*folder.glob("*.part"), *folder.glob(".*.part.*.text")):
         path.unlink(missing_ok=True)
+    _remove_empty(folder)
+
+
+def _remove_empty(folder: Path) -> None:
     with suppress(OSError):
         folder.rmdir()
 
@@ -117,6 +125,9 @@ def _join(checked: CheckedDomains) -> Manifest:
     from tqdm import tqdm
 
     request, seq_length = checked.request, checked.facts.seq_length
+    changed = [block.path for block in checked.blocks if not checked.setup.part_of(block).is_file()]
+    if changed:
+        raise UserError(f"'{changed[0]}' has changed while it was read: run the same command again")
     with tqdm(unit=" documents", desc="looking through", mininterval=0.5, dynamic_ncols=True, delay=1) as bar:
         survey = Survey(checked.parts(), checked.likeness, bar.update)
     with (

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=split_gradient_v2
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+# SPDX-License-Identifier: Apache-2.0
+# Scores to neuron indices of a vanilla MLP MoE (Gradient Split Plus).
+#   bash scripts/expert_construction/split/split_gradient_v2.sh  or, from the repository's folder, with sbatch
+# A variable of the environment goes before what stands here. PYTHON=/path/to/python chooses the interpreter.
+set -euo pipefail
+
+num_experts="${num_experts-8}" # experts, one for each cluster of the scores
+criterion="${criterion-max}" # max or min
+share_neurons="${share_neurons-False}" # whether experts may hold the same neurons
+expert_size="${expert_size-}" # optional: neurons of an expert; empty: all shared out
+model_path="${model_path-}" # path to the LLaMA checkpoint
+score_file="${score_file-}" # scores: importance_scores.pt of split_gradient_get_grads_v2.sh
+save_path="${save_path-}" # folder in which neuron_indices.pt is made
+
+# sbatch runs a copy of this file: the repository is where the job was submitted
+root=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)}
+for name in model_path score_file save_path; do
+    if [ -z "${!name}" ]; then echo "error: $name is empty: set it at the top of the script, or in the environment" >&2; exit 2; fi
+done
+options=(split --method gradient
+    --num_experts "$num_experts"
+    --criterion "$criterion"
+    --share_neurons "$share_neurons"
+    --model_path "$model_path"
+    --score_file_path "$score_file"
+    --save_path "$save_path"
+)
+if [ -n "$expert_size" ]; then options+=(--expert_size "$expert_size"); fi
+exec "${PYTHON:-python}" "$root/tools/build_experts.py" "${options[@]}" "$@"
