@@ -65,9 +65,10 @@ class TorchFile:
                 "objects, which are never run. Save the model as safetensors"
             ) from error
         everything = list(_tensors_in(loaded))
+        inner = loaded
         for key in NESTED:  # as Composer's trainer saves; what else such a file holds is left alone
-            if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-                loaded = loaded[key]
+            inner = inner.get(key) if isinstance(inner, dict) else None
+        loaded = inner if isinstance(inner, dict) else loaded
         if not isinstance(loaded, dict):
             raise UserError(f"'{path}' holds a {type(loaded).__name__}, not tensors by name: save model.state_dict()")
         self._tensors: dict[str, torch.Tensor] = {}

@@ -143,6 +143,31 @@ def test_a_masked_checkpoint_becomes_no_model_folder(
     assert "tools/prune.py" in capsys.readouterr().err and not (tmp_path / "hf").exists()
 
 
+def test_checkpoints_without_whole_masks_are_refused(
+    job: Path, whole: list[dict], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.helpers.sliced import write_file
+
+    file = CkptFile(job.parent / "whole" / KEPT.format(STEPS))
+    held = {name: file.read(name) for name in file.infos}
+    file.close()
+    name = "model.l0_module.masks.hidden.z_loga"
+    yaml = str(job.parent / "whole" / "run_config" / "train.yaml")
+    for case, change, message in (
+        ("nan", {name: np.full(32, np.nan, np.float32)}, "values that are no numbers"),
+        ("shape", {name: np.ones(31, np.float32)}, "has shape [31]"),
+        ("lacking", {name: None}, f"has no {name}"),
+        ("weights", {"model.norm_out.weight": None}, "norm"),
+    ):
+        path = tmp_path / f"{case}.ckpt"
+        write_file(path, {key: array for key, array in (held | change).items() if array is not None})
+        out = tmp_path / "out"
+        assert main(["cut", str(path), "--config", yaml, "--output", str(out), "--force", "--quiet"]) == 2, case
+        assert message in capsys.readouterr().err and not out.exists(), case
+    assert main(["masks", str(tmp_path / "nan.ckpt"), "--output", str(tmp_path / "m.npz")]) == 2
+    assert "give the run's YAML with --config" in capsys.readouterr().err
+
+
 REFUSED = {
     "unknown module": ({"pruning_modules": ["heads"]}, "pruning_modules='heads' is unknown"),
     "head width": ({"pruning_modules": ["head", "qk_head_dim"]}, "qk_head_dim: a head's width stays as it is"),
