@@ -6,9 +6,9 @@ constant proportions, one third each (stratified), and by the two moving rules (
 start, within the same limits. Targets are the losses of a run with one third each and another seed, so of a model that
 needs no favour. Losses are those of eval rows that no run has trained on.
 
-    python tools/bench/mixture_quality.py --output output/mixture --wiki wiki.valid.tokens [--seeds 1 2 3] [--steps 300]
+    python tools/bench/mixture_quality.py --output output/mixture --wiki wiki.valid.tokens [--seeds 1 2 3] [--steps 100]
 
-What is there already is not made again; ``quality.json`` holds the figures. About two minutes a run on two cores;
+What is there already is not made again; ``quality.json`` holds the figures. A minute or two a run on two cores;
 there are twelve, and one for the targets.
 """
 
@@ -32,9 +32,9 @@ from mindformers_ext.jobs.mixing.runs import read_curves
 
 CONFIG = "configs/tiny/llama_pretrain.yaml"
 SIZES = {"vocab_size": 1024, "hidden_size": 256, "intermediate_size": 768, "num_layers": 5, "n_kv_heads": 4}
-LENGTH, BATCH, WINDOW = 128, 16, 50
+LENGTH, BATCH, WINDOW = 128, 16, 20
 BYTES = {"code": 3_000_000, "docs": 2_000_000}
-EVAL_ROWS = 100  # of each domain
+EVAL_ROWS = 48  # of each domain
 START = {"code": 0.6, "docs": 0.3, "wiki": 0.1}
 LIMITS = {"min_weight": 0.05, "max_weight": 0.7}
 RULES = ("constant", "stratified", "sheared", "sheared_paper")
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for everything")
     parser.add_argument("--wiki", type=Path, required=True, help="a text of WikiText")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default 1 2 3")
-    parser.add_argument("--steps", type=int, default=300, help="of each run; default %(default)s")
+    parser.add_argument("--steps", type=int, default=100, help="of each run; default %(default)s")
     words = parser.parse_args()
     out = words.output.absolute()
     once(out / "data" / "prepared" / "manifest.json", lambda: corpus(out / "data", words.wiki))
