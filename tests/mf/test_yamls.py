@@ -28,8 +28,6 @@ TINY = {
     "num_heads": "8",
     "n_kv_heads": "8",
     "vocab_size": "128",
-    "bos_token_id": "1",
-    "eos_token_id": "2",
     "seq_length": "32",
     "max_position_embedding": "null",
     "bos_token_id": "1",
