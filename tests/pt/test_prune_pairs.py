@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +47,27 @@ def test_two_processes_equal_one(repo_root: Path, tmp_path: Path) -> None:
     for mine, theirs in zip(alone, together, strict=True):
         for name in ("loss", "lm_loss", "lagrangian_loss", "global_norm", "expected_hidden_sparsity"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.turn("pruning trainers")
+def test_a_killed_run_goes_on_to_the_same_bits(repo_root: Path, tmp_path: Path) -> None:
+    """Killed twice, at whichever moment that is; over domains the same is tests/pt/test_prune_run.py without a kill."""
+    write_rows(tmp_path / "rows.mindrecord", token_rows(width=129, rows=96, high=1990))
+    words = ("runner_config.batch_size=8", "callbacks.1.save_checkpoint_steps=1", "callbacks.1.keep_checkpoint_max=0")
+    whole = config(repo_root, tmp_path, "whole", *words)
+    launched([ROOT / "run_mindformer.py", "--config", whole], size=1)
+    killed = config(repo_root, tmp_path, "killed", *words)
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    checkpoints = tmp_path / "killed" / "checkpoint" / "rank_0"
+    for step, more in ((3, ()), (7, ("--resume_training", "True"))):
+        command = [sys.executable, str(ROOT / "run_mindformer.py"), "--config", str(killed), *more]
+        with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+            until = time.monotonic() + 120
+            while not (checkpoints / f"prune_rank_0-1_{step}.ckpt").exists() and time.monotonic() < until:
+                time.sleep(0.005)
+            process.kill()
+        assert (checkpoints / f"prune_rank_0-1_{step}.ckpt").exists()
+    launched([ROOT / "run_mindformer.py", "--config", killed, "--resume_training", "True"], size=1)
+    last = "checkpoint/rank_0/prune_rank_0-1_12.ckpt"
+    assert (tmp_path / "killed" / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()
