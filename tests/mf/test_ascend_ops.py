@@ -145,6 +145,7 @@ def chosen(config):
 def test_the_yaml_chooses_the_kernels(job):
     everything = {
         "causal_attention": "FlashAttentionOp",
+        "packed_attention": "PackedFlashOp",
         "rms_norm": "RmsNormKernel",
         "rotary": "RotaryKernel",
         "swiglu": "SwiGluKernel",
