@@ -102,7 +102,9 @@ def test_a_killed_split_goes_on_and_keeps_what_is_finished(
     folder = tmp_path / "llama_tiny-8Expert-Split-Clustering"
     first = files(folder)[NAME.format(done[0])]
     (left,) = {0, 1, 2} - {*done}
-    assert split(model, tmp_path, "--specify_layer", *done) == 0 and split(model, tmp_path, "--specify_layer", left) == 0
+    assert (
+        split(model, tmp_path, "--specify_layer", *done) == 0 and split(model, tmp_path, "--specify_layer", left) == 0
+    )
     assert files(folder)[NAME.format(done[0])] == first
     assert split(model, tmp_path / "whole") == 0
     whole = files(tmp_path / "whole" / folder.name)
