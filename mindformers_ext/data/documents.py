@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mindformers_ext.core.documents import DOCUMENT_IDS, MOST_DOCUMENTS, documents_of
+from mindformers_ext.core.documents import DOCUMENT_IDS, MOST_DOCUMENTS
 
 Ids = npt.NDArray[np.int32]
 IGNORED = -100
@@ -64,3 +64,20 @@ def filled(parts: list[Ids], length: int, value: int) -> Ids:
     missing = length - sum(map(len, parts))
     whole: Ids = np.concatenate([*parts, np.full(missing, value, np.int32)]).astype(np.int32, copy=False)
     return whole
+
+
+def wrong_documents(ids: Ids) -> int | None:
+    """The first of rows (rows, length) that are not numbered so, None where all are."""
+    step = np.diff(ids, axis=1)
+    rises = (step == 0) | (step == 1) & (ids[:, :-1] > 0) | (ids[:, 1:] == 0)
+    fine = rises.all(axis=1) & ((ids[:, 0] == 1) | (ids == 0).all(axis=1)) & (ids.max(axis=1) <= MOST_DOCUMENTS)
+    wrong = np.flatnonzero(~fine)
+    return int(wrong[0]) if len(wrong) else None
+
+
+def documents_of(lengths: list[int], width: int) -> Ids:
+    """The column (width) int32 of a row that holds documents of these lengths."""
+    result = np.zeros(width, np.int32)
+    numbers = np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths)
+    result[: len(numbers)] = numbers
+    return result

@@ -11,7 +11,8 @@ import pytest
 from mindspore import Tensor
 
 from mindformers_ext.core.config.file import dump_yaml
-from mindformers_ext.core.documents import MOST_DOCUMENTS, documents_of
+from mindformers_ext.core.documents import MOST_DOCUMENTS
+from mindformers_ext.data.documents import documents_of
 from mindformers_ext.jobs.run.checks import check_run
 from mindformers_ext.jobs.train.train import train
 from mindformers_ext.ms.ops import ascend

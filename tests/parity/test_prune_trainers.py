@@ -56,7 +56,7 @@ def test_a_resumed_run_on_mindspore_is_the_same_to_the_last_bit() -> None:
         np.testing.assert_array_equal(mine, theirs, err_msg=name)
 
 
-@pytest.mark.long
+@pytest.mark.long("tests/pt/test_prune_training.py reaches it on PyTorch")
 def test_the_targets_shape_is_reached_on_mindspore() -> None:
     """The same with less: tests/pt/test_prune_training.py, and equal steps above."""
     spec = pruning()

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from mindformers_ext.core.config.run import DATA_OF, MINDRECORD, PYTORCH, DataSpec, RunSpec
-from mindformers_ext.core.documents import DOCUMENT_IDS, MOST_DOCUMENTS, wrong_documents
+from mindformers_ext.core.documents import DOCUMENT_IDS, MOST_DOCUMENTS
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.preferences import PAIR_COLUMNS, holds_pairs
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.data.conversations import IGNORED
+from mindformers_ext.data.documents import wrong_documents
 from mindformers_ext.formats.mindrecord_file import row_count
 from mindformers_ext.jobs.engine.door import open_records
 

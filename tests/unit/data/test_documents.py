@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mindformers_ext.core.documents import MOST_DOCUMENTS, documents_of, wrong_documents
+from mindformers_ext.core.documents import MOST_DOCUMENTS
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.data.chat_rows import chat_of, encode_chats
 from mindformers_ext.data.chat_template import ChatTemplate
-from mindformers_ext.data.documents import IGNORED, Document, DocumentPacker
+from mindformers_ext.data.documents import IGNORED, Document, DocumentPacker, documents_of, wrong_documents
 from mindformers_ext.data.preferences import fitted, read_pairs
 from mindformers_ext.data.tokenizers import open_tokenizer
 from mindformers_ext.data.turns import Talk
