@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``convert``: dense LLaMA, split and gates become a LLaMA-MoE folder; ``--reversed`` makes it dense again.
 
-With ``--style`` the folder is a LLaMA-MoE v2 (``cli.experts_mixtral``).
+With ``--style`` the folder is a LLaMA-MoE v2 (``cli.experts_styles``).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mindformers_ext.cli import experts_mixtral
+from mindformers_ext.cli import experts_styles
 from mindformers_ext.cli.experts_effects import CONVERT, check_effects
 from mindformers_ext.cli.experts_flags import add_model, add_switch, add_writing
 from mindformers_ext.core.errors import UserError
@@ -42,7 +42,7 @@ BACK = (
 def configure(parser: argparse.ArgumentParser) -> None:
     """The stage's options."""
     add_model(parser, "folder to write")
-    experts_mixtral.add_options(parser)
+    experts_styles.add_options(parser)
     add_gating(parser)
     add = parser.add_argument
     add("--convert_type", choices=CLASSES, default=CLASSES[0], help="only the first is written")
@@ -95,7 +95,7 @@ def run(words: argparse.Namespace) -> int:
     if not words.reversed:
         check_effects(words, sys.modules[__name__])
     if words.style is not None and not words.reversed:
-        report = experts_mixtral.converted(words, _output(words))
+        report = experts_styles.converted(words, _output(words))
     else:
         report = (_reversed if words.reversed else _converted)(words)
     if not words.quiet:

@@ -12,7 +12,7 @@ from mindformers_ext.cli.experts_effects import CALIBRATION, Effect, check_effec
 from mindformers_ext.cli.experts_flags import add_calibration, add_conversations, add_switch, add_writing, calibration
 
 if TYPE_CHECKING:
-    from mindformers_ext.jobs.experts.router_gates import GatesRequest
+    from mindformers_ext.jobs.experts.v2.gates import GatesRequest
 
 CLUSTERED = Effect(lambda words: words.method == "clustering", "--method clustering")
 EFFECTS = {
@@ -55,7 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(words: argparse.Namespace) -> int:
     """Write the gates, and say where they are."""
-    from mindformers_ext.jobs.experts.router_gates import write_gates
+    from mindformers_ext.jobs.experts.v2.gates import write_gates
 
     check_effects(words, sys.modules[__name__])
     request = request_of(words)
@@ -66,7 +66,7 @@ def run(words: argparse.Namespace) -> int:
 
 def request_of(words: argparse.Namespace) -> GatesRequest:
     """What the options ask for."""
-    from mindformers_ext.jobs.experts.router_gates import GatesRequest
+    from mindformers_ext.jobs.experts.v2.gates import GatesRequest
 
     return GatesRequest(
         calibration=calibration(words),

@@ -12,7 +12,7 @@ from mindformers_ext.cli.experts_effects import CALIBRATION, check_effects
 from mindformers_ext.cli.experts_flags import add_calibration, add_conversations, add_writing, calibration
 
 if TYPE_CHECKING:
-    from mindformers_ext.jobs.experts.router_scores import ScoresRequest
+    from mindformers_ext.jobs.experts.v2.scores import ScoresRequest
 
 EFFECTS = CALIBRATION
 
@@ -31,7 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(words: argparse.Namespace) -> int:
     """Write the scores, and say where they are."""
-    from mindformers_ext.jobs.experts.router_scores import write_scores
+    from mindformers_ext.jobs.experts.v2.scores import write_scores
 
     check_effects(words, sys.modules[__name__])
     request = request_of(words)
@@ -46,7 +46,7 @@ def run(words: argparse.Namespace) -> int:
 
 def request_of(words: argparse.Namespace) -> ScoresRequest:
     """What the options ask for."""
-    from mindformers_ext.jobs.experts.router_scores import ScoresRequest
+    from mindformers_ext.jobs.experts.v2.scores import ScoresRequest
 
     return ScoresRequest(
         calibration=calibration(words),

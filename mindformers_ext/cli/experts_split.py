@@ -16,9 +16,9 @@ from mindformers_ext.cli.experts_flags import add_layers, add_model, add_switch,
 from mindformers_ext.core.errors import UserError
 
 if TYPE_CHECKING:
-    from mindformers_ext.jobs.experts.router_splits import PlusRequest
     from mindformers_ext.jobs.experts.run_split import SplitPlan, SplitReport
     from mindformers_ext.jobs.experts.split_methods import SplitRequest
+    from mindformers_ext.jobs.experts.v2.splits import PlusRequest
 
 TABLES = (".pt", ".npz", ".json")  # of jobs/experts/layer_tables.py, which loads numpy
 UNLIKE = (  # options of other splits, which a file of scores leaves nothing to say to
@@ -118,7 +118,7 @@ def is_plus(words: argparse.Namespace) -> bool:
 
 def plus_request_of(words: argparse.Namespace) -> PlusRequest:
     """What the options ask for by a file of scores; others that are given are a ``UserError``."""
-    from mindformers_ext.jobs.experts.router_splits import PlusRequest
+    from mindformers_ext.jobs.experts.v2.splits import PlusRequest
 
     check_effects(words, sys.modules[__name__])
     return PlusRequest(
@@ -137,7 +137,7 @@ def plus_request_of(words: argparse.Namespace) -> PlusRequest:
 
 
 def _run_plus(words: argparse.Namespace) -> int:
-    from mindformers_ext.jobs.experts.router_splits import write_split
+    from mindformers_ext.jobs.experts.v2.splits import write_split
 
     request = plus_request_of(words)
     table = write_split(request, lambda line: print(line, file=sys.stderr))

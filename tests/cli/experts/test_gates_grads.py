@@ -15,8 +15,8 @@ from mindformers_ext.cli.experts import main
 from mindformers_ext.data.chat_rows import read_chat_rows
 from mindformers_ext.data.chat_template import ChatTemplate
 from mindformers_ext.data.tokenizers import open_tokenizer
-from mindformers_ext.jobs.experts import router_scores
 from mindformers_ext.jobs.experts.layer_tables import GATE, GATES, INDICES, SCORES, LayerTable, read_table, write_table
+from mindformers_ext.jobs.experts.v2 import scores
 from mindformers_ext.surgery.experts.bounded import bounded_clusters
 from mindformers_ext.surgery.experts.gradient_plus import plus_split
 from tests.helpers.tiny_llama import HIDDEN, LAYERS, WIDTH, make_llama, sentences
@@ -140,9 +140,9 @@ def test_twice_the_texts_and_two_processes_give_the_same(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each of the two is killed behind its first layer, and goes on."""
-    end = router_scores.ScoreSink.end
+    end = scores.ScoreSink.end
 
-    def killed(sink: router_scores.ScoreSink, layer: int) -> None:
+    def killed(sink: scores.ScoreSink, layer: int) -> None:
         end(sink, layer)
         if layer == LAYERS - 1:
             raise KeyboardInterrupt
@@ -154,11 +154,11 @@ def test_twice_the_texts_and_two_processes_give_the_same(
     for rank in (1, 0):
         monkeypatch.setenv("RANK", str(rank))
         with monkeypatch.context() as patch:
-            patch.setattr(router_scores.ScoreSink, "end", killed)
+            patch.setattr(scores.ScoreSink, "end", killed)
             assert main(words("grads", made, tmp_path / "c", "--format", "npz")) == 130
         assert main(words("grads", made, tmp_path / "c", "--format", "npz")) == 0
         if rank:  # started once more, it has nothing left to do
-            monkeypatch.setattr(router_scores, "backward", None)
+            monkeypatch.setattr(scores, "backward", None)
             assert main(words("grads", made, tmp_path / "c", "--format", "npz")) == 0
             monkeypatch.undo()
             monkeypatch.setenv("WORLD_SIZE", "2")

@@ -24,8 +24,8 @@ from mindformers_ext.jobs.checkpoint.renamed import notes_of
 from mindformers_ext.jobs.checkpoint.source import read_config
 from mindformers_ext.jobs.experts.cut import in_type
 from mindformers_ext.jobs.experts.dense_model import open_dense
-from mindformers_ext.jobs.experts.mixtral_forms import MATRICES, PLAIN, SHARED, V2, Form, config_of
-from mindformers_ext.jobs.experts.mixtral_parts import PLAIN_STYLE, Made, MixtralParts, make_parts
+from mindformers_ext.jobs.experts.v2.forms import MATRICES, PLAIN, SHARED, V2, Form, config_of
+from mindformers_ext.jobs.experts.v2.parts import PLAIN_STYLE, Made, MixtralParts, make_parts
 from mindformers_ext.jobs.experts.writing import Task, Tensors, as_written, copied, given, write_model
 from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest, check_output
 from mindformers_ext.jobs.merge.sidecars import copy_tokenizer, write_json

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest
 
 ATTENTION = "attention"
-STYLES = (MIXTRAL.name, f"{MIXTRAL.name}-residual", ATTENTION)  # two of jobs/experts/mixtral_parts.py
+STYLES = (MIXTRAL.name, f"{MIXTRAL.name}-residual", ATTENTION)  # two of jobs/experts/v2/parts.py
 TYPES = ("modulelist",)  # as the published script calls a list of experts; how they are computed is the engine's matter
 
 
@@ -55,8 +55,8 @@ def converted(words: argparse.Namespace, output: OutputRequest) -> MergeReport:
     """Convert, or with ``--dry_run`` check."""
     if words.style == ATTENTION:
         return _attention(words, output)
-    from mindformers_ext.jobs.experts.mixtral import MixtralRequest, convert
-    from mindformers_ext.jobs.experts.mixtral_parts import MixtralParts
+    from mindformers_ext.jobs.experts.v2.mixtral import MixtralRequest, convert
+    from mindformers_ext.jobs.experts.v2.parts import MixtralParts
 
     parts = MixtralParts(
         style=words.style,
@@ -78,7 +78,7 @@ def converted(words: argparse.Namespace, output: OutputRequest) -> MergeReport:
 
 
 def _attention(words: argparse.Namespace, output: OutputRequest) -> MergeReport:
-    from mindformers_ext.jobs.experts.mixtral_attention import AttentionRequest, convert_attention
+    from mindformers_ext.jobs.experts.v2.attention import AttentionRequest, convert_attention
 
     request = AttentionRequest(
         model=words.model_path,
