@@ -17,14 +17,8 @@ gate_weights_file="${gate_weights_file-}" # optional: attention's router weights
 
 # sbatch runs a copy of this file: the repository is where the job was submitted
 root=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)}
-for name in top_k_attn model_path save_path; do
-    if [ -z "${!name}" ]; then echo "error: $name is empty: set it at the top of the script, or in the environment" >&2; exit 2; fi
-done
-options=(convert --style attention
-    --top_k_attn "$top_k_attn"
-    --model_path "$model_path"
-    --save_path "$save_path${folder_name:+/$folder_name}"
-)
-if [ -n "$scale_factor_attn" ]; then options+=(--scale_factor_attn "$scale_factor_attn"); fi
-if [ -n "$gate_weights_file" ]; then options+=(--gate_weights_file "$gate_weights_file"); fi
-exec "${PYTHON:-python}" "$root/tools/build_experts.py" "${options[@]}" "$@"
+. "$root/scripts/expert_construction/stage.bash"
+if [ -n "$save_path" ]; then save_path="$save_path${folder_name:+/$folder_name}"; fi
+required top_k_attn model_path save_path
+optional scale_factor_attn gate_weights_file
+build_experts convert --style attention "$@"

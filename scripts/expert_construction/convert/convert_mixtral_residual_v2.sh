@@ -19,16 +19,6 @@ neuron_indices_file="${neuron_indices_file-}" # neurons: neuron_indices.pt of sp
 
 # sbatch runs a copy of this file: the repository is where the job was submitted
 root=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)}
-for name in model_path save_path gate_weights_file neuron_indices_file; do
-    if [ -z "${!name}" ]; then echo "error: $name is empty: set it at the top of the script, or in the environment" >&2; exit 2; fi
-done
-options=(convert --style mixtral-residual
-    --top_k "$top_k"
-    --scale_factor "$scale_factor"
-    --num_moe_contract_layers "$num_moe_contract_layers"
-    --model_path "$model_path"
-    --save_path "$save_path"
-    --gate_weights_file "$gate_weights_file"
-    --neuron_indices_file "$neuron_indices_file"
-)
-exec "${PYTHON:-python}" "$root/tools/build_experts.py" "${options[@]}" "$@"
+. "$root/scripts/expert_construction/stage.bash"
+required top_k scale_factor num_moe_contract_layers model_path save_path gate_weights_file neuron_indices_file
+build_experts convert --style mixtral-residual "$@"

@@ -19,17 +19,7 @@ neuron_indices_file="${neuron_indices_file-}" # optional: neurons of split/; emp
 
 # sbatch runs a copy of this file: the repository is where the job was submitted
 root=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)}
-for name in model_path save_path; do
-    if [ -z "${!name}" ]; then echo "error: $name is empty: set it at the top of the script, or in the environment" >&2; exit 2; fi
-done
-options=(convert --style mixtral
-    --num_experts "$num_experts"
-    --top_k "$top_k"
-    --num_moe_contract_layers "$num_moe_contract_layers"
-    --model_path "$model_path"
-    --save_path "$save_path"
-)
-if [ -n "$scale_factor" ]; then options+=(--scale_factor "$scale_factor"); fi
-if [ -n "$gate_weights_file" ]; then options+=(--gate_weights_file "$gate_weights_file"); fi
-if [ -n "$neuron_indices_file" ]; then options+=(--neuron_indices_file "$neuron_indices_file"); fi
-exec "${PYTHON:-python}" "$root/tools/build_experts.py" "${options[@]}" "$@"
+. "$root/scripts/expert_construction/stage.bash"
+required num_experts top_k num_moe_contract_layers model_path save_path
+optional scale_factor gate_weights_file neuron_indices_file
+build_experts convert --style mixtral "$@"

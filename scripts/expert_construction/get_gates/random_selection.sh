@@ -20,18 +20,8 @@ engine="${engine-pt}" # pt (PyTorch) or ms (MindSpore)
 
 # sbatch runs a copy of this file: the repository is where the job was submitted
 root=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)}
-for name in model_path dataset_dir_or_path save_path; do
-    if [ -z "${!name}" ]; then echo "error: $name is empty: set it at the top of the script, or in the environment" >&2; exit 2; fi
-done
-options=(gates --method random
-    --num_experts "$num_experts"
-    --random_state "$random_state"
-    --model_path "$model_path"
-    --conversations "$dataset_dir_or_path"
-    --save_path "$save_path"
-    --block_size "$model_max_length"
-    --device_target "$device_target"
-    --engine "$engine"
-)
-if [ -n "$max_tokens" ]; then options+=(--max_tokens "$max_tokens"); fi
-exec "${PYTHON:-python}" "$root/tools/build_experts.py" "${options[@]}" "$@"
+. "$root/scripts/expert_construction/stage.bash"
+required num_experts random_state model_path dataset_dir_or_path=conversations save_path model_max_length=block_size \
+    device_target engine
+optional max_tokens
+build_experts gates --method random "$@"

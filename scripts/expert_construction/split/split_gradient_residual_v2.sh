@@ -19,17 +19,7 @@ save_path="${save_path-}" # folder in which neuron_indices.pt is made
 
 # sbatch runs a copy of this file: the repository is where the job was submitted
 root=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)}
-for name in model_path score_file save_path; do
-    if [ -z "${!name}" ]; then echo "error: $name is empty: set it at the top of the script, or in the environment" >&2; exit 2; fi
-done
-options=(split --method gradient
-    --num_experts "$num_experts_moe"
-    --num_experts_residual "$num_experts_residual"
-    --criterion "$criterion"
-    --share_neurons "$share_neurons"
-    --model_path "$model_path"
-    --score_file_path "$score_file"
-    --save_path "$save_path"
-)
-if [ -n "$expert_size" ]; then options+=(--expert_size "$expert_size"); fi
-exec "${PYTHON:-python}" "$root/tools/build_experts.py" "${options[@]}" "$@"
+. "$root/scripts/expert_construction/stage.bash"
+required num_experts_moe=num_experts num_experts_residual criterion share_neurons model_path score_file=score_file_path save_path
+optional expert_size
+build_experts split --method gradient "$@"
