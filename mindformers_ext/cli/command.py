@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +54,23 @@ class Command:
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Run with ``argv`` (default: the process's): what ``run`` returns, 2 on a user's mistake."""
         return exit_code(lambda _: self.run(self.read(self.parser(), argv)), argparse.Namespace(), self.unwinds)
+
+
+@dataclass(frozen=True)
+class Subcommand:
+    """A command below another: ``about`` says in a few words what it does, the rest as for ``Command``."""
+
+    about: str
+    options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def add_subcommands(parser: argparse.ArgumentParser, table: Mapping[str, Subcommand]) -> None:
+    """The commands of ``table`` by name; the one that is given is ``command`` of the arguments."""
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(table))
+    for name, row in table.items():
+        text = f"{row.about[0].upper()}{row.about[1:]}."
+        row.options(commands.add_parser(name, allow_abbrev=False, help=row.about, description=text))
 
 
 def boolean(text: str) -> bool:

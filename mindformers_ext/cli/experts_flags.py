@@ -66,6 +66,15 @@ def add_conversations(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_layer_table(parser: argparse.ArgumentParser, file: str) -> None:
+    """What is asked of a stage that writes a value per layer, as ``file``."""
+    parser.add_argument("--save_path", type=Path, required=True, help=f"folder in which {file} is made")
+    parser.add_argument("--format", default="pt", help="pt, npz or json; default %(default)s")
+    add_calibration(parser)
+    add_conversations(parser)
+    add_writing(parser)
+
+
 def add_writing(parser: argparse.ArgumentParser) -> None:
     """How outputs are written."""
     for name, text in (

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mindformers_ext.cli.experts_effects import CALIBRATION, Effect, check_effects
-from mindformers_ext.cli.experts_flags import add_calibration, add_conversations, add_switch, add_writing, calibration
+from mindformers_ext.cli.experts_flags import add_layer_table, add_switch, calibration
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.experts.v2.gates import GatesRequest
@@ -25,7 +25,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """The stage's options."""
     add = parser.add_argument
     add("--model_path", type=Path, required=True, help="Hugging Face folder of a dense LLaMA")
-    add("--save_path", type=Path, required=True, help="folder in which gate_weights.pt is made")
     add("--num_experts", type=int, default=16, metavar="E", help="experts per layer; default %(default)s")
     add("--method", default="clustering", help="clustering, or random: tokens drawn; default %(default)s")
     add(
@@ -47,10 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="tokens of a layer that are clustered; default %(default)s",
     )
     add_switch(parser, "--normalize_centers", text="gates of length 1 (the published program makes none)")
-    add("--format", default="pt", help="pt, npz or json; default %(default)s")
-    add_calibration(parser)
-    add_conversations(parser)
-    add_writing(parser)
+    add_layer_table(parser, "gate_weights.pt")
 
 
 def run(words: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mindformers_ext.cli.experts_effects import CALIBRATION, check_effects
-from mindformers_ext.cli.experts_flags import add_calibration, add_conversations, add_writing, calibration
+from mindformers_ext.cli.experts_flags import add_layer_table, calibration
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.experts.v2.scores import ScoresRequest
@@ -22,11 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model_path", type=Path, required=True, help="Hugging Face folder of a dense LLaMA")
     add("--gate_weights_file", type=Path, required=True, metavar="FILE", help="what gates wrote")
-    add("--save_path", type=Path, required=True, help="folder in which importance_scores.pt is made")
-    add("--format", default="pt", help="pt, npz or json; default %(default)s")
-    add_calibration(parser)
-    add_conversations(parser)
-    add_writing(parser)
+    add_layer_table(parser, "importance_scores.pt")
 
 
 def run(words: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mindformers_ext.cli.command import Command
+from mindformers_ext.cli.command import Command, Subcommand, add_subcommands
 
 EPILOG = """examples:
   python tools/mix.py plan --config configs/tiny/mixture_pretrain.yaml
@@ -19,14 +19,11 @@ EPILOG = """examples:
 
 def _options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
-    for name, (text, configure, _) in COMMANDS.items():
-        configure(commands.add_parser(name, allow_abbrev=False, help=text, description=f"{text[0].upper()}{text[1:]}."))
+    add_subcommands(parser, COMMANDS)
 
 
 def _run(words: argparse.Namespace) -> int:
-    _, _, run = COMMANDS[words.command]
-    return run(words)
+    return COMMANDS[words.command].run(words)
 
 
 def named_number(text: str) -> tuple[str, float]:
@@ -166,9 +163,9 @@ def _show(words: argparse.Namespace) -> int:
 
 
 COMMANDS = {
-    "plan": ("say how often a run repeats each domain", _plan_options, _plan),
-    "show": ("draw proportions and losses by domain over a run's steps", _show_options, _show),
-    "fit": ("find the proportions that several runs speak for", _fit_options, _fit),
+    "plan": Subcommand("say how often a run repeats each domain", _plan_options, _plan),
+    "show": Subcommand("draw proportions and losses by domain over a run's steps", _show_options, _show),
+    "fit": Subcommand("find the proportions that several runs speak for", _fit_options, _fit),
 }
 COMMAND = Command(
     prog="mix.py",

@@ -8,7 +8,7 @@ import resource
 import sys
 from pathlib import Path
 
-from mindformers_ext.cli.command import Command, add_switch, dtype
+from mindformers_ext.cli.command import Command, Subcommand, add_subcommands, add_switch, dtype
 from mindformers_ext.core.byte_sizes import read_size
 
 EPILOG = """examples:
@@ -23,17 +23,14 @@ NOT_REACHED = 3
 
 def _options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
-    for name, (text, configure, _) in COMMANDS.items():
-        configure(commands.add_parser(name, allow_abbrev=False, help=text, description=f"{text[0].upper()}{text[1:]}."))
+    add_subcommands(parser, COMMANDS)
 
 
 def _run(words: argparse.Namespace) -> int:
     from mindformers_ext.jobs.prune.report import NotReachedError
 
-    _, _, run = COMMANDS[words.command]
     try:
-        return run(words)
+        return COMMANDS[words.command].run(words)
     except NotReachedError as error:
         print(f"error: {error}", file=sys.stderr)
         return NOT_REACHED
@@ -128,9 +125,9 @@ def _report(words: argparse.Namespace) -> int:
 
 
 COMMANDS = {
-    "masks": ("write the masks that a pruning run has come to", _masks_options, _masks),
-    "cut": ("write the model that the masks leave", _cut_options, _cut),
-    "report": ("show expected sizes beside the target's", _report_options, _report),
+    "masks": Subcommand("write the masks that a pruning run has come to", _masks_options, _masks),
+    "cut": Subcommand("write the model that the masks leave", _cut_options, _cut),
+    "report": Subcommand("show expected sizes beside the target's", _report_options, _report),
 }
 COMMAND = Command(
     prog="prune.py",

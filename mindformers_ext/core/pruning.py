@@ -117,7 +117,8 @@ class PruningSpec:
 
     def lambda_names(self, pair: str) -> tuple[str, str]:
         """The names of a pair behind ``LAMBDAS``."""
-        return tuple(f"lambda_{number}{'_' if pair else ''}{pair}" for number in (1, 2))  # type: ignore[return-value]
+        ending = f"_{pair}" if pair else ""
+        return f"lambda_1{ending}", f"lambda_2{ending}"
 
     def sparsity(self, pair: str) -> float:
         """The final target of a pair: share of units, or of weights, that are to go."""

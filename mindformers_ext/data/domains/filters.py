@@ -73,14 +73,9 @@ class Filter:
         return self.low <= score <= self.high
 
     @property
-    def name(self) -> str:
-        """As counts call it."""
-        return self.kind
-
-    @property
-    def on_text(self) -> bool:
-        """Whether the text alone is scored."""
-        return self.kind in FILTERS and FILTERS[self.kind].score is not None
+    def text_score(self) -> Callable[[str], float] | None:
+        """The score, where the text alone is scored."""
+        return FILTERS[self.kind].score if self.kind in FILTERS else None
 
     @property
     def field(self) -> str | None:

@@ -126,12 +126,9 @@ def _check_words(request: CutRequest, run: TrainedRun | None) -> None:
 
 
 def _check_model(dense: DenseSource, masks: SavedMasks) -> None:
-    own = shape_of_model(dense.model)
     problems = Problems("the masks belong to another model")
-    for name in ModelShape.__dataclass_fields__:
-        ours, theirs = getattr(own, name), getattr(masks.source, name)
-        if ours != theirs:
-            problems.add(f"its {name} is {ours}, the masks' {theirs}", "give the model that was pruned")
+    for name, ours, theirs in _differences(shape_of_model(dense.model), masks.source):
+        problems.add(f"its {name} is {ours}, the masks' {theirs}", "give the model that was pruned")
     problems.raise_if_any()
 
 
@@ -139,11 +136,17 @@ def _check_shape(masks: SavedMasks, shape: ModelShape) -> None:
     if masks.target is None or shape == masks.target:
         return
     problems = Problems("the masks have not the target's shape")
-    for name in ModelShape.__dataclass_fields__:
-        ours, theirs = getattr(shape, name), getattr(masks.target, name)
-        if ours != theirs:
-            problems.add(f"{name} is {ours}, the target's {theirs}", "write the masks again with 'prune.py masks'")
+    for name, ours, theirs in _differences(shape, masks.target):
+        problems.add(f"{name} is {ours}, the target's {theirs}", "write the masks again with 'prune.py masks'")
     problems.raise_if_any()
+
+
+def _differences(one: ModelShape, other: ModelShape) -> Iterator[tuple[str, int, int]]:
+    """Names and both values of the sizes in which two shapes differ."""
+    for name in ModelShape.__dataclass_fields__:
+        ours, theirs = getattr(one, name), getattr(other, name)
+        if ours != theirs:
+            yield name, ours, theirs
 
 
 def _pieces(dense: DenseSource, full: FullMasks, kind: Any) -> Iterator[_Piece]:

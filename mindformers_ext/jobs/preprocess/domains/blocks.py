@@ -21,7 +21,7 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.data.conversations import Specials
 from mindformers_ext.data.domains.documents import Block, block_bytes, document_of, read_block, score_of, whole_error
 from mindformers_ext.data.domains.duplicates import Sketcher
-from mindformers_ext.data.domains.filters import DUPLICATES, EMPTY, FILTERS, TOKENS, Filter
+from mindformers_ext.data.domains.filters import DUPLICATES, EMPTY, TOKENS, Filter
 from mindformers_ext.data.domains.splits import document_hash
 from mindformers_ext.data.json_records import Record
 from mindformers_ext.data.packing import check_ids
@@ -110,7 +110,7 @@ class BlockEncoder:
     def _batches(self, block: Block, counts: dict[str, Any]) -> Iterator[list[_Document]]:
         """Documents that the filters of text and fields keep, some at a time."""
         batch, size = [], 0
-        filters = [item for item in self.setup.own_filters(block.domain) if item.on_text or item.field]
+        filters = [item for item in self.setup.own_filters(block.domain) if item.text_score or item.field]
         more = tuple(item.field for item in filters if item.field)
         for record in read_block(block, self.setup.field, more):
             counts["documents"] += 1
@@ -131,13 +131,13 @@ class BlockEncoder:
         """The name of the first filter that leaves the document out."""
         if not len(content):
             return EMPTY
-        if not isinstance(content, str) and (self.sketcher or any(item.on_text for item in filters)):
-            names = ", ".join(item.kind for item in self.setup.filters if item.kind == DUPLICATES or item.on_text)
+        if not isinstance(content, str) and (self.sketcher or any(item.text_score for item in filters)):
+            names = ", ".join(item.kind for item in self.setup.filters if item.kind == DUPLICATES or item.text_score)
             raise UserError(f"{record.where} holds token ids, {names} want text: filter by tokens or field.NAME alone")
         for item in filters:
-            score = score_of(record, item.field) if item.field else FILTERS[item.kind].score(content)  # type: ignore[misc]
+            score = item.text_score(content) if item.text_score else score_of(record, item.field or "")
             if not item.keeps(score):
-                return item.name
+                return item.kind
         return None
 
     def _write(self, batch: list[_Document], domain: int, writer: FrameWriter, counts: dict[str, Any]) -> None:
