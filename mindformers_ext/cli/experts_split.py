@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mindformers_ext.jobs.experts.split_methods import SplitRequest
     from mindformers_ext.jobs.experts.v2.splits import PlusRequest
 
-TABLES = (".pt", ".npz", ".json")  # of jobs/experts/layer_tables.py, which loads numpy
+TABLES = (".pt", ".npz", ".json")  # of jobs/experts/v2/layer_tables.py, which loads numpy
 UNLIKE = (  # options of other splits, which a file of scores leaves nothing to say to
     *("templates", "specify_layer", "seed", "workers", "ray", "allow_pickle", "metric", "starts", "init_labels"),
     *("hidden_features_path", "threshold", "kernel", "accumulate_level", "importance_type", "exact"),

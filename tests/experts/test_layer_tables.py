@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.jobs.experts.layer_tables import (
+from mindformers_ext.jobs.experts.v2.layer_tables import (
     GATES,
     INDICES,
     SCORES,

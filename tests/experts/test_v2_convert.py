@@ -17,8 +17,8 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.jobs.checkpoint.convert import ConvertRequest
 from mindformers_ext.jobs.checkpoint.convert import convert as convert_weights
 from mindformers_ext.jobs.experts import writing
-from mindformers_ext.jobs.experts.layer_tables import GATE, GATES, INDICES, LayerTable, write_table
 from mindformers_ext.jobs.experts.v2.attention import AttentionRequest, convert_attention
+from mindformers_ext.jobs.experts.v2.layer_tables import GATE, GATES, INDICES, LayerTable, write_table
 from mindformers_ext.jobs.experts.v2.mixtral import MixtralRequest, convert
 from mindformers_ext.jobs.experts.v2.parts import MixtralParts
 from mindformers_ext.jobs.merge.output import OutputRequest

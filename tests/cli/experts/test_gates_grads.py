@@ -15,8 +15,16 @@ from mindformers_ext.cli.experts import main
 from mindformers_ext.data.chat_rows import read_chat_rows
 from mindformers_ext.data.chat_template import ChatTemplate
 from mindformers_ext.data.tokenizers import open_tokenizer
-from mindformers_ext.jobs.experts.layer_tables import GATE, GATES, INDICES, SCORES, LayerTable, read_table, write_table
 from mindformers_ext.jobs.experts.v2 import scores
+from mindformers_ext.jobs.experts.v2.layer_tables import (
+    GATE,
+    GATES,
+    INDICES,
+    SCORES,
+    LayerTable,
+    read_table,
+    write_table,
+)
 from mindformers_ext.surgery.experts.bounded import bounded_clusters
 from mindformers_ext.surgery.experts.gradient_plus import plus_split
 from tests.helpers.tiny_llama import HIDDEN, LAYERS, WIDTH, make_llama, sentences

@@ -28,8 +28,8 @@ from mindformers_ext.formats.tensors import Reader
 from mindformers_ext.jobs.checkpoint.hf_code import with_code
 from mindformers_ext.jobs.checkpoint.source import open_hf, read_config
 from mindformers_ext.jobs.experts.cut import in_type
-from mindformers_ext.jobs.experts.layer_tables import GATE, GATES, read_table
 from mindformers_ext.jobs.experts.v2.forms import MATRICES, V2, Sizes, config_of
+from mindformers_ext.jobs.experts.v2.layer_tables import GATE, GATES, read_table
 from mindformers_ext.jobs.experts.v2.mixtral import Piece, check_names, cut_task, mixture_tasks, sized
 from mindformers_ext.jobs.experts.v2.parts import Made, random_gate
 from mindformers_ext.jobs.experts.writing import Task, copied, given, write_model

@@ -18,11 +18,11 @@ from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.formats.atomic import fresh_file, refuse_existing
 from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.jobs.experts.calibration import Calibration, opened
-from mindformers_ext.jobs.experts.layer_tables import GATE, GATES, SUFFIXES, LayerTable, beside_of, write_table
 from mindformers_ext.jobs.experts.probe import Part, check_needs, forward, needs
 from mindformers_ext.jobs.experts.ranks import own_share
 from mindformers_ext.jobs.experts.sample import Drawn, draw
 from mindformers_ext.jobs.experts.states import States, remove_left
+from mindformers_ext.jobs.experts.v2.layer_tables import GATE, GATES, SUFFIXES, LayerTable, beside_of, write_table
 from mindformers_ext.surgery.experts.bounded import METRICS, TRIED, bounded_clusters
 
 CLUSTERING, RANDOM = METHODS = ("clustering", "random")

@@ -13,8 +13,8 @@ import numpy as np
 from mindformers_ext.core.errors import Problems, UserError, listed
 from mindformers_ext.core.families import MIXTRAL
 from mindformers_ext.core.spec import ModelSpec
-from mindformers_ext.jobs.experts.layer_tables import GATE, GATES, INDICES, RESIDUAL, Layer, LayerTable, read_table
 from mindformers_ext.jobs.experts.v2.forms import Sizes
+from mindformers_ext.jobs.experts.v2.layer_tables import GATE, GATES, INDICES, RESIDUAL, Layer, LayerTable, read_table
 from mindformers_ext.surgery.experts.split import LayerSplit
 
 PLAIN_STYLE = MIXTRAL.name

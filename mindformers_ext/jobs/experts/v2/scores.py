@@ -23,10 +23,18 @@ from mindformers_ext.formats.atomic import fresh_file, refuse_existing, write_te
 from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.formats.folder_lock import locked
 from mindformers_ext.jobs.experts.calibration import Calibration, opened
-from mindformers_ext.jobs.experts.layer_tables import GATE, GATES, SCORES, SUFFIXES, LayerTable, read_table, write_table
 from mindformers_ext.jobs.experts.probe import Nothing, Part, backward, check_needs, forward, needs
 from mindformers_ext.jobs.experts.ranks import Share, own_share
 from mindformers_ext.jobs.experts.states import States, remove_left
+from mindformers_ext.jobs.experts.v2.layer_tables import (
+    GATE,
+    GATES,
+    SCORES,
+    SUFFIXES,
+    LayerTable,
+    read_table,
+    write_table,
+)
 
 Tell = Callable[[str], object]
 

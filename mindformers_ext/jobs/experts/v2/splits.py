@@ -14,7 +14,7 @@ from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.formats.atomic import refuse_existing
 from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.jobs.experts.dense_model import open_dense
-from mindformers_ext.jobs.experts.layer_tables import (
+from mindformers_ext.jobs.experts.v2.layer_tables import (
     GATES,
     INDICES,
     RESIDUAL,
