@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from mindformers_ext.jobs.checkpoint.hf_code import code_files
-from tests.helpers.llama_moe_models import SIZES, UNEQUAL, folder_of, model_of, token_ids
+from tests.helpers.llama_moe_models import SIZES, UNEQUAL, assert_same_model, folder_of, model_of, token_ids
 
 DENSE = {"num_experts": 4, "num_selects": 4, "multiply_gate_scores": False}
 ROPES = {
@@ -111,16 +111,16 @@ def test_auto_classes_load_a_folder_of_ours_and_what_they_save(tmp_path: Path) -
     loaded = AutoModelForCausalLM.from_pretrained(first, trust_remote_code=True)
     assert type(loaded).__name__ == "LlamaMoEForCausalLM" and type(loaded) is not type(model)
     assert loaded.model.layers[0].mlp.calculator.experts.weight_gate[0].shape == (5, 24)
-    assert torch.equal(loaded(x).logits, model(x).logits)
+    assert_same_model(loaded, model, x)
     assert not loaded.training and list(loaded.state_dict()) == list(model.state_dict())
     loaded.save_pretrained(tmp_path / "again")
     assert {path.name for path in (tmp_path / "again").iterdir()} >= {*code_files(), "config.json"}
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
-    assert torch.equal(again(x).logits, model(x).logits)
+    assert_same_model(again, model, x)
     config = AutoConfig.from_pretrained(tmp_path / "again", trust_remote_code=True)
     assert config.model_type == "llama_moe" and config.size_experts == UNEQUAL
     bare = AutoModel.from_pretrained(first, trust_remote_code=True)
-    assert torch.equal(bare(x).last_hidden_state, model.model(x).last_hidden_state)
+    assert_same_model(bare, model.model, x)
 
 
 def test_tied_embeddings_and_bfloat16_survive_a_folder(tmp_path: Path) -> None:
@@ -129,10 +129,10 @@ def test_tied_embeddings_and_bfloat16_survive_a_folder(tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert {weight.dtype for weight in loaded.parameters()} == {torch.bfloat16}
-    assert torch.equal(loaded(token_ids()).logits, model(token_ids()).logits)
+    assert_same_model(loaded, model, token_ids())
     loaded.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True, dtype="auto")
-    assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)
+    assert_same_model(again, model, token_ids())
 
 
 EXPERT, NOISE = "model.layers.1.mlp.calculator.experts.weight_gate.3", "model.layers.0.mlp.gate.weight_noise.weight"
@@ -182,7 +182,7 @@ def test_a_classifier_starts_from_a_causal_model(tmp_path: Path) -> None:
     assert made.score.weight.any()
     made.save_pretrained(tmp_path / "classifier")
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier", trust_remote_code=True)
-    assert torch.equal(again(x).logits, got.logits)
+    assert_same_model(again, made, x)
 
 
 @pytest.mark.parametrize(

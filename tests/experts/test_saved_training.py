@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.helpers.llama_moe_models import UNEQUAL, config_of, folder_of, model_of, token_ids
+from tests.helpers.llama_moe_models import UNEQUAL, assert_same_model, config_of, folder_of, model_of, token_ids
 
 
 def test_noise_is_in_training_alone_and_seeded() -> None:
@@ -152,7 +152,7 @@ def test_the_residual_variant_loads_and_trains(tmp_path: Path) -> None:
         "model.layers.0.mlp.weighting_network.0.weight",
     } <= set(model.state_dict())
     loaded = AutoModelForCausalLM.from_pretrained(folder_of(model, tmp_path), trust_remote_code=True)
-    assert torch.equal(loaded(x).logits, model(x).logits)
+    assert_same_model(loaded, model, x)
     loaded.set_moe_residual_calculator_score_scale_factor(2.0, layer_index=0)
     assert not torch.equal(loaded(x).logits, model(x).logits)
     loaded.train()(x, labels=x).loss.backward()

@@ -96,3 +96,15 @@ def form_of(config: LlamaMoEConfig) -> oracle.GateForm:
 def token_ids(batch: int = 2, length: int = 12, seed: int = 3) -> torch.Tensor:
     """(batch, length), no padding among them."""
     return torch.randint(3, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same_model(found: torch.nn.Module, wanted: torch.nn.Module, ids: torch.Tensor) -> None:
+    """Every weight bit by bit, and the answers: to rounding, for a file may put weights elsewhere among the lanes of a
+    vector, and processors then sum in another order."""
+    tensors = found.state_dict()
+    assert tensors.keys() == wanted.state_dict().keys()
+    for name, weight in wanted.state_dict().items():
+        assert torch.equal(tensors[name], weight), name
+    torch.testing.assert_close(
+        found(ids)[0], wanted(ids)[0], rtol=2e-2 if weight.dtype == torch.bfloat16 else 0, atol=1e-5
+    )
