@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a dense decoder computes inside, with one layer in memory: values and gradients at the named points of a layer.
+"""What a decoder computes inside, with one layer in memory: values and gradients at the named points of a layer.
 
-Points are those of ``core.layers.POINTS``. Everything is float32 unless the spec says otherwise.
+Points are those of ``core.layers.POINTS``, of a mixture ``MIXTURE_POINTS``. Everything is float32 unless the spec says
+otherwise.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mindformers_ext.core.layers import LayerSpec
+from mindformers_ext.core.layers import MIXTURE_POINTS, LayerSpec
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.pt.attention import rotary_tables
 from mindformers_ext.pt.layer import Layer
+from mindformers_ext.pt.moe.observed import observed
 from mindformers_ext.pt.names import fill
 from mindformers_ext.pt.norm import RmsNorm
 from mindformers_ext.pt.ops.dtypes import torch_dtype
@@ -65,7 +67,7 @@ class TorchLayerProbe:
     def forward(self, x: np.ndarray, points: Sequence[str]) -> tuple[np.ndarray, Arrays]:
         """The layer's output (B, S, D) for its input, and (B*S, width) at each of ``points``."""
         with torch.no_grad():
-            found = self._run(self._rows(x), x.shape[1])
+            found = self._run(self._rows(x), x.shape[1], points)
             return _numpy(found["output"]).reshape(x.shape), {name: _numpy(found[name]) for name in points}
 
     def backward(
@@ -102,15 +104,21 @@ class TorchLayerProbe:
         (dx_TD,) = torch.autograd.grad(y_TD, x_TD, dy_TD)
         return total, _numpy(dx_TD).reshape(x.shape)
 
-    def _run(self, x_TD: Tensor, length: int) -> dict[str, Tensor]:
-        """Every point of the layer; as ``pt.layer.Layer``, whose parts it calls one by one."""
+    def _run(self, x_TD: Tensor, length: int, points: Sequence[str] = ()) -> dict[str, Tensor]:
+        """Every point of the layer; as ``pt.layer.Layer``, whose parts it calls one by one. Of a mixture those of
+        ``MIXTURE_POINTS`` that ``points`` names."""
         layer = self._layer
         if layer is None:
             raise ValueError("no layer is in memory: fill first")
         cos_SP, sin_SP = self._rotary(length)
         middle_TD = x_TD + layer.attention(layer.attention_norm(x_TD), cos_SP, sin_SP)
-        ffn: Any = layer.feed_forward  # a SwiGlu: the model is dense
+        ffn: Any = layer.feed_forward
         input_TD = layer.ffn_norm(middle_TD)
+        if self._built is not None and self._built.moe:
+            fed_TD = ffn.dropless(input_TD)
+            inner = observed(ffn, input_TD) if set(points) & set(MIXTURE_POINTS) else {}
+            ends = {"input": x_TD, "mlp_input": input_TD, "mlp_output": fed_TD, "output": middle_TD + fed_TD}
+            return ends | inner
         linear_TF = ffn.w1(input_TD)
         gate_TF = F.silu(linear_TF)
         hidden_TF = gate_TF * ffn.w3(input_TD)
