@@ -62,6 +62,14 @@ def _paths(found: list[str], *names: str) -> list[str]:
     return found
 
 
+def _composer_file(path: str, instead: str) -> Path:
+    """The checkpoint; where a run of ours stands in its place, a ``UserError`` with the command for that."""
+    file = Path(path)
+    if not file.exists() and (file.parent / "checkpoint").is_dir():
+        raise UserError(f"'{file.parent}' is a run of this package and has no {file.name}: {instead} {file.parent} ...")
+    return file
+
+
 def _numbers(keys: dict[str, str], known: tuple[str, ...]) -> dict[str, int]:
     numbers = {}
     for name, text in keys.items():
@@ -94,14 +102,13 @@ def _to_hf(given: argparse.Namespace, paths: list[str], keys: dict[str, str]) ->
     from mindformers_ext.jobs.checkpoint.composer import save_hugging_face
 
     source, output = _paths(paths, "a Composer checkpoint", "an output folder")
+    file = _composer_file(source, "python convert_weight.py --reversed --input_path")
     name = keys.pop("model_class", CLASS)
     if name != CLASS:
         raise UserError(f"model_class={name}: a Composer checkpoint becomes a {CLASS}")
     keys.pop("_name_or_path", None)  # transformers writes it anew whenever the model is loaded
     words = _numbers(keys, NUMBERS)
-    return _say(
-        output, save_hugging_face(Path(source), Path(output), words, given.config, given.dtype, given.overwrite)
-    )
+    return _say(output, save_hugging_face(file, Path(output), words, given.config, given.dtype, given.overwrite))
 
 
 def _prune(given: argparse.Namespace, paths: list[str], keys: dict[str, str]) -> int:
@@ -109,8 +116,9 @@ def _prune(given: argparse.Namespace, paths: list[str], keys: dict[str, str]) ->
     from mindformers_ext.jobs.prune.report import NotReachedError, table
 
     (source,) = _paths(paths, "a Composer checkpoint with masks")
+    file = _composer_file(source, "python tools/prune.py cut")
     try:
-        found = prune_composer(Path(source), _numbers(keys, TARGET), given.force, given.overwrite)
+        found = prune_composer(file, _numbers(keys, TARGET), given.force, given.overwrite)
     except NotReachedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
@@ -123,14 +131,15 @@ def _prune(given: argparse.Namespace, paths: list[str], keys: dict[str, str]) ->
 
 def _equal(given: argparse.Namespace, paths: list[str], keys: dict[str, str]) -> int:
     from mindformers_ext.jobs.checkpoint.composer_parity import compare
+    from mindformers_ext.jobs.checkpoint.hub import find_folder
 
-    folder, file, *size = paths
-    if len(size) > 1:
+    if not 2 <= len(paths) <= 3:
         raise UserError(f"give a Hugging Face folder, a Composer checkpoint and a size; found {', '.join(paths)}")
+    folder, file, *size = paths
     if size and size[0] not in NAMED:
         raise UserError(f"MODEL_SIZE {size[0]} is unknown: choose one of {', '.join(NAMED)}, or leave it out")
     _numbers(keys, ())
-    result = compare(Path(folder), Path(file), NAMED[size[0]] if size else None)
+    result = compare(find_folder(Path(folder)), Path(file), NAMED[size[0]] if size else None)
     print(result)
     return 0 if result.is_equal else 1
 
