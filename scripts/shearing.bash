@@ -31,7 +31,7 @@ train_mixture() {
     options+=(--gradient_accumulation_steps "$together" --parallel_config.data_parallel "$((gpus * nodes))")
     if [ $((gpus * nodes)) -gt 1 ]; then options+=(--use_parallel True); else options+=(--use_parallel False); fi
     case $max_duration in
-        *ep) options+=(--epochs "${max_duration%ep}" --train_dataset.data_loader.num_samples None) ;;
+        *ep) options+=(--epochs "${max_duration%ep}" --train_dataset.data_loader.num_samples null) ;;
         *)
             steps=$(counted max_duration)
             options+=(--epochs 1 --train_dataset.data_loader.num_samples "$((steps * global_train_batch_size))")

@@ -19,6 +19,7 @@ from mindformers_ext.data.tokenizers import open_tokenizer
 from mindformers_ext.jobs.experts.text_domains import read_plain_text
 from mindformers_ext.jobs.prune.experts_cut import open_mixture
 from mindformers_ext.surgery.prune.experts import FREQUENCY, REAP, SCORES, ExpertSums, highest, narrower_gate
+from tests.helpers import llama_moe_v2_models
 from tests.helpers.llama_moe_models import folder_of, model_of
 from tests.helpers.tiny_llama import VOCAB, sentences, write_tokenizer
 
@@ -207,28 +208,56 @@ def _layers(folder: Path) -> list[dict[str, np.ndarray]]:
         return [dict(model.layer(layer)) for layer in range(model.spec.num_hidden_layers)]
 
 
-@pytest.mark.parametrize("network", ["mlp", "linear"])
+LLAMA_MOES: dict[str, dict[str, Any]] = {
+    "mlp": {"gate_network": "mlp"},
+    "linear": {"gate_network": "linear", "size_experts": [[5] * EXPERTS] * 3},
+    "residual": {"gate_network": "mlp", "num_experts_residual": 2, "intermediate_size": 50}
+    | {"intermediate_size_residual": 10},
+}
+
+
+@pytest.mark.parametrize("case", list(LLAMA_MOES))
 def test_a_llama_moe_keeps_its_experts_and_a_gate_as_wide_as_they_are_many(
-    network: str, texts: tuple[Path, Path], tmp_path: Path, remote_code: Path
+    case: str, texts: tuple[Path, Path], tmp_path: Path, remote_code: Path
 ) -> None:
-    folder = tmp_path / "source"
-    folder_of(model_of(vocab_size=VOCAB, num_experts=EXPERTS, gate_network=network), folder)
+    folder, words = tmp_path / "source", LLAMA_MOES[case]
+    folder_of(model_of(vocab_size=VOCAB, num_experts=EXPERTS, **words), folder)
     write_tokenizer(folder)
     report = pruned(folder, tmp_path / "out", texts, "--keep", 5)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (config["num_experts"], config["intermediate_size"]) == (5, 25)
+    assert (config["num_experts"], config["intermediate_size"]) == (5, 35 if case == "residual" else 25)
     small = loaded(tmp_path / "out", trust_remote_code=True)
     assert report["losses"]["reap"] == pytest.approx(loss(small, rows_of(folder, texts[1])), abs=1e-5)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "out"))
+    inner = "moe_layer." if case == "residual" else ""
     for layer, found in report["layers"].items():
-        start = f"model.layers.{layer}.mlp."
+        start = f"model.layers.{layer}.mlp.{inner}"
         for new, old in enumerate(found["kept"]):
             for part in ("gate", "up", "down"):
                 name = f"{start}calculator.experts.weight_{part}."
                 assert torch.equal(after[f"{name}{new}"], before[f"{name}{old}"])
-        rows = found["gate_units"] if network == "mlp" else found["kept"]
-        name = start + ("gate.gate_network.0.weight" if network == "mlp" else "gate.gate_network.weight")
+        rows = found["kept"] if case == "linear" else found["gate_units"]
+        name = start + f"gate.gate_network{'' if case == 'linear' else '.0'}.weight"
         assert torch.equal(after[name], before[name][rows])
+
+
+@pytest.mark.parametrize("case", ["contract", "attention, residual"])
+def test_a_llama_moe_v2_keeps_its_factor_its_dense_layers_and_what_every_token_passes(
+    case: str, texts: tuple[Path, Path], tmp_path: Path, remote_code: Path
+) -> None:
+    words = llama_moe_v2_models.v2_words(case)
+    folder = llama_moe_v2_models.write_folder(
+        tmp_path / "source", words, llama_moe_v2_models.random_tensors(words, std=0.3)
+    )
+    write_tokenizer(folder)
+    report = pruned(folder, tmp_path / "out", texts, "--keep", 4)
+    assert list(report["layers"]) == ["1", "2"]
+    config, tensors = llama_moe_v2_models.read_folder(tmp_path / "out")
+    kept = {**words, "num_local_experts": 4, "intermediate_size_dense": 224}
+    assert all(config[name] == value for name, value in kept.items() if name not in ("architectures", "model_type"))
+    assert {name: array.shape for name, array in tensors.items()} == llama_moe_v2_models.tensor_shapes(kept)
+    small = loaded(tmp_path / "out", trust_remote_code=True)
+    assert report["losses"]["reap"] == pytest.approx(loss(small, rows_of(folder, texts[1])), abs=1e-5)
 
 
 def test_what_cannot_be_is_refused(
@@ -243,6 +272,8 @@ def test_what_cannot_be_is_refused(
         (("--keep", "6", "--calibration", str(tmp_path / "none.txt")), "none.txt"),
         (("--keep", "6", "--calibration", str(texts[0]), "--block_size", "65"), "64 tokens a row"),
         (("--keep", "6", "--calibration", str(texts[0]), "--tokens", "9"), "the last fifth of the rows"),
+        (("--keep", "6", "--method", "random", "--seed", "-1"), "--seed -1"),
+        (("--keep", "6", "--method", "random", "--device_target", "Ascend"), "CPU, GPU"),
     ):
         assert main(["experts", str(source), str(out), *words]) == 2
         assert said in capsys.readouterr().err

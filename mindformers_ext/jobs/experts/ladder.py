@@ -186,4 +186,9 @@ def _layer(
 
 def _losses(course: Course, probe: LayerProbe, ways: Sequence[Way], states: Sequence[States]) -> dict[str, float]:
     probe.fill_head(course.model.norm(), course.model.head())
-    return {way.name: mean_loss(course, state, probe) for way, state in zip(ways, states, strict=True)}
+    found = {}
+    for way, state in zip(ways, states, strict=True):
+        file = state.input_of(course.model.spec.num_hidden_layers)
+        found[way.name] = mean_loss(course, probe, file)
+        file.close()
+    return found

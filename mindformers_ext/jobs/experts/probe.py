@@ -26,7 +26,7 @@ from mindformers_ext.jobs.engine.door import open_probe
 from mindformers_ext.jobs.engine.protocols import LayerProbe
 from mindformers_ext.jobs.experts.dense_model import StreamedModel
 from mindformers_ext.jobs.experts.ranks import Share
-from mindformers_ext.jobs.experts.states import States
+from mindformers_ext.jobs.experts.states import StateFile, States
 
 Arrays = Mapping[str, np.ndarray]
 Model = TypeVar("Model", bound=StreamedModel)
@@ -50,7 +50,7 @@ class Rows:
 
     @property
     def predicted(self) -> int:
-        """Tokens that follow another one of their row."""
+        """Tokens that are predicted where all but the first of a row are."""
         return int(np.maximum(self.lengths - 1, 0).sum())
 
     def share(self, share: Share) -> Rows:
@@ -261,6 +261,15 @@ def backward(course: Course, states: States, sink: Sink, layers: Sequence[int]) 
             states.finish("backward", count - layer)
 
 
+def mean_loss(course: Course, probe: LayerProbe, file: StateFile) -> float:
+    """Mean cross entropy over the predicted tokens, from what leaves the last layer; the head is in memory."""
+    total = 0.0
+    for _, rows, length in course.parts():
+        target = np.roll(course.rows.ids[rows.start : rows.stop, :length], -1, axis=1)
+        total += probe.loss(file.read(rows, length), target, course.rows.counted(rows, length, mean=False))[0]
+    return total / max(course.rows.predicted, 1)
+
+
 def _head(course: Course, states: States, probe: LayerProbe) -> None:
     """The loss's gradient at what leaves the last layer."""
     count = course.model.spec.num_hidden_layers
@@ -274,18 +283,6 @@ def _head(course: Course, states: States, probe: LayerProbe) -> None:
         leaves.write(rows, gradient)
     came.close()
     leaves.close()
-
-
-def mean_loss(course: Course, states: States, probe: LayerProbe) -> float:
-    """Mean loss of the predicted tokens, whose states behind the last layer are there (``forward`` with ``keep_last``)
-    and whose head ``probe`` holds."""
-    file, total = states.input_of(course.model.spec.num_hidden_layers), 0.0
-    for _, rows, length in course.parts():
-        ids = course.rows.ids[rows.start : rows.stop, :length]
-        counted = course.rows.counted(rows, length, mean=False)
-        total += probe.loss(file.read(rows, length), np.roll(ids, -1, axis=1), counted)[0]
-    file.close()
-    return total / max(course.rows.predicted, 1)
 
 
 def _give(

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mindformers_ext.core.config.run import CPU, PYTORCH
+from mindformers_ext.core.config.run import CPU, GPU, PYTORCH
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import DeviceSpec
 from mindformers_ext.data.tokenizers import open_tokenizer
@@ -67,6 +67,7 @@ from mindformers_ext.surgery.prune.experts import (
 REPORT = "expert_pruning.json"
 ORIGINAL = "original"
 METHODS = tuple(MEANING)
+PYTORCH_DEVICES = (CPU, GPU)
 THREADS = 2  # that write; each holds a few blocks
 HELD_OUT = 5  # one row in so many judges, where no text is given for it
 
@@ -96,6 +97,10 @@ class ExpertsRequest:
         """What can be judged without reading anything; ``UserError`` lists every option that does not fit."""
         problems = Problems("prune experts")
         problems.one_of("--method", self.method, METHODS)
+        problems.one_of("--device_target", self.device_target, PYTORCH_DEVICES)
+        for name in ("seed", "device_id"):
+            if getattr(self, name) < 0:
+                problems.add(f"--{name} {getattr(self, name)}", "give 0 or more")
         for name in ("keep", "tokens"):
             problems.positive(f"--{name}", getattr(self, name))
         if self.block_size is not None:
@@ -129,7 +134,7 @@ class ExpertsReport:
         width = max(map(len, self.losses), default=0)
         base = self.losses.get(ORIGINAL, 0.0)
         return [
-            f"{name:{width}} loss {loss:.4f} (+{loss - base:.4f}) perplexity {_perplexity(loss):.2f}  "
+            f"{name:{width}} loss {loss:.4f} ({loss - base:+.4f}) perplexity {_perplexity(loss):.2f}  "
             + ("all experts" if name == ORIGINAL else MEANING[name])
             for name, loss in sorted(self.losses.items(), key=lambda item: item[1])
         ]
@@ -222,7 +227,10 @@ def _texts(model: MixtureModel, request: ExpertsRequest) -> tuple[Rows, Rows] | 
 
     scoring = read(request.calibration)
     if request.held_out:
-        return _together(scoring), _together(read(request.held_out))
+        judging = _together(read(request.held_out))
+        if not judging.predicted:
+            raise UserError("--held_out has no token that follows another one: give a longer text, or more --tokens")
+        return _together(scoring), judging
     short = [path for path, rows in zip(request.calibration, scoring, strict=True) if len(rows.ids) < 2]
     if short:
         raise UserError(
@@ -275,6 +283,11 @@ def _pass(course: Course, folder: Path, sink: Sink, layers: Sequence[int], keep_
 def _measured(model: MixtureModel, rows: Rows, request: ExpertsRequest, place: Path) -> dict[int, ExpertSums]:
     sink = _sink(model, rows)
     _pass(_course(model, rows, request), place / "scores", sink, model.spec.moe_layers, keep_last=False).remove()
+    wrong = [layer for layer, sums in sink.sums.items() if not np.isfinite(sums.weighed).all()]
+    if wrong:
+        raise UserError(
+            f"'{model.folder}': experts of layer {wrong[0]} give values that are no numbers: copy the model again"
+        )
     return sink.sums
 
 
@@ -284,7 +297,10 @@ def _loss(course: Course[MixtureModel], folder: Path) -> float:
     try:
         probe = course.open()
         probe.fill_head(course.model.norm(), course.model.head())
-        return mean_loss(course, states, probe)
+        file = states.input_of(len(layers))
+        loss = mean_loss(course, probe, file)
+        file.close()
+        return loss
     finally:
         states.remove()
 

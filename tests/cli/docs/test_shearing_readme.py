@@ -56,7 +56,8 @@ SHORT = {  # six steps bring no mask to its shape: --force; sizes are those of t
 def bash(folder: Path, command: str, **variables: str) -> subprocess.CompletedProcess:
     """A command of the launcher's, which then only says what it would run."""
     return subprocess.run(
-        ["bash", "-c", command], cwd=folder, env=os.environ | {"TORCHRUN_DRY_RUN": "1", "PYTHON": sys.executable} | variables,
+        ["bash", "-c", command], cwd=folder,
+        env=os.environ | {"TORCHRUN_DRY_RUN": "1", "PYTHON": sys.executable} | variables,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
 
@@ -173,6 +174,7 @@ def test_the_scripts_say_what_their_variables_mean(repo_root: Path, folder: str,
         "--load_checkpoint": "my model",
         "--gradient_accumulation_steps": "4",  # 32 rows of a step, 4 at a time on 2 GPUs
         "--epochs": "2",
+        "--train_dataset.data_loader.num_samples": "null",
         "--lr_schedule.warmup_steps": "320",
         "--train_dataset.data_loader.set_names": "[a,b]",
         "--model.model_config.l0_module.lag_lr": "0.5",
