@@ -13,7 +13,7 @@ set -euo pipefail
 
 to_model="${to_model-1.3b}" # without config_file: 2.7b, 1.3b or 370m
 config_file="${config_file-}" # a YAML; empty: research/sheared_llama's for this size
-path="${path-}" # the pruned model: Hugging Face folder or MindSpore checkpoint; empty: the YAML's
+path="${path-}" # the pruned model: Hugging Face folder, MindSpore or Composer (.pt) checkpoint; empty: the YAML's
 data_local="${data_local-}" # folder that llama_preprocess.py --dataset_type domains has prepared
 max_seq_len="${max_seq_len-4096}" # tokens; rows of the data hold one more
 device_train_microbatch_size="${device_train_microbatch_size-16}" # sequences of a GPU at a time

@@ -13,7 +13,7 @@ set -euo pipefail
 from_model="${from_model-7b}" # the source model: 7b (LLaMA-2) or 8b (LLaMA-3)
 to_model="${to_model-1.3b}" # the target: of 7b 2.7b, 1.3b or 370m, of 8b 1.6b
 config_file="${config_file-}" # a YAML; empty: research/sheared_llama's for these two
-path="${path-}" # the source model: Hugging Face folder or MindSpore checkpoint
+path="${path-}" # the source model: Hugging Face folder, MindSpore or Composer (.pt) checkpoint
 data_local="${data_local-}" # folder that llama_preprocess.py --dataset_type domains has prepared
 max_seq_len="${max_seq_len-4096}" # tokens; rows of the data hold one more
 device_train_microbatch_size="${device_train_microbatch_size-4}" # sequences of a GPU at a time
@@ -53,7 +53,7 @@ case $from_model in
     *) source=$from_model ;;
 esac
 config_file=${config_file:-$root/research/sheared_llama/prune_${source}_to_${to_model//./_}.yaml}
-required path data_local pruning_modules lag_lr eval_target_model
+required path data_local # before anything else; train_mixture makes options of them
 options=()
 l0=model.model_config.l0_module
 warmup=$(counted lagr_warmup)

@@ -62,14 +62,6 @@ def _paths(found: list[str], *names: str) -> list[str]:
     return found
 
 
-def _composer_file(path: str, instead: str) -> Path:
-    """The checkpoint; where a run of ours stands in its place, a ``UserError`` with the command for that."""
-    file = Path(path)
-    if not file.exists() and (file.parent / "checkpoint").is_dir():
-        raise UserError(f"'{file.parent}' is a run of this package and has no {file.name}: {instead} {file.parent} ...")
-    return file
-
-
 def _numbers(keys: dict[str, str], known: tuple[str, ...]) -> dict[str, int]:
     numbers = {}
     for name, text in keys.items():
@@ -100,25 +92,32 @@ def _say(output: str, report: Any) -> int:
 
 def _to_hf(given: argparse.Namespace, paths: list[str], keys: dict[str, str]) -> int:
     from mindformers_ext.jobs.checkpoint.composer import save_hugging_face
+    from mindformers_ext.jobs.prune.composer import composer_of
 
     source, output = _paths(paths, "a Composer checkpoint", "an output folder")
-    file = _composer_file(source, "python convert_weight.py --reversed --input_path")
     name = keys.pop("model_class", CLASS)
     if name != CLASS:
         raise UserError(f"model_class={name}: a Composer checkpoint becomes a {CLASS}")
     keys.pop("_name_or_path", None)  # transformers writes it anew whenever the model is loaded
     words = _numbers(keys, NUMBERS)
-    return _say(output, save_hugging_face(file, Path(output), words, given.config, given.dtype, given.overwrite))
+    with composer_of(Path(source)) as file:
+        return _say(output, save_hugging_face(file, Path(output), words, given.config, given.dtype, given.overwrite))
 
 
 def _prune(given: argparse.Namespace, paths: list[str], keys: dict[str, str]) -> int:
-    from mindformers_ext.jobs.prune.composer import prune_composer
+    from mindformers_ext.jobs.prune.composer import prune_composer, prune_run, run_beside
     from mindformers_ext.jobs.prune.report import NotReachedError, table
 
     (source,) = _paths(paths, "a Composer checkpoint with masks")
-    file = _composer_file(source, "python tools/prune.py cut")
+    words = _numbers(keys, TARGET)
+    run = run_beside(Path(source))
+    if run and words:
+        raise UserError(f"'{run}' is a run of this package, whose YAML names the target: leave {', '.join(words)} out")
     try:
-        found = prune_composer(file, _numbers(keys, TARGET), given.force, given.overwrite)
+        if run:
+            found = prune_run(run, Path(source), given.force, given.overwrite)
+        else:
+            found = prune_composer(Path(source), words, given.force, given.overwrite)
     except NotReachedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3

@@ -159,24 +159,29 @@ class Bench:
         rows = ("--block_size", LENGTH, "--tokens", len(START) * CALIBRATED * LENGTH, "--seed", self.seed)
         command("tools/prune.py", kind, self.source(), cut, *options, "--calibration", text, *rows, "--quiet")
 
-    def judged(self, folder: Path) -> dict[str, float]:
-        """Losses by domain, their mean, the number of weights; ``SystemExit`` where transformers finds others."""
-        found: dict[str, float] = {}
-        for name in START:
-            place = self.out / "eval" / folder.name / name
-            rows = self.data / "prepared" / "eval" / f"{name}.mindrecord"
-            once(
-                place / "eval.json",
-                lambda rows=rows, place=place: command(
-                    "-m", "mindformers_ext", "eval", folder, "--text", rows, "--engine", "pt", "--hf", folder,
-                    "--output_dir", place,
-                ),
-            )  # fmt: skip
-            result = json.loads((place / "eval.json").read_text())
-            found[name] = result["loss"]
-            if not abs(result["loss"] - result["transformers"]["loss"]) <= AGREED:
-                raise SystemExit(f"{folder}: loss {result['loss']}, transformers' {result['transformers']['loss']}")
-        return {**found, "mean": statistics.mean(found.values()), "parameters": weights_of(folder)}
+    def judged(self, folder: Path, name: str) -> dict[str, float]:
+        """The loss on the eval rows of all domains, of each of which there are as many, and the number of weights;
+        ``SystemExit`` where transformers finds another loss. ``name``: of a run with this model's YAML."""
+        place = self.out / "eval" / folder.name
+        rows = ("--eval_data", self.data / "prepared" / "eval", "--hf", folder, "--output_dir", place)
+        once(
+            place / "eval.json",
+            lambda: command(
+                "run_mindformer.py", "--config", self.out / f"{name}.yaml", "--run_mode", "eval", "--engine", "pt",
+                "--load_checkpoint", folder, *rows,
+            ),
+        )  # fmt: skip
+        result = json.loads((place / "eval.json").read_text())
+        if not abs(result["loss"] - result["transformers"]["loss"]) <= AGREED:
+            raise SystemExit(f"{folder}: loss {result['loss']}, transformers' {result['transformers']['loss']}")
+        return {"loss": result["loss"], "parameters": weights_of(folder)}
+
+    def row(self, name: str) -> dict[str, Any]:
+        """All figures of one way, or of the source."""
+        if name == WHOLE:
+            return self.judged(self.source(), WHOLE)
+        cut, final = self.way(name)
+        return self.judged(final, final.name) | ({"cut": self.judged(cut, final.name)["loss"]} if cut else {})
 
 
 def weights_of(folder: Path) -> int:
@@ -197,11 +202,11 @@ def calibration(data: Path) -> None:
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line for every way: mean over the seeds of the mean loss, each seed, and what the cut alone has."""
+    """A line for every way: mean loss over the seeds, each seed's, and that behind the cut alone."""
     lines = []
     for name in found[next(iter(found))]:
         runs = [one[name] for one in found.values()]
-        values = [run["mean"] for run in runs]
+        values = [run["loss"] for run in runs]
         spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
         cuts = [run["cut"] for run in runs if "cut" in run]
         behind = f"  behind the cut {statistics.mean(cuts):.4f}" if cuts else ""
@@ -240,11 +245,7 @@ def main() -> None:
     found: dict[str, dict[str, Any]] = {}
     for seed in words.seeds:
         bench = Bench(out / f"seed_{seed}", out / "data", seed, words)
-        rows: dict[str, Any] = {WHOLE: bench.judged(bench.source())}
-        for name in (name for name in words.only if name not in left):
-            cut, final = bench.way(name)
-            rows[name] = bench.judged(final) | ({"cut": bench.judged(cut)["mean"]} if cut else {})
-        found[str(seed)] = rows
+        found[str(seed)] = {name: bench.row(name) for name in (WHOLE, *words.only) if name not in left}
     asked = {name: getattr(words, name) for name in ("source", "prune", "further", "window")}
     (out / "quality.json").write_text(json.dumps({"steps": asked, "found": found}, indent=1) + "\n", encoding="utf-8")
     print("\n".join(table(found)))
