@@ -46,6 +46,7 @@ SOURCE = {"hidden_size": 256, "intermediate_size": 768, "num_layers": 5, "num_he
 TARGET = {"hidden_size": 192, "intermediate_size": 512, "num_layers": 4, "num_heads": 3, "n_kv_heads": 3}
 FIXED = {"vocab_size": 1024, "seq_length": LENGTH}
 L0_TARGET = {"d_model": 192, "intermediate_size": 512, "n_layers": 4, "n_heads": 3}
+MEASURED, SHOWN = "calibration.txt", "shown.txt"
 CALIBRATED = 100  # rows of each domain that one-shot cuts measure on
 SHAPE = ("--target", *(f"{SIZES[name]}={size}" for name, size in TARGET.items()))
 DEPTH = ("--keep", 2)  # layers of the source: 2.2 million weights, too
@@ -155,9 +156,10 @@ class Bench:
 
     def _one_shot(self, name: str, cut: Path) -> None:
         kind, options = ONE_SHOT[name]
-        text = once(self.data / "calibration.txt", lambda: calibration(self.data))
-        rows = ("--block_size", LENGTH, "--tokens", len(START) * CALIBRATED * LENGTH, "--seed", self.seed)
-        command("tools/prune.py", kind, self.source(), cut, *options, "--calibration", text, *rows, "--quiet")
+        text = once(self.data / MEASURED, lambda: texts(self.data))
+        tokens = int(0.9 * len(START) * CALIBRATED * LENGTH)  # text that is encoded again has a few more or fewer
+        command("tools/prune.py", kind, self.source(), cut, *options, "--calibration", text, "--tokens", tokens,
+                "--held_out", self.data / SHOWN, "--block_size", LENGTH, "--seed", self.seed, "--quiet")  # fmt: skip
 
     def judged(self, folder: Path, name: str) -> dict[str, float]:
         """The loss on the eval rows of all domains, of each of which there are as many, and the number of weights;
@@ -190,15 +192,17 @@ def weights_of(folder: Path) -> int:
     return sum(math.prod(weight.shape) for weight in model_weights(spec))
 
 
-def calibration(data: Path) -> None:
-    """Plain text of rows that are trained on, none of which judges."""
-    tokenizer, texts = open_tokenizer(data / "tokenizer.model"), []
+def texts(data: Path) -> None:
+    """Plain texts of rows that are trained on, none of which judges the ways: one to measure on, one for the figure
+    that a one-shot cut prints."""
+    tokenizer, found = open_tokenizer(data / "tokenizer.model"), {name: list[str]() for name in (MEASURED, SHOWN)}
     for name in START:
         with closing(MindRecordFile(data / "prepared" / "for_ft" / f"{name}.mindrecord")) as file:
-            for row in range(min(CALIBRATED, len(file))):
+            for row in range(min(CALIBRATED + CALIBRATED // 3, len(file))):
                 (ids,) = file.read(row, ("input_ids",))
-                texts.append(tokenizer.decode([int(one) for one in ids]))
-    (data / "calibration.txt").write_text("\n".join(texts), encoding="utf-8")
+                found[MEASURED if row < CALIBRATED else SHOWN].append(tokenizer.decode([int(one) for one in ids]))
+    for name, rows in reversed(found.items()):  # the one that is looked for comes last
+        (data / name).write_text("\n".join(rows), encoding="utf-8")
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
