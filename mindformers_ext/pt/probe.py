@@ -67,7 +67,8 @@ class TorchLayerProbe:
     def forward(self, x: np.ndarray, points: Sequence[str]) -> tuple[np.ndarray, Arrays]:
         """The layer's output (B, S, D) for its input, and (B*S, width) at each of ``points``."""
         with torch.no_grad():
-            found = self._run(self._rows(x), x.shape[1], points)
+            x_TD, mixed = self._rows(x), self._built is not None and self._built.moe
+            found = self._of_mixture(x_TD, x.shape[1], points) if mixed else self._run(x_TD, x.shape[1])
             return _numpy(found["output"]).reshape(x.shape), {name: _numpy(found[name]) for name in points}
 
     def backward(
@@ -104,21 +105,15 @@ class TorchLayerProbe:
         (dx_TD,) = torch.autograd.grad(y_TD, x_TD, dy_TD)
         return total, _numpy(dx_TD).reshape(x.shape)
 
-    def _run(self, x_TD: Tensor, length: int, points: Sequence[str] = ()) -> dict[str, Tensor]:
-        """Every point of the layer; as ``pt.layer.Layer``, whose parts it calls one by one. Of a mixture those of
-        ``MIXTURE_POINTS`` that ``points`` names."""
+    def _run(self, x_TD: Tensor, length: int) -> dict[str, Tensor]:
+        """Every point of the layer; as ``pt.layer.Layer``, whose parts it calls one by one."""
         layer = self._layer
         if layer is None:
             raise ValueError("no layer is in memory: fill first")
         cos_SP, sin_SP = self._rotary(length)
         middle_TD = x_TD + layer.attention(layer.attention_norm(x_TD), cos_SP, sin_SP)
-        ffn: Any = layer.feed_forward
+        ffn: Any = layer.feed_forward  # a SwiGlu: the model is dense
         input_TD = layer.ffn_norm(middle_TD)
-        if self._built is not None and self._built.moe:
-            fed_TD = ffn.dropless(input_TD)
-            inner = observed(ffn, input_TD) if set(points) & set(MIXTURE_POINTS) else {}
-            ends = {"input": x_TD, "mlp_input": input_TD, "mlp_output": fed_TD, "output": middle_TD + fed_TD}
-            return ends | inner
         linear_TF = ffn.w1(input_TD)
         gate_TF = F.silu(linear_TF)
         hidden_TF = gate_TF * ffn.w3(input_TD)
@@ -132,6 +127,16 @@ class TorchLayerProbe:
             "mlp_output": fed_TD,
             "output": middle_TD + fed_TD,
         }
+
+    def _of_mixture(self, x_TD: Tensor, length: int, points: Sequence[str]) -> dict[str, Tensor]:
+        """The outer points of a layer that is a mixture, and those of ``MIXTURE_POINTS`` where ``points`` has any."""
+        layer: Any = self._layer
+        middle_TD = x_TD + layer.attention(layer.attention_norm(x_TD), *self._rotary(length))
+        input_TD = layer.ffn_norm(middle_TD)
+        fed_TD = layer.feed_forward.dropless(input_TD)
+        inner = observed(layer.feed_forward, input_TD) if set(points) & set(MIXTURE_POINTS) else {}
+        ends = {"input": x_TD, "mlp_input": input_TD, "mlp_output": fed_TD, "output": middle_TD + fed_TD}
+        return ends | inner
 
     def _rotary(self, length: int) -> tuple[Tensor, Tensor]:
         if self._tables is None or self._tables[0] != length:
