@@ -61,6 +61,13 @@ POINTS = {
     "mlp_output": "D",  # what the feed-forward part adds
     "output": "D",  # what leaves the layer
 }
+# Those of a layer that is a mixture, besides "input", "mlp_input", "mlp_output" and "output"; E experts.
+MIXTURE_POINTS = {
+    "chosen": "E",  # 1 where the token chose the expert
+    "gate_weights": "E",  # what the expert's output is multiplied by; 0 where not chosen
+    "expert_norms": "E",  # Euclidean norm of the expert's output; 0 where not chosen
+    "gate_hidden": "E",  # of a gate of two layers ("mlp_noisy") what enters the second one
+}
 
 
 def dtype_name(word: object) -> str | None:

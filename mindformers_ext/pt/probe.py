@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a dense decoder computes inside, with one layer in memory: values and gradients at the named points of a layer.
+"""What a decoder computes inside, with one layer in memory: values and gradients at the named points of a layer.
 
-Points are those of ``core.layers.POINTS``. Everything is float32 unless the spec says otherwise.
+Points are those of ``core.layers.POINTS``, of a mixture ``MIXTURE_POINTS``. Everything is float32 unless the spec says
+otherwise.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mindformers_ext.core.layers import LayerSpec
+from mindformers_ext.core.layers import MIXTURE_POINTS, LayerSpec
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.pt.attention import rotary_tables
 from mindformers_ext.pt.layer import Layer
+from mindformers_ext.pt.moe.observed import observed
 from mindformers_ext.pt.names import fill
 from mindformers_ext.pt.norm import RmsNorm
 from mindformers_ext.pt.ops.dtypes import torch_dtype
@@ -65,7 +67,8 @@ class TorchLayerProbe:
     def forward(self, x: np.ndarray, points: Sequence[str]) -> tuple[np.ndarray, Arrays]:
         """The layer's output (B, S, D) for its input, and (B*S, width) at each of ``points``."""
         with torch.no_grad():
-            found = self._run(self._rows(x), x.shape[1])
+            x_TD, mixed = self._rows(x), self._built is not None and self._built.moe
+            found = self._of_mixture(x_TD, x.shape[1], points) if mixed else self._run(x_TD, x.shape[1])
             return _numpy(found["output"]).reshape(x.shape), {name: _numpy(found[name]) for name in points}
 
     def backward(
@@ -124,6 +127,16 @@ class TorchLayerProbe:
             "mlp_output": fed_TD,
             "output": middle_TD + fed_TD,
         }
+
+    def _of_mixture(self, x_TD: Tensor, length: int, points: Sequence[str]) -> dict[str, Tensor]:
+        """The outer points of a layer that is a mixture, and those of ``MIXTURE_POINTS`` where ``points`` has any."""
+        layer: Any = self._layer
+        middle_TD = x_TD + layer.attention(layer.attention_norm(x_TD), *self._rotary(length))
+        input_TD = layer.ffn_norm(middle_TD)
+        fed_TD = layer.feed_forward.dropless(input_TD)
+        inner = observed(layer.feed_forward, input_TD) if set(points) & set(MIXTURE_POINTS) else {}
+        ends = {"input": x_TD, "mlp_input": input_TD, "mlp_output": fed_TD, "output": middle_TD + fed_TD}
+        return ends | inner
 
     def _rotary(self, length: int) -> tuple[Tensor, Tensor]:
         if self._tables is None or self._tables[0] != length:

@@ -105,7 +105,7 @@ def texts_of(asked: Calibration) -> dict[str, Any]:
 class Opened:
     """The course of this process; ``every`` are the rows of all processes."""
 
-    course: Course
+    course: Course[DenseModel]
     every: Rows
     notes: tuple[str, ...]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs token rows through a dense model layer by layer, and back: what a layer computes goes to a sink.
+"""Runs token rows through a model layer by layer, and back: what a layer computes goes to a sink.
 
 Only one layer's weights are in memory; what enters the layers is on disk. The way back multiplies the gradient by one
 layer's Jacobian after the other, from the language model's loss summed over all tokens that are predicted.
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import psutil
@@ -19,16 +19,17 @@ from tqdm import tqdm
 
 from mindformers_ext.core.config.run import PYTORCH
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.layers import POINTS
+from mindformers_ext.core.layers import MIXTURE_POINTS, POINTS
 from mindformers_ext.core.spec import DeviceSpec, NetworkSpec
 from mindformers_ext.formats.disk import check_space
 from mindformers_ext.jobs.engine.door import open_probe
 from mindformers_ext.jobs.engine.protocols import LayerProbe
-from mindformers_ext.jobs.experts.dense_model import DenseModel
+from mindformers_ext.jobs.experts.dense_model import StreamedModel
 from mindformers_ext.jobs.experts.ranks import Share
-from mindformers_ext.jobs.experts.states import States
+from mindformers_ext.jobs.experts.states import StateFile, States
 
 Arrays = Mapping[str, np.ndarray]
+Model = TypeVar("Model", bound=StreamedModel)
 BASE = 350 * 10**6  # bytes of a process that has imported a framework
 TOKENS = 2048  # that a layer computes at once, unless one row has more
 
@@ -46,6 +47,11 @@ class Rows:
     def tokens(self) -> int:
         """Tokens that are no padding."""
         return int(self.lengths.sum())
+
+    @property
+    def predicted(self) -> int:
+        """Tokens that are predicted where all but the first of a row are."""
+        return int(np.maximum(self.lengths - 1, 0).sum())
 
     def share(self, share: Share) -> Rows:
         """Those of one process: every ``size``-th from its rank on, so that all together are the whole."""
@@ -111,11 +117,11 @@ class Nothing:
 
 
 @dataclass(frozen=True)
-class Course:
+class Course(Generic[Model]):
     """A model and the rows that go through it. ``batch``: rows of a batch, in whose order parts come. ``mean``: a row's
     loss is the mean over its predicted tokens; otherwise their sum."""
 
-    model: DenseModel
+    model: Model
     rows: Rows
     engine: str
     device: DeviceSpec
@@ -170,7 +176,8 @@ def needs(course: Course, sink: Sink, layers: int, backward: bool, loss: bool = 
     weights, largest = model.layer_bytes
     tokens = max(course.tokens // course.length, 1) * course.length
     narrow, wide = spec.hidden_size, spec.intermediate_size
-    taps = sum({"D": narrow, "F": wide}[POINTS[name]] for name in (*sink.values, *sink.gradients))
+    widths = {"D": narrow, "F": wide, "E": spec.moe.num_local_experts if spec.moe else 0}
+    taps = sum(widths[(POINTS | MIXTURE_POINTS)[name]] for name in (*sink.values, *sink.gradients))
     work = 4 * tokens * ((14 if backward else 6) * narrow + (6 if backward else 4) * wide + taps)
     head = 4 * (spec.vocab_size * narrow + 3 * 512 * spec.vocab_size + 4 * tokens * narrow) if backward or loss else 0
     embedding = 4 * 2 * (tokens + 4096) * narrow
@@ -252,6 +259,15 @@ def backward(course: Course, states: States, sink: Sink, layers: Sequence[int]) 
             if asked:
                 sink.end(layer)
             states.finish("backward", count - layer)
+
+
+def mean_loss(course: Course, probe: LayerProbe, file: StateFile) -> float:
+    """Mean cross entropy over the predicted tokens, from what leaves the last layer; the head is in memory."""
+    total = 0.0
+    for _, rows, length in course.parts():
+        target = np.roll(course.rows.ids[rows.start : rows.stop, :length], -1, axis=1)
+        total += probe.loss(file.read(rows, length), target, course.rows.counted(rows, length, mean=False))[0]
+    return total / max(course.rows.predicted, 1)
 
 
 def _head(course: Course, states: States, probe: LayerProbe) -> None:
