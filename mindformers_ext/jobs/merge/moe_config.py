@@ -64,8 +64,8 @@ class MoEConfig:
     """A whole assembly. ``segments``: experts made of each model, narrower by that factor.
 
     ``output_said``: the file names its output; otherwise the models decide. ``factors``: of the routed experts'
-    matrices, by which weights of 1 / chosen become the whole; ``shuffle``: of their neurons; ``dense``: layers that stay
-    dense; ``normalised``: the weights of the chosen experts sum to 1 (a Mixtral's always do).
+    matrices, by which weights of 1 / chosen become the whole; ``shuffle``: of their neurons; ``dense``: layers that
+    stay dense; ``normalised``: the weights of the chosen experts sum to 1 (a Mixtral's always do).
     """
 
     base_model: str

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drop-Upcycling (Nakamura et al. 2025, arXiv:2502.19261): an expert's neurons in an order of its own, some drawn anew.
 
-The order alone leaves a feed-forward part as it was: neuron i is row i of gate and up and column i of down. Redrawn rows
-are normal, of the mean and deviation that exactly their entries had together.
+The order alone leaves a feed-forward part as it was: neuron i is row i of gate and up and column i of down. Redrawn
+rows are normal, of the mean and deviation that exactly their entries had together.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -39,12 +41,12 @@ def shuffled(
 
 
 def moments(dense: np.ndarray, axis: int, neurons: np.ndarray) -> tuple[float, float]:
-    """Mean and standard deviation (unbiased; 0 of a single entry) of all entries of ``neurons`` together, in float64."""
+    """Mean and standard deviation (unbiased; 0 of a single entry) of the entries of all ``neurons``, in float64."""
     parts = [neurons[start : start + BLOCK] for start in range(0, len(neurons), BLOCK)]
     count = len(neurons) * dense.shape[1 - axis]
 
-    def blocks() -> list[np.ndarray] | map:
-        return map(lambda part: np.take(dense, part, axis).astype(np.float64), parts)
+    def blocks() -> Iterator[np.ndarray]:
+        return (np.take(dense, part, axis).astype(np.float64) for part in parts)
 
     mean = sum(float(block.sum()) for block in blocks()) / count
     squares = sum(float(np.square(block - mean).sum()) for block in blocks())
