@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from mindformers_ext.cli.experts_effects import Effect, check_effects
 from mindformers_ext.cli.experts_flags import add_switch, add_writing
+from mindformers_ext.core.families import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.experts.upcycle.request import UpcycleRequest
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 METHODS = ("copy", "granular", "drop", "expert")  # words of jobs/experts/upcycle/request.py, which loads numpy
 SCALES = ("exact", "megatron")
 ROUTERS = ("groups", "normal", "kmeans", "zeros")
-FORMATS = ("mixtral", "qwen2_moe", "qwen3_moe", "mindspore")
+FORMATS = (*(row.name for row in (MIXTRAL, QWEN2_MOE, QWEN3_MOE)), "mindspore")
 
 FROM_DENSE = Effect(lambda words: words.method != "expert", "--method copy, granular or drop")
 FROM_MIXTURE = Effect(lambda words: words.method == "expert", "--method expert")

@@ -132,6 +132,11 @@ def _check_model(request: UpcycleRequest, output: Output, spec: ModelSpec, dense
     problems = Problems(f"'{request.model}' as a {output.kind}")
     if spec.sliding_window is not None:
         problems.add(f"sliding_window={spec.sliding_window}", "a mixture sees every token: set it to null in a copy")
+    if spec.intermediate_size % request.granularity:
+        problems.add(
+            f"intermediate_size {spec.intermediate_size} is no multiple of {request.granularity}",
+            "take another --granularity",
+        )
     if dense and DENSE not in output.config:
         problems.add(
             "--moe_layer_freq leaves layers dense",
