@@ -75,8 +75,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--router",
         choices=ROUTERS,
         default=ROUTERS[0],
-        help="groups: a drawn row for each copy, shared by its parts; normal: one for each expert; kmeans: centres of "
-        "hidden states; zeros; default %(default)s",
+        help="groups: a drawn row for each copy, shared by its segments; normal: one for each expert; kmeans: centres "
+        "of hidden states; zeros; default %(default)s",
     )
     add("--router_std", type=float, default=0.02, metavar="S", help="deviation of drawn rows; default %(default)s")
     add("--gate_weights_file", type=Path, metavar="FILE", help="what the stage gates wrote, for --router kmeans")

@@ -62,8 +62,9 @@ def logits_of(folder):
 SAME = {
     "two copies of four": ("llama", "mixtral", "--method copy --experts 4"),
     "all": ("llama", "mixtral", "--method copy --experts 3 --top_k 3 --router normal --router_std 0.5"),
-    "granules": ("llama", "mixtral", "--method granular --experts 12 --granularity 4 --top_k 8 --router_std 0.5"),
+    "segments": ("llama", "mixtral", "--method granular --experts 12 --granularity 4 --top_k 8 --router_std 0.5"),
     "shuffled": ("llama", "mixtral", "--method drop --experts 6 --granularity 2 --drop_ratio 0"),
+    "alone": ("llama", "mixtral", "--method granular --experts 4 --granularity 4 --top_k 4"),
     "shared": ("qwen2", "qwen2_moe", "--method granular --experts 8 --granularity 2 --moe_layer_freq [0]+[1]*2"),
     "llama with dense layers": ("llama", "qwen2_moe", "--method copy --experts 4 --moe_layer_freq 2"),
     "heads with norms": ("qwen3", "qwen3_moe", "--method copy --experts 4 --moe_layer_freq ([1,0,1])"),
@@ -106,6 +107,16 @@ def test_more_experts_of_a_mixture_compute_the_same(kind, tmp_path, capsys):
         size = np.sqrt(np.square(first).mean())
         assert np.array_equal(rows, first) and (more - first).std() == pytest.approx(0.01 * size, rel=0.3)
     assert len(gates) == (3 if kind == "mixtral" else 2)
+
+
+def test_what_a_mixture_need_not_store_stays_behind(tmp_path):
+    tensors = tensors_of(Path("mixtral"))
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    write_model(tmp_path / "old", tensors | extra, json.loads(Path("mixtral/config.json").read_text()))
+    assert upcycle(tmp_path / "old", tmp_path / "new", "--method", "expert", "--experts", 8) == 0
+    assert (
+        tensors.keys() < tensors_of(tmp_path / "new").keys() and not extra.keys() & tensors_of(tmp_path / "new").keys()
+    )
 
 
 def silu(x):
@@ -251,7 +262,7 @@ def test_what_lies_beside_and_what_is_said(tmp_path, capsys):
     dense = Path("llama")
     assert upcycle(dense.resolve(), tmp_path / "out", *"--method drop --experts 8 --dtype bfloat16".split()) == 0
     text = capsys.readouterr().out
-    assert "8 experts (8 copies, each in 1 part) in 3 of 3 layers, 2 chosen" in text
+    assert "8 experts (8 copies, each in 1 segment) in 3 of 3 layers, 2 chosen" in text
     assert "another function than the dense model's, as 0.5 of the neurons" in text and "optimizer states" in text
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (dense / name).read_bytes()
@@ -294,7 +305,7 @@ GRANULAR = "--method granular --experts 8 --granularity 4"
 MISTAKES = {
     "no model": ("nothing", COPY, "'nothing' is no folder", "Hugging Face folder"),
     "one expert": ("llama", "--method copy --experts 1", "--experts 1", "at least two"),
-    "no granules": ("llama", "--method granular --experts 4", "--granularity 1", "2 or more"),
+    "no segments": ("llama", "--method granular --experts 4", "--granularity 1", "2 or more"),
     "not a multiple": (
         "llama",
         "--method granular --experts 6 --granularity 4",
@@ -367,6 +378,8 @@ def test_an_output_that_stands_is_not_replaced_unasked(tmp_path, capsys):
     for out, *more in (("out",), ("moe.ckpt", "--format", "mindspore")):
         assert upcycle("llama", tmp_path / out, *COPY.split(), *more) == 2
         assert "exists: choose another path, or pass --overwrite" in capsys.readouterr().err
+    assert upcycle("llama", "llama/more.safetensors", *COPY.split(), "--format", "mindspore") == 2
+    assert "lies among the weights of the input" in capsys.readouterr().err
     assert (tmp_path / "moe.ckpt").read_text() == "mine" and (tmp_path / "out/config.json").read_text() == "{}"
 
 

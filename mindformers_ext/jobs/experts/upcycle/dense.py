@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A dense model becomes a mixture of copies of its feed-forward, whole or in granules, as it is or partly redrawn."""
+"""A dense model becomes a mixture of copies of its feed-forward, whole or in segments, as it is or partly redrawn."""
 
 from __future__ import annotations
 
@@ -81,23 +81,26 @@ def _check_options(request: UpcycleRequest) -> None:
     if experts < 2:
         problems.add(f"--experts {experts}", "a mixture has at least two experts")
     if granularity < 1 or (request.method == GRANULAR and granularity < 2):
-        problems.add(f"--granularity {granularity}", "give into how many granules a feed-forward is cut, 2 or more")
+        problems.add(
+            f"--granularity {granularity}",
+            f"give into how many segments a copy is cut, with --method {GRANULAR} 2 or more",
+        )
     elif experts % granularity:
         problems.add(
             f"--experts {experts} is no multiple of --granularity {granularity}",
-            "experts are all granules of all copies",
+            "experts are all segments of all copies",
         )
     elif not 1 <= chosen <= experts:
         problems.add(f"--top_k {chosen} of {experts} experts", "choose 1 to all of them")
     elif request.router == ZEROS and granularity > 1 and chosen < experts:
         problems.add(
             f"--router {ZEROS} with --granularity {granularity}",
-            "among equal scores a runtime takes any granules, and they need not make up a whole: take groups",
+            "among equal scores a runtime takes any segments, and they need not make up a whole: take groups",
         )
     elif request.router != NORMAL and chosen % granularity:
         problems.add(
             f"--top_k {chosen} is no multiple of --granularity {granularity}",
-            f"granules of a copy have one score and are chosen together: take a multiple, or --router {NORMAL}",
+            f"segments of a copy have one score and are chosen together: take a multiple, or --router {NORMAL}",
         )
     if request.method == DROP and not 0 <= request.drop_ratio <= 1:
         problems.add(
@@ -180,7 +183,7 @@ def _facts(request: UpcycleRequest, spec: ModelSpec, output: Output, mixtures: i
     granularity, chosen, experts = request.granularity, request.chosen, request.experts
     routed = mixtures * 3 * spec.hidden_size * spec.intermediate_size // granularity
     yield (
-        f"{output.name}: {experts} experts ({experts // granularity} copies, each in {granularity} part"
+        f"{output.name}: {experts} experts ({experts // granularity} copies, each in {granularity} segment"
         f"{'s' * (granularity > 1)}) in {mixtures} of {spec.num_hidden_layers} layers, {chosen} chosen; a token passes "
         f"{(parameters - routed * (experts - chosen)) / 1e6:.1f} M of {parameters / 1e6:.1f} M parameters"
     )
@@ -201,7 +204,10 @@ def _begins(request: UpcycleRequest) -> str:
             f"(SwiGLU is not linear in them); --scale {EXACT} keeps it"
         )
     if request.router == NORMAL and request.granularity > 1:
-        return "not the dense model's function, as the parts of a copy are chosen apart; --router groups keeps it"
+        return "not the dense model's function, as the segments of a copy are chosen apart; --router groups keeps it"
     if not request.normalised and request.router != ZEROS and request.chosen < request.experts:
-        return "near the dense model's function: weights that need not sum to 1 are right on average"
+        return (
+            "not exactly the dense model's function, as the chosen weights have the right sum only where all scores "
+            "are equal; --norm_topk_prob True keeps it"
+        )
     return "the dense model's function, to rounding"

@@ -55,9 +55,10 @@ def upcycle_mixture(request: UpcycleRequest, out: OutputRequest, write: bool) ->
     copies = _copies(request, folder, spec)
     chosen = spec.routing.num_experts_per_tok * copies if request.top_k is None else request.top_k
     with closing(unfused(open_hf(folder), row.kind)) as reader:
-        plan_to_mindspore(reader, spec)
+        left = dict(plan_to_mindspore(reader, spec).ignored)
         dtype = float_dtype(request.dtype) if request.dtype else None
-        tasks = [_task(reader, in_type(info, dtype), row, copies, request) for info in reader.infos.values()]
+        infos = [in_type(info, dtype) for name, info in reader.infos.items() if name not in left]
+        tasks = [_task(reader, info, row, copies, request) for info in infos]
         result = _config(config, row, request.experts, chosen, BY_NUMPY[dtype].long if dtype else None)
         check_names(result, tasks)
 

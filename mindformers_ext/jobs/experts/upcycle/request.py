@@ -26,7 +26,7 @@ NO_STATES = "optimizer states are not carried over: training begins with new one
 class UpcycleRequest:
     """An upcycling of the Hugging Face folder ``model``.
 
-    ``experts``: routed experts of a layer that is written, all granules counted; ``top_k`` None: two whole copies, of
+    ``experts``: routed experts of a layer that is written, all segments counted; ``top_k`` None: two whole copies, of
     ``expert`` as many times the old number as there are copies. ``form`` None: the mixture that the model fits.
     ``normalised``: the weights of the chosen experts sum to 1. ``gates``: what ``router`` kmeans reads.
     ``moe_layer_freq``: see ``moe_layers``. ``router_noise``: by which copied rows of a mixture's router differ.
@@ -68,7 +68,7 @@ class Upcycled:
 def whole_factor(experts: int, chosen: int, granularity: int, normalised: bool) -> float:
     """By which the sum of equally weighed experts becomes the dense output.
 
-    Of E copies in G granules each, T are chosen, T / G of every granule: with weights of 1 / T the sum is dense / G,
+    Of E copies in G segments each, T are chosen, T / G of every segment: with weights of 1 / T the sum is dense / G,
     with those of a softmax over all E G it is dense T / (E G^2) (Megatron-LM, moe/upcycling_utils.py).
     """
     return float(granularity) if normalised else experts * granularity / chosen

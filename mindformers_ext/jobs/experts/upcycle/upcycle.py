@@ -36,6 +36,8 @@ def upcycle(request: UpcycleRequest, write: bool = True) -> Upcycled:
     check_suffix(path)
     if path.is_dir():
         raise UserError(f"output '{path}' is a folder: give a file name")
+    if path.suffix == ".safetensors" and path.parent.resolve() == request.model.resolve():
+        raise UserError(f"output '{path}' lies among the weights of the input folder: choose another folder")
     refuse_existing(path, out.overwrite)
     beside = path.with_name(path.name + SCRATCH)
     if not write:
