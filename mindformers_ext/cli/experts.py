@@ -17,6 +17,7 @@ from mindformers_ext.cli.command import Command
 EPILOG = """examples:
   python tools/build_experts.py split --model_path llama_7B --save_path experts --num_experts 8
   python tools/build_experts.py convert --style mixtral --model_path llama_8B --save_path moe --num_experts 8 --top_k 2
+  python tools/build_experts.py upcycle llama_8B moe --method drop --experts 8
   python tools/build_experts.py split --help
 """
 STAGES = {
@@ -27,6 +28,7 @@ STAGES = {
     "grads": "how much the loss feels each neuron, by cluster, for a LLaMA-MoE v2",
     "select": "fit the gates that choose experts",
     "convert": "write the mixture, or the dense model again",
+    "upcycle": "copies of a feed-forward become experts to train, or a mixture's experts more of them",
     "run": "all stages from one YAML",
     "report": "one page of figures about a mixture",
 }

@@ -101,7 +101,7 @@ def run(words: argparse.Namespace) -> int:
     if not words.quiet:
         for note in report.notes:
             print(f"note: {note}", file=sys.stderr)
-    print(_summary(words.save_path, report))
+    print(summary(words.save_path, report))
     return 0
 
 
@@ -227,7 +227,8 @@ def _output(words: argparse.Namespace) -> OutputRequest:
     )
 
 
-def _summary(folder: Path, report: MergeReport) -> str:
+def summary(folder: Path, report: MergeReport) -> str:
+    """A line about what was written, or would be."""
     size = (
         f"{folder}: {report.tensors} tensors, {report.parameters / 1e6:.1f} M parameters, {report.nbytes / 1e9:.3f} GB"
     )
