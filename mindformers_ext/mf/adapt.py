@@ -49,7 +49,7 @@ def adapt(config: Mapping[str, Any], device_target: str) -> tuple[dict[str, Any]
     - ``AdamW`` becomes our ``FusedAdamW``, the same numbers in one kernel, off Ascend and with float32 weights.
     - No more reading threads than cores; no optimizer states cut over data-parallel processes off Ascend.
     - Sink mode goes off on the CPU: MindFormers multiplies the epochs by the steps for it, MindSpore then runs without;
-      and where gates add noise, which comes with every step (``mf.noise``).
+      and where gates or masks have noise, which comes with every step (``mf.noise``).
 
     ``config`` itself is not changed.
     """
@@ -83,6 +83,8 @@ def adapt(config: Mapping[str, Any], device_target: str) -> tuple[dict[str, Any]
         why = "the CPU has no data sinking"
     elif draws:
         why = "the noise of the gates comes with every step"
+    elif family is not None and section_at(config, MODEL).get("l0_module"):
+        why = "the noise of the masks comes with every step"
     runner = result.setdefault("runner_config", {}) if why else {}
     if why and runner.get("sink_mode", True):
         runner["sink_mode"] = False

@@ -11,6 +11,7 @@ from mindspore import Tensor, nn
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.mf.networks import PortableLlamaForCausalLM
 from mindformers_ext.mf.noise import NoiseFed
+from mindformers_ext.ms.l0 import climbing
 from mindformers_ext.ms.step import TrainStepCell
 
 # Options of MFTrainOneStepCell that change the result and are not built, with the value that means off.
@@ -63,7 +64,12 @@ class PortableTrainOneStepCell(NoiseFed, TrainStepCell):
         if isinstance(model, PortableLlamaForCausalLM):
             model.report_terms()
         super().__init__(
-            network, optimizer, scale_sense, max_grad_norm if use_clip_grad else None, gradient_accumulation_steps
+            network,
+            optimizer,
+            scale_sense,
+            max_grad_norm if use_clip_grad else None,
+            gradient_accumulation_steps,
+            climbing(optimizer.parameters),
         )
         logger.info(
             "Train step: portable; overflow is a gradient norm that is not finite; clip %s; %d micro batches.",

@@ -8,6 +8,8 @@ multiplies its own slice by its own part of it; gradients are summed as those of
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import mindspore as ms
 import mindspore.ops.operations as P
 import numpy as np
@@ -285,6 +287,11 @@ def add_masks(network: CausalLM, spec: PruningSpec) -> Held:
     for parameter, name in names:  # the parents put their own prefixes before them
         parameter.name = name
     return held
+
+
+def climbing(parameters: Iterable[Parameter]) -> dict[str, int]:
+    """-1 by the name of each that climbs the loss: the multipliers."""
+    return {item.name: -1 for item in parameters if item.name.startswith(LAMBDAS)}
 
 
 def _output(held: Held, half: str, layer: int, shards: Shards) -> OutputMask | None:

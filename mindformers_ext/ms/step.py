@@ -21,7 +21,7 @@ from mindformers_ext.ms.ops.select import select_operators
 _scaled = ops.MultitypeFuncGraph("scaled")
 _add = ops.MultitypeFuncGraph("add")
 _float32 = ops.MultitypeFuncGraph("float32")
-_signed = ops.MultitypeFuncGraph("signed")
+signed = ops.MultitypeFuncGraph("signed")
 
 SEED_STRIDE = 0x2545F491  # from a micro batch's seed of dropout to the next one's: odd, so that all differ
 # Names of the step's own state in a checkpoint; a resumed run must restore them (``mf.trainer`` does).
@@ -42,7 +42,7 @@ def _add_pair(left: Tensor, right: Tensor) -> Tensor:
     return ops.cast(left, ms.float32) + ops.cast(right, ms.float32)
 
 
-@_signed.register("Float32", "Tensor")
+@signed.register("Float32", "Tensor")
 def _with_sign(sign: float, gradient: Tensor) -> Tensor:
     return gradient * sign
 
@@ -124,7 +124,7 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
             unscale = unscale * ops.minimum(self.max_grad_norm / (global_norm + 1e-6), 1.0)
         gradients = self.hyper_map(ops.partial(_scaled, unscale), gradients)
         if self.climbs:
-            gradients = self.hyper_map(_signed, self.signs, gradients)
+            gradients = self.hyper_map(signed, self.signs, gradients)
         learning_rate = self.current_learning_rate()
         if not overflow:
             loss = ops.depend(loss, self.optimizer(gradients))
@@ -188,13 +188,13 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
         return ops.logical_not(finite.reshape(()))
 
     def current_learning_rate(self) -> Tensor:
-        """The learning rate this step uses (of the last group when groups have their own)."""
+        """The learning rate this step uses (of the first group when groups have their own)."""
         rate = self.optimizer.learning_rate
         if self.has_dynamic_lr:
-            schedule = rate[-1] if self.has_group_lr else rate
+            schedule = rate[0] if self.has_group_lr else rate
             return schedule(self.optimizer.global_step).reshape(())
         if self.has_group_lr:
-            return rate[-1]
+            return rate[0]
         return rate
 
 

@@ -213,7 +213,6 @@ def test_runs_that_cannot_prune_are_refused(job: Path) -> None:
     experts["moe_config"] = {"expert_num": 4, "num_experts_chosen": 2, "routing_policy": "TopkRouterV2"}
     for given, message in (
         (experts, "masks of a mixture of experts are not built"),
-        (config(job, "refused", "engine=ms"), "--trainer own"),
         (config(job, "refused", "run_mode=predict"), "cut the model first"),
         (config(job, "refused", "model.model_config.return_extra_loss=False"), "return_extra_loss=False"),
     ):
