@@ -211,6 +211,7 @@ def _check_whole(file: Path, build: BuildSpec) -> None:
     """
     if build.lora is None:
         check_shapes(file, build.network.model)
+        _check_masks(file, build)
         return
     with closing(open_checkpoint(file)) as reader:
         held = {name: info.shape for name, info in reader.infos.items() if name.endswith((LORA_A, LORA_B))}
@@ -225,9 +226,30 @@ def _check_whole(file: Path, build: BuildSpec) -> None:
     problems.raise_if_any()
 
 
+def _check_masks(file: Path, build: BuildSpec) -> None:
+    """Whether ``file`` holds the masks of a network that has some, whole.
+
+    Raises:
+        UserError: lists what is missing or of another shape.
+    """
+    if build.pruning is None:
+        return
+    with closing(open_checkpoint(file)) as reader:
+        held = {name: info.shape for name, info in reader.infos.items()}
+    problems = Problems(f"cannot resume from {file}: its masks are not those of l0_module")
+    wanted = {name: shape for name, shape, trained in build.pruning.parameters() if trained}
+    problems.add_names(
+        "parameters of masks",
+        "missing or of another shape",
+        [name for name, shape in wanted.items() if held.get(name) != shape],
+        "give l0_module of the run that saved it; to prune a trained model set resume_training: False",
+    )
+    problems.raise_if_any()
+
+
 def _check_slices(folder: Path, saved: Saved, build: BuildSpec) -> None:
     """Every rank's slices must be those of this run's split: MindFormers would stop in the middle of loading them."""
-    parallel, placed = build.network.parallel, placed_parameters(build.network, lora=build.lora)
+    parallel, placed = build.network.parallel, placed_parameters(build.network, lora=build.lora, pruning=build.pruning)
     ranks, found = rank_folders(folder), ""
     if len(ranks) != parallel.device_num:
         found = f"{len(ranks)} ranks have saved it, this run has {parallel.device_num}"
