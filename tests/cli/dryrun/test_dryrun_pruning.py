@@ -49,7 +49,8 @@ def compiled(folder: Path, job: str, commit: str | None) -> DryRun:
     if f"{L0}target_model" in changes:
         settings = {key: value for key, value in settings.items() if not key.startswith(f"{L0}target_model.")}
     ranks = ",".join(map(str, chosen_ranks(DEVICES, 1, commit) if commit is None else (int(commit, 16) % DEVICES,)))
-    run = dry_run(folder / "out", f"../sheared_llama/{name}.yaml", DEVICES, ranks, 1, layers=2, **settings)
+    file = f"../sheared_llama/{name}.yaml"
+    run = dry_run(folder / "out", file, DEVICES, ranks, 1, "--keep_graphs", layers=2, **settings)
     assert run.code == 0, run.text
     return run
 
@@ -76,6 +77,9 @@ def test_a_file_compiles_with_its_masks_as_counted(name: str, tmp_path: Path, co
         grouped_as_counted(run, facts)
         purposes = {row.purpose for row in facts.traffic}
         assert purposes <= {"layout", "partial sums", "weights", "gradients", "norm", "embedding"}
+        (graph,) = (run.out / "ranks" / f"rank_{facts.rank}").rglob("step_parallel_end_*.ir")
+        text = graph.read_text(encoding="utf-8", errors="replace")
+        assert "_MirrorOperator(" in text and "_VirtualDiv(" not in text  # so ``mf.step`` divides by the devices itself
 
 
 @pytest.mark.slow
