@@ -87,7 +87,8 @@ def test_a_file_compiles_with_its_masks_as_counted(name: str, tmp_path: Path, co
 @pytest.mark.turn("compiled masks")
 @pytest.mark.parametrize("name", ["continue_2_7b", "continue_1_3b", "continue_370m"])
 def test_what_continues_compiles(name: str, tmp_path: Path) -> None:
-    split = {**SPLITS["sequence"], "model.model_config.head_dim": 8}
+    ours = {"model.model_config.type": "PortableLlamaConfig", "model.arch.type": "PortableLlamaForCausalLM"}
+    split = {**SPLITS["sequence"], **ours, "model.model_config.head_dim": 8}
     run = dry_run(tmp_path / "out", f"../sheared_llama/{name}.yaml", DEVICES, "1", 1, **split)
     assert run.code == 0, run.text
     assert not any(item.name.startswith(ROOT) for facts in run.facts() for item in facts.parameters)

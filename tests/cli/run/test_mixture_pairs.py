@@ -87,7 +87,9 @@ def test_two_processes_draw_as_one_and_go_on_where_they_were_killed(engine: str,
 PRUNING = [
     pytest.param("pt", prune_job, marks=pytest.mark.turn("killed pair")),
     *(
-        pytest.param(*case, marks=pytest.mark.long("the first stage on PyTorch does it"))
+        pytest.param(
+            *case, marks=pytest.mark.long("tests/cli/run/test_mixture_pairs.py does it on PyTorch, for the first stage")
+        )
         for case in (("pt", continue_job), ("ms", prune_job), ("ms", continue_job))
     ),
 ]
