@@ -166,6 +166,11 @@ def test_checkpoints_without_whole_masks_are_refused(
         assert message in capsys.readouterr().err and not out.exists(), case
     assert main(["masks", str(tmp_path / "nan.ckpt"), "--output", str(tmp_path / "m.npz")]) == 2
     assert "give the run's YAML with --config" in capsys.readouterr().err
+    for case in ("shape", "lacking"):
+        words = ("resume_training=True", f"load_checkpoint={tmp_path / case}.ckpt")
+        with pytest.raises(UserError, match="its masks are not those of l0_module"):
+            check_run(config(job, "resumed", *words), "test")
+    check_run(config(job, "resumed", "resume_training=True", f"load_checkpoint={tmp_path / 'nan.ckpt'}"), "test")
 
 
 def test_slices_of_ranks_are_cut_as_the_whole_checkpoint(

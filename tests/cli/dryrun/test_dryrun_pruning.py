@@ -30,7 +30,12 @@ SPLITS: dict[str, dict[str, Any]] = {
     "model": {"data_parallel": 2, "model_parallel": 2},
     "sequence": {"data_parallel": 2, "model_parallel": 2, "use_seq_parallel": True},
 }
-GROUPED = {"model.model_config.n_kv_heads": 4, f"{L0}target_model.n_kv_heads": 2}
+GROUPED = {
+    "model.model_config.n_kv_heads": 4,
+    f"{L0}target_model.n_kv_heads": 2,
+    "model.model_config.bos_token_id": 1,
+    "model.model_config.eos_token_id": 2,
+}
 # file, split, and what differs
 JOBS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "7b to 2.7b": ("prune_llama2_7b_to_2_7b", "data", {f"{L0}target_model.n_layers": 2}),
