@@ -20,6 +20,7 @@ from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.formats.atomic import put_link
 from mindformers_ext.formats.ms_file import open_checkpoint
 from mindformers_ext.formats.rank_dirs import rank_folders
+from mindformers_ext.formats.safetensors_dir import CONFIG
 from mindformers_ext.jobs.checkpoint.saved import (
     Saved,
     check_shapes,
@@ -60,6 +61,10 @@ def settle_resume(run: RunSpec, build: BuildSpec | None, own_loop: bool = False)
                 "--parallel.parallel_mode 0 (data parallel) or on one device, or start again from the base weights"
             )
         run, notes = settle_adapters(run, lora)
+    began = None  # weights that the run began with; a run's checkpoints are no such folder
+    if run.load and lora is None and (Path(run.load) / CONFIG).is_file():
+        began, run = run.load, replace(run, load=None)
+        notes.append(f"resume_training: the run that began with load_checkpoint {began} goes on")
     folder = Path(run.load or Path(run.output_dir) / "checkpoint")
     suffix = run.suffix
     if own_loop and not rank_holds(folder, suffix) and rank_holds(folder, SAFETENSORS):
@@ -68,7 +73,7 @@ def settle_resume(run: RunSpec, build: BuildSpec | None, own_loop: bool = False)
         left = remove_leftovers(folder)
         what = f" ({', '.join(path.name for path in left)} was half written)" if left else ""
         note = f"resume_training: {folder} holds no whole checkpoint yet{what}, the run starts from step 0"
-        return replace(run, resume=False, load=run.base, base=None), [note], None
+        return replace(run, resume=False, load=began or run.base, base=None), [note], None
     if suffix == SAFETENSORS and not run.use_parallel and not own_loop:
         raise UserError(
             f"cannot resume from {folder}: MindFormers resumes one device from .ckpt only, load_ckpt_format is "
