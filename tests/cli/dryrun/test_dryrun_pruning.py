@@ -23,7 +23,6 @@ SMALL: dict[str, Any] = {
     f"{L0}target_model.n_layers": 1,
     f"{L0}target_model.intermediate_size": 64,
     f"{L0}target_model.vocab_size": 512,
-    f"{L0}lagrangian_warmup_steps": 1,
 }
 SPLITS: dict[str, dict[str, Any]] = {
     "data": {"data_parallel": 4},
