@@ -29,6 +29,7 @@ from mindformers_ext.mf.checkpoint import WholeCheckpointMonitor
 from mindformers_ext.mf.hooks import DropoutSeeds, HookCallback
 from mindformers_ext.mf.monitor import MoELossMonitor
 from mindformers_ext.mf.pipeline_step import norm_tells_overflow
+from mindformers_ext.mf.pruning import MaskInputs
 from mindformers_ext.mf.rules import experts_without_sequence_parallel
 from mindformers_ext.mf.run import seed_draws
 from mindformers_ext.mf.step import copies_of
@@ -250,8 +251,9 @@ def test_hooks_stand_before_the_checkpoint_and_behind_the_monitor() -> None:
     trainer = PortableCausalLanguageModelingTrainer.__new__(PortableCausalLanguageModelingTrainer)
     trainer.config = MindFormerConfig(seed=5)
     found = trainer.sort_callbacks(callbacks)
-    assert [type(item) for item in found] == [MoELossMonitor, HookCallback, DropoutSeeds, WholeCheckpointMonitor]
-    assert found[2].seed == 5
+    own = [DropoutSeeds, MaskInputs]
+    assert [type(item) for item in found] == [MoELossMonitor, HookCallback, *own, WholeCheckpointMonitor]
+    assert found[2].seed == found[3].seed == 5 and found[3].every == 0
 
 
 @pytest.mark.parametrize("words", [{"seed": 0}, {}])

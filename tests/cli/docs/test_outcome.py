@@ -60,10 +60,7 @@ def test_a_stopped_dry_run_leaves_no_process(number: int, code: int, repo_root: 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_that_python_drops_in_a_callback_comes_again(number: int, code: int) -> None:
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a test before may have left MindSpore's: SIGTERM
-
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test before may have left MindSpore's: SIGTERM
     class Referred:
         pass
 
