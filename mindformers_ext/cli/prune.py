@@ -44,6 +44,12 @@ def _add_run(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument(
         "--config", type=Path, metavar="YAML", help="the run's, where none lies in its output_dir (run_config/)"
     )
+    parser.add_argument(
+        "--strategy_dir",
+        type=Path,
+        metavar="DIR",
+        help="strategy files of slices; default: strategy/ in the output_dir",
+    )
 
 
 def _masks_options(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +63,7 @@ def _masks(words: argparse.Namespace) -> int:
     from mindformers_ext.jobs.prune.report import table
     from mindformers_ext.jobs.prune.trained import find_run, masks_of
 
-    masks = masks_of(find_run(words.model, words.config))
+    masks = masks_of(find_run(words.model, words.config, words.strategy_dir))
     write_masks(words.output, masks, words.overwrite)
     print("\n".join(table(masks)))
     print(f"wrote {words.output}")
@@ -96,6 +102,7 @@ def _cut(words: argparse.Namespace) -> int:
             output=out,
             masks=words.masks,
             config=words.config,
+            strategies=words.strategy_dir,
             base=words.base,
             next_yaml=words.next_yaml,
             dtype=words.dtype,

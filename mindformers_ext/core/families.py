@@ -340,7 +340,8 @@ def family_of_yaml(config: Mapping[str, Any], device_target: str) -> Family | No
     moe = _section(config, "moe_config") or _section(words, "moe_config")
     experts = moe.get("expert_num")
     has_experts = isinstance(experts, int) and experts > 1
-    return implied_family(has_experts) if has_experts or device_target != GENERIC_DEVICE else None
+    ours = has_experts or bool(words.get("l0_module")) or device_target != GENERIC_DEVICE  # MindFormers' has no masks
+    return implied_family(has_experts) if ours else None
 
 
 def _section(parent: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -93,6 +93,15 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "logits": (("rest head",), ()),
     "scalars": (("", ""), ()),
     "scalar": (("",), ()),
+    # masks (``ms.l0``): whole on every device, which takes the part that its own slice of a tensor is multiplied by
+    "layer mask": (("- -", "- -"), ("-",)),
+    "layer values": (("- -",), ("-",)),
+    "vectors": (("-", "-"), ("-",)),
+    "vector": (("-",), ("-",)),
+    "masked rows": (("tok -", "-"), ("tok -",)),
+    "masked columns": (("dp mp", "mp"), ("dp mp",)),
+    "masked norm": (("tok -", "-", "-"), ("tok -",)),
+    "penalty": (("-", "-", "-", "-"), ("-",)),
 }
 
 
@@ -214,6 +223,24 @@ class _Local(nn.Cell):
     def run_6(self, a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor, f: Tensor) -> Any:
         """The cell on six inputs."""
         return self.cell(a, b, c, d, e, f)
+
+
+def of_one(size: int) -> Callable:
+    """The shape (size), whatever that of the one input is, for ``Shards.local``."""
+
+    def shape(a: list) -> list:
+        return [size]
+
+    return shape
+
+
+def of_two(size: int) -> Callable:
+    """The same of two inputs."""
+
+    def shape(a: list, b: list) -> list:
+        return [size]
+
+    return shape
 
 
 def _first_of_1(a: Any) -> Any:

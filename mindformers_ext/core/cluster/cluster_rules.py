@@ -120,7 +120,7 @@ def nearest_sizes(parallel: ParallelSpec, model: ModelSpec) -> tuple[int, int, i
     stages = max(model.num_hidden_layers // parallel.pp_interleave_num, 1)
     if model.moe and model.moe.use_gmm:
         widths = 1  # grouped experts stand whole on every device
-    if model.moe and model.moe.balance_via_topk_bias:
+    if model.tie_word_embeddings or (model.moe and model.moe.balance_via_topk_bias):
         stages = 1
     divisors = _divisors(parallel.device_num)
     choices = [
@@ -224,6 +224,12 @@ def _pipeline(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: li
         problems.add(
             f"balance_via_topk_bias=True with pipeline_stage={stages}: no stage sees the load of all layers",
             "balance by aux_loss_factor instead, or set pipeline_stage: 1",
+        )
+    if run_mode in TRAINING and spec.model.tie_word_embeddings:
+        problems.add(
+            f"tie_word_embeddings=True with pipeline_stage={stages}: the first and the last stage would each learn a "
+            "table of their own, for MindSpore exchanges no gradients between them",
+            "set pipeline_stage: 1",
         )
     if run_mode in TRAINING and micro < stages:
         problems.add(f"micro_batch_num={micro} is below pipeline_stage={stages}", f"use at least {stages}")

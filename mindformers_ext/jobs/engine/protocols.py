@@ -153,8 +153,21 @@ class Ranks(Protocol):
         ...
 
 
-class Trainer(Protocol):
-    """A network that learns; see ``pt.trainer``. Weights are filled in before ``open``, moments restored after it."""
+class NetworkValues(Protocol):
+    """A network whose parameters and buffers are read and set by name."""
+
+    def values(self, ending: str) -> dict[str, np.ndarray]:
+        """The network's parameters (and buffers) whose name ends in ``ending``, in its order."""
+        ...
+
+    def set_values(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Replace such parameters by name."""
+        ...
+
+
+class Trainer(NetworkValues, Protocol):
+    """A network that learns; see ``pt.trainer``. Weights are filled in before ``open``, moments restored and
+    values read after it."""
 
     @property
     def ranks(self) -> Ranks:
@@ -187,14 +200,6 @@ class Trainer(Protocol):
     def row_log_probabilities(self, ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Sum (R) of the log-probabilities of the labels that count of ids and labels (R, S+1), as the network stands.
         Every rank has to ask, for as many rows."""
-        ...
-
-    def values(self, ending: str) -> dict[str, np.ndarray]:
-        """The network's parameters (and buffers) whose name ends in ``ending``, in its order; after ``open``."""
-        ...
-
-    def set_values(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Replace such parameters by name."""
         ...
 
     def state(self, adapters: bool) -> Iterator[tuple[str, np.ndarray]]:

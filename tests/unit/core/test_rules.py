@@ -113,6 +113,13 @@ def test_a_bias_needs_the_load_of_all_layers() -> None:
     assert "balance_via_topk_bias=True with pipeline_stage=2" in text and "aux_loss_factor instead" in text
 
 
+def test_a_tied_table_does_not_stand_on_two_stages() -> None:
+    tied = replace(SEED, model=replace(SEED.model, tie_word_embeddings=True))
+    assert "tie_word_embeddings=True with pipeline_stage=2" in refusal(tied)
+    parallel = replace(tied.parallel, pipeline_stage=1, device_num=8)
+    assert check_network(replace(tied, parallel=parallel)) is not None
+
+
 def test_more_stages_than_layers() -> None:
     small = replace(SEED, model=replace(MODEL, num_hidden_layers=1))
     assert "pipeline_stage=2 exceeds num_layers=1" in refusal(small)
