@@ -138,7 +138,7 @@ COMMANDS = {
 COMMAND = Command(
     prog="prune.py",
     description="Cut a dense model to a smaller shape: by the masks of a pruning run (Sheared-LLaMA), where the result "
-    "is the masked model, exactly, or in one shot by what a pass over some text measures. Weights stream in blocks, and "
+    "is the masked model, exactly, or in one shot by what a pass over some text measures. Weights stream in blocks; "
     "outputs appear whole or not at all.",
     epilog=EPILOG,
     options=_options,

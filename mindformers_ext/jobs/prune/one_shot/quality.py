@@ -30,7 +30,7 @@ class Judgement:
         rows = sorted(self.losses.items(), key=lambda item: item[1])
         found = [f"held-out loss on {self.tokens} tokens, measured on {self.measured_tokens} tokens, seed {self.seed}"]
         return found + [
-            f"{name:{width}}  {loss:.4f}" + ("" if name == ORIGINAL else f"  (+{loss - base:.4f})")
+            f"{name:{width}}  {loss:.4f}" + ("" if name == ORIGINAL else f"  ({loss - base:+.4f})")
             for name, loss in rows
         ]
 

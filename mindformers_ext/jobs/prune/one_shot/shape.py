@@ -43,6 +43,7 @@ def prune_shape(request: ShapeRequest, tell: Tell = quiet) -> OneShotReport:
     def choose(place: Bench, found: Importance, target: ModelShape) -> dict[str, Cut]:
         return ladder(request, place, found, target)
 
+    request.check()
     return carry_out(request, tell, METHODS[request.method].needs, aim, choose)
 
 

@@ -120,7 +120,7 @@ def _scaled(source: ModelShape, factor: float, axes: Sequence[str]) -> ModelShap
         step = gcd(size, STEP)
         if axis == "num_attention_heads":
             step = source.num_key_value_heads if source.heads_per_group > 1 else 1
-        sizes[axis] = max(step, int(size * factor) // step * step)
+        sizes[axis] = max(step, round(size * factor / step) * step)
     if source.heads_per_group == 1 and "num_attention_heads" in sizes:
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     return replace(source, **sizes)
