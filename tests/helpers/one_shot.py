@@ -21,9 +21,9 @@ BLOCK, TOKENS, JUDGED = 32, 200, 120
 def make_model(folder: Path, planted: bool = False, **more: Any) -> LlamaForCausalLM:
     """The folder (head_dim is not d / H), and the model itself."""
     torch.manual_seed(5)
-    words = {"tie_word_embeddings": False, **more}
+    words = {"tie_word_embeddings": False, "num_hidden_layers": LAYERS, **more}
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=WIDTH, num_hidden_layers=LAYERS,
+        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=WIDTH,
         num_attention_heads=HEADS, num_key_value_heads=GROUPS, head_dim=HEAD, max_position_embeddings=64,
         initializer_range=0.25, bos_token_id=1, eos_token_id=2, **words,
     )  # fmt: skip

@@ -21,7 +21,7 @@ from mindformers_ext.formats.safetensors_dir import CONFIG
 from mindformers_ext.formats.tensors import Array, Reader, TensorInfo
 from mindformers_ext.jobs.merge.output import OutputRequest, check_output, write_weights
 from mindformers_ext.jobs.merge.sidecars import copy_tokenizer, write_json
-from mindformers_ext.jobs.prune.masks_file import MASKS, SavedMasks, read_masks, write_masks
+from mindformers_ext.jobs.prune.masks_file import MASKS, SavedMasks, differences, read_masks, write_masks
 from mindformers_ext.jobs.prune.next_stage import next_yaml, write_next
 from mindformers_ext.jobs.prune.report import REPORT, check_reached, pruning_report
 from mindformers_ext.jobs.prune.source import DenseSource, DenseTensor, open_folder, open_trained
@@ -146,7 +146,7 @@ def _check_words(request: CutRequest, run: TrainedRun | None) -> None:
 
 def _check_model(dense: DenseSource, masks: SavedMasks) -> None:
     problems = Problems("the masks belong to another model")
-    for name, ours, theirs in _differences(shape_of_model(dense.model), masks.source):
+    for name, ours, theirs in differences(shape_of_model(dense.model), masks.source):
         problems.add(f"its {name} is {ours}, the masks' {theirs}", "give the model that was pruned")
     problems.raise_if_any()
 
@@ -155,17 +155,9 @@ def _check_shape(masks: SavedMasks, shape: ModelShape) -> None:
     if masks.target is None or shape == masks.target:
         return
     problems = Problems("the masks have not the target's shape")
-    for name, ours, theirs in _differences(shape, masks.target):
+    for name, ours, theirs in differences(shape, masks.target):
         problems.add(f"{name} is {ours}, the target's {theirs}", "write the masks again with 'prune.py masks'")
     problems.raise_if_any()
-
-
-def _differences(one: ModelShape, other: ModelShape) -> Iterator[tuple[str, int, int]]:
-    """Names and both values of the sizes in which two shapes differ."""
-    for name in ModelShape.__dataclass_fields__:
-        ours, theirs = getattr(one, name), getattr(other, name)
-        if ours != theirs:
-            yield name, ours, theirs
 
 
 def pieces_of(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,3 +83,11 @@ def read_shape(array: np.ndarray, path: Path) -> ModelShape:
     if array.shape != (len(SHAPE_FIELDS),) or array.dtype != np.int64 or not np.all((array > 0) & (array < 2**31)):
         raise UserError(f"'{path}': the sizes of its model are not {len(SHAPE_FIELDS)} numbers above 0")
     return ModelShape(**dict(zip(SHAPE_FIELDS, map(int, array), strict=True)))
+
+
+def differences(one: ModelShape, other: ModelShape) -> Iterator[tuple[str, int, int]]:
+    """Names and both values of the sizes in which two shapes differ."""
+    for name in SHAPE_FIELDS:
+        ours, theirs = getattr(one, name), getattr(other, name)
+        if ours != theirs:
+            yield name, ours, theirs

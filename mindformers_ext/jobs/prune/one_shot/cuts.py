@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import mkdtemp
 
 import numpy as np
 
@@ -33,6 +34,7 @@ from mindformers_ext.surgery.prune.cut import FullMasks, full_masks, pruned_shap
 from mindformers_ext.surgery.prune.importance import METHODS, Scores, by_chance, masks_of_scores
 
 ONE_SHOT = "one_shot.json"
+FITTED = "fitted_"  # folders of matrices fitted anew
 MAGNITUDE = "magnitude"
 Values = Mapping[str, np.ndarray]
 
@@ -83,11 +85,10 @@ class Bench:
             return by_chance(self.shape, seed)
         return METHODS[method].score(found.statistics, self.shape)
 
-    def cut(self, values: Values, refit: str = NONE, bias: Importance | None = None, name: str = "cut") -> Cut:
+    def cut(self, values: Values, refit: str = NONE, bias: Importance | None = None) -> Cut:
         """The cut, its output matrices fitted anew, or with biases."""
         if refit == LEAST_SQUARES:
-            folder = self.scratch / name
-            folder.mkdir()
+            folder = Path(mkdtemp(prefix=FITTED, dir=self.scratch))
             changes, fits = Fitter(self.start.measured, self.dense, self.full(values), values, folder).fit()
             return Cut(values, changes, fits)
         return Cut(values, biases(self.dense, self.full(values), values, bias) if bias else {})

@@ -85,8 +85,8 @@ class ForwardMeasures:
     def end(self, layer: int) -> None:
         """Keep the layer."""
         found = self._sums["hidden"].found("neuron") | self._sums["context"].found("context")
-        norms = (self._sums[name].found("hidden") for name in ("attention_input", "mlp_input"))
-        found["hidden_absolute"] = sum(norm["hidden_absolute"] for norm in norms)
+        norms = [self._sums[name].found("hidden")["hidden_absolute"] for name in ("attention_input", "mlp_input")]
+        found["hidden_absolute"] = np.sum(norms, axis=0)
         found["layer_influence"] = np.array(1.0 - self._cosines / max(self._tokens, 1))
         if self._sums["final"].tokens:
             found["final_absolute"] = self._sums["final"].found("final")["final_absolute"]

@@ -37,7 +37,8 @@ class CutReader:
             if piece.cut.row_factor is None:
                 blocks = list(piece.cut.blocks([stored]))
                 whole = blocks[0] if blocks else np.empty((0, *piece.info.shape[1:]), stored.dtype)
-                return np.array(whole[(slice(None), *index[1:])])
+                rest = (slice(None), *index[1:])
+                return np.array(whole[rest])
         if self._last is None or self._last[0] != name:  # whoever reads in blocks reads one tensor after the other
             self._last = None
             blocks = list(piece.blocks(self._dense.reader))
