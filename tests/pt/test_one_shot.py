@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from mindformers_ext.cli.prune import main
+from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.config.hf import model_spec_from_hf
 from mindformers_ext.core.parameters import parameter_count
 from mindformers_ext.core.spec import ModelSpec
@@ -296,6 +297,20 @@ def test_a_pass_goes_on_and_its_file_serves_every_target(
     assert set(read_importance_file(path).kinds) == set(KINDS)
 
 
+def test_the_next_stage_has_the_sizes_of_the_cut(place: Path, tmp_path: Path, repo_root: Path) -> None:
+    more = [
+        "--train_yaml",
+        str(repo_root / "configs/tiny/llama_pretrain.yaml"),
+        "--next_yaml",
+        str(tmp_path / "a.yaml"),
+    ]
+    run(place, tmp_path / "out", "--method", "magnitude", "--target", "intermediate_size=24", *more)
+    given = load_yaml(tmp_path / "a.yaml")
+    words_ = given["model"]["model_config"]
+    assert [words_[key] for key in ("hidden_size", "intermediate_size", "n_kv_heads", "head_dim")] == [HIDDEN, 24, 2, 8]
+    assert given["load_checkpoint"] == str(tmp_path / "out")
+
+
 REFUSED = {
     "unknown method": (["--method", "wanda", "--target", "intermediate_size=8"], "wanda"),
     "above the source": (["--method", "minitron", "--target", "intermediate_size=41"], "above the model's 40"),
@@ -324,6 +339,9 @@ REFUSED = {
     ),
     "a damaged file": (
         ["--method", "minitron", "--target", "intermediate_size=8", "--importance", "DAMAGED"], "holds no importance",
+    ),
+    "refit of nothing": (
+        ["--method", "minitron", "--target", "hidden_size=8", "--refit", "least_squares"], "none of them goes",
     ),
     "yaml alone": (["--method", "minitron", "--target", "hidden_size=8", "--next_yaml", "a.yaml"], "belong together"),
 }  # fmt: skip

@@ -265,7 +265,7 @@ def mean_loss(course: Course, probe: LayerProbe, file: StateFile) -> float:
     total = 0.0
     for _, rows, length in course.parts():
         target = np.roll(course.rows.ids[rows.start : rows.stop, :length], -1, axis=1)
-        total += probe.loss(file.read(rows, length), target, course.rows.counted(rows, length, mean=False))[0]
+        total += probe.loss_alone(file.read(rows, length), target, course.rows.counted(rows, length, mean=False))
     return total / max(course.rows.predicted, 1)
 
 
