@@ -6,7 +6,7 @@ A layer is compiled once for a shape of rows: another layer's weights replace th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.nn.utils import no_init_parameters
 
 from mindformers_ext.core.layers import POINTS, LayerSpec
+from mindformers_ext.core.parameters import point_widths
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.attention import rotary_tables
 from mindformers_ext.ms.engine import fill
@@ -40,19 +41,21 @@ class LayerPoints(nn.Cell):
 
     def construct(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> tuple[Tensor, ...]:
         layer = self.layer
-        middle_TD = layer.add(x_TD, layer.attention(layer.attention_norm(x_TD), cos_SP, sin_SP))
+        normed_TD = layer.attention_norm(x_TD)
+        context = layer.attention.context(normed_TD, cos_SP, sin_SP)
+        middle_TD = layer.add(x_TD, layer.attention.wo(context))
         input_TD = layer.ffn_norm(middle_TD)
         linear_TF = layer.feed_forward.w1(input_TD)
         gate_TF = ops.silu(linear_TF)
         hidden_TF = gate_TF * layer.feed_forward.w3(input_TD)
         fed_TD = layer.feed_forward.w2(hidden_TF)
-        return x_TD, input_TD, linear_TF, gate_TF, hidden_TF, fed_TD, layer.add(middle_TD, fed_TD)
+        return x_TD, normed_TD, context, input_TD, linear_TF, gate_TF, hidden_TF, fed_TD, layer.add(middle_TD, fed_TD)
 
 
 class ShiftedLayer(nn.Cell):
     """The layer's output with a shift added at its inner points: the gradient at a shift of 0 is that at the point.
 
-    Inputs: x (T, D), the rotary tables, shifts as ``POINTS`` from "mlp_input" to "mlp_output".
+    Inputs: x (T, D), the rotary tables, shifts as ``POINTS`` from "attention_input" to "mlp_output".
     """
 
     def __init__(self, layer: Layer) -> None:
@@ -64,6 +67,8 @@ class ShiftedLayer(nn.Cell):
         x_TD: Tensor,
         cos_SP: Tensor,
         sin_SP: Tensor,
+        normed_shift: Tensor,
+        context_shift: Tensor,
         input_shift: Tensor,
         linear_shift: Tensor,
         gate_shift: Tensor,
@@ -71,7 +76,9 @@ class ShiftedLayer(nn.Cell):
         fed_shift: Tensor,
     ) -> Tensor:
         layer = self.layer
-        middle_TD = layer.add(x_TD, layer.attention(layer.attention_norm(x_TD), cos_SP, sin_SP))
+        normed_TD = layer.attention_norm(x_TD) + normed_shift
+        context = layer.attention.context(normed_TD, cos_SP, sin_SP) + context_shift
+        middle_TD = layer.add(x_TD, layer.attention.wo(context))
         input_TD = layer.ffn_norm(middle_TD) + input_shift
         gate_TF = ops.silu(layer.feed_forward.w1(input_TD) + linear_shift) + gate_shift
         hidden_TF = gate_TF * layer.feed_forward.w3(input_TD) + hidden_shift
@@ -159,22 +166,36 @@ class MindSporeLayerProbe:
 
     def loss(self, x: np.ndarray, target: np.ndarray, counted: np.ndarray) -> tuple[float, np.ndarray]:
         """Sum of the cross entropy over counted targets (B, S), and its gradient at ``x``, the last layer's output."""
+        head, vjp = self._filled_head()
+        dx, total = np.empty((x.shape[0] * x.shape[1], x.shape[2]), np.float32), 0.0
+        for start, first, given in self._chunks(x, target, counted):
+            total += float(head(*given).asnumpy())
+            made = _numpy(vjp(*given, Tensor(1.0, ms.float32))[0])
+            dx[start : first + len(made)] = made[start - first :]
+        return total, dx.reshape(x.shape)
+
+    def loss_alone(self, x: np.ndarray, target: np.ndarray, counted: np.ndarray) -> float:
+        """The same without the gradient."""
+        head, _ = self._filled_head()
+        return sum(float(head(*given).asnumpy()) for _, _, given in self._chunks(x, target, counted))
+
+    def _filled_head(self) -> tuple[nn.Cell, nn.Cell]:
         if self._head is None:
             raise ValueError("the head is not in memory: fill_head first")
-        head, vjp = self._head
+        return self._head
+
+    def _chunks(
+        self, x: np.ndarray, target: np.ndarray, counted: np.ndarray
+    ) -> Iterator[tuple[int, int, tuple[Tensor, Tensor, Tensor]]]:
+        """Where a chunk's new tokens and the chunk itself begin, and its tokens, labels and weights."""
         rows = x.reshape(-1, x.shape[-1])
         chunk = min(CHUNK, len(rows))
-        dx, total = np.empty_like(rows, dtype=np.float32), 0.0
         for start in range(0, len(rows), chunk):  # the last one goes back a little, with weight 0: one compiled shape
             first = min(start, len(rows) - chunk)
             weight = counted.reshape(-1)[first : first + chunk].astype(np.float32)
             weight[: start - first] = 0
             label = Tensor(target.reshape(-1)[first : first + chunk].astype(np.int32))
-            given = (Tensor(rows[first : first + chunk], self.dtype), label, Tensor(weight))
-            total += float(head(*given).asnumpy())
-            made = _numpy(vjp(*given, Tensor(1.0, ms.float32))[0])
-            dx[start : first + chunk] = made[start - first :]
-        return total, dx.reshape(x.shape)
+            yield start, first, (Tensor(rows[first : first + chunk], self.dtype), label, Tensor(weight))
 
     def compile(self, rows: int) -> None:
         """Compile the first layer and the head for so many rows, both ways, without weights: for a dry run."""
@@ -193,8 +214,8 @@ class MindSporeLayerProbe:
 
     def _shifts(self, tokens: int) -> list[Tensor]:
         """Zeros for the inner points."""
-        widths = {"D": self.spec.model.hidden_size, "F": self.spec.model.intermediate_size}
-        return [ops.zeros((tokens, widths[POINTS[name]]), self.dtype) for name in INNER]
+        widths = point_widths(self.spec.model)
+        return [ops.zeros((tokens, widths[name]), self.dtype) for name in INNER]
 
     def _build(self, layer: LayerSpec) -> None:
         if self._built == layer:

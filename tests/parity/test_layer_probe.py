@@ -61,6 +61,8 @@ class Judge:
 
         mlp = layer.mlp
         layer.register_forward_hook(keep("input", True))
+        layer.input_layernorm.register_forward_hook(keep("attention_input"))
+        layer.self_attn.o_proj.register_forward_hook(keep("context", True))
         mlp.register_forward_hook(keep("mlp_input", True))
         mlp.gate_proj.register_forward_hook(keep("gate_linear"))
         mlp.act_fn.register_forward_hook(keep("gate"))
@@ -95,6 +97,7 @@ def test_values_and_gradients_equal_autograd(engine: str, tied: bool) -> None:
     counted = np.concatenate((judge.real[:, 1:], np.zeros((2, 1), bool)), 1)
     loss, gradient = probe.loss(states[-1], np.roll(judge.ids, -1, 1), counted)
     assert abs(loss - judge.loss) <= 1e-5 * judge.loss
+    assert probe.loss_alone(states[-1], np.roll(judge.ids, -1, 1), counted) == pytest.approx(loss, rel=1e-6)
     inner = tuple(POINTS)[1:]
     for index in (2, 1, 0):
         probe.fill(index, judge.layer(index))

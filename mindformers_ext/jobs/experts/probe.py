@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from mindformers_ext.core.config.run import PYTORCH
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.layers import MIXTURE_POINTS, POINTS
+from mindformers_ext.core.parameters import point_widths
 from mindformers_ext.core.spec import DeviceSpec, NetworkSpec
 from mindformers_ext.formats.disk import check_space
 from mindformers_ext.jobs.engine.door import open_probe
@@ -176,8 +176,8 @@ def needs(course: Course, sink: Sink, layers: int, backward: bool, loss: bool = 
     weights, largest = model.layer_bytes
     tokens = max(course.tokens // course.length, 1) * course.length
     narrow, wide = spec.hidden_size, spec.intermediate_size
-    widths = {"D": narrow, "F": wide, "E": spec.moe.num_local_experts if spec.moe else 0}
-    taps = sum(widths[(POINTS | MIXTURE_POINTS)[name]] for name in (*sink.values, *sink.gradients))
+    widths = point_widths(spec)
+    taps = sum(widths[name] for name in (*sink.values, *sink.gradients))
     work = 4 * tokens * ((14 if backward else 6) * narrow + (6 if backward else 4) * wide + taps)
     head = 4 * (spec.vocab_size * narrow + 3 * 512 * spec.vocab_size + 4 * tokens * narrow) if backward or loss else 0
     embedding = 4 * 2 * (tokens + 4096) * narrow
@@ -266,7 +266,7 @@ def mean_loss(course: Course, probe: LayerProbe, file: StateFile) -> float:
     total = 0.0
     for _, rows, length in course.parts():
         target = np.roll(course.rows.ids[rows.start : rows.stop, :length], -1, axis=1)
-        total += probe.loss(file.read(rows, length), target, course.rows.counted(rows, length, mean=False))[0]
+        total += probe.loss_alone(file.read(rows, length), target, course.rows.counted(rows, length, mean=False))
     return total / max(course.rows.predicted, 1)
 
 
