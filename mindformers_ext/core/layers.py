@@ -51,9 +51,10 @@ RESIDUAL_WORDS = {
     "use_weighting": "use_weighting",
 }
 # The points of a dense layer at which a probe looks, in the order in which they are computed, and their widths:
-# D model, F feed-forward (core/parameters.py).
+# D model, F feed-forward (core/parameters.py). A mixture has those of width D.
 POINTS = {
     "input": "D",  # what enters the layer
+    "attention_output": "D",  # what attention adds
     "mlp_input": "D",  # behind the norm in front of the feed-forward part
     "gate_linear": "F",  # w1 x, before the activation
     "gate": "F",  # silu(w1 x)
@@ -178,7 +179,8 @@ class MoESpec:
     load, per layer. ``gate_add_noise``: training adds noise to the logits, of at least ``gate_noise_epsilon``.
     ``load_compat`` "reference" counts the load as the released models did, which compares the noise alone with the
     threshold. ``expert_sizes``: per layer, None where experts are alike; a narrower one is
-    held as wide as the widest, with zeros that no gradient reaches.
+    held as wide as the widest, with zeros that no gradient reaches. ``expert_bias``: each expert adds a bias of its own
+    to its output, before it is weighed (LLaMA-MoE v2, aligned).
     """
 
     num_local_experts: int
@@ -215,6 +217,7 @@ class MoESpec:
     load_compat: str = "correct"
     expert_sizes: Sizes | None = None
     shared_expert: SharedExpertSpec | None = None
+    expert_bias: bool = False
 
     @property
     def is_noisy(self) -> bool:

@@ -273,6 +273,7 @@ class ModelSpec:
                 if word.means:
                     problems.one_of(word.key, getattr(self.moe, word.field), [ours for _, ours in word.means])
             found += [("moe", "gate", self.moe.gate, wanted[0])]
+            found += [("moe", "expert_bias", self.moe.expert_bias, False)]
             found += [("moe", "intermediate_size", self.moe.intermediate_size, wanted[1])]
             found += [("shared", "shared_expert", self.moe.shared_expert is not None, row.shared is not None)]
             each = bool(self.moe.shared_expert and self.moe.shared_expert.weighs_each)

@@ -48,6 +48,7 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pass counted experts": (("tok - -", "tok -"), ("tok - -", "tok - -", "tok")),
     "attend experts": (("dp - mp",) * 5, ("dp - mp",)),
     "attend experts in documents": (("dp - mp",) * 5 + ("dp -",), ("dp - mp",)),
+    "passed biases": (("tok -", "- -"), ()),
     "project out": (("dp mp", "- mp"), ("tok -",)),
     "residual": (("tok -", "tok -"), ()),
     "feed forward": (("dp mp", "dp mp"), ("dp mp",)),
@@ -67,6 +68,7 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "expert": (("ep outer mp", "ep outer mp"), ("ep outer mp",)),
     # summed over mp on every device: with a cut output MindSpore would scatter the experts and not the rows
     "expert out": (("ep outer mp", "ep - mp"), ()),
+    "expert bias": (("ep outer -", "ep - -"), ()),
     "from experts": (("ep outer seq - - -",), ()),
     # the shared experts' rows
     "gated rows": (("tok -", "tok -"), ("tok -",)),
@@ -77,6 +79,7 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "combine": (("tok - - -", "tok - -", "tok - -", "tok - -", "tok - -"), ("tok - -",)),
     # experts of sorted slots stand whole on every device, each of which multiplies its own rows
     "grouped experts": (("tok - - -", "tok -", "- - -", "- - -", "- - -"), ("tok - - -",)),
+    "grouped biased experts": (("tok - - -", "tok -", "- - -", "- - -", "- - -", "- -"), ("tok - - -",)),
     "group mean": (("tok",), ()),
     "groups": (("tok", "tok"), ()),
     "scaled groups": (("tok", ""), ()),

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a dense decoder computes inside, with one layer in memory: values and gradients at the named points of a layer.
+"""What a decoder computes inside, with one layer in memory: values and gradients at the named points of a layer.
 
-Points are those of ``core.layers.POINTS``. Everything is float32 unless the spec says otherwise.
+Points are those of ``core.layers.POINTS``; in mixtures no token is dropped. Everything is float32 unless the spec says
+otherwise.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from mindformers_ext.core.layers import LayerSpec
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.pt.attention import rotary_tables
+from mindformers_ext.pt.feed_forward import SwiGlu
 from mindformers_ext.pt.layer import Layer
 from mindformers_ext.pt.names import fill
 from mindformers_ext.pt.norm import RmsNorm
@@ -108,16 +110,20 @@ class TorchLayerProbe:
         if layer is None:
             raise ValueError("no layer is in memory: fill first")
         cos_SP, sin_SP = self._rotary(length)
-        middle_TD = x_TD + layer.attention(layer.attention_norm(x_TD), cos_SP, sin_SP)
-        ffn: Any = layer.feed_forward  # a SwiGlu: the model is dense
+        mixed_TD = layer.attention(layer.attention_norm(x_TD), cos_SP, sin_SP)
+        middle_TD = x_TD + mixed_TD
+        ffn: Any = layer.feed_forward
         input_TD = layer.ffn_norm(middle_TD)
+        found = {"input": x_TD, "attention_output": mixed_TD, "mlp_input": input_TD}
+        if not isinstance(ffn, SwiGlu):
+            fed_TD = ffn.dropless(input_TD)
+            return {**found, "mlp_output": fed_TD, "output": middle_TD + fed_TD}
         linear_TF = ffn.w1(input_TD)
         gate_TF = F.silu(linear_TF)
         hidden_TF = gate_TF * ffn.w3(input_TD)
         fed_TD = ffn.w2(hidden_TF)
         return {
-            "input": x_TD,
-            "mlp_input": input_TD,
+            **found,
             "gate_linear": linear_TF,
             "gate": gate_TF,
             "hidden": hidden_TF,

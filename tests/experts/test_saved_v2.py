@@ -17,7 +17,7 @@ from tests.helpers.llama_moe_v2_models import random_tensors, token_ids, v2_word
 
 pytestmark = pytest.mark.usefixtures("remote_code")
 SMALL: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3}
-ATTENTION = ["attention", "attention, finer, contract", "attention, residual"]
+ATTENTION = ["attention", "attention, finer, contract", "attention, residual", "aligned"]
 IDS = torch.from_numpy(token_ids(2, 12))
 
 

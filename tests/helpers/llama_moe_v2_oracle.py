@@ -92,7 +92,8 @@ def expert_attention(words: Words, own: Tensors, x: Tensor) -> Tensor:
             for head in q.split(width, -1):
                 scores = turn(words, head[None])[0][places] @ k.T / width**0.5
                 heads.append(scores.masked_fill(late, -torch.inf).softmax(-1) @ v)
-            mixed = linear(torch.cat(heads, -1), own[f"self_attn.o_proj.{expert}.weight"])
+            bias = own.get(f"self_attn.o_proj.{expert}.bias")
+            mixed = linear(torch.cat(heads, -1), own[f"self_attn.o_proj.{expert}.weight"], bias)
             out = out.index_add(0, places, mixed * weight[places, expert, None])
         rows.append(out * words["scale_factor_attn"])
     return torch.stack(rows)
@@ -127,7 +128,8 @@ def feed_forward(words: Words, own: Tensors, x: Tensor) -> Tensor:
         best = chance.topk(words["num_experts_per_tok"])
         for weight, expert in zip(best.values / best.values.sum(), best.indices.tolist(), strict=True):
             names = (f"block_sparse_moe.experts.{expert}.{name}.weight" for name in ("w1", "w3", "w2"))
-            out[token] = out[token] + words["scale_factor"] * weight * swiglu(own, x[token], *names)
+            bias = own.get(f"block_sparse_moe.experts.{expert}.w2.bias", 0.0)
+            out[token] = out[token] + words["scale_factor"] * weight * (swiglu(own, x[token], *names) + bias)
     if words.get("intermediate_size_residual"):
         out = out + swiglu(own, x, *(f"mlp_residual.{name}.weight" for name in ("w1", "w3", "w2")))
     return out

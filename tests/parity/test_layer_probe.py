@@ -60,6 +60,7 @@ class Judge:
             return hook
 
         mlp = layer.mlp
+        layer.self_attn.register_forward_hook(keep("attention_output"))
         layer.register_forward_hook(keep("input", True))
         mlp.register_forward_hook(keep("mlp_input", True))
         mlp.gate_proj.register_forward_hook(keep("gate_linear"))

@@ -211,7 +211,8 @@ class LayerStates(Protocol):
 
 
 class LayerProbe(Protocol):
-    """What a dense decoder computes inside, with one layer in memory. Points are those of ``core.layers.POINTS``.
+    """What a decoder computes inside, with one layer in memory. Points are those of ``core.layers.POINTS``; a mixture
+    has fewer, drops no token and has no way back.
 
     Rows do not see each other, and a token none behind it: padding on the right changes nothing before it. S is the
     spec's ``seq_length``; PyTorch takes any.

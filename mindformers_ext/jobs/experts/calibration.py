@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,8 +126,11 @@ class Opened:
 
 
 @contextmanager
-def opened(asked: Calibration, share: Share, keep: bool = True) -> Iterator[Opened]:
-    """The course; the model is closed at the end. ``keep``: tokens may be written to the cache.
+def opened(
+    asked: Calibration, share: Share, keep: bool = True, open_model: Callable[[Path], DenseModel] = open_dense
+) -> Iterator[Opened]:
+    """The course; the model is closed at the end. ``keep``: tokens may be written to the cache. ``open_model``: where
+    it is not dense.
 
     Raises:
         UserError: see ``Calibration.check``, ``open_dense``, ``read_domains``; fewer rows than processes.
@@ -136,7 +139,7 @@ def opened(asked: Calibration, share: Share, keep: bool = True) -> Iterator[Open
     number = share.local if share.size > 1 and asked.device_target != CPU else asked.device_id
     device = DeviceSpec(asked.device_target, number)
     join_job(asked.engine, device)
-    model = open_dense(asked.model_path)
+    model = open_model(asked.model_path)
     try:
         rows, notes = _rows(asked, model, keep and share.rank == 0)
         if len(rows.ids) < share.size:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face folder of a dense decoder whose weights are read a layer, or some rows, at a time, as float32."""
+"""A Hugging Face folder of a decoder whose weights are read a layer, or some rows, at a time, as float32."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def template_kind(template: str) -> str:
 
 @dataclass(frozen=True)
 class DenseModel:
-    """An open model; ``close`` it after use."""
+    """An open model, dense but where it is aligned (``jobs.experts.v2.align``); ``close`` it after use."""
 
     folder: Path
     spec: ModelSpec
@@ -102,10 +102,11 @@ class DenseModel:
 
     @cached_property
     def layer_bytes(self) -> tuple[int, int]:
-        """Bytes of a layer's weights and of its largest one, as float32."""
+        """Bytes of a layer's weights, of the largest layer, and of its largest one, as float32."""
         sizes = size_letters(self.spec)
-        counts = [4 * prod(shape_of(row.dims, sizes)) for row in layer_rows(self.spec.layer(0))]
-        return sum(counts), max(counts)
+        kinds = {self.spec.layer(index) for index in range(self.spec.num_hidden_layers)}
+        counts = [[4 * prod(shape_of(row.dims, sizes)) for row in layer_rows(kind)] for kind in kinds]
+        return max(map(sum, counts)), max(map(max, counts))
 
     def check_layers(self, layers: tuple[int, ...] | None) -> tuple[int, ...]:
         """The layers asked for, all where None; one that is not there is a ``UserError``."""
@@ -135,6 +136,15 @@ def open_dense(folder: Path) -> DenseModel:
     spec = model_spec_from_hf(read_config(folder))
     if spec.moe is not None:
         raise UserError(f"'{folder}' is a mixture of experts already: give a dense model")
+    return open_decoder(folder, spec)
+
+
+def open_decoder(folder: Path, spec: ModelSpec) -> DenseModel:
+    """The same of any decoder whose ``spec`` is read already.
+
+    Raises:
+        UserError: weights that are not those of its config.json.
+    """
     reader = open_hf(folder)
     try:
         plan = plan_to_mindspore(reader, spec, "fp32")

@@ -33,7 +33,8 @@ class LlamaMoEV2Attention(nn.Module):
         self.q_proj = nn.ModuleList(nn.Linear(hidden, queries, bias=False) for _ in range(experts))
         self.k_proj = nn.ModuleList(nn.Linear(hidden, width, bias=False) for _ in range(experts))
         self.v_proj = nn.ModuleList(nn.Linear(hidden, width, bias=False) for _ in range(experts))
-        self.o_proj = nn.ModuleList(nn.Linear(queries, hidden, bias=False) for _ in range(experts))
+        bias = config.add_rescale_bias
+        self.o_proj = nn.ModuleList(nn.Linear(queries, hidden, bias=bias) for _ in range(experts))
 
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of x (B, S, H): what each expert's output is multiplied by, 0 where a token does not pass it, and 1 where it
@@ -83,9 +84,9 @@ class LlamaMoEV2Attention(nn.Module):
         logits = (query.view(batch, experts, times, new, width) @ key[:, :, None].transpose(3, 4)) * width**-0.5
         logits = logits.float().masked_fill(~allowed[:, :, None], torch.finfo(torch.float32).min / 2)
         weights = logits.softmax(-1).to(x.dtype)
-        mixed = weights @ value[:, :, None] * weight.transpose(1, 2)[:, :, None, :, None]
+        mixed = weights @ value[:, :, None]
         out = sum(
-            project(mixed[:, place].permute(0, 2, 1, 3).reshape(batch, new, -1))
+            weight[..., place, None] * project(mixed[:, place].permute(0, 2, 1, 3).reshape(batch, new, -1))
             for place, project in enumerate(self.o_proj)
         )
         return out, weights.flatten(1, 2)

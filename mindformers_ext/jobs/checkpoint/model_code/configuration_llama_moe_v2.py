@@ -22,9 +22,9 @@ WORDS: dict[str, Any] = {
     "attn_experts": None,  # None: one for each key/value head
     "top_k_attn": None,
     "scale_factor_attn": None,
-    "add_rescale_bias": False,
+    "add_rescale_bias": False,  # experts, also of heads, have a bias of their own behind their last matrix
 }
-BUILT = {"moe_type": "modulelist", "add_rescale_bias": False, "mlp_bias": False}
+BUILT = {"moe_type": "modulelist", "mlp_bias": False}
 
 
 class LlamaMoEV2Config(LlamaConfig):

@@ -25,10 +25,10 @@ from .configuration_llama_moe_v2 import LlamaMoEV2Config
 class LlamaMoEV2SwiGlu(nn.Module):
     """w2(silu(w1 x) * w3 x): an expert, the residual part, or a dense layer's feed-forward."""
 
-    def __init__(self, hidden: int, width: int) -> None:
+    def __init__(self, hidden: int, width: int, bias: bool = False) -> None:
         super().__init__()
         self.w1 = nn.Linear(hidden, width, bias=False)
-        self.w2 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(width, hidden, bias=bias)
         self.w3 = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -48,7 +48,8 @@ class LlamaMoEV2Mixture(nn.Module):
         self.chosen, self.scale = config.num_experts_per_tok, config.scale_factor
         self.gate = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
         self.experts = nn.ModuleList(
-            LlamaMoEV2SwiGlu(config.hidden_size, config.intermediate_size) for _ in range(config.num_local_experts)
+            LlamaMoEV2SwiGlu(config.hidden_size, config.intermediate_size, config.add_rescale_bias)
+            for _ in range(config.num_local_experts)
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
