@@ -24,6 +24,7 @@ from mindformers_ext.core.config.keys import SHARDED_MODES
 from mindformers_ext.core.spec import NetworkSpec, ParallelSpec
 
 AXES = ("outer", "ep", "mp")
+PER_GROUP = ("tok", "tok -", "tok -")  # the loss, report and counts of routing groups
 # One word per dimension of a tensor: "-" not cut, or what it is cut by. "dp" is data parallel, "tok" cuts the tokens
 # (also over mp under sequence parallel, which "seq" stands for), "head" and "table" cut the vocabulary where it is cut.
 # Per operator: inputs -> outputs; without outputs MindSpore derives them.
@@ -56,10 +57,10 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "gate rows": (("tok -",), ("tok -",)),
     "noise": (("dp -",), ("dp -",)),
     "noises": (("dp -",), ()),
-    "slots": (("tok - -", "-"), ("tok - -", "tok - -", "tok - -", "tok - -", "tok - -", "tok", "tok -")),
+    "slots": (("tok - -", "-"), ("tok - -", "tok - -", "tok - -", "tok - -", "tok - -", *PER_GROUP)),
     "counted slots": (
         ("tok - -", "-", "tok -"),
-        ("tok - -", "tok - -", "tok - -", "tok - -", "tok - -", "tok", "tok -"),
+        ("tok - -", "tok - -", "tok - -", "tok - -", "tok - -", *PER_GROUP),
     ),
     "dispatch": (("tok - -", "tok - -", "tok - -", "tok - -"), ("tok - - -",)),
     # G = (outer, ep, seq) groups and E experts: tokens to their experts and back, over ep

@@ -64,7 +64,7 @@ class Experts(nn.Cell):
 
 
 class SlotExperts(Experts):
-    """Input and output (G, E, C, D); the report is not looked at."""
+    """Input and output (G, E, C, D); the counts are not looked at."""
 
     def __init__(self, spec: NetworkSpec, moe: MoESpec, operators: Operators) -> None:
         super().__init__(spec, moe, operators)
@@ -89,7 +89,7 @@ class SlotExperts(Experts):
         y = self.from_experts(ops.reshape(y_ECD, (E, outer, mp, ep, C, D)), (1, 3, 2, 0, 4, 5))
         return ops.reshape(y, x_GECD.shape)
 
-    def construct(self, x_GECD: Tensor, report_GE: Tensor) -> Tensor:
+    def construct(self, x_GECD: Tensor, counts_GE: Tensor) -> Tensor:
         if self.exchanges:
             return self._exchanged(x_GECD)
         G, E, C, D = x_GECD.shape
@@ -106,7 +106,7 @@ class SlotExperts(Experts):
 
 
 class SortedExperts(Experts):
-    """Input and output: rows (G, 1, kN, D) sorted by expert; the report (G, E + 1) says how many each has.
+    """Input and output: rows (G, 1, kN, D) sorted by expert; the counts (G, E) float32 say how many each has.
 
     Raises:
         ValueError: several routing groups on one device.
@@ -120,15 +120,15 @@ class SortedExperts(Experts):
         row = "grouped biased experts" if moe.expert_bias else "grouped experts"
         self.grouped = shards.local(GroupedProducts(operators, moe.num_local_experts), row)
 
-    def construct(self, x_GETD: Tensor, report_GE: Tensor) -> Tensor:
+    def construct(self, x_GETD: Tensor, counts_GE: Tensor) -> Tensor:
         if self.w2.has_bias:
-            return self.grouped(x_GETD, report_GE, self.w1.weight, self.w3.weight, self.w2.weight, self.w2.bias)
-        return self.grouped(x_GETD, report_GE, self.w1.weight, self.w3.weight, self.w2.weight)
+            return self.grouped(x_GETD, counts_GE, self.w1.weight, self.w3.weight, self.w2.weight, self.w2.bias)
+        return self.grouped(x_GETD, counts_GE, self.w1.weight, self.w3.weight, self.w2.weight)
 
 
 class GroupedProducts(nn.Cell):
-    """Each row by the weights of its expert. Inputs: rows (1, 1, kN, D), report (1, E + 1), w1, w3 and w2, and w2's
-    biases (E, D) where it has any."""
+    """Each row by the weights of its expert. Inputs: rows (1, 1, kN, D), counts (1, E), w1, w3 and w2, and w2's biases
+    (E, D) where it has any."""
 
     def __init__(self, operators: Operators, experts: int) -> None:
         super().__init__()
@@ -137,11 +137,11 @@ class GroupedProducts(nn.Cell):
         self.sum_up, self.gather, self.last = P.CumSum(), P.Gather(), experts - 1
 
     def construct(
-        self, x_GETD: Tensor, report_GE: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, bias: Tensor | None = None
+        self, x_GETD: Tensor, counts_GE: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         kind = x_GETD.dtype
         x_TD = ops.reshape(x_GETD, (-1, x_GETD.shape[3]))
-        count_E = ops.cast(ops.reshape(report_GE[:, :-1], (-1,)), ms.int32)
+        count_E = ops.cast(ops.reshape(counts_GE, (-1,)), ms.int32)
         end_E = ops.cast(self.sum_up(count_E, 0), ms.int64)
         gate, up = self.product(x_TD, ops.cast(w1, kind), end_E), self.product(x_TD, ops.cast(w3, kind), end_E)
         y_TD = self.product(self.swiglu(gate, up), ops.cast(w2, kind), end_E)
