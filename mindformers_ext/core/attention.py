@@ -42,6 +42,7 @@ def attention_experts(model: Any) -> MoESpec:
         aux_loss_reduce=moe.aux_loss_reduce,
         router_dtype=moe.router_dtype,
         expert_bias=moe.expert_bias,
+        aux_loss_type=moe.aux_loss_type,
     )
 
 

@@ -224,6 +224,7 @@ _V2: dict[str, Any] = {
         ConfigWord("intermediate_size", "moe", "intermediate_size", "int", 14336),
         ConfigWord("scale_factor", "moe", "routed_scaling_factor", "float", None),
         ConfigWord("add_rescale_bias", "moe", "expert_bias", "bool", False),
+        ConfigWord("aux_loss_type", "moe", "aux_loss_type", "str", "layerwise"),
         _ATTENTION_BIAS,
     ),
     "says": {"moe_type": "modulelist"},

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mindformers_ext.core.attention import attention_of, collect_attention_experts
+from mindformers_ext.core.attention import attention_experts, attention_of, collect_attention_experts
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.families import FAMILIES, Family, end_layers, implied_family
 from mindformers_ext.core.layers import DTYPE_NAMES, DenseSpec, LayerSpec, MoESpec, Sizes
@@ -82,6 +82,13 @@ class ModelSpec:
         if self.moe is None:
             raise ValueError("a dense model has no experts")
         return self.moe
+
+    @property
+    def gates(self) -> tuple[MoESpec, ...]:
+        """What chooses experts in each mixture: its own, and that of heads where they are experts."""
+        if self.moe is None:
+            return ()
+        return (self.moe, attention_experts(self)) if self.attn_experts else (self.moe,)
 
     @property
     def family_row(self) -> Family:

@@ -33,6 +33,7 @@ from tests.helpers.llama_moe_v2_models import random_tensors, token_ids, v2_word
 
 SMALL: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3}
 ATTENTION = ["attention", "attention, finer, contract", "attention, residual", "aligned"]
+BALANCES = ["switch", "legacy_constant"]  # the third one, layerwise, is that of the others
 IDS = token_ids(2, 12)
 
 
@@ -42,10 +43,18 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def words_of(case: str) -> dict[str, Any]:
+    """A case, or a form of the loss of balance in a model that has both kinds of gate."""
+    if case not in BALANCES:
+        return v2_words(case, **SMALL)
+    more: dict[str, Any] = {"num_moe_contract_layers": 0, "num_experts_per_tok": 2, "top_k_attn": 2}
+    return v2_words("attention, residual", **SMALL, **more, aux_loss_type=case)
+
+
 @functools.cache
 def judged(case: str) -> tuple[NetworkSpec, dict[str, np.ndarray], np.ndarray, float, dict[str, np.ndarray]]:
     """Our spec and weights; the oracle's logits, loss and gradients."""
-    words = v2_words(case, **SMALL)
+    words = words_of(case)
     drawn = random_tensors(words, std=0.3)
     tensors = {name: torch.from_numpy(array).double().requires_grad_() for name, array in drawn.items()}
     loss = oracle.loss(words, tensors, torch.from_numpy(IDS))
@@ -71,7 +80,7 @@ def assert_same(case: str, engine: str, logits: np.ndarray, loss: float, gradien
     assert difference <= 1e-4 and abs(loss - wanted_loss) <= 1e-5 and worst[name] <= 1e-3, name
 
 
-@pytest.mark.parametrize("case", ["vanilla", "contract", "residual", *ATTENTION])
+@pytest.mark.parametrize("case", ["vanilla", "contract", "residual", *ATTENTION, *BALANCES])
 def test_torch_equals_the_oracle(case: str) -> None:
     spec, weights, *_ = judged(case)
     network = build_torch(spec)
@@ -87,6 +96,22 @@ def test_torch_equals_the_oracle(case: str) -> None:
     assert_same(case, "PyTorch", logits, terms.loss.item(), gradients)
 
 
+def test_the_forms_of_the_loss_of_balance_differ() -> None:
+    """With balance alone: E/k of both gates is a constant, and a product of means is no mean of products."""
+    found = {}
+    for shape in ("layerwise", *BALANCES):
+        spec, weights, *_ = judged("switch")
+        moe = replace(spec.model.routing, aux_loss_type=shape)
+        network = build_torch(replace(spec, model=replace(spec.model, moe=moe)))
+        names.load(network, weights)
+        found[shape] = network.train()(torch.from_numpy(IDS), losses=True).aux_loss
+    assert (
+        found["legacy_constant"].item() == pytest.approx(0.05 * (7 / 2 + 4 / 2))
+        and not found["legacy_constant"].requires_grad
+    )
+    assert abs(found["switch"].item() - found["layerwise"].item()) > 1e-3
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -94,6 +119,8 @@ def test_torch_equals_the_oracle(case: str) -> None:
         pytest.param(ATTENTION[1], marks=pytest.mark.turn("llama_moe_v2")),
         pytest.param(ATTENTION[2], marks=pytest.mark.turn("llama_moe_v2")),
         ATTENTION[3],
+        BALANCES[0],
+        pytest.param(BALANCES[1], marks=pytest.mark.turn("llama_moe_v2")),
     ],
 )
 def test_mindspore_equals_the_oracle(case: str) -> None:

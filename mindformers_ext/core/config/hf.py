@@ -232,6 +232,7 @@ def routing_as_hf(moe: MoESpec) -> MoESpec:
         shared_expert=moe.shared_expert,
         expert_sizes=moe.expert_sizes,
         expert_bias=moe.expert_bias,
+        aux_loss_type=moe.aux_loss_type,
         **{name: getattr(moe, name) for name in NOISY_WORDS},
     )
 

@@ -133,6 +133,7 @@ KEYS: tuple[Key, ...] = (
         load_compat              load_compat              str    correct
         size_experts             expert_sizes             sizes  -
         add_rescale_bias         expert_bias              bool   False
+        aux_loss_type            aux_loss_type            str    layerwise
     """,
     ),
     *_keys(

@@ -12,7 +12,8 @@ single chosen expert gets gate 1, as in Hugging Face's Mixtral; default False, M
 ``moe_intermediate_size``, ``shared_expert_intermediate_size``, ``shared_expert_scale``, ``dense_layers`` (numbers of
 the layers without experts), ``moe_gate`` with the words of its noisy kinds (``core.layers.NOISY_WORDS``),
 ``size_experts``, those of residual experts (``core.layers.RESIDUAL_WORDS``), ``add_rescale_bias`` (experts have biases,
-as aligned ones of LLaMA-MoE v2) and ``qk_layernorm``; and of attention
+as aligned ones of LLaMA-MoE v2), ``aux_loss_type`` (``layerwise``, ``switch`` or ``legacy_constant``) and
+``qk_layernorm``; and of attention
 ``mlp_has_bias``, ``sliding_window`` (tokens that a token sees, itself included) and ``full_attention_layers`` (numbers
 of the layers without a window).
 """

@@ -48,6 +48,7 @@ def test_what_is_written_is_read_back(case: str) -> None:
         ({"num_moe_contract_layers": -1}, "num_moe_contract_layers=-1"),
         ({"moe_type": "megablocks"}, "moe_type='megablocks' is not built"),
         ({"add_rescale_bias": "yes"}, "add_rescale_bias"),
+        ({"aux_loss_type": "global"}, "aux_loss_type='global'"),
         ({"num_experts_per_tok": 9}, "exceeds expert_num=8"),
     ],
 )

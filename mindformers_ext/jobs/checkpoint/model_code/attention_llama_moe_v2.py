@@ -19,7 +19,7 @@ from .configuration_llama_moe_v2 import LlamaMoEV2Config
 
 
 class LlamaMoEV2Attention(nn.Module):
-    """``real`` (B, S) bool tells it which tokens are counted in ``balance``."""
+    """``real`` (B, S) bool tells it which tokens are counted in ``balance`` (2, E)."""
 
     real: torch.Tensor | None = None
     balance: torch.Tensor | None = None
@@ -45,15 +45,8 @@ class LlamaMoEV2Attention(nn.Module):
         weight = weight / weight.sum(-1, keepdim=True) * self.config.scale_factor_attn
         seen = one_hot(index, chance.shape[-1]).sum(-2).to(chance.dtype)
         if self.training:
-            self.balance = self.loss(chance.flatten(0, 1), seen.flatten(0, 1))
+            self.balance = shares(chance.flatten(0, 1), seen.flatten(0, 1), self.real)
         return torch.zeros_like(chance).scatter(-1, index, weight).to(x.dtype), seen.to(x.dtype)
-
-    def loss(self, chance: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        """Experts * sum of (share of tokens that pass one) * (its mean probability)."""
-        if self.real is not None and self.real.numel() == len(chance):
-            real = self.real.reshape(-1)
-            chance, seen = chance[real], seen[real]
-        return chance.shape[-1] * (seen.mean(0) * chance.mean(0)).sum()
 
     def forward(
         self,
@@ -90,6 +83,13 @@ class LlamaMoEV2Attention(nn.Module):
             for place, project in enumerate(self.o_proj)
         )
         return out, weights.flatten(1, 2)
+
+
+def shares(chance: torch.Tensor, passed: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """(2, E) of tokens (T, E): the share that ``passed`` each expert, and its mean ``chance``; of ``real`` ones."""
+    if real is not None and real.numel() == len(chance):
+        chance, passed = chance[real.reshape(-1)], passed[real.reshape(-1)]
+    return torch.stack((passed.to(chance.dtype).mean(0), chance.mean(0)))
 
 
 def visible(mask: torch.Tensor | None, new: int, total: int, device: torch.device) -> torch.Tensor:
