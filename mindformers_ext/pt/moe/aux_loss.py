@@ -46,11 +46,10 @@ class AuxiliaryLoss(nn.Module):
     ) -> Tensor:
         G, _, E = logits_GNE.shape
         total_G = logits_GNE.new_zeros(G)
-        share_GE = counts_GE / counts_GE.sum(-1, keepdim=True).clamp(min=1)
-        mean_GE = mean_of(prob_GNE, counted_GN)
         if self.constant is not None:
             total_G = total_G + self.constant
-        elif not self.joins:
+        elif self.active and not self.joins:
+            share_GE, mean_GE = _shares(prob_GNE, counts_GE, counted_GN)
             for parts, factor in self.active:
                 pools = (G, parts, E // parts)
                 product = share_GE.reshape(pools).mean(-1) * mean_GE.reshape(pools).mean(-1)
@@ -58,7 +57,14 @@ class AuxiliaryLoss(nn.Module):
         if self.z_factor > 0:
             square_GN = torch.logsumexp(logits_GNE, -1).square()
             total_G = total_G + self.z_factor * mean_of(square_GN[..., None], counted_GN)[..., 0]
-        return torch.cat((share_GE, mean_GE, total_G[:, None]), 1) if self.joins else total_G
+        if self.joins:
+            return torch.cat((*_shares(prob_GNE, counts_GE, counted_GN), total_G[:, None]), 1)
+        return total_G
+
+
+def _shares(prob_GNE: Tensor, counts_GE: Tensor, counted_GN: Tensor | None) -> tuple[Tensor, Tensor]:
+    """f and P (G, E)."""
+    return counts_GE / counts_GE.sum(-1, keepdim=True).clamp(min=1), mean_of(prob_GNE, counted_GN)
 
 
 class JointLoss:
