@@ -27,7 +27,8 @@ from experts_quality import CONFIG, LENGTH, SIZES, corpus, dense_model, experts,
 from own_commands import once, with_sizes
 
 TOKENS = 30_000  # that gates, scores and distributions are made of
-TEXTS, FILES = "{texts}", "{files}"  # stand for the options of texts, and for the folder of what is made
+TEXTS, FILES, SEED = "{texts}", "{files}", "{seed}"  # stand for options of texts, the folder of what is made, a seed
+RANDOM = ("--seed", SEED)  # of gates that no file gives
 # what is made of the dense model, in this order: file, and the words of its stage
 STAGES: Mapping[str, tuple[str, ...]] = {
     "gates_8/gate_weights.pt": ("gates", "--num_experts", "8", "--balance_jitter_factor", "0.4", TEXTS),
@@ -42,14 +43,14 @@ STAGES: Mapping[str, tuple[str, ...]] = {
 PLAIN = ("--style", "mixtral", "--num_experts", "8", "--top_k", "2")
 # mixtures by name: options of convert
 MIXTURES: Mapping[str, tuple[str, ...]] = {
-    "vanilla, sequential": PLAIN,
+    "vanilla, sequential": (*PLAIN, *RANDOM),
     "vanilla, k-means gates": (*PLAIN, "--gate_weights_file", f"{FILES}/gates_8/gate_weights.pt"),
     "residual, Gradient Split Plus": (
         *("--style", "mixtral-residual", "--top_k", "1", "--num_moe_contract_layers", "1"),
         *("--gate_weights_file", f"{FILES}/gates_7/gate_weights.pt"),
         *("--neuron_indices_file", f"{FILES}/split/neuron_indices.pt"),
     ),
-    "attention MoE": ("--style", "attention", "--top_k_attn", "3"),
+    "attention MoE": ("--style", "attention", "--top_k_attn", "3", *RANDOM),
 }
 
 
@@ -59,7 +60,11 @@ def made(out: Path, data: Path, seed: int, tokens: int) -> dict[str, Path]:
     texts = ("--text", data / "train.txt", "--max_tokens", tokens, "--block_size", LENGTH)
 
     def make(stage: str, words: Sequence[str], *more: object) -> Callable[[], None]:
-        found = [item for word in words for item in (texts if word == TEXTS else (word.replace(FILES, str(files)),))]
+        found = [
+            item
+            for word in words
+            for item in (texts if word == TEXTS else (word.replace(FILES, str(files)).replace(SEED, str(seed)),))
+        ]
         return lambda: experts(stage, *found, *more)
 
     for file, (stage, *words) in STAGES.items():
@@ -68,7 +73,7 @@ def made(out: Path, data: Path, seed: int, tokens: int) -> dict[str, Path]:
     found = {"dense": out / "dense"}
     for name, options in MIXTURES.items():
         folder = files / name.replace(", ", "_").replace(" ", "_")
-        found[name] = once(folder, make("convert", options, *dense, "--seed", seed, "--save_path", folder))
+        found[name] = once(folder, make("convert", options, *dense, "--save_path", folder))
         aligned = folder.with_name(f"{folder.name}_aligned")
         align = (TEXTS, "--distribution_file", f"{FILES}/dense/distribution.pt")
         found[f"{name}, aligned"] = once(aligned, make("align", align, "--model_path", folder, "--save_path", aligned))

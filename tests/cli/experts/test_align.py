@@ -105,6 +105,7 @@ def measured(folder: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> Found
 def test_the_distribution_is_what_the_dense_model_adds(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table, wanted = read_table(made / "distribution.pt", DISTRIBUTION), measured(made / "llama_tiny", made, monkeypatch)
     assert table.about["model"] and table.about["texts"] and len(wanted) == 2 * LAYERS
+    assert min(len(ids) for ids, _ in rows_of(made)) < LENGTH  # rows have padding
     for (part, layer), (mean, variance) in wanted.items():
         arrays = table.layers[layer]
         assert arrays[f"{part}.number"].tolist() == [sum(len(ids) for ids, _ in rows_of(made))]
