@@ -69,6 +69,7 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "expert": (("ep outer mp", "ep outer mp"), ("ep outer mp",)),
     # summed over mp on every device: with a cut output MindSpore would scatter the experts and not the rows
     "expert out": (("ep outer mp", "ep - mp"), ()),
+    "expert biases": (("ep -",), ()),
     "expert bias": (("ep outer -", "ep - -"), ()),
     "from experts": (("ep outer seq - - -",), ()),
     # the shared experts' rows

@@ -40,12 +40,13 @@ class ExpertLinear(nn.Cell):
         self.has_bias = bias
         if bias:
             self.bias = Parameter(initializer("zeros", (experts, width_out), param_dtype), name="bias")
+            self.expand = shards.shard(P.ExpandDims(), "expert biases")
             self.add = shards.shard(P.Add(), "expert bias")
 
     def construct(self, x_ECD: Tensor) -> Tensor:
         y_ECD = self.product(x_ECD, ops.cast(self.weight, x_ECD.dtype))
         if self.has_bias:
-            return self.add(y_ECD, ops.cast(ops.expand_dims(self.bias, 1), y_ECD.dtype))
+            return self.add(y_ECD, self.expand(ops.cast(self.bias, y_ECD.dtype), 1))
         return y_ECD
 
 
