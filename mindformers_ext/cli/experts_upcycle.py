@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mindformers_ext.cli.experts_effects import Effect, check_effects
-from mindformers_ext.cli.experts_flags import add_switch, add_writing
+from mindformers_ext.cli.experts_flags import add_switch, add_writing, tell_report
 from mindformers_ext.core.families import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 
 if TYPE_CHECKING:
@@ -98,16 +98,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(words: argparse.Namespace) -> int:
     """Upcycle, and say what was made and what comes next."""
     check_effects(words, sys.modules[__name__])
-    from mindformers_ext.cli.experts_convert import summary
     from mindformers_ext.jobs.experts.upcycle.upcycle import upcycle
 
     made = upcycle(request_of(words), write=not words.dry_run)
     if words.dry_run:
         print(*(f"  {line}" for line in made.report.lines), sep="\n")
-    if not words.quiet:
-        for note in made.report.notes:
-            print(f"note: {note}", file=sys.stderr)
-    print(summary(words.out, made.report), *made.facts, sep="\n")
+    tell_report(words.out, made.report, words.quiet)
+    print(*made.facts, sep="\n")
     if not words.dry_run:
         print(f"next: mfext train {shlex.quote(str(words.out))} --data FILE")
     return 0

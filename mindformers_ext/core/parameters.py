@@ -69,6 +69,8 @@ def attention_rows(spec: AttentionSpec) -> Iterator[WeightRow]:
     if spec.experts:
         (gate,) = GATES[spec.experts.gate]
         yield _gate_row("attention.router.", replace(gate, dims="A D"))
+        if spec.experts.expert_bias:
+            yield WeightRow("attention.expert_bias", "A D", "- -", "zeros")
     if spec.qk_norm:
         yield WeightRow("attention.q_norm.weight", "P", "-", "ones")
         yield WeightRow("attention.k_norm.weight", "P", "-", "ones")
@@ -88,6 +90,8 @@ def mixture_rows(spec: MoESpec) -> Iterator[WeightRow]:
     yield from (_gate_row(f"{start}router.", weight) for weight in GATES[spec.gate])
     yield WeightRow(f"{start}ffn.w1.weight", "E M D", "ep mp -")
     yield WeightRow(f"{start}ffn.w2.weight", "E D M", "ep - mp")
+    if spec.expert_bias:
+        yield WeightRow(f"{start}ffn.w2.bias", "E D", "ep -", "zeros")
     yield WeightRow(f"{start}ffn.w3.weight", "E M D", "ep mp -")
     if spec.shared_expert:
         yield from swiglu_rows("feed_forward.shared_experts.", "U")

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a decoder computes inside, with one layer in memory: values and gradients at the named points of a layer.
 
-Points are those of ``core.layers.POINTS``, of a mixture ``MIXTURE_POINTS``. Everything is float32 unless the spec says
+Points are those of ``core.layers.POINTS``; a mixture, where no token is dropped, has those of width D, and
+``MIXTURE_POINTS``. Everything is float32 unless the spec says
 otherwise.
 """
 
@@ -130,10 +131,11 @@ class TorchLayerProbe:
             raise ValueError("no layer is in memory: fill first")
         cos_SP, sin_SP = self._rotary(length)
         attention: Any = layer.attention
-        ffn: Any = layer.feed_forward  # a SwiGlu: the model is dense
+        ffn: Any = layer.feed_forward  # a SwiGlu: the layer is dense
         normed_TD = layer.attention_norm(x_TD)
         context = attention.context(normed_TD, cos_SP, sin_SP)
-        middle_TD = x_TD + attention.wo(context)
+        mixed_TD = attention.wo(context)
+        middle_TD = x_TD + mixed_TD
         input_TD = layer.ffn_norm(middle_TD)
         linear_TF = ffn.w1(input_TD)
         gate_TF = F.silu(linear_TF)
@@ -143,6 +145,7 @@ class TorchLayerProbe:
             "input": x_TD,
             "attention_input": normed_TD,
             "context": context,
+            "attention_output": mixed_TD,
             "mlp_input": input_TD,
             "gate_linear": linear_TF,
             "gate": gate_TF,
@@ -154,12 +157,20 @@ class TorchLayerProbe:
     def _of_mixture(self, x_TD: Tensor, length: int, points: Sequence[str]) -> dict[str, Tensor]:
         """The outer points of a layer that is a mixture, and those of ``MIXTURE_POINTS`` where ``points`` has any."""
         layer: Any = self._layer
-        middle_TD = x_TD + layer.attention(layer.attention_norm(x_TD), *self._rotary(length))
+        normed_TD = layer.attention_norm(x_TD)
+        mixed_TD = layer.attention(normed_TD, *self._rotary(length))
+        middle_TD = x_TD + mixed_TD
         input_TD = layer.ffn_norm(middle_TD)
         fed_TD = layer.feed_forward.dropless(input_TD)
         inner = observed(layer.feed_forward, input_TD) if set(points) & set(MIXTURE_POINTS) else {}
-        ends = {"input": x_TD, "mlp_input": input_TD, "mlp_output": fed_TD, "output": middle_TD + fed_TD}
-        return ends | inner
+        return inner | {
+            "input": x_TD,
+            "attention_input": normed_TD,
+            "attention_output": mixed_TD,
+            "mlp_input": input_TD,
+            "mlp_output": fed_TD,
+            "output": middle_TD + fed_TD,
+        }
 
     def _rotary(self, length: int) -> tuple[Tensor, Tensor]:
         if self._tables is None or self._tables[0] != length:

@@ -15,6 +15,7 @@ from typing import Any
 from mindformers_ext.core.config.keys import SHARDED_MODES
 from mindformers_ext.core.config.run import RUN_MODES, TRAINING
 from mindformers_ext.core.errors import Problems
+from mindformers_ext.core.layers import LEGACY_CONSTANT
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec, ParallelSpec
 
 SIZES = (
@@ -307,6 +308,8 @@ def _quiet_losses(spec: NetworkSpec, run_mode: str, warnings: list[str]) -> None
         warnings.append("balance_via_topk_bias=True with topk_bias_update_rate=0 never moves the bias")
     if moe.topk_bias_update_rate and not moe.balance_via_topk_bias:
         warnings.append(f"topk_bias_update_rate={moe.topk_bias_update_rate} has no effect: balance_via_topk_bias=False")
+    if moe.aux_loss_type == LEGACY_CONSTANT and moe.aux_losses:
+        warnings.append(f"aux_loss_type={LEGACY_CONSTANT!r} has no gradient: it balances nothing, and is for comparing")
     if not spec.return_extra_loss and (moe.aux_losses or moe.z_loss_factor):
         warnings.append("return_extra_loss=False: the routing losses are not part of the loss")
 

@@ -216,8 +216,8 @@ class LayerStates(Protocol):
 
 
 class LayerProbe(Protocol):
-    """What a decoder computes inside, with one layer in memory. Points are those of ``core.layers.POINTS``, of a
-    mixture, which PyTorch alone takes, ``MIXTURE_POINTS``.
+    """What a decoder computes inside, with one layer in memory. Points are those of ``core.layers.POINTS``; a mixture
+    has those of width D, drops no token and has no way back; on PyTorch it has ``MIXTURE_POINTS`` besides.
 
     Rows do not see each other, and a token none behind it: padding on the right changes nothing before it. S is the
     spec's ``seq_length``; PyTorch takes any.

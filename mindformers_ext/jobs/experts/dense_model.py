@@ -100,9 +100,7 @@ class StreamedModel:
     def layer_bytes(self) -> tuple[int, int]:
         """Bytes of the largest layer's weights and of the largest one of them, as float32."""
         sizes = size_letters(self.spec)
-        kinds = (
-            self.spec.layer(index) for index in {0, self.spec.typical_layer}
-        )  # dense and mixture, where it has both
+        kinds = {self.spec.layer(index) for index in range(self.spec.num_hidden_layers)}
         counts = [[4 * prod(shape_of(row.dims, sizes)) for row in layer_rows(kind)] for kind in kinds]
         return max(map(sum, counts)), max(map(max, counts))
 

@@ -48,6 +48,7 @@ SEED = NetworkSpec(
 )
 
 
+CONSTANT = {"aux_loss_type": "legacy_constant", "aux_losses": (("expert", 0.1),)}
 BALANCED = MoESpec(num_local_experts=8, num_experts_per_tok=2, balance_via_topk_bias=True)
 
 
@@ -186,6 +187,7 @@ def test_experts_on_several_devices_need_their_exchange() -> None:
             replace(SEED, return_extra_loss=False, model=replace(MODEL, moe=replace(MODEL.moe, z_loss_factor=0.1))),
             "return_extra_loss=False",
         ),
+        (replace(SEED, model=replace(MODEL, moe=replace(MODEL.moe, **CONSTANT))), "balances nothing"),
     ],
 )
 def test_warnings(spec: NetworkSpec, word: str) -> None:
