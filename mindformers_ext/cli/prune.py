@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python tools/prune.py masks|cut|report``: a dense model cut to a smaller shape by the masks of a pruning run."""
+"""``python tools/prune.py masks|cut|shape|depth|report``: a dense model cut to a smaller shape, by the masks of a
+pruning run or in one shot."""
 
 from __future__ import annotations
 
@@ -9,12 +10,15 @@ import sys
 from pathlib import Path
 
 from mindformers_ext.cli.command import Command, Subcommand, add_subcommands, add_switch, dtype
+from mindformers_ext.cli.prune_one_shot import DEPTH, SHAPE
 from mindformers_ext.core.byte_sizes import read_size
 
 EPILOG = """examples:
   python tools/prune.py masks output/prune --output masks.npz
   python tools/prune.py cut output/prune --output pruned --base Llama-2-7b-hf --next_yaml continue.yaml
   python tools/prune.py cut Llama-2-7b-hf --masks masks.npz --output pruned
+  python tools/prune.py shape Llama-2-7b-hf pruned --method minitron --fewer_parameters 0.2 --calibration text.txt
+  python tools/prune.py depth Llama-2-7b-hf pruned --method bi --keep 28 --calibration text.txt
   python tools/prune.py report pruned
 exit code 3: the masks have not come to the target's shape, and nothing was written
 """
@@ -127,12 +131,15 @@ def _report(words: argparse.Namespace) -> int:
 COMMANDS = {
     "masks": Subcommand("write the masks that a pruning run has come to", _masks_options, _masks),
     "cut": Subcommand("write the model that the masks leave", _cut_options, _cut),
+    "shape": SHAPE,
+    "depth": DEPTH,
     "report": Subcommand("show expected sizes beside the target's", _report_options, _report),
 }
 COMMAND = Command(
     prog="prune.py",
-    description="Cut a dense model to a smaller shape by the masks of a pruning run (Sheared-LLaMA). The result is the "
-    "masked model, exactly; weights stream in blocks, and outputs appear whole or not at all.",
+    description="Cut a dense model to a smaller shape: by the masks of a pruning run (Sheared-LLaMA), where the result "
+    "is the masked model, exactly, or in one shot by what a pass over some text measures. Weights stream in blocks; "
+    "outputs appear whole or not at all.",
     epilog=EPILOG,
     options=_options,
     run=_run,

@@ -51,9 +51,11 @@ RESIDUAL_WORDS = {
     "use_weighting": "use_weighting",
 }
 # The points of a dense layer at which a probe looks, in the order in which they are computed, and their widths:
-# D model, F feed-forward (core/parameters.py).
+# D model, F feed-forward, HP all heads (core/parameters.py).
 POINTS = {
     "input": "D",  # what enters the layer
+    "attention_input": "D",  # behind the norm in front of attention
+    "context": "HP",  # what attention mixed, head by head: what enters wo
     "mlp_input": "D",  # behind the norm in front of the feed-forward part
     "gate_linear": "F",  # w1 x, before the activation
     "gate": "F",  # silu(w1 x)

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from mindformers_ext.core.families import GATES, RESIDUAL_GATE, SHARED_GATE, WEIGHTING, GateWeight
-from mindformers_ext.core.layers import AttentionSpec, LayerSpec, MoESpec
+from mindformers_ext.core.layers import POINTS, AttentionSpec, LayerSpec, MoESpec
 from mindformers_ext.core.spec import ModelSpec
 
 EMBEDDING, HEAD = "model.tok_embeddings.embedding_weight", "lm_head.weight"
@@ -154,3 +154,14 @@ def size_letters(model: ModelSpec) -> dict[str, int]:
 def shape_of(dims: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """``"E M D"`` at the sizes of ``size_letters``."""
     return tuple(math.prod(sizes[letter] for letter in word) for word in dims.split())
+
+
+def point_widths(model: ModelSpec) -> dict[str, int]:
+    """Numbers a token has at each of ``core.layers.POINTS``."""
+    sizes = size_letters(model)
+    return {name: shape_of(dims, sizes)[0] for name, dims in POINTS.items()}
+
+
+def parameter_count(model: ModelSpec) -> int:
+    """Numbers in all weights of the network."""
+    return sum(math.prod(weight.shape) for weight in model_weights(model))

@@ -97,7 +97,8 @@ class PruningSpec:
     ones. With ``target`` each module is driven to its size, in every layer; without, all of them together to
     ``target_sparsity`` of the weights. The target rises in a straight line from ``start_sparsity`` over
     ``warmup_steps``. ``lag_lr``: learning rate of masks and multipliers. ``eval_target_model``: evaluation keeps as
-    many units as the target, otherwise as many as are expected.
+    many units as the target, otherwise as many as are expected. ``importance``: a file of what was measured, in whose
+    order masks begin, at ``start_sparsity``; None: all begin at the upper limit.
     """
 
     source: ModelShape
@@ -109,6 +110,7 @@ class PruningSpec:
     warmup_steps: int = 0
     eval_target_model: bool = True
     lag_lr: float = 1.0
+    importance: str | None = None
 
     @property
     def pairs(self) -> tuple[str, ...]:

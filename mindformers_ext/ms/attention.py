@@ -97,6 +97,10 @@ class Attention(nn.Cell):
         return self.k_norm(k_BSNP) if self.qk_norm else k_BSNP
 
     def construct(self, x_TD: Tensor, cos: Tensor, sin: Tensor, documents_BS: Tensor | None = None) -> Tensor:
+        return self.wo(self.context(x_TD, cos, sin, documents_BS))
+
+    def context(self, x_TD: Tensor, cos: Tensor, sin: Tensor, documents_BS: Tensor | None = None) -> Tensor:
+        """What enters the output projection, (B*S, H P)."""
         S = cos.shape[1]
         if documents_BS is None:
             q, k = self.rotary(self.query(x_TD, S), cos, sin), self.rotary(self.key(x_TD, S), cos, sin)
@@ -107,4 +111,4 @@ class Attention(nn.Cell):
         k = ops.reshape(k, (-1, S, self.kv_heads * self.head_dim))
         v = ops.reshape(self.wv(x_TD), (-1, S, self.kv_heads * self.head_dim))
         mixed = self.attend(q, k, v) if documents_BS is None else self.attend_packed(q, k, v, documents_BS)
-        return self.wo(ops.reshape(mixed, (-1, self.heads * self.head_dim)))
+        return ops.reshape(mixed, (-1, self.heads * self.head_dim))

@@ -17,6 +17,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.nn.utils import no_init_parameters
 
 from mindformers_ext.core.layers import POINTS, LayerSpec
+from mindformers_ext.core.parameters import point_widths
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.attention import rotary_tables
 from mindformers_ext.ms.engine import fill
@@ -40,19 +41,21 @@ class LayerPoints(nn.Cell):
 
     def construct(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> tuple[Tensor, ...]:
         layer = self.layer
-        middle_TD = layer.add(x_TD, layer.attention(layer.attention_norm(x_TD), cos_SP, sin_SP))
+        normed_TD = layer.attention_norm(x_TD)
+        context = layer.attention.context(normed_TD, cos_SP, sin_SP)
+        middle_TD = layer.add(x_TD, layer.attention.wo(context))
         input_TD = layer.ffn_norm(middle_TD)
         linear_TF = layer.feed_forward.w1(input_TD)
         gate_TF = ops.silu(linear_TF)
         hidden_TF = gate_TF * layer.feed_forward.w3(input_TD)
         fed_TD = layer.feed_forward.w2(hidden_TF)
-        return x_TD, input_TD, linear_TF, gate_TF, hidden_TF, fed_TD, layer.add(middle_TD, fed_TD)
+        return x_TD, normed_TD, context, input_TD, linear_TF, gate_TF, hidden_TF, fed_TD, layer.add(middle_TD, fed_TD)
 
 
 class ShiftedLayer(nn.Cell):
     """The layer's output with a shift added at its inner points: the gradient at a shift of 0 is that at the point.
 
-    Inputs: x (T, D), the rotary tables, shifts as ``POINTS`` from "mlp_input" to "mlp_output".
+    Inputs: x (T, D), the rotary tables, shifts as ``POINTS`` from "attention_input" to "mlp_output".
     """
 
     def __init__(self, layer: Layer) -> None:
@@ -64,6 +67,8 @@ class ShiftedLayer(nn.Cell):
         x_TD: Tensor,
         cos_SP: Tensor,
         sin_SP: Tensor,
+        normed_shift: Tensor,
+        context_shift: Tensor,
         input_shift: Tensor,
         linear_shift: Tensor,
         gate_shift: Tensor,
@@ -71,7 +76,9 @@ class ShiftedLayer(nn.Cell):
         fed_shift: Tensor,
     ) -> Tensor:
         layer = self.layer
-        middle_TD = layer.add(x_TD, layer.attention(layer.attention_norm(x_TD), cos_SP, sin_SP))
+        normed_TD = layer.attention_norm(x_TD) + normed_shift
+        context = layer.attention.context(normed_TD, cos_SP, sin_SP) + context_shift
+        middle_TD = layer.add(x_TD, layer.attention.wo(context))
         input_TD = layer.ffn_norm(middle_TD) + input_shift
         gate_TF = ops.silu(layer.feed_forward.w1(input_TD) + linear_shift) + gate_shift
         hidden_TF = gate_TF * layer.feed_forward.w3(input_TD) + hidden_shift
@@ -193,8 +200,8 @@ class MindSporeLayerProbe:
 
     def _shifts(self, tokens: int) -> list[Tensor]:
         """Zeros for the inner points."""
-        widths = {"D": self.spec.model.hidden_size, "F": self.spec.model.intermediate_size}
-        return [ops.zeros((tokens, widths[POINTS[name]]), self.dtype) for name in INNER]
+        widths = point_widths(self.spec.model)
+        return [ops.zeros((tokens, widths[name]), self.dtype) for name in INNER]
 
     def _build(self, layer: LayerSpec) -> None:
         if self._built == layer:

@@ -73,14 +73,25 @@ class Attention(nn.Module):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """softmax(q k^T / sqrt(P)) v, causal and within the window without ``mask``, through the output projection:
         (B*S, D)."""
+        return self.wo(self._attend(q, k, v, mask))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         mask = window_mask(q.shape[2], self.window, q.device) if mask is None else mask
         grouped = self.heads != self.kv_heads
-        return self._out(
+        return self._joined(
             F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
         )
 
-    def _out(self, mixed: Tensor) -> Tensor:
-        return self.wo(mixed.transpose(1, 2).reshape(-1, self.heads * self.head_dim))
+    def _joined(self, mixed: Tensor) -> Tensor:
+        """(B*S, H P) of (B, H, S, P)."""
+        return mixed.transpose(1, 2).reshape(-1, self.heads * self.head_dim)
+
+    def context(self, x_TD: Tensor, cos: Tensor, sin: Tensor, documents_BS: Tensor | None = None) -> Tensor:
+        """What enters the output projection, (B*S, H P)."""
+        q, k, v = self.project(x_TD, cos.shape[-2], cos, sin)
+        if documents_BS is None:
+            return self._attend(q, k, v)
+        return self._joined(select_packed(q.device, q.dtype)(q, k, v, documents_BS, self.window))
 
     def with_loss(
         self, x_TD: Tensor, cos: Tensor, sin: Tensor, documents_BS: Tensor | None = None
@@ -89,7 +100,4 @@ class Attention(nn.Module):
         return self(x_TD, cos, sin, documents_BS), None
 
     def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, documents_BS: Tensor | None = None) -> Tensor:
-        q, k, v = self.project(x_TD, cos.shape[-2], cos, sin)
-        if documents_BS is None:
-            return self.mix(q, k, v)
-        return self._out(select_packed(q.device, q.dtype)(q, k, v, documents_BS, self.window))
+        return self.wo(self.context(x_TD, cos, sin, documents_BS))

@@ -108,8 +108,11 @@ class TorchLayerProbe:
         if layer is None:
             raise ValueError("no layer is in memory: fill first")
         cos_SP, sin_SP = self._rotary(length)
-        middle_TD = x_TD + layer.attention(layer.attention_norm(x_TD), cos_SP, sin_SP)
+        attention: Any = layer.attention
         ffn: Any = layer.feed_forward  # a SwiGlu: the model is dense
+        normed_TD = layer.attention_norm(x_TD)
+        context = attention.context(normed_TD, cos_SP, sin_SP)
+        middle_TD = x_TD + attention.wo(context)
         input_TD = layer.ffn_norm(middle_TD)
         linear_TF = ffn.w1(input_TD)
         gate_TF = F.silu(linear_TF)
@@ -117,6 +120,8 @@ class TorchLayerProbe:
         fed_TD = ffn.w2(hidden_TF)
         return {
             "input": x_TD,
+            "attention_input": normed_TD,
+            "context": context,
             "mlp_input": input_TD,
             "gate_linear": linear_TF,
             "gate": gate_TF,

@@ -71,7 +71,8 @@ INNER = {
         "checkpoint",
         "run",
         "preprocess merge mixing predict launch",
-        "experts prune",
+        "experts",
+        "prune",
         "train dryrun",
     ),
 }

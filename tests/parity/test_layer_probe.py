@@ -61,6 +61,8 @@ class Judge:
 
         mlp = layer.mlp
         layer.register_forward_hook(keep("input", True))
+        layer.input_layernorm.register_forward_hook(keep("attention_input"))
+        layer.self_attn.o_proj.register_forward_hook(keep("context", True))
         mlp.register_forward_hook(keep("mlp_input", True))
         mlp.gate_proj.register_forward_hook(keep("gate_linear"))
         mlp.act_fn.register_forward_hook(keep("gate"))

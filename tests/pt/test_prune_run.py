@@ -17,10 +17,14 @@ import torch
 from mindformers_ext.cli.prune import main
 from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.pruning import ModelShape, shape_of_model
 from mindformers_ext.formats.ms_ckpt import CkptFile
+from mindformers_ext.jobs.prune.one_shot.importance_file import Importance, write_importance_file
 from mindformers_ext.jobs.run.checks import check_run
 from mindformers_ext.jobs.train.train import train
+from mindformers_ext.surgery.prune.importance import FORWARD, shape_of_statistic
 from tests.helpers.mixtures import NAMES, mixture_job
+from tests.helpers.prune_cases import MHA
 from tests.helpers.tiny_run import VOCAB, config_of, rows_of, token_rows, write_rows
 
 TIMES = ("seconds", "tokens_per_second")
@@ -243,3 +247,40 @@ def test_the_tiny_yaml_and_the_readmes_commands(tmp_path: Path, repo_root: Path)
     form = ["--model", "llama", "--format", "composer"]
     assert convert([*form, "--input_path", str(pruned), "--output_path", str(tmp_path / "state_dict.pt")]) == 0
     assert len(run(load_yaml(next_yaml) | {"output_dir": str(tmp_path / "on")}, tmp_path / "on")) == 4
+
+
+def importance(place: Path, source: ModelShape) -> dict[str, np.ndarray]:
+    """What was measured of a model of these sizes: numbers drawn at random, in the file ``place``."""
+    draw, found = np.random.default_rng(7).random, {}
+    for name, dims in FORWARD.items():
+        found[name] = draw(shape_of_statistic(dims, source))
+    write_importance_file(place, Importance(source, found, {"weights": "drawn"}))
+    return found
+
+
+def test_masks_begin_in_the_order_of_what_was_measured(job: Path) -> None:
+    place, folder = job.parent / "drawn.npz", job.parent / "warm"
+    given = config(job, "warm", importance=str(place), start_sparsity=0.1, lag_lr=1e-6)
+    source = shape_of_model(check_run(given, "test").build.network.model)
+    found = importance(place, source)
+    first = run(given, folder)
+    assert first[0]["expected_intermediate_sparsity"] == pytest.approx(0.1, abs=1e-3)
+    loga = CkptFile(folder / KEPT.format(1)).read("model.l0_module.masks.intermediate.z_loga")
+    strongest, weakest = found["neuron_absolute"].argmax(1), found["neuron_absolute"].argmin(1)
+    np.testing.assert_array_equal(loga.argmax(1), strongest)
+    np.testing.assert_array_equal(loga.argmin(1), weakest)
+    for later in range(4, STEPS + 1):
+        (folder / KEPT.format(later)).unlink()
+    assert run(given | {"resume_training": True}, folder) == first
+
+
+def test_what_masks_cannot_begin_from_is_refused(job: Path) -> None:
+    place = job.parent / "other.npz"
+    importance(place, MHA)
+    with pytest.raises(UserError, match="is of another model"):
+        run(config(job, "other", importance=str(place), start_sparsity=0.1), job.parent / "other")
+    with pytest.raises(UserError, match="have no order"):
+        check_run(config(job, "other", importance=str(place)), "test")
+    with pytest.raises(UserError, match=r"give the \.npz file"):
+        check_run(config(job, "other", importance=3, start_sparsity=0.1), "test")
+    assert not (job.parent / "other").exists()

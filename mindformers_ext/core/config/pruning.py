@@ -34,6 +34,7 @@ READ = (
     "eval_target_model",
     "target_model",
     "lag_lr",
+    "importance",
 )
 # The seed's words of a target's sizes, and ours.
 TARGET_WORDS = {
@@ -44,7 +45,8 @@ TARGET_WORDS = {
     "n_layers": "num_hidden_layers",
     "intermediate_size": "intermediate_size",
 }
-MOST_SPARSITY = 1.0 / (1.0 + math.exp(LOGA_LIMITS[0] - ZERO_SHIFT))  # 0.9528702, of masks at their lowest
+LEAST_SPARSITY, MOST_SPARSITY = (1.0 / (1.0 + math.exp(at - ZERO_SHIFT)) for at in reversed(LOGA_LIMITS))
+# 0.0020177 and 0.9528702, of masks at their highest and at their lowest
 STEPS = re.compile(r"(\d+)(ba)?")
 
 
@@ -85,6 +87,7 @@ def pruning_from_yaml(config: Mapping[str, Any], model: ModelSpec) -> PruningSpe
         whole=whole,
         target=target,
         warmup_steps=_steps(given.get("lagrangian_warmup_steps", 0), problems),
+        importance=given.get("importance"),
         **numbers,
     )
     _check_numbers(spec, problems)
@@ -124,6 +127,13 @@ def _check_numbers(spec: PruningSpec, problems: Problems) -> None:
                 f"target_model takes away {spec.sparsity(name):.4f} of {name}",
                 f"masks reach {MOST_SPARSITY:.4f}: prune in two runs",
             )
+    if spec.importance is not None and not (isinstance(spec.importance, str) and spec.importance):
+        problems.add(f"importance={spec.importance!r}", "give the .npz file that 'prune.py shape' has written")
+    elif spec.importance is not None and not LEAST_SPARSITY < spec.start_sparsity <= MOST_SPARSITY / 2:
+        problems.add(
+            f"start_sparsity={spec.start_sparsity} beside importance: masks of such a mean have no order",
+            f"give {LEAST_SPARSITY:.4f} to {MOST_SPARSITY / 2:.4f}, 0.1 for example",
+        )
     if spec.target and not spec.modules:
         problems.add("target_model has the sizes of the model itself", "give a smaller one")
 

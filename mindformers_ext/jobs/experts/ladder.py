@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mindformers_ext.jobs.engine.protocols import LayerProbe
 from mindformers_ext.jobs.experts.gating import Gating
-from mindformers_ext.jobs.experts.probe import Course, Part
+from mindformers_ext.jobs.experts.probe import Course, Part, mean_loss
 from mindformers_ext.jobs.experts.states import States
 from mindformers_ext.surgery.experts.choices import by_answers, by_chance, by_gate, kept_neurons
 from mindformers_ext.surgery.experts.split import LayerSplit
@@ -150,7 +150,7 @@ def _climbed(
                 if way.name == GATE:
                     loads.append(load / max(load.sum(), 1.0))
                 bar.update()
-    return _losses(course, probe, ways, states), _predicted(course)
+    return _losses(course, probe, ways, states), course.rows.predicted
 
 
 def _layer(
@@ -188,15 +188,7 @@ def _losses(course: Course, probe: LayerProbe, ways: Sequence[Way], states: Sequ
     probe.fill_head(course.model.norm(), course.model.head())
     found = {}
     for way, state in zip(ways, states, strict=True):
-        file, total = state.input_of(course.model.spec.num_hidden_layers), 0.0
-        for _, rows, length in course.parts():
-            ids = course.rows.ids[rows.start : rows.stop, :length]
-            counted = course.rows.counted(rows, length, mean=False)
-            total += probe.loss(file.read(rows, length), np.roll(ids, -1, axis=1), counted)[0]
+        file = state.input_of(course.model.spec.num_hidden_layers)
+        found[way.name] = mean_loss(course, probe, file)
         file.close()
-        found[way.name] = total / max(_predicted(course), 1)
     return found
-
-
-def _predicted(course: Course) -> int:
-    return int(np.maximum(course.rows.lengths - 1, 0).sum())

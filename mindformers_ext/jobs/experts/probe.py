@@ -19,14 +19,14 @@ from tqdm import tqdm
 
 from mindformers_ext.core.config.run import PYTORCH
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.core.layers import POINTS
+from mindformers_ext.core.parameters import point_widths
 from mindformers_ext.core.spec import DeviceSpec, NetworkSpec
 from mindformers_ext.formats.disk import check_space
 from mindformers_ext.jobs.engine.door import open_probe
 from mindformers_ext.jobs.engine.protocols import LayerProbe
 from mindformers_ext.jobs.experts.dense_model import DenseModel
 from mindformers_ext.jobs.experts.ranks import Share
-from mindformers_ext.jobs.experts.states import States
+from mindformers_ext.jobs.experts.states import StateFile, States
 
 Arrays = Mapping[str, np.ndarray]
 BASE = 350 * 10**6  # bytes of a process that has imported a framework
@@ -46,6 +46,11 @@ class Rows:
     def tokens(self) -> int:
         """Tokens that are no padding."""
         return int(self.lengths.sum())
+
+    @property
+    def predicted(self) -> int:
+        """Tokens that are predicted where all but the first of a row are."""
+        return int(np.maximum(self.lengths - 1, 0).sum())
 
     def share(self, share: Share) -> Rows:
         """Those of one process: every ``size``-th from its rank on, so that all together are the whole."""
@@ -170,7 +175,8 @@ def needs(course: Course, sink: Sink, layers: int, backward: bool, loss: bool = 
     weights, largest = model.layer_bytes
     tokens = max(course.tokens // course.length, 1) * course.length
     narrow, wide = spec.hidden_size, spec.intermediate_size
-    taps = sum({"D": narrow, "F": wide}[POINTS[name]] for name in (*sink.values, *sink.gradients))
+    widths = point_widths(spec)
+    taps = sum(widths[name] for name in (*sink.values, *sink.gradients))
     work = 4 * tokens * ((14 if backward else 6) * narrow + (6 if backward else 4) * wide + taps)
     head = 4 * (spec.vocab_size * narrow + 3 * 512 * spec.vocab_size + 4 * tokens * narrow) if backward or loss else 0
     embedding = 4 * 2 * (tokens + 4096) * narrow
@@ -252,6 +258,15 @@ def backward(course: Course, states: States, sink: Sink, layers: Sequence[int]) 
             if asked:
                 sink.end(layer)
             states.finish("backward", count - layer)
+
+
+def mean_loss(course: Course, probe: LayerProbe, file: StateFile) -> float:
+    """Mean cross entropy over the predicted tokens, from what leaves the last layer; the head is in memory."""
+    total = 0.0
+    for _, rows, length in course.parts():
+        target = np.roll(course.rows.ids[rows.start : rows.stop, :length], -1, axis=1)
+        total += probe.loss(file.read(rows, length), target, course.rows.counted(rows, length, mean=False))[0]
+    return total / max(course.rows.predicted, 1)
 
 
 def _head(course: Course, states: States, probe: LayerProbe) -> None:

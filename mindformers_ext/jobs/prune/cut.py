@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import prod
@@ -18,10 +18,10 @@ from mindformers_ext.formats.atomic import fresh_folder
 from mindformers_ext.formats.disk import check_space, refusal
 from mindformers_ext.formats.dtypes import BY_NUMPY, cast, float_dtype
 from mindformers_ext.formats.safetensors_dir import CONFIG
-from mindformers_ext.formats.tensors import Array, TensorInfo
+from mindformers_ext.formats.tensors import Array, Reader, TensorInfo
 from mindformers_ext.jobs.merge.output import OutputRequest, check_output, write_weights
 from mindformers_ext.jobs.merge.sidecars import copy_tokenizer, write_json
-from mindformers_ext.jobs.prune.masks_file import MASKS, SavedMasks, read_masks, write_masks
+from mindformers_ext.jobs.prune.masks_file import MASKS, SavedMasks, differences, read_masks, write_masks
 from mindformers_ext.jobs.prune.next_stage import next_yaml, write_next
 from mindformers_ext.jobs.prune.report import REPORT, check_reached, pruning_report
 from mindformers_ext.jobs.prune.source import DenseSource, DenseTensor, open_folder, open_trained
@@ -66,10 +66,29 @@ class CutReport:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Change:
+    """A tensor that a cut does not leave as it is: its shape, and what makes it, float32."""
+
+    shape: tuple[int, ...]
+    make: Callable[[], Array]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of the pruned model: what is left of a dense one, or ``changed``, which makes it whole."""
+
     info: TensorInfo
-    dense: DenseTensor
-    cut: TensorCut
+    dense: DenseTensor | None = None
+    cut: TensorCut | None = None
+    changed: Callable[[], Array] | None = None
+
+    def blocks(self, reader: Reader) -> Iterator[Array]:
+        """Its rows in blocks, in the dense tensor's type or, where they are scaled, float32."""
+        if self.changed is not None:
+            yield self.changed()
+        elif self.dense is not None and self.cut is not None:
+            ((_, stored),) = Plan((self.dense.step,), (), (), None).stream(reader)
+            yield from self.cut.blocks(stored)
 
 
 def cut(request: CutRequest) -> CutReport:
@@ -90,10 +109,10 @@ def cut(request: CutRequest) -> CutReport:
         full = full_masks(masks.values, masks.source, dense.model.tie_word_embeddings, request.fold_head)
         shape = pruned_shape(full)
         _check_shape(masks, shape)
-        pieces = list(_pieces(dense, full, float_dtype(request.dtype) if request.dtype else None))
+        pieces = list(pieces_of(dense, full, float_dtype(request.dtype) if request.dtype else None))
         stage = next_yaml(run, shape, request.output.folder) if run and request.next_yaml else None
         started = time.monotonic()
-        parameters = (_count(item.step.target for item in dense.tensors), _count(piece.info for piece in pieces))
+        parameters = (count_of(item.step.target for item in dense.tensors), count_of(piece.info for piece in pieces))
         try:
             check_space(request.output.folder, sum(piece.info.nbytes for piece in pieces))
             notes += _write(request, dense, pieces, masks, pruning_report(masks, full, shape, parameters), shape)
@@ -127,7 +146,7 @@ def _check_words(request: CutRequest, run: TrainedRun | None) -> None:
 
 def _check_model(dense: DenseSource, masks: SavedMasks) -> None:
     problems = Problems("the masks belong to another model")
-    for name, ours, theirs in _differences(shape_of_model(dense.model), masks.source):
+    for name, ours, theirs in differences(shape_of_model(dense.model), masks.source):
         problems.add(f"its {name} is {ours}, the masks' {theirs}", "give the model that was pruned")
     problems.raise_if_any()
 
@@ -136,22 +155,17 @@ def _check_shape(masks: SavedMasks, shape: ModelShape) -> None:
     if masks.target is None or shape == masks.target:
         return
     problems = Problems("the masks have not the target's shape")
-    for name, ours, theirs in _differences(shape, masks.target):
+    for name, ours, theirs in differences(shape, masks.target):
         problems.add(f"{name} is {ours}, the target's {theirs}", "write the masks again with 'prune.py masks'")
     problems.raise_if_any()
 
 
-def _differences(one: ModelShape, other: ModelShape) -> Iterator[tuple[str, int, int]]:
-    """Names and both values of the sizes in which two shapes differ."""
-    for name in ModelShape.__dataclass_fields__:
-        ours, theirs = getattr(one, name), getattr(other, name)
-        if ours != theirs:
-            yield name, ours, theirs
-
-
-def _pieces(dense: DenseSource, full: FullMasks, kind: Any) -> Iterator[_Piece]:
-    """Every tensor that stays, under its new name."""
+def pieces_of(
+    dense: DenseSource, full: FullMasks, kind: Any, changes: Mapping[str, Change] | None = None
+) -> Iterator[Piece]:
+    """Every tensor that stays, under its new name; ``changes`` take the place of some, or stand beside them."""
     numbers = {old: new for new, old in enumerate(full.kept_layers)}
+    left = dict(changes or {})
     for tensor in dense.tensors:
         if tensor.layer is not None and tensor.layer not in numbers:
             continue
@@ -160,45 +174,58 @@ def _pieces(dense: DenseSource, full: FullMasks, kind: Any) -> Iterator[_Piece]:
         if tensor.layer is not None:
             name = name.replace(f"layers.{tensor.layer}.", f"layers.{numbers[tensor.layer]}.", 1)
         found = tensor_cut(target.name, tensor.dims, full, tensor.layer)
-        yield _Piece(TensorInfo(name, found.shape(target.shape), kind or target.dtype), tensor, found)
+        info = TensorInfo(name, found.shape(target.shape), kind or target.dtype)
+        change = left.pop(name, None)
+        yield Piece(info, changed=change.make) if change else Piece(info, tensor, found)
+    stored = dense.tensors[0].step.target.dtype
+    for name, change in left.items():
+        yield Piece(TensorInfo(name, change.shape, kind or stored), changed=change.make)
 
 
-def _count(infos: Any) -> int:
+def count_of(infos: Iterable[TensorInfo]) -> int:
+    """Numbers in these tensors."""
     return sum(prod(info.shape) for info in infos)
 
 
 def _write(
     request: CutRequest,
     dense: DenseSource,
-    pieces: Sequence[_Piece],
+    pieces: Sequence[Piece],
     masks: SavedMasks,
     report: Mapping[str, Any],
     shape: ModelShape,
 ) -> list[str]:
     """The folder; returns notes."""
-    out = replace(request.output, threads=THREADS)
+    config = pruned_config(dense, shape, report["layers"], longest_type(pieces))
+    source = request.base or (request.model if request.model.is_dir() else None)
+    with fresh_folder(request.output.folder, request.output.overwrite) as partial:
+        write_pieces(partial, request.output, dense.reader, pieces)
+        write_json(partial / CONFIG, config)
+        write_json(partial / REPORT, report)
+        write_masks(partial / MASKS, masks)
+        if source and (source / CONFIG).is_file():
+            return copy_tokenizer(str(source), source, partial)
+    return ["no tokenizer was written: give the dense model's folder with --base"]
+
+
+def write_pieces(folder: Path, out: OutputRequest, reader: Reader, pieces: Sequence[Piece]) -> None:
+    """Write the weights block by block; ``UserError`` where values do not fit their type."""
 
     def blocks(place: int) -> Iterator[Array]:
         piece = pieces[place]
-        step = piece.dense.step
-        ((_, stored),) = Plan((step,), (), (), None).stream(dense.reader)
-        for block in piece.cut.blocks(stored):
+        for block in piece.blocks(reader):
             array, lost = cast(block, piece.info.dtype)
             if lost:
                 kind = BY_NUMPY[piece.info.dtype].long
                 raise UserError(f"'{piece.info.name}': {lost} values do not fit {kind}: choose another --dtype")
             yield array
 
-    with fresh_folder(out.folder, out.overwrite) as partial:
-        write_weights(partial, [piece.info for piece in pieces], out, blocks)
-        kinds = {BY_NUMPY[piece.info.dtype].long for piece in pieces}
-        write_json(partial / CONFIG, pruned_config(dense, shape, report["layers"], max(kinds)))
-        write_json(partial / REPORT, report)
-        write_masks(partial / MASKS, masks)
-        source = request.base or (request.model if request.model.is_dir() else None)
-        if source and (source / CONFIG).is_file():
-            return copy_tokenizer(str(source), source, partial)
-    return ["no tokenizer was written: give the dense model's folder with --base"]
+    write_weights(folder, [piece.info for piece in pieces], replace(out, threads=THREADS), blocks)
+
+
+def longest_type(pieces: Sequence[Piece]) -> str:
+    """The name of the type that config.json tells, of those that the tensors have."""
+    return max({BY_NUMPY[piece.info.dtype].long for piece in pieces})
 
 
 def pruned_config(dense: DenseSource, shape: ModelShape, layers: Sequence[int], dtype: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,15 @@ def write_masks(path: Path, masks: SavedMasks, overwrite: bool = False) -> None:
     """Write the file whole; the same masks give the same bytes."""
     arrays: dict[str, Any] = {f"{name}_z": np.asarray(value, np.float32) for name, value in masks.values.items()}
     arrays |= {f"{name}_expected": np.asarray(value, np.float64) for name, value in (masks.expected or {}).items()}
-    arrays["source"] = _sizes(masks.source)
+    arrays["source"] = sizes_of(masks.source)
     if masks.target:
-        arrays["target"] = _sizes(masks.target)
+        arrays["target"] = sizes_of(masks.target)
     with fresh_file(path, overwrite) as partial, partial.open("wb") as file:
         np.savez(file, **{name: arrays[name] for name in sorted(arrays)})
 
 
-def _sizes(shape: ModelShape) -> np.ndarray:
+def sizes_of(shape: ModelShape) -> np.ndarray:
+    """A shape as an array, in the order of ``SHAPE_FIELDS``."""
     return np.array([getattr(shape, name) for name in SHAPE_FIELDS], np.int64)
 
 
@@ -62,7 +63,7 @@ def read_masks(path: Path) -> SavedMasks:
             found = {name: arrays[name] for name in arrays.files}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"'{path}' holds no masks ({error}): write it with 'prune.py masks'") from error
-    shapes = {name: _shape(found.pop(name), path) for name in ("source", "target") if name in found}
+    shapes = {name: read_shape(found.pop(name), path) for name in ("source", "target") if name in found}
     if "source" not in shapes:
         raise UserError(f"'{path}' does not say of which model its masks are: write it with 'prune.py masks'")
     values: dict[str, np.ndarray] = {}
@@ -77,7 +78,16 @@ def read_masks(path: Path) -> SavedMasks:
     return SavedMasks(values, shapes["source"], shapes.get("target"), expected or None)
 
 
-def _shape(array: np.ndarray, path: Path) -> ModelShape:
+def read_shape(array: np.ndarray, path: Path) -> ModelShape:
+    """What ``sizes_of`` has written into ``path``; ``UserError`` where it is none."""
     if array.shape != (len(SHAPE_FIELDS),) or array.dtype != np.int64 or not np.all((array > 0) & (array < 2**31)):
         raise UserError(f"'{path}': the sizes of its model are not {len(SHAPE_FIELDS)} numbers above 0")
     return ModelShape(**dict(zip(SHAPE_FIELDS, map(int, array), strict=True)))
+
+
+def differences(one: ModelShape, other: ModelShape) -> Iterator[tuple[str, int, int]]:
+    """Names and both values of the sizes in which two shapes differ."""
+    for name in SHAPE_FIELDS:
+        ours, theirs = getattr(one, name), getattr(other, name)
+        if ours != theirs:
+            yield name, ours, theirs

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from mindformers_ext.core.config.file import dump_yaml
 from mindformers_ext.core.config.mixture_words import MIXTURE
 from mindformers_ext.core.config.values import section_at
+from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.pruning import ModelShape
 from mindformers_ext.data.mixture.state import MixtureState, state_from_json
 from mindformers_ext.formats.atomic import fresh_file
@@ -39,13 +41,7 @@ class NextStage:
 
 def next_yaml(run: TrainedRun, shape: ModelShape, weights: Path) -> NextStage:
     """The run's YAML without masks, at the pruned sizes, starting from ``weights`` and the last proportions."""
-    config = copy.deepcopy(dict(run.config))
-    words = config["model"]["model_config"]
-    words.pop("l0_module")
-    words |= {word: getattr(shape, name) for word, name in SIZES.items()}
-    config |= {"load_checkpoint": str(weights), "resume_training": False}
-    config["output_dir"] = str(config.get("output_dir") or "./output").rstrip("/") + "_continued"
-    notes = [f"sizes and load_checkpoint are filled in; output_dir is {config['output_dir']}"]
+    config, notes = _filled(run.config, shape, weights)
     for section in ("train_dataset", "train_dataset_task.dataset_config"):
         loader = section_at(config, f"{section}.data_loader")
         last = _last_state(run) if isinstance(loader, dict) and loader.get("type") == MIXTURE else None
@@ -55,6 +51,29 @@ def next_yaml(run: TrainedRun, shape: ModelShape, weights: Path) -> NextStage:
             if section == "train_dataset":
                 notes.append("proportion: the run's last, " + ", ".join(f"{n} {p:.4f}" for n, p in shares.items()))
     return NextStage(config, tuple(notes))
+
+
+def next_from_yaml(given: Mapping[str, Any], shape: ModelShape, weights: Path) -> NextStage:
+    """The training YAML of the dense model at the pruned sizes, starting from ``weights``.
+
+    Raises:
+        UserError: it describes no model.
+    """
+    model = given.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("model_config"), dict):
+        raise UserError("--train_yaml has no model.model_config: give the YAML of a training run of the dense model")
+    config, notes = _filled(given, shape, weights)
+    return NextStage(config, tuple(notes))
+
+
+def _filled(given: Mapping[str, Any], shape: ModelShape, weights: Path) -> tuple[dict[str, Any], list[str]]:
+    config = copy.deepcopy(dict(given))
+    words = config["model"]["model_config"]
+    words.pop("l0_module", None)
+    words |= {word: getattr(shape, name) for word, name in SIZES.items()}
+    config |= {"load_checkpoint": str(weights), "resume_training": False}
+    config["output_dir"] = str(config.get("output_dir") or "./output").rstrip("/") + "_continued"
+    return config, [f"sizes and load_checkpoint are filled in; output_dir is {config['output_dir']}"]
 
 
 def _last_state(run: TrainedRun) -> MixtureState | None:

@@ -28,6 +28,7 @@ from mindformers_ext.formats.atomic import write_text
 from mindformers_ext.jobs.engine.door import open_trainer
 from mindformers_ext.jobs.engine.protocols import Trainer
 from mindformers_ext.jobs.predict.network import open_weights
+from mindformers_ext.jobs.prune.one_shot.warm_start import first_masks
 from mindformers_ext.jobs.run.dataset import rows_of_step
 from mindformers_ext.jobs.run.display import COMPILING, current
 from mindformers_ext.jobs.run.keep import keep_config, keep_lora
@@ -94,6 +95,7 @@ def train(
     folder = Path(asked.output_dir)
     data = source or open_rows(asked, config, spec)
     training, more = _how_to_train(asked, config, spec, data.per_epoch)
+    masks = first_masks(training.pruning) if training.pruning else {}
     targets = target_losses(data, asked, spec) if isinstance(data, MixtureData) else None
     current().begin(f"opening {FRAMEWORKS[engine]} and building the network")
     trainer = open_trainer(engine, spec, training, asked.device)
@@ -110,6 +112,8 @@ def train(
         keep_lora(training.lora, folder, asked)
     _load(run, spec)
     if training.pruning:  # before what evaluates: it sets the masks of evaluation
+        if masks and not run.first:
+            trainer.set_values(masks)
         every = data.mixture.interval if isinstance(data, MixtureData) else 0
         run.hooks.append(PruningMasks(training.pruning, training.seed, trainer, every))
     if isinstance(data, MixtureData):

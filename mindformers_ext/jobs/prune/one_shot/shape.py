@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cut a dense model to a smaller shape in one shot: fewer neurons, heads, channels, layers of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.pruning import ModelShape
+from mindformers_ext.jobs.prune.one_shot.cuts import (
+    MAGNITUDE,
+    Bench,
+    Cut,
+    OneShotReport,
+    carry_out,
+    chosen_by,
+)
+from mindformers_ext.jobs.prune.one_shot.importance import Tell
+from mindformers_ext.jobs.prune.one_shot.importance_file import Importance
+from mindformers_ext.jobs.prune.one_shot.quality import RANDOM
+from mindformers_ext.jobs.prune.one_shot.request import NONE, ShapeRequest
+from mindformers_ext.jobs.prune.one_shot.targets import target_of, with_fewer
+from mindformers_ext.surgery.prune.importance import METHODS
+
+FLAP, BIAS = "flap", "flap + bias"
+
+
+def quiet(line: str) -> None:
+    """Nothing."""
+
+
+def prune_shape(request: ShapeRequest, tell: Tell = quiet) -> OneShotReport:
+    """Write the model with the units that the measure finds best; errors as ``carry_out``."""
+
+    def aim(place: Bench) -> ModelShape:
+        if request.fewer_parameters is None:
+            target = target_of(request.sizes, place.shape)
+        else:
+            target = with_fewer(place.dense.model, request.fewer_parameters, request.axes)
+        check_method(request, place, target)
+        return target
+
+    def choose(place: Bench, found: Importance, target: ModelShape) -> dict[str, Cut]:
+        return ladder(request, place, found, target)
+
+    request.check()
+    return carry_out(request, tell, METHODS[request.method].needs, aim, choose)
+
+
+def check_method(request: ShapeRequest, place: Bench, target: ModelShape) -> None:
+    """``UserError`` where the measure does not know what is to go, or the family has no place for a bias."""
+    if request.method == FLAP and target.hidden_size != place.shape.hidden_size:
+        raise UserError("--method flap knows neurons, heads and layers, no hidden_size: leave it out, or use minitron")
+    if request.bias and not has_biases(place):
+        raise UserError(f"--bias: {place.dense.model.model_type} has no mlp_bias in config.json: leave --bias out")
+    if request.bias and target == replace(place.shape, num_hidden_layers=target.num_hidden_layers):
+        raise UserError("--bias makes up for neurons and heads, and none of them goes: leave it out")
+
+
+def has_biases(place: Bench) -> bool:
+    """Whether config.json of the family can say that output matrices have biases."""
+    return {"mlp_bias", "attention_bias"} <= {word.key for word in place.dense.model.family_row.words}
+
+
+def ladder(request: ShapeRequest, place: Bench, found: Importance, target: ModelShape) -> dict[str, Cut]:
+    """The cut that is asked for first, then the same without refit or bias, magnitude, and one drawn at random."""
+    method, seed = request.method, request.seed
+    own = chosen_by(place, method, found, target, seed)
+    cuts: dict[str, Cut] = {}
+    if request.refit != NONE:
+        cuts[f"{method} + {request.refit}"] = place.cut(own, request.refit)
+    if request.bias:
+        cuts[BIAS] = place.cut(own, bias=found)
+    cuts[method] = place.cut(own)
+    if method == FLAP and has_biases(place) and not {"layer"} >= {*own}:
+        cuts.setdefault(BIAS, place.cut(own, bias=found))
+    for other in (MAGNITUDE, RANDOM):
+        cuts.setdefault(other, place.cut(chosen_by(place, other, found, target, seed)))
+    return cuts
