@@ -26,6 +26,7 @@ STAGES = {
     "gates": "gates of a LLaMA-MoE v2, by clusters of hidden states",
     "grads": "how much the loss feels each neuron, by cluster, for a LLaMA-MoE v2",
     "select": "fit the gates that choose experts",
+    "carve": "a mixture without training, in one pass",
     "convert": "write the mixture, or the dense model again",
     "run": "all stages from one YAML",
     "report": "one page of figures about a mixture",
