@@ -150,8 +150,6 @@ class Walker:
             x[part], hidden[part], numbers[part] = taps["mlp_input"][inside], taps["hidden"][inside], texts
             done += len(texts)
         came.close()
-        if not np.isfinite(x).all() or not np.isfinite(hidden).all():
-            raise UserError(f"layer {layer} computes values that are not finite: the model or the text is damaged")
         matrices = (model.matrix(name, layer) for name in ("gate_proj", "up_proj", "down_proj"))
         sample = LayerSample(x, hidden, self.lengths.weights(layer), numbers, *matrices)
         carved = carve_layer(sample, recipe, layer)

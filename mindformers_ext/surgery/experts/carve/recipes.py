@@ -165,14 +165,10 @@ def carve_layer(sample: LayerSample, recipe: Recipe, number: int) -> CarvedLayer
     Raises:
         UserError: the layer's numbers are not finite.
     """
-    width = sample.hidden.shape[1]
-    layer = Layer(sample, recipe, number, width // recipe.experts, {}, {})
-    try:
-        if recipe.method in STATIC:
-            return _static(layer)
-        return _mixture(layer)
-    except np.linalg.LinAlgError as error:
-        raise UserError(f"layer {number} cannot be carved ({error}): its values are not finite") from error
+    if not all(np.isfinite(array).all() for array in (sample.x, sample.hidden, sample.weights, sample.down)):
+        raise UserError(f"layer {number} has values that are not finite: the model or the text is damaged")
+    layer = Layer(sample, recipe, number, sample.hidden.shape[1] // recipe.experts, {}, {})
+    return _static(layer) if recipe.method in STATIC else _mixture(layer)
 
 
 def _mixture(layer: Layer) -> CarvedLayer:
