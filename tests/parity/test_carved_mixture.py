@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A carved mixture answers alike in transformers, from its stock file, and in both engines, converted by our command."""
+"""A carved mixture answers alike in transformers, from its stock file, and in both engines, from one converted."""
 
 from __future__ import annotations
 

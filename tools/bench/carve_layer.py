@@ -68,10 +68,10 @@ class Clock:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
-    def of(self, name: str, work: Callable[[], Any]) -> Any:
+    def of(self, name: str, work: Callable[..., Any], *given: Any) -> Any:
         """What ``work`` gives; its time is added to ``name``."""
         started = time.process_time()
-        found = work()
+        found = work(*given)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - started
         return found
 
@@ -86,19 +86,19 @@ def main() -> None:
     energies = clock.of("energies", sample.energies)
     always = top(energies, words.shared * size)
     rest = np.setdiff1d(np.arange(words.width), always)
-    fit = clock.of("squares of the inputs", lambda: InputFit.of(sample.x))
-    markers = clock.of("markers", lambda: Markers(sample))
-    labels = clock.of("first groups", lambda: markers.groups(rest, groups))
+    fit = clock.of("squares of the inputs", InputFit.of, sample.x)
+    markers = clock.of("markers", Markers, sample)
+    labels = clock.of("first groups", markers.groups, rest, groups)
     del markers
-    labels = clock.of("groups by prediction", lambda: by_prediction(sample, fit, rest, labels, words.active))
+    labels = clock.of("groups by prediction", by_prediction, sample, fit, rest, labels, words.active)
     experts = [rest[labels == place] for place in range(groups)]
-    lengths = clock.of("lengths of the outputs", lambda: output_lengths(sample.hidden, sample.down, experts))
+    lengths = clock.of("lengths of the outputs", output_lengths, sample.hidden, sample.down, experts)
     lengths *= np.sqrt(sample.weights)[:, None].astype(np.float32)
-    rows = clock.of("router", lambda: file_rows(fit.rows(lengths), sample.x))
+    rows = file_rows(clock.of("router", fit.rows, lengths), sample.x)
     del fit
     chosen = linear_choice(sample.x, rows, words.active)
-    sums = clock.of("sums of the refit", lambda: refit_sums(sample, always, experts, chosen))
-    found = clock.of("solution of the refit", lambda: sums.solve(sample.down))
+    sums = clock.of("sums of the refit", refit_sums, sample, always, experts, chosen)
+    found = clock.of("solution of the refit", sums.solve, sample.down)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     for name, seconds in clock.seconds.items():
         print(f"{name:24} {seconds:6.1f} s")
