@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import resource
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +147,7 @@ def _show(output: Path, report: OneShotReport) -> int:
     from mindformers_ext.jobs.prune.report import table
 
     for note in report.notes:
-        print(f"note: {note}")
+        print(f"note: {note}", file=sys.stderr)
     print("\n".join(table(report.masks)))
     if report.fits:
         before, after = (

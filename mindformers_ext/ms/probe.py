@@ -6,7 +6,7 @@ A layer is compiled once for a shape of rows: another layer's weights replace th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -166,22 +166,36 @@ class MindSporeLayerProbe:
 
     def loss(self, x: np.ndarray, target: np.ndarray, counted: np.ndarray) -> tuple[float, np.ndarray]:
         """Sum of the cross entropy over counted targets (B, S), and its gradient at ``x``, the last layer's output."""
+        head, vjp = self._filled_head()
+        dx, total = np.empty((x.shape[0] * x.shape[1], x.shape[2]), np.float32), 0.0
+        for start, first, given in self._chunks(x, target, counted):
+            total += float(head(*given).asnumpy())
+            made = _numpy(vjp(*given, Tensor(1.0, ms.float32))[0])
+            dx[start : first + len(made)] = made[start - first :]
+        return total, dx.reshape(x.shape)
+
+    def loss_alone(self, x: np.ndarray, target: np.ndarray, counted: np.ndarray) -> float:
+        """The same without the gradient."""
+        head, _ = self._filled_head()
+        return sum(float(head(*given).asnumpy()) for _, _, given in self._chunks(x, target, counted))
+
+    def _filled_head(self) -> tuple[nn.Cell, nn.Cell]:
         if self._head is None:
             raise ValueError("the head is not in memory: fill_head first")
-        head, vjp = self._head
+        return self._head
+
+    def _chunks(
+        self, x: np.ndarray, target: np.ndarray, counted: np.ndarray
+    ) -> Iterator[tuple[int, int, tuple[Tensor, Tensor, Tensor]]]:
+        """Where a chunk's new tokens and the chunk itself begin, and its tokens, labels and weights."""
         rows = x.reshape(-1, x.shape[-1])
         chunk = min(CHUNK, len(rows))
-        dx, total = np.empty_like(rows, dtype=np.float32), 0.0
         for start in range(0, len(rows), chunk):  # the last one goes back a little, with weight 0: one compiled shape
             first = min(start, len(rows) - chunk)
             weight = counted.reshape(-1)[first : first + chunk].astype(np.float32)
             weight[: start - first] = 0
             label = Tensor(target.reshape(-1)[first : first + chunk].astype(np.int32))
-            given = (Tensor(rows[first : first + chunk], self.dtype), label, Tensor(weight))
-            total += float(head(*given).asnumpy())
-            made = _numpy(vjp(*given, Tensor(1.0, ms.float32))[0])
-            dx[start : first + chunk] = made[start - first :]
-        return total, dx.reshape(x.shape)
+            yield start, first, (Tensor(rows[first : first + chunk], self.dtype), label, Tensor(weight))
 
     def compile(self, rows: int) -> None:
         """Compile the first layer and the head for so many rows, both ways, without weights: for a dry run."""

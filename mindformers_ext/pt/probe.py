@@ -6,7 +6,7 @@ Points are those of ``core.layers.POINTS``. Everything is float32 unless the spe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,21 +86,39 @@ class TorchLayerProbe:
 
     def loss(self, x: np.ndarray, target: np.ndarray, counted: np.ndarray) -> tuple[float, np.ndarray]:
         """Sum of the cross entropy over counted targets (B, S), and its gradient at ``x``, the last layer's output."""
-        if self._norm is None or self._head is None:
-            raise ValueError("the head is not in memory: fill_head first")
+        norm, head_VD = self._filled_head()
         x_TD = self._rows(x).requires_grad_()
         with torch.enable_grad():
-            y_TD = self._norm(x_TD)
-        label_T = torch.from_numpy(target.reshape(-1).astype(np.int64)).to(self.device)
-        weight_T = torch.from_numpy(counted.reshape(-1).astype(np.float32)).to(self.device)
+            y_TD = norm(x_TD)
+        label_T, weight_T = self._labels(target, counted)
         dy_TD, total = torch.empty_like(y_TD, requires_grad=False), 0.0
         with torch.no_grad():
-            for part in torch.arange(len(y_TD)).split(CHUNK):
-                at = slice(int(part[0]), int(part[-1]) + 1)
-                found, dy_TD[at] = _head_loss(y_TD[at].detach(), self._head, label_T[at], weight_T[at])
+            for at in _chunks(len(y_TD)):
+                found, dy_TD[at] = _head_loss(y_TD[at].detach(), head_VD, label_T[at], weight_T[at])
                 total += found
         (dx_TD,) = torch.autograd.grad(y_TD, x_TD, dy_TD)
         return total, _numpy(dx_TD).reshape(x.shape)
+
+    def loss_alone(self, x: np.ndarray, target: np.ndarray, counted: np.ndarray) -> float:
+        """The same without the gradient."""
+        norm, head_VD = self._filled_head()
+        label_T, weight_T = self._labels(target, counted)
+        total = 0.0
+        with torch.no_grad():
+            y_TD = norm(self._rows(x))
+            for at in _chunks(len(y_TD)):
+                loss_T, _, _ = _losses(y_TD[at], head_VD, label_T[at])
+                total += float((loss_T * weight_T[at]).sum())
+        return total
+
+    def _filled_head(self) -> tuple[RmsNorm, Tensor]:
+        if self._norm is None or self._head is None:
+            raise ValueError("the head is not in memory: fill_head first")
+        return self._norm, self._head
+
+    def _labels(self, target: np.ndarray, counted: np.ndarray) -> tuple[Tensor, Tensor]:
+        label_T = torch.from_numpy(target.reshape(-1).astype(np.int64)).to(self.device)
+        return label_T, torch.from_numpy(counted.reshape(-1).astype(np.float32)).to(self.device)
 
     def _run(self, x_TD: Tensor, length: int) -> dict[str, Tensor]:
         """Every point of the layer; as ``pt.layer.Layer``, whose parts it calls one by one."""
@@ -143,12 +161,23 @@ class TorchLayerProbe:
         return torch.tensor(array, dtype=self.dtype, device=self.device)
 
 
-def _head_loss(y_TD: Tensor, head_VD: Tensor, label_T: Tensor, weight_T: Tensor) -> tuple[float, Tensor]:
-    """Sum of weighted cross entropies and its gradient at y: (softmax - one-hot) W, in float32."""
+def _chunks(tokens: int) -> Iterator[slice]:
+    """Tokens whose logits are held at once."""
+    return (slice(start, min(start + CHUNK, tokens)) for start in range(0, tokens, CHUNK))
+
+
+def _losses(y_TD: Tensor, head_VD: Tensor, label_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross entropies, float32; the logits, and the logarithm of their sum of powers."""
     logits_TV = (y_TD @ head_VD.T).float()
     label_T1 = label_T.clamp(0, logits_TV.shape[1] - 1)[:, None]
     log_sum_T1 = logits_TV.logsumexp(1, keepdim=True)
-    loss_T = (log_sum_T1 - logits_TV.gather(1, label_T1))[:, 0]
+    return (log_sum_T1 - logits_TV.gather(1, label_T1))[:, 0], logits_TV, log_sum_T1
+
+
+def _head_loss(y_TD: Tensor, head_VD: Tensor, label_T: Tensor, weight_T: Tensor) -> tuple[float, Tensor]:
+    """Sum of weighted cross entropies and its gradient at y: (softmax - one-hot) W, in float32."""
+    loss_T, logits_TV, log_sum_T1 = _losses(y_TD, head_VD, label_T)
+    label_T1 = label_T.clamp(0, logits_TV.shape[1] - 1)[:, None]
     dlogits_TV = logits_TV.sub_(log_sum_T1).exp_()
     dlogits_TV.scatter_add_(1, label_T1, torch.full_like(label_T1, -1, dtype=torch.float32))
     dlogits_TV.mul_(weight_T[:, None])

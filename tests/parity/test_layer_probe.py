@@ -97,6 +97,7 @@ def test_values_and_gradients_equal_autograd(engine: str, tied: bool) -> None:
     counted = np.concatenate((judge.real[:, 1:], np.zeros((2, 1), bool)), 1)
     loss, gradient = probe.loss(states[-1], np.roll(judge.ids, -1, 1), counted)
     assert abs(loss - judge.loss) <= 1e-5 * judge.loss
+    assert probe.loss_alone(states[-1], np.roll(judge.ids, -1, 1), counted) == pytest.approx(loss, rel=1e-6)
     inner = tuple(POINTS)[1:]
     for index in (2, 1, 0):
         probe.fill(index, judge.layer(index))

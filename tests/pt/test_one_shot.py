@@ -10,80 +10,37 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from mindformers_ext.cli.prune import main
+from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.config.hf import model_spec_from_hf
 from mindformers_ext.core.parameters import parameter_count
 from mindformers_ext.core.spec import ModelSpec
-from mindformers_ext.jobs.experts.texts import Texts, ready
+from mindformers_ext.jobs.experts.texts import ready
 from mindformers_ext.jobs.prune.one_shot import measures
 from mindformers_ext.jobs.prune.one_shot.importance import measured
 from mindformers_ext.jobs.prune.one_shot.importance_file import read_importance_file
 from mindformers_ext.jobs.prune.one_shot.targets import fewer_layers, sized, with_fewer
 from mindformers_ext.surgery.prune.importance import METHODS
 from tests.helpers.one_shot import (
-    BLOCK,
     DEAD_CHANNEL,
     DEAD_LAYER,
     DEAD_NEURONS,
     HEAD,
     HIDDEN,
-    JUDGED,
     LAYERS,
     TOKENS,
     WIDTH,
     Direct,
     make_model,
-    write_text,
 )
-
-KINDS = ("forward", "taylor")
-
-
-def texts(path: Path, engine: str = "pt") -> Texts:
-    return Texts(
-        calibration=(path,), tokens=TOKENS, held_out_tokens=JUDGED, block_size=BLOCK, engine=engine, quiet=True
-    )
+from tests.helpers.one_shot_runs import KINDS, load, loss_by_transformers, make_place, run, texts
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, one with planted dead units, and a text."""
-    folder = tmp_path_factory.mktemp("one_shot")
-    make_model(folder / "model")
-    make_model(folder / "planted", planted=True)
-    write_text(folder / "text.txt")
-    return folder
-
-
-def words(place: Path, out: Path, command: str = "shape", model: str = "model") -> list[str]:
-    text = ["--calibration", str(place / "text.txt"), "--tokens", str(TOKENS), "--held_out_tokens", str(JUDGED)]
-    return [command, str(place / model), str(out), *text, "--block_size", str(BLOCK), "--quiet"]
-
-
-def run(place: Path, out: Path, *more: str, command: str = "shape", model: str = "model") -> dict:
-    """What stands beside the weights."""
-    assert main([*words(place, out, command, model), *more]) == 0
-    return {name: json.loads((out / f"{name}.json").read_text()) for name in ("config", "pruning", "one_shot")}
-
-
-def loss_by_transformers(model: LlamaForCausalLM, place: Path) -> float:
-    """On the text that judges."""
-    with ready(place / "model", texts(place / "text.txt")) as start, torch.no_grad():
-        rows, total = start.judged.rows, 0.0
-        for ids, length in zip(rows.ids, rows.lengths, strict=True):
-            row = torch.from_numpy(ids[:length].astype(np.int64))[None]
-            total += torch.nn.functional.cross_entropy(model(row).logits[0, :-1], row[0, 1:], reduction="sum").item()
-        return total / rows.predicted
-
-
-def load(folder: Path) -> LlamaForCausalLM:
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, torch_dtype=torch.float32, attn_implementation="eager"
-    )
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return model.eval()
+    """Models and a text."""
+    return make_place(tmp_path_factory.mktemp("one_shot"))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -296,70 +253,43 @@ def test_a_pass_goes_on_and_its_file_serves_every_target(
     assert set(read_importance_file(path).kinds) == set(KINDS)
 
 
-REFUSED = {
-    "unknown method": (["--method", "wanda", "--target", "intermediate_size=8"], "wanda"),
-    "above the source": (["--method", "minitron", "--target", "intermediate_size=41"], "above the model's 40"),
-    "no such size": (["--method", "minitron", "--target", "d_model=8"], "d_model"),
-    "nothing smaller": (["--method", "minitron", "--target", "hidden_size=24"], "those of the model itself"),
-    "heads over groups": (["--method", "minitron", "--target", "num_attention_heads=3"], "no multiple of"),
-    "more heads to a group": (
-        ["--method", "minitron", "--target", "num_attention_heads=3", "num_key_value_heads=1"], "keep more key heads",
-    ),
-    "both sizes": (
-        ["--method", "minitron", "--target", "hidden_size=8", "--fewer_parameters", "0.2"], "give one of the two",
-    ),
-    "share out of reach": (["--method", "minitron", "--fewer_parameters", "0.9"], "name more axes"),
-    "flap of channels": (["--method", "flap", "--target", "hidden_size=8"], "flap knows neurons"),
-    "bias and refit": (
-        ["--method", "flap", "--target", "intermediate_size=8", "--bias", "--refit", "least_squares"], "give one",
-    ),
-    "bias of another": (["--method", "taylor", "--target", "intermediate_size=8", "--bias"], "belongs to flap"),
-    "short text": (["--method", "minitron", "--target", "intermediate_size=8", "--tokens", "100000"], "too short"),
-    "no held-out text": (
-        ["--method", "minitron", "--target", "intermediate_size=8", "--held_out_tokens", "100000"], "too short",
-    ),
-    "another model's file": (
-        ["--method", "minitron", "--target", "intermediate_size=8", "--importance", "OTHER"],
-        "weights of another model",
-    ),
-    "a damaged file": (
-        ["--method", "minitron", "--target", "intermediate_size=8", "--importance", "DAMAGED"], "holds no importance",
-    ),
-    "yaml alone": (["--method", "minitron", "--target", "hidden_size=8", "--next_yaml", "a.yaml"], "belong together"),
-}  # fmt: skip
+def test_the_next_stage_has_the_sizes_of_the_cut(place: Path, tmp_path: Path, repo_root: Path) -> None:
+    more = [
+        "--train_yaml",
+        str(repo_root / "configs/tiny/llama_pretrain.yaml"),
+        "--next_yaml",
+        str(tmp_path / "a.yaml"),
+    ]
+    run(place, tmp_path / "out", "--method", "magnitude", "--target", "intermediate_size=24", *more)
+    given = load_yaml(tmp_path / "a.yaml")
+    words_ = given["model"]["model_config"]
+    assert [words_[key] for key in ("hidden_size", "intermediate_size", "n_kv_heads", "head_dim")] == [HIDDEN, 24, 2, 8]
+    assert given["load_checkpoint"] == str(tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_does_not_fit_is_refused_and_nothing_is_written(
-    place: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    more, message = REFUSED[name]
-    other, damaged = place / "other.npz", place / "damaged.npz"
-    if "OTHER" in more and not other.exists():
-        with ready(place / "planted", texts(place / "text.txt")) as start:
-            measured(start, other, KINDS[:1], False, lambda line: None)
-    damaged.write_bytes(b"PK nothing")
-    given = [str(other) if word == "OTHER" else str(damaged) if word == "DAMAGED" else word for word in more]
-    before = {path: path.read_bytes() for path in (other, damaged) if path.exists()}
-    assert main([*words(place, tmp_path / "out"), *given]) == 2
-    assert message in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-    assert all(path.read_bytes() == content for path, content in before.items())
+OTHERS = {
+    "mistral": {"sliding_window": 16},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
+    "qwen3": {},
+}
 
 
-def test_a_mixture_and_a_wrong_depth_are_refused(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "mixture").mkdir()
-    config = json.loads((place / "model" / "config.json").read_text())
-    for kind, message in (("mixtral", "mixture"), ("gpt2", "gpt2")):
-        (tmp_path / "mixture" / "config.json").write_text(
-            json.dumps({**config, "model_type": kind, "architectures": None})
-        )
-        more = ["--method", "bi", "--keep", "2", "--calibration", str(place / "text.txt")]
-        assert main(["depth", str(tmp_path / "mixture"), str(tmp_path / "out"), *more]) == 2
-        assert message in capsys.readouterr().err
-    for keep in ("4", "0"):
-        assert main([*words(place, tmp_path / "out", "depth"), "--method", "bi", "--keep", keep]) == 2
-        assert "--keep" in capsys.readouterr().err
-    assert {path.name for path in tmp_path.iterdir()} == {"mixture"}
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_dense_families_are_cut_too(place: Path, family: str, tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        family, vocab_size=320, hidden_size=HIDDEN, intermediate_size=WIDTH, num_hidden_layers=LAYERS,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8 if family == "qwen3" else 6, initializer_range=0.25,
+        max_position_embeddings=64, bos_token_id=1, eos_token_id=2, **OTHERS[family],
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    for name, value in model.named_parameters():
+        torch.nn.init.normal_(value, std=0.2) if name.endswith("bias") else None
+    model.save_pretrained(tmp_path / "model")
+    for file in (place / "model").glob("tokenizer*"):
+        (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "text.txt").symlink_to(place / "text.txt")
+    sizes = [*TARGETS["everything"][:3], "num_hidden_layers=3"]
+    found = run(tmp_path, tmp_path / "out", "--method", "minitron", "--target", *sizes)
+    losses = found["one_shot"]["losses"]["losses"]
+    for folder, name in (("model", "original"), ("out", "minitron")):
+        assert loss_by_transformers(load(tmp_path / folder), place) == pytest.approx(losses[name], abs=1e-5)

@@ -238,3 +238,7 @@ class LayerProbe(Protocol):
     def loss(self, x: np.ndarray, target: np.ndarray, counted: np.ndarray) -> tuple[float, np.ndarray]:
         """Sum of the cross entropy over counted targets (B, S), and its gradient at ``x``, the last layer's output."""
         ...
+
+    def loss_alone(self, x: np.ndarray, target: np.ndarray, counted: np.ndarray) -> float:
+        """The same without the gradient."""
+        ...

@@ -266,7 +266,7 @@ def row_losses(course: Course, probe: LayerProbe, file: StateFile) -> np.ndarray
     found = []
     for _, rows, length in replace(course, tokens=course.length).parts():
         target = np.roll(course.rows.ids[rows.start : rows.stop, :length], -1, axis=1)
-        found.append(probe.loss(file.read(rows, length), target, course.rows.counted(rows, length, mean=False))[0])
+        found.append(probe.loss_alone(file.read(rows, length), target, course.rows.counted(rows, length, mean=False)))
     return np.array(found)
 
 

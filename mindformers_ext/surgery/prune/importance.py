@@ -105,7 +105,8 @@ def minitron(found: Statistics, shape: ModelShape) -> Scores:
 
 def flap(found: Statistics, shape: ModelShape) -> Scores:
     """How much a unit's answer fluctuates, weighed by the weights that read it: "WIFV" of FLAP (An et al. 2023,
-    arXiv:2312.11983, equation 5). It knows no channels."""
+    arXiv:2312.11983, equation 5). It knows no channels. FLAP cuts all layers at one height, which gives them different
+    widths; config.json knows one, so here every layer keeps as many, its own best."""
     heads = _by_head(found["context_variance"] * found["context_out"], shape).sum(-1)
     neurons = found["neuron_variance"] * found["neuron_out"]
     return Scores(neurons, heads, _by_group(heads, shape), None, found["layer_influence"])

@@ -12,6 +12,7 @@ import pytest
 
 from mindformers_ext.data.corpus import standard_library_text
 from mindformers_ext.data.tokenizers import train_sentencepiece
+from tests.helpers.one_shot import make_model, write_text
 
 pytestmark = [pytest.mark.slow, pytest.mark.turn("bench")]
 
@@ -82,3 +83,17 @@ def test_generation_is_measured_and_its_answers_are_equal(repo_root: Path) -> No
 
 def test_clusters_are_measured(repo_root: Path) -> None:
     assert re.search(r"256x64: ours \d+\.\d+, .*ours \d+\.\d+ s", bench(repo_root, "cluster", "--only", "256x64"))
+
+
+def test_one_shot_pruning_is_judged_once_and_goes_on(repo_root: Path, tmp_path: Path) -> None:
+    make_model(tmp_path / "model")
+    text = write_text(tmp_path / "text.txt")
+    words = [str(tmp_path / "model"), "--calibration", str(text), "--output", str(tmp_path / "out"), "--tokens", "150"]
+    words += ["--held_out_tokens", "90", "--order_tokens", "60", "--block_size", "32"]
+    words += ["--shares", "0.1", "--seeds", "0", "--methods", "minitron", "flap"]
+    first = bench(repo_root, "one_shot_quality", *words)
+    assert len(re.findall(r"^  .* \d\.\d{4}  \([+-]\d\.\d{4}\)$", first, re.M)) == 11
+    again = bench(repo_root, "one_shot_quality", *words)
+    assert "0.1 minitron: " in first and "0.1 minitron: " not in again and "used again" in again
+    table = [text.split("held-out loss")[-1].split("peak")[0] for text in (first, again)]
+    assert table[0] == table[1]

@@ -16,6 +16,7 @@ import pytest
 from tests.helpers.cluster import default_port
 
 PRUNE = "tests/pt/test_prune_run.py, with its own rows and few steps"
+ONE_SHOT = "tests/pt/test_one_shot.py, on tiny models"
 FINETUNE = "tests/cli/run/test_finetune.py, with its own records and tokenizer"
 
 # Commands that another test, or the suite itself, runs.
@@ -52,6 +53,11 @@ RUN_ELSEWHERE = {
     "python tools/prune.py report output/llama_pruned": PRUNE,
     "python convert_weight.py --model llama --format composer --input_path output/llama_pruned --output_path "
     "output/state_dict.pt": PRUNE,
+    "python tools/prune.py shape output/try/llama_a output/try/narrow --method minitron --fewer_parameters 0.1 "
+    "--refit least_squares --calibration README.md CHANGELOG.md --tokens 4096 --held_out_tokens 2048 "
+    "--block_size 128": ONE_SHOT,
+    "python tools/prune.py depth output/try/llama_a output/try/shallow --method bi --keep 1 --calibration README.md "
+    "CHANGELOG.md --tokens 4096 --held_out_tokens 2048 --block_size 128": ONE_SHOT,
     "python tools/bench/generate.py": "tests/cli/docs/test_bench.py, with a small model",
     "python tools/bench/cluster.py": "tests/cli/docs/test_bench.py, with few rows",
     "python tools/bench/gpu.py": "tests/cli/run/test_engine_pt.py, with toy shapes",

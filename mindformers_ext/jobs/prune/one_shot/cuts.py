@@ -150,7 +150,7 @@ def carry_out(
         stage = None
         if request.train_yaml:
             stage = next_from_yaml(load_yaml(request.train_yaml), target, request.output.folder)
-        check_space(request.output.folder, count_of(item.step.target for item in dense.tensors) * 4)
+        check_space(request.output.folder, sum(item.step.target.nbytes for item in dense.tensors))
         importance = measured(start, request.importance_path, kinds, request.remake, tell)
         place = Bench(start, dense, stack.enter_context(scratch_folder(request.work)))
         cuts = choose(place, importance, target)

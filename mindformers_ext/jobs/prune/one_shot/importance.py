@@ -13,7 +13,7 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.pruning import ModelShape, shape_of_model
 from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.jobs.experts.probe import Nothing, Sink, backward, check_needs, forward, needs
-from mindformers_ext.jobs.experts.states import States
+from mindformers_ext.jobs.experts.states import States, remove_left
 from mindformers_ext.jobs.experts.texts import Ready
 from mindformers_ext.jobs.prune.one_shot.importance_file import (
     Importance,
@@ -46,17 +46,19 @@ def measured(start: Ready, path: Path, kinds: Sequence[str], remake: bool, tell:
     A killed pass goes on where it was.
 
     Raises:
-        UserError: the file is of another model or text, or damaged; too little memory or disk.
+        UserError: the file is of another model or text, or damaged; too little memory or disk; a model that gives no
+            numbers.
     """
     wanted = about(start)
     found = None if remake else _kept(path, wanted)
     missing = [kind for kind in kinds if found is None or kind not in found.kinds]
+    folder = path.with_name(f".{path.name}.pass")
     if found is not None and not missing:
+        remove_left(folder)
         tell(f"{path}: measured before (sha256 {provenance(wanted)[:12]}), used again")
         return found
     course, shape = start.measured, shape_of_model(start.model.spec)
     tell(f"measuring {course.rows.tokens} tokens in {len(course.rows.ids)} rows: {', '.join(missing)}")
-    folder = path.with_name(f".{path.name}.pass")
     sinks: dict[str, Sink] = {
         kind: SINKS[kind](start.model, shape, lambda layer, kind=kind: folder / f"{kind}_{layer}.npz")  # type: ignore[misc]
         for kind in missing
@@ -74,6 +76,12 @@ def measured(start: Ready, path: Path, kinds: Sequence[str], remake: bool, tell:
     statistics = dict(found.statistics) if found else {}
     for kind in missing:
         statistics |= _joined(kind, folder, shape)
+    wrong = [name for name, value in statistics.items() if not np.isfinite(value).all()]
+    if wrong:
+        states.remove()
+        raise UserError(
+            f"'{start.model.folder}' gives values that are no numbers ({', '.join(wrong)}): check its weights"
+        )
     result = Importance(shape, statistics, wanted)
     write_importance_file(path, result)
     states.remove()

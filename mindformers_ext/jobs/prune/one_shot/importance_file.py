@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.json_text import parse_json
 from mindformers_ext.core.pruning import ModelShape
 from mindformers_ext.formats.atomic import fresh_file
 from mindformers_ext.jobs.prune.masks_file import MOST_BYTES, read_shape, sizes_of
@@ -66,7 +67,7 @@ def read_importance_file(path: Path) -> Importance:
                 raise UserError(f"'{path}' unpacks to more than {8 * MOST_BYTES} bytes: this is no model's importance")
         with np.load(path, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files}
-        about = json.loads(str(found.pop(ABOUT)[()]))
+        about = parse_json(str(found.pop(ABOUT)[()]))
         told = str(found.pop(PROVENANCE)[()])
         source = read_shape(found.pop(SOURCE), path)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:

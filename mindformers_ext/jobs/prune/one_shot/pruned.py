@@ -42,7 +42,8 @@ class CutReader:
         if self._last is None or self._last[0] != name:  # whoever reads in blocks reads one tensor after the other
             self._last = None
             blocks = list(piece.blocks(self._dense.reader))
-            self._last = (name, np.concatenate(blocks) if len(blocks) > 1 else blocks[0])
+            whole = np.concatenate(blocks) if len(blocks) > 1 else blocks[0]
+            self._last = (name, whole.astype(piece.info.dtype, copy=False))  # as it will be written
         return np.array(self._last[1][index])
 
     def close(self) -> None:

@@ -53,8 +53,9 @@ def check_method(request: ShapeRequest, place: Bench, target: ModelShape) -> Non
         raise UserError("--method flap knows neurons, heads and layers, no hidden_size: leave it out, or use minitron")
     if request.bias and not has_biases(place):
         raise UserError(f"--bias: {place.dense.model.model_type} has no mlp_bias in config.json: leave --bias out")
-    if request.bias and target == replace(place.shape, num_hidden_layers=target.num_hidden_layers):
-        raise UserError("--bias makes up for neurons and heads, and none of them goes: leave it out")
+    outer = {name: getattr(target, name) for name in ("hidden_size", "num_hidden_layers")}
+    if target == replace(place.shape, **outer) and (request.bias or request.refit != NONE):
+        raise UserError("--refit and --bias make up for neurons and heads, and none of them goes: leave them out")
 
 
 def has_biases(place: Bench) -> bool:
@@ -72,7 +73,7 @@ def ladder(request: ShapeRequest, place: Bench, found: Importance, target: Model
     if request.bias:
         cuts[BIAS] = place.cut(own, bias=found)
     cuts[method] = place.cut(own)
-    if method == FLAP and has_biases(place) and not {"layer"} >= {*own}:
+    if method == FLAP and has_biases(place) and {*own} != {"layer"}:
         cuts.setdefault(BIAS, place.cut(own, bias=found))
     for other in (MAGNITUDE, RANDOM):
         cuts.setdefault(other, place.cut(chosen_by(place, other, found, target, seed)))
