@@ -13,9 +13,6 @@ from mindformers_ext.cli.experts_flags import add_switch
 if TYPE_CHECKING:
     from mindformers_ext.jobs.experts.carve.request import CarveRequest
 
-STATIC = "static"
-METHODS = ("emp", "cmoe", "expertweaver", STATIC)  # of surgery/experts/carve/recipes.py
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The stage's options."""
@@ -67,20 +64,11 @@ def run(words: argparse.Namespace) -> int:
 
 def _request(words: argparse.Namespace) -> CarveRequest:
     from mindformers_ext.core.byte_sizes import read_size
-    from mindformers_ext.core.errors import Problems
     from mindformers_ext.core.families import MIXTRAL, QWEN2_MOE
-    from mindformers_ext.jobs.experts.carve.request import KEPT_STATIC, CarveRequest
+    from mindformers_ext.jobs.experts.carve.request import CarveRequest, recipe_of
     from mindformers_ext.jobs.experts.texts import Texts
     from mindformers_ext.jobs.merge.output import OutputRequest
-    from mindformers_ext.surgery.experts.carve.recipes import LEAST_SQUARES, RIDGE, Recipe
-    from mindformers_ext.surgery.experts.carve.recipes import METHODS as RECIPES
 
-    problems = Problems("options")
-    problems.one_of("--method", words.method, METHODS)
-    if words.method == STATIC and words.router is not None:
-        problems.add(f"--router {words.router} with --method {STATIC}", "nothing is chosen: leave it out")
-    problems.raise_if_any()
-    known = RECIPES.get(words.method)
     texts = Texts(
         calibration=tuple(words.calibration),
         tokens=words.tokens,
@@ -93,15 +81,8 @@ def _request(words: argparse.Namespace) -> CarveRequest:
         quiet=words.quiet,
         seed=words.seed,
     )
-    recipe = Recipe(
-        method=KEPT_STATIC if words.method == STATIC else words.method,
-        experts=words.experts,
-        shared=words.shared,
-        active=words.active,
-        router=words.router or (known.router if known else RIDGE),
-        refit=words.refit or (known.refit if known else LEAST_SQUARES),
-        seed=words.seed,
-    )
+    sizes = (words.experts, words.shared, words.active)
+    recipe = recipe_of(words.method, words.router, words.refit, sizes, words.seed)
     output = OutputRequest(
         folder=words.output,
         shard_bytes=read_size(words.max_shard_size, "--max_shard_size", bare=True),

@@ -14,13 +14,47 @@ from mindformers_ext.jobs.experts.carve.losses import LADDERS
 from mindformers_ext.jobs.experts.texts import Texts
 from mindformers_ext.jobs.experts.v2.forms import PLAIN, SHARED, V2, Form
 from mindformers_ext.jobs.merge.output import OutputRequest
-from mindformers_ext.surgery.experts.carve.recipes import MEAN_GATE, METHODS, REFITS, RIDGE, ROUTERS, STATIC, Recipe
+from mindformers_ext.surgery.experts.carve.recipes import (
+    LEAST_SQUARES,
+    MEAN_GATE,
+    METHODS,
+    REFITS,
+    RIDGE,
+    ROUTERS,
+    STATIC,
+    Recipe,
+)
 
 OURS, MEASURED_ONLY = "ours", "none"
 FORMS: dict[str, Form] = {QWEN2_MOE.name: SHARED, MIXTRAL.name: PLAIN, OURS: V2}  # of OURS only what V2 refuses counts
 FORMATS = (*FORMS, MEASURED_ONLY)
 IN_FILES = (RIDGE, MEAN_GATE)  # routers of one matrix
-KEPT_STATIC = "rel"  # what ``--method static`` keeps
+CHOICES = ("emp", "cmoe", "expertweaver", "static")  # of METHODS, and a static cut
+KEPT_STATIC = "rel"  # what the latter keeps
+
+
+def recipe_of(method: str, router: str | None, refit: str | None, sizes: tuple[int, int, int], seed: int) -> Recipe:
+    """The recipe of a word of CHOICES; router and refit are the method's where they are None. ``sizes``: experts,
+    shared, active.
+
+    Raises:
+        UserError: no such method, or a router of a static cut.
+    """
+    problems = Problems("options")
+    problems.one_of("--method", method, CHOICES)
+    known = METHODS.get(method)
+    if known is None and router is not None:
+        problems.add(f"--router {router} with --method {method}", "nothing is chosen: leave it out")
+    problems.raise_if_any()
+    return Recipe(
+        method=method if known else KEPT_STATIC,
+        router=router or (known.router if known else RIDGE),
+        refit=refit or (known.refit if known else LEAST_SQUARES),
+        experts=sizes[0],
+        shared=sizes[1],
+        active=sizes[2],
+        seed=seed,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +78,6 @@ class CarveRequest:
     def check(self) -> None:
         """``UserError`` lists what can be judged without reading anything."""
         recipe, problems = self.recipe, Problems("options")
-        problems.one_of("--method", recipe.method, (*METHODS, *STATIC))
         problems.one_of("--router", recipe.router, tuple(ROUTERS))
         problems.one_of("--refit", recipe.refit, REFITS)
         problems.one_of("--format", self.form, FORMATS)
