@@ -6,11 +6,14 @@ Blocked, so that almost all of the work is products of matrices; nothing of S's 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
 Floats = npt.NDArray[np.float64]
+Real = npt.NDArray[Any]
 BLOCK = 256
 TINY = 1e-30  # a matrix of zeros has a solution too: zeros
 
@@ -44,25 +47,26 @@ def solve(lower: Floats, wanted: Floats) -> Floats:
     return backward(lower, forward(lower, wanted))
 
 
-def forward(lower: Floats, wanted: Floats) -> Floats:
-    """L^-1 P (n, m), in place of P. Its sum of squares is that of the solution times P."""
+def forward(lower: Floats, wanted: Real) -> Real:
+    """L^-1 P (n, m), in place of P, in its type. Its sum of squares is the sum of the solution times P."""
     for start in range(0, len(lower), BLOCK):
         end = min(start + BLOCK, len(lower))
-        wanted[start:end] -= lower[start:end, :start] @ wanted[:start]
+        wanted[start:end] -= lower[start:end, :start].astype(wanted.dtype, copy=False) @ wanted[:start]
         wanted[start:end] = _triangular(lower[start:end, start:end], wanted[start:end])
     return wanted
 
 
-def backward(lower: Floats, wanted: Floats) -> Floats:
-    """L'^-1 P (n, m), in place of P."""
+def backward(lower: Floats, wanted: Real) -> Real:
+    """L'^-1 P (n, m), in place of P, in its type."""
     for start in reversed(range(0, len(lower), BLOCK)):
         end = min(start + BLOCK, len(lower))
-        wanted[start:end] -= lower[end:, start:end].T @ wanted[end:]
+        wanted[start:end] -= lower[end:, start:end].astype(wanted.dtype, copy=False).T @ wanted[end:]
         wanted[start:end] = _triangular(lower[start:end, start:end].T, wanted[start:end], upper=True)
     return wanted
 
 
 def _triangular(matrix: np.ndarray, wanted: np.ndarray, upper: bool = False) -> np.ndarray:
     """matrix^-1 wanted of a small triangular matrix, of which the other triangle is not read."""
-    found = torch.linalg.solve_triangular(torch.from_numpy(matrix), torch.from_numpy(wanted), upper=upper)
+    left = torch.from_numpy(matrix.astype(wanted.dtype, copy=False))
+    found = torch.linalg.solve_triangular(left, torch.from_numpy(wanted), upper=upper)
     return np.asarray(found.numpy())

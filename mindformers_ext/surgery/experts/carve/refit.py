@@ -19,7 +19,7 @@ from mindformers_ext.surgery.experts.carve.sample import LayerSample
 from mindformers_ext.surgery.prune.least_squares import RIDGE
 from mindformers_ext.surgery.ridge import Floats, add_products, backward, factor, forward
 
-PART = 4096  # tokens whose answers are put in the experts' order at once
+PART = 4096  # tokens whose answers are multiplied at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,14 +34,14 @@ class RefitSums:
     tokens: int
 
     def solve(self, down: np.ndarray, ridge: float = RIDGE) -> Refit:
-        """The new matrix (D, F), float32. The sums are used up: their memory is the solution's."""
+        """The new matrix (D, F), float32. The squares are used up: their memory is the factor's."""
         lower, added = factor(self.squares, ridge)
-        half = forward(lower, self.products)
-        gained = float(np.einsum("nd,nd->", half, half))
+        half = forward(lower, self.products.astype(np.float32))  # as exact as the matrix that is written
+        gained = float(np.einsum("nd,nd->", half, half, dtype=np.float64))
         change = backward(lower, half)
         new = down.copy()
         new[:, self.neurons] += change.T
-        left = self.lost - gained - added * float(np.einsum("nd,nd->", change, change))
+        left = self.lost - gained - added * float(np.einsum("nd,nd->", change, change, dtype=np.float64))
         return Refit(new, self.lost / self.tokens, max(left, 0.0) / self.tokens)
 
 
@@ -57,35 +57,32 @@ class Refit:
 def refit_sums(sample: LayerSample, always: np.ndarray, experts: Sequence[np.ndarray], chosen: np.ndarray) -> RefitSums:
     """The sums of a layer whose neurons ``always`` every token passes, and of ``experts`` those that are ``chosen``,
     bool (T, E). Experts that no token chooses keep their columns."""
-    used = [place for place in range(len(experts)) if chosen[:, place].any()]
-    blocks = [ids for ids in (always, *(experts[place] for place in used)) if len(ids)]
-    mine = ([np.ones(len(chosen), bool)] if len(always) else []) + [chosen[:, place] for place in used]
-    order = np.concatenate(blocks) if blocks else np.zeros(0, np.int64)
-    edges = np.concatenate(([0], np.cumsum([len(ids) for ids in blocks]))).astype(int)
-    at = [slice(*pair) for pair in pairwise(edges)]
+    scale = np.sqrt(sample.weights).astype(np.float32)
+    blocks = [(always, np.ones(len(chosen), bool))] if len(always) else []
+    blocks += [(ids, chosen[:, place]) for place, ids in enumerate(experts) if chosen[:, place].any()]
+    order = np.concatenate([np.zeros(0, np.int64), *(ids for ids, _ in blocks)])
+    edges = np.cumsum([0, *(len(ids) for ids, _ in blocks)])
+    at = [slice(*pair) for pair in pairwise(edges.tolist())]
     squares, products = np.zeros((len(order), len(order))), np.zeros((len(order), len(sample.down)))
+
+    def answers(tokens: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        return sample.hidden[np.ix_(tokens, ids)] * scale[tokens, None]
+
+    for low, high in combinations_with_replacement(range(len(blocks)), 2):
+        both = np.flatnonzero(blocks[low][1] & blocks[high][1])
+        for start in range(0, len(both), PART):
+            right = answers(both[start : start + PART], blocks[low][0])
+            left = right if low == high else answers(both[start : start + PART], blocks[high][0])
+            add_products(squares[at[high], at[low]], left, right)
+    columns = [np.ascontiguousarray(sample.down[:, ids].T) for ids in experts]
     lost = 0.0
     for start in range(0, len(chosen), PART):
-        part = slice(start, min(start + PART, len(chosen)))
-        scale = np.sqrt(sample.weights[part])[:, None].astype(np.float32)
-        missing = _missing(sample, experts, chosen, part) * scale
-        lost += float(np.square(missing, dtype=np.float64).sum())
-        answers = sample.hidden[part][:, order] * scale
-        inside = [mask[part] for mask in mine]
-        for low, high in combinations_with_replacement(range(len(blocks)), 2):
-            both = inside[low] & inside[high]
-            right = answers[both, at[low]]
-            left = right if low == high else answers[both, at[high]]
-            add_products(squares[at[high], at[low]], left, right)
-        for place, mask in enumerate(inside):
-            add_products(products[at[place]], answers[mask, at[place]], missing[mask])
+        missing = np.zeros((min(PART, len(chosen) - start), len(sample.down)), np.float32)
+        for place, ids in enumerate(experts):
+            absent = np.flatnonzero(~chosen[start : start + PART, place])
+            missing[absent] += answers(absent + start, ids) @ columns[place]
+        lost += float(np.einsum("td,td->", missing, missing, dtype=np.float64))
+        for place, (ids, inside) in enumerate(blocks):
+            present = np.flatnonzero(inside[start : start + PART])
+            add_products(products[at[place]], answers(present + start, ids), missing[present])
     return RefitSums(order, squares, products, lost, max(len(chosen), 1))
-
-
-def _missing(sample: LayerSample, experts: Sequence[np.ndarray], chosen: np.ndarray, part: slice) -> np.ndarray:
-    """float32 (tokens, D): what the experts would add that are not chosen."""
-    found = np.zeros((part.stop - part.start, len(sample.down)), np.float32)
-    for place, ids in enumerate(experts):
-        absent = np.flatnonzero(~chosen[part, place])
-        found[absent] += sample.hidden[np.ix_(absent + part.start, ids)] @ sample.down[:, ids].T
-    return found
