@@ -205,7 +205,7 @@ def test_differences_are_paired_and_their_errors_those_of_the_rows() -> None:
 @pytest.mark.parametrize("method", ["cmoe", "expertweaver", "static"])
 def test_other_methods_are_measured(place: Path, method: str, tmp_path: Path) -> None:
     told = carved(place, tmp_path / "out", method=method, format="none")
-    assert math.isfinite(told["ways"][CARVED]["loss"])
+    assert math.isfinite(told["ways"][CARVED]["loss"]) and ("no mixture" in told["verdict"]) == (method == "static")
     wanted = {"cmoe": ("representative", "none"), "expertweaver": ("mean_gate", "none")}
     assert (told["recipe"]["router"], told["recipe"]["refit"]) == wanted.get(method, ("ridge", "least_squares"))
 
@@ -261,6 +261,14 @@ def test_bad_places_and_models(place: Path, tmp_path: Path, capsys: pytest.Captu
     capsys.readouterr()
     assert experts.main(words(tmp_path, tmp_path / "twice")) == 2
     assert "mixture of experts already" in capsys.readouterr().err
+    (tmp_path / "biased").mkdir()
+    make_llama(tmp_path / "biased" / "model")
+    path = tmp_path / "biased" / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_bias": True}))
+    (tmp_path / "biased" / "text.txt").symlink_to(place / "text.txt")
+    for form in ("qwen2_moe", "ours"):  # before anything is computed
+        assert experts.main(words(tmp_path / "biased", tmp_path / "biased" / "out", format=form)) == 2
+        assert not list((tmp_path / "biased").glob("out*"))
 
 
 def test_a_model_with_values_that_are_not_finite_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

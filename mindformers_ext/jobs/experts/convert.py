@@ -57,7 +57,7 @@ def convert(request: MixtureRequest, write: bool = True) -> MergeReport:
         UserError: anything wrong with model, split, gates or output; nothing is left half-written.
     """
     check_output(request.output, [request.model])
-    with _dense(request.model) as (config, stored):
+    with dense_folder(request.model) as (config, stored):
         reader = ChangedReader(stored, request.changes)
         layers = int(config["num_hidden_layers"])
         notes = [*notes_of(stored), *_check_mixture(request, config)]
@@ -77,7 +77,7 @@ def convert(request: MixtureRequest, write: bool = True) -> MergeReport:
 
 
 @contextmanager
-def _dense(folder: Path) -> Iterator[tuple[Mapping[str, Any], Reader]]:
+def dense_folder(folder: Path) -> Iterator[tuple[Mapping[str, Any], Reader]]:
     """An open dense model whose tensors are those of its config.json."""
     kind = read_config(folder).get("model_type")
     if kind != LLAMA.name:

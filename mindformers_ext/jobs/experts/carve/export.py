@@ -22,7 +22,7 @@ from mindformers_ext.jobs.checkpoint.source import read_config
 from mindformers_ext.jobs.experts.carve.layer_files import DOWN, ROUTER, LayerFiles
 from mindformers_ext.jobs.experts.carve.request import FORMS, OURS, CarveRequest
 from mindformers_ext.jobs.experts.changed import ChangedReader
-from mindformers_ext.jobs.experts.convert import MixtureRequest, convert
+from mindformers_ext.jobs.experts.convert import MixtureRequest, convert, dense_folder
 from mindformers_ext.jobs.experts.dense_model import DenseModel
 from mindformers_ext.jobs.experts.gating import Gating, preset
 from mindformers_ext.jobs.experts.v2.forms import Sizes, config_of
@@ -39,9 +39,11 @@ Beside = Callable[[Path], None]
 
 def check_form(request: CarveRequest, model: DenseModel) -> None:
     """``UserError``: the form cannot say such a model."""
+    if request.form == OURS:
+        with dense_folder(request.model):
+            return
     if request.form in FORMS:
-        config, stock = read_config(request.model), request.form != OURS
-        check_dense(request.model, model.spec, config, FORMS[request.form], fold=stock)
+        check_dense(request.model, model.spec, read_config(request.model), FORMS[request.form])
 
 
 def export(request: CarveRequest, model: DenseModel, files: LayerFiles, beside: Beside) -> MergeReport:

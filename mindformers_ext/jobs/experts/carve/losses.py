@@ -71,10 +71,12 @@ MEANING = {
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """Sums of the loss over each row that judges (R), by way, and each row's predicted tokens (R)."""
+    """Sums of the loss over each row that judges (R), by way, and each row's predicted tokens (R). ``is_mixture``:
+    whether CARVED is one."""
 
     losses: Mapping[str, np.ndarray]
     tokens: np.ndarray
+    is_mixture: bool = True
 
     def mean(self, name: str) -> float:
         """Nats per token."""
@@ -98,6 +100,8 @@ class Judged:
 
     def verdict(self) -> str:
         """Whether routing pays, in a sentence."""
+        if CARVED in self.losses and not self.is_mixture:
+            return "a static cut was measured, no mixture"
         name = self.rival()
         if name is None or CARVED not in self.losses:
             return "the mixture was not compared with static cuts"

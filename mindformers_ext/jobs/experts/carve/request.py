@@ -12,7 +12,7 @@ from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.formats.dtypes import float_dtype
 from mindformers_ext.jobs.experts.carve.losses import LADDERS
 from mindformers_ext.jobs.experts.texts import Texts
-from mindformers_ext.jobs.experts.v2.forms import PLAIN, SHARED, V2, Form
+from mindformers_ext.jobs.experts.v2.forms import PLAIN, SHARED, Form
 from mindformers_ext.jobs.merge.output import OutputRequest
 from mindformers_ext.surgery.experts.carve.recipes import (
     LEAST_SQUARES,
@@ -26,8 +26,8 @@ from mindformers_ext.surgery.experts.carve.recipes import (
 )
 
 OURS, MEASURED_ONLY = "ours", "none"
-FORMS: dict[str, Form] = {QWEN2_MOE.name: SHARED, MIXTRAL.name: PLAIN, OURS: V2}  # of OURS only what V2 refuses counts
-FORMATS = (*FORMS, MEASURED_ONLY)
+FORMS: dict[str, Form] = {QWEN2_MOE.name: SHARED, MIXTRAL.name: PLAIN}  # stock ones
+FORMATS = (*FORMS, OURS, MEASURED_ONLY)
 IN_FILES = (RIDGE, MEAN_GATE)  # routers of one matrix
 CHOICES = ("emp", "cmoe", "expertweaver", "static")  # of METHODS, and a static cut
 KEPT_STATIC = "rel"  # what the latter keeps

@@ -27,7 +27,7 @@ from mindformers_ext.jobs.experts.carve.walk import Walker
 from mindformers_ext.jobs.experts.probe import check_needs
 from mindformers_ext.jobs.experts.texts import Ready, ready
 from mindformers_ext.jobs.merge.output import MergeReport, check_output
-from mindformers_ext.surgery.experts.carve.recipes import Recipe
+from mindformers_ext.surgery.experts.carve.recipes import STATIC, Recipe
 
 Tell = Callable[[str], object]
 
@@ -101,7 +101,8 @@ def measure(
         walker = Walker(start, folder, digest, bar)
         losses = {DENSE: walker.once(DENSE, None)}
         losses |= {name: walker.once(name, recipe, kept.get(name)) for name, recipe in recipes.items()}
-    return Judged(losses, np.maximum(start.judged.rows.lengths - 1, 0))
+    is_mixture = CARVED in recipes and recipes[CARVED].method not in STATIC
+    return Judged(losses, np.maximum(start.judged.rows.lengths - 1, 0), is_mixture)
 
 
 def digest_of(start: Ready) -> str:

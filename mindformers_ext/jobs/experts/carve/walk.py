@@ -124,6 +124,7 @@ class Walker:
         if found.get("mark") == mark and kept:
             self.bar.update(layers)
             return np.array(found["losses"], np.float64)
+        path.unlink(missing_ok=True)  # what it stands for is written over from here on
         self.bar.set_description_str(name, refresh=False)
         if recipe is None:
             losses = self.dense()
