@@ -17,6 +17,10 @@ from mindformers_ext.cli.command import Command
 EPILOG = """examples:
   python tools/build_experts.py split --model_path llama_7B --save_path experts --num_experts 8
   python tools/build_experts.py convert --style mixtral --model_path llama_8B --save_path moe --num_experts 8 --top_k 2
+  python tools/build_experts.py upcycle llama_8B moe --method drop --experts 8
+  python tools/build_experts.py distribution --model_path llama_8B --save_path files --conversations chats.jsonl
+  python tools/build_experts.py align --model_path moe --save_path aligned --conversations chats.jsonl \\
+    --distribution_file files/distribution.pt
   python tools/build_experts.py split --help
 """
 STAGES = {
@@ -25,9 +29,12 @@ STAGES = {
     "importance": "how much the loss feels each neuron, for the gradient split",
     "gates": "gates of a LLaMA-MoE v2, by clusters of hidden states",
     "grads": "how much the loss feels each neuron, by cluster, for a LLaMA-MoE v2",
+    "distribution": "what a dense model's layers add, in mean and variance, for align",
     "select": "fit the gates that choose experts",
     "carve": "a mixture without training, in one pass",
     "convert": "write the mixture, or the dense model again",
+    "upcycle": "copies of a feed-forward become experts to train, or a mixture's experts more of them",
+    "align": "bring a LLaMA-MoE v2's layers to the dense model's mean and variance",
     "run": "all stages from one YAML",
     "report": "one page of figures about a mixture",
 }

@@ -7,21 +7,27 @@ With ``--style`` the folder is a LLaMA-MoE v2 (``cli.experts_styles``).
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mindformers_ext.cli import experts_styles
 from mindformers_ext.cli.experts_effects import CONVERT, check_effects
-from mindformers_ext.cli.experts_flags import add_model, add_switch, add_writing
+from mindformers_ext.cli.experts_flags import (
+    add_model,
+    add_model_output,
+    add_switch,
+    add_writing,
+    output_of,
+    tell_report,
+)
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.families import LLAMA_MOE
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.experts.parts import Parts
     from mindformers_ext.jobs.experts.quality import QualityRequest
-    from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest
+    from mindformers_ext.jobs.merge.output import MergeReport
 
 EFFECTS = CONVERT
 EXPERTS = 8  # of a layer where nobody says
@@ -48,14 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--convert_type", choices=CLASSES, default=CLASSES[0], help="only the first is written")
     add("--dtype", metavar="TYPE", help="type of the written weights; default: the stored one")
     add_switch(parser, "--reversed", text="--model_path is the mixture, --save_path becomes the dense model")
-    add("--to_mindspore", "--to-mindspore", type=Path, metavar="OUT.ckpt", help="also convert the result for MindSpore")
-    add(
-        "--out_shard_size",
-        "--out-shard-size",
-        default="5B",
-        metavar="SIZE",
-        help="bytes of one shard; default 5B (5e9)",
-    )
+    add_model_output(parser)
     add_writing(parser)
 
 
@@ -95,13 +94,10 @@ def run(words: argparse.Namespace) -> int:
     if not words.reversed:
         check_effects(words, sys.modules[__name__])
     if words.style is not None and not words.reversed:
-        report = experts_styles.converted(words, _output(words))
+        report = experts_styles.converted(words, output_of(words))
     else:
         report = (_reversed if words.reversed else _converted)(words)
-    if not words.quiet:
-        for note in report.notes:
-            print(f"note: {note}", file=sys.stderr)
-    print(_summary(words.save_path, report))
+    tell_report(words.save_path, report, words.quiet)
     return 0
 
 
@@ -114,7 +110,7 @@ def _converted(words: argparse.Namespace) -> MergeReport:
         splits=parts.splits,
         gates=parts.gates,
         gating=parts.gating,
-        output=_output(words),
+        output=output_of(words),
         dtype=words.dtype,
         seed=words.seed,
     )
@@ -210,28 +206,5 @@ def _reversed(words: argparse.Namespace) -> MergeReport:
     from mindformers_ext.jobs.experts.reverse import DenseRequest, reverse
 
     splits = read_own_splits(words.model_path, words.split_file_path, words.templates, words.allow_pickle)
-    request = DenseRequest(model=words.model_path, output=_output(words), splits=splits)
+    request = DenseRequest(model=words.model_path, output=output_of(words), splits=splits)
     return reverse(request, write=not words.dry_run)
-
-
-def _output(words: argparse.Namespace) -> OutputRequest:
-    from mindformers_ext.jobs.merge.output import OutputRequest
-    from mindformers_ext.jobs.merge.shard_size import shard_bytes
-
-    return OutputRequest(
-        folder=words.save_path,
-        shard_bytes=shard_bytes(words.out_shard_size),
-        overwrite=words.overwrite,
-        quiet=words.quiet,
-        to_mindspore=words.to_mindspore,
-    )
-
-
-def _summary(folder: Path, report: MergeReport) -> str:
-    size = (
-        f"{folder}: {report.tensors} tensors, {report.parameters / 1e6:.1f} M parameters, {report.nbytes / 1e9:.3f} GB"
-    )
-    if report.seconds is None:
-        return f"{size} to write, {report.free / 1e9:.1f} GB free; nothing was written"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    return f"{size} in {report.seconds:.1f} s, peak memory {peak} MB"

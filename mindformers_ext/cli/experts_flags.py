@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import resource
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ from mindformers_ext.cli.command import boolean
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.experts.calibration import Calibration
+    from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest
 
 TEMPLATE = "layers.{}.mlp.gate_proj.weight"
 
@@ -83,6 +86,41 @@ def add_writing(parser: argparse.ArgumentParser) -> None:
         ("--quiet", "no progress"),
     ):
         add_switch(parser, name, text=text)
+
+
+def add_model_output(parser: argparse.ArgumentParser) -> None:
+    """How a model's folder is written."""
+    add = parser.add_argument
+    add("--to_mindspore", "--to-mindspore", type=Path, metavar="OUT.ckpt", help="also convert the result for MindSpore")
+    text = "bytes of one shard; default 5B (5e9)"
+    add("--out_shard_size", "--out-shard-size", default="5B", metavar="SIZE", help=text)
+
+
+def output_of(words: argparse.Namespace) -> OutputRequest:
+    """The request in the words of ``add_model_output`` and ``add_writing``."""
+    from mindformers_ext.jobs.merge.output import OutputRequest
+    from mindformers_ext.jobs.merge.shard_size import shard_bytes
+
+    return OutputRequest(
+        folder=words.save_path,
+        shard_bytes=shard_bytes(words.out_shard_size),
+        overwrite=words.overwrite,
+        quiet=words.quiet,
+        to_mindspore=words.to_mindspore,
+    )
+
+
+def tell_report(folder: Path, report: MergeReport, quiet: bool) -> None:
+    """Say what was written to ``folder``, or would be."""
+    if not quiet:
+        for note in report.notes:
+            print(f"note: {note}", file=sys.stderr)
+    size = f"{report.tensors} tensors, {report.parameters / 1e6:.1f} M parameters, {report.nbytes / 1e9:.3f} GB"
+    if report.seconds is None:
+        print(f"{folder}: {size} to write, {report.free / 1e9:.1f} GB free; nothing was written")
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        print(f"{folder}: {size} in {report.seconds:.1f} s, peak memory {peak} MB")
 
 
 def add_switch(group: argparse._ActionsContainer, *names: str, text: str, default: bool | None = False) -> None:

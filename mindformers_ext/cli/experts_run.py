@@ -21,16 +21,16 @@ from mindformers_ext.cli.experts_flags import add_switch
 from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.errors import Problems, UserError
 
-FILES = ("gates", "grads")  # stages of a LLaMA-MoE v2, which write a file
-ORDER = (*FILES, "split", "importance", "features", "select", "convert", "report")
+FILES = ("gates", "grads", "distribution")  # stages of a LLaMA-MoE v2, which write a file
+ORDER = (*FILES, "split", "importance", "features", "select", "convert", "align", "report")
 BEFORE_SPLIT = {"gradient": "importance", "graph": "features"}  # method -> the stage whose output it reads
 # what a stage reads: option, and the stage that writes it; the last that is there
 READS = (
     *(("score_file_path", "importance"), ("score_file_path", "grads"), ("hidden_features_path", "features")),
     *(("split_file_path", "split"), ("select_file_path", "select")),
-    *(("gate_weights_file", "gates"), ("neuron_indices_file", "split")),
+    *(("gate_weights_file", "gates"), ("neuron_indices_file", "split"), ("distribution_file", "distribution")),
 )
-SKIPS = ("convert", "report")  # stages that write a whole once, where they are told to
+SKIPS = ("convert", "align", "report")  # stages that write a whole once, where they are told to
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -135,6 +135,8 @@ def _stage(
 ) -> Stage:
     options = {key: value for key, value in shared.items() if key in known}
     options |= {key: str(made[stage].output) for key, stage in READS if key in known and stage in made}
+    if name == "align" and "convert" in made:
+        options["model_path"] = str(made["convert"].output)
     if name == "split" and "importance" in made:  # an expert for each data cluster, also before these are there
         of = _parsed("importance", made["importance"].options)
         same = {key: getattr(of, key) for key in ("kernel", "accumulate_level", "importance_type")}

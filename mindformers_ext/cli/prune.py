@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python tools/prune.py masks|cut|shape|depth|report``: a dense model cut to a smaller shape, by the masks of a
-pruning run or in one shot."""
+"""``python tools/prune.py masks|cut|shape|depth|report|experts``: a dense model cut to a smaller shape, by the masks of
+a pruning run or in one shot, and a mixture to fewer experts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from mindformers_ext.cli.command import Command, Subcommand, add_subcommands, add_switch, dtype
+from mindformers_ext.cli.prune_experts import experts_options, run_experts
 from mindformers_ext.cli.prune_one_shot import DEPTH, SHAPE
 from mindformers_ext.core.byte_sizes import read_size
 
@@ -20,6 +21,7 @@ EPILOG = """examples:
   python tools/prune.py shape Llama-2-7b-hf pruned --method minitron --fewer_parameters 0.2 --calibration text.txt
   python tools/prune.py depth Llama-2-7b-hf pruned --method bi --keep 28 --calibration text.txt
   python tools/prune.py report pruned
+  python tools/prune.py experts Mixtral-8x7B-v0.1 mixtral-6x7b --keep 6 --calibration code.txt wiki.txt
 exit code 3: the masks have not come to the target's shape, and nothing was written
 """
 NOT_REACHED = 3
@@ -45,6 +47,12 @@ def _add_run(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument(
         "--config", type=Path, metavar="YAML", help="the run's, where none lies in its output_dir (run_config/)"
     )
+    parser.add_argument(
+        "--strategy_dir",
+        type=Path,
+        metavar="DIR",
+        help="strategy files of slices; default: strategy/ in the output_dir",
+    )
 
 
 def _masks_options(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +66,7 @@ def _masks(words: argparse.Namespace) -> int:
     from mindformers_ext.jobs.prune.report import table
     from mindformers_ext.jobs.prune.trained import find_run, masks_of
 
-    masks = masks_of(find_run(words.model, words.config))
+    masks = masks_of(find_run(words.model, words.config, words.strategy_dir))
     write_masks(words.output, masks, words.overwrite)
     print("\n".join(table(masks)))
     print(f"wrote {words.output}")
@@ -97,6 +105,7 @@ def _cut(words: argparse.Namespace) -> int:
             output=out,
             masks=words.masks,
             config=words.config,
+            strategies=words.strategy_dir,
             base=words.base,
             next_yaml=words.next_yaml,
             dtype=words.dtype,
@@ -134,12 +143,13 @@ COMMANDS = {
     "shape": SHAPE,
     "depth": DEPTH,
     "report": Subcommand("show expected sizes beside the target's", _report_options, _report),
+    "experts": Subcommand("take experts out of a mixture", experts_options, run_experts),
 }
 COMMAND = Command(
     prog="prune.py",
     description="Cut a dense model to a smaller shape: by the masks of a pruning run (Sheared-LLaMA), where the result "
-    "is the masked model, exactly, or in one shot by what a pass over some text measures. Weights stream in blocks; "
-    "outputs appear whole or not at all.",
+    "is the masked model, exactly, or in one shot by what a pass over some text measures. Or take experts out of a "
+    "mixture by what such text sends to them. Weights stream in blocks; outputs appear whole or not at all.",
     epilog=EPILOG,
     options=_options,
     run=_run,

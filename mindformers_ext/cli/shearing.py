@@ -92,6 +92,7 @@ def _say(output: str, report: Any) -> int:
 
 def _to_hf(given: argparse.Namespace, paths: list[str], keys: dict[str, str]) -> int:
     from mindformers_ext.jobs.checkpoint.composer import save_hugging_face
+    from mindformers_ext.jobs.prune.composer import composer_of
 
     source, output = _paths(paths, "a Composer checkpoint", "an output folder")
     name = keys.pop("model_class", CLASS)
@@ -99,18 +100,24 @@ def _to_hf(given: argparse.Namespace, paths: list[str], keys: dict[str, str]) ->
         raise UserError(f"model_class={name}: a Composer checkpoint becomes a {CLASS}")
     keys.pop("_name_or_path", None)  # transformers writes it anew whenever the model is loaded
     words = _numbers(keys, NUMBERS)
-    return _say(
-        output, save_hugging_face(Path(source), Path(output), words, given.config, given.dtype, given.overwrite)
-    )
+    with composer_of(Path(source)) as file:
+        return _say(output, save_hugging_face(file, Path(output), words, given.config, given.dtype, given.overwrite))
 
 
 def _prune(given: argparse.Namespace, paths: list[str], keys: dict[str, str]) -> int:
-    from mindformers_ext.jobs.prune.composer import prune_composer
+    from mindformers_ext.jobs.prune.composer import prune_composer, prune_run, run_beside
     from mindformers_ext.jobs.prune.report import NotReachedError, table
 
     (source,) = _paths(paths, "a Composer checkpoint with masks")
+    words = _numbers(keys, TARGET)
+    run = run_beside(Path(source))
+    if run and words:
+        raise UserError(f"'{run}' is a run of this package, whose YAML names the target: leave {', '.join(words)} out")
     try:
-        found = prune_composer(Path(source), _numbers(keys, TARGET), given.force, given.overwrite)
+        if run:
+            found = prune_run(run, Path(source), given.force, given.overwrite)
+        else:
+            found = prune_composer(Path(source), words, given.force, given.overwrite)
     except NotReachedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
@@ -123,14 +130,15 @@ def _prune(given: argparse.Namespace, paths: list[str], keys: dict[str, str]) ->
 
 def _equal(given: argparse.Namespace, paths: list[str], keys: dict[str, str]) -> int:
     from mindformers_ext.jobs.checkpoint.composer_parity import compare
+    from mindformers_ext.jobs.checkpoint.hub import find_folder
 
-    folder, file, *size = paths
-    if len(size) > 1:
+    if not 2 <= len(paths) <= 3:
         raise UserError(f"give a Hugging Face folder, a Composer checkpoint and a size; found {', '.join(paths)}")
+    folder, file, *size = paths
     if size and size[0] not in NAMED:
         raise UserError(f"MODEL_SIZE {size[0]} is unknown: choose one of {', '.join(NAMED)}, or leave it out")
     _numbers(keys, ())
-    result = compare(Path(folder), Path(file), NAMED[size[0]] if size else None)
+    result = compare(find_folder(Path(folder)), Path(file), NAMED[size[0]] if size else None)
     print(result)
     return 0 if result.is_equal else 1
 

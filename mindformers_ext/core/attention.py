@@ -41,6 +41,8 @@ def attention_experts(model: Any) -> MoESpec:
         aux_losses=(("expert", factor),) if factor else (),
         aux_loss_reduce=moe.aux_loss_reduce,
         router_dtype=moe.router_dtype,
+        expert_bias=moe.expert_bias,
+        aux_loss_type=moe.aux_loss_type,
     )
 
 

@@ -223,9 +223,11 @@ _V2: dict[str, Any] = {
         *MIXTRAL.words,
         ConfigWord("intermediate_size", "moe", "intermediate_size", "int", 14336),
         ConfigWord("scale_factor", "moe", "routed_scaling_factor", "float", None),
+        ConfigWord("add_rescale_bias", "moe", "expert_bias", "bool", False),
+        ConfigWord("aux_loss_type", "moe", "aux_loss_type", "str", "layerwise"),
         _ATTENTION_BIAS,
     ),
-    "says": {"moe_type": "modulelist", "add_rescale_bias": False},
+    "says": {"moe_type": "modulelist"},
     "moe": MIXTRAL.moe,
     "dense_ends": "num_moe_contract_layers",
     "dense_width": "intermediate_size_dense",
@@ -340,7 +342,8 @@ def family_of_yaml(config: Mapping[str, Any], device_target: str) -> Family | No
     moe = _section(config, "moe_config") or _section(words, "moe_config")
     experts = moe.get("expert_num")
     has_experts = isinstance(experts, int) and experts > 1
-    return implied_family(has_experts) if has_experts or device_target != GENERIC_DEVICE else None
+    ours = has_experts or bool(words.get("l0_module")) or device_target != GENERIC_DEVICE  # MindFormers' has no masks
+    return implied_family(has_experts) if ours else None
 
 
 def _section(parent: Mapping[str, Any], name: str) -> Mapping[str, Any]:

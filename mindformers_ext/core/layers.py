@@ -19,6 +19,7 @@ DTYPE_NAMES = ("float32", "float16", "bfloat16")
 # every other word for them: MindFormers', torch's, the command lines' of both
 DTYPE_WORDS = {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 AUX_LOSS_TYPES = ("expert", "device", "comm")
+LAYERWISE, SWITCH, LEGACY_CONSTANT = BALANCES = ("layerwise", "switch", "legacy_constant")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 AUX_LOSS_REDUCTIONS = ("sum", "mean")
 LOAD_FORMS = ("correct", "reference")
@@ -40,6 +41,7 @@ _QUIET_WORDS = (
     "n_group",
     "topk_group",
     "aux_losses",
+    "aux_loss_type",
     "z_loss_factor",
     "balance_via_topk_bias",
 )
@@ -51,17 +53,25 @@ RESIDUAL_WORDS = {
     "use_weighting": "use_weighting",
 }
 # The points of a dense layer at which a probe looks, in the order in which they are computed, and their widths:
-# D model, F feed-forward, HP all heads (core/parameters.py).
+# D model, F feed-forward, HP all heads (core/parameters.py). A mixture has those of width D.
 POINTS = {
     "input": "D",  # what enters the layer
     "attention_input": "D",  # behind the norm in front of attention
     "context": "HP",  # what attention mixed, head by head: what enters wo
+    "attention_output": "D",  # what attention adds
     "mlp_input": "D",  # behind the norm in front of the feed-forward part
     "gate_linear": "F",  # w1 x, before the activation
     "gate": "F",  # silu(w1 x)
     "hidden": "F",  # silu(w1 x) * w3 x, what enters w2
     "mlp_output": "D",  # what the feed-forward part adds
     "output": "D",  # what leaves the layer
+}
+# Those of a layer that is a mixture, besides "input", "mlp_input", "mlp_output" and "output"; E experts.
+MIXTURE_POINTS = {
+    "chosen": "E",  # 1 where the token chose the expert
+    "gate_weights": "E",  # what the expert's output is multiplied by; 0 where not chosen
+    "expert_norms": "E",  # Euclidean norm of the expert's output; 0 where not chosen
+    "gate_hidden": "E",  # of a gate of two layers ("mlp_noisy") what enters the second one
 }
 
 
@@ -180,7 +190,13 @@ class MoESpec:
     load, per layer. ``gate_add_noise``: training adds noise to the logits, of at least ``gate_noise_epsilon``.
     ``load_compat`` "reference" counts the load as the released models did, which compares the noise alone with the
     threshold. ``expert_sizes``: per layer, None where experts are alike; a narrower one is
-    held as wide as the widest, with zeros that no gradient reaches.
+    held as wide as the widest, with zeros that no gradient reaches. ``expert_bias``: each expert adds a bias of its own
+    to its output, before it is weighed (LLaMA-MoE v2, aligned).
+
+    ``aux_loss_type``: over what the "expert" loss is taken. "layerwise": each layer's tokens; "switch": those of all
+    layers together, once, as transformers' Mixtral does (of LLaMA-MoE v2's heads that are experts, once more);
+    "legacy_constant": the value E/k (of a layer in balance it is k) that the published LLaMA-MoE v2 had instead, which
+    has no gradient (spec of LLaMA-MoE v2, section 6).
     """
 
     num_local_experts: int
@@ -217,6 +233,8 @@ class MoESpec:
     load_compat: str = "correct"
     expert_sizes: Sizes | None = None
     shared_expert: SharedExpertSpec | None = None
+    expert_bias: bool = False
+    aux_loss_type: str = LAYERWISE
 
     @property
     def is_noisy(self) -> bool:
@@ -232,6 +250,11 @@ class MoESpec:
     def balance_weight(self) -> float:
         """Of a noisy gate's own loss; 0: none."""
         return self.gate_balance_loss_weight if self.gate_use_balance else 0.0
+
+    @property
+    def joins_layers(self) -> bool:
+        """Whether all layers together have one loss that balances experts."""
+        return self.aux_loss_type == SWITCH and any(factor > 0 for _, factor in self.aux_losses)
 
     def scale_of(self, layer: int) -> float:
         """``score_scale_factor`` of one layer."""
@@ -256,6 +279,13 @@ class MoESpec:
         problems.one_of("topk_method", self.topk_method, TOPK_METHODS)
         problems.one_of("router_dense_type", self.router_dtype, DTYPE_NAMES)
         problems.one_of("aux_loss_reduce", self.aux_loss_reduce, AUX_LOSS_REDUCTIONS)
+        problems.one_of("aux_loss_type", self.aux_loss_type, BALANCES)
+        kinds = [kind for kind, factor in self.aux_losses if factor > 0 and kind != AUX_LOSS_TYPES[0]]
+        if self.aux_loss_type != LAYERWISE and kinds:
+            problems.add(f"aux_loss_type={self.aux_loss_type!r} with losses {kinds}", f"they are {LAYERWISE} alone")
+        if self.joins_layers and self.aux_loss_reduce != "mean":
+            wanted = "it is one loss for all layers: set aux_loss_reduce: mean"
+            problems.add(f"aux_loss_type={SWITCH!r} with aux_loss_reduce={self.aux_loss_reduce!r}", wanted)
         problems.positive("max_router_load", self.max_router_load)
         problems.positive("comp_comm_parallel_degree", self.comp_comm_parallel_degree)
         if not self.capacity_factor == self.capacity_factor or self.capacity_factor > max(experts, 1):

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from mindformers_ext.core.families import GATES, RESIDUAL_GATE, SHARED_GATE, WEIGHTING, GateWeight
-from mindformers_ext.core.layers import POINTS, AttentionSpec, LayerSpec, MoESpec
+from mindformers_ext.core.layers import MIXTURE_POINTS, POINTS, AttentionSpec, LayerSpec, MoESpec
 from mindformers_ext.core.spec import ModelSpec
 
 EMBEDDING, HEAD = "model.tok_embeddings.embedding_weight", "lm_head.weight"
@@ -69,6 +69,8 @@ def attention_rows(spec: AttentionSpec) -> Iterator[WeightRow]:
     if spec.experts:
         (gate,) = GATES[spec.experts.gate]
         yield _gate_row("attention.router.", replace(gate, dims="A D"))
+        if spec.experts.expert_bias:
+            yield WeightRow("attention.expert_bias", "A D", "- -", "zeros")
     if spec.qk_norm:
         yield WeightRow("attention.q_norm.weight", "P", "-", "ones")
         yield WeightRow("attention.k_norm.weight", "P", "-", "ones")
@@ -88,6 +90,8 @@ def mixture_rows(spec: MoESpec) -> Iterator[WeightRow]:
     yield from (_gate_row(f"{start}router.", weight) for weight in GATES[spec.gate])
     yield WeightRow(f"{start}ffn.w1.weight", "E M D", "ep mp -")
     yield WeightRow(f"{start}ffn.w2.weight", "E D M", "ep - mp")
+    if spec.expert_bias:
+        yield WeightRow(f"{start}ffn.w2.bias", "E D", "ep -", "zeros")
     yield WeightRow(f"{start}ffn.w3.weight", "E M D", "ep mp -")
     if spec.shared_expert:
         yield from swiglu_rows("feed_forward.shared_experts.", "U")
@@ -157,9 +161,9 @@ def shape_of(dims: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def point_widths(model: ModelSpec) -> dict[str, int]:
-    """Numbers a token has at each of ``core.layers.POINTS``."""
-    sizes = size_letters(model)
-    return {name: shape_of(dims, sizes)[0] for name, dims in POINTS.items()}
+    """Numbers a token has at each of ``core.layers.POINTS``, in a mixture also at each of ``MIXTURE_POINTS``."""
+    sizes, points = size_letters(model), POINTS | (MIXTURE_POINTS if model.moe else {})
+    return {name: shape_of(dims, sizes)[0] for name, dims in points.items()}
 
 
 def parameter_count(model: ModelSpec) -> int:

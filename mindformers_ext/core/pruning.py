@@ -8,7 +8,7 @@ arXiv:1712.01312). A mask is a number of 0 to 1 that a unit's output is multipli
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from mindformers_ext.core.errors import Problems
@@ -121,6 +121,15 @@ class PruningSpec:
         """The names of a pair behind ``LAMBDAS``."""
         ending = f"_{pair}" if pair else ""
         return f"lambda_1{ending}", f"lambda_2{ending}"
+
+    def parameters(self) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+        """Name, shape, and whether it is trained, of every number (float32) that a training step takes besides the
+        network's own."""
+        for name in self.modules:
+            yield f"{MASKS}{name}.{Z_LOGA}", self.source.mask_shape(name), True
+            yield f"{MASKS}{name}.{NOISE}", self.source.mask_shape(name), False
+        yield from ((LAMBDAS + name, (1,), True) for pair in self.pairs for name in self.lambda_names(pair))
+        yield TARGETS, (len(self.pairs),), False
 
     def sparsity(self, pair: str) -> float:
         """The final target of a pair: share of units, or of weights, that are to go."""

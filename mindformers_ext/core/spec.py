@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mindformers_ext.core.attention import attention_of, collect_attention_experts
+from mindformers_ext.core.attention import attention_experts, attention_of, collect_attention_experts
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.families import FAMILIES, Family, end_layers, implied_family
 from mindformers_ext.core.layers import DTYPE_NAMES, DenseSpec, LayerSpec, MoESpec, Sizes
@@ -82,6 +82,13 @@ class ModelSpec:
         if self.moe is None:
             raise ValueError("a dense model has no experts")
         return self.moe
+
+    @property
+    def gates(self) -> tuple[MoESpec, ...]:
+        """What chooses experts in each mixture: its own, and that of heads where they are experts."""
+        if self.moe is None:
+            return ()
+        return (self.moe, attention_experts(self)) if self.attn_experts else (self.moe,)
 
     @property
     def family_row(self) -> Family:
@@ -273,6 +280,7 @@ class ModelSpec:
                 if word.means:
                     problems.one_of(word.key, getattr(self.moe, word.field), [ours for _, ours in word.means])
             found += [("moe", "gate", self.moe.gate, wanted[0])]
+            found += [("moe", "expert_bias", self.moe.expert_bias, False)]
             found += [("moe", "intermediate_size", self.moe.intermediate_size, wanted[1])]
             found += [("shared", "shared_expert", self.moe.shared_expert is not None, row.shared is not None)]
             each = bool(self.moe.shared_expert and self.moe.shared_expert.weighs_each)

@@ -42,14 +42,14 @@ CALLBACK_NOTES = {
 def adapt(config: Mapping[str, Any], device_target: str) -> tuple[dict[str, Any], list[str]]:
     """The configuration that MindFormers gets, and one line per change.
 
-    - What MindFormers calls any LLaMA becomes a family of ours where ``core.families`` says so: with experts, and dense
-      wherever MindFormers' own cannot run, that is not on Ascend.
+    - What MindFormers calls any LLaMA becomes a family of ours where ``core.families`` says so: with experts or masks,
+      and dense wherever MindFormers' own cannot run, that is not on Ascend.
     - ``MFTrainOneStepCell`` becomes our train step and ``CausalLanguageModelingTrainer`` our trainer, which puts our
       callbacks behind MindFormers' names.
     - ``AdamW`` becomes our ``FusedAdamW``, the same numbers in one kernel, off Ascend and with float32 weights.
     - No more reading threads than cores; no optimizer states cut over data-parallel processes off Ascend.
     - Sink mode goes off on the CPU: MindFormers multiplies the epochs by the steps for it, MindSpore then runs without;
-      and where gates add noise, which comes with every step (``mf.noise``).
+      and where gates or masks have noise, which comes with every step (``mf.noise``).
 
     ``config`` itself is not changed.
     """
@@ -83,6 +83,8 @@ def adapt(config: Mapping[str, Any], device_target: str) -> tuple[dict[str, Any]
         why = "the CPU has no data sinking"
     elif draws:
         why = "the noise of the gates comes with every step"
+    elif family is not None and section_at(config, MODEL).get("l0_module"):
+        why = "the noise of the masks comes with every step"
     runner = result.setdefault("runner_config", {}) if why else {}
     if why and runner.get("sink_mode", True):
         runner["sink_mode"] = False
@@ -124,7 +126,9 @@ def _adapt_network(
     words, arch = model["model_config"], model.setdefault("arch", {})
     if (words.get("type"), arch.get("type")) == GENERIC_NAMES:
         experts = (result.get("moe_config") or words.get("moe_config") or {}).get("expert_num")
-        why = f"it has {experts} experts" if family.has_experts else f"MindFormers' own does not run on {device}"
+        why = f"MindFormers' own does not run on {device}"
+        if family.has_experts or words.get("l0_module"):
+            why = f"it has {experts} experts" if family.has_experts else "it has masks"
         words["type"], arch["type"] = family.yaml_names[0]
         notes.append(f"{GENERIC_NAMES[1]} becomes {arch['type']}: {why}")
     words[WRITTEN] = copy.deepcopy({key: written[key] for key in DESCRIBING if key in written})

@@ -13,6 +13,7 @@ from mindformers_ext.core.cluster.build import BuildSpec, build_spec_from_yaml
 from mindformers_ext.core.config.lora import LoraSpec
 from mindformers_ext.core.config.recompute import RecomputeSpec
 from mindformers_ext.core.families import implied_family
+from mindformers_ext.core.pruning import PruningSpec
 from mindformers_ext.core.spec import NetworkSpec
 
 # The key of model_config under which ``mf.adapt`` keeps the network's YAML sections as the user wrote them.
@@ -55,6 +56,10 @@ class PortableLlamaConfig(LlamaConfig):
     def lora(self) -> LoraSpec | None:
         """The adapters that ``pet_config`` asks for."""
         return self._build().lora
+
+    def pruning(self) -> PruningSpec | None:
+        """The masks that ``l0_module`` asks for."""
+        return self._build().pruning
 
     def freezes_gate(self) -> bool:
         """Whether the gates of its mixtures do not learn."""

@@ -152,7 +152,8 @@ def _untouched(initializer: Initializer, array: np.ndarray) -> np.ndarray:
 
 
 def with_synthetic_data(config: Mapping[str, Any], rows: int, folder: Path) -> dict[str, Any]:
-    """``config`` with its training data replaced by ``rows`` equal rows of seq_length + 1 tokens."""
+    """``config`` with its training data replaced by ``rows`` equal rows of seq_length + 1 tokens, one step's: masks
+    reach no target in that, which no graph depends on."""
     written = config.get("train_dataset") or {}
     columns = tuple(written.get("input_columns") or ("input_ids",))
     width = int(config["model"]["model_config"].get("seq_length", 2048)) + 1
@@ -167,4 +168,8 @@ def with_synthetic_data(config: Mapping[str, Any], rows: int, folder: Path) -> d
         "num_parallel_workers": 1,
     }
     task = {"type": "CausalLanguageModelDataset", "dataset_config": dataset}
-    return {**config, "train_dataset": dataset, "train_dataset_task": task}
+    model = config["model"]
+    if masks := model["model_config"].get("l0_module"):
+        words = {**model["model_config"], "l0_module": {**masks, "lagrangian_warmup_steps": 0}}
+        model = {**model, "model_config": words}
+    return {**config, "model": model, "train_dataset": dataset, "train_dataset_task": task}

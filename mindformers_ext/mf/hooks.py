@@ -12,7 +12,7 @@ from mindspore.train import Callback
 
 from mindformers_ext.core.config.lora import DROPOUT_SEED
 from mindformers_ext.core.figures import StepFigures, figures_of
-from mindformers_ext.jobs.train.hooks import AdapterDropout, TrainHook, restore_hooks
+from mindformers_ext.jobs.train.hooks import AdapterDropout, Arrays, TrainHook, restore_hooks
 from mindformers_ext.mf.step import real_model
 
 FIGURES = "step_figures"  # attributes of MindSpore's callback parameters, where callbacks leave things to each other
@@ -36,6 +36,16 @@ class HookCallback(Callback):
         self.hooks = list(hooks)
         self.parameters: dict[str, Parameter] = {}
         self.first = 0  # steps done before this process started; our trainer leaves them at the train step
+
+    def values(self, ending: str) -> dict[str, np.ndarray]:
+        """See ``jobs.engine.protocols.NetworkValues``; once training has begun."""
+        return {name: held.asnumpy() for name, held in self.parameters.items() if name.endswith(ending)}
+
+    def set_values(self, arrays: Arrays) -> None:
+        """The same."""
+        for name, array in arrays.items():
+            held = self.parameters[name]
+            held.set_data(Tensor(np.asarray(array)).astype(held.dtype))
 
     def make(self, model: nn.Cell) -> list[TrainHook]:
         """Further hooks, for the network that is trained."""
@@ -64,9 +74,7 @@ class HookCallback(Callback):
 
     def _set_inputs(self, step: int) -> None:
         for hook in self.hooks:
-            for name, array in hook.inputs(step).items():
-                held = self.parameters[name]
-                held.set_data(Tensor(np.asarray(array)).astype(held.dtype))
+            self.set_values(hook.inputs(step))
 
 
 class DropoutSeeds(HookCallback):

@@ -17,7 +17,7 @@ from mindformers_ext.jobs.run.dataset import check_ids
 from mindformers_ext.jobs.run.display import COMPILING, current
 from mindformers_ext.jobs.run.metrics_file import MetricsFile, StepRecord, record_of
 from mindformers_ext.jobs.run.watch import Watch
-from mindformers_ext.mf.hooks import figures_at
+from mindformers_ext.mf.hooks import HOOKS, figures_at
 from mindformers_ext.mf.lean import without
 from mindformers_ext.mf.mixture import SOURCE
 from mindformers_ext.mf.step import real_model
@@ -103,6 +103,8 @@ class MoELossMonitor(MFLossMonitor):
         tokens = self._tokens(parameters.train_dataset_element)
         if SOURCE in parameters:
             figures = figures._replace(extra={**figures.extra, **parameters[SOURCE].figures(step)})
+        for hook in parameters.get(HOOKS, ()):
+            figures = figures._replace(extra={**figures.extra, **hook.measured(step, figures)})
         record = record_of(figures, step, self.watch.per_epoch, seconds, tokens)
         self.metrics.append(record)
         self._draw(record)

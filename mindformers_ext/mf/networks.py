@@ -19,6 +19,7 @@ from mindformers_ext.core.families import implied_family
 from mindformers_ext.mf.config import PortableLlamaConfig
 from mindformers_ext.mf.generate import CachedGenerator, announce, can_answer, settled_config
 from mindformers_ext.ms.causal_lm import build_causal_lm
+from mindformers_ext.ms.l0 import add_masks
 from mindformers_ext.ms.lora import add_lora
 from mindformers_ext.ms.ops.select import select_operators
 from mindformers_ext.ms.recompute import recompute_layers
@@ -59,6 +60,10 @@ class PortableLlamaForCausalLM(PreTrainedModel):
         self.causal_lm = build_causal_lm(spec)
         lora = config.lora()
         self.adapted = add_lora(self.causal_lm, lora, spec) if lora else []
+        self.pruning = config.pruning()
+        if self.pruning:
+            add_masks(self.causal_lm, self.pruning)
+            logger.info("Masks: %s", ", ".join(self.pruning.modules))
         if config.freezes_gate():
             self._freeze_gates()
         if lora:

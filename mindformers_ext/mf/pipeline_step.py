@@ -11,6 +11,8 @@ from mindformers.wrapper.wrapper import MFPipelineWithLossScaleCell, grad_scale,
 from mindspore import Tensor, get_auto_parallel_context, nn, ops
 
 from mindformers_ext.mf.noise import NoiseFed
+from mindformers_ext.ms.l0 import climbing
+from mindformers_ext.ms.step import signed
 
 # What of MindFormers' step the one here leaves out; with any of them, MindFormers' own is taken.
 LEFT_OUT = ("local_norm", "calculate_per_token_loss", "use_skip_data_by_global_norm")
@@ -29,6 +31,8 @@ class PortablePipelineStepCell(NoiseFed, MFPipelineWithLossScaleCell):
         super().__init__(network, optimizer, **others)
         self.is_finite = ops.IsFinite()
         self.has_dynamic_lr, self.has_group_lr = bool(optimizer.dynamic_lr), bool(optimizer.is_group_lr)
+        signs = climbing(optimizer.parameters)
+        self.signs, self.climbs = tuple(float(signs.get(item.name, 1)) for item in self.weights), bool(signs)
         self.unscaled = shard_grad_scale if self.opt_shard else grad_scale  # both empty the accumulators
 
     @ops.composite.add_flags(has_effect=True)
@@ -38,9 +42,11 @@ class PortablePipelineStepCell(NoiseFed, MFPipelineWithLossScaleCell):
         loss, gradients, factor = self.grads_for_legacy(scale, *inputs)
         gradients = self.hyper_map(ops.partial(self.unscaled, scale * self.degree, factor), gradients, self.accu_grads)
         gradients, global_norm = self.clip_grad_norm(gradients)
+        if self.climbs:
+            gradients = self.hyper_map(signed, self.signs, gradients)
         rate = self.learning_rate
         if self.has_dynamic_lr:
-            schedule = rate[-1] if self.has_group_lr else rate
+            schedule = rate[0] if self.has_group_lr else rate
             rate = schedule(self.optimizer.global_step).reshape(())
         overflow = ops.logical_not(self.is_finite(global_norm)).reshape(())
         overflow = self.process_loss_scale(ops.depend(overflow, gradients))

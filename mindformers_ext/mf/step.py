@@ -8,9 +8,12 @@ from typing import Any
 from mindformers.tools.logger import logger
 from mindspore import Tensor, nn
 
+from mindformers_ext.core.config.keys import SHARDED_MODES
 from mindformers_ext.core.errors import Problems
+from mindformers_ext.core.spec import ParallelSpec
 from mindformers_ext.mf.networks import PortableLlamaForCausalLM
 from mindformers_ext.mf.noise import NoiseFed
+from mindformers_ext.ms.l0 import climbing
 from mindformers_ext.ms.step import TrainStepCell
 
 # Options of MFTrainOneStepCell that change the result and are not built, with the value that means off.
@@ -60,10 +63,17 @@ class PortableTrainOneStepCell(NoiseFed, TrainStepCell):
         if isinstance(scale_sense, Tensor):
             scale_sense = float(scale_sense.asnumpy())
         model = real_model(network)
-        if isinstance(model, PortableLlamaForCausalLM):
+        is_ours = isinstance(model, PortableLlamaForCausalLM)
+        if is_ours:
             model.report_terms()
         super().__init__(
-            network, optimizer, scale_sense, max_grad_norm if use_clip_grad else None, gradient_accumulation_steps
+            network,
+            optimizer,
+            scale_sense,
+            max_grad_norm if use_clip_grad else None,
+            gradient_accumulation_steps,
+            climbing(optimizer.parameters),
+            copies_of(model.spec.parallel) if is_ours else 1,
         )
         logger.info(
             "Train step: portable; overflow is a gradient norm that is not finite; clip %s; %d micro batches.",
@@ -79,6 +89,12 @@ def real_model(network: nn.Cell) -> nn.Cell:
         if inner is None:
             return network
         network = inner
+
+
+def copies_of(parallel: ParallelSpec) -> int:
+    """Devices that each have the whole loss: those of a pipeline stage of a cut graph, otherwise 1."""
+    cut = parallel.parallel_mode in SHARDED_MODES
+    return parallel.device_num // parallel.pipeline_stage if cut else 1
 
 
 def _check(others: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import mindspore as ms
 from mindformers.core.callback.callback import CheckpointMonitor
+from mindformers.core.optim import build_optim
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindformers.tools.utils import get_output_root_path, get_real_rank
@@ -20,6 +21,7 @@ from mindspore import nn
 
 from mindformers_ext.core.config.keys import SHARDED_MODES
 from mindformers_ext.core.config.lora import BESIDE_BASE
+from mindformers_ext.core.config.pruning import pruning_groups
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.plain_file import AFRESH, open_plain
 from mindformers_ext.core.spec import NetworkSpec
@@ -35,10 +37,12 @@ from mindformers_ext.mf.monitor import MoELossMonitor
 from mindformers_ext.mf.networks import PortableLlamaForCausalLM
 from mindformers_ext.mf.noise import NoiseFed, noise_of
 from mindformers_ext.mf.pipeline_step import LEFT_OUT, PortablePipelineStepCell, norm_tells_overflow
+from mindformers_ext.mf.pruning import MaskInputs, ScaledRate
 from mindformers_ext.mf.rules import experts_without_sequence_parallel
-from mindformers_ext.mf.step import real_model
+from mindformers_ext.mf.step import PortableTrainOneStepCell, real_model
 from mindformers_ext.ms.causal_lm import build_causal_lm
 from mindformers_ext.ms.engine import fill
+from mindformers_ext.ms.optim import parameter_groups
 from mindformers_ext.ms.step import STEP_STATE, TrainStepCell, step_state
 
 # MindFormers hands a callback the run's facts (first step, schedule, batch) only when the YAML calls it by these names.
@@ -79,6 +83,26 @@ class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
         self.mixture = rows_below(dataset)
         return dataset
 
+    def create_optimizer_scheduler(self, network: nn.Cell, model_params: set[Any]) -> nn.Optimizer:
+        """MindFormers' optimizer; of a network with masks with their groups, in the order of our own loop."""
+        pruning = getattr(real_model(network), "pruning", None)
+        if pruning is None:
+            return super().create_optimizer_scheduler(network, model_params)
+        config = self.config
+        if not config.lr_schedule or config.grouped_lr_schedule is not None:
+            raise UserError("l0_module needs lr_schedule, and no grouped_lr_schedule: masks have a group of their own")
+        self.lr_scheduler = self.create_lr_scheduler(config.lr_schedule, config.lr_scale, config.lr_scale_factor)
+        steps = int(config.runner_config.epochs * self.get_train_data_size())
+        groups = parameter_groups(
+            network.trainable_params(),
+            pruning_groups(pruning, float(config.lr_schedule.learning_rate), steps),
+            float(config.optimizer.weight_decay or 0.0),
+            lambda factor: self.lr_scheduler if factor == 1.0 else ScaledRate(self.lr_scheduler, factor),
+        )
+        arguments = {"params": groups, "learning_rate": self.lr_scheduler}
+        self.optimizer = build_optim(config.optimizer, default_args=arguments)
+        return self.optimizer
+
     def _check_grad_accumulation_steps(self) -> None:
         """Keep the steps where our train step accumulates; MindFormers resets them to 1 outside semi-auto parallel."""
         steps = self.config.runner_config.gradient_accumulation_steps
@@ -113,6 +137,7 @@ class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
             real_model(network).causal_lm.keep_reports()
         wrapper = super().create_model_wrapper(network, optimizer)
         if is_ours:
+            check_climbs(wrapper, real_model(network))
             self._feed_noise(wrapper, real_model(network).spec)
         first = int(self.config.runner_config.initial_step or 0)
         if wrapper is not None:
@@ -142,7 +167,8 @@ class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
         others = [item for item in found if not isinstance(item, HookCallback)]
         place = next((i for i, item in enumerate(others) if isinstance(item, CheckpointMonitor)), len(others))
         tracks = [MixtureTrack(self.mixture)] if self.mixture is not None else []
-        return [*tracks, *others[:place], *hooks, DropoutSeeds(seed_of(self.config)), *others[place:]]
+        seed, every = seed_of(self.config), int(bool(self.config.do_eval))
+        return [*tracks, *others[:place], *hooks, DropoutSeeds(seed), MaskInputs(seed, every), *others[place:]]
 
     def _shows_load(self) -> bool:
         return any(
@@ -166,6 +192,19 @@ class PortableCausalLanguageModelingTrainer(CausalLanguageModelingTrainer):
 def seed_of(config: Any) -> int:
     """``RunSpec.seed`` of MindFormers' configuration: without a seed it is 0."""
     return int(config.seed or 0)
+
+
+def check_climbs(wrapper: nn.Cell, network: PortableLlamaForCausalLM) -> None:
+    """Multipliers of masks climb in the train steps of ours.
+
+    Raises:
+        UserError: another step.
+    """
+    if network.pruning and not isinstance(wrapper, (PortableTrainOneStepCell, PortablePipelineStepCell)):
+        raise UserError(
+            f"{type(wrapper).__name__} lets the multipliers of masks descend: set runner_wrapper.use_clip_grad: True, "
+            f"and leave {', '.join(LEFT_OUT)} out"
+        )
 
 
 def fill_base(network: PortableLlamaForCausalLM, base: str | None, seed: int) -> None:

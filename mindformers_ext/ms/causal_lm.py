@@ -14,12 +14,15 @@ import mindspore.ops.operations as P
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Normal, initializer
 
+from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.layers import LAYERWISE, SWITCH
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.attention import Linear, rotary_tables
 from mindformers_ext.ms.documents import CountedTokens, counted_shape, counted_type, table_shapes, table_types
 from mindformers_ext.ms.kept_reports import kept_reports, name_reports
 from mindformers_ext.ms.layer import Layer
 from mindformers_ext.ms.loss import NextTokenLoss, ShiftedTokens, Targets, token_shape
+from mindformers_ext.ms.moe.aux_loss import JointLoss
 from mindformers_ext.ms.norm import RmsNorm
 from mindformers_ext.ms.ops.dtypes import mindspore_dtype
 from mindformers_ext.ms.ops.noise import StageNoise
@@ -148,6 +151,10 @@ class Decoder(nn.Cell):
         self.noises = nn.CellList(_noises(spec, drawn, shards))
         self.noise_order = [index for found in drawn.values() for index in found]
         self.mean_loss = shards.stage(MeanLoss(shards, aux_scale), shards.stages - 1)
+        if model.moe and model.moe.joins_layers:
+            if shards.active:
+                raise UserError(f"aux_loss_type: {SWITCH} is not cut over devices on MindSpore: set {LAYERWISE}")
+            self.mean_loss = JointLoss(model.gates, len(self.mixtures))
         self.stack = shards.shard_list(P.Stack(), "tok -", len(self.mixtures))
         self.total = shards.shard(P.ReduceSum(), "reports")
         self.read_report = shards.local(ReadReport(spec.parallel.groups), "report", _report_shapes, _report_types)

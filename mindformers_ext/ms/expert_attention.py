@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import mindspore as ms
 import mindspore.ops.operations as P
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.initializer import initializer
 
 from mindformers_ext.core.layers import AttentionSpec, MoESpec
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.attention import Attention
 from mindformers_ext.ms.cache import LayerCache, PromptAttention, TokenAttention, hidden_addend
 from mindformers_ext.ms.moe.gate import LinearGate
+from mindformers_ext.ms.ops.dtypes import mindspore_dtype
 from mindformers_ext.ms.ops.portable_attention import causal_mask
 from mindformers_ext.ms.ops.select import Operators
 from mindformers_ext.ms.strategies import Shards
@@ -90,7 +92,8 @@ class AttendExperts(nn.Cell):
 
 
 class ExpertAttention(Attention):
-    """See the module. The gate's weight is ``router.dense.weight`` (A, D). Output: (B*S, D), and the loss (G)."""
+    """See the module. The gate's weight is ``router.dense.weight`` (A, D), the experts' biases, where they have any,
+    ``expert_bias`` (A, D). Output: (B*S, D), and the loss (G)."""
 
     def __init__(self, spec: NetworkSpec, attention: AttentionSpec, operators: Operators) -> None:
         super().__init__(spec, attention, operators)
@@ -108,6 +111,20 @@ class ExpertAttention(Attention):
         attend = operators.build(AttendExperts, *sizes, self.softmax_dtype)
         self.attend = shards.local(attend, "attend experts")
         self.attend_packed = shards.local(attend, "attend experts in documents")
+        self.has_bias = attention.experts.expert_bias
+        if self.has_bias:
+            shape, dtype = (self.kv_heads, spec.model.hidden_size), mindspore_dtype(spec.numerics.param_dtype)
+            self.expert_bias = Parameter(initializer("zeros", shape, dtype), name="expert_bias")
+            self.of_biases = shards.shard(P.MatMul(), "passed biases")
+            self.add_biases = shards.shard(P.Add(), "residual")
+
+    def project_out(self, mixed_TF: Tensor, weight_BSE: Tensor) -> Tensor:
+        """(T, D) of the experts' heads, already weighed; with their biases, weighed too, where they have any."""
+        out_TD = self.wo(mixed_TF)
+        if not self.has_bias:
+            return out_TD
+        weight_TE = ops.cast(ops.reshape(weight_BSE, (-1, self.kv_heads)), out_TD.dtype)
+        return self.add_biases(out_TD, self.of_biases(weight_TE, ops.cast(self.expert_bias, out_TD.dtype)))
 
     def passed(
         self, x_TD: Tensor, groups: int, length: int, counted_T: Tensor | None = None
@@ -141,7 +158,7 @@ class ExpertAttention(Attention):
             mixed = self.attend(q, k, v, weight_BSE, seen_BSE)
         else:
             mixed = self.attend_packed(q, k, v, weight_BSE, seen_BSE, documents_BS)
-        return self.wo(ops.reshape(mixed, (-1, self.heads * self.head_dim))), loss_G
+        return self.project_out(ops.reshape(mixed, (-1, self.heads * self.head_dim)), weight_BSE), loss_G
 
 
 class PromptExpertAttention(PromptAttention):
@@ -164,7 +181,7 @@ class PromptExpertAttention(PromptAttention):
         self.update(self.cache.key, places, self._laid_out(k))
         self.update(self.cache.value, places, with_seen)
         q, k, v = ops.reshape(q, (B, S, -1)), ops.reshape(k, (B, S, -1)), ops.reshape(v, (B, S, -1))
-        return own.wo(ops.reshape(self.attend(q, k, v, weight_BSE, seen_BSE), (B * S, -1)))
+        return own.project_out(ops.reshape(self.attend(q, k, v, weight_BSE, seen_BSE), (B * S, -1)), weight_BSE)
 
 
 class TokenExpertAttention(TokenAttention):
@@ -194,7 +211,7 @@ class TokenExpertAttention(TokenAttention):
         mixed = ops.reshape(mixed, (B, A, -1, self.head_dim)) * ops.cast(
             ops.reshape(weight_B1E, (B, A, 1, 1)), mixed.dtype
         )
-        return own.wo(ops.reshape(mixed, (B, -1)))
+        return own.project_out(ops.reshape(mixed, (B, -1)), weight_B1E)
 
 
 def build_attention(spec: NetworkSpec, attention: AttentionSpec, operators: Operators) -> Attention:

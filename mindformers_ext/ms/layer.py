@@ -42,6 +42,7 @@ class Layer(nn.Cell):
         self.feed_forward = build_feed_forward(spec, layer, operators)
         self.add = Shards(spec).shard(P.Add(), "residual")
         self.add_losses = Shards(spec).shard(P.Add(), "groups")
+        self.joins, self.join = layer.moe is not None and layer.moe.joins_layers, P.Concat(axis=1)
 
     def construct(
         self,
@@ -56,6 +57,8 @@ class Layer(nn.Cell):
             mixed_TD, loss_G = self.attention(self.attention_norm(x_TD), cos, sin, documents_BS, counted_T)
             x_TD = self.add(x_TD, mixed_TD)
             y_TD, aux_loss_G, report_GE = self.feed_forward(self.ffn_norm(x_TD), noise_TE, counted_T)
+            if self.joins:  # one loss for all layers: side by side
+                return self.add(x_TD, y_TD), self.join((aux_loss_G, loss_G)), report_GE
             return self.add(x_TD, y_TD), self.add_losses(aux_loss_G, loss_G), report_GE
         x_TD = self.add(x_TD, self.attention(self.attention_norm(x_TD), cos, sin, documents_BS))
         y_TD, aux_loss_G, report_GE = self.feed_forward(self.ffn_norm(x_TD), noise_TE, counted_T)

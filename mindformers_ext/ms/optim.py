@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import mindspore as ms
@@ -239,11 +240,12 @@ class FP32StateAdamWeightDecay(nn.AdamWeightDecay):
 
 
 def parameter_groups(
-    parameters: Iterable[Parameter], groups: tuple[ParameterGroup, ...], decay: float, schedule: Schedule
+    parameters: Iterable[Parameter], groups: tuple[ParameterGroup, ...], decay: float, rate: Callable[[float], Any]
 ) -> list[dict[str, Any]]:
     """MindSpore's groups of trainable parameters, in the order in which each kind first comes.
 
-    Rates of their own have only groups whose ``lr_factor`` is not 1; where there is one, every group has.
+    ``rate`` gives that of a factor. Rates of their own have only groups whose ``lr_factor`` is not 1; where there is
+    one, every group has.
     """
     found: dict[tuple[float, bool], list[Parameter]] = {}
     for parameter in parameters:
@@ -255,7 +257,7 @@ def parameter_groups(
         {
             "params": held,
             "weight_decay": decay if decays else 0.0,
-            **({"lr": rate_of(schedule, factor)} if has_rates else {}),
+            **({"lr": rate(factor)} if has_rates else {}),
         }
         for (factor, decays), held in found.items()
     ]
@@ -276,7 +278,7 @@ def build_optimizer(
     fused: bool = True,
 ) -> nn.Optimizer:
     """The optimizer of a run over trainable ``parameters``; ``fused``: take one kernel where the weights allow it."""
-    held = parameter_groups(parameters, groups, spec.weight_decay, schedule)
+    held = parameter_groups(parameters, groups, spec.weight_decay, partial(rate_of, schedule))
     rate = rate_of(schedule)
     if not spec.bias_correction:
         beta1, beta2 = spec.betas

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a dense decoder computes inside, with one layer in memory, on MindSpore; ``pt.probe`` is the twin.
+"""What a decoder computes inside, with one layer in memory, on MindSpore; ``pt.probe`` is the twin.
 
 A layer is compiled once for a shape of rows: another layer's weights replace the parameters' data.
 """
@@ -29,6 +29,7 @@ from mindformers_ext.ms.ops.select import select_operators
 
 Arrays = dict[str, np.ndarray]
 INNER = tuple(POINTS)[1:-1]
+OF_MIXTURES = tuple(name for name, width in POINTS.items() if width == "D")
 CHUNK = 512  # tokens whose logits are held at once
 
 
@@ -43,13 +44,36 @@ class LayerPoints(nn.Cell):
         layer = self.layer
         normed_TD = layer.attention_norm(x_TD)
         context = layer.attention.context(normed_TD, cos_SP, sin_SP)
-        middle_TD = layer.add(x_TD, layer.attention.wo(context))
+        mixed_TD = layer.attention.wo(context)
+        middle_TD = layer.add(x_TD, mixed_TD)
         input_TD = layer.ffn_norm(middle_TD)
         linear_TF = layer.feed_forward.w1(input_TD)
         gate_TF = ops.silu(linear_TF)
         hidden_TF = gate_TF * layer.feed_forward.w3(input_TD)
         fed_TD = layer.feed_forward.w2(hidden_TF)
-        return x_TD, normed_TD, context, input_TD, linear_TF, gate_TF, hidden_TF, fed_TD, layer.add(middle_TD, fed_TD)
+        return (
+            *(x_TD, normed_TD, context, mixed_TD, input_TD, linear_TF, gate_TF, hidden_TF, fed_TD),
+            layer.add(middle_TD, fed_TD),
+        )
+
+
+class MixturePoints(nn.Cell):
+    """The same of a mixture: those ``POINTS`` that it has (``OF_MIXTURES``)."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(auto_prefix=False)
+        self.layer: Any = layer
+
+    def construct(self, x_TD: Tensor, cos_SP: Tensor, sin_SP: Tensor) -> tuple[Tensor, ...]:
+        layer = self.layer
+        normed_TD = layer.attention_norm(x_TD)
+        mixed_TD = layer.attention(normed_TD, cos_SP, sin_SP)
+        if layer.attends_by_experts:
+            mixed_TD = mixed_TD[0]
+        middle_TD = layer.add(x_TD, mixed_TD)
+        input_TD = layer.ffn_norm(middle_TD)
+        fed_TD, _, _ = layer.feed_forward(input_TD)
+        return x_TD, normed_TD, mixed_TD, input_TD, fed_TD, layer.add(middle_TD, fed_TD)
 
 
 class ShiftedLayer(nn.Cell):
@@ -69,6 +93,7 @@ class ShiftedLayer(nn.Cell):
         sin_SP: Tensor,
         normed_shift: Tensor,
         context_shift: Tensor,
+        mixed_shift: Tensor,
         input_shift: Tensor,
         linear_shift: Tensor,
         gate_shift: Tensor,
@@ -78,7 +103,7 @@ class ShiftedLayer(nn.Cell):
         layer = self.layer
         normed_TD = layer.attention_norm(x_TD) + normed_shift
         context = layer.attention.context(normed_TD, cos_SP, sin_SP) + context_shift
-        middle_TD = layer.add(x_TD, layer.attention.wo(context))
+        middle_TD = layer.add(x_TD, layer.attention.wo(context) + mixed_shift)
         input_TD = layer.ffn_norm(middle_TD) + input_shift
         gate_TF = ops.silu(layer.feed_forward.w1(input_TD) + linear_shift) + gate_shift
         hidden_TF = gate_TF * layer.feed_forward.w3(input_TD) + hidden_shift
@@ -151,7 +176,8 @@ class MindSporeLayerProbe:
 
     def forward(self, x: np.ndarray, points: Sequence[str]) -> tuple[np.ndarray, Arrays]:
         """The layer's output (B, S, D) for its input, and (B*S, width) at each of ``points``."""
-        found = dict(zip(POINTS, self._points(self._rows(self._checked(x)), *self._tables), strict=True))
+        names = OF_MIXTURES if self._built and self._built.moe else POINTS
+        found = dict(zip(names, self._points(self._rows(self._checked(x)), *self._tables), strict=True))
         return _numpy(found["output"]).reshape(x.shape), {name: _numpy(found[name]) for name in points}
 
     def backward(
@@ -224,7 +250,8 @@ class MindSporeLayerProbe:
         with no_init_parameters():
             self._layer = Layer(self.spec, layer, self.operators)
         self._layer.set_train(False)
-        self._points, self._gradients = LayerPoints(self._layer), _Vjp(ShiftedLayer(self._layer))
+        self._points = (MixturePoints if layer.moe else LayerPoints)(self._layer)
+        self._gradients = None if layer.moe else _Vjp(ShiftedLayer(self._layer))
         self._built = layer
 
     def _checked(self, x: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from mindformers_ext.ms.ops.select import select_operators
 _scaled = ops.MultitypeFuncGraph("scaled")
 _add = ops.MultitypeFuncGraph("add")
 _float32 = ops.MultitypeFuncGraph("float32")
-_signed = ops.MultitypeFuncGraph("signed")
+signed = ops.MultitypeFuncGraph("signed")
 
 SEED_STRIDE = 0x2545F491  # from a micro batch's seed of dropout to the next one's: odd, so that all differ
 # Names of the step's own state in a checkpoint; a resumed run must restore them (``mf.trainer`` does).
@@ -42,7 +42,7 @@ def _add_pair(left: Tensor, right: Tensor) -> Tensor:
     return ops.cast(left, ms.float32) + ops.cast(right, ms.float32)
 
 
-@_signed.register("Float32", "Tensor")
+@signed.register("Float32", "Tensor")
 def _with_sign(sign: float, gradient: Tensor) -> Tensor:
     return gradient * sign
 
@@ -65,6 +65,8 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
         max_grad_norm: clip the global gradient norm to this; None leaves the gradients alone.
         micro_batches: gradient accumulation steps.
         signs: -1 by name for parameters that climb the loss instead of descending.
+        copies: devices of a cut graph (semi-auto parallel), each of which has the whole loss: their gradients are
+            summed. MindSpore's own step is given a division by their number (``_VirtualDiv``), this one is not.
 
     In data parallel (one process per slice of the batch) gradients are averaged over the ranks before the norm is
     taken, whatever ``gradients_mean`` says, so every rank clips alike and takes the same step. Each rank's loss weighs
@@ -82,6 +84,7 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
         max_grad_norm: float | None = 1.0,
         micro_batches: int = 1,
         signs: Mapping[str, int] | None = None,
+        copies: int = 1,
     ) -> None:
         if isinstance(scale_sense, (int, float)):
             scale_sense = Tensor(float(scale_sense), ms.float32)
@@ -90,6 +93,7 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
         self.max_grad_norm = Tensor(max_grad_norm or 1.0, ms.float32)
         self.micro_batches = micro_batches
         self.accumulates = micro_batches > 1
+        self.parts = micro_batches * copies  # that a gradient is summed over
         self.has_dynamic_lr = bool(optimizer.dynamic_lr)
         self.has_group_lr = bool(optimizer.is_group_lr)
         self.gradients_of = ops.value_and_grad(self.scaled_loss, None, self.weights, has_aux=True)
@@ -116,7 +120,7 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
             gradients = self.grad_reducer(self.hyper_map(_float32, gradients))
             terms = self.over_ranks(terms)
         loss, lm_loss, aux_loss, load, dropped = terms
-        unscale = 1.0 / (scale * self.micro_batches)
+        unscale = 1.0 / (scale * self.parts)
         global_norm = self.norm(gradients) * unscale
         overflow = self.process_loss_scale(self.not_finite(global_norm, loss))
         if self.clips:
@@ -124,7 +128,7 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
             unscale = unscale * ops.minimum(self.max_grad_norm / (global_norm + 1e-6), 1.0)
         gradients = self.hyper_map(ops.partial(_scaled, unscale), gradients)
         if self.climbs:
-            gradients = self.hyper_map(_signed, self.signs, gradients)
+            gradients = self.hyper_map(signed, self.signs, gradients)
         learning_rate = self.current_learning_rate()
         if not overflow:
             loss = ops.depend(loss, self.optimizer(gradients))
@@ -188,13 +192,13 @@ class TrainStepCell(nn.TrainOneStepWithLossScaleCell):
         return ops.logical_not(finite.reshape(()))
 
     def current_learning_rate(self) -> Tensor:
-        """The learning rate this step uses (of the last group when groups have their own)."""
+        """The learning rate this step uses (of the first group when groups have their own)."""
         rate = self.optimizer.learning_rate
         if self.has_dynamic_lr:
-            schedule = rate[-1] if self.has_group_lr else rate
+            schedule = rate[0] if self.has_group_lr else rate
             return schedule(self.optimizer.global_step).reshape(())
         if self.has_group_lr:
-            return rate[-1]
+            return rate[0]
         return rate
 
 

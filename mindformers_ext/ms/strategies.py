@@ -24,6 +24,7 @@ from mindformers_ext.core.config.keys import SHARDED_MODES
 from mindformers_ext.core.spec import NetworkSpec, ParallelSpec
 
 AXES = ("outer", "ep", "mp")
+PER_GROUP = ("tok", "tok -", "tok -")  # the loss, report and counts of routing groups
 # One word per dimension of a tensor: "-" not cut, or what it is cut by. "dp" is data parallel, "tok" cuts the tokens
 # (also over mp under sequence parallel, which "seq" stands for), "head" and "table" cut the vocabulary where it is cut.
 # Per operator: inputs -> outputs; without outputs MindSpore derives them.
@@ -48,6 +49,7 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pass counted experts": (("tok - -", "tok -"), ("tok - -", "tok - -", "tok")),
     "attend experts": (("dp - mp",) * 5, ("dp - mp",)),
     "attend experts in documents": (("dp - mp",) * 5 + ("dp -",), ("dp - mp",)),
+    "passed biases": (("tok -", "- -"), ()),
     "project out": (("dp mp", "- mp"), ("tok -",)),
     "residual": (("tok -", "tok -"), ()),
     "feed forward": (("dp mp", "dp mp"), ("dp mp",)),
@@ -55,10 +57,10 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "gate rows": (("tok -",), ("tok -",)),
     "noise": (("dp -",), ("dp -",)),
     "noises": (("dp -",), ()),
-    "slots": (("tok - -", "-"), ("tok - -", "tok - -", "tok - -", "tok - -", "tok - -", "tok", "tok -")),
+    "slots": (("tok - -", "-"), ("tok - -", "tok - -", "tok - -", "tok - -", "tok - -", *PER_GROUP)),
     "counted slots": (
         ("tok - -", "-", "tok -"),
-        ("tok - -", "tok - -", "tok - -", "tok - -", "tok - -", "tok", "tok -"),
+        ("tok - -", "tok - -", "tok - -", "tok - -", "tok - -", *PER_GROUP),
     ),
     "dispatch": (("tok - -", "tok - -", "tok - -", "tok - -"), ("tok - - -",)),
     # G = (outer, ep, seq) groups and E experts: tokens to their experts and back, over ep
@@ -67,6 +69,8 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "expert": (("ep outer mp", "ep outer mp"), ("ep outer mp",)),
     # summed over mp on every device: with a cut output MindSpore would scatter the experts and not the rows
     "expert out": (("ep outer mp", "ep - mp"), ()),
+    "expert biases": (("ep -",), ()),
+    "expert bias": (("ep outer -", "ep - -"), ()),
     "from experts": (("ep outer seq - - -",), ()),
     # the shared experts' rows
     "gated rows": (("tok -", "tok -"), ("tok -",)),
@@ -77,6 +81,7 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "combine": (("tok - - -", "tok - -", "tok - -", "tok - -", "tok - -"), ("tok - -",)),
     # experts of sorted slots stand whole on every device, each of which multiplies its own rows
     "grouped experts": (("tok - - -", "tok -", "- - -", "- - -", "- - -"), ("tok - - -",)),
+    "grouped biased experts": (("tok - - -", "tok -", "- - -", "- - -", "- - -", "- -"), ("tok - - -",)),
     "group mean": (("tok",), ()),
     "groups": (("tok", "tok"), ()),
     "scaled groups": (("tok", ""), ()),
@@ -93,6 +98,15 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "logits": (("rest head",), ()),
     "scalars": (("", ""), ()),
     "scalar": (("",), ()),
+    # masks (``ms.l0``): whole on every device, which takes the part that its own slice of a tensor is multiplied by
+    "layer mask": (("- -", "- -"), ("-",)),
+    "layer values": (("- -",), ("-",)),
+    "vectors": (("-", "-"), ("-",)),
+    "vector": (("-",), ("-",)),
+    "masked rows": (("tok -", "-"), ("tok -",)),
+    "masked columns": (("dp mp", "mp"), ("dp mp",)),
+    "masked norm": (("tok -", "-", "-"), ("tok -",)),
+    "penalty": (("-", "-", "-", "-"), ("-",)),
 }
 
 
@@ -214,6 +228,24 @@ class _Local(nn.Cell):
     def run_6(self, a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor, f: Tensor) -> Any:
         """The cell on six inputs."""
         return self.cell(a, b, c, d, e, f)
+
+
+def of_one(size: int) -> Callable:
+    """The shape (size), whatever that of the one input is, for ``Shards.local``."""
+
+    def shape(a: list) -> list:
+        return [size]
+
+    return shape
+
+
+def of_two(size: int) -> Callable:
+    """The same of two inputs."""
+
+    def shape(a: list, b: list) -> list:
+        return [size]
+
+    return shape
 
 
 def _first_of_1(a: Any) -> Any:

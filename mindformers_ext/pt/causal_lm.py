@@ -14,6 +14,7 @@ from mindformers_ext.pt.attention import rotary_tables
 from mindformers_ext.pt.layer import Layer
 from mindformers_ext.pt.linear import Linear, fill_normal
 from mindformers_ext.pt.loss import next_token_loss, preference_loss, targets, token_losses
+from mindformers_ext.pt.moe.aux_loss import JointLoss
 from mindformers_ext.pt.norm import RmsNorm
 from mindformers_ext.pt.ops.dtypes import torch_dtype
 from mindformers_ext.pt.ops.noise import mixture_noise
@@ -62,6 +63,9 @@ class Decoder(nn.Module):
         model = spec.model
         self.compute_dtype = torch_dtype(spec.numerics.compute_dtype)
         self.aux_scale = 1.0 / len(model.moe_layers) if model.moe and model.moe.aux_loss_reduce == "mean" else 1.0
+        self.joint_loss: JointLoss | None = None
+        if model.moe and model.moe.joins_layers:
+            self.joint_loss = JointLoss(model.gates, len(model.moe_layers))
         self.tok_embeddings = TokenEmbedding(spec)
         self.layers = nn.ModuleList([Layer(spec, model.layer(index)) for index in range(model.num_hidden_layers)])
         self.norm_out = RmsNorm(spec)
@@ -107,7 +111,8 @@ class Decoder(nn.Module):
             zero = torch.zeros((), device=x_TD.device)
             return x_TD, zero, zero.view(1, 1), zero.view(1)
         report = torch.stack(reports)  # (L, G, E + 1)
-        aux_loss = torch.stack(losses).sum(0).mean() * self.aux_scale
+        total = torch.stack(losses).sum(0)
+        aux_loss = total.mean() * self.aux_scale if self.joint_loss is None else self.joint_loss(total)
         return x_TD, aux_loss, report[:, :, :-1].sum(1), report[:, :, -1].mean(1)
 
 

@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mindformers_ext.core.layers import AttentionSpec
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.pt.attention import Attention
 from mindformers_ext.pt.moe.gate import LinearGate
+from mindformers_ext.pt.ops.dtypes import torch_dtype
 from mindformers_ext.pt.ops.packed import document_mask
 
 
@@ -31,13 +32,18 @@ class Passed(NamedTuple):
 
 
 class ExpertAttention(Attention):
-    """See the module. The gate's weight is ``router.dense.weight`` (A, D)."""
+    """See the module. The gate's weight is ``router.dense.weight`` (A, D); ``expert_bias`` (A, D), where there is one,
+    is added to an expert's output before it is weighed."""
 
     def __init__(self, spec: NetworkSpec, attention: AttentionSpec) -> None:
         super().__init__(spec, attention)
         if attention.experts is None:
             raise ValueError("an attention without experts")
         self.router, self.groups = LinearGate(spec, attention.experts), spec.parallel.groups
+        self.expert_bias: nn.Parameter | None = None
+        if attention.experts.expert_bias:
+            shape = self.kv_heads, spec.model.hidden_size
+            self.expert_bias = nn.Parameter(torch.zeros(shape, dtype=torch_dtype(spec.numerics.param_dtype)))
 
     def passed(self, x_TD: Tensor, length: int, trains: bool = False, counted_T: Tensor | None = None) -> Passed:
         """Which experts each token of rows of ``length`` passes; with the loss where it ``trains``, over the tokens
@@ -67,8 +73,12 @@ class ExpertAttention(Attention):
         allowed = (mask & seen_BES[:, :, None]).repeat_interleave(times, 1)
         hidden = torch.zeros_like(allowed, dtype=q.dtype).masked_fill(~allowed, torch.finfo(q.dtype).min / 2)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=hidden, enable_gqa=times > 1)
-        weight = passed.weight_BSE.to(mixed.dtype).transpose(1, 2).repeat_interleave(times, 1)[..., None]
-        return self.wo((mixed * weight).transpose(1, 2).reshape(-1, self.heads * self.head_dim))
+        weight_BSE = passed.weight_BSE.to(mixed.dtype)
+        weight = weight_BSE.transpose(1, 2).repeat_interleave(times, 1)[..., None]
+        out_TD = self.wo((mixed * weight).transpose(1, 2).reshape(-1, self.heads * self.head_dim))
+        if self.expert_bias is None:
+            return out_TD
+        return out_TD + weight_BSE.flatten(0, 1) @ self.expert_bias.to(out_TD.dtype)
 
     def with_loss(
         self, x_TD: Tensor, cos: Tensor, sin: Tensor, documents_BS: Tensor | None = None

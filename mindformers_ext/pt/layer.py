@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from mindformers_ext.core.layers import DenseSpec, LayerSpec
@@ -49,5 +50,7 @@ class Layer(nn.Module):
         x_TD = x_TD + mixed_TD
         counted_T = None if documents_BS is None else documents_BS.reshape(-1) > 0
         fed = self.feed_forward(self.ffn_norm(x_TD), noise_TE, counted_T)
-        aux_loss_G = fed.aux_loss_G if loss_G is None or fed.aux_loss_G is None else fed.aux_loss_G + loss_G
+        aux_loss_G = fed.aux_loss_G
+        if loss_G is not None and aux_loss_G is not None:  # of all layers together: side by side
+            aux_loss_G = aux_loss_G + loss_G if loss_G.dim() == 1 else torch.cat((aux_loss_G, loss_G), 1)
         return FeedForwardOutput(x_TD + fed.y_TD, aux_loss_G, fed.report_GE)

@@ -17,6 +17,8 @@ def split_experts(name: str, tensor: Tensor) -> dict[str, Tensor]:
     if name.endswith(".ffn.gate_up"):
         stem, half = name.removesuffix("gate_up"), tensor.shape[1] // 2
         return {f"{stem}w1.weight": tensor[:, :half], f"{stem}w3.weight": tensor[:, half:]}
+    if name.endswith(".ffn.bias"):
+        return {name.removesuffix("bias") + "w2.bias": tensor}
     if name.endswith(".ffn.down"):
         return {name.removesuffix("down") + "w2.weight": tensor}
     return {name: tensor}

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a dense decoder computes inside, with one layer in memory: values and gradients at the named points of a layer.
+"""What a decoder computes inside, with one layer in memory: values and gradients at the named points of a layer.
 
-Points are those of ``core.layers.POINTS``. Everything is float32 unless the spec says otherwise.
+Points are those of ``core.layers.POINTS``; a mixture, where no token is dropped, has those of width D, and
+``MIXTURE_POINTS``. Everything is float32 unless the spec says
+otherwise.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mindformers_ext.core.layers import LayerSpec
+from mindformers_ext.core.layers import MIXTURE_POINTS, LayerSpec
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.pt.attention import rotary_tables
 from mindformers_ext.pt.layer import Layer
+from mindformers_ext.pt.moe.observed import observed
 from mindformers_ext.pt.names import fill
 from mindformers_ext.pt.norm import RmsNorm
 from mindformers_ext.pt.ops.dtypes import torch_dtype
@@ -65,7 +68,8 @@ class TorchLayerProbe:
     def forward(self, x: np.ndarray, points: Sequence[str]) -> tuple[np.ndarray, Arrays]:
         """The layer's output (B, S, D) for its input, and (B*S, width) at each of ``points``."""
         with torch.no_grad():
-            found = self._run(self._rows(x), x.shape[1])
+            x_TD, mixed = self._rows(x), self._built is not None and self._built.moe
+            found = self._of_mixture(x_TD, x.shape[1], points) if mixed else self._run(x_TD, x.shape[1])
             return _numpy(found["output"]).reshape(x.shape), {name: _numpy(found[name]) for name in points}
 
     def backward(
@@ -127,10 +131,11 @@ class TorchLayerProbe:
             raise ValueError("no layer is in memory: fill first")
         cos_SP, sin_SP = self._rotary(length)
         attention: Any = layer.attention
-        ffn: Any = layer.feed_forward  # a SwiGlu: the model is dense
+        ffn: Any = layer.feed_forward  # a SwiGlu: the layer is dense
         normed_TD = layer.attention_norm(x_TD)
         context = attention.context(normed_TD, cos_SP, sin_SP)
-        middle_TD = x_TD + attention.wo(context)
+        mixed_TD = attention.wo(context)
+        middle_TD = x_TD + mixed_TD
         input_TD = layer.ffn_norm(middle_TD)
         linear_TF = ffn.w1(input_TD)
         gate_TF = F.silu(linear_TF)
@@ -140,10 +145,29 @@ class TorchLayerProbe:
             "input": x_TD,
             "attention_input": normed_TD,
             "context": context,
+            "attention_output": mixed_TD,
             "mlp_input": input_TD,
             "gate_linear": linear_TF,
             "gate": gate_TF,
             "hidden": hidden_TF,
+            "mlp_output": fed_TD,
+            "output": middle_TD + fed_TD,
+        }
+
+    def _of_mixture(self, x_TD: Tensor, length: int, points: Sequence[str]) -> dict[str, Tensor]:
+        """The outer points of a layer that is a mixture, and those of ``MIXTURE_POINTS`` where ``points`` has any."""
+        layer: Any = self._layer
+        normed_TD = layer.attention_norm(x_TD)
+        mixed_TD = layer.attention(normed_TD, *self._rotary(length))
+        middle_TD = x_TD + mixed_TD
+        input_TD = layer.ffn_norm(middle_TD)
+        fed_TD = layer.feed_forward.dropless(input_TD)
+        inner = observed(layer.feed_forward, input_TD) if set(points) & set(MIXTURE_POINTS) else {}
+        return inner | {
+            "input": x_TD,
+            "attention_input": normed_TD,
+            "attention_output": mixed_TD,
+            "mlp_input": input_TD,
             "mlp_output": fed_TD,
             "output": middle_TD + fed_TD,
         }

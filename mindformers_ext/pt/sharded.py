@@ -26,7 +26,7 @@ from mindformers_ext.pt.moe.exchange import ExpertExchange
 from mindformers_ext.pt.moe.layer import MoE
 from mindformers_ext.pt.ranks import Ranks
 
-EXPERT = (".ffn.gate_up", ".ffn.down")
+EXPERT = (".ffn.gate_up", ".ffn.down", ".ffn.bias")
 
 
 def open_ranks(parallel: ParallelSpec, device: str) -> Ranks:

@@ -46,6 +46,8 @@ def rule_set(spec: ModelSpec, style: str = "per_expert", layout: Layout | None =
     mixture += table.gates.get(spec.moe.gate, ()) if spec.moe else ()
     if spec.moe and spec.moe.shared_expert and spec.moe.shared_expert.use_weighting:
         mixture += table.weighting
+    if spec.moe and spec.moe.expert_bias:
+        mixture += table.expert_bias
     tied = spec.tie_word_embeddings
     head: tuple[Rule, ...] = () if tied else (llama.HEAD,)
     return RuleSet(
@@ -79,6 +81,7 @@ def _attention(spec: ModelSpec, table: Table, layout: Layout) -> tuple[Rule, ...
         before,
         *(replace(rule, layers="dense") for rule in inside),
         *(replace(rule, layers="mixture") for rule in table.attention_experts),
+        *(replace(rule, layers="mixture") for rule in table.attention_bias if spec.routing.expert_bias),
         behind,
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from mindformers_ext.core.parameters import ROUTED
 from mindformers_ext.weights.mixtral import per_expert
 from mindformers_ext.weights.rules import Rule
-from mindformers_ext.weights.transforms import Concatenated, InterleavedRows
+from mindformers_ext.weights.transforms import Concatenated, InterleavedRows, Stack
 
 _LAYER, _MS = "model.layers.{layer}.", "model.layers.{layer}.feed_forward."
 _HF, _ALWAYS = _LAYER + "block_sparse_moe.", _LAYER + "mlp_residual."
@@ -37,6 +37,10 @@ ATTENTION_EXPERTS = (
     Rule(_ATTENTION + "v_proj.{group}.weight", (_MIXED + "wv.weight",), "P D", Concatenated(0)),
     Rule(_ATTENTION + "o_proj.{group}.weight", (_MIXED + "wo.weight",), "D QP", Concatenated(1)),
 )
+# of an aligned model (add_rescale_bias)
+EXPERT_BIAS = (Rule(_HF + "experts.{expert}.w2.bias", (_MS + "ffn.w2.bias",), "D", Stack()),)
+RESIDUAL_BIAS = (Rule(_HF + "experts.{expert}.w2.bias", (_MS + ROUTED + "ffn.w2.bias",), "D", Stack()),)
+ATTENTION_BIAS = (Rule(_ATTENTION + "o_proj.{group}.bias", (_MIXED + "expert_bias",), "D", Stack()),)
 LLAMA_DENSE = "per_expert_llama_dense"  # how the published converter spells dense layers
 STYLES = dict.fromkeys(("per_expert", LLAMA_DENSE), per_expert())
 RESIDUAL_STYLES = dict.fromkeys(STYLES, (*per_expert(_MS + ROUTED), *RESIDUAL))

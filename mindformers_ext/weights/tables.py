@@ -34,6 +34,7 @@ class Table:
     ``dense``: of a layer without; ``dense_concat`` of the same with gate and up in one tensor (``qkv_concat``); where
     its products have biases (``mlp_bias``), ``dense_bias`` and ``dense_bias_concat`` too. ``dense_of``: both where a
     spelling of the mixtures has others. ``attention_experts``: of a mixture's attention whose heads are experts.
+    ``expert_bias``, ``attention_bias``: of experts that have biases, and of heads that are such experts.
     """
 
     mixtures: Mapping[str, tuple[Rule, ...]] = field(default_factory=dict)
@@ -43,6 +44,8 @@ class Table:
     dense_concat: tuple[Rule, ...] = llama.FEED_FORWARD_CONCAT
     dense_of: Mapping[str, tuple[tuple[Rule, ...], tuple[Rule, ...]]] = field(default_factory=dict)
     attention_experts: tuple[Rule, ...] = ()
+    expert_bias: tuple[Rule, ...] = ()
+    attention_bias: tuple[Rule, ...] = ()
     dense_bias: tuple[Rule, ...] = llama.FEED_FORWARD_BIAS
     dense_bias_concat: tuple[Rule, ...] = llama.FEED_FORWARD_BIAS_CONCAT
 
@@ -51,6 +54,7 @@ _V2_DENSE: dict[str, Any] = {
     "dense": llama_moe_v2.DENSE,
     "dense_concat": llama_moe_v2.DENSE_CONCAT,
     "attention_experts": llama_moe_v2.ATTENTION_EXPERTS,
+    "attention_bias": llama_moe_v2.ATTENTION_BIAS,
     "dense_of": {llama_moe_v2.LLAMA_DENSE: (llama.FEED_FORWARD, llama.FEED_FORWARD_CONCAT)},
 }
 TABLES: dict[str, Table] = {
@@ -63,8 +67,10 @@ TABLES: dict[str, Table] = {
     QWEN3_MOE.name: Table(qwen3_moe.STYLES),
     LLAMA_MOE.name: Table(llama_moe.STYLES, llama_moe.GATES),
     LLAMA_MOE_RESIDUAL.name: Table(llama_moe.RESIDUAL_STYLES, llama_moe.RESIDUAL_GATES, llama_moe.WEIGHTING),
-    LLAMA_MOE_V2.name: Table(llama_moe_v2.STYLES, **_V2_DENSE),
-    LLAMA_MOE_V2_RESIDUAL.name: Table(llama_moe_v2.RESIDUAL_STYLES, **_V2_DENSE),
+    LLAMA_MOE_V2.name: Table(llama_moe_v2.STYLES, expert_bias=llama_moe_v2.EXPERT_BIAS, **_V2_DENSE),
+    LLAMA_MOE_V2_RESIDUAL.name: Table(
+        llama_moe_v2.RESIDUAL_STYLES, expert_bias=llama_moe_v2.RESIDUAL_BIAS, **_V2_DENSE
+    ),
 }
 
 

@@ -128,10 +128,10 @@ def whole(name: str, shape: Shape) -> Slab:
 
 
 def matrix(view: View, place: int) -> View:
-    """``view[place]``."""
+    """``view[place]``; of a stack of vectors, a vector."""
     if isinstance(view, Stacked):
         return view.parts[place]
-    if not isinstance(view, Slab) or len(view.shape) < 3:
+    if not isinstance(view, Slab) or len(view.shape) < (3 if view.swapped else 2):
         raise ValueError(f"no matrix is taken out of {view}")
     at = range(*view.ranges[view.dropped])[place]
     return replace(view, ranges=_with(view.ranges, view.dropped, (at, at + 1, 1)), dropped=view.dropped + 1)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tests.helpers.llama_moe_v2_models import random_tensors, token_ids, v2_word
 
 pytestmark = pytest.mark.usefixtures("remote_code")
 SMALL: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3}
-ATTENTION = ["attention", "attention, finer, contract", "attention, residual"]
+ATTENTION = ["attention", "attention, finer, contract", "attention, residual", "aligned"]
 IDS = torch.from_numpy(token_ids(2, 12))
 
 
@@ -85,7 +86,7 @@ def test_the_loss_of_balance_has_a_gradient_and_counts_no_padding(tmp_path: Path
     plain.loss.backward()
     gates = [part.block_sparse_moe for part in model.model.layers]
     first = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
-    value = torch.stack([gate.balance for gate in gates]).mean()
+    value = balance_of(model)
     assert 2 < value < 8 and first["model.layers.2.block_sparse_moe.gate.weight"].abs().max() > 1e-4
     other = IDS.clone()
     other[1, 8:] = 5  # what the padding is does not matter
@@ -93,12 +94,36 @@ def test_the_loss_of_balance_has_a_gradient_and_counts_no_padding(tmp_path: Path
     model.zero_grad()
     again = model(other, attention_mask=mask, labels=torch.where(mask.bool(), IDS, -100))
     again.loss.backward()
-    torch.testing.assert_close(torch.stack([gate.balance for gate in gates]).mean(), value)
-    mixture = gates[0]
-    mixture.real = None
-    even = torch.arange(16).view(8, 2) % 8
-    assert mixture.loss(torch.full((8, 8), 1 / 8), even).item() == pytest.approx(2)
-    assert mixture.loss(torch.eye(8)[:1].expand(8, 8), torch.tensor([[0, 1]] * 8)).item() == pytest.approx(8)
+    torch.testing.assert_close(balance_of(model), value)
+    even, one = torch.full((2, 8), 1 / 8), torch.eye(8)[:1].expand(2, 8)
+    for shares, wanted in ((even * torch.tensor([[2.0], [1.0]]), 2), (one, 8)):
+        for gate in gates:
+            gate.balance = shares
+        assert balance_of(model).item() == pytest.approx(wanted)
+
+
+def balance_of(model: Any) -> torch.Tensor:
+    """By the saved code."""
+    code = sys.modules[type(model).__module__]
+    found: torch.Tensor = code.balance_loss("layerwise", [part.block_sparse_moe for part in model.model.layers], 2)
+    return found
+
+
+@pytest.mark.parametrize("shape", ["layerwise", "switch", "legacy_constant"])
+def test_every_form_of_the_loss_of_balance_is_the_oracles(shape: str, tmp_path: Path) -> None:
+    """Of feed-forward parts and heads, with gradients."""
+    more: dict[str, Any] = {"num_moe_contract_layers": 0, "router_aux_loss_coef": 0.5}
+    words, drawn, folder = made(tmp_path / "made", "aligned", aux_loss_type=shape, **more)
+    model, ids = loaded(folder).train(), torch.from_numpy(token_ids(2, 13))
+    tensors = {name: torch.from_numpy(array).double().requires_grad_() for name, array in drawn.items()}
+    wanted = oracle.loss(words, tensors, ids)
+    wanted.backward()
+    found = model(ids[:, :-1], labels=ids[:, :-1], shift_labels=ids[:, 1:].contiguous()).loss
+    found.backward()
+    assert found.item() == pytest.approx(wanted.item(), abs=2e-5)
+    for name, weight in model.named_parameters():
+        if "gate." in name:
+            torch.testing.assert_close(weight.grad.double(), tensors[name].grad, rtol=2e-3, atol=1e-6)
 
 
 def test_the_configuration_is_found_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,10 @@ from ml_dtypes import bfloat16
 from transformers import AutoModelForCausalLM
 
 from mindformers_ext.core.config.hf import model_spec_from_hf
+from mindformers_ext.core.config.schedule import Schedule
+from mindformers_ext.core.config.train import FROZEN_GATES, OptimizerSpec, TrainSpec
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.jobs.checkpoint.convert import ConvertRequest
 from mindformers_ext.jobs.checkpoint.convert import convert as convert_weights
 from mindformers_ext.jobs.experts import writing
@@ -22,7 +25,9 @@ from mindformers_ext.jobs.experts.v2.layer_tables import GATE, GATES, INDICES, L
 from mindformers_ext.jobs.experts.v2.mixtral import MixtralRequest, convert
 from mindformers_ext.jobs.experts.v2.parts import MixtralParts
 from mindformers_ext.jobs.merge.output import OutputRequest
+from mindformers_ext.pt.trainer import TorchTrainer
 from mindformers_ext.surgery.experts.gradient_plus import plus_split
+from mindformers_ext.weights.convert import to_mindspore
 from tests.helpers import llama_moe_v2_oracle as oracle
 from tests.helpers.llama_moe_v2_models import DENSE, random_tensors, read_folder, token_ids, write_folder
 
@@ -202,6 +207,44 @@ def test_all_heads_as_experts_with_gates_of_zero_are_the_dense_model(
     own = tensors["model.layers.1.self_attn.k_proj.3.weight"]
     start = 3 // (count // 4) * 8
     np.testing.assert_array_equal(own, source["model.layers.1.self_attn.k_proj.weight"][start : start + 8])
+
+
+@pytest.mark.usefixtures("remote_code")
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_hides_from_heads_what_it_hides_from_the_dense_model(
+    dense: Path, tmp_path: Path, side: str
+) -> None:
+    heads_made(dense, tmp_path / "moe", gates=gates_of(tmp_path, 4), chosen=4, scale=4.0)
+    mask = torch.ones_like(IDS)
+    mask[0, slice(5) if side == "left" else slice(-5, None)] = 0
+    given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    found, wanted = (
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()(IDS, **given).logits
+        for folder in (tmp_path / "moe", dense)
+    )
+    torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], rtol=0, atol=1e-5)
+
+
+def test_a_converted_model_learns_with_balance_and_frozen_gates(dense: Path, tmp_path: Path) -> None:
+    """Fifty steps on sixteen rows."""
+    files = {"gates": gates_of(tmp_path, 7, None), "indices": indices_of(tmp_path, 7, 1)}
+    made(dense, tmp_path / "moe", style="mixtral-residual", chosen=2, ends=1, **files)
+    words, tensors = heads_made(tmp_path / "moe", tmp_path / "heads", chosen=3)
+    spec = NetworkSpec(model=model_spec_from_hf(words), seq_length=16)
+    schedule = Schedule(kind="ConstantWarmUpLR", learning_rate=2e-3, lr_end=2e-3, warmup_steps=0, total_steps=50)
+    train = TrainSpec(optimizer=OptimizerSpec(), schedule=schedule, steps=50, max_grad_norm=1.0, groups=(FROZEN_GATES,))
+    torch.set_num_threads(1)
+    trainer = TorchTrainer(spec, train, torch.device("cpu"))
+    start = to_mindspore(tensors, spec.model)
+    trainer.fill(start.items())
+    trainer.open()
+    rows = token_ids(16, 17, seed=5)
+    steps = [trainer.step((rows.astype(np.int32),)) for _ in range(50)]
+    assert steps[-1].lm_loss < 0.7 * steps[0].lm_loss and steps[0].aux_loss > 0.01
+    assert steps[-1].expert_load.sum(1).tolist() == [16 * 16 * 2] * 2
+    after = dict(trainer.state(False))
+    gates = {name for name in start if ".router." in name}
+    assert len(gates) == 4 and gates == {name for name, array in start.items() if np.array_equal(array, after[name])}
 
 
 @pytest.mark.usefixtures("remote_code")

@@ -152,12 +152,14 @@ TIMES = ("seconds", "tokens_per_second")
 def train(what: str, folder: Path, kills: int) -> Found:
     """Training killed and resumed until there were ``kills``: after each every checkpoint is one of the undisturbed
     run's, and whenever the end is reached the metrics and the last checkpoint are its as well. ``what``: the engine,
-    and "mixture" behind it for data whose proportions move."""
+    and behind it "mixture" for data whose proportions move, "prune" for a dense model on such data, "cut" for what its
+    masks leave."""
     from tests.helpers.mixtures import mixture_job
+    from tests.helpers.prune_jobs import continue_job, prune_job
     from tests.helpers.tiny_run import make_job, rows_of
 
-    engine, _, mixed = what.partition(" ")
-    make_job = mixture_job if mixed else make_job
+    engine, _, kind = what.partition(" ")
+    make_job = {"": make_job, "mixture": mixture_job, "prune": prune_job, "cut": continue_job}[kind]
     found, rng, job = Found(), random.Random(what), folder / "job.yaml"
     main = importlib.import_module("mindformers_ext.cli.run_mindformer").main
     for name in (*ENGINES[engine], "mindformers_ext.jobs.train.train", "mindformers_ext.jobs.run.checks"):

@@ -59,6 +59,8 @@ CASES["attention"] = ATTENTION
 CASES["attention, finer, contract"] = {**CASES["contract"], **ATTENTION, "attn_experts": 8, "top_k_attn": 3}
 CASES["attention, residual"] = {**CASES["residual"], **ATTENTION, "top_k_attn": 1, "router_aux_loss_coef": 0.05}
 
+CASES["aligned"] = {**CASES["attention, residual"], "top_k_attn": 2, "num_experts_per_tok": 2, "add_rescale_bias": True}
+
 
 def v2_words(case: str, **more: Any) -> dict[str, Any]:
     """config.json of one of ``CASES``, as the published converter writes it but for the window."""
@@ -87,6 +89,8 @@ def tensor_shapes(words: Mapping[str, Any], llama_names: bool = False) -> dict[s
             shapes[f"{start}block_sparse_moe.gate.weight"] = (experts, hidden)
             parts = [(f"block_sparse_moe.experts.{e}.", ("w1", "w2", "w3"), own) for e in range(experts)]
             parts += [("mlp_residual.", ("w1", "w2", "w3"), always)] if always else []
+            if words.get("add_rescale_bias"):
+                shapes |= {f"{start}block_sparse_moe.experts.{e}.w2.bias": (hidden,) for e in range(experts)}
         for prefix, (gate, down, up), size in parts:
             shapes |= {f"{start}{prefix}{name}.weight": (size, hidden) for name in (gate, up)}
             shapes[f"{start}{prefix}{down}.weight"] = (hidden, size)
@@ -103,6 +107,8 @@ def attention_shapes(words: Mapping[str, Any], start: str, experts: int) -> dict
         for name, count in (("q", queries), ("k", keys), ("v", keys)):
             shapes[f"{start}{name}_proj.{part}weight"] = (count * width, hidden)
         shapes[f"{start}o_proj.{part}weight"] = (hidden, queries * width)
+        if part and words.get("add_rescale_bias"):
+            shapes[f"{start}o_proj.{part}bias"] = (hidden,)
     return shapes
 
 
@@ -110,7 +116,7 @@ def random_tensors(words: Mapping[str, Any], seed: int = 0, std: float = 0.1, **
     """float32 values of all of them; norms around 1."""
     rng = np.random.default_rng(seed)
     return {
-        name: (rng.normal(size=shape) * std + (len(shape) == 1)).astype(np.float32)
+        name: (rng.normal(size=shape) * std + name.endswith("norm.weight")).astype(np.float32)
         for name, shape in tensor_shapes(words, **more).items()
     }
 

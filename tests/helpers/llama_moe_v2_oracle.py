@@ -40,17 +40,27 @@ def loss(words: Words, tensors: Tensors, ids: Tensor) -> Tensor:
     """Mean cross entropy of ids (B, S+1), and the losses of balance, of each kind of gate the mean over layers."""
     balances: Balances = {}
     found = cross_entropy(logits(words, tensors, ids[:, :-1], balances).flatten(0, 1), ids[:, 1:].flatten())
-    return found + words["router_aux_loss_coef"] * sum(torch.stack(values).mean() for values in balances.values())
+    return found + words["router_aux_loss_coef"] * sum(balance(words, kind, told) for kind, told in balances.items())
+
+
+def balance(words: Words, kind: str, layers: list[Tensor]) -> Tensor:
+    """Of one kind of gate, from the (2, E) shares of each layer (spec, section 6)."""
+    shape = words.get("aux_loss_type", "layerwise")
+    if shape == "legacy_constant":
+        chosen = words["top_k_attn"] if kind == "heads" else words["num_experts_per_tok"]
+        return torch.tensor(layers[0].shape[1] / chosen, dtype=layers[0].dtype)
+    if shape == "switch":
+        layers = [sum(layers[1:], layers[0]) / len(layers)]
+    return sum(part.shape[1] * (part[0] * part[1]).sum() for part in layers) / len(layers)
 
 
 def told(balances: Balances | None, kind: str, gate: Tensor | None, x: Tensor, chosen: int) -> None:
-    """Experts * sum of (share of tokens that choose one) * (its mean probability), for tokens (T, H)."""
+    """The share of tokens (T, H) that choose each expert, and its mean probability (2, E)."""
     if balances is None or gate is None:
         return
     chance = linear(x, gate).softmax(-1)
     taken = torch.zeros_like(chance).scatter(1, chance.topk(chosen, -1).indices, 1.0)
-    value = chance.shape[1] * sum(taken[:, e].mean() * chance[:, e].mean() for e in range(chance.shape[1]))
-    balances.setdefault(kind, []).append(value)
+    balances.setdefault(kind, []).append(torch.stack((taken.mean(0), chance.mean(0))))
 
 
 def norm(words: Words, x: Tensor, weight: Tensor) -> Tensor:
@@ -92,7 +102,8 @@ def expert_attention(words: Words, own: Tensors, x: Tensor) -> Tensor:
             for head in q.split(width, -1):
                 scores = turn(words, head[None])[0][places] @ k.T / width**0.5
                 heads.append(scores.masked_fill(late, -torch.inf).softmax(-1) @ v)
-            mixed = linear(torch.cat(heads, -1), own[f"self_attn.o_proj.{expert}.weight"])
+            bias = own.get(f"self_attn.o_proj.{expert}.bias")
+            mixed = linear(torch.cat(heads, -1), own[f"self_attn.o_proj.{expert}.weight"], bias)
             out = out.index_add(0, places, mixed * weight[places, expert, None])
         rows.append(out * words["scale_factor_attn"])
     return torch.stack(rows)
@@ -127,7 +138,8 @@ def feed_forward(words: Words, own: Tensors, x: Tensor) -> Tensor:
         best = chance.topk(words["num_experts_per_tok"])
         for weight, expert in zip(best.values / best.values.sum(), best.indices.tolist(), strict=True):
             names = (f"block_sparse_moe.experts.{expert}.{name}.weight" for name in ("w1", "w3", "w2"))
-            out[token] = out[token] + words["scale_factor"] * weight * swiglu(own, x[token], *names)
+            bias = own.get(f"block_sparse_moe.experts.{expert}.w2.bias", 0.0)
+            out[token] = out[token] + words["scale_factor"] * weight * (swiglu(own, x[token], *names) + bias)
     if words.get("intermediate_size_residual"):
         out = out + swiglu(own, x, *(f"mlp_residual.{name}.weight" for name in ("w1", "w3", "w2")))
     return out

@@ -21,6 +21,7 @@ from mindformers_ext.core.config.file import parse_yaml
 from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.families import FAMILIES, Family
+from mindformers_ext.core.spec import ParallelSpec
 from mindformers_ext.jobs.train.hooks import QuietHook, hook_state
 from mindformers_ext.mf import load_monitor, register  # what a plain MindFormers run imports
 from mindformers_ext.mf.adapt import adapt
@@ -28,8 +29,10 @@ from mindformers_ext.mf.checkpoint import WholeCheckpointMonitor
 from mindformers_ext.mf.hooks import DropoutSeeds, HookCallback
 from mindformers_ext.mf.monitor import MoELossMonitor
 from mindformers_ext.mf.pipeline_step import norm_tells_overflow
+from mindformers_ext.mf.pruning import MaskInputs
 from mindformers_ext.mf.rules import experts_without_sequence_parallel
 from mindformers_ext.mf.run import seed_draws
+from mindformers_ext.mf.step import copies_of
 from mindformers_ext.mf.trainer import PortableCausalLanguageModelingTrainer, fill_base, seed_of, stand_ins
 from mindformers_ext.ms.causal_lm import build_causal_lm
 from tests.helpers.tiny_run import YAML
@@ -96,6 +99,21 @@ def test_a_dense_yaml_is_left_to_mindformers_where_that_runs(device, arch):
     assert result["model"]["arch"]["type"] == arch
     assert (result["trainer"]["type"] == "CausalLanguageModelingTrainer") == (device == "Ascend")
     assert any(device in note for note in notes) == (device != "Ascend")
+
+
+def test_a_dense_yaml_with_masks_is_ours_on_ascend_and_does_not_sink():
+    written = config(moe_config=None)
+    written["model"]["model_config"]["l0_module"] = {"target_sparsity": 0.5}
+    result, notes = adapt(written, "Ascend")
+    assert result["model"]["arch"]["type"] == "PortableLlamaForCausalLM" and not result["runner_config"]["sink_mode"]
+    assert any("it has masks" in note for note in notes) and any("noise of the masks" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("mode", "stages", "copies"), [("semi_auto_parallel", 1, 8), ("semi_auto_parallel", 2, 4), ("data_parallel", 1, 1)]
+)
+def test_every_device_of_a_cut_graph_has_a_copy_of_the_loss(mode, stages, copies):
+    assert copies_of(ParallelSpec(parallel_mode=mode, device_num=8, pipeline_stage=stages)) == copies
 
 
 def plain_network(**changes):
@@ -233,8 +251,9 @@ def test_hooks_stand_before_the_checkpoint_and_behind_the_monitor() -> None:
     trainer = PortableCausalLanguageModelingTrainer.__new__(PortableCausalLanguageModelingTrainer)
     trainer.config = MindFormerConfig(seed=5)
     found = trainer.sort_callbacks(callbacks)
-    assert [type(item) for item in found] == [MoELossMonitor, HookCallback, DropoutSeeds, WholeCheckpointMonitor]
-    assert found[2].seed == 5
+    own = [DropoutSeeds, MaskInputs]
+    assert [type(item) for item in found] == [MoELossMonitor, HookCallback, *own, WholeCheckpointMonitor]
+    assert found[2].seed == found[3].seed == 5 and found[3].every == 0
 
 
 @pytest.mark.parametrize("words", [{"seed": 0}, {}])

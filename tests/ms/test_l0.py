@@ -14,7 +14,8 @@ from mindformers_ext.core.pruning import PruningSpec
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.causal_lm import CausalLM, build_causal_lm
 from mindformers_ext.ms.engine import fill
-from mindformers_ext.ms.l0 import Held, Lagrangian, UnitMask, add_masks
+from mindformers_ext.ms.l0 import Held, UnitMask, add_masks
+from mindformers_ext.ms.lagrangian import Lagrangian
 from mindformers_ext.surgery.prune import hard_concrete as hc
 from mindformers_ext.surgery.prune.lagrangian import lagrangian
 from mindformers_ext.weights.convert import to_mindspore
@@ -68,7 +69,9 @@ def test_penalty_sample_and_gradients_are_the_formulas(target: bool) -> None:
         mask = UnitMask(held, name).set_train(True)
         np.testing.assert_allclose(mask().asnumpy(), hc.sample(loga[name], noise[name]), atol=1e-6)
     wanted = [held.z_loga[modules[0]], held.lambdas[spec.lambda_names(spec.pairs[0])[0]]]
-    value, (by_loga, by_first) = ms.value_and_grad(Lagrangian(held), None, wanted)()
+    value, (by_loga, by_first) = ms.value_and_grad(
+        Lagrangian(spec, held.z_loga, held.lambdas, held.targets), None, wanted
+    )()
     assert float(value.asnumpy()) == pytest.approx(lagrangian(loga, lambdas, spec, 4), abs=1e-6)
     name, step = modules[0], 1e-4
     sides = []

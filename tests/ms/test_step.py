@@ -70,6 +70,13 @@ def test_outputs_and_clipped_update(mode):
     assert moved == pytest.approx(0.1 * 0.05, rel=1e-3)
 
 
+def test_gradients_summed_over_copies_of_the_loss_are_averaged():
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    norms = [run(step_cell(max_grad_norm=None, copies=copies)[1]).global_norm for copies in (1, 4)]
+    ms.set_context(mode=ms.GRAPH_MODE)
+    assert norms[1] == pytest.approx(norms[0] / 4, rel=1e-6)
+
+
 @pytest.mark.slow
 def test_micro_batches_equal_the_whole_batch(mode):
     whole, cell = step_cell(max_grad_norm=None)

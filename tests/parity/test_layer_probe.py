@@ -60,6 +60,7 @@ class Judge:
             return hook
 
         mlp = layer.mlp
+        layer.self_attn.register_forward_hook(keep("attention_output"))
         layer.register_forward_hook(keep("input", True))
         layer.input_layernorm.register_forward_hook(keep("attention_input"))
         layer.self_attn.o_proj.register_forward_hook(keep("context", True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import mindspore as ms
@@ -31,7 +32,8 @@ from tests.helpers import llama_moe_v2_oracle as oracle
 from tests.helpers.llama_moe_v2_models import random_tensors, token_ids, v2_words
 
 SMALL: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3}
-ATTENTION = ["attention", "attention, finer, contract", "attention, residual"]
+ATTENTION = ["attention", "attention, finer, contract", "attention, residual", "aligned"]
+BALANCES = ["switch", "legacy_constant"]  # the third one, layerwise, is that of the others
 IDS = token_ids(2, 12)
 
 
@@ -41,10 +43,18 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def words_of(case: str) -> dict[str, Any]:
+    """A case, or a form of the loss of balance in a model that has both kinds of gate."""
+    if case not in BALANCES:
+        return v2_words(case, **SMALL)
+    more: dict[str, Any] = {"num_moe_contract_layers": 0, "num_experts_per_tok": 2, "top_k_attn": 2}
+    return v2_words("attention, residual", **SMALL, **more, aux_loss_type=case)
+
+
 @functools.cache
 def judged(case: str) -> tuple[NetworkSpec, dict[str, np.ndarray], np.ndarray, float, dict[str, np.ndarray]]:
     """Our spec and weights; the oracle's logits, loss and gradients."""
-    words = v2_words(case, **SMALL)
+    words = words_of(case)
     drawn = random_tensors(words, std=0.3)
     tensors = {name: torch.from_numpy(array).double().requires_grad_() for name, array in drawn.items()}
     loss = oracle.loss(words, tensors, torch.from_numpy(IDS))
@@ -70,7 +80,7 @@ def assert_same(case: str, engine: str, logits: np.ndarray, loss: float, gradien
     assert difference <= 1e-4 and abs(loss - wanted_loss) <= 1e-5 and worst[name] <= 1e-3, name
 
 
-@pytest.mark.parametrize("case", ["vanilla", "contract", "residual", *ATTENTION])
+@pytest.mark.parametrize("case", ["vanilla", "contract", "residual", *ATTENTION, *BALANCES])
 def test_torch_equals_the_oracle(case: str) -> None:
     spec, weights, *_ = judged(case)
     network = build_torch(spec)
@@ -86,12 +96,31 @@ def test_torch_equals_the_oracle(case: str) -> None:
     assert_same(case, "PyTorch", logits, terms.loss.item(), gradients)
 
 
+def test_the_forms_of_the_loss_of_balance_differ() -> None:
+    """With balance alone: E/k of both gates is a constant, and a product of means is no mean of products."""
+    found = {}
+    for shape in ("layerwise", *BALANCES):
+        spec, weights, *_ = judged("switch")
+        moe = replace(spec.model.routing, aux_loss_type=shape)
+        network = build_torch(replace(spec, model=replace(spec.model, moe=moe)))
+        names.load(network, weights)
+        found[shape] = network.train()(torch.from_numpy(IDS), losses=True).aux_loss
+    assert (
+        found["legacy_constant"].item() == pytest.approx(0.05 * (7 / 2 + 4 / 2))
+        and not found["legacy_constant"].requires_grad
+    )
+    assert abs(found["switch"].item() - found["layerwise"].item()) > 1e-3
+
+
 @pytest.mark.parametrize(
     "case",
     [
         pytest.param("residual", marks=pytest.mark.turn("llama_moe_v2")),
         pytest.param(ATTENTION[1], marks=pytest.mark.turn("llama_moe_v2")),
-        ATTENTION[2],
+        pytest.param(ATTENTION[2], marks=pytest.mark.turn("llama_moe_v2")),
+        ATTENTION[3],
+        BALANCES[0],
+        pytest.param(BALANCES[1], marks=pytest.mark.turn("llama_moe_v2")),
     ],
 )
 def test_mindspore_equals_the_oracle(case: str) -> None:
@@ -105,6 +134,26 @@ def test_mindspore_equals_the_oracle(case: str) -> None:
     terms, gradients = step(Tensor(IDS.astype(np.int32)))
     named = {item.name: gradient.asnumpy() for item, gradient in zip(parameters, gradients, strict=True)}
     assert_same(case, "MindSpore", logits, float(terms[0].asnumpy()), named)
+
+
+@pytest.mark.parametrize("tokens", [1, 24, 40])  # chosen experts, every expert, experts' slices
+@pytest.mark.parametrize("sorted_rows", [False, True])
+def test_every_form_of_experts_adds_their_biases(tokens: int, sorted_rows: bool) -> None:
+    """MindSpore's slots and sorted rows, and what inference has of both, beside the definition."""
+    spec, weights, *_ = judged("aligned")
+    moe = replace(spec.model.routing, use_gmm=sorted_rows)
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    network = build_mindspore(replace(spec, model=replace(spec.model, moe=moe)))
+    MindSporeNetwork(network).load(weights)
+    layer = network.model.layers[1].feed_forward
+    x = np.random.default_rng(0).normal(size=(tokens, SMALL["hidden_size"])).astype(np.float32)
+    words, start = v2_words("aligned", **SMALL), "model.layers.1."
+    drawn = random_tensors(words, std=0.3)
+    own = {n.removeprefix(start): torch.from_numpy(a).double() for n, a in drawn.items() if n.startswith(start)}
+    wanted = oracle.feed_forward(words, own, torch.from_numpy(x).double()).numpy()
+    valid = Tensor(np.ones(tokens, np.int32))
+    np.testing.assert_allclose(layer(Tensor(x))[0].asnumpy(), wanted, atol=2e-4)
+    np.testing.assert_allclose(layer.for_inference(tokens)(Tensor(x), valid).asnumpy(), wanted, atol=2e-4)
 
 
 def torch_session(spec: NetworkSpec, weights: dict[str, np.ndarray]) -> PyTorchSession:
@@ -125,7 +174,8 @@ def mindspore_session(spec: NetworkSpec, weights: dict[str, np.ndarray]) -> Mind
     [
         (torch_session, ATTENTION[1]),
         (mindspore_session, ATTENTION[1]),
-        (mindspore_session, ATTENTION[0]),
+        (torch_session, ATTENTION[3]),
+        (mindspore_session, ATTENTION[3]),
     ],
 )
 def test_step_by_step_with_a_cache_it_is_the_whole_text(open_session: Callable, case: str) -> None:

@@ -67,6 +67,23 @@ def test_a_packed_document_has_the_logits_it_has_alone_on_mindspore() -> None:
             place += len(document.ids)
 
 
+def test_rows_sorted_by_expert_are_cut_where_padding_is_too_on_mindspore() -> None:
+    """``use_gmm``: padding counts in no balance, but its rows are there."""
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    theirs, padded, found = torch_trainer("mixtral"), columns("pad"), []
+    for sorted_rows in (False, True):
+        spec = NETWORKS["mixtral"]()
+        moe = replace(spec.model.routing, use_gmm=sorted_rows)
+        ours = build_causal_lm(replace(spec, model=replace(spec.model, moe=moe)))
+        for parameter in ours.get_parameters():
+            parameter.set_data(Tensor(dict(theirs.state(False))[parameter.name]))
+        terms = ours.losses(Tensor(padded.ids), Tensor(padded.labels), None, Tensor(padded.documents))
+        found.append([term.asnumpy() for term in terms])
+    for slots, rows in zip(*found, strict=True):
+        np.testing.assert_allclose(rows, slots, rtol=1e-5)
+    assert found[0][3].sum() < 2 * 2 * padded.ids[:, :-1].size  # some tokens are padding
+
+
 def same(one: StepFigures, other: StepFigures) -> None:
     for name in ("loss", "lm_loss", "aux_loss", "global_norm"):
         assert getattr(one, name) == pytest.approx(getattr(other, name), abs=1e-5, rel=1e-5), name

@@ -170,6 +170,51 @@ def test_checkpoints_without_whole_masks_are_refused(
         assert message in capsys.readouterr().err and not out.exists(), case
     assert main(["masks", str(tmp_path / "nan.ckpt"), "--output", str(tmp_path / "m.npz")]) == 2
     assert "give the run's YAML with --config" in capsys.readouterr().err
+    for case in ("shape", "lacking"):
+        words = ("resume_training=True", f"load_checkpoint={tmp_path / case}.ckpt")
+        with pytest.raises(UserError, match="its masks are not those of l0_module"):
+            check_run(config(job, "resumed", *words), "test")
+    check_run(config(job, "resumed", "resume_training=True", f"load_checkpoint={tmp_path / 'nan.ckpt'}"), "test")
+
+
+def test_slices_of_ranks_are_cut_as_the_whole_checkpoint(
+    job: Path, whole: list[dict], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mindformers_ext.formats.strategy import read_strategy
+    from tests.helpers.sliced import cut, write_ranks, write_strategy
+
+    file = CkptFile(job.parent / "whole" / KEPT.format(STEPS))
+    held = {name: file.read(name) for name in file.infos}
+    file.close()
+    maps = {(".wo.weight", ".w2.weight"): [-1, 0], (".wq.weight", ".wk.weight", ".wv.weight", ".w1.weight"): [0, -1]}
+    rows = {
+        name: dict(
+            matrix=[2, 2], tensor_map=next((row for ends, row in maps.items() if name.endswith(ends)), whole_map)
+        )
+        for name, array in held.items()
+        if name.startswith(("model.", "lm_head.")) and ".values" not in name  # not in the graph of training
+        for whole_map in [[-1] * array.ndim]
+    }
+    output = tmp_path / "run"
+    shutil.copytree(job.parent / "whole" / "run_config", output / "run_config")
+    write_strategy(output / "ranks" / "s.ckpt", rows)
+    parts = cut(read_strategy(output / "ranks"), held, {name: held[name] for name in held if name not in rows})
+    write_ranks(output / "checkpoint", parts, name=f"tiny_rank_{{}}-1_{STEPS}")
+    words = ["--force", "--quiet"]
+    assert main(["cut", str(output), "--output", str(tmp_path / "refused"), *words]) == 2
+    assert "holds the slices of 4 ranks" in capsys.readouterr().err and not (tmp_path / "refused").exists()
+    (output / "ranks").rename(output / "strategy")
+    for name, place in (("slices", output), ("file", job.parent / "whole")):
+        more = ["--next_yaml", str(tmp_path / f"{name}.yaml")]
+        assert main(["cut", str(place), "--output", str(tmp_path / name), *words, *more]) == 0
+    first, second = (tmp_path / name / "model.safetensors" for name in ("slices", "file"))
+    assert first.read_bytes() == second.read_bytes()
+    loaders = [load_yaml(tmp_path / f"{name}.yaml")["train_dataset"]["data_loader"] for name in ("slices", "file")]
+    assert loaders[0]["proportion"] == loaders[1]["proportion"]
+    capsys.readouterr()
+    assert main(["masks", str(output / "checkpoint"), "--output", str(tmp_path / "m.npz"), "--strategy_dir",
+                 str(tmp_path / "none")]) == 2  # fmt: skip
+    assert "--strategy_dir" in capsys.readouterr().err
 
 
 REFUSED = {
@@ -217,7 +262,6 @@ def test_runs_that_cannot_prune_are_refused(job: Path) -> None:
     experts["moe_config"] = {"expert_num": 4, "num_experts_chosen": 2, "routing_policy": "TopkRouterV2"}
     for given, message in (
         (experts, "masks of a mixture of experts are not built"),
-        (config(job, "refused", "engine=ms"), "--trainer own"),
         (config(job, "refused", "run_mode=predict"), "cut the model first"),
         (config(job, "refused", "model.model_config.return_extra_loss=False"), "return_extra_loss=False"),
     ):

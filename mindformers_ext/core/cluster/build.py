@@ -9,7 +9,7 @@ from typing import Any
 
 from mindformers_ext.core.cluster.cluster_rules import effective_spec
 from mindformers_ext.core.config.lora import LoraSpec, lora_from_yaml
-from mindformers_ext.core.config.pruning import pruning_from_yaml
+from mindformers_ext.core.config.pruning import WHERE, pruning_from_yaml
 from mindformers_ext.core.config.recompute import RecomputeSpec, recompute_from_yaml
 from mindformers_ext.core.config.train import FREEZE_GATE, gates_are_frozen
 from mindformers_ext.core.config.view import network_spec_from_yaml
@@ -46,10 +46,26 @@ def build_spec(read: NetworkSpec, config: Mapping[str, Any], recompute: bool = T
     return BuildSpec(
         network=network,
         lora=lora_from_yaml(config),
-        pruning=pruning_from_yaml(config, network.model),
+        pruning=built_pruning(config, network),
         recompute=recompute_from_yaml(config, network) if wanted else RecomputeSpec(),
         freeze_gate=freezes,
     )
+
+
+def built_pruning(config: Mapping[str, Any], network: NetworkSpec) -> PruningSpec | None:
+    """The masks that ``config`` asks for in ``network``, as ``effective_spec`` leaves it.
+
+    Raises:
+        UserError: what ``pruning_from_yaml`` refuses, or a pipeline.
+    """
+    pruning, stages = pruning_from_yaml(config, network.model), network.parallel.pipeline_stage
+    if pruning and stages > 1:
+        raise UserError(
+            f"{WHERE} with parallel_config.pipeline_stage={stages}: masks of the whole network are not sent between "
+            "pipeline stages; set it to 1, and cut by data_parallel and model_parallel, with "
+            "parallel.enable_parallel_optimizer: True where memory is short"
+        )
+    return pruning
 
 
 def build_spec_from_yaml(config: Mapping[str, Any], device_num: int = 1) -> BuildSpec:

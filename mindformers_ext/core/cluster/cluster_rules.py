@@ -15,6 +15,7 @@ from typing import Any
 from mindformers_ext.core.config.keys import SHARDED_MODES
 from mindformers_ext.core.config.run import RUN_MODES, TRAINING
 from mindformers_ext.core.errors import Problems
+from mindformers_ext.core.layers import LEGACY_CONSTANT
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec, ParallelSpec
 
 SIZES = (
@@ -120,7 +121,7 @@ def nearest_sizes(parallel: ParallelSpec, model: ModelSpec) -> tuple[int, int, i
     stages = max(model.num_hidden_layers // parallel.pp_interleave_num, 1)
     if model.moe and model.moe.use_gmm:
         widths = 1  # grouped experts stand whole on every device
-    if model.moe and model.moe.balance_via_topk_bias:
+    if model.tie_word_embeddings or (model.moe and model.moe.balance_via_topk_bias):
         stages = 1
     divisors = _divisors(parallel.device_num)
     choices = [
@@ -225,6 +226,12 @@ def _pipeline(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: li
             f"balance_via_topk_bias=True with pipeline_stage={stages}: no stage sees the load of all layers",
             "balance by aux_loss_factor instead, or set pipeline_stage: 1",
         )
+    if run_mode in TRAINING and spec.model.tie_word_embeddings:
+        problems.add(
+            f"tie_word_embeddings=True with pipeline_stage={stages}: the first and the last stage would each learn a "
+            "table of their own, for MindSpore exchanges no gradients between them",
+            "set pipeline_stage: 1",
+        )
     if run_mode in TRAINING and micro < stages:
         problems.add(f"micro_batch_num={micro} is below pipeline_stage={stages}", f"use at least {stages}")
     if layers < stages:
@@ -301,6 +308,8 @@ def _quiet_losses(spec: NetworkSpec, run_mode: str, warnings: list[str]) -> None
         warnings.append("balance_via_topk_bias=True with topk_bias_update_rate=0 never moves the bias")
     if moe.topk_bias_update_rate and not moe.balance_via_topk_bias:
         warnings.append(f"topk_bias_update_rate={moe.topk_bias_update_rate} has no effect: balance_via_topk_bias=False")
+    if moe.aux_loss_type == LEGACY_CONSTANT and moe.aux_losses:
+        warnings.append(f"aux_loss_type={LEGACY_CONSTANT!r} has no gradient: it balances nothing, and is for comparing")
     if not spec.return_extra_loss and (moe.aux_losses or moe.z_loss_factor):
         warnings.append("return_extra_loss=False: the routing losses are not part of the loss")
 

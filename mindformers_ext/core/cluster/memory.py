@@ -17,6 +17,7 @@ from mindformers_ext.core.cluster.tensor_parallel import part_of, parted_paramet
 from mindformers_ext.core.config.lora import LoraSpec
 from mindformers_ext.core.config.recompute import WHOLE, RecomputeSpec
 from mindformers_ext.core.layers import LayerSpec
+from mindformers_ext.core.pruning import PruningSpec
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.core.stages import open_parts
 
@@ -29,7 +30,7 @@ class StepSettings:
 
     ``lora``: its adapters alone have gradients and optimizer states. ``accumulation_steps`` above 1 or a pipeline means
     that gradients are accumulated in memory of their own, which ``accumulation_is_cut`` cuts as the optimizer's states
-    (``gradient_accumulation_shard``).
+    (``gradient_accumulation_shard``). ``pruning``: the network has masks.
     """
 
     recompute: RecomputeSpec = field(default_factory=RecomputeSpec)
@@ -37,6 +38,7 @@ class StepSettings:
     accumulation_is_cut: bool = False
     accumulation_steps: int = 1
     lora: LoraSpec | None = None
+    pruning: PruningSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def _layer(spec: NetworkSpec, layer: int | None) -> LayerSpec:
 def stage_memory(spec: NetworkSpec, settings: StepSettings) -> tuple[StageMemory, ...]:
     """Memory of one device of every stage, by stage."""
     accumulates = spec.parallel.pipeline_stage > 1 or settings.accumulation_steps > 1
-    placed = placed_parameters(spec, settings.threshold, settings.lora)
+    placed = placed_parameters(spec, settings.threshold, settings.lora, settings.pruning)
     compute = WIDTH[spec.numerics.compute_dtype]
     result = []
     for stage in range(spec.parallel.pipeline_stage):
@@ -159,13 +161,14 @@ def stage_activations(spec: NetworkSpec, settings: StepSettings, stage: int) -> 
     kept, once = 0, 0
     for layer in range(spec.model.num_hidden_layers):
         if spec.layer_stage(layer) == stage:
+            masked = _masked(spec, layer) if settings.pruning else 0
             if layer in settings.recompute.layers:
                 kept += _layer_input(spec, settings.recompute)
-                again, named = [layer_activations(spec, layer)], frozenset(WHOLE)
+                again, named = [layer_activations(spec, layer) + masked], frozenset(WHOLE)
             else:
                 parts, named = part_activations(spec, layer), settings.recompute.parts_of(layer)
                 again = [parts[part] for part in named]
-                kept += layer_activations(spec, layer) - sum(again)
+                kept += layer_activations(spec, layer) + masked - sum(again)
             once = max([once, *again])
             if not settings.recompute.exchanges:
                 kept += sum(_exchanged(spec, part, layer) for part in named)
@@ -213,6 +216,14 @@ def part_activations(spec: NetworkSpec, layer: int | None = None) -> dict[str, i
         "feed_forward": feed_forward,
         "swiglu": number * rows * (ffn // mp),
     }
+
+
+def _masked(spec: NetworkSpec, layer: int) -> int:
+    """Bytes of what a layer's masks multiply: what enters both output projections, and what leaves them."""
+    sizes, here, mp = layer_sizes(spec, layer), _layer(spec, layer), spec.parallel.model_parallel
+    wide = here.attention.num_attention_heads * here.attention.head_dim + (here.feed_forward.intermediate_size or 0)
+    numbers = sizes.whole_tokens * wide // mp + 2 * sizes.tokens * spec.model.hidden_size
+    return numbers * WIDTH[spec.numerics.compute_dtype]
 
 
 def _exchanged(spec: NetworkSpec, part: str, layer: int) -> int:

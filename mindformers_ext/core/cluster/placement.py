@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from mindformers_ext.core.config.keys import SHARDED_MODES
 from mindformers_ext.core.config.lora import LORA_A, LORA_B, LoraSpec
 from mindformers_ext.core.parameters import WeightRow, model_weights
+from mindformers_ext.core.pruning import PruningSpec
 from mindformers_ext.core.spec import NetworkSpec
 
 WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of a number
@@ -50,7 +51,10 @@ class PlacedParameter:
 
 
 def placed_parameters(
-    spec: NetworkSpec, threshold: int = OPTIMIZER_THRESHOLD, lora: LoraSpec | None = None
+    spec: NetworkSpec,
+    threshold: int = OPTIMIZER_THRESHOLD,
+    lora: LoraSpec | None = None,
+    pruning: PruningSpec | None = None,
 ) -> tuple[PlacedParameter, ...]:
     """Every weight of the network with its stage and its slice on one device of that stage.
 
@@ -58,6 +62,7 @@ def placed_parameters(
         spec: as ``core.cluster.cluster_rules.effective_spec`` leaves it.
         threshold: KB; smaller slices are not cut by the optimizer (``parallel_optimizer_threshold``).
         lora: its adapters are added, and they alone are trained.
+        pruning: what its masks need is added, which every device has whole.
     """
     parallel = spec.parallel
     sharded = parallel.parallel_mode in SHARDED_MODES and parallel.device_num > 1
@@ -77,6 +82,8 @@ def placed_parameters(
             local = (gathered[0] // copies, *gathered[1:])
         trained = lora is None or name.endswith((LORA_A, LORA_B))
         placed.append(PlacedParameter(name, stage, whole, gathered, local, numbers, trained))
+    for name, whole, is_trained in pruning.parameters() if pruning else ():
+        placed.append(PlacedParameter(name, 0, whole, whole, whole, "float32", is_trained))
     return tuple(placed)
 
 

@@ -153,7 +153,7 @@ def gradient_sent(spec: NetworkSpec, settings: StepSettings, stage: int) -> int:
     """Bytes for summing gradients (and gathering the weights that the optimizer's cut keeps in parts), once a step."""
     devices = spec.parallel.data_parallel * spec.parallel.model_parallel
     total = 0
-    for item in placed_parameters(spec, settings.threshold, settings.lora):
+    for item in placed_parameters(spec, settings.threshold, settings.lora, settings.pruning):
         if item.stage == stage and item.trained:
             copies = devices // max(math.prod(item.whole) // math.prod(item.gathered), 1)
             total += sent_bytes("AllReduce", item.gathered_nbytes, copies)

@@ -79,6 +79,8 @@ def _candidates(spec: NetworkSpec, settings: StepSettings, rows: int) -> Iterato
     again = settings.recompute.for_every_layer(layers)
     for mp in _divisors(devices, MACHINE):
         for pp in _divisors(devices // mp, layers):
+            if pp > 1 and settings.pruning:
+                continue
             dp = devices // mp // pp
             batches, rest = divmod(rows, spec.batch_size * dp * spec.parallel.micro_batch_interleave_num)
             if rest or batches < 1:

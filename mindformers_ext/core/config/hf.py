@@ -73,6 +73,7 @@ _FIXED: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.0,
         "topk_method": "greedy",
         "balance_via_topk_bias": False,
+        "expert_bias": False,
     },
     "shared": {"gated": False, "scale": 1.0, "weighs_each": False, "num_experts": 1},
 }
@@ -230,6 +231,8 @@ def routing_as_hf(moe: MoESpec) -> MoESpec:
         gate=moe.gate,
         shared_expert=moe.shared_expert,
         expert_sizes=moe.expert_sizes,
+        expert_bias=moe.expert_bias,
+        aux_loss_type=moe.aux_loss_type,
         **{name: getattr(moe, name) for name in NOISY_WORDS},
     )
 

@@ -132,6 +132,8 @@ KEYS: tuple[Key, ...] = (
         score_scale_factor       score_scale_factor       factors 1.0
         load_compat              load_compat              str    correct
         size_experts             expert_sizes             sizes  -
+        add_rescale_bias         expert_bias              bool   False
+        aux_loss_type            aux_loss_type            str    layerwise
     """,
     ),
     *_keys(

@@ -191,8 +191,24 @@ def _check_heads(target: ModelShape, source: ModelShape, said: bool, problems: P
         )
 
 
-def pruning_groups(spec: PruningSpec, learning_rate: float) -> tuple[ParameterGroup, ...]:
-    """Masks descend and multipliers climb with ``lag_lr`` under the schedule of the weights; neither decays."""
+def pruning_groups(spec: PruningSpec, learning_rate: float, steps: int) -> tuple[ParameterGroup, ...]:
+    """Masks descend and multipliers climb with ``lag_lr`` under the schedule of the weights; neither decays.
+
+    Args:
+        spec: the masks.
+        learning_rate: of the weights, at the top.
+        steps: of the run.
+
+    Raises:
+        UserError: the target is still rising when the run ends, or the weights have no learning rate.
+    """
+    if spec.warmup_steps > steps:
+        raise UserError(
+            f"{WHERE}.lagrangian_warmup_steps={spec.warmup_steps} of a run of {steps} steps: the target would "
+            f"not be reached; LLM-Shearing takes a fifth of the steps, here {max(1, steps // 5)}"
+        )
+    if not learning_rate > 0:
+        raise UserError(f"{WHERE}: lr_schedule.learning_rate is {learning_rate}: give one above 0")
     factor = spec.lag_lr / learning_rate
     return (
         ParameterGroup(pattern=re.escape(MASKS) + ".*", lr_factor=factor, decay=False),
@@ -201,16 +217,6 @@ def pruning_groups(spec: PruningSpec, learning_rate: float) -> tuple[ParameterGr
 
 
 def with_pruning(train: TrainSpec, spec: PruningSpec) -> TrainSpec:
-    """``train`` of a network with masks.
-
-    Raises:
-        UserError: the target is still rising when the run ends, or the weights have no learning rate.
-    """
-    if spec.warmup_steps > train.steps:
-        raise UserError(
-            f"{WHERE}.lagrangian_warmup_steps={spec.warmup_steps} of a run of {train.steps} steps: the target would "
-            f"not be reached; LLM-Shearing takes a fifth of the steps, here {max(1, train.steps // 5)}"
-        )
-    if not train.schedule.learning_rate > 0:
-        raise UserError(f"{WHERE}: lr_schedule.learning_rate is {train.schedule.learning_rate}: give one above 0")
-    return replace(train, pruning=spec, groups=(*pruning_groups(spec, train.schedule.learning_rate), *train.groups))
+    """``train`` of a network with masks; errors of ``pruning_groups``."""
+    groups = pruning_groups(spec, train.schedule.learning_rate, train.steps)
+    return replace(train, pruning=spec, groups=(*groups, *train.groups))

@@ -11,7 +11,9 @@ routing losses are part of the loss), ``aux_loss_reduce`` (``sum`` or ``mean`` o
 single chosen expert gets gate 1, as in Hugging Face's Mixtral; default False, MindFormers' rule); and of the families
 ``moe_intermediate_size``, ``shared_expert_intermediate_size``, ``shared_expert_scale``, ``dense_layers`` (numbers of
 the layers without experts), ``moe_gate`` with the words of its noisy kinds (``core.layers.NOISY_WORDS``),
-``size_experts``, those of residual experts (``core.layers.RESIDUAL_WORDS``) and ``qk_layernorm``; and of attention
+``size_experts``, those of residual experts (``core.layers.RESIDUAL_WORDS``), ``add_rescale_bias`` (experts have biases,
+as aligned ones of LLaMA-MoE v2), ``aux_loss_type`` (``layerwise``, ``switch`` or ``legacy_constant``) and
+``qk_layernorm``; and of attention
 ``mlp_has_bias``, ``sliding_window`` (tokens that a token sees, itself included) and ``full_attention_layers`` (numbers
 of the layers without a window).
 """

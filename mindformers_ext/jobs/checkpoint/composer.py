@@ -67,6 +67,16 @@ def open_raw(path: Path) -> Reader:
     return reader
 
 
+def open_composer(path: Path) -> Reader:
+    """A Composer checkpoint without masks under Hugging Face's names; ``UserError`` for any other file."""
+    raw = open_raw(path)
+    try:
+        return as_hugging_face(raw, path)
+    except UserError:
+        raw.close()
+        raise
+
+
 def as_hugging_face(raw: Reader, path: Path, masked: bool = False) -> Reader:
     """An open Composer checkpoint under Hugging Face's names."""
     places = {name: Stored(at) for name, at in places_of(raw.infos, str(path), masked).items()}

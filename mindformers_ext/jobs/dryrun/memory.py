@@ -18,6 +18,7 @@ from mindformers_ext.core.cluster.split_search import MACHINE, Split, fitting_sp
 from mindformers_ext.core.config.foreign import foreign_lora
 from mindformers_ext.core.config.lora import lora_from_yaml
 from mindformers_ext.core.config.mixture_words import with_mixture_words
+from mindformers_ext.core.config.pruning import pruning_from_yaml
 from mindformers_ext.core.config.recompute import WHERE, recompute_from_yaml
 from mindformers_ext.core.config.run import RunSpec, run_spec_from_yaml
 from mindformers_ext.core.config.values import read_value, section_at
@@ -66,7 +67,8 @@ def step_settings(config: Mapping[str, Any], spec: NetworkSpec, ours: bool = Tru
         config = {**config, WHERE: {"recompute": section_at(config, WHERE).get("recompute")}}
     recompute = recompute_from_yaml(config, spec)
     lora = lora_from_yaml(config) if ours else foreign_lora(config)
-    return StepSettings(recompute, int(threshold), bool(shard), int(steps), lora)
+    pruning = pruning_from_yaml(config, spec.model) if ours else None
+    return StepSettings(recompute, int(threshold), bool(shard), int(steps), lora, pruning)
 
 
 def memory_limit(memory: str | None, configured: object) -> int | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ext.core.capacity import rows_at_once
+from mindformers_ext.core.cluster.build import built_pruning
 from mindformers_ext.core.cluster.cluster_rules import TOGETHER, effective_spec
 from mindformers_ext.core.cluster.judged import judge_network, read_network
 from mindformers_ext.core.cluster.memory import StageMemory, prediction_memory, stage_memory
@@ -137,6 +138,8 @@ def plan_dry_run(
             notes += check_prediction(run, spec)
         notes += [*found, *judge_network(spec, run, TOGETHER if mode == PREDICT and world > 1 else mode)]
         spec = effective_spec(spec)[0]
+        if run.family is not None:
+            built_pruning(words, spec)
         asked = asked_ranks(ranks, world, spec.parallel.pipeline_stage)
         shape = prediction_shape(run, spec) if mode == PREDICT else None
         limits = memory, section_at(words, "context").get("max_device_memory")

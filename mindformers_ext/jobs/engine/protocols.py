@@ -153,8 +153,21 @@ class Ranks(Protocol):
         ...
 
 
-class Trainer(Protocol):
-    """A network that learns; see ``pt.trainer``. Weights are filled in before ``open``, moments restored after it."""
+class NetworkValues(Protocol):
+    """A network whose parameters and buffers are read and set by name."""
+
+    def values(self, ending: str) -> dict[str, np.ndarray]:
+        """The network's parameters (and buffers) whose name ends in ``ending``, in its order."""
+        ...
+
+    def set_values(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Replace such parameters by name."""
+        ...
+
+
+class Trainer(NetworkValues, Protocol):
+    """A network that learns; see ``pt.trainer``. Weights are filled in before ``open``, moments restored and
+    values read after it."""
 
     @property
     def ranks(self) -> Ranks:
@@ -189,14 +202,6 @@ class Trainer(Protocol):
         Every rank has to ask, for as many rows."""
         ...
 
-    def values(self, ending: str) -> dict[str, np.ndarray]:
-        """The network's parameters (and buffers) whose name ends in ``ending``, in its order; after ``open``."""
-        ...
-
-    def set_values(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Replace such parameters by name."""
-        ...
-
     def state(self, adapters: bool) -> Iterator[tuple[str, np.ndarray]]:
         """All that a checkpoint holds; with ``adapters`` LoRA's weights alone."""
         ...
@@ -211,7 +216,8 @@ class LayerStates(Protocol):
 
 
 class LayerProbe(Protocol):
-    """What a dense decoder computes inside, with one layer in memory. Points are those of ``core.layers.POINTS``.
+    """What a decoder computes inside, with one layer in memory. Points are those of ``core.layers.POINTS``; a mixture
+    has those of width D, drops no token and has no way back; on PyTorch it has ``MIXTURE_POINTS`` besides.
 
     Rows do not see each other, and a token none behind it: padding on the right changes nothing before it. S is the
     spec's ``seq_length``; PyTorch takes any.

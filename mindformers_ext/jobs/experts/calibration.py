@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import DeviceSpec
 from mindformers_ext.data.tokenizers import open_tokenizer
 from mindformers_ext.jobs.engine.door import join_job
-from mindformers_ext.jobs.experts.dense_model import DenseModel, open_dense
+from mindformers_ext.jobs.experts.dense_model import StreamedModel, open_dense
 from mindformers_ext.jobs.experts.probe import Course, Rows
 from mindformers_ext.jobs.experts.ranks import Share
 from mindformers_ext.jobs.experts.text_chats import read_chats
@@ -105,7 +105,7 @@ def texts_of(asked: Calibration) -> dict[str, Any]:
 class Opened:
     """The course of this process; ``every`` are the rows of all processes."""
 
-    course: Course
+    course: Course[StreamedModel]
     every: Rows
     notes: tuple[str, ...]
 
@@ -120,14 +120,17 @@ class Opened:
         return len(self.every.ids)
 
     @property
-    def model(self) -> DenseModel:
+    def model(self) -> StreamedModel:
         """The model."""
         return self.course.model
 
 
 @contextmanager
-def opened(asked: Calibration, share: Share, keep: bool = True) -> Iterator[Opened]:
-    """The course; the model is closed at the end. ``keep``: tokens may be written to the cache.
+def opened(
+    asked: Calibration, share: Share, keep: bool = True, open_model: Callable[[Path], StreamedModel] = open_dense
+) -> Iterator[Opened]:
+    """The course; the model is closed at the end. ``keep``: tokens may be written to the cache. ``open_model``: where
+    it is not dense.
 
     Raises:
         UserError: see ``Calibration.check``, ``open_dense``, ``read_domains``; fewer rows than processes.
@@ -136,7 +139,7 @@ def opened(asked: Calibration, share: Share, keep: bool = True) -> Iterator[Open
     number = share.local if share.size > 1 and asked.device_target != CPU else asked.device_id
     device = DeviceSpec(asked.device_target, number)
     join_job(asked.engine, device)
-    model = open_dense(asked.model_path)
+    model = open_model(asked.model_path)
     try:
         rows, notes = _rows(asked, model, keep and share.rank == 0)
         if len(rows.ids) < share.size:
@@ -148,7 +151,7 @@ def opened(asked: Calibration, share: Share, keep: bool = True) -> Iterator[Open
         model.close()
 
 
-def _rows(asked: Calibration, model: DenseModel, keep: bool) -> tuple[Rows, list[str]]:
+def _rows(asked: Calibration, model: StreamedModel, keep: bool) -> tuple[Rows, list[str]]:
     tokenizer = open_tokenizer(model.folder)
     check_length(asked.block_size, tokenizer, model.spec.max_position_embeddings)
     if asked.text is not None:

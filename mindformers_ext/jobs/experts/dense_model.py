@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face folder of a dense decoder whose weights are read a layer, or some rows, at a time, as float32."""
+"""A Hugging Face folder of a decoder whose weights are read a layer, or some rows, at a time, as float32."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def template_kind(template: str) -> str:
 
 
 @dataclass(frozen=True)
-class DenseModel:
-    """An open model; ``close`` it after use."""
+class StreamedModel:
+    """An open model, dense or with mixtures; ``close`` it after use."""
 
     folder: Path
     spec: ModelSpec
@@ -73,10 +73,6 @@ class DenseModel:
         for name, array in replace(self.plan, steps=steps, copies=()).run(self.reader):
             yield name.removeprefix(prefix), array
             del array  # or it lives on while the next one is read
-
-    def matrix(self, name: str, layer: int) -> np.ndarray:
-        """``gate_proj``, ``up_proj`` (F, D) or ``down_proj`` (D, F) of one layer."""
-        return self._float(self.reader.read(f"model.layers.{layer}.mlp.{name}.weight"))
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
         """Embeddings (..., D) of ``ids``; only the blocks of the table that hold some of them are read."""
@@ -102,10 +98,11 @@ class DenseModel:
 
     @cached_property
     def layer_bytes(self) -> tuple[int, int]:
-        """Bytes of a layer's weights and of its largest one, as float32."""
+        """Bytes of the largest layer's weights and of the largest one of them, as float32."""
         sizes = size_letters(self.spec)
-        counts = [4 * prod(shape_of(row.dims, sizes)) for row in layer_rows(self.spec.layer(0))]
-        return sum(counts), max(counts)
+        kinds = {self.spec.layer(index) for index in range(self.spec.num_hidden_layers)}
+        counts = [[4 * prod(shape_of(row.dims, sizes)) for row in layer_rows(kind)] for kind in kinds]
+        return max(map(sum, counts)), max(map(max, counts))
 
     def check_layers(self, layers: tuple[int, ...] | None) -> tuple[int, ...]:
         """The layers asked for, all where None; one that is not there is a ``UserError``."""
@@ -124,6 +121,14 @@ class DenseModel:
         return np.asarray(array, dtype=np.float32)
 
 
+class DenseModel(StreamedModel):
+    """One without experts."""
+
+    def matrix(self, name: str, layer: int) -> np.ndarray:
+        """``gate_proj``, ``up_proj`` (F, D) or ``down_proj`` (D, F) of one layer."""
+        return self._float(self.reader.read(f"model.layers.{layer}.mlp.{name}.weight"))
+
+
 def open_dense(folder: Path) -> DenseModel:
     """The dense decoder in ``folder``; names, shapes and types are checked, no data is read but of a doubled head.
 
@@ -135,6 +140,12 @@ def open_dense(folder: Path) -> DenseModel:
     spec = model_spec_from_hf(read_config(folder))
     if spec.moe is not None:
         raise UserError(f"'{folder}' is a mixture of experts already: give a dense model")
+    return DenseModel(folder, spec, *open_weights(folder, spec))
+
+
+def open_weights(folder: Path, spec: ModelSpec) -> tuple[Reader, Plan]:
+    """The open weights of a model folder and the plan that makes float32 of them under our names; ``UserError`` where
+    they are not those of ``spec``."""
     reader = open_hf(folder)
     try:
         plan = plan_to_mindspore(reader, spec, "fp32")
@@ -142,4 +153,4 @@ def open_dense(folder: Path) -> DenseModel:
     except BaseException:
         reader.close()
         raise
-    return DenseModel(folder, spec, reader, plan)
+    return reader, plan

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs token rows through a dense model layer by layer, and back: what a layer computes goes to a sink.
+"""Runs token rows through a model layer by layer, and back: what a layer computes goes to a sink.
 
 Only one layer's weights are in memory; what enters the layers is on disk. The way back multiplies the gradient by one
 layer's Jacobian after the other, from the language model's loss summed over all tokens that are predicted.
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import psutil
@@ -24,11 +24,12 @@ from mindformers_ext.core.spec import DeviceSpec, NetworkSpec
 from mindformers_ext.formats.disk import check_space
 from mindformers_ext.jobs.engine.door import open_probe
 from mindformers_ext.jobs.engine.protocols import LayerProbe
-from mindformers_ext.jobs.experts.dense_model import DenseModel
+from mindformers_ext.jobs.experts.dense_model import StreamedModel
 from mindformers_ext.jobs.experts.ranks import Share
 from mindformers_ext.jobs.experts.states import StateFile, States
 
 Arrays = Mapping[str, np.ndarray]
+Model = TypeVar("Model", bound=StreamedModel)
 BASE = 350 * 10**6  # bytes of a process that has imported a framework
 TOKENS = 2048  # that a layer computes at once, unless one row has more
 
@@ -116,11 +117,11 @@ class Nothing:
 
 
 @dataclass(frozen=True)
-class Course:
+class Course(Generic[Model]):
     """A model and the rows that go through it. ``batch``: rows of a batch, in whose order parts come. ``mean``: a row's
     loss is the mean over its predicted tokens; otherwise their sum."""
 
-    model: DenseModel
+    model: Model
     rows: Rows
     engine: str
     device: DeviceSpec

@@ -20,11 +20,12 @@ from mindformers_ext.jobs.merge.gates import gate_rows
 from mindformers_ext.jobs.merge.models import Model, folders_of, opened
 from mindformers_ext.jobs.merge.moe_config import MoEConfig, read_moe_config
 from mindformers_ext.jobs.merge.moe_outputs import fitting_output, mixture_config
-from mindformers_ext.jobs.merge.moe_plan import CopyFrom, GateRows, Target, Zeros, plan_targets
+from mindformers_ext.jobs.merge.moe_plan import CopyFrom, GateRows, Neurons, Target, Zeros, plan_targets
 from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest, check_output, check_result
 from mindformers_ext.jobs.merge.plan import MergePart, TensorTask
 from mindformers_ext.jobs.merge.sidecars import Card, copy_tokenizer, write_card, write_json
 from mindformers_ext.jobs.merge.stream import COPIED, Findings, TaskRunner, row_blocks
+from mindformers_ext.surgery.experts.shuffle import shuffled
 from mindformers_ext.surgery.merge.architectures import HEAD
 from mindformers_ext.surgery.merge.settings import Settings
 
@@ -58,6 +59,19 @@ def assemble(request: MoERequest, write: bool = True) -> MergeReport:
     return run_merge(request.output, _opened(request), Findings(request.strict, request.allow_overflow), write)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A mixture said in full. ``rows`` makes the router's, float32 (layers, experts of all segments and shared ones,
+    hidden), and what the run should say; ``router``: in a few words, how. ``fused``: see ``MoERequest``."""
+
+    config: MoEConfig
+    rows: Callable[[], tuple[np.ndarray, list[str]]]
+    router: str
+    card: Card
+    fused: bool = False
+    seed: int = 0
+
+
 @contextmanager
 def _opened(request: MoERequest) -> Iterator[Prepared]:
     config = read_moe_config(request.config, request.untrained_is_fine)
@@ -71,41 +85,71 @@ def _opened(request: MoERequest) -> Iterator[Prepared]:
         if not config.output_said:
             kind = models[config.base_model].architecture.model_type
             config = replace(config, output=fitting_output(kind, len(config.shared), config.output))
-        problems = Problems("the mixture cannot be assembled")
-        targets, notes = plan_targets(config, models, request.fused, problems)
-        problems.raise_if_any()
-        base = models[config.base_model]
-        result = mixture_config(
-            config.output,
-            {**base.architecture.defaults, **base.config},
-            len(config.experts) * config.segments,
-            config.experts_per_token,
-            segments=config.segments,
-            dtype=_common_type(targets),
-            tied=_tied(targets),
-        )
-        check_result(request.output, result)
-        notes += [note for model in models.values() for note in model.notes]
-        yield _prepared(request, _Assembly(config, models, targets), result, notes)
+        yield prepared(_recipe(request, config, models), models, request.output)
+
+
+def _recipe(request: MoERequest, config: MoEConfig, models: Mapping[str, Model]) -> Recipe:
+    def rows() -> tuple[np.ndarray, list[str]]:
+        found, notes = gate_rows(config, models[config.base_model], request.seed)
+        found = per_segment(found, len(config.experts), config.segments)
+        return found if request.gate_scale is None else found * np.float32(request.gate_scale), notes
+
+    method = f"mixture of experts, gate mode {config.gate_mode}"
+    return Recipe(
+        config=config,
+        rows=rows,
+        router=config.gate_mode,
+        card=Card(method, tuple(models), config.base_model, config.text, CONFIG_COPY),
+        fused=request.fused,
+        seed=request.seed,
+    )
+
+
+def prepared(recipe: Recipe, models: Mapping[str, Model], out: OutputRequest) -> Prepared:
+    """The plan of a mixture of open ``models``, checked, for ``run_merge``.
+
+    Raises:
+        UserError: models that do not fit, all of it in one message.
+    """
+    config = recipe.config
+    problems = Problems("the mixture cannot be assembled")
+    targets, notes = plan_targets(config, models, recipe.fused, problems)
+    problems.raise_if_any()
+    base = models[config.base_model]
+    result = mixture_config(
+        config.output,
+        {**base.architecture.defaults, **base.config},
+        len(config.experts) * config.segments,
+        config.experts_per_token,
+        segments=config.segments,
+        dtype=_common_type(targets),
+        tied=_tied(targets),
+        dense=config.dense,
+        normalised=config.normalised,
+    )
+    check_result(out, result)
+    notes += [note for model in models.values() for note in model.notes]
+    return _prepared(_Assembly(recipe, models, targets), out, result, notes)
 
 
 @dataclass(frozen=True)
 class _Assembly:
     """An assembly that is open and checked."""
 
-    config: MoEConfig
+    recipe: Recipe
     models: Mapping[str, Model]
     targets: list[Target]
 
+    @property
+    def base(self) -> Model:
+        return self.models[self.recipe.config.base_model]
 
-def _prepared(request: MoERequest, job: _Assembly, result: Mapping[str, Any], notes: list[str]) -> Prepared:
+
+def _prepared(job: _Assembly, out: OutputRequest, result: Mapping[str, Any], notes: list[str]) -> Prepared:
     def start(findings: Findings, said: list[str]) -> Callable[[int], Iterator[Array]]:
-        rows, more = gate_rows(job.config, job.models[job.config.base_model], request.seed)
+        rows, more = job.recipe.rows()
         said += more
-        rows = _per_segment(rows, len(job.config.experts), job.config.segments)
-        if request.gate_scale is not None:
-            rows = rows * np.float32(request.gate_scale)
-        return _maker(job, rows, request.seed, findings)
+        return _maker(job, rows, findings)
 
     lines = tuple(
         f"{t.info.name} {BY_NUMPY[t.info.dtype].long} {list(t.info.shape)} = {_origin(job, t)}" for t in job.targets
@@ -115,12 +159,12 @@ def _prepared(request: MoERequest, job: _Assembly, result: Mapping[str, Any], no
         lines,
         notes,
         start,
-        lambda folder: _write_beside(folder, request.output, job, result),
+        lambda folder: _write_beside(folder, out, job, result),
         lambda: _comparison(job),
     )
 
 
-def _per_segment(rows: np.ndarray, experts: int, segments: int) -> np.ndarray:
+def per_segment(rows: np.ndarray, experts: int, segments: int) -> np.ndarray:
     """The router's rows (layers, experts and shared ones, hidden) with each expert's repeated for its segments.
 
     Segments of one model are then chosen together and weigh the same: the mixture begins as the one of whole models.
@@ -132,7 +176,7 @@ def _comparison(job: _Assembly) -> tuple[TaskRunner, Sequence[TensorTask]]:
     """The feed-forward matrices of the base and of every model that gives an expert."""
     from mindformers_ext.surgery.merge.passthrough import PASSTHROUGH
 
-    base = job.models[job.config.base_model]
+    base = job.base
     others = [name for name in job.models if name != base.name]
     rows = [row.name for row in base.architecture.layer_rows() if ".mlp." in row.name and row.name.endswith(".weight")]
     names = [row.replace("{layer}", str(layer)) for layer in range(base.layers) for row in rows]
@@ -159,7 +203,7 @@ def _tied(targets: list[Target]) -> bool:
     return all(target.info.name != HEAD.name for target in targets)
 
 
-def _maker(job: _Assembly, rows: np.ndarray, seed: int, findings: Findings) -> Callable[[int], Iterator[Array]]:
+def _maker(job: _Assembly, rows: np.ndarray, findings: Findings) -> Callable[[int], Iterator[Array]]:
     """The blocks of each target."""
 
     def blocks(place: int) -> Iterator[Array]:
@@ -170,7 +214,7 @@ def _maker(job: _Assembly, rows: np.ndarray, seed: int, findings: Findings) -> C
             elif isinstance(source, Zeros):
                 yield np.zeros(source.length, target.info.dtype)
             else:
-                yield from _copied(job, source, target.info, seed, findings)
+                yield from _copied(job, source, target.info, findings)
 
     return blocks
 
@@ -194,12 +238,29 @@ def _typed(array: Array, info: TensorInfo, findings: Findings) -> Array:
     return array
 
 
-def _copied(job: _Assembly, source: CopyFrom, info: TensorInfo, seed: int, findings: Findings) -> Iterator[Array]:
+def _generator(seed: int, stream: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed, stream]))
+
+
+def _shuffled(source: CopyFrom, neurons: Neurons, dense: Array, seed: int) -> Array:
+    """The cut of a whole matrix in its own order, some of it drawn anew."""
+    assert source.cut is not None
+    axis, first, end = source.cut
+    order = _generator(seed, neurons.order).permutation(dense.shape[axis])
+    chosen = _generator(seed, neurons.redrawn).permutation(dense.shape[axis])
+    redrawn = chosen[: int(neurons.ratio * len(chosen))]
+    return shuffled(dense, axis, order, redrawn, slice(first, end), _generator(seed, source.stream))
+
+
+def _copied(job: _Assembly, source: CopyFrom, info: TensorInfo, findings: Findings) -> Iterator[Array]:
     """The blocks of a matrix, with the expert's noise and scale, in the type of ``info``."""
-    reader = job.models[source.model].reader
-    random = np.random.Generator(np.random.Philox(key=[seed, source.stream])) if source.noise else None
-    for index in _blocks(source, reader.infos[source.name].shape):
+    reader, seed, neurons = job.models[source.model].reader, job.recipe.seed, source.neurons
+    random = _generator(seed, source.stream) if source.noise else None
+    shape = reader.infos[source.name].shape
+    for index in [()] if neurons else _blocks(source, shape):  # shuffled columns and rows come from everywhere
         array = reader.read(source.name, index)
+        if neurons:
+            array = _shuffled(source, neurons, array, seed)
         findings.look(array, MergePart(source.model, source.name))
         if random is not None or source.scale != 1.0:
             wide = array.astype(np.float32)
@@ -211,21 +272,21 @@ def _copied(job: _Assembly, source: CopyFrom, info: TensorInfo, seed: int, findi
 
 
 def _write_beside(folder: Path, out: OutputRequest, job: _Assembly, result: Mapping[str, Any]) -> list[str]:
-    base = job.models[job.config.base_model]
+    base = job.base
     write_json(folder / CONFIG, result)
     notes = copy_tokenizer(base.name, base.folder, folder) if out.copy_tokenizer else []
     if out.model_card:
-        method = f"mixture of experts, gate mode {job.config.gate_mode}"
-        write_card(folder, out.folder.name, Card(method, tuple(job.models), base.name, job.config.text, CONFIG_COPY))
+        write_card(folder, out.folder.name, job.recipe.card)
     return notes
 
 
 def _origin(job: _Assembly, target: Target) -> str:
     first, count = target.sources[0], len(target.sources)
     if isinstance(first, GateRows):
-        return f"gate, {job.config.gate_mode}"
+        return f"gate, {job.recipe.router}"
     if isinstance(first, Zeros):
         return "zeros"
     more = f" and {count - 1} more" if count > 1 else ""
     cut = f" {('rows', 'columns')[first.cut[0]]} {first.cut[1]} to {first.cut[2] - 1}" if first.cut else ""
-    return f"copy of {first.model}:{first.name}{cut}{more}"
+    how = f", its neurons shuffled, {first.neurons.ratio:g} of them redrawn" if first.neurons else ""
+    return f"copy of {first.model}:{first.name}{cut}{how}{more}"

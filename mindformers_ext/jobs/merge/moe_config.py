@@ -12,7 +12,7 @@ from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.layers import dtype_name
 from mindformers_ext.formats.dtypes import FLOATS
-from mindformers_ext.jobs.merge.moe_outputs import MIXTRAL, OUTPUTS, QWEN2_MOE, Output
+from mindformers_ext.jobs.merge.moe_outputs import DOWN, MIXTRAL, OUTPUTS, QWEN2_MOE, Output
 from mindformers_ext.jobs.merge.references import parse_reference
 
 KEYS = (
@@ -51,10 +51,21 @@ class Expert:
 
 
 @dataclass(frozen=True)
+class Shuffle:
+    """Neurons of each expert in an order of its own, ``ratio`` of them drawn anew: of its three matrices the ``same``,
+    or each others."""
+
+    ratio: float
+    same: bool = False
+
+
+@dataclass(frozen=True)
 class MoEConfig:
     """A whole assembly. ``segments``: experts made of each model, narrower by that factor.
 
-    ``output_said``: the file names its output; otherwise the models decide.
+    ``output_said``: the file names its output; otherwise the models decide. ``factors``: of the routed experts'
+    matrices, by which weights of 1 / chosen become the whole; ``shuffle``: of their neurons; ``dense``: layers that
+    stay dense; ``normalised``: the weights of the chosen experts sum to 1 (a Mixtral's always do).
     """
 
     base_model: str
@@ -67,6 +78,15 @@ class MoEConfig:
     shared: tuple[Expert, ...] = ()
     segments: int = 1
     output_said: bool = False
+    factors: Mapping[str, float] | None = None
+    shuffle: Shuffle | None = None
+    dense: frozenset[int] = frozenset()
+    normalised: bool = True
+
+    @property
+    def routed_factors(self) -> Mapping[str, float]:
+        """``factors``; where nobody says, each of m segments, weighing 1/m of the whole, counts m times."""
+        return {DOWN: float(self.segments)} if self.factors is None else self.factors
 
     def models(self) -> list[str]:
         """Every model named, the base first."""

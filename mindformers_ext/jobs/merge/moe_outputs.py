@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,8 @@ MIXTRAL = Output(
     count_key="num_local_experts",
     width_key="intermediate_size",
 )
-_QWEN = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False}
+DENSE, NORMALISED = "mlp_only_layers", "norm_topk_prob"
+_QWEN = {NORMALISED: True, "decoder_sparse_step": 1, DENSE: [], "use_sliding_window": False}
 _SAME_NAMES = {GATE: GATE, DOWN: DOWN, UP: UP}
 QWEN2_MOE = Output(
     families.QWEN2_MOE.name,
@@ -108,11 +109,21 @@ def fitting_output(kind: str, shared: int, otherwise: Output) -> Output:
 
 
 def mixture_config(
-    output: Output, base: Mapping[str, Any], experts: int, chosen: int, *, segments: int, dtype: str, tied: bool
+    output: Output,
+    base: Mapping[str, Any],
+    experts: int,
+    chosen: int,
+    *,
+    segments: int,
+    dtype: str,
+    tied: bool,
+    dense: Collection[int] = (),
+    normalised: bool = True,
 ) -> dict[str, Any]:
     """config.json of the mixture. Everything that the output's defaults would change is written out.
 
-    ``segments``: into how many of the ``experts`` each feed-forward was split.
+    ``segments``: into how many of the ``experts`` each feed-forward was split. ``dense`` and ``normalised``: see
+    ``MoEConfig``; for outputs that can have them.
     """
     kind = str(base.get("model_type"))
     full = with_both_ropes({**families.defaults_of(kind), **base})
@@ -138,4 +149,7 @@ def mixture_config(
         result["shared_expert_intermediate_size"] = width
     if "use_sliding_window" in output.config:
         result["max_window_layers"] = result["num_hidden_layers"]
-    return result | dict(output.config)
+    result |= output.config
+    return result | {
+        key: value for key, value in ((DENSE, sorted(dense)), (NORMALISED, normalised)) if key in output.config
+    }

@@ -22,10 +22,20 @@ from mindformers_ext.surgery.merge.architectures import EMBEDDING, HEAD, known_n
 
 
 @dataclass(frozen=True)
+class Neurons:
+    """Neurons in an order of their own, ``ratio`` of them drawn anew; the streams of both draws."""
+
+    ratio: float
+    order: int
+    redrawn: int
+
+
+@dataclass(frozen=True)
 class CopyFrom:
     """A matrix of a model, with ``noise`` of that deviation added and then times ``scale``.
 
-    ``cut``: (axis, first, end) of the rows or columns that are taken, None for all.
+    ``cut``: (axis, first, end) of the rows or columns that are taken, None for all; of those in the order of
+    ``neurons``, which lie along that axis, where it is given.
     """
 
     model: str
@@ -34,6 +44,7 @@ class CopyFrom:
     scale: float = 1.0
     stream: int = 0  # of the random numbers
     cut: tuple[int, int, int] | None = None
+    neurons: Neurons | None = None
 
 
 @dataclass(frozen=True)
@@ -161,7 +172,11 @@ class _Builder:
                 self._from_base(row.name.replace("{layer}", str(layer)), row.optional)
             if self.config.output.biased:
                 self._biases(f"model.layers.{layer}.")
-            self._moe(layer, fused)
+            if layer in self.config.dense:
+                for kind in _shapes(1, 1):
+                    self._from_base(f"model.layers.{layer}.mlp.{kind}.weight", optional=False)
+            else:
+                self._moe(layer, fused)
         for row in table.post:
             tied = bool(self.base.config.get("tie_word_embeddings", False))
             self._from_base(row.name, row.optional and (tied or row.name != HEAD.name))
@@ -231,16 +246,31 @@ class _Builder:
             )
         elif not is_float(info.dtype):
             self.problems.add(f"'{name}' of '{expert.model}' is {info.dtype}", "only floats are assembled")
-        out, segments = name.endswith(f"{DOWN}.weight"), self.config.segments
+        kind, segments = name.split(".")[-2], self.config.segments
+        out = kind == DOWN
         scale = expert.residual_scale if out and expert.residual_scale is not None else 1.0
-        stream = zlib.crc32(f"{place} {name}".encode())
-        cut = None
-        if segment is not None and segments > 1:
+        cut = neurons = None
+        if segment is not None:
+            scale *= self.config.routed_factors.get(kind, 1.0)
             axis = 1 if out else 0
             width = shape[axis] // segments
-            cut = (axis, segment * width, (segment + 1) * width)
-            scale *= segments if out else 1
-        return CopyFrom(expert.model, name, expert.noise_scale or 0.0, scale, stream, cut)
+            neurons = self._neurons(place // segments, name)
+            if segments > 1 or neurons:
+                cut = (axis, segment * width, (segment + 1) * width)
+        return CopyFrom(expert.model, name, expert.noise_scale or 0.0, scale, _stream(place, name), cut, neurons)
+
+    def _neurons(self, copy: int, name: str) -> Neurons | None:
+        """Those of a whole feed-forward, before it is cut: one order for its three matrices."""
+        shuffle, layer = self.config.shuffle, name.split("mlp.")[0]
+        if shuffle is None:
+            return None
+        redrawn = _stream(copy, "redrawn", layer if shuffle.same else name)
+        return Neurons(shuffle.ratio, _stream(copy, "order", layer), redrawn)
+
+
+def _stream(*words: object) -> int:
+    """The stream of random numbers that has this name."""
+    return zlib.crc32(" ".join(map(str, words)).encode())
 
 
 def _shapes(width: int, hidden: int) -> dict[str, tuple[int, ...]]:

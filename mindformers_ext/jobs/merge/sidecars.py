@@ -57,13 +57,15 @@ def copy_tokenizer(name: str, source: Path, target: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Card:
-    """What the model card says. ``copy`` is the name of the configuration's copy beside it."""
+    """What the model card says. ``copy`` is the name of the configuration's copy beside it; ``what`` was made, how."""
 
     method: str
     models: Sequence[str]
     base: str | None
     config: str
     copy: str
+    what: str = "A merge of language models by the method"
+    tags: tuple[str, ...] = ("mergekit", "merge")
 
 
 def write_card(folder: Path, title: str, card: Card) -> None:
@@ -79,15 +81,14 @@ def _card(title: str, card: Card) -> str:
         *(["base_model:", *(f"- {name}" for name in hub)] if hub else []),
         "library_name: transformers",
         "tags:",
-        "- mergekit",
-        "- merge",
+        *(f"- {tag}" for tag in card.tags),
         "---",
     ]
     based = f" with `{card.base}` as its base" if card.base else ""
     listed = "\n".join(f"- `{name}`" for name in card.models)
     return (
         "\n".join(front)
-        + f"\n# {title}\n\nA merge of language models by the method `{card.method}`{based}.\n\n"
+        + f"\n# {title}\n\n{card.what} `{card.method}`{based}.\n\n"
         + f"## Models\n\n{listed}\n\n"
         + f"## Configuration\n\n```yaml\n{card.config.strip()}\n```\n"
     )

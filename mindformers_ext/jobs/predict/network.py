@@ -17,9 +17,17 @@ from mindformers_ext.core.spec import DeviceSpec, ModelSpec, NetworkSpec
 from mindformers_ext.formats.rank_dirs import rank_folders
 from mindformers_ext.formats.safetensors_dir import CONFIG
 from mindformers_ext.formats.tensors import Reader
+from mindformers_ext.jobs.checkpoint.composer import open_composer
 from mindformers_ext.jobs.checkpoint.renamed import notes_of
 from mindformers_ext.jobs.checkpoint.saved import checkpoint_file, holds_whole
-from mindformers_ext.jobs.checkpoint.source import described_layout, is_hf_file, open_hf, open_ms, read_config
+from mindformers_ext.jobs.checkpoint.source import (
+    TORCH_SUFFIXES,
+    described_layout,
+    is_hf_file,
+    open_hf,
+    open_ms,
+    read_config,
+)
 from mindformers_ext.jobs.engine.door import open_engine
 from mindformers_ext.jobs.engine.protocols import Network
 from mindformers_ext.weights.convert import plan_relayout, plan_to_mindspore
@@ -64,7 +72,7 @@ def open_weights(path: Path, spec: ModelSpec, strategy_dir: Path | None = None) 
 
     Args:
         path: a Hugging Face folder, a .ckpt or .safetensors file of either layout, a folder with one of them or with
-            rank_0, or a folder of several rank folders.
+            rank_0, a folder of several rank folders, or a Composer checkpoint of LLM-Shearing (.pt).
         strategy_dir: the strategy files of several ranks; by default the folder ``strategy`` beside ``path``.
 
     Raises:
@@ -79,6 +87,9 @@ def open_weights(path: Path, spec: ModelSpec, strategy_dir: Path | None = None) 
         names = "".join(f" ({note})" for note in notes_of(reader))
         what = f"Hugging Face {'file' if is_file else 'folder'} {path}{names}"
         return _planned(reader, lambda: plan_to_mindspore(reader, spec), what)
+    if path.is_file() and path.suffix in TORCH_SUFFIXES:
+        composer = open_composer(path)
+        return _planned(composer, lambda: plan_to_mindspore(composer, spec), f"Composer checkpoint {path}")
     file, strategies, what = _ms_source(path, strategy_dir, spec)
     reader, meta = open_ms(file, strategies)
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,15 +15,29 @@ from mindformers_ext.core.config.hf import model_spec_from_hf
 from mindformers_ext.core.config.pruning import target_shape
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.pruning import MASKS, MODULES, Z_LOGA, ModelShape, shape_of_model
+from mindformers_ext.formats.atomic import scratch_folder
 from mindformers_ext.formats.dtypes import cast
 from mindformers_ext.formats.tensors import Array, Reader, TensorInfo
-from mindformers_ext.jobs.checkpoint.composer import as_hugging_face, check_output, described, open_raw, write_composer
+from mindformers_ext.jobs.checkpoint.composer import (
+    as_hugging_face,
+    check_output,
+    described,
+    open_raw,
+    save_composer,
+    write_composer,
+)
+from mindformers_ext.jobs.checkpoint.saved import checkpoint_file
+from mindformers_ext.jobs.merge.output import OutputRequest
+from mindformers_ext.jobs.prune.cut import CutRequest, cut
 from mindformers_ext.jobs.prune.masks_file import SavedMasks
 from mindformers_ext.jobs.prune.report import check_reached
 from mindformers_ext.surgery.prune.cut import full_masks, pruned_shape, tensor_cut
 from mindformers_ext.surgery.prune.hard_concrete import clamped, deterministic, sparsity
 from mindformers_ext.weights.convert import rule_set
 from mindformers_ext.weights.views import BLOCK
+
+CHECKPOINTS = "checkpoint"  # of a run's output_dir
+SHARD = 5 * 10**9  # bytes
 
 
 @dataclass(frozen=True)
@@ -80,6 +94,35 @@ def prune_composer(
                 tensors.append((TensorInfo(new, cut.shape(info.shape), info.dtype), blocks))
         write_composer(output, tensors, overwrite)
     return PrunedComposer(output, masks, left, tuple(notes))
+
+
+def prune_run(run: Path, file: Path, force: bool = False, overwrite: bool = False) -> PrunedComposer:
+    """A pruning run of this package, cut by its masks into ``pruned-<name>`` beside ``file``; as ``prune_composer``."""
+    output = file.with_name(f"pruned-{file.name}")
+    check_output(output, overwrite)
+    with scratch_folder(output.with_suffix(".parts")) as place:
+        folder = OutputRequest(folder=place / "model", shard_bytes=SHARD, quiet=True)
+        report = cut(CutRequest(model=run, output=folder, force=force))
+        save_composer(folder.folder, output, overwrite=overwrite)
+    return PrunedComposer(output, report.masks, report.shape, report.notes)
+
+
+def run_beside(file: Path) -> Path | None:
+    """The run of this package where LLM-Shearing's trainer would have left ``file``; None where there is none."""
+    return file.parent if not file.exists() and (file.parent / CHECKPOINTS).is_dir() else None
+
+
+@contextmanager
+def composer_of(file: Path) -> Iterator[Path]:
+    """``file``, or what the newest checkpoint of the run beside it is in Composer's names, as long as it is needed."""
+    run = run_beside(file)
+    newest = (checkpoint_file(run / CHECKPOINTS) or checkpoint_file(run / CHECKPOINTS, ".safetensors")) if run else None
+    if newest is None:
+        yield file
+        return
+    with scratch_folder(file.with_suffix(".parts")) as place:
+        save_composer(newest, place / "state.safetensors")
+        yield place / "state.safetensors"
 
 
 def _parameters(raw: Reader, path: Path) -> dict[str, np.ndarray]:

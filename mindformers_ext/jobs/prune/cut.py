@@ -37,15 +37,16 @@ class CutRequest:
     """What to cut.
 
     ``model``: a Hugging Face folder, or a pruning run's checkpoint or output_dir. ``masks`` None: those of the
-    checkpoint. ``config``: the run's YAML, where it does not lie beside the checkpoint. ``base``: the folder that
-    config.json and the tokenizer come from. ``next_yaml``: where the next stage's YAML is written. ``fold_head``
-    scales the head too, as LLM-Shearing did.
+    checkpoint. ``config``: the run's YAML, where it does not lie beside the checkpoint; ``strategies``: the strategy
+    files of slices. ``base``: the folder that config.json and the tokenizer come from. ``next_yaml``: where the next
+    stage's YAML is written. ``fold_head`` scales the head too, as LLM-Shearing did.
     """
 
     model: Path
     output: OutputRequest
     masks: Path | None = None
     config: Path | None = None
+    strategies: Path | None = None
     base: Path | None = None
     next_yaml: Path | None = None
     dtype: str | None = None
@@ -99,7 +100,7 @@ def cut(request: CutRequest) -> CutReport:
         NotReachedError: the masks have not come to the target's shape.
     """
     check_output(request.output, [request.model, *([request.base] if request.base else [])])
-    run = None if (request.model / CONFIG).is_file() else find_run(request.model, request.config)
+    run = None if (request.model / CONFIG).is_file() else find_run(request.model, request.config, request.strategies)
     _check_words(request, run)
     masks = read_masks(request.masks) if request.masks else masks_of(_trained(run))
     notes = check_reached(masks, request.force)
@@ -135,6 +136,8 @@ def _check_words(request: CutRequest, run: TrainedRun | None) -> None:
     problems = Problems("prune cut")
     if run is None and request.next_yaml:
         problems.add("--next_yaml of a model folder", "the next stage follows from a pruning run's YAML: leave it out")
+    if run is None and request.strategies:
+        problems.add("--strategy_dir of a model folder", "it is for the slices of a run's ranks: leave it out")
     if run is None and request.config:
         problems.add("--config of a model folder", "its config.json tells its sizes: leave it out")
     if request.next_yaml and (request.next_yaml.is_dir() or request.next_yaml.suffix not in (".yaml", ".yml")):

@@ -78,7 +78,7 @@ def _filled(given: Mapping[str, Any], shape: ModelShape, weights: Path) -> tuple
 
 def _last_state(run: TrainedRun) -> MixtureState | None:
     """Where the run's mixture stood; None where its checkpoint does not tell."""
-    with opened(run.file) as reader:
+    with opened(run) as reader:
         name = DATA + STATE
         if name not in reader.infos:
             return None

@@ -62,7 +62,7 @@ def open_trained(run: TrainedRun, base: Path | None) -> Iterator[DenseSource]:
     config = read_config(base) if base else hf_config_from_spec(model)
     if base:
         model = model_spec_from_hf(config)
-    with opened(run.file) as reader:
+    with opened(run) as reader:
         plain = WithoutMasks(reader)
         layout = resolve_layout(plain.infos, model, None)
         steps = plan_to_hf(plain, model, layout=layout).steps

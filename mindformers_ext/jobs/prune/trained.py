@@ -18,30 +18,36 @@ from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.pruning import MASKS, ROOT, Z_LOGA, PruningSpec
 from mindformers_ext.core.spec import ModelSpec
+from mindformers_ext.formats.rank_dirs import rank_folders
 from mindformers_ext.formats.tensors import Array, Index, Reader, TensorInfo
-from mindformers_ext.jobs.checkpoint.saved import checkpoint_file
+from mindformers_ext.jobs.checkpoint.saved import checkpoint_file, holds_whole
 from mindformers_ext.jobs.checkpoint.source import open_ms
 from mindformers_ext.jobs.prune.masks_file import SavedMasks
 from mindformers_ext.jobs.run.keep import kept_above
+from mindformers_ext.jobs.run.resume import STRATEGY
 from mindformers_ext.surgery.prune.hard_concrete import clamped, deterministic, sparsity
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A checkpoint and what trained it."""
+    """A checkpoint and what trained it. ``file``: of the first rank; ``strategies``: where ranks hold slices, the
+    strategy files by which they are put together."""
 
     file: Path
     yaml: Path
     config: Mapping[str, Any]
     model: ModelSpec
     pruning: PruningSpec
+    strategies: Path | None = None
 
 
-def find_run(path: Path, config: Path | None) -> TrainedRun:
+def find_run(path: Path, config: Path | None, strategies: Path | None = None) -> TrainedRun:
     """The newest checkpoint at ``path`` (a file, a run's output_dir, its checkpoint folder) and the YAML of its run.
 
+    ``strategies``: the strategy files of slices, by default the folder ``strategy`` beside the checkpoint folder.
+
     Raises:
-        UserError: no checkpoint, no YAML, or one that prunes nothing.
+        UserError: no checkpoint, no YAML, or one that prunes nothing; slices without their strategy.
     """
     if not path.exists():
         raise UserError(f"'{path}' does not exist: give a checkpoint of a pruning run, or its output_dir")
@@ -58,7 +64,22 @@ def find_run(path: Path, config: Path | None) -> TrainedRun:
     pruning = pruning_from_yaml(read, model)
     if pruning is None:
         raise UserError(f"'{yaml}' has no l0_module: give the YAML of the run that pruned")
-    return TrainedRun(file, yaml, read, model, pruning)
+    return TrainedRun(file, yaml, read, model, pruning, _strategies(place, file, model, strategies))
+
+
+def _strategies(place: Path, file: Path, model: ModelSpec, given: Path | None) -> Path | None:
+    """The strategy files of slices in ``place``, None where ``file`` holds the whole network."""
+    if given is not None and not place.is_dir():
+        raise UserError(f"'{place}' is one file: with --strategy_dir give the folder above rank_0, rank_1, ...")
+    if place.is_file() or given is None and (len(rank_folders(place)) < 2 or holds_whole(file, model)):
+        return None
+    found = given or place.parent / STRATEGY
+    if not found.exists():
+        raise UserError(
+            f"'{place}' holds the slices of {len(rank_folders(place))} ranks: give the folder of their strategy files "
+            "(--strategy_dir), output/strategy of the run"
+        )
+    return found
 
 
 def masks_of(run: TrainedRun) -> SavedMasks:
@@ -68,7 +89,7 @@ def masks_of(run: TrainedRun) -> SavedMasks:
         UserError: the checkpoint has not the masks of its YAML, or values that are no numbers.
     """
     spec, logas = run.pruning, {}
-    with opened(run.file) as reader:
+    with opened(run) as reader:
         for name in spec.modules:
             full = f"{MASKS}{name}.{Z_LOGA}"
             if full not in reader.infos:
@@ -104,9 +125,9 @@ class WithoutMasks:
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[Reader]:
-    """The checkpoint's tensors, masks included."""
-    reader, _ = open_ms(file)
+def opened(run: TrainedRun) -> Iterator[Reader]:
+    """The checkpoint's whole tensors, masks included."""
+    reader, _ = open_ms(run.file.parent.parent if run.strategies else run.file, run.strategies)
     try:
         yield reader
     finally:

@@ -186,7 +186,7 @@ def _check_lora(run: RunSpec) -> None:
 
 
 def _check_pruning(run: RunSpec, build: BuildSpec) -> None:
-    """Masks are trained by our own loop alone, and folded into the weights before they are used."""
+    """Masks are folded into the weights before these are used."""
     if build.pruning is None:
         return
     if not run.trains:
@@ -194,8 +194,6 @@ def _check_pruning(run: RunSpec, build: BuildSpec) -> None:
             f"l0_module with run_mode {run.mode}: cut the model first (python tools/prune.py --help), load the result, "
             "and leave l0_module out"
         )
-    if run.runner is not Runner.OWN_LOOP:
-        raise UserError("l0_module: masks are trained by our own loop; pass --trainer own, or --engine pt")
 
 
 def launched(engine: str = MINDSPORE) -> bool:

@@ -20,6 +20,7 @@ from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.formats.atomic import put_link
 from mindformers_ext.formats.ms_file import open_checkpoint
 from mindformers_ext.formats.rank_dirs import rank_folders
+from mindformers_ext.formats.safetensors_dir import CONFIG
 from mindformers_ext.jobs.checkpoint.saved import (
     Saved,
     check_shapes,
@@ -60,6 +61,10 @@ def settle_resume(run: RunSpec, build: BuildSpec | None, own_loop: bool = False)
                 "--parallel.parallel_mode 0 (data parallel) or on one device, or start again from the base weights"
             )
         run, notes = settle_adapters(run, lora)
+    began = None  # weights that the run began with; a run's checkpoints are no such folder
+    if run.load and lora is None and (Path(run.load) / CONFIG).is_file():
+        began, run = run.load, replace(run, load=None)
+        notes.append(f"resume_training: the run that began with load_checkpoint {began} goes on")
     folder = Path(run.load or Path(run.output_dir) / "checkpoint")
     suffix = run.suffix
     if own_loop and not rank_holds(folder, suffix) and rank_holds(folder, SAFETENSORS):
@@ -68,7 +73,7 @@ def settle_resume(run: RunSpec, build: BuildSpec | None, own_loop: bool = False)
         left = remove_leftovers(folder)
         what = f" ({', '.join(path.name for path in left)} was half written)" if left else ""
         note = f"resume_training: {folder} holds no whole checkpoint yet{what}, the run starts from step 0"
-        return replace(run, resume=False, load=run.base, base=None), [note], None
+        return replace(run, resume=False, load=began or run.base, base=None), [note], None
     if suffix == SAFETENSORS and not run.use_parallel and not own_loop:
         raise UserError(
             f"cannot resume from {folder}: MindFormers resumes one device from .ckpt only, load_ckpt_format is "
@@ -211,6 +216,7 @@ def _check_whole(file: Path, build: BuildSpec) -> None:
     """
     if build.lora is None:
         check_shapes(file, build.network.model)
+        _check_masks(file, build)
         return
     with closing(open_checkpoint(file)) as reader:
         held = {name: info.shape for name, info in reader.infos.items() if name.endswith((LORA_A, LORA_B))}
@@ -225,9 +231,30 @@ def _check_whole(file: Path, build: BuildSpec) -> None:
     problems.raise_if_any()
 
 
+def _check_masks(file: Path, build: BuildSpec) -> None:
+    """Whether ``file`` holds the masks of a network that has some, whole.
+
+    Raises:
+        UserError: lists what is missing or of another shape.
+    """
+    if build.pruning is None:
+        return
+    with closing(open_checkpoint(file)) as reader:
+        held = {name: info.shape for name, info in reader.infos.items()}
+    problems = Problems(f"cannot resume from {file}: its masks are not those of l0_module")
+    wanted = {name: shape for name, shape, trained in build.pruning.parameters() if trained}
+    problems.add_names(
+        "parameters of masks",
+        "missing or of another shape",
+        [name for name, shape in wanted.items() if held.get(name) != shape],
+        "give l0_module of the run that saved it; to prune a trained model set resume_training: False",
+    )
+    problems.raise_if_any()
+
+
 def _check_slices(folder: Path, saved: Saved, build: BuildSpec) -> None:
     """Every rank's slices must be those of this run's split: MindFormers would stop in the middle of loading them."""
-    parallel, placed = build.network.parallel, placed_parameters(build.network, lora=build.lora)
+    parallel, placed = build.network.parallel, placed_parameters(build.network, lora=build.lora, pruning=build.pruning)
     ranks, found = rank_folders(folder), ""
     if len(ranks) != parallel.device_num:
         found = f"{len(ranks)} ranks have saved it, this run has {parallel.device_num}"

@@ -9,7 +9,7 @@ import numpy as np
 
 from mindformers_ext.core.figures import StepFigures
 from mindformers_ext.core.pruning import MASKS, NOISE, TARGETS, VALUES, Z_LOGA, PruningSpec
-from mindformers_ext.jobs.engine.protocols import Trainer
+from mindformers_ext.jobs.engine.protocols import NetworkValues
 from mindformers_ext.jobs.train.hooks import Arrays, QuietHook
 from mindformers_ext.surgery.prune.hard_concrete import clamped, deterministic, noise, sparsity
 from mindformers_ext.surgery.prune.lagrangian import overall_sparsity
@@ -21,12 +21,12 @@ class PruningMasks(QuietHook):
     Args:
         spec: the masks.
         seed: the run's.
-        trainer: opened.
+        network: that has them.
         every: steps between evaluations, which see masks without noise; 0: there are none.
     """
 
-    def __init__(self, spec: PruningSpec, seed: int, trainer: Trainer, every: int = 0) -> None:
-        self.spec, self.seed, self.trainer, self.every = spec, seed, trainer, every
+    def __init__(self, spec: PruningSpec, seed: int, network: NetworkValues, every: int = 0) -> None:
+        self.spec, self.seed, self.network, self.every = spec, seed, network, every
         self.sizes = [spec.source.mask_shape(name) for name in spec.modules]
 
     def inputs(self, step: int) -> Arrays:
@@ -45,7 +45,7 @@ class PruningMasks(QuietHook):
         spec = self.spec
         logas = {name: clamped(loga) for name, loga in self._parameters().items()}
         if self.every and step % self.every == 0:
-            self.trainer.set_values(self._values(logas))
+            self.network.set_values(self._values(logas))
         result = {"lagrangian_loss": figures.aux_loss, "expected_sparsity": overall_sparsity(logas, spec)}
         result |= {f"expected_{name}_sparsity": float(sparsity(loga).mean()) for name, loga in logas.items()}
         for pair, target in zip(spec.pairs, spec.targets(step - 1), strict=True):
@@ -53,7 +53,7 @@ class PruningMasks(QuietHook):
         return result
 
     def _parameters(self) -> dict[str, np.ndarray]:
-        held = self.trainer.values("." + Z_LOGA)
+        held = self.network.values("." + Z_LOGA)
         return {name: np.asarray(held[f"{MASKS}{name}.{Z_LOGA}"]) for name in self.spec.modules}
 
     def _values(self, logas: Arrays) -> dict[str, np.ndarray]:

@@ -65,12 +65,22 @@ class _Routed(nn.Cell):
         super().__init__(auto_prefix=False)
         self.router, self.ffn = moe.router, moe.ffn
         self.experts, self.chosen = moe.experts, moe.chosen
+        self.number_E = Tensor(np.arange(moe.experts, dtype=np.int32)[None, None])
+        self.has_bias, self.of_biases = moe.ffn.w2.has_bias, P.MatMul()
 
     def _choose(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and experts (T, K) of each token."""
         scores_GTS = ops.expand_dims(self.router.scores(x_TD), 0)
         expert_GTK, weight_GTK, _ = self.router.choose(scores_GTS, self.router.bias())
         return ops.squeeze(weight_GTK, 0), ops.cast(ops.squeeze(expert_GTK, 0), ms.int32)
+
+    def _with_bias(self, y_TD: Tensor, gate_TK: Tensor, index_TK: Tensor) -> Tensor:
+        """The experts' weighed sum, with that of their biases where they have any."""
+        if not self.has_bias:
+            return y_TD
+        chosen_TKE = ops.cast(ops.expand_dims(index_TK, -1) == self.number_E, y_TD.dtype)
+        weight_TE = (ops.expand_dims(ops.cast(gate_TK, y_TD.dtype), -1) * chosen_TKE).sum(1)
+        return y_TD + self.of_biases(weight_TE, ops.cast(self.ffn.w2.bias, y_TD.dtype))
 
 
 class ChosenExperts(_Routed):
@@ -92,7 +102,8 @@ class ChosenExperts(_Routed):
             self._multiply(x_KTD, self.ffn.w1.weight, index_K), self._multiply(x_KTD, self.ffn.w3.weight, index_K)
         )
         y_KTD = self._multiply(hidden_KTF, self.ffn.w2.weight, index_K)
-        return self.product(ops.cast(gate_TK, x_TD.dtype), ops.reshape(y_KTD, (self.chosen, -1)))
+        y_TD = self.product(ops.cast(gate_TK, x_TD.dtype), ops.reshape(y_KTD, (self.chosen, -1)))
+        return self._with_bias(y_TD, gate_TK, index_TK)
 
 
 class EveryExpert(_Routed):
@@ -100,21 +111,20 @@ class EveryExpert(_Routed):
 
     def __init__(self, moe: Mixture) -> None:
         super().__init__(moe)
-        self.expert_E = Tensor(np.arange(self.experts, dtype=np.int32)[None, None])
         self.batched, self.transpose = P.BatchMatMul(), P.Transpose()
 
     def construct(self, x_TD: Tensor, valid_T: Tensor) -> Tensor:
         gate_TK, index_TK = self._choose(x_TD)
         T, D = x_TD.shape
         kind, ffn = x_TD.dtype, self.ffn
-        chosen_TKE = ops.cast(ops.expand_dims(index_TK, -1) == self.expert_E, kind)
+        chosen_TKE = ops.cast(ops.expand_dims(index_TK, -1) == self.number_E, kind)
         weight_TE = self.batched(ops.expand_dims(ops.cast(gate_TK, kind), 1), chosen_TKE)
         x_EDT = ops.broadcast_to(ops.expand_dims(self.transpose(x_TD, (1, 0)), 0), (self.experts, D, T))
         hidden_EFT = ffn.swiglu(
             self.batched(ops.cast(ffn.w1.weight, kind), x_EDT), self.batched(ops.cast(ffn.w3.weight, kind), x_EDT)
         )
         y_TED = self.transpose(self.batched(ops.cast(ffn.w2.weight, kind), hidden_EFT), (2, 0, 1))
-        return ops.squeeze(self.batched(weight_TE, y_TED), 1)
+        return self._with_bias(ops.squeeze(self.batched(weight_TE, y_TED), 1), gate_TK, index_TK)
 
 
 class SortedRows(nn.Cell):
@@ -193,7 +203,7 @@ class SlicedExperts(_Routed):
         place_T = ops.minimum(place_T, ops.squeeze(start_GE[:, self.experts :], 0))
         place_TK = self.transpose(ops.reshape(place_T, (self.chosen, -1)), (1, 0))
         out = self.weighted_rows(ops.expand_dims(rows, 0), ops.expand_dims(place_TK, 0), ops.expand_dims(gate_TK, 0))
-        return ops.reshape(out, (T, D))
+        return self._with_bias(ops.reshape(out, (T, D)), gate_TK * ops.expand_dims(valid_T, 1), index_TK)
 
 
 def shared_parts(weight: Parameter) -> ParameterTuple:

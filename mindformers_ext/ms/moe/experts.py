@@ -20,22 +20,38 @@ from mindformers_ext.ms.strategies import Shards
 
 
 class ExpertLinear(nn.Cell):
-    """One matrix per expert, no bias. Input (E, C, in), output (E, C, out), weight (E, out, in)."""
+    """One matrix per expert. Input (E, C, in), output (E, C, out), weight (E, out, in), where asked bias (E, out)."""
 
     def __init__(
-        self, experts: int, width_in: int, width_out: int, std: float, param_dtype: ms.Type, shards: Shards, row: str
+        self,
+        experts: int,
+        width_in: int,
+        width_out: int,
+        std: float,
+        param_dtype: ms.Type,
+        shards: Shards,
+        row: str,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         shape = (experts, width_out, width_in)
         self.weight = Parameter(initializer(Normal(sigma=std), shape, param_dtype), name="weight")
         self.product = shards.shard(P.BatchMatMul(transpose_b=True), row)
+        self.has_bias = bias
+        if bias:
+            self.bias = Parameter(initializer("zeros", (experts, width_out), param_dtype), name="bias")
+            self.expand = shards.shard(P.ExpandDims(), "expert biases")
+            self.add = shards.shard(P.Add(), "expert bias")
 
     def construct(self, x_ECD: Tensor) -> Tensor:
-        return self.product(x_ECD, ops.cast(self.weight, x_ECD.dtype))
+        y_ECD = self.product(x_ECD, ops.cast(self.weight, x_ECD.dtype))
+        if self.has_bias:
+            return self.add(y_ECD, self.expand(ops.cast(self.bias, y_ECD.dtype), 1))
+        return y_ECD
 
 
 class Experts(nn.Cell):
-    """The weights w1, w3 (E, M, D) and w2 (E, D, M), M the width of an expert."""
+    """The weights w1, w3 (E, M, D) and w2 (E, D, M), M the width of an expert; where they have biases, w2's (E, D)."""
 
     def __init__(self, spec: NetworkSpec, moe: MoESpec, operators: Operators) -> None:
         super().__init__()
@@ -43,13 +59,13 @@ class Experts(nn.Cell):
         experts, hidden, width = moe.num_local_experts, model.hidden_size, moe.intermediate_size or model.expert_size
         std, param_dtype = model.initializer_range, mindspore_dtype(spec.numerics.param_dtype)
         self.w1 = ExpertLinear(experts, hidden, width, std, param_dtype, shards, "expert in")
-        self.w2 = ExpertLinear(experts, width, hidden, std, param_dtype, shards, "expert out")
+        self.w2 = ExpertLinear(experts, width, hidden, std, param_dtype, shards, "expert out", moe.expert_bias)
         self.w3 = ExpertLinear(experts, hidden, width, std, param_dtype, shards, "expert in")
         self.swiglu = shards.local(operators.build(operators.swiglu), "expert")
 
 
 class SlotExperts(Experts):
-    """Input and output (G, E, C, D); the report is not looked at."""
+    """Input and output (G, E, C, D); the counts are not looked at."""
 
     def __init__(self, spec: NetworkSpec, moe: MoESpec, operators: Operators) -> None:
         super().__init__(spec, moe, operators)
@@ -74,7 +90,7 @@ class SlotExperts(Experts):
         y = self.from_experts(ops.reshape(y_ECD, (E, outer, mp, ep, C, D)), (1, 3, 2, 0, 4, 5))
         return ops.reshape(y, x_GECD.shape)
 
-    def construct(self, x_GECD: Tensor, report_GE: Tensor) -> Tensor:
+    def construct(self, x_GECD: Tensor, counts_GE: Tensor) -> Tensor:
         if self.exchanges:
             return self._exchanged(x_GECD)
         G, E, C, D = x_GECD.shape
@@ -91,7 +107,7 @@ class SlotExperts(Experts):
 
 
 class SortedExperts(Experts):
-    """Input and output: rows (G, 1, kN, D) sorted by expert; the report (G, E + 1) says how many each has.
+    """Input and output: rows (G, 1, kN, D) sorted by expert; the counts (G, E) float32 say how many each has.
 
     Raises:
         ValueError: several routing groups on one device.
@@ -102,26 +118,36 @@ class SortedExperts(Experts):
         shards, groups = Shards(spec), spec.parallel.groups
         if groups > 1 and not shards.active:
             raise ValueError(f"grouped experts sort the tokens of one device: one routing group, not {groups}")
-        self.grouped = shards.local(GroupedProducts(operators, moe.num_local_experts), "grouped experts")
+        row = "grouped biased experts" if moe.expert_bias else "grouped experts"
+        self.grouped = shards.local(GroupedProducts(operators, moe.num_local_experts), row)
 
-    def construct(self, x_GETD: Tensor, report_GE: Tensor) -> Tensor:
-        return self.grouped(x_GETD, report_GE, self.w1.weight, self.w3.weight, self.w2.weight)
+    def construct(self, x_GETD: Tensor, counts_GE: Tensor) -> Tensor:
+        if self.w2.has_bias:
+            return self.grouped(x_GETD, counts_GE, self.w1.weight, self.w3.weight, self.w2.weight, self.w2.bias)
+        return self.grouped(x_GETD, counts_GE, self.w1.weight, self.w3.weight, self.w2.weight)
 
 
 class GroupedProducts(nn.Cell):
-    """Each row by the weights of its expert. Inputs: rows (1, 1, kN, D), report (1, E + 1), w1, w3 and w2."""
+    """Each row by the weights of its expert. Inputs: rows (1, 1, kN, D), counts (1, E), w1, w3 and w2, and w2's biases
+    (E, D) where it has any."""
 
     def __init__(self, operators: Operators, experts: int) -> None:
         super().__init__()
         self.product = operators.build(operators.grouped_product, experts)
         self.swiglu = operators.build(operators.swiglu)
-        self.sum_up = P.CumSum()
+        self.sum_up, self.gather, self.last = P.CumSum(), P.Gather(), experts - 1
 
-    def construct(self, x_GETD: Tensor, report_GE: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+    def construct(
+        self, x_GETD: Tensor, counts_GE: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
         kind = x_GETD.dtype
         x_TD = ops.reshape(x_GETD, (-1, x_GETD.shape[3]))
-        count_E = ops.cast(ops.reshape(report_GE[:, :-1], (-1,)), ms.int32)
+        count_E = ops.cast(ops.reshape(counts_GE, (-1,)), ms.int32)
         end_E = ops.cast(self.sum_up(count_E, 0), ms.int64)
         gate, up = self.product(x_TD, ops.cast(w1, kind), end_E), self.product(x_TD, ops.cast(w3, kind), end_E)
         y_TD = self.product(self.swiglu(gate, up), ops.cast(w2, kind), end_E)
+        if bias is not None:
+            place_T1 = ops.expand_dims(ops.arange(x_TD.shape[0], dtype=ms.int64), 1)
+            behind_T = ops.cast(place_T1 >= ops.expand_dims(end_E, 0), ms.int32).sum(1)
+            y_TD = y_TD + self.gather(ops.cast(bias, kind), ops.minimum(behind_T, self.last), 0)
         return ops.reshape(y_TD, x_GETD.shape)

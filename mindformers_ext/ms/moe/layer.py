@@ -44,7 +44,7 @@ class MoE(nn.Cell):
 
     def places(self, scores_GNS: Tensor, bias_E: Tensor) -> tuple:
         """What each group decides for itself: ``ms.moe.slots.Slots`` but the last two, with the coefficients (G, N, K),
-        0 where dropped, behind ``kept``; the auxiliary loss; the report."""
+        0 where dropped, behind ``kept``; the auxiliary loss; the report; assignments (G, E) before dropping."""
         return self.places_of_counted(scores_GNS, bias_E, None)
 
     def places_of_counted(self, scores_GNS: Tensor, bias_E: Tensor, counted_GN: Tensor | None) -> tuple:
@@ -52,11 +52,13 @@ class MoE(nn.Cell):
         expert_GNK, weight_GNK, prob_GNE = self.router.choose(scores_GNS, bias_E)
         expert_GNK = ops.stop_gradient(expert_GNK)
         dispatch_GEC, slot_GNK, kept_GNK, assignment_GEC, counts_GE, dropped_G = self.slots(expert_GNK)
+        told_GE = counts_GE
         if counted_GN is not None:
-            counts_GE = counted_assignments(expert_GNK, counted_GN, self.experts)
-        aux_loss_G = self.router.loss(scores_GNS, prob_GNE, counts_GE, counted_GN)
-        report_GE = self.join((counts_GE, ops.expand_dims(dropped_G, 1)))
-        return dispatch_GEC, slot_GNK, kept_GNK, weight_GNK * kept_GNK, assignment_GEC, aux_loss_G, report_GE
+            told_GE = counted_assignments(expert_GNK, counted_GN, self.experts)
+        aux_loss_G = self.router.loss(scores_GNS, prob_GNE, told_GE, counted_GN)
+        report_GE = self.join((told_GE, ops.expand_dims(dropped_G, 1)))
+        coeff_GNK = weight_GNK * kept_GNK
+        return dispatch_GEC, slot_GNK, kept_GNK, coeff_GNK, assignment_GEC, aux_loss_G, report_GE, counts_GE
 
     def scores(self, x_TD: Tensor, noise_TE: Tensor | None) -> Tensor:
         """The gate's (T, S); noise is added in training alone."""
@@ -72,9 +74,9 @@ class MoE(nn.Cell):
         scores_TS, bias_E = self.scores(x_TD, noise_TE), self.router.bias()
         scores_GNS = ops.reshape(scores_TS, (self.groups, -1, scores_TS.shape[1]))
         found = self._found(scores_GNS, bias_E, counted_T)
-        dispatch_GEC, slot_GNK, kept_GNK, coeff_GNK, assignment_GEC, aux_loss_G, report_GE = found
+        dispatch_GEC, slot_GNK, kept_GNK, coeff_GNK, assignment_GEC, aux_loss_G, report_GE, counts_GE = found
         x_GND = ops.reshape(x_TD, (self.groups, -1, x_TD.shape[-1]))
-        y_GECD = self.ffn(self.dispatch(x_GND, dispatch_GEC, slot_GNK, kept_GNK), report_GE)
+        y_GECD = self.ffn(self.dispatch(x_GND, dispatch_GEC, slot_GNK, kept_GNK), counts_GE)
         out_GND = self.combine(y_GECD, coeff_GNK, slot_GNK, dispatch_GEC, assignment_GEC)
         return ops.reshape(out_GND, x_TD.shape), aux_loss_G, report_GE
 
@@ -118,7 +120,7 @@ class _PlaceShapes:
     def __call__(self, scores: list, bias: list) -> tuple:
         G, N, _ = scores
         by_slot, by_choice = [G, *self.rule.shape(N)], [G, N, self.chosen]
-        return by_slot, by_choice, by_choice, by_choice, by_slot, [G], [G, bias[0] + 1]
+        return by_slot, by_choice, by_choice, by_choice, by_slot, [G], [G, bias[0] + 1], [G, bias[0]]
 
     def of_counted(self, scores: list, bias: list, counted: list) -> tuple:
         """The same of ``MoE.places_of_counted``."""
@@ -128,7 +130,7 @@ class _PlaceShapes:
 def _place_types(scores: ms.Type, bias: ms.Type) -> tuple:
     """Types of what ``MoE.places`` returns."""
     whole, real = ms.TensorType(ms.int32), ms.TensorType(ms.float32)
-    return whole, whole, real, real, whole, real, real
+    return whole, whole, real, real, whole, real, real, real
 
 
 def _counted_types(scores: ms.Type, bias: ms.Type, counted: ms.Type) -> tuple:

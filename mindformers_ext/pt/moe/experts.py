@@ -20,7 +20,8 @@ from mindformers_ext.pt.ops.swiglu import swiglu
 class Experts(nn.Module):
     """w2(silu(w1 x) * w3 x) of every row's expert (Mixtral of Experts, section 2.1).
 
-    Weights lie as in Hugging Face's fused spelling: ``gate_up`` (E, 2F, D) holds w1 above w3, ``down`` (E, D, F).
+    Weights lie as in Hugging Face's fused spelling: ``gate_up`` (E, 2F, D) holds w1 above w3, ``down`` (E, D, F); where
+    experts have biases, ``bias`` (E, D) is added behind w2.
     Input and output (R, D), rows sorted by expert, ``offs_E`` (E) int32 their inclusive ends; rows behind
     are undefined.
     """
@@ -32,6 +33,7 @@ class Experts(nn.Module):
         ffn = moe.intermediate_size or model.intermediate_size
         self.gate_up = nn.Parameter(torch.empty(experts, 2 * ffn, hidden, dtype=dtype))
         self.down = nn.Parameter(torch.empty(experts, hidden, ffn, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(experts, hidden, dtype=dtype)) if moe.expert_bias else None
         self.std, self.hidden, self.ffn = model.initializer_range, hidden, ffn
         self.backend: Backend | None = None  # None: by the table
         self.reset_parameters()
@@ -40,6 +42,8 @@ class Experts(nn.Module):
         """Fresh normal weights."""
         fill_normal(self.gate_up, self.std)
         fill_normal(self.down, self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def selected(self, tokens: int | None, dtype: torch.dtype, device: torch.device) -> Backend:
         """The back end for so many tokens, all of them here; None for rows that came sorted from other ranks."""
@@ -48,12 +52,16 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, offs_E: Tensor, backend: Backend | None = None) -> Tensor:
         backend = backend or self.selected(None, x.dtype, x.device)
         both = grouped_product(x, self.gate_up.to(x.dtype), offs_E, backend)
-        return grouped_product(swiglu(both), self.down.to(x.dtype), offs_E, backend)
+        y = grouped_product(swiglu(both), self.down.to(x.dtype), offs_E, backend)
+        if self.bias is None:
+            return y
+        expert = torch.searchsorted(offs_E, torch.arange(len(y), dtype=offs_E.dtype, device=y.device), right=True)
+        return y + self.bias.to(y.dtype)[expert.clamp(max=len(offs_E) - 1)]
 
     def of_tokens(self, x_TD: Tensor, weight_TK: Tensor, place: Sorted) -> Tensor:
         """The weighted sum (T, D) of each token's experts, all of which are here."""
         backend = self.selected(x_TD.shape[0], x_TD.dtype, x_TD.device)
-        if not backend.gathers:
+        if not backend.gathers or self.bias is not None:
             return combine(self(dispatch(x_TD, place), place.offs_E, backend), weight_TK, place)
         kind = x_TD.dtype
         return gathered_experts(x_TD, self.gate_up.to(kind), self.down.to(kind), weight_TK, place)

@@ -34,6 +34,8 @@ def test_moe_layer_measures_equal_outputs(repo_root: Path) -> None:
 
 def test_train_step_and_compile_time_report(repo_root: Path) -> None:
     assert re.search(r"train step .* ratio wall \d+\.\d+", bench(repo_root, "train_step", "--rounds", "1"))
+    text = bench(repo_root, "v2_train_step", "--rounds", "1", "--hidden", "32", "--length", "32")
+    assert re.search(r"residual v2, pt .* ratio wall \d+\.\d+", text) and re.search(r"loss \d\.\d+, \S+ apart", text)
     assert re.search(r"t\(2\) / t\(1\) = \d+\.\d+", bench(repo_root, "compile_time", "--layers", "1", "2"))
 
 

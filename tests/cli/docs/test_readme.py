@@ -51,6 +51,8 @@ RUN_ELSEWHERE = {
     "python tools/prune.py cut output/llama_prune --output output/llama_pruned --next_yaml "
     "output/llama_continue.yaml": PRUNE,
     "python tools/prune.py report output/llama_pruned": PRUNE,
+    "python tools/build_experts.py upcycle output/try/llama_a output/try/upcycled --method drop --experts 4 "
+    "--drop_ratio 0.5": "tests/cli/experts/test_upcycle.py, on a tiny model",
     "python convert_weight.py --model llama --format composer --input_path output/llama_pruned --output_path "
     "output/state_dict.pt": PRUNE,
     "python tools/prune.py shape output/try/llama_a output/try/narrow --method minitron --fewer_parameters 0.1 "

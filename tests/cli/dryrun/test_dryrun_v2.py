@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaMA-MoE v2 cut over devices, compiled: a residual model, and the same whose heads are experts."""
+"""LLaMA-MoE v2 cut over devices, compiled: a residual model, and the same whose heads are experts, with biases."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ HEADS = {
     "model.model_config.attn_experts": 8,
     "model.model_config.top_k_attn": 3,
     "model.model_config.scale_factor_attn": 2.0,
+    "model.model_config.add_rescale_bias": True,
 }
 
 

@@ -99,10 +99,13 @@ def test_the_readmes_commands_are_understood(repo_root: Path) -> None:
     assert english == chinese
     # what follows is run by tests/cli/run/test_v2_finetuning.py
     made = [command for command in english if "preprocess" not in command and "run_mindformer" not in command]
-    assert len(made) == 8
+    assert len(made) == 10
     for command in made:
         if command.startswith("python convert_weight.py"):
             convert_weight.parser().parse_args(command.split()[2:])  # run by test_v2_convert.py, as a call
+            continue
+        if command.startswith("python tools/"):
+            experts.parser().parse_args(command.split()[2:])  # run by test_align.py
             continue
         done = subprocess.run(
             ["bash", "-c", command],
@@ -125,16 +128,18 @@ def test_one_yaml_runs_the_whole_recipe_once(
     config |= {"model_path": str(made / "llama_tiny"), "save_path": str(tmp_path / "work"), "num_experts": 3}
     config |= {"text": str(tmp_path / "text.txt"), "block_size": 32, "quiet": True}
     config["convert"]["save_path"] = str(tmp_path / "moe")
+    config["align"]["save_path"] = str(tmp_path / "aligned")
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(config))
     assert main(["run", str(path)]) == 0
     said = capsys.readouterr().out
     assert [line.split()[2] for line in said.splitlines() if line.startswith("+")] == [
-        *("gates", "grads", "split", "convert")
+        *("gates", "grads", "distribution", "split", "convert", "align")
     ]
     words, tensors = read_folder(tmp_path / "moe")
     assert (words["intermediate_size"], words["intermediate_size_residual"], words["scale_factor"]) == (24, 24, 1.0)
     before = (tmp_path / "moe" / "config.json").stat().st_mtime_ns
     assert main(["run", str(path)]) == 0
-    assert capsys.readouterr().out.count("is there already") == 4
+    assert capsys.readouterr().out.count("is there already") == 6
     assert (tmp_path / "moe" / "config.json").stat().st_mtime_ns == before and len(tensors) > 40
+    assert read_folder(tmp_path / "aligned")[0] == {**words, "add_rescale_bias": True}

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from mindformers_ext.data.mixture.schedule import DomainSchedule
 from mindformers_ext.jobs.run.mixture import open_mixture
 from tests.helpers.cluster import free_port, launch_environment, wait_for
 from tests.helpers.mixtures import NAMES, mixture_job
+from tests.helpers.prune_jobs import continue_job, prune_job
 from tests.helpers.tiny_run import BATCH, ROOT, command, config_of
 
 pytestmark = pytest.mark.slow
@@ -54,6 +56,17 @@ def finished(job: Path, engine: str, output: str, *options: str) -> list[list[di
     return [[{k: v for k, v in row.items() if k not in TIMES} for row in of_rank] for of_rank in rows]
 
 
+def killed_and_finished(job: Path, engine: str) -> list[list[dict]]:
+    """The same of a run that is killed after some steps and resumed."""
+    broken = started(job, engine, "broken")
+    metrics = job.parent / "broken" / "metrics" / "rank_1.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 3, 200, "three steps")
+    os.killpg(broken.pid, signal.SIGKILL)
+    broken.wait()
+    assert metrics.read_bytes().count(b"\n") < 10
+    return finished(job, engine, "broken", "--resume_training", "True")
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_draw_as_one_and_go_on_where_they_were_killed(engine: str, tmp_path: Path) -> None:
     job = mixture_job(tmp_path)
@@ -68,10 +81,28 @@ def test_two_processes_draw_as_one_and_go_on_where_they_were_killed(engine: str,
         if "domain_loss.web" in row and row["step"] < 10:
             after = whole[0][row["step"]]  # the next step's
             alone.move(np.array([after[f"proportion.{name}"] for name in NAMES]))
-    broken = started(job, engine, "broken")
-    metrics = tmp_path / "broken" / "metrics" / "rank_1.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 3, 200, "three steps")
-    os.killpg(broken.pid, signal.SIGKILL)
-    broken.wait()
-    assert metrics.read_bytes().count(b"\n") < 10
-    assert finished(job, engine, "broken", "--resume_training", "True") == whole
+    assert killed_and_finished(job, engine) == whole
+
+
+PRUNING = [
+    pytest.param("pt", prune_job, marks=pytest.mark.turn("killed pair")),
+    *(
+        pytest.param(
+            *case, marks=pytest.mark.long("tests/cli/run/test_mixture_pairs.py does it on PyTorch, for the first stage")
+        )
+        for case in (("pt", continue_job), ("ms", prune_job), ("ms", continue_job))
+    ),
+]
+
+
+@pytest.mark.parametrize(("engine", "make_job"), PRUNING)
+def test_pruning_and_what_follows_go_on_where_they_were_killed(
+    engine: str, make_job: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    """Ids, proportions, sparsities and losses, and every number of the last checkpoint: masks, multipliers, moments."""
+    job = make_job(tmp_path)
+    whole = finished(job, engine, "whole")
+    assert len(whole[0]) == 10 and ("lagrangian_loss" in whole[0][0]) == (make_job is prune_job)
+    assert killed_and_finished(job, engine) == whole
+    last = "checkpoint/rank_0/tiny_rank_0-1_10.ckpt"
+    assert (tmp_path / "broken" / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()

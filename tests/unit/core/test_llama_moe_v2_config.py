@@ -27,7 +27,7 @@ def test_the_published_words_are_read() -> None:
     assert hf_notes(words) == []
 
 
-@pytest.mark.parametrize("case", ["vanilla", "contract", "residual"])
+@pytest.mark.parametrize("case", ["vanilla", "contract", "residual", "aligned"])
 def test_what_is_written_is_read_back(case: str) -> None:
     spec = model_spec_from_hf(v2_words(case))
     written = hf_config_from_spec(spec)
@@ -47,7 +47,8 @@ def test_what_is_written_is_read_back(case: str) -> None:
         ({"num_moe_contract_layers": 2}, "no layer would be a mixture"),
         ({"num_moe_contract_layers": -1}, "num_moe_contract_layers=-1"),
         ({"moe_type": "megablocks"}, "moe_type='megablocks' is not built"),
-        ({"add_rescale_bias": True}, "add_rescale_bias=True is not built"),
+        ({"add_rescale_bias": "yes"}, "add_rescale_bias"),
+        ({"aux_loss_type": "global"}, "aux_loss_type='global'"),
         ({"num_experts_per_tok": 9}, "exceeds expert_num=8"),
     ],
 )

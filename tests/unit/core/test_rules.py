@@ -48,6 +48,7 @@ SEED = NetworkSpec(
 )
 
 
+CONSTANT = {"aux_loss_type": "legacy_constant", "aux_losses": (("expert", 0.1),)}
 BALANCED = MoESpec(num_local_experts=8, num_experts_per_tok=2, balance_via_topk_bias=True)
 
 
@@ -111,6 +112,13 @@ def test_broken_sizes_are_named(changes: dict[str, Any], words: list[str]) -> No
 def test_a_bias_needs_the_load_of_all_layers() -> None:
     text = refusal(replace(SEED, model=replace(MODEL, moe=BALANCED)))
     assert "balance_via_topk_bias=True with pipeline_stage=2" in text and "aux_loss_factor instead" in text
+
+
+def test_a_tied_table_does_not_stand_on_two_stages() -> None:
+    tied = replace(SEED, model=replace(SEED.model, tie_word_embeddings=True))
+    assert "tie_word_embeddings=True with pipeline_stage=2" in refusal(tied)
+    parallel = replace(tied.parallel, pipeline_stage=1, device_num=8)
+    assert check_network(replace(tied, parallel=parallel)) is not None
 
 
 def test_more_stages_than_layers() -> None:
@@ -179,6 +187,7 @@ def test_experts_on_several_devices_need_their_exchange() -> None:
             replace(SEED, return_extra_loss=False, model=replace(MODEL, moe=replace(MODEL.moe, z_loss_factor=0.1))),
             "return_extra_loss=False",
         ),
+        (replace(SEED, model=replace(MODEL, moe=replace(MODEL.moe, **CONSTANT))), "balances nothing"),
     ],
 )
 def test_warnings(spec: NetworkSpec, word: str) -> None:

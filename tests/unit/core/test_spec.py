@@ -59,6 +59,9 @@ def test_valid_specs_have_no_problems(spec: ModelSpec) -> None:
         ({"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 5}, "topk_group=5"),
         ({"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 1}, "exceeds the 1 experts"),
         ({"aux_loss_reduce": "max"}, "aux_loss_reduce='max'"),
+        ({"aux_loss_type": "global"}, "aux_loss_type='global'"),
+        ({"aux_loss_type": "switch", "aux_losses": (("comm", 0.1),)}, "they are layerwise alone"),
+        ({"aux_loss_type": "switch", "aux_losses": (("expert", 0.1),)}, "set aux_loss_reduce: mean"),
     ],
 )
 def test_broken_routing_is_named(change: dict, words: str) -> None:

@@ -171,6 +171,9 @@ def test_our_own_keys() -> None:
     assert spec.model.moe is not None and spec.model.moe.norm_single_choice
     assert (spec.model.head_dim, spec.return_extra_loss, spec.model.moe.aux_loss_reduce) == (64, False, "mean")
     assert spec.model.moe.aux_losses == (("expert", 0.05),)
+    moe = network_spec_from_yaml(in_model(aux_loss_reduce="mean", aux_loss_type="switch"), 16).model.moe
+    assert moe is not None and moe.joins_layers
+    assert "aux_loss_type='all'" in refusal(in_model(aux_loss_type="all"))
 
 
 def test_moe_config_may_stand_in_model_config() -> None:

@@ -235,3 +235,18 @@ def test_a_model_that_was_cut_is_resumed_without_naming_its_weights(
     arrays = {item.name: np.zeros(item.whole, np.float32) for item in placed_parameters(replace(NETWORK, model=model))}
     write_ranks(tmp_path / "checkpoint", [arrays | COUNTERS], name="tiny_rank_{}-1_6")
     assert checks.check_run(config, "test").run.load == str(tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize("has_saved", [True, False])
+def test_the_folder_that_a_run_began_with_is_no_checkpoint_of_it(tmp_path: Path, has_saved: bool) -> None:
+    """A YAML keeps naming it: the run goes on in output_dir, or begins with it again."""
+    model, output = tmp_path / "model", tmp_path / "out"
+    model.mkdir()
+    (model / "config.json").write_text("{}", encoding="utf-8")
+    if has_saved:
+        write_ranks(output / "checkpoint", [held() | COUNTERS], name="tiny_rank_{}-1_6")
+    run, notes, _ = settle_resume(asked(output, 1, model), build(1), own_loop=True)
+    assert run.load == str(output / "checkpoint" if has_saved else model) and bool(run.resume) == has_saved
+    assert any(
+        "no whole checkpoint yet" in note or f"began with load_checkpoint {model} goes on" in note for note in notes
+    )

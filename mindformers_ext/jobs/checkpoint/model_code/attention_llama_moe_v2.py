@@ -19,7 +19,7 @@ from .configuration_llama_moe_v2 import LlamaMoEV2Config
 
 
 class LlamaMoEV2Attention(nn.Module):
-    """``real`` (B, S) bool tells it which tokens are counted in ``balance``."""
+    """``real`` (B, S) bool tells it which tokens are counted in ``balance`` (2, E)."""
 
     real: torch.Tensor | None = None
     balance: torch.Tensor | None = None
@@ -33,7 +33,8 @@ class LlamaMoEV2Attention(nn.Module):
         self.q_proj = nn.ModuleList(nn.Linear(hidden, queries, bias=False) for _ in range(experts))
         self.k_proj = nn.ModuleList(nn.Linear(hidden, width, bias=False) for _ in range(experts))
         self.v_proj = nn.ModuleList(nn.Linear(hidden, width, bias=False) for _ in range(experts))
-        self.o_proj = nn.ModuleList(nn.Linear(queries, hidden, bias=False) for _ in range(experts))
+        bias = config.add_rescale_bias
+        self.o_proj = nn.ModuleList(nn.Linear(queries, hidden, bias=bias) for _ in range(experts))
 
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of x (B, S, H): what each expert's output is multiplied by, 0 where a token does not pass it, and 1 where it
@@ -44,15 +45,8 @@ class LlamaMoEV2Attention(nn.Module):
         weight = weight / weight.sum(-1, keepdim=True) * self.config.scale_factor_attn
         seen = one_hot(index, chance.shape[-1]).sum(-2).to(chance.dtype)
         if self.training:
-            self.balance = self.loss(chance.flatten(0, 1), seen.flatten(0, 1))
+            self.balance = shares(chance.flatten(0, 1), seen.flatten(0, 1), self.real)
         return torch.zeros_like(chance).scatter(-1, index, weight).to(x.dtype), seen.to(x.dtype)
-
-    def loss(self, chance: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        """Experts * sum of (share of tokens that pass one) * (its mean probability)."""
-        if self.real is not None and self.real.numel() == len(chance):
-            real = self.real.reshape(-1)
-            chance, seen = chance[real], seen[real]
-        return chance.shape[-1] * (seen.mean(0) * chance.mean(0)).sum()
 
     def forward(
         self,
@@ -83,12 +77,19 @@ class LlamaMoEV2Attention(nn.Module):
         logits = (query.view(batch, experts, times, new, width) @ key[:, :, None].transpose(3, 4)) * width**-0.5
         logits = logits.float().masked_fill(~allowed[:, :, None], torch.finfo(torch.float32).min / 2)
         weights = logits.softmax(-1).to(x.dtype)
-        mixed = weights @ value[:, :, None] * weight.transpose(1, 2)[:, :, None, :, None]
+        mixed = weights @ value[:, :, None]
         out = sum(
-            project(mixed[:, place].permute(0, 2, 1, 3).reshape(batch, new, -1))
+            weight[..., place, None] * project(mixed[:, place].permute(0, 2, 1, 3).reshape(batch, new, -1))
             for place, project in enumerate(self.o_proj)
         )
         return out, weights.flatten(1, 2)
+
+
+def shares(chance: torch.Tensor, passed: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """(2, E) of tokens (T, E): the share that ``passed`` each expert, and its mean ``chance``; of ``real`` ones."""
+    if real is not None and real.numel() == len(chance):
+        chance, passed = chance[real.reshape(-1)], passed[real.reshape(-1)]
+    return torch.stack((passed.to(chance.dtype).mean(0), chance.mean(0)))
 
 
 def visible(mask: torch.Tensor | None, new: int, total: int, device: torch.device) -> torch.Tensor:

@@ -17,14 +17,16 @@ WORDS: dict[str, Any] = {
     "num_moe_contract_layers": 0,  # dense layers at each end
     "moe_type": "modulelist",
     "router_aux_loss_coef": 0.0,
+    "aux_loss_type": "layerwise",  # the loss of balance: of each layer, of all together (switch), or legacy_constant
     "sliding_window": None,
     "use_attn_moe": False,  # key/value heads, each with its query heads, are experts outside dense layers
     "attn_experts": None,  # None: one for each key/value head
     "top_k_attn": None,
     "scale_factor_attn": None,
-    "add_rescale_bias": False,
+    "add_rescale_bias": False,  # experts, also of heads, have a bias of their own behind their last matrix
 }
-BUILT = {"moe_type": "modulelist", "add_rescale_bias": False, "mlp_bias": False}
+BALANCES = ("layerwise", "switch", "legacy_constant")
+BUILT = {"moe_type": "modulelist", "mlp_bias": False}
 
 
 class LlamaMoEV2Config(LlamaConfig):
@@ -53,6 +55,8 @@ class LlamaMoEV2Config(LlamaConfig):
             raise ValueError(f"scale_factor={self.scale_factor}: give the factor of the experts' sum, above 0")
         if not 1 <= self.num_experts_per_tok <= self.num_local_experts:
             raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok}: 1 to {self.num_local_experts}")
+        if self.aux_loss_type not in BALANCES:
+            raise ValueError(f"aux_loss_type={self.aux_loss_type!r}: {', '.join(BALANCES)} are known")
         if self.use_attn_moe:
             self.check_attention()
         if self.sliding_window is not None and self.sliding_window < self.max_position_embeddings:

@@ -10,6 +10,7 @@ loss.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,17 +19,17 @@ from torch.nn.functional import linear, one_hot, silu
 from transformers import LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from .attention_llama_moe_v2 import LlamaMoEV2Attention
+from .attention_llama_moe_v2 import LlamaMoEV2Attention, shares
 from .configuration_llama_moe_v2 import LlamaMoEV2Config
 
 
 class LlamaMoEV2SwiGlu(nn.Module):
     """w2(silu(w1 x) * w3 x): an expert, the residual part, or a dense layer's feed-forward."""
 
-    def __init__(self, hidden: int, width: int) -> None:
+    def __init__(self, hidden: int, width: int, bias: bool = False) -> None:
         super().__init__()
         self.w1 = nn.Linear(hidden, width, bias=False)
-        self.w2 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(width, hidden, bias=bias)
         self.w3 = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -38,7 +39,7 @@ class LlamaMoEV2SwiGlu(nn.Module):
 
 
 class LlamaMoEV2Mixture(nn.Module):
-    """A gate and its experts; ``real`` (B, S) bool tells it which tokens are counted in ``balance``."""
+    """A gate and its experts; ``real`` (B, S) bool tells it which tokens are counted in ``balance`` (2, E)."""
 
     real: torch.Tensor | None = None
     balance: torch.Tensor | None = None
@@ -48,7 +49,8 @@ class LlamaMoEV2Mixture(nn.Module):
         self.chosen, self.scale = config.num_experts_per_tok, config.scale_factor
         self.gate = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
         self.experts = nn.ModuleList(
-            LlamaMoEV2SwiGlu(config.hidden_size, config.intermediate_size) for _ in range(config.num_local_experts)
+            LlamaMoEV2SwiGlu(config.hidden_size, config.intermediate_size, config.add_rescale_bias)
+            for _ in range(config.num_local_experts)
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -59,21 +61,24 @@ class LlamaMoEV2Mixture(nn.Module):
         weight, index = chance.topk(self.chosen, -1)
         weight = (weight / weight.sum(-1, keepdim=True) * self.scale).to(x.dtype)
         if self.training:
-            self.balance = self.loss(chance, index)
+            self.balance = shares(chance, one_hot(index, chance.shape[-1]).sum(1), self.real)
         out = torch.zeros_like(flat)
         for number, expert in enumerate(self.experts):
             token, place = torch.where(index == number)
             out = out.index_add(0, token, expert(flat[token]) * weight[token, place, None])
         return out.view_as(x)
 
-    def loss(self, chance: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Experts * sum of (share of tokens that chose one) * (its mean probability); K where all are used alike."""
-        experts = chance.shape[-1]
-        counted = one_hot(index, experts).sum(1).to(chance.dtype)
-        if self.real is not None and self.real.numel() == len(chance):
-            real = self.real.reshape(-1)
-            chance, counted = chance[real], counted[real]
-        return experts * (counted.mean(0) * chance.mean(0)).sum()
+
+def balance_loss(kind: str, parts: Sequence[Any], chosen: int) -> torch.Tensor:
+    """E * sum of (share of tokens that chose an expert) * (its mean probability), chosen where all are used alike: the
+    mean over layers, or with "switch" of all layers' tokens together; "legacy_constant" is E / chosen."""
+    found = torch.stack([part.balance for part in parts])
+    experts = found.shape[-1]
+    if kind == "legacy_constant":
+        return found.new_tensor(experts / chosen)
+    if kind == "switch":
+        found = found.mean(0, keepdim=True)
+    return experts * (found[:, 0] * found[:, 1]).sum(-1).mean()
 
 
 class LlamaMoEV2DecoderLayer(LlamaDecoderLayer):
@@ -166,9 +171,9 @@ class LlamaMoEV2ForCausalLM(LlamaMoEV2Strict, LlamaForCausalLM):
         coefficient = self.config.router_aux_loss_coef or 0.0
         if not self.training or not coefficient or kwargs.get("labels") is None:
             return output
-        balance = torch.stack([part.balance for part in mixtures]).mean()
+        balance = balance_loss(self.config.aux_loss_type, mixtures, self.config.num_experts_per_tok)
         if attentions:
-            balance = balance + torch.stack([part.balance for part in attentions]).mean()
+            balance = balance + balance_loss(self.config.aux_loss_type, attentions, self.config.top_k_attn)
         loss = output[0] + coefficient * balance
         if isinstance(output, tuple):
             return loss, *output[1:]

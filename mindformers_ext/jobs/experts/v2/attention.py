@@ -9,7 +9,7 @@ keep their attention.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,7 +82,7 @@ def convert_attention(request: AttentionRequest, write: bool = True) -> MergeRep
         dtype = str(told or BY_NUMPY[kind or stored].long)
         sizes = _sizes(spec, ends)
         if spec.moe:
-            others = _copied(reader, spec, names, kind)
+            others = other_tasks(reader, spec, names, kind)
         else:
             others = mixture_tasks(reader, _as_mixture(spec, sizes), V2, kind, skip=names)
         result = config_of(V2, config, sizes, dtype) | {"use_attn_moe": True, "attn_experts": experts}
@@ -107,6 +107,8 @@ def _check(request: AttentionRequest, spec: ModelSpec, config: Mapping[str, Any]
     groups, heads = spec.num_key_value_heads, spec.num_attention_heads
     if spec.model_type not in MIXED and config.get("model_type") not in DENSE:
         problems.add(f"it is a {config.get('model_type')}", f"give a {', '.join((*DENSE, *MIXED))}")
+    if spec.moe and spec.moe.expert_bias:
+        problems.add("it is aligned (add_rescale_bias)", "give the model before that, and align what comes out")
     if spec.attn_experts:
         problems.add("its heads are experts already", "give the model before that")
     if spec.qkv_bias or spec.out_bias or spec.mlp_bias or spec.qk_norm:
@@ -189,8 +191,8 @@ def _head_tasks(
     return tasks, names
 
 
-def _copied(reader: Reader, spec: ModelSpec, skip: set[str], kind: np.dtype | None) -> list[Task]:
-    """Everything else of a mixture; dense layers under their own names, gates as they are."""
+def other_tasks(reader: Reader, spec: ModelSpec, skip: Collection[str], kind: np.dtype | None) -> list[Task]:
+    """Everything of a mixture but what to ``skip``; dense layers under their own names, gates as they are."""
     renamed = {
         f"model.layers.{layer}.mlp.{matrix}.weight": f"model.layers.{layer}.{V2.dense.format(V2.matrix[matrix])}"
         for layer in spec.dense_layers

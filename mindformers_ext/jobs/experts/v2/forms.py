@@ -13,6 +13,7 @@ from typing import Any
 
 from mindformers_ext.core.config.hf_attention import with_both_ropes
 from mindformers_ext.core.families import LLAMA_MOE_V2, MIXTRAL, QWEN2_MOE
+from mindformers_ext.core.layers import LAYERWISE
 
 MATRICES = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}  # of a dense layer, and the axis of its neurons
 _W = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
@@ -112,6 +113,7 @@ def config_of(form: Form, dense: Mapping[str, Any], sizes: Sizes, dtype: str) ->
         "attn_experts": None,
         "top_k_attn": None,
         "scale_factor_attn": None,
+        "aux_loss_type": LAYERWISE,
         "use_layer_wise_balance": False,
         "add_rescale_bias": False,
     }

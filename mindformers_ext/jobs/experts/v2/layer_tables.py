@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaMA-MoE v2's files of a value per layer: gate weights, importance scores, neuron indices; .pt, .npz or .json.
+"""LLaMA-MoE v2's files of a value per layer: gates, importance scores, neuron indices, distributions; .pt, .npz, .json.
 
 In memory a layer is arrays by name: a gate "gate" (E, D); scores "0", "1", ... of the clusters, (I) each; indices "0",
-"1", ... of the experts, and "residual" of what every token passes. A .pt is laid out as the published programs read and
-write it, and what it was made from stands in a JSON beside it; the other two hold that themselves and need no torch.
+"1", ... of the experts, and "residual" of what every token passes; a distribution "attn.number", "attn.mean" (D),
+"attn.variance" (D) of what attention adds, and "mlp. ..." of what the feed-forward part adds. A .pt is laid out as the
+published programs read and write it, and what it was made from stands in a JSON beside it; the other two hold that
+themselves and need no torch.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from mindformers_ext.core.json_text import TABLES, read_json, read_object
 from mindformers_ext.formats.atomic import fresh_file, refuse_existing, write_text
 from mindformers_ext.jobs.engine.door import read_tables, write_tables
 
-GATES, SCORES, INDICES = "gate_weights", "importance_scores", "neuron_indices"
+GATES, SCORES, INDICES, DISTRIBUTION = "gate_weights", "importance_scores", "neuron_indices", "distribution"
 GATE, RESIDUAL, ABOUT = "gate", "residual", "about"
+PARTS, MOMENTS = ("attn", "mlp"), ("number", "mean", "variance")
 SUFFIXES = (".pt", ".npz", ".json")
 MOST_BYTES = 2**32  # of a file unpacked: gates of 126 layers of 64 experts, 16384 wide, are 0.5 GB
 MOST_LAYERS = 2000
@@ -33,7 +36,7 @@ Layer = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class LayerTable:
-    """``kind``: one of the three above. ``about``: what it was made from, sha256 by name; empty where nobody tells."""
+    """``kind``: one of the four above. ``about``: what it was made from, sha256 by name; empty where nobody tells."""
 
     kind: str
     layers: Mapping[int, Layer]
@@ -130,9 +133,16 @@ def _as_published(kind: str, layer: Layer) -> Any:
         return layer[GATE].astype(np.float32)
     if kind == SCORES:
         return {int(name): array.astype(np.float32) for name, array in layer.items()}
+    if kind == DISTRIBUTION:
+        parts = {name.partition(".")[0] for name in layer}
+        return {part: {name: _published_moment(layer[f"{part}.{name}"]) for name in MOMENTS} for part in sorted(parts)}
     if RESIDUAL not in layer:
         return [array.tolist() for array in layer.values()]
     return {name if name == RESIDUAL else int(name): array.tolist() for name, array in layer.items()}
+
+
+def _published_moment(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32) if array.dtype.kind == "f" else array
 
 
 def _read_pt(path: Path) -> tuple[Any, Mapping[str, Any]]:
@@ -203,6 +213,30 @@ def _indices(value: Any, where: str) -> Layer:
     return found if always is None else {RESIDUAL: _array(always, f"{where}, residual", True, 1), **found}
 
 
+def _distribution(value: Any, where: str) -> Layer:
+    flat: dict[str, Any] = {}
+    for key, item in value.items() if isinstance(value, Mapping) else ():
+        flat |= {f"{key}.{name}": one for name, one in item.items()} if isinstance(item, Mapping) else {str(key): item}
+    parts = [part for part in PARTS if any(key.startswith(f"{part}.") for key in flat)]
+    wanted = {f"{part}.{name}" for part in parts for name in MOMENTS}
+    if not parts or set(flat) != wanted:
+        found = ", ".join(sorted(flat))[:80]
+        raise UserError(f"{where}: expected {' and '.join(PARTS)}, each with {', '.join(MOMENTS)}; found {found}")
+    result: dict[str, np.ndarray] = {}
+    for part in parts:
+        number, *moments = (flat[f"{part}.{name}"] for name in MOMENTS)
+        number = (
+            number.reshape(-1) if isinstance(number, np.ndarray) else number if isinstance(number, list) else [number]
+        )
+        arrays = [_array(item, f"{where}, {part}", False, 1) for item in (number, *moments)]
+        if arrays[0].size != 1 or arrays[0][0] < 1 or arrays[1].shape != arrays[2].shape or arrays[2].min() < 0:
+            expected = "a number of tokens, and means and variances from 0 of one length"
+            raise UserError(f"{where}, {part}: {expected} are expected")
+        arrays[0] = np.rint(np.asarray(number)).astype(np.int64)
+        result |= {f"{part}.{name}": array for name, array in zip(MOMENTS, arrays, strict=True)}
+    return result
+
+
 def _numbered(value: Any, where: str, what: str) -> Mapping[int, Any]:
     """A list, or a table whose keys are 0 .. n - 1."""
     rows = dict(enumerate(value)) if isinstance(value, list) else value
@@ -213,4 +247,6 @@ def _numbered(value: Any, where: str, what: str) -> Mapping[int, Any]:
     raise UserError(f"{where}: expected {what}, numbered from 0")
 
 
-_READERS: Mapping[str, Callable[[Any, str], Layer]] = {GATES: _gate, SCORES: _scores, INDICES: _indices}
+_READERS: Mapping[str, Callable[[Any, str], Layer]] = {
+    **{GATES: _gate, SCORES: _scores, INDICES: _indices, DISTRIBUTION: _distribution}
+}
