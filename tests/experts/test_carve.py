@@ -178,7 +178,7 @@ def test_the_whole_ladder_says_in_its_first_line_who_wins(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = carved(place, tmp_path / "out", ladder="full", format="none")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "ladder.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "carving.yml", "ladder.json"]
     recipe = Recipe(method="emp", experts=8, shared=2, active=2)
     assert {*told["ways"]} == {DENSE, *ways(recipe, "full")} and {*told["ways"]} | {"router ridge"} == {*MEANING}
     assert {*ways(recipe, "short")} < {*ways(recipe, "full")} and [*ways(recipe, "none")] == [CARVED]

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mindformers_ext.jobs.experts.carve.cost import rate
+from mindformers_ext.jobs.experts.carve.cost import REACHED, rate
 from mindformers_ext.surgery.experts.carve.carved import file_rows
 from mindformers_ext.surgery.experts.carve.choose import linear_choice, output_lengths
 from mindformers_ext.surgery.experts.carve.grouping import InputFit, by_prediction
@@ -108,7 +108,7 @@ def main() -> None:
     for name, limit in LIMITS.items():
         print(f"{name:24} {parts[name]:6.1f} s of CPU, limit {limit:.0f}")
     print(f"peak memory {peak:.2f} GB, limit {MOST_MEMORY:.0f}; {begun:.2f} GB of it what was measured")
-    print(f"error {found.before:.3e} -> {found.after:.3e}; {rate() / 1e9:.0f} GFLOP/s of float32 here")
+    print(f"error {found.before:.3e} -> {found.after:.3e}; {rate() / REACHED / 1e9:.0f} GFLOP/s of float32 here")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from mindformers_ext import __version__
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.atomic import fresh_folder, write_text
 from mindformers_ext.formats.fingerprint import fingerprint
-from mindformers_ext.jobs.experts.carve.card import card
+from mindformers_ext.jobs.experts.carve.card import CARD_COPY, card_of
 from mindformers_ext.jobs.experts.carve.cost import carving_needs, products, rate
 from mindformers_ext.jobs.experts.carve.export import check_form, export, how_to_load, weight_words
 from mindformers_ext.jobs.experts.carve.layer_files import LayerFiles
@@ -27,6 +27,7 @@ from mindformers_ext.jobs.experts.carve.walk import Walker
 from mindformers_ext.jobs.experts.probe import check_needs
 from mindformers_ext.jobs.experts.texts import Ready, ready
 from mindformers_ext.jobs.merge.output import MergeReport, check_output
+from mindformers_ext.jobs.merge.sidecars import write_card
 from mindformers_ext.surgery.experts.carve.recipes import STATIC, Recipe
 
 Tell = Callable[[str], object]
@@ -76,7 +77,9 @@ def carve(request: CarveRequest, tell: Tell) -> CarveReport:
 
         def beside(folder: Path) -> None:
             write_text(folder / LOSSES, json.dumps(about, indent=1) + "\n")
-            write_text(folder / "README.md", card(request, judged, figures, start.measured.rows.tokens))
+            write_card(
+                folder, request.output.folder.name, card_of(request, judged, figures, start.measured.rows.tokens)
+            )
 
         written = None
         if request.form == MEASURED_ONLY:
@@ -129,7 +132,7 @@ def _check_place(request: CarveRequest) -> None:
     if request.form == MEASURED_ONLY:
         out = request.output
         held = {item.name for item in out.folder.iterdir()} if out.folder.is_dir() else set()
-        if held and not out.overwrite or held - {LOSSES, "README.md"} or out.folder.is_file():
+        if held and not out.overwrite or held - {LOSSES, "README.md", CARD_COPY} or out.folder.is_file():
             raise UserError(f"output '{out.folder}' exists: choose another path, or pass --overwrite for older losses")
     else:
         check_output(request.output, [request.model])
