@@ -281,8 +281,11 @@ def test_a_model_with_values_that_are_not_finite_is_refused(tmp_path: Path, caps
     assert "layer 1 has values that are not finite" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_bfloat16_is_carved_and_kept(tmp_path: Path) -> None:
+def test_a_mistral_of_bfloat16_is_carved_and_its_type_kept(tmp_path: Path) -> None:
     make_llama(tmp_path / "model", tied=True, dtype=torch.bfloat16)
+    path = tmp_path / "model" / "config.json"
+    other = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | other))
     (tmp_path / "text.txt").write_text(". ".join(sentences(120, 0)), encoding="utf-8")
     carved(tmp_path, tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "model.safetensors")

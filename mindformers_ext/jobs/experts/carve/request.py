@@ -73,7 +73,8 @@ class CarveRequest:
     @property
     def work(self) -> Path:
         """Where a killed run leaves what it has done."""
-        return self.output.folder.with_name(f"{self.output.folder.name}.carving")
+        place = self.output.folder.absolute()
+        return place.with_name(f"{place.name}.carving")
 
     def check(self) -> None:
         """``UserError`` lists what can be judged without reading anything."""

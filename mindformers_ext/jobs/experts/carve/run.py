@@ -151,5 +151,6 @@ def _estimate(start: Ready, recipes: Mapping[str, Recipe], request: CarveRequest
     tell(
         f"{spec.num_hidden_layers} layers, {start.measured.rows.tokens} tokens measured, "
         f"{start.judged.rows.tokens} judge, {1 + len(recipes)} ways: about {max(seconds / 60, 0.1):.1f} minutes, "
-        f"{wanted.memory / 1e9:.2f} GB of memory, {(wanted.disk + 2 * size) / 1e9:.2f} GB of disk"
+        f"{wanted.memory / 1e9:.2f} GB of memory, {(wanted.disk + 2 * size) / 1e9:.2f} GB of disk; "
+        f"killed, it goes on by what stands in '{request.work.name}' beside the output"
     )
