@@ -31,6 +31,7 @@ STAGES = {
     "grads": "how much the loss feels each neuron, by cluster, for a LLaMA-MoE v2",
     "distribution": "what a dense model's layers add, in mean and variance, for align",
     "select": "fit the gates that choose experts",
+    "carve": "a mixture without training, in one pass",
     "convert": "write the mixture, or the dense model again",
     "upcycle": "copies of a feed-forward become experts to train, or a mixture's experts more of them",
     "align": "bring a LLaMA-MoE v2's layers to the dense model's mean and variance",

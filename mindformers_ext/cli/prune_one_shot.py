@@ -77,8 +77,8 @@ def _depth_options(parser: argparse.ArgumentParser) -> None:
 
 def _request(words: argparse.Namespace) -> dict[str, Any]:
     """What both requests have in common."""
+    from mindformers_ext.jobs.experts.texts import Texts
     from mindformers_ext.jobs.merge.output import OutputRequest
-    from mindformers_ext.jobs.prune.one_shot.texts import Texts
 
     texts = Texts(
         calibration=tuple(words.calibration),

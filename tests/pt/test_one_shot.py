@@ -16,11 +16,11 @@ from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.config.hf import model_spec_from_hf
 from mindformers_ext.core.parameters import parameter_count
 from mindformers_ext.core.spec import ModelSpec
+from mindformers_ext.jobs.experts.texts import ready
 from mindformers_ext.jobs.prune.one_shot import measures
 from mindformers_ext.jobs.prune.one_shot.importance import measured
 from mindformers_ext.jobs.prune.one_shot.importance_file import read_importance_file
 from mindformers_ext.jobs.prune.one_shot.targets import fewer_layers, sized, with_fewer
-from mindformers_ext.jobs.prune.one_shot.texts import ready
 from mindformers_ext.surgery.prune.importance import METHODS
 from tests.helpers.one_shot import (
     DEAD_CHANNEL,

@@ -34,6 +34,7 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.parameters import parameter_count
 from mindformers_ext.core.pruning import ModelShape
 from mindformers_ext.formats.atomic import write_text
+from mindformers_ext.jobs.experts.texts import Texts
 from mindformers_ext.jobs.prune.one_shot.cuts import FITTED, MAGNITUDE, Bench, Cut, bench, chosen_by
 from mindformers_ext.jobs.prune.one_shot.depth import order_of
 from mindformers_ext.jobs.prune.one_shot.importance import measured
@@ -41,7 +42,6 @@ from mindformers_ext.jobs.prune.one_shot.importance_file import Importance, prov
 from mindformers_ext.jobs.prune.one_shot.quality import ORIGINAL, RANDOM
 from mindformers_ext.jobs.prune.one_shot.request import LEAST_SQUARES, NONE
 from mindformers_ext.jobs.prune.one_shot.targets import fewer_layers, sized, with_fewer
-from mindformers_ext.jobs.prune.one_shot.texts import Texts
 from mindformers_ext.surgery.prune.importance import METHODS
 
 KINDS = ("forward", "taylor")

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.families import LLAMA, LLAMA_MOE
 from mindformers_ext.formats.dtypes import BY_NUMPY, float_dtype
 from mindformers_ext.formats.safetensors_dir import CONFIG
-from mindformers_ext.formats.tensors import Reader
+from mindformers_ext.formats.tensors import Array, Reader
 from mindformers_ext.jobs.checkpoint.hf_code import save_code
 from mindformers_ext.jobs.checkpoint.renamed import notes_of
 from mindformers_ext.jobs.checkpoint.source import read_config
+from mindformers_ext.jobs.experts.changed import ChangedReader
 from mindformers_ext.jobs.experts.cut import MLP, Cut, cuts, dense_matrix, ids_of, in_type, routed_prefix
 from mindformers_ext.jobs.experts.gating import Gating, check_gate, mixture_config, random_gates
 from mindformers_ext.jobs.experts.neuron_file import NEURONS, write_neurons
@@ -35,7 +36,8 @@ Gates = Mapping[int, Mapping[str, np.ndarray]]
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureRequest:
-    """A dense folder to cut. ``splits`` and ``gates`` by layer; no gates: random ones. ``dtype`` None keeps types."""
+    """A dense folder to cut. ``splits`` and ``gates`` by layer; no gates: random ones. ``dtype`` None keeps types.
+    ``changes``: tensors of the model that are others; ``beside`` writes more into the folder."""
 
     model: Path
     splits: Mapping[int, LayerSplit]
@@ -44,6 +46,8 @@ class MixtureRequest:
     output: OutputRequest
     dtype: str | None = None
     seed: int = 0
+    changes: Mapping[str, Callable[[], Array]] = field(default_factory=dict)
+    beside: Callable[[Path], None] = lambda folder: None
 
 
 def convert(request: MixtureRequest, write: bool = True) -> MergeReport:
@@ -53,25 +57,27 @@ def convert(request: MixtureRequest, write: bool = True) -> MergeReport:
         UserError: anything wrong with model, split, gates or output; nothing is left half-written.
     """
     check_output(request.output, [request.model])
-    with _dense(request.model) as (config, reader):
+    with dense_folder(request.model) as (config, stored):
+        reader = ChangedReader(stored, request.changes)
         layers = int(config["num_hidden_layers"])
-        notes = [*notes_of(reader), *_check_mixture(request, config)]
+        notes = [*notes_of(stored), *_check_mixture(request, config)]
         kind = float_dtype(request.dtype) if request.dtype else None
         tasks = _cut_tasks(request, reader, layers, kind)
-        stored = {info.dtype for task in tasks for info in task.infos}
-        dtype = BY_NUMPY[max(stored, key=lambda item: item.itemsize)].long
+        types = {info.dtype for task in tasks for info in task.infos}
+        dtype = BY_NUMPY[max(types, key=lambda item: item.itemsize)].long
         result = mixture_config(config, request.splits, request.gating, dtype)
 
         def beside(folder: Path) -> list[str]:
             write_json(folder / CONFIG, save_code(folder, result))
             write_neurons(folder / NEURONS, ids_of(request.splits))
+            request.beside(folder)
             return copy_tokenizer(str(request.model), request.model, folder)
 
         return write_model(request.output, tasks + _gate_tasks(request, config), beside, notes, write)
 
 
 @contextmanager
-def _dense(folder: Path) -> Iterator[tuple[Mapping[str, Any], Reader]]:
+def dense_folder(folder: Path) -> Iterator[tuple[Mapping[str, Any], Reader]]:
     """An open dense model whose tensors are those of its config.json."""
     kind = read_config(folder).get("model_type")
     if kind != LLAMA.name:

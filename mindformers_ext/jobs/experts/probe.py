@@ -8,7 +8,7 @@ layer's Jacobian after the other, from the language model's loss summed over all
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -261,13 +261,19 @@ def backward(course: Course, states: States, sink: Sink, layers: Sequence[int]) 
             states.finish("backward", count - layer)
 
 
-def mean_loss(course: Course, probe: LayerProbe, file: StateFile) -> float:
-    """Mean cross entropy over the predicted tokens, from what leaves the last layer; the head is in memory."""
-    total = 0.0
-    for _, rows, length in course.parts():
+def row_losses(course: Course, probe: LayerProbe, file: StateFile) -> np.ndarray:
+    """float64 (R): sums of the cross entropy over each row's predicted tokens, from what leaves the last layer; the
+    head is in memory."""
+    found = []
+    for _, rows, length in replace(course, tokens=course.length).parts():
         target = np.roll(course.rows.ids[rows.start : rows.stop, :length], -1, axis=1)
-        total += probe.loss_alone(file.read(rows, length), target, course.rows.counted(rows, length, mean=False))
-    return total / max(course.rows.predicted, 1)
+        found.append(probe.loss_alone(file.read(rows, length), target, course.rows.counted(rows, length, mean=False)))
+    return np.array(found)
+
+
+def mean_loss(course: Course, probe: LayerProbe, file: StateFile) -> float:
+    """Mean cross entropy over the predicted tokens; see ``row_losses``."""
+    return float(row_losses(course, probe, file).sum()) / max(course.rows.predicted, 1)
 
 
 def _head(course: Course, states: States, probe: LayerProbe) -> None:

@@ -57,7 +57,8 @@ def copy_tokenizer(name: str, source: Path, target: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Card:
-    """What the model card says. ``copy`` is the name of the configuration's copy beside it; ``what`` was made, how."""
+    """What the model card says. ``copy`` is the name of the configuration's copy beside it; ``what`` was made, how;
+    ``more`` stands at the end."""
 
     method: str
     models: Sequence[str]
@@ -66,6 +67,7 @@ class Card:
     copy: str
     what: str = "A merge of language models by the method"
     tags: tuple[str, ...] = ("mergekit", "merge")
+    more: str = ""
 
 
 def write_card(folder: Path, title: str, card: Card) -> None:
@@ -91,4 +93,5 @@ def _card(title: str, card: Card) -> str:
         + f"\n# {title}\n\n{card.what} `{card.method}`{based}.\n\n"
         + f"## Models\n\n{listed}\n\n"
         + f"## Configuration\n\n```yaml\n{card.config.strip()}\n```\n"
+        + (f"\n{card.more}" if card.more else "")
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mindformers_ext.surgery.experts.scores import GateQuality, best, quality
 from mindformers_ext.surgery.experts.words import FIRST, LINEAR, NOISE, ONLY, SECOND
+from mindformers_ext.surgery.ridge import factor, solve
 
 SPREAD = 0.5  # standard deviation of what enters tanh, from ridge rows: they decide, and are not yet cut off
 GAIN = 4.0  # of the second layer behind them: logits as large as those of a trained gate, so that none unlearns first
@@ -233,9 +234,8 @@ class RidgeSums:
 
     def solve(self, damping: float) -> Tensor:
         """The gate (E, D): (X'X + damping * mean(diag X'X) I)^-1 X'T, without an intercept, which stock files lack."""
-        squares = self.squares.clone()
-        squares.diagonal().add_(damping * float(squares.diagonal().mean()) + 1e-30)
-        return torch.linalg.solve(squares, self.products).T.to(torch.float32).contiguous()
+        lower, _ = factor(self.squares.clone().numpy(), damping)
+        return torch.from_numpy(solve(lower, self.products.clone().numpy())).T.to(torch.float32).contiguous()
 
 
 def judge_gate(weights: dict[str, Tensor], data: GateData, selects: int) -> GateQuality:

@@ -11,6 +11,7 @@ import numpy as np
 
 from mindformers_ext.surgery.prune.cut import Indices
 from mindformers_ext.surgery.prune.hard_concrete import Floats
+from mindformers_ext.surgery.ridge import factor, solve
 
 RIDGE = 0.03  # of the mean square of the inputs that stay
 
@@ -30,13 +31,11 @@ def fitted(moments: Floats, weight: np.ndarray, kept: Indices, ridge: float = RI
     """V (O, k), by one solve."""
     inner = moments[np.ix_(kept, kept)]
     plain = weight[:, kept].astype(np.float64)
-    mean = float(np.trace(inner)) / max(len(kept), 1)
-    if not mean > 0:  # the inputs that stay never answered: nothing to fit by
+    if not np.trace(inner) > 0:  # the inputs that stay never answered: nothing to fit by
         return plain
     gone = np.setdiff1d(np.arange(len(moments)), kept)
     wanted = moments[np.ix_(kept, gone)] @ weight[:, gone].astype(np.float64).T
-    change = np.linalg.solve(inner + ridge * mean * np.eye(len(kept)), wanted)
-    return np.asarray(plain + change.T)
+    return np.asarray(plain + solve(factor(inner, ridge)[0], wanted).T)
 
 
 def relative_error(moments: Floats, weight: np.ndarray, kept: Indices, chosen: np.ndarray) -> float:

@@ -13,6 +13,7 @@ import pytest
 from mindformers_ext.data.corpus import standard_library_text
 from mindformers_ext.data.tokenizers import train_sentencepiece
 from tests.helpers.one_shot import make_model, write_text
+from tests.helpers.tiny_llama import make_llama, sentences
 
 pytestmark = [pytest.mark.slow, pytest.mark.turn("bench")]
 
@@ -81,6 +82,21 @@ def test_generation_is_measured_and_its_answers_are_equal(repo_root: Path) -> No
     text = bench(repo_root, "generate", *small, "--batches", "1", "2")
     assert len(re.findall(r"(?:prefill|decode) .* ratio wall -?\d+\.\d+  CPU", text)) == 4
     assert "equal answers 1 of 1" in text and "equal answers 2 of 2" in text
+
+
+def test_carving_is_measured(repo_root: Path, tmp_path: Path) -> None:
+    small = ["--tokens", "512", "--hidden", "64", "--width", "128"]
+    text = bench(repo_root, "carve_layer", *small)
+    assert len(re.findall(r"s of CPU, limit \d+", text)) == 2 and "peak memory" in text
+    make_llama(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(". ".join(sentences(120, 0)), encoding="utf-8")
+    words = ["--calibration", str(tmp_path / "text.txt"), "--held_out", str(tmp_path / "text.txt"), "--seeds", "1", "2"]
+    words += ["--tokens", "300", "--held_out_tokens", "200", "--block_size", "32", "--shares", "50"]
+    model, output = str(tmp_path / "model"), str(tmp_path / "out")
+    first = bench(repo_root, "carve_quality", model, "--output", output, *words)
+    assert len(re.findall(r"^ +50 % +cmoe +\S+ \+- \S+ +to 'emp \+ refit' \S+ \+- \S+$", first, re.M)) == 3
+    again = bench(repo_root, "carve_quality", model, "--output", output, *words)
+    assert again.splitlines()[:-1] == first.splitlines()[:-1]
 
 
 def test_clusters_are_measured(repo_root: Path) -> None:

@@ -96,23 +96,30 @@ def convert(request: MixtralRequest, write: bool = True) -> MergeReport:
 
 def _form(request: MixtralRequest, spec: ModelSpec, config: Mapping[str, Any]) -> Form:
     """In which words the mixture of ``spec`` is written; what no form can say is a ``UserError``."""
-    problems = Problems(f"'{request.model}'")
+    form = V2
+    if request.fold and request.parts.style != PLAIN_STYLE:
+        form = SHARED
+    elif request.fold and request.parts.ends == 0:
+        form = PLAIN
+    check_dense(request.model, spec, config, form, request.fold)
+    return form
+
+
+def check_dense(folder: Path, spec: ModelSpec, config: Mapping[str, Any], form: Form, fold: bool = True) -> None:
+    """A dense model whose mixture no file of ``form`` can say is a ``UserError``. ``fold``: transformers itself is to
+    compute it."""
+    problems = Problems(f"'{folder}'")
     if config.get("model_type") not in KINDS:
         problems.add(f"it is a {config.get('model_type')}", f"give a dense {' or '.join(KINDS)}")
     if spec.mlp_bias:
         problems.add("mlp_bias=True", "experts have no biases")
     if spec.sliding_window is not None:
         problems.add(f"sliding_window={spec.sliding_window}", "a mixture sees every token: set it to null in a copy")
-    if request.fold and spec.out_bias:
-        problems.add("attention_bias=True with --fold_scale", "transformers' own mixtures have no such biases")
+    if fold and spec.out_bias:
+        problems.add("attention_bias=True", "transformers' own mixtures have no such biases")
+    if form is SHARED and spec.head_dim * spec.num_attention_heads != spec.hidden_size:
+        problems.add(f"head_dim={spec.head_dim}", f"a {SHARED.name} has hidden_size / heads")
     problems.raise_if_any()
-    if not request.fold:
-        return V2
-    if request.parts.style != PLAIN_STYLE:
-        if spec.head_dim * spec.num_attention_heads != spec.hidden_size:
-            raise UserError(f"head_dim={spec.head_dim} with --fold_scale: a {SHARED.name} has hidden_size / heads")
-        return SHARED
-    return PLAIN if request.parts.ends == 0 else V2
 
 
 def _form_notes(request: MixtralRequest, form: Form, made: Made) -> list[str]:

@@ -14,6 +14,7 @@ from mindformers_ext.core.pruning import ModelShape, shape_of_model
 from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.jobs.experts.probe import Nothing, Sink, backward, check_needs, forward, needs
 from mindformers_ext.jobs.experts.states import States, remove_left
+from mindformers_ext.jobs.experts.texts import Ready
 from mindformers_ext.jobs.prune.one_shot.importance_file import (
     Importance,
     provenance,
@@ -21,7 +22,6 @@ from mindformers_ext.jobs.prune.one_shot.importance_file import (
     write_importance_file,
 )
 from mindformers_ext.jobs.prune.one_shot.measures import SINKS
-from mindformers_ext.jobs.prune.one_shot.texts import Ready
 from mindformers_ext.surgery.prune.importance import KINDS
 
 VERSION = 1

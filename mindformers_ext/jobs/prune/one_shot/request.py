@@ -11,8 +11,8 @@ from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.formats.atomic import refuse_existing
 from mindformers_ext.jobs.experts.dense_model import model_name
+from mindformers_ext.jobs.experts.texts import Texts
 from mindformers_ext.jobs.merge.output import OutputRequest, check_output
-from mindformers_ext.jobs.prune.one_shot.texts import Texts
 from mindformers_ext.surgery.prune.importance import METHODS
 
 NONE, LEAST_SQUARES = "none", "least_squares"

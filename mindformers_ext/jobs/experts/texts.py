@@ -35,6 +35,7 @@ class Texts:
     device_target: str = CPU
     device_id: int = 0
     quiet: bool = False
+    seed: int | None = None
 
     def check(self) -> None:
         """``UserError`` lists what can be judged without reading anything."""
@@ -103,6 +104,9 @@ def _rows(texts: Texts, model: DenseModel) -> tuple[Rows, Rows]:
         return padded(rows, texts.block_size, padding_of(tokenizer))
 
     every = read(texts.calibration)
+    if texts.seed is not None:
+        order = np.random.default_rng(texts.seed).permutation(len(every.ids))
+        every = replace(every, ids=every.ids[order], lengths=every.lengths[order])
     measured = limited(every, texts.tokens)
     _check_enough(measured, "--calibration", "--tokens", texts.tokens)
     behind = read(texts.held_out) if texts.held_out else every.at(slice(len(measured.ids), None))

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model card of a carved mixture: what it is, how it was made, and what it loses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from mindformers_ext.core.config.file import dump_yaml
+from mindformers_ext.jobs.experts.carve.export import how_to_load, weight_words
+from mindformers_ext.jobs.experts.carve.losses import DENSE, MEANING, Judged
+from mindformers_ext.jobs.experts.carve.request import MEASURED_ONLY, OURS, CarveRequest
+from mindformers_ext.jobs.experts.dense_model import model_name
+from mindformers_ext.jobs.merge.sidecars import Card
+
+CARD_COPY = "carving.yml"
+
+
+def card_of(request: CarveRequest, judged: Judged, figures: Mapping[str, float], measured: int) -> Card:
+    """The card, whose first words say whether a static cut is better; ``measured``: tokens."""
+    recipe, name = request.recipe, model_name(request.model)
+    what = (
+        f"**{judged.verdict()}.**\n\nEvery layer's neurons are cut into {recipe.experts} groups of one size: "
+        f"{recipe.shared} are computed for every token, {recipe.active} of the other {recipe.experts - recipe.shared} "
+        f"are chosen. Nothing was trained; "
+    )
+    if request.form != MEASURED_ONLY:
+        what += f"it is {how_to_load(request.form, request.output.folder)}; "
+    if request.form not in (MEASURED_ONLY, OURS):
+        what += f"{weight_words(figures)}; "
+    told = asdict(recipe) | {"model": name, "format": request.form, "measured_tokens": measured}
+    return Card(
+        method=recipe.method,
+        models=(name,),
+        base=None,
+        config=dump_yaml(told),
+        copy=CARD_COPY,
+        what=f"{what}carved by the method",
+        tags=("moe",),
+        more=_table(judged),
+    )
+
+
+def _table(judged: Judged) -> str:
+    lines = [
+        f"## Loss on {int(judged.tokens.sum())} held-out tokens",
+        "",
+        "Nats per token; differences with standard errors over rows of text, paired.",
+        "",
+        "| way | loss | to dense | what is computed |",
+        "|---|---|---|---|",
+    ]
+    for way in sorted(judged.losses, key=judged.mean):
+        apart, error = judged.difference(way, DENSE)
+        more = "" if way == DENSE else f"{apart:+.4f} ± {error:.4f}"
+        lines.append(f"| {way} | {judged.mean(way):.4f} | {more} | {MEANING[way]} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Carved layers as a folder: a Qwen2-MoE or Mixtral that transformers computes as it is, or a LLaMA-MoE of ours.
+
+A stock router weighs the A chosen by a softmax made to sum to one. Its rows are so small that all weights are one A-th,
+but for an error that was measured, and A stands in the experts' last matrices. The shared expert has a gate of 0, whose
+sigmoid is one half, and twice its last matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mindformers_ext.core.families import LLAMA_MOE
+from mindformers_ext.formats.dtypes import BY_NUMPY, float_dtype
+from mindformers_ext.formats.safetensors_dir import CONFIG
+from mindformers_ext.formats.tensors import Array
+from mindformers_ext.jobs.checkpoint.hf_code import with_code
+from mindformers_ext.jobs.checkpoint.renamed import notes_of
+from mindformers_ext.jobs.checkpoint.source import read_config
+from mindformers_ext.jobs.experts.carve.layer_files import DOWN, ROUTER, LayerFiles
+from mindformers_ext.jobs.experts.carve.request import FORMS, OURS, CarveRequest
+from mindformers_ext.jobs.experts.changed import ChangedReader
+from mindformers_ext.jobs.experts.convert import MixtureRequest, convert, dense_folder
+from mindformers_ext.jobs.experts.dense_model import DenseModel
+from mindformers_ext.jobs.experts.gating import Gating, preset
+from mindformers_ext.jobs.experts.v2.forms import Sizes, config_of
+from mindformers_ext.jobs.experts.v2.mixtral import check_dense, check_names, mixture_tasks
+from mindformers_ext.jobs.experts.v2.parts import Made
+from mindformers_ext.jobs.experts.writing import write_model
+from mindformers_ext.jobs.merge.output import MergeReport
+from mindformers_ext.jobs.merge.sidecars import copy_tokenizer, write_json
+from mindformers_ext.surgery.experts.words import ONLY
+
+DOWN_NAME = "model.layers.{}.mlp.down_proj.weight"
+Beside = Callable[[Path], None]
+
+
+def check_form(request: CarveRequest, model: DenseModel) -> None:
+    """``UserError``: the form cannot say such a model."""
+    if request.form == OURS:
+        with dense_folder(request.model):
+            return
+    if request.form in FORMS:
+        check_dense(request.model, model.spec, read_config(request.model), FORMS[request.form])
+
+
+def export(request: CarveRequest, model: DenseModel, files: LayerFiles, beside: Beside) -> MergeReport:
+    """Write the mixture; ``beside`` writes more into its folder.
+
+    Raises:
+        UserError: values that do not fit their type, or no room; nothing is left half-written.
+    """
+    layers = range(model.spec.num_hidden_layers)
+    changes = {DOWN_NAME.format(layer): lambda layer=layer: files.array(layer, DOWN) for layer in layers}  # type: ignore[misc]
+    splits = {layer: files.split(layer) for layer in layers}
+    gates = {layer: files.array(layer, ROUTER) for layer in layers}
+    if request.form == OURS:
+        recipe = request.recipe
+        own = preset("moefication", len(splits[0].experts), recipe.active)
+        ours = MixtureRequest(
+            model=request.model,
+            splits=splits,
+            gates={layer: {ONLY: rows} for layer, rows in gates.items()},
+            gating=Gating(chosen=recipe.active, network="linear", **own),
+            output=request.output,
+            dtype=request.dtype,
+            changes=changes,
+            beside=beside,
+        )
+        return convert(ours)
+    return _stock(request, model, Made(_sizes(request, model), splits, gates, ()), changes, beside)
+
+
+def _sizes(request: CarveRequest, model: DenseModel) -> Sizes:
+    recipe, whole = request.recipe, model.spec.intermediate_size
+    size = whole // recipe.experts
+    return Sizes(
+        layers=model.spec.num_hidden_layers,
+        ends=0,
+        experts=recipe.experts - recipe.shared,
+        chosen=recipe.active,
+        size=size,
+        always=recipe.shared * size,
+        whole=whole,
+        scale=1.0,
+    )
+
+
+def _stock(
+    request: CarveRequest, model: DenseModel, made: Made, changes: Mapping[str, Callable[[], Array]], beside: Beside
+) -> MergeReport:
+    form, config = FORMS[request.form], read_config(request.model)
+    kind = float_dtype(request.dtype) if request.dtype else None
+    tasks = mixture_tasks(ChangedReader(model.reader, changes), made, form, kind, float(request.recipe.active))
+    stored = max((info.dtype for info in model.reader.infos.values()), key=lambda item: item.itemsize)
+    told = None if kind else config.get("torch_dtype") or config.get("dtype")
+    words = config_of(form, config, made.sizes, str(told or BY_NUMPY[kind or stored].long))
+    check_names(words, tasks)
+
+    def more(folder: Path) -> list[str]:
+        write_json(folder / CONFIG, with_code(folder, words))
+        beside(folder)
+        return copy_tokenizer(str(request.model), request.model, folder)
+
+    return write_model(request.output, tasks, more, notes_of(model.reader), True)
+
+
+def how_to_load(form: str, folder: Path) -> str:
+    """A line about what computes such a folder."""
+    if form == OURS:
+        return f"a {LLAMA_MOE.name} with its code: load '{folder.name}' with trust_remote_code=True"
+    return f"a stock {form}, which transformers computes without code of ours"
+
+
+def weight_words(figures: Mapping[str, Any]) -> str:
+    """What the file's weights are off one, in a sentence."""
+    return (
+        f"expert weights are 1 within {figures['weight_largest']:.2%} (mean {figures['weight_mean']:.3%}); "
+        f"{figures['weight_same']:.3%} of all choices are those of exact logits (float32, calibration tokens)"
+    )
