@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from mindformers_ext.cli.prune import main
-from mindformers_ext.jobs.prune.one_shot.texts import Texts, ready
+from mindformers_ext.jobs.prune.texts import Texts, ready
 from tests.helpers.one_shot import BLOCK, JUDGED, TOKENS, make_model, write_text
 
 KINDS = ("forward", "taylor")

@@ -12,7 +12,7 @@ import tests.helpers.parity  # noqa: F401 MindSpore before transformers
 from mindformers_ext.jobs.prune.one_shot.cuts import bench, chosen_by
 from mindformers_ext.jobs.prune.one_shot.importance import measured
 from mindformers_ext.jobs.prune.one_shot.targets import target_of
-from mindformers_ext.jobs.prune.one_shot.texts import Texts
+from mindformers_ext.jobs.prune.texts import Texts
 from tests.helpers.one_shot import BLOCK, JUDGED, TOKENS, make_model, write_text
 
 pytestmark = pytest.mark.slow  # MindSpore is imported and compiles

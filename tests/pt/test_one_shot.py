@@ -20,7 +20,7 @@ from mindformers_ext.jobs.prune.one_shot import measures
 from mindformers_ext.jobs.prune.one_shot.importance import measured
 from mindformers_ext.jobs.prune.one_shot.importance_file import read_importance_file
 from mindformers_ext.jobs.prune.one_shot.targets import fewer_layers, sized, with_fewer
-from mindformers_ext.jobs.prune.one_shot.texts import ready
+from mindformers_ext.jobs.prune.texts import ready
 from mindformers_ext.surgery.prune.importance import METHODS
 from tests.helpers.one_shot import (
     DEAD_CHANNEL,

@@ -10,7 +10,7 @@ import pytest
 
 from mindformers_ext.cli.prune import main
 from mindformers_ext.jobs.prune.one_shot.importance import measured
-from mindformers_ext.jobs.prune.one_shot.texts import ready
+from mindformers_ext.jobs.prune.texts import ready
 from tests.helpers.one_shot_runs import KINDS, make_place, texts, words
 
 

@@ -24,12 +24,12 @@ from mindformers_ext.jobs.prune.next_stage import NextStage, next_from_yaml, wri
 from mindformers_ext.jobs.prune.one_shot.importance import Tell, measured
 from mindformers_ext.jobs.prune.one_shot.importance_file import Importance, provenance
 from mindformers_ext.jobs.prune.one_shot.pruned import pruned_model, pruned_words
-from mindformers_ext.jobs.prune.one_shot.quality import ORIGINAL, RANDOM, Judgement, loss_of
 from mindformers_ext.jobs.prune.one_shot.refit import Fit, Fitter, biases
 from mindformers_ext.jobs.prune.one_shot.request import LEAST_SQUARES, NONE, OneShotRequest
-from mindformers_ext.jobs.prune.one_shot.texts import Ready, Texts, ready
+from mindformers_ext.jobs.prune.quality import ORIGINAL, RANDOM, Judgement, loss_of
 from mindformers_ext.jobs.prune.report import REPORT, pruning_report
 from mindformers_ext.jobs.prune.source import DenseSource, open_folder
+from mindformers_ext.jobs.prune.texts import Ready, Texts, ready
 from mindformers_ext.surgery.prune.cut import FullMasks, full_masks, pruned_shape
 from mindformers_ext.surgery.prune.importance import METHODS, Scores, by_chance, masks_of_scores
 

@@ -23,11 +23,11 @@ from mindformers_ext.jobs.prune.one_shot.cuts import (
 )
 from mindformers_ext.jobs.prune.one_shot.importance import Tell
 from mindformers_ext.jobs.prune.one_shot.importance_file import Importance
-from mindformers_ext.jobs.prune.one_shot.quality import RANDOM
 from mindformers_ext.jobs.prune.one_shot.request import INFLUENCE, PERPLEXITY, DepthRequest
 from mindformers_ext.jobs.prune.one_shot.shape import quiet
 from mindformers_ext.jobs.prune.one_shot.skipping import Order, removal_order
 from mindformers_ext.jobs.prune.one_shot.targets import fewer_layers
+from mindformers_ext.jobs.prune.quality import RANDOM
 
 
 def prune_depth(request: DepthRequest, tell: Tell = quiet) -> OneShotReport:

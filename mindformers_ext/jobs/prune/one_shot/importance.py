@@ -21,7 +21,7 @@ from mindformers_ext.jobs.prune.one_shot.importance_file import (
     write_importance_file,
 )
 from mindformers_ext.jobs.prune.one_shot.measures import SINKS
-from mindformers_ext.jobs.prune.one_shot.texts import Ready
+from mindformers_ext.jobs.prune.texts import Ready
 from mindformers_ext.surgery.prune.importance import KINDS
 
 VERSION = 1

@@ -17,9 +17,9 @@ from mindformers_ext.jobs.prune.one_shot.cuts import (
 )
 from mindformers_ext.jobs.prune.one_shot.importance import Tell
 from mindformers_ext.jobs.prune.one_shot.importance_file import Importance
-from mindformers_ext.jobs.prune.one_shot.quality import RANDOM
 from mindformers_ext.jobs.prune.one_shot.request import NONE, ShapeRequest
 from mindformers_ext.jobs.prune.one_shot.targets import target_of, with_fewer
+from mindformers_ext.jobs.prune.quality import RANDOM
 from mindformers_ext.surgery.prune.importance import METHODS
 
 FLAP, BIAS = "flap", "flap + bias"

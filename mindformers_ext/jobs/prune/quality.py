@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mindformers_ext.jobs.experts.dense_model import DenseModel
+from mindformers_ext.jobs.experts.dense_model import StreamedModel
 from mindformers_ext.jobs.experts.probe import Course, Nothing, check_needs, forward, mean_loss, needs
 from mindformers_ext.jobs.experts.states import States
 
@@ -39,7 +39,7 @@ class Judgement:
         return asdict(self)
 
 
-def loss_of(course: Course, model: DenseModel, folder: Path) -> float:
+def loss_of(course: Course, model: StreamedModel, folder: Path) -> float:
     """Mean loss of ``model`` on the course's rows. ``folder``: made for what enters the layers, and removed."""
     course = replace(course, model=model)
     spec, nothing = model.spec, Nothing()
