@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindformers_ext.cli.command import boolean
+from mindformers_ext.cli.model_folder import add_out_shard_size
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.experts.calibration import Calibration
-    from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest
+    from mindformers_ext.jobs.merge.output import MergeReport
 
 TEMPLATE = "layers.{}.mlp.gate_proj.weight"
 
@@ -92,22 +93,7 @@ def add_model_output(parser: argparse.ArgumentParser) -> None:
     """How a model's folder is written."""
     add = parser.add_argument
     add("--to_mindspore", "--to-mindspore", type=Path, metavar="OUT.ckpt", help="also convert the result for MindSpore")
-    text = "bytes of one shard; default 5B (5e9)"
-    add("--out_shard_size", "--out-shard-size", default="5B", metavar="SIZE", help=text)
-
-
-def output_of(words: argparse.Namespace) -> OutputRequest:
-    """The request in the words of ``add_model_output`` and ``add_writing``."""
-    from mindformers_ext.jobs.merge.output import OutputRequest
-    from mindformers_ext.jobs.merge.shard_size import shard_bytes
-
-    return OutputRequest(
-        folder=words.save_path,
-        shard_bytes=shard_bytes(words.out_shard_size),
-        overwrite=words.overwrite,
-        quiet=words.quiet,
-        to_mindspore=words.to_mindspore,
-    )
+    add_out_shard_size(parser)
 
 
 def tell_report(folder: Path, report: MergeReport, quiet: bool) -> None:
