@@ -71,12 +71,24 @@ def add_conversations(parser: argparse.ArgumentParser) -> None:
 
 
 def add_layer_table(parser: argparse.ArgumentParser, file: str) -> None:
-    """What is asked of a stage that writes a value per layer, as ``file``."""
+    """What is asked of a stage that writes a value per layer of a dense model, as ``file``."""
+    parser.add_argument("--model_path", type=Path, required=True, help="Hugging Face folder of a dense LLaMA")
     parser.add_argument("--save_path", type=Path, required=True, help=f"folder in which {file} is made")
     parser.add_argument("--format", default="pt", help="pt, npz or json; default %(default)s")
     add_calibration(parser)
     add_conversations(parser)
     add_writing(parser)
+
+
+def layer_table(words: argparse.Namespace) -> dict[str, Any]:
+    """The words of ``add_layer_table`` as those of ``jobs.experts.v2.table_request.TableRequest``."""
+    return {
+        "calibration": calibration(words),
+        "save_path": words.save_path,
+        "fmt": words.format,
+        "overwrite": words.overwrite,
+        "dry_run": words.dry_run,
+    }
 
 
 def add_writing(parser: argparse.ArgumentParser) -> None:

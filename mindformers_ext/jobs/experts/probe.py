@@ -7,7 +7,7 @@ layer's Jacobian after the other, from the language model's loss summed over all
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -29,6 +29,7 @@ from mindformers_ext.jobs.experts.ranks import Share
 from mindformers_ext.jobs.experts.states import StateFile, States
 
 Arrays = Mapping[str, np.ndarray]
+Tell = Callable[[str], object]  # a line of what a job says while it works
 Model = TypeVar("Model", bound=StreamedModel)
 BASE = 350 * 10**6  # bytes of a process that has imported a framework
 TOKENS = 2048  # that a layer computes at once, unless one row has more

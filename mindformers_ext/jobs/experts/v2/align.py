@@ -28,10 +28,11 @@ from mindformers_ext.jobs.checkpoint.source import read_config
 from mindformers_ext.jobs.engine.protocols import LayerProbe
 from mindformers_ext.jobs.experts.calibration import Calibration, opened
 from mindformers_ext.jobs.experts.dense_model import StreamedModel, open_weights
-from mindformers_ext.jobs.experts.probe import Course, Part, check_needs, needs
+from mindformers_ext.jobs.experts.probe import Course, Part, Tell, check_needs, needs
+from mindformers_ext.jobs.experts.ranks import alone
 from mindformers_ext.jobs.experts.states import States
 from mindformers_ext.jobs.experts.v2.attention import other_tasks
-from mindformers_ext.jobs.experts.v2.distribution import POINT, MomentsSink, Tell, alone
+from mindformers_ext.jobs.experts.v2.distribution import POINT, MomentsSink
 from mindformers_ext.jobs.experts.v2.layer_tables import DISTRIBUTION, MOMENTS, PARTS, LayerTable, read_table
 from mindformers_ext.jobs.experts.v2.mixtral import check_names
 from mindformers_ext.jobs.experts.writing import Task, Tensors, as_written, write_model

@@ -7,7 +7,7 @@ One pass with one layer in memory; every token counts that is no padding.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -15,41 +15,24 @@ from typing import Any
 
 import numpy as np
 
-from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.formats.atomic import fresh_file, refuse_existing
 from mindformers_ext.formats.fingerprint import fingerprint
-from mindformers_ext.jobs.experts.calibration import Calibration, opened
-from mindformers_ext.jobs.experts.probe import TOKENS, Part, check_needs, forward, needs
-from mindformers_ext.jobs.experts.ranks import Share, own_share
+from mindformers_ext.jobs.experts.calibration import opened
+from mindformers_ext.jobs.experts.probe import TOKENS, Part, Tell, check_needs, forward, needs
+from mindformers_ext.jobs.experts.ranks import alone
 from mindformers_ext.jobs.experts.states import States, remove_left
-from mindformers_ext.jobs.experts.v2.layer_tables import DISTRIBUTION, MOMENTS, PARTS, SUFFIXES, LayerTable, write_table
+from mindformers_ext.jobs.experts.v2.layer_tables import DISTRIBUTION, MOMENTS, PARTS, LayerTable, write_table
+from mindformers_ext.jobs.experts.v2.table_request import TableRequest
 from mindformers_ext.surgery.experts.alignment import Moments
 
 POINT = dict(zip(PARTS, ("attention_output", "mlp_output"), strict=True))  # where a part's output is seen
-Tell = Callable[[str], object]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistributionRequest:
+class DistributionRequest(TableRequest):
     """What is asked for."""
 
-    calibration: Calibration
-    save_path: Path
-    fmt: str = "pt"
-    overwrite: bool = False
-    dry_run: bool = False
-
-    def check(self) -> None:
-        """``UserError`` lists options that do not fit."""
-        problems = Problems("options")
-        problems.one_of("--format", self.fmt, [suffix[1:] for suffix in SUFFIXES])
-        problems.raise_if_any()
-        self.calibration.check()
-
-    @property
-    def path(self) -> Path:
-        """The file that is written."""
-        return self.save_path / f"{DISTRIBUTION}.{self.fmt}"
+    KIND = DISTRIBUTION
 
 
 @dataclass
@@ -99,14 +82,6 @@ def as_arrays(found: Mapping[str, Moments]) -> dict[str, np.ndarray]:
         for part, moments in found.items()
         for name, value in zip(MOMENTS, (np.array([moments.number]), moments.mean, moments.variance), strict=True)
     }
-
-
-def alone(what: str) -> Share:
-    """The only process; several are a ``UserError``."""
-    share = own_share()
-    if share.size > 1:
-        raise UserError(f"{what} by one process, here are {share.size}: start it without a launcher")
-    return share
 
 
 def write_distribution(request: DistributionRequest, tell: Tell = lambda line: None) -> LayerTable | None:

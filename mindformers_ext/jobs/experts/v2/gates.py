@@ -7,7 +7,7 @@ One pass through the model with one layer in memory; of each layer a sample of t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -17,26 +17,25 @@ import numpy as np
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.formats.atomic import fresh_file, refuse_existing
 from mindformers_ext.formats.fingerprint import fingerprint
-from mindformers_ext.jobs.experts.calibration import Calibration, opened
-from mindformers_ext.jobs.experts.probe import Part, check_needs, forward, needs
-from mindformers_ext.jobs.experts.ranks import own_share
+from mindformers_ext.jobs.experts.calibration import opened
+from mindformers_ext.jobs.experts.probe import Part, Tell, check_needs, forward, needs
+from mindformers_ext.jobs.experts.ranks import alone
 from mindformers_ext.jobs.experts.sample import Drawn, draw
 from mindformers_ext.jobs.experts.states import States, remove_left
-from mindformers_ext.jobs.experts.v2.layer_tables import GATE, GATES, SUFFIXES, LayerTable, beside_of, write_table
+from mindformers_ext.jobs.experts.v2.layer_tables import GATE, GATES, LayerTable, write_table
+from mindformers_ext.jobs.experts.v2.table_request import TableRequest
 from mindformers_ext.surgery.experts.bounded import METRICS, TRIED, bounded_clusters
 
 CLUSTERING, RANDOM = METHODS = ("clustering", "random")
 CROWDED = 2.0  # times the mean of first choices: an expert that many tokens find is told of
-Tell = Callable[[str], object]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatesRequest:
+class GatesRequest(TableRequest):
     """What is asked for. ``features``: tokens of a layer that are clustered at most. ``normalise``: centres of length
-    1, which the published program does not make. ``fmt``: of the file."""
+    1, which the published program does not make."""
 
-    calibration: Calibration
-    save_path: Path
+    KIND = GATES
     experts: int = 16
     method: str = CLUSTERING
     jitter: float = 0.1
@@ -46,28 +45,17 @@ class GatesRequest:
     starts: int = 10
     features: int = 131072
     normalise: bool = False
-    fmt: str = "pt"
-    overwrite: bool = False
-    dry_run: bool = False
 
-    def check(self) -> None:
-        """``UserError`` lists options that do not fit."""
-        problems = Problems("options")
+    def collect(self, problems: Problems) -> None:
+        """Add options that do not fit."""
+        super().collect(problems)
         for name, value in (("num_experts", self.experts), ("max_iter", self.passes), ("n_jobs", self.starts)):
             problems.positive(f"--{name}", value)
         problems.positive("--max_features", self.features)
         problems.one_of("--method", self.method, METHODS)
         problems.one_of("--distance_metric", self.metric, METRICS)
-        problems.one_of("--format", self.fmt, [suffix[1:] for suffix in SUFFIXES])
         if not np.isfinite(self.jitter):
             problems.add(f"--balance_jitter_factor {self.jitter}", "give 0 (equal sizes) or a little more")
-        problems.raise_if_any()
-        self.calibration.check()
-
-    @property
-    def path(self) -> Path:
-        """The file that is written."""
-        return self.save_path / f"{GATES}.{self.fmt}"
 
 
 @dataclass
@@ -141,9 +129,7 @@ def write_gates(request: GatesRequest, tell: Tell = lambda line: None) -> LayerT
         UserError: options, texts or a model that do not fit; too little memory or disk; a file that exists.
     """
     request.check()
-    share = own_share()
-    if share.size > 1:
-        raise UserError(f"gates are made by one process, here are {share.size}: start it without a launcher")
+    share = alone("gates are made")
     refuse_existing(request.path, request.overwrite)
     with opened(request.calibration, share, not request.dry_run) as start:
         spec = start.model.spec
@@ -184,8 +170,3 @@ def clean(request: GatesRequest) -> None:
     remove_left(request.save_path / ".states_gates")
     for path in request.save_path.glob(".gate_*.npy"):
         path.unlink()
-
-
-def outputs(request: GatesRequest) -> list[Path]:
-    """What the stage writes."""
-    return [request.path, *([beside_of(request.path)] if request.fmt == "pt" else [])]

@@ -17,11 +17,12 @@ from mindformers_ext.core.pruning import ModelShape, shape_of_model
 from mindformers_ext.formats.atomic import fresh_folder, scratch_folder
 from mindformers_ext.formats.disk import check_space, refusal
 from mindformers_ext.formats.safetensors_dir import CONFIG
+from mindformers_ext.jobs.experts.probe import Tell
 from mindformers_ext.jobs.merge.sidecars import copy_tokenizer, write_json
 from mindformers_ext.jobs.prune.cut import Change, count_of, pieces_of, write_pieces
 from mindformers_ext.jobs.prune.masks_file import MASKS, SavedMasks, write_masks
 from mindformers_ext.jobs.prune.next_stage import NextStage, next_from_yaml, write_next
-from mindformers_ext.jobs.prune.one_shot.importance import Tell, measured
+from mindformers_ext.jobs.prune.one_shot.importance import measured
 from mindformers_ext.jobs.prune.one_shot.importance_file import Importance, provenance
 from mindformers_ext.jobs.prune.one_shot.pruned import pruned_model, pruned_words
 from mindformers_ext.jobs.prune.one_shot.refit import Fit, Fitter, biases

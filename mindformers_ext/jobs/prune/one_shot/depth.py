@@ -11,6 +11,7 @@ import numpy as np
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.pruning import ModelShape
+from mindformers_ext.jobs.experts.probe import Tell
 from mindformers_ext.jobs.experts.text_domains import limited
 from mindformers_ext.jobs.prune.one_shot.cuts import (
     MAGNITUDE,
@@ -21,7 +22,6 @@ from mindformers_ext.jobs.prune.one_shot.cuts import (
     carry_out,
     chosen_by,
 )
-from mindformers_ext.jobs.prune.one_shot.importance import Tell
 from mindformers_ext.jobs.prune.one_shot.importance_file import Importance
 from mindformers_ext.jobs.prune.one_shot.request import INFLUENCE, PERPLEXITY, DepthRequest
 from mindformers_ext.jobs.prune.one_shot.shape import quiet

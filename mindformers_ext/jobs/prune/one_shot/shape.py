@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.pruning import ModelShape
+from mindformers_ext.jobs.experts.probe import Tell
 from mindformers_ext.jobs.prune.one_shot.cuts import (
     MAGNITUDE,
     Bench,
@@ -15,7 +16,6 @@ from mindformers_ext.jobs.prune.one_shot.cuts import (
     carry_out,
     chosen_by,
 )
-from mindformers_ext.jobs.prune.one_shot.importance import Tell
 from mindformers_ext.jobs.prune.one_shot.importance_file import Importance
 from mindformers_ext.jobs.prune.one_shot.request import NONE, ShapeRequest
 from mindformers_ext.jobs.prune.one_shot.targets import target_of, with_fewer
