@@ -12,14 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mindformers_ext.cli import experts_styles
+from mindformers_ext.cli.command import add_switch
 from mindformers_ext.cli.experts_effects import CONVERT, check_effects
-from mindformers_ext.cli.experts_flags import (
-    add_model,
-    add_model_output,
-    add_switch,
-    add_writing,
-    tell_report,
-)
+from mindformers_ext.cli.experts_flags import add_model, add_model_output, add_writing, tell_report
 from mindformers_ext.cli.model_folder import output_of
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.families import LLAMA_MOE

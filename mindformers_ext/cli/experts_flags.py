@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mindformers_ext.cli.command import boolean
+from mindformers_ext.cli.command import add_switch
 from mindformers_ext.cli.model_folder import add_out_shard_size
 
 if TYPE_CHECKING:
@@ -119,11 +119,6 @@ def tell_report(folder: Path, report: MergeReport, quiet: bool) -> None:
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         print(f"{folder}: {size} in {report.seconds:.1f} s, peak memory {peak} MB")
-
-
-def add_switch(group: argparse._ActionsContainer, *names: str, text: str, default: bool | None = False) -> None:
-    """An option that is given bare or with True or False; ``default`` None tells it from one that is not given."""
-    group.add_argument(*names, type=boolean, nargs="?", const=True, default=default, metavar="True|False", help=text)
 
 
 def calibration(words: argparse.Namespace) -> Calibration:

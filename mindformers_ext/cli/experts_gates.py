@@ -7,8 +7,9 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from mindformers_ext.cli.command import add_switch
 from mindformers_ext.cli.experts_effects import CALIBRATION, Effect, check_effects
-from mindformers_ext.cli.experts_flags import add_layer_table, add_switch, layer_table
+from mindformers_ext.cli.experts_flags import add_layer_table, layer_table
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.experts.v2.gates import GatesRequest

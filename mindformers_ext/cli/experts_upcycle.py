@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mindformers_ext.cli.command import add_switch
 from mindformers_ext.cli.experts_effects import Effect, check_effects
-from mindformers_ext.cli.experts_flags import add_switch, add_writing, tell_report
+from mindformers_ext.cli.experts_flags import add_writing, tell_report
 from mindformers_ext.cli.model_folder import add_out_shard_size, output_of
 from mindformers_ext.core.families import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 
