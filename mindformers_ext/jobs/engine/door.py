@@ -175,7 +175,7 @@ def join_job(engine: str, device: DeviceSpec) -> None:
 
 
 def open_probe(engine: str, spec: NetworkSpec, device: DeviceSpec) -> LayerProbe:
-    """A decoder that shows what it computes inside, layer by layer; on MindSpore a dense one."""
+    """A decoder that shows what it computes inside, layer by layer."""
     if engine == MINDSPORE:
         os.environ.setdefault("GLOG_v", "3")  # see open_engine
         from mindformers_ext.ms.engine import MindSporeEngine

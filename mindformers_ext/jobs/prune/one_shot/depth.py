@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,7 +71,7 @@ def order_of(
     path: Path,
     tokens: int,
     remake: bool,
-    tell: Callable[[str], object],
+    tell: Tell,
 ) -> Order:
     """Which layers go first by "ppl"; kept in a file beside that of what was measured."""
     course = replace(place.start.measured, rows=limited(place.start.measured.rows, tokens))

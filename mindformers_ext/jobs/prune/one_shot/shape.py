@@ -41,7 +41,7 @@ def prune_shape(request: ShapeRequest, tell: Tell = quiet) -> OneShotReport:
         return target
 
     def choose(place: Bench, found: Importance, target: ModelShape) -> dict[str, Cut]:
-        return ladder(request, place, found, target)
+        return cuts_of(request, place, found, target)
 
     request.check()
     return carry_out(request, tell, METHODS[request.method].needs, aim, choose)
@@ -63,7 +63,7 @@ def has_biases(place: Bench) -> bool:
     return {"mlp_bias", "attention_bias"} <= {word.key for word in place.dense.model.family_row.words}
 
 
-def ladder(request: ShapeRequest, place: Bench, found: Importance, target: ModelShape) -> dict[str, Cut]:
+def cuts_of(request: ShapeRequest, place: Bench, found: Importance, target: ModelShape) -> dict[str, Cut]:
     """The cut that is asked for first, then the same without refit or bias, magnitude, and one drawn at random."""
     method, seed = request.method, request.seed
     own = chosen_by(place, method, found, target, seed)

@@ -5,7 +5,7 @@ arXiv:2402.09025, section 3). The order is kept in a file, so that fewer layers 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.json_text import read_object
 from mindformers_ext.formats.atomic import write_text
-from mindformers_ext.jobs.experts.probe import Course, embed, mean_losses, pass_on
+from mindformers_ext.jobs.experts.probe import Course, Tell, embed, mean_losses, pass_on
 from mindformers_ext.jobs.experts.states import States
 from mindformers_ext.jobs.prune.one_shot.importance_file import provenance
 
@@ -34,7 +34,7 @@ def removal_order(
     count: int,
     folder: Path,
     remake: bool,
-    tell: Callable[[str], object],
+    tell: Tell,
 ) -> Order:
     """The first ``count`` layers to go. ``path``: the file of the order, ``about``: of which model and text it is,
     ``folder``: a scratch folder.
