@@ -81,7 +81,7 @@ def add_layer_table(parser: argparse.ArgumentParser, file: str) -> None:
 
 
 def layer_table(words: argparse.Namespace) -> dict[str, Any]:
-    """The words of ``add_layer_table`` as those of ``jobs.experts.v2.table_request.TableRequest``."""
+    """The words of ``add_layer_table`` as those of ``jobs.experts.v2.table_stage.TableRequest``."""
     return {
         "calibration": calibration(words),
         "save_path": words.save_path,

@@ -44,11 +44,11 @@ from mindformers_ext.surgery.prune.experts import (
     RANDOM,
     SCORES,
     ExpertSums,
-    Floats,
     drawn,
     highest,
     narrower_gate,
 )
+from mindformers_ext.surgery.prune.hard_concrete import Floats
 
 REPORT = "expert_pruning.json"
 METHODS = tuple(MEANING)

@@ -6,10 +6,8 @@ One pass through the model with one layer in memory; of each layer a sample of t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +16,15 @@ from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.formats.atomic import fresh_file, refuse_existing
 from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.jobs.experts.calibration import opened
-from mindformers_ext.jobs.experts.probe import Part, Tell, check_needs, forward, needs
+from mindformers_ext.jobs.experts.probe import Part, Tell, check_needs, needs
 from mindformers_ext.jobs.experts.ranks import alone
 from mindformers_ext.jobs.experts.sample import Drawn, draw
-from mindformers_ext.jobs.experts.states import States, remove_left
-from mindformers_ext.jobs.experts.v2.layer_tables import GATE, GATES, LayerTable, write_table
-from mindformers_ext.jobs.experts.v2.table_request import TableRequest
+from mindformers_ext.jobs.experts.v2.layer_tables import GATE, GATES, LayerTable
+from mindformers_ext.jobs.experts.v2.table_stage import TableRequest, table_by_pass
 from mindformers_ext.surgery.experts.bounded import METRICS, TRIED, bounded_clusters
 
 CLUSTERING, RANDOM = METHODS = ("clustering", "random")
+PART = ".gate_{}.npy"  # a layer's gate, until all are there
 CROWDED = 2.0  # times the mean of first choices: an expert that many tokens find is told of
 
 
@@ -90,14 +88,9 @@ class GateSink:
         """Make the layer's gate."""
         self.seen = 0
         gate, said = make_gate(self.request, self.x, layer)
-        with fresh_file(part_of(self.place, layer), overwrite=True) as beside, beside.open("wb") as file:
+        with fresh_file(self.place / PART.format(layer), overwrite=True) as beside, beside.open("wb") as file:
             np.save(file, gate)
         self.tell(f"layer {layer}: {said}")
-
-
-def part_of(folder: Path, layer: int) -> Path:
-    """Where a layer's gate lies until all are there."""
-    return folder / f".gate_{layer}.npy"
 
 
 def make_gate(request: GatesRequest, x: np.ndarray, layer: int) -> tuple[np.ndarray, str]:
@@ -147,26 +140,8 @@ def write_gates(request: GatesRequest, tell: Tell = lambda line: None) -> LayerT
         if request.dry_run:
             return None
         check_needs(wanted, request.save_path)
-        request.save_path.mkdir(parents=True, exist_ok=True)
         about = {"model": fingerprint(start.model.reader), "texts": start.every.digest(""), "experts": request.experts}
         about |= {name: getattr(request, name) for name in ("method", "seed", "normalise", "features")}
         if request.method == CLUSTERING:
             about |= {name: getattr(request, name) for name in ("jitter", "metric", "passes", "starts")}
-        digest = sha256(json.dumps([about, request.calibration.computed()], sort_keys=True).encode()).hexdigest()
-        place = request.save_path / ".states_gates"
-        states = States(place, start.course.length, spec.hidden_size, digest, keep=False, anew=request.overwrite)
-        forward(start.course, states, sink, range(spec.num_hidden_layers))
-        layers = range(spec.num_hidden_layers)
-        gates = {n: {GATE: np.load(part_of(request.save_path, n), allow_pickle=False)} for n in layers}
-        table = LayerTable(GATES, gates, about, request.path)
-        write_table(request.path, table, request.overwrite)
-        states.remove()
-        clean(request)
-        return table
-
-
-def clean(request: GatesRequest) -> None:
-    """Delete what a killed run may have left beside the file."""
-    remove_left(request.save_path / ".states_gates")
-    for path in request.save_path.glob(".gate_*.npy"):
-        path.unlink()
+        return table_by_pass(request, start, sink, about, PART, lambda path: {GATE: np.load(path, allow_pickle=False)})

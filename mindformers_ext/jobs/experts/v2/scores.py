@@ -34,7 +34,7 @@ from mindformers_ext.jobs.experts.v2.layer_tables import (
     read_table,
     write_table,
 )
-from mindformers_ext.jobs.experts.v2.table_request import TableRequest
+from mindformers_ext.jobs.experts.v2.table_stage import TableRequest
 
 
 @dataclass(frozen=True, kw_only=True)
