@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pickle
 import secrets
 import signal
 import socket
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 CONNECTING = 5.0  # seconds
 RETRIES = 5  # times that an item is begun again after its machine was lost
+PIECE = 1 << 16  # bytes; Ray sends up to 100,000 with a call
 COUNTED = 5.0  # seconds for which the number of cores is believed
 
 
@@ -75,7 +77,8 @@ class RayTeam:
 
     def submit(self, item: Any) -> Future[Any]:
         """Begin an item."""
-        future = self._task.remote(*self._given, item).future()  # waiting inside Ray turns a signal into exit code 1
+        task = self._task.remote(*self._given, *_pieces(item))
+        future = task.future()  # waiting inside Ray turns a signal into exit code 1
         if not self._ordered:
             future.add_done_callback(self._ended.put)
         return future
@@ -109,7 +112,14 @@ class RayTeam:
 _states: dict[str, Any] = {}
 
 
-def _do(key: str, given: list[Any], item: Any) -> Any:
+def _pieces(item: Any) -> list[bytes]:
+    """An item in pieces that travel with the call. Ray would store what is larger, and as a call's needs are part of
+    what Ray chooses a process by, every such item would wait for a process to be leased anew."""
+    whole = pickle.dumps(item, pickle.HIGHEST_PROTOCOL)
+    return [whole[start : start + PIECE] for start in range(0, len(whole), PIECE)]
+
+
+def _do(key: str, given: list[Any], *pieces: bytes) -> Any:
     """On a machine of the cluster."""
     import ray
 
@@ -117,7 +127,7 @@ def _do(key: str, given: list[Any], item: Any) -> Any:
         work = ray.get(given[0])
         _states[key] = work, work.start(*work.given)
     work, state = _states[key]
-    return work.do(state, item)
+    return work.do(state, pickle.loads(b"".join(pieces)))  # noqa: S301 of this job, as what Ray itself pickles
 
 
 def _short(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from mindformers_ext.jobs.preprocess.encode import QaBatch, Setup, TextBatch, To
 from mindformers_ext.jobs.preprocess.request import Checked
 from mindformers_ext.jobs.preprocess.shards import find_shards, joined, what_makes
 
-BATCH_CHARACTERS = 1 << 17  # of text that a process encodes at once
+BATCH_CHARACTERS = 1 << 19  # of text that a process encodes at once
 BATCH_CONVERSATIONS = 64
 SHARE = 4_000_000  # bytes of input that make one more process worth its start
 
