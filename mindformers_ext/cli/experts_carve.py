@@ -20,8 +20,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("model", type=Path, metavar="MODEL", help="Hugging Face folder of a dense LLaMA or Mistral")
     add("output", type=Path, metavar="OUT", help="folder to write")
     add("--experts", type=int, required=True, metavar="N", help="groups of neurons of one size, the shared included")
-    add("--shared", type=int, required=True, metavar="S", help="of them that every token passes")
-    add("--active", type=int, required=True, metavar="A", help="of the others that are chosen for a token")
+    text = "of them that every token passes; auto: found by how far each layer's predictions stray"
+    add("--shared", type=number_or_auto, required=True, metavar="S", help=text)
+    text = "of the others that are chosen for a token; with --shared auto, all that a token passes"
+    add("--active", type=int, required=True, metavar="A", help=text)
     add("--method", default="emp", help="emp (default), cmoe, expertweaver, or static: no mixture, to compare")
     add("--router", help="ridge, representative, mean_gate or oracle; default: the method's (of emp ridge)")
     add("--refit", help="least_squares or none; default: the method's (of emp least_squares)")
@@ -54,12 +56,18 @@ def run(words: argparse.Namespace) -> int:
 
     report = carve(_request(words), lambda line: print(line, flush=True))
     print(*report.judged.lines(), sep="\n  ")
+    print(*report.said, sep="\n", end="\n" if report.said else "")
     for note in report.written.notes if report.written and not words.quiet else ():
         print(f"note: {note}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     size = f"{report.written.nbytes / 1e9:.3f} GB" if report.written else "the losses"
     print(f"{words.output}: {size}, peak memory {peak:.2f} GB")
     return 0
+
+
+def number_or_auto(word: str) -> int | None:
+    """A number, None for "auto"."""
+    return None if word == "auto" else int(word)
 
 
 def _request(words: argparse.Namespace) -> CarveRequest:
@@ -81,7 +89,8 @@ def _request(words: argparse.Namespace) -> CarveRequest:
         quiet=words.quiet,
         seed=words.seed,
     )
-    sizes = (words.experts, words.shared, words.active)
+    auto = words.shared is None
+    sizes = (words.experts, 1, words.active - 1) if auto else (words.experts, words.shared, words.active)
     recipe = recipe_of(words.method, words.router, words.refit, sizes, words.seed)
     output = OutputRequest(
         folder=words.output,
@@ -90,7 +99,7 @@ def _request(words: argparse.Namespace) -> CarveRequest:
         quiet=words.quiet,
         to_mindspore=words.to_mindspore,
     )
-    stock = QWEN2_MOE.name if words.shared > 0 else MIXTRAL.name
+    stock = QWEN2_MOE.name if auto or words.shared > 0 else MIXTRAL.name
     return CarveRequest(
         model=words.model,
         output=output,
@@ -99,4 +108,5 @@ def _request(words: argparse.Namespace) -> CarveRequest:
         form=words.format or stock,
         ladder=words.ladder,
         dtype=words.dtype,
+        auto=auto,
     )

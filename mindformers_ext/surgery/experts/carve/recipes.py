@@ -8,7 +8,7 @@ and static cuts of the same number of neurons, which no mixture may lose to.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 import torch
@@ -42,6 +42,23 @@ class Recipe:
     refit: str = LEAST_SQUARES
     bias: bool = False
     seed: int = 0
+
+    def at(self, layer: int) -> Recipe:
+        """That of one layer."""
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayeredRecipe(Recipe):
+    """``by_layer``: how many are always computed in each layer; ``shared`` + ``active`` is the sum in all of them."""
+
+    by_layer: tuple[int, ...]
+
+    def at(self, layer: int) -> Recipe:
+        """That of one layer."""
+        words = {item.name: getattr(self, item.name) for item in fields(Recipe)}
+        shared = self.by_layer[layer]
+        return Recipe(**words | {"shared": shared, "active": self.shared + self.active - shared})
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +184,7 @@ def carve_layer(sample: LayerSample, recipe: Recipe, number: int) -> CarvedLayer
     """
     if not all(np.isfinite(array).all() for array in (sample.x, sample.hidden, sample.weights, sample.down)):
         raise UserError(f"layer {number} has values that are not finite: the model or the text is damaged")
-    layer = Layer(sample, recipe, number, sample.hidden.shape[1] // recipe.experts, {}, {})
+    layer = Layer(sample, recipe.at(number), number, sample.hidden.shape[1] // recipe.experts, {}, {})
     return _static(layer) if recipe.method in STATIC else _mixture(layer)
 
 
