@@ -230,6 +230,7 @@ BAD: list[tuple[dict[str, object], str]] = [
     ({"method": "static"}, "a static cut is no mixture"),
     ({"method": "static", "format": "none", "router": "ridge"}, "nothing is chosen"),
     ({"router": "oracle"}, "no file holds such a router"),
+    ({"router": "threshold", "format": "ours"}, "no file holds such a router"),
     ({"method": "cmoe"}, "no file holds such a router"),
     ({"router": "best"}, "choose one of ridge"),
     ({"refit": "ridge"}, "choose one of least_squares"),

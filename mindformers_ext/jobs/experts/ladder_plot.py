@@ -27,8 +27,11 @@ def plot_losses(
     bars = axes.barh([name for name, _ in ways], lost, color=GREY, xerr=more if any(more) else None)
     for bar, (name, loss), error in zip(bars, ways, more, strict=True):
         bar.set_color(BLUE if name == own else GREY)
-        place = (max(loss - base, 0.0) + error, bar.get_y() + bar.get_height() / 2)
+        place = (max(loss - base + error, 0.0), bar.get_y() + bar.get_height() / 2)
         axes.annotate(f" {loss:.3f}", place, va="center", fontsize=9)
-    axes.set(title=f"Loss above the dense model's, {tokens} tokens", xlabel="nats per token")
+    axes.set(
+        title=f"Loss above the dense model's, {tokens} tokens",
+        xlabel="nats per token",
+    )
     axes.margins(x=0.15)
     return save_figure(figure, path)

@@ -15,7 +15,14 @@ import torch
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.surgery.experts.carve.carved import CarvedLayer, file_rows, weight_error
-from mindformers_ext.surgery.experts.carve.choose import Chooser, Linear, Oracle, Representative, output_lengths
+from mindformers_ext.surgery.experts.carve.choose import (
+    Chooser,
+    Linear,
+    Oracle,
+    Representative,
+    Threshold,
+    output_lengths,
+)
 from mindformers_ext.surgery.experts.carve.grouping import InputFit, by_prediction
 from mindformers_ext.surgery.experts.carve.markers import Markers
 from mindformers_ext.surgery.experts.carve.refit import refit_sums
@@ -26,7 +33,7 @@ from mindformers_ext.surgery.ridge import Floats
 
 LEAST_SQUARES, NONE = "least_squares", "none"
 REFITS = (LEAST_SQUARES, NONE)
-RIDGE, REPRESENTATIVE, MEAN_GATE, ORACLE = "ridge", "representative", "mean_gate", "oracle"
+RIDGE, REPRESENTATIVE, MEAN_GATE, ORACLE, THRESHOLD = "ridge", "representative", "mean_gate", "oracle", "threshold"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +161,10 @@ STATIC: Mapping[str, Callable[[LayerSample], Floats]] = {
     "rel": LayerSample.energies,
 }
 ROUTERS: Mapping[str, Callable[[Layer, Sequence[np.ndarray]], Chooser]] = {
-    RIDGE: lambda layer, experts: _ridge(layer, experts),
+    RIDGE: lambda layer, experts: _linear(layer, _ridge_rows(layer, experts)),
+    THRESHOLD: lambda layer, experts: Threshold.fitted(
+        layer.sample.x, _ridge_rows(layer, experts), layer.recipe.active
+    ),
     REPRESENTATIVE: lambda layer, experts: Representative.of(
         layer.sample.gate, layer.sample.up, layer.marked().representatives(tuple(experts)), layer.recipe.active
     ),
@@ -165,11 +175,11 @@ ROUTERS: Mapping[str, Callable[[Layer, Sequence[np.ndarray]], Chooser]] = {
 }
 
 
-def _ridge(layer: Layer, experts: Sequence[np.ndarray]) -> Linear:
+def _ridge_rows(layer: Layer, experts: Sequence[np.ndarray]) -> Floats:
     sample = layer.sample
     lengths = output_lengths(sample.hidden, sample.down, experts)
     lengths *= np.sqrt(sample.weights)[:, None].astype(np.float32)
-    return _linear(layer, layer.fit().rows(lengths))
+    return layer.fit().rows(lengths)
 
 
 def _linear(layer: Layer, rows: np.ndarray) -> Linear:
