@@ -25,8 +25,8 @@ def card_of(request: CarveRequest, judged: Judged, figures: Mapping[str, float],
     recipe, name = request.recipe, model_name(request.model)
     what = f"**{judged.verdict()}.**\n\nEvery layer's neurons are cut into {recipe.experts} groups of one size: "
     if isinstance(recipe, LayeredRecipe):
-        what += f"{recipe.shared + recipe.active} are computed for a token, of which all have a number in common that "
-        what += "differs by layer (by_layer below). "
+        what += f"{recipe.shared + recipe.active} are computed for a token. How many of them are the same for every "
+        what += "token differs by layer (by_layer below), the others are chosen. "
     else:
         what += f"{recipe.shared} are computed for every token, {recipe.active} of the other "
         what += f"{recipe.experts - recipe.shared} are chosen. "
