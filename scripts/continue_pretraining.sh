@@ -7,34 +7,19 @@
 # Sheared-LLaMA's second stage: the pruned model is trained on, without masks.
 #   config_file=continue.yaml data_local=prepared bash scripts/continue_pretraining.sh  or, from the repository's folder, with sbatch
 # continue.yaml is what tools/prune.py cut --next_yaml has written: it knows sizes, weights and the last proportions.
-# A variable of the environment goes before what stands here. PYTHON=/path/to/python chooses the interpreter. Words
-# behind the script's name are options of run_mindformer.py. "ba" are batches, which are steps.
+# How variables are given, and those that both stages have: shearing.bash.
 set -euo pipefail
 
 to_model="${to_model-1.3b}" # without config_file: 2.7b, 1.3b or 370m
 config_file="${config_file-}" # a YAML; empty: research/sheared_llama's for this size
 path="${path-}" # the pruned model: Hugging Face folder, MindSpore or Composer (.pt) checkpoint; empty: the YAML's
-data_local="${data_local-}" # folder that llama_preprocess.py --dataset_type domains has prepared
-max_seq_len="${max_seq_len-4096}" # tokens; rows of the data hold one more
 device_train_microbatch_size="${device_train_microbatch_size-16}" # sequences of a GPU at a time
 global_train_batch_size="${global_train_batch_size-256}" # sequences of a step
-lr="${lr-1e-4}" # optimizer.lr: learning rate at its top
 max_duration="${max_duration-48000ba}" # steps, or epochs: 1ep
 save_interval="${save_interval-3200ba}" # steps between checkpoints
 t_warmup="${t_warmup-1440ba}" # steps with rising learning rate, 3 %
-dynamic="${dynamic-True}" # False: the domains' proportions stay
-set_names="${set_names-}" # domains, as [cc,github,book]; empty: the YAML's
-proportion="${proportion-}" # at the start, as [0.7,0.2,0.1]; empty: the YAML's
-update_type="${update_type-doremi}" # doremi or constant, or another rule of the README
-target_loss="${target_loss-}" # of each domain, as [1.9,0.7,2.1]; empty: the YAML's
 eval_interval="${eval_interval-400ba}" # steps between measurements of the domains' losses
 save_dir="${save_dir-output/${to_model}_continue_pretraining}" # folder of checkpoints, metrics and logs
-autoresume="${autoresume-False}" # True: go on with the run in save_dir
-gpus="${gpus-8}" # of this machine; the reference had 16 on two
-nodes="${nodes-1}" master="${master-127.0.0.1}" port="${port-8118}" node_rank="${node_rank-${SLURM_NODEID-0}}" # of several
-device_target="${device_target-GPU}" # GPU, or CPU to try it
-engine="${engine-pt}"
-log_dir="${log_dir-output/torchrun_log}"
 
 # sbatch runs a copy of this file: the repository is where the job was submitted
 root=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}

@@ -6,27 +6,18 @@
 # SPDX-License-Identifier: Apache-2.0
 # Sheared-LLaMA's first stage: a dense model is pruned to a smaller shape while it trains. Then: tools/prune.py cut.
 #   path=Llama-2-7b-hf data_local=prepared bash scripts/pruning.sh  or, from the repository's folder, with sbatch
-# A variable of the environment goes before what stands here. PYTHON=/path/to/python chooses the interpreter. Words
-# behind the script's name are options of run_mindformer.py. "ba" are batches, which are steps.
+# How variables are given, and those that both stages have: shearing.bash.
 set -euo pipefail
 
 from_model="${from_model-7b}" # the source model: 7b (LLaMA-2) or 8b (LLaMA-3)
 to_model="${to_model-1.3b}" # the target: of 7b 2.7b, 1.3b or 370m, of 8b 1.6b
 config_file="${config_file-}" # a YAML; empty: research/sheared_llama's for these two
 path="${path-}" # the source model: Hugging Face folder, MindSpore or Composer (.pt) checkpoint
-data_local="${data_local-}" # folder that llama_preprocess.py --dataset_type domains has prepared
-max_seq_len="${max_seq_len-4096}" # tokens; rows of the data hold one more
 device_train_microbatch_size="${device_train_microbatch_size-4}" # sequences of a GPU at a time
 global_train_batch_size="${global_train_batch_size-32}" # sequences of a step
-lr="${lr-1e-4}" # optimizer.lr: learning rate at its top
 max_duration="${max_duration-3200ba}" # steps, or epochs: 1ep
 save_interval="${save_interval-400ba}" # steps between checkpoints; the reference keeps the last one alone (3200ba)
 t_warmup="${t_warmup-320ba}" # steps with rising learning rate, a tenth
-dynamic="${dynamic-True}" # False: the domains' proportions stay
-set_names="${set_names-}" # domains, as [cc,github,book]; empty: the YAML's, RedPajama's seven
-proportion="${proportion-}" # at the start, as [0.7,0.2,0.1]; empty: the YAML's
-update_type="${update_type-doremi}" # doremi or constant, or another rule of the README
-target_loss="${target_loss-}" # of each domain, as [1.9,0.7,2.1]; empty: the YAML's, predicted for the target's size
 eval_interval="${eval_interval-50ba}" # steps between measurements of the domains' losses
 pruning_modules="${pruning_modules-[head,intermediate,layer,hidden]}" # what has masks
 lag_lr="${lag_lr-1.0}" # optimizer.lag_lr: learning rate of masks and multipliers
@@ -37,12 +28,6 @@ target_n_heads="${target_n_heads-}"
 target_n_layers="${target_n_layers-}"
 target_intermediate_size="${target_intermediate_size-}"
 save_dir="${save_dir-output/llama2_${from_model}_pruning_to_${to_model}}" # folder of checkpoints, metrics and logs
-autoresume="${autoresume-False}" # True: go on with the run in save_dir
-gpus="${gpus-8}" # of this machine
-nodes="${nodes-1}" master="${master-127.0.0.1}" port="${port-8118}" node_rank="${node_rank-${SLURM_NODEID-0}}" # of several
-device_target="${device_target-GPU}" # GPU, or CPU to try it
-engine="${engine-pt}"
-log_dir="${log_dir-output/torchrun_log}"
 
 # sbatch runs a copy of this file: the repository is where the job was submitted
 root=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}

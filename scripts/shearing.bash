@@ -1,6 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-# Read by pruning.sh and continue_pretraining.sh, which set "root" and their variables, in LLM-Shearing's words.
+# Read by pruning.sh and continue_pretraining.sh, which set "root" and their variables, in LLM-Shearing's words. Here are
+# those of both. A variable of the environment goes before what stands in a file. PYTHON=/path/to/python chooses the
+# interpreter. Words behind a script's name are options of run_mindformer.py. "ba" are batches, which are steps.
 . "$root/scripts/options.bash"
+
+data_local="${data_local-}" # folder that llama_preprocess.py --dataset_type domains has prepared
+max_seq_len="${max_seq_len-4096}" # tokens; rows of the data hold one more
+lr="${lr-1e-4}" # optimizer.lr: learning rate at its top
+dynamic="${dynamic-True}" # False: the domains' proportions stay
+set_names="${set_names-}" # domains, as [cc,github,book]; empty: the YAML's, of a pruning RedPajama's seven
+proportion="${proportion-}" # at the start, as [0.7,0.2,0.1]; empty: the YAML's
+update_type="${update_type-doremi}" # doremi or constant, or another rule of the README
+target_loss="${target_loss-}" # of each domain, as [1.9,0.7,2.1]; empty: the YAML's, predicted for the target's size
+autoresume="${autoresume-False}" # True: go on with the run in save_dir
+gpus="${gpus-8}" # of this machine; to train on, the reference had 16 on two
+nodes="${nodes-1}" master="${master-127.0.0.1}" port="${port-8118}" node_rank="${node_rank-${SLURM_NODEID-0}}" # of several
+device_target="${device_target-GPU}" # GPU, or CPU to try it
+engine="${engine-pt}"
+log_dir="${log_dir-output/torchrun_log}"
 
 # counted NAME: the number in "3200ba" (batches, which are steps), or in a plain "3200"
 counted() {

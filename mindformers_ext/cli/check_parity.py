@@ -28,7 +28,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         type=optional_path,
         help="with --weights_only: strategy files, if --ckpt is the folder above rank_0, rank_1, ...",
     )
-    add_switch(parser, "--weights_only", "compare tensors instead of logits")
+    add_switch(parser, "--weights_only", text="compare tensors instead of logits")
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -94,6 +94,6 @@ def optional_path(text: str) -> Path | None:
     return None if text in ("", "None") else Path(text)
 
 
-def add_switch(target: argparse.ArgumentParser, name: str, text: str) -> None:
-    """An option that is True, False, or True when given alone."""
-    target.add_argument(name, type=boolean, nargs="?", const=True, default=False, metavar="True|False", help=text)
+def add_switch(target: argparse._ActionsContainer, *names: str, text: str, default: bool | None = False) -> None:
+    """An option that is True, False, or True when given alone; ``default`` None tells it from one that is not given."""
+    target.add_argument(*names, type=boolean, nargs="?", const=True, default=default, metavar="True|False", help=text)

@@ -65,9 +65,9 @@ def add_common(target: argparse.ArgumentParser) -> None:
         help="how the experts of the MindSpore input lie, where neither its description nor its shapes tell",
     )
     target.add_argument("--max_shard_size", help="largest shard of a Hugging Face folder (default 5GB)")
-    add_switch(target, "--overwrite", "replace an existing output")
-    add_switch(target, "--allow_overflow", "let values too large for --dtype become infinite, and count them")
-    add_switch(target, "--dry_run", "check everything and print the plan, write nothing")
+    add_switch(target, "--overwrite", text="replace an existing output")
+    add_switch(target, "--allow_overflow", text="let values too large for --dtype become infinite, and count them")
+    add_switch(target, "--dry_run", text="check everything and print the plan, write nothing")
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +80,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         help="of the output, with --reversed of the input: composer is LLM-Shearing's state_dict.pt, made from a "
         "Hugging Face folder or a MindSpore checkpoint; default %(default)s",
     )
-    add_switch(parser, "--reversed", "MindSpore to Hugging Face")
+    add_switch(parser, "--reversed", text="MindSpore to Hugging Face")
     parser.add_argument(
         "--input_path",
         type=Path,
@@ -94,9 +94,11 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mindspore_ckpt_path", type=Path, help="X.ckpt or X.safetensors to write (with --reversed: to read)"
     )
-    add_switch(parser, "--download", "fetch an input named OWNER/NAME from the hub where it was not downloaded yet")
-    add_switch(parser, "--use_gmm", "write the experts transposed, as predict with grouped matmul wants them")
-    add_switch(parser, "--qkv_concat", "write q, k, v as one tensor (gate and up of a dense model too)")
+    add_switch(
+        parser, "--download", text="fetch an input named OWNER/NAME from the hub where it was not downloaded yet"
+    )
+    add_switch(parser, "--use_gmm", text="write the experts transposed, as predict with grouped matmul wants them")
+    add_switch(parser, "--qkv_concat", text="write q, k, v as one tensor (gate and up of a dense model too)")
     add_common(parser)
 
 

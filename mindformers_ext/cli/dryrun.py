@@ -70,12 +70,12 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add_switch(
         parser,
         "--suggest",
-        "list the splits that fit --memory (default context.max_device_memory), the cheapest "
+        text="list the splits that fit --memory (default context.max_device_memory), the cheapest "
         "first, and compile nothing",
     )
     parser.add_argument("--jobs", type=int, metavar="N", help="ranks compiled at a time (default: one per core)")
-    add_switch(parser, "--compare", "also compile MindFormers' own network for the same file")
-    add_switch(parser, "--keep_graphs", "keep MindSpore's graphs as text (large)")
+    add_switch(parser, "--compare", text="also compile MindFormers' own network for the same file")
+    add_switch(parser, "--keep_graphs", text="keep MindSpore's graphs as text (large)")
     parser.set_defaults(output_dir=None)  # here it is --out
     for flag in (row for row in FLAGS if row.field != "output_dir"):
         more: dict[str, Any] = {"nargs": "+"} if flag.many else {}

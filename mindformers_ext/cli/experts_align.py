@@ -14,9 +14,9 @@ from mindformers_ext.cli.experts_flags import (
     add_model_output,
     add_writing,
     calibration,
-    output_of,
     tell_report,
 )
+from mindformers_ext.cli.model_folder import output_of
 
 EFFECTS = CALIBRATION
 
@@ -40,7 +40,7 @@ def run(words: argparse.Namespace) -> int:
 
     check_effects(words, sys.modules[__name__])
     request = AlignRequest(
-        calibration=calibration(words), distribution=words.distribution_file, output=output_of(words)
+        calibration=calibration(words), distribution=words.distribution_file, output=output_of(words, words.save_path)
     )
     report = align(request, not words.dry_run, lambda line: print(line, flush=True))
     tell_report(words.save_path, report, words.quiet)

@@ -8,7 +8,8 @@ import resource
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mindformers_ext.cli.experts_flags import add_switch
+from mindformers_ext.cli.model_folder import add_folder, output_of
+from mindformers_ext.cli.text_options import add_texts, texts_of
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.experts.carve.request import CarveRequest
@@ -35,20 +36,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--ladder", default="short", help="what it is compared with: short (default), full or none")
     add("--dtype", metavar="TYPE", help="type of the written weights; default: the stored one")
     add("--to_mindspore", "--to-mindspore", type=Path, metavar="OUT.ckpt", help="also convert the result for MindSpore")
-    add("--max_shard_size", default="5GB", metavar="SIZE", help="bytes of one shard; default %(default)s")
-    add_switch(parser, "--overwrite", text="replace an existing folder")
-    add_switch(parser, "--quiet", text="no progress bar")
-    add = parser.add_argument_group("texts").add_argument
-    add("--calibration", type=Path, nargs="+", required=True, metavar="FILE", help="plain text to measure on")
-    add("--tokens", type=int, default=16384, metavar="T", help="of it that are measured; default %(default)s")
-    behind = "to judge on; default: what is left of the calibration"
-    add("--held_out", "--eval_text", type=Path, nargs="+", default=[], metavar="FILE", help=behind)
-    add("--held_out_tokens", "--eval_tokens", type=int, default=8192, help="of it that judge; default %(default)s")
-    add("--block_size", type=int, default=512, help="tokens a row; default %(default)s")
     add("--seed", type=int, default=0, help="of the draw of the calibration's rows and of splits; default %(default)s")
-    add("--engine", default="pt", help="pt (PyTorch) or ms (MindSpore); default %(default)s")
-    add("--device_target", default="CPU", help="CPU, GPU or Ascend; default %(default)s")
-    add("--device_id", type=int, default=0, help="number of the device; default %(default)s")
+    add_folder(parser)
+    add_texts(parser)
 
 
 def run(words: argparse.Namespace) -> int:
@@ -72,39 +62,17 @@ def number_or_auto(word: str) -> int | None:
 
 
 def _request(words: argparse.Namespace) -> CarveRequest:
-    from mindformers_ext.core.byte_sizes import read_size
     from mindformers_ext.core.families import MIXTRAL, QWEN2_MOE
     from mindformers_ext.jobs.experts.carve.request import CarveRequest, recipe_of
-    from mindformers_ext.jobs.experts.texts import Texts
-    from mindformers_ext.jobs.merge.output import OutputRequest
 
-    texts = Texts(
-        calibration=tuple(words.calibration),
-        tokens=words.tokens,
-        held_out=tuple(words.held_out),
-        held_out_tokens=words.held_out_tokens,
-        block_size=words.block_size,
-        engine=words.engine,
-        device_target=words.device_target,
-        device_id=words.device_id,
-        quiet=words.quiet,
-        seed=words.seed,
-    )
     auto = words.shared is None
     sizes = (words.experts, 1, words.active - 1) if auto else (words.experts, words.shared, words.active)
     recipe = recipe_of(words.method, words.router, words.refit, sizes, words.seed)
-    output = OutputRequest(
-        folder=words.output,
-        shard_bytes=read_size(words.max_shard_size, "--max_shard_size", bare=True),
-        overwrite=words.overwrite,
-        quiet=words.quiet,
-        to_mindspore=words.to_mindspore,
-    )
     stock = QWEN2_MOE.name if auto or words.shared > 0 else MIXTRAL.name
     return CarveRequest(
         model=words.model,
-        output=output,
-        texts=texts,
+        output=output_of(words, words.output),
+        texts=texts_of(words, words.seed),
         recipe=recipe,
         form=words.format or stock,
         ladder=words.ladder,

@@ -12,15 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mindformers_ext.cli import experts_styles
+from mindformers_ext.cli.command import add_switch
 from mindformers_ext.cli.experts_effects import CONVERT, check_effects
-from mindformers_ext.cli.experts_flags import (
-    add_model,
-    add_model_output,
-    add_switch,
-    add_writing,
-    output_of,
-    tell_report,
-)
+from mindformers_ext.cli.experts_flags import add_model, add_model_output, add_writing, tell_report
+from mindformers_ext.cli.model_folder import output_of
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.families import LLAMA_MOE
 
@@ -94,7 +89,7 @@ def run(words: argparse.Namespace) -> int:
     if not words.reversed:
         check_effects(words, sys.modules[__name__])
     if words.style is not None and not words.reversed:
-        report = experts_styles.converted(words, output_of(words))
+        report = experts_styles.converted(words, output_of(words, words.save_path))
     else:
         report = (_reversed if words.reversed else _converted)(words)
     tell_report(words.save_path, report, words.quiet)
@@ -110,7 +105,7 @@ def _converted(words: argparse.Namespace) -> MergeReport:
         splits=parts.splits,
         gates=parts.gates,
         gating=parts.gating,
-        output=output_of(words),
+        output=output_of(words, words.save_path),
         dtype=words.dtype,
         seed=words.seed,
     )
@@ -206,5 +201,5 @@ def _reversed(words: argparse.Namespace) -> MergeReport:
     from mindformers_ext.jobs.experts.reverse import DenseRequest, reverse
 
     splits = read_own_splits(words.model_path, words.split_file_path, words.templates, words.allow_pickle)
-    request = DenseRequest(model=words.model_path, output=output_of(words), splits=splits)
+    request = DenseRequest(model=words.model_path, output=output_of(words, words.save_path), splits=splits)
     return reverse(request, write=not words.dry_run)

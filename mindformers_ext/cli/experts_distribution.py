@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mindformers_ext.cli.experts_effects import CALIBRATION, check_effects
-from mindformers_ext.cli.experts_flags import add_layer_table, calibration
+from mindformers_ext.cli.experts_flags import add_layer_table, layer_table
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.experts.v2.distribution import DistributionRequest
@@ -19,7 +18,6 @@ EFFECTS = CALIBRATION
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The stage's options."""
-    parser.add_argument("--model_path", type=Path, required=True, help="Hugging Face folder of a dense LLaMA")
     add_layer_table(parser, "distribution.pt")
 
 
@@ -38,10 +36,4 @@ def request_of(words: argparse.Namespace) -> DistributionRequest:
     """What the options ask for."""
     from mindformers_ext.jobs.experts.v2.distribution import DistributionRequest
 
-    return DistributionRequest(
-        calibration=calibration(words),
-        save_path=words.save_path,
-        fmt=words.format,
-        overwrite=words.overwrite,
-        dry_run=words.dry_run,
-    )
+    return DistributionRequest(**layer_table(words))

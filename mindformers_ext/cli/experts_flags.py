@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mindformers_ext.cli.command import boolean
+from mindformers_ext.cli.command import add_switch
+from mindformers_ext.cli.model_folder import add_out_shard_size
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.experts.calibration import Calibration
-    from mindformers_ext.jobs.merge.output import MergeReport, OutputRequest
+    from mindformers_ext.jobs.merge.output import MergeReport
 
 TEMPLATE = "layers.{}.mlp.gate_proj.weight"
 
@@ -70,12 +71,24 @@ def add_conversations(parser: argparse.ArgumentParser) -> None:
 
 
 def add_layer_table(parser: argparse.ArgumentParser, file: str) -> None:
-    """What is asked of a stage that writes a value per layer, as ``file``."""
+    """What is asked of a stage that writes a value per layer of a dense model, as ``file``."""
+    parser.add_argument("--model_path", type=Path, required=True, help="Hugging Face folder of a dense LLaMA")
     parser.add_argument("--save_path", type=Path, required=True, help=f"folder in which {file} is made")
     parser.add_argument("--format", default="pt", help="pt, npz or json; default %(default)s")
     add_calibration(parser)
     add_conversations(parser)
     add_writing(parser)
+
+
+def layer_table(words: argparse.Namespace) -> dict[str, Any]:
+    """The words of ``add_layer_table`` as those of ``jobs.experts.v2.table_stage.TableRequest``."""
+    return {
+        "calibration": calibration(words),
+        "save_path": words.save_path,
+        "fmt": words.format,
+        "overwrite": words.overwrite,
+        "dry_run": words.dry_run,
+    }
 
 
 def add_writing(parser: argparse.ArgumentParser) -> None:
@@ -92,22 +105,7 @@ def add_model_output(parser: argparse.ArgumentParser) -> None:
     """How a model's folder is written."""
     add = parser.add_argument
     add("--to_mindspore", "--to-mindspore", type=Path, metavar="OUT.ckpt", help="also convert the result for MindSpore")
-    text = "bytes of one shard; default 5B (5e9)"
-    add("--out_shard_size", "--out-shard-size", default="5B", metavar="SIZE", help=text)
-
-
-def output_of(words: argparse.Namespace) -> OutputRequest:
-    """The request in the words of ``add_model_output`` and ``add_writing``."""
-    from mindformers_ext.jobs.merge.output import OutputRequest
-    from mindformers_ext.jobs.merge.shard_size import shard_bytes
-
-    return OutputRequest(
-        folder=words.save_path,
-        shard_bytes=shard_bytes(words.out_shard_size),
-        overwrite=words.overwrite,
-        quiet=words.quiet,
-        to_mindspore=words.to_mindspore,
-    )
+    add_out_shard_size(parser)
 
 
 def tell_report(folder: Path, report: MergeReport, quiet: bool) -> None:
@@ -121,11 +119,6 @@ def tell_report(folder: Path, report: MergeReport, quiet: bool) -> None:
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         print(f"{folder}: {size} in {report.seconds:.1f} s, peak memory {peak} MB")
-
-
-def add_switch(group: argparse._ActionsContainer, *names: str, text: str, default: bool | None = False) -> None:
-    """An option that is given bare or with True or False; ``default`` None tells it from one that is not given."""
-    group.add_argument(*names, type=boolean, nargs="?", const=True, default=default, metavar="True|False", help=text)
 
 
 def calibration(words: argparse.Namespace) -> Calibration:

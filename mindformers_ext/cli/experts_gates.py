@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mindformers_ext.cli.command import add_switch
 from mindformers_ext.cli.experts_effects import CALIBRATION, Effect, check_effects
-from mindformers_ext.cli.experts_flags import add_layer_table, add_switch, calibration
+from mindformers_ext.cli.experts_flags import add_layer_table, layer_table
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.experts.v2.gates import GatesRequest
@@ -24,7 +24,6 @@ EFFECTS = {
 def configure(parser: argparse.ArgumentParser) -> None:
     """The stage's options."""
     add = parser.add_argument
-    add("--model_path", type=Path, required=True, help="Hugging Face folder of a dense LLaMA")
     add("--num_experts", type=int, default=16, metavar="E", help="experts per layer; default %(default)s")
     add("--method", default="clustering", help="clustering, or random: tokens drawn; default %(default)s")
     add(
@@ -65,8 +64,7 @@ def request_of(words: argparse.Namespace) -> GatesRequest:
     from mindformers_ext.jobs.experts.v2.gates import GatesRequest
 
     return GatesRequest(
-        calibration=calibration(words),
-        save_path=words.save_path,
+        **layer_table(words),
         experts=words.num_experts,
         method=words.method,
         jitter=words.balance_jitter_factor,
@@ -76,7 +74,4 @@ def request_of(words: argparse.Namespace) -> GatesRequest:
         starts=words.n_jobs,
         features=words.max_features,
         normalise=words.normalize_centers,
-        fmt=words.format,
-        overwrite=words.overwrite,
-        dry_run=words.dry_run,
     )

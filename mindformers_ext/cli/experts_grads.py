@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mindformers_ext.cli.experts_effects import CALIBRATION, check_effects
-from mindformers_ext.cli.experts_flags import add_layer_table, calibration
+from mindformers_ext.cli.experts_flags import add_layer_table, layer_table
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.experts.v2.scores import ScoresRequest
@@ -20,7 +20,6 @@ EFFECTS = CALIBRATION
 def configure(parser: argparse.ArgumentParser) -> None:
     """The stage's options."""
     add = parser.add_argument
-    add("--model_path", type=Path, required=True, help="Hugging Face folder of a dense LLaMA")
     add("--gate_weights_file", type=Path, required=True, metavar="FILE", help="what gates wrote")
     add_layer_table(parser, "importance_scores.pt")
 
@@ -44,11 +43,4 @@ def request_of(words: argparse.Namespace) -> ScoresRequest:
     """What the options ask for."""
     from mindformers_ext.jobs.experts.v2.scores import ScoresRequest
 
-    return ScoresRequest(
-        calibration=calibration(words),
-        gates=words.gate_weights_file,
-        save_path=words.save_path,
-        fmt=words.format,
-        overwrite=words.overwrite,
-        dry_run=words.dry_run,
-    )
+    return ScoresRequest(**layer_table(words), gates=words.gate_weights_file)

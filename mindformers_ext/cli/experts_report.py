@@ -6,9 +6,10 @@ from __future__ import annotations
 import argparse
 import sys
 
+from mindformers_ext.cli.command import add_switch
 from mindformers_ext.cli.experts_convert import add_gating, parts_of, quality_of
 from mindformers_ext.cli.experts_effects import REPORT, check_effects
-from mindformers_ext.cli.experts_flags import add_model, add_switch
+from mindformers_ext.cli.experts_flags import add_model
 
 EFFECTS = REPORT
 

@@ -16,8 +16,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from mindformers_ext.cli.command import add_switch
 from mindformers_ext.cli.experts_effects import without_effect
-from mindformers_ext.cli.experts_flags import add_switch
 from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.errors import Problems, UserError
 

@@ -7,16 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from mindformers_ext.cli.command import add_switch
 from mindformers_ext.cli.experts_effects import SELECT, check_effects
-from mindformers_ext.cli.experts_flags import (
-    add_calibration,
-    add_layers,
-    add_model,
-    add_switch,
-    add_writing,
-    calibration,
-    layers,
-)
+from mindformers_ext.cli.experts_flags import add_calibration, add_layers, add_model, add_writing, calibration, layers
 
 EFFECTS = SELECT
 

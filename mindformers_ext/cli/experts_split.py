@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mindformers_ext.cli.command import add_switch
 from mindformers_ext.cli.experts_effects import Effect, check_effects
-from mindformers_ext.cli.experts_flags import add_layers, add_model, add_switch, add_writing, layers
+from mindformers_ext.cli.experts_flags import add_layers, add_model, add_writing, layers
 from mindformers_ext.core.errors import UserError
 
 if TYPE_CHECKING:

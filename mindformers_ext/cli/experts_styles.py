@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mindformers_ext.cli.experts_flags import add_switch
+from mindformers_ext.cli.command import add_switch
 from mindformers_ext.core.families import MIXTRAL
 
 if TYPE_CHECKING:

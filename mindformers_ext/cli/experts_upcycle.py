@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mindformers_ext.cli.command import add_switch
 from mindformers_ext.cli.experts_effects import Effect, check_effects
-from mindformers_ext.cli.experts_flags import add_switch, add_writing, tell_report
+from mindformers_ext.cli.experts_flags import add_writing, tell_report
+from mindformers_ext.cli.model_folder import add_out_shard_size, output_of
 from mindformers_ext.core.families import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 
 if TYPE_CHECKING:
@@ -91,7 +93,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=FORMATS, help="what is written; default the mixture that the model fits")
     add("--dtype", metavar="TYPE", help="type of the written weights; default: the model's")
     add("--seed", type=int, default=0, help="of every draw; default %(default)s")
-    add("--out_shard_size", "--out-shard-size", default="5B", metavar="SIZE", help="bytes of one shard; default 5B")
+    add_out_shard_size(parser)
     add_writing(parser)
 
 
@@ -113,17 +115,10 @@ def run(words: argparse.Namespace) -> int:
 def request_of(words: argparse.Namespace) -> UpcycleRequest:
     """What the options ask for."""
     from mindformers_ext.jobs.experts.upcycle.request import UpcycleRequest
-    from mindformers_ext.jobs.merge.output import OutputRequest
-    from mindformers_ext.jobs.merge.shard_size import shard_bytes
 
     return UpcycleRequest(
         model=words.model,
-        output=OutputRequest(
-            folder=words.out,
-            shard_bytes=shard_bytes(words.out_shard_size),
-            overwrite=words.overwrite,
-            quiet=words.quiet,
-        ),
+        output=output_of(words, words.out),
         method=words.method,
         experts=words.experts,
         top_k=words.top_k,

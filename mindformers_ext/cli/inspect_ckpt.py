@@ -25,7 +25,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("path", type=Path, help="file or folder")
     parser.add_argument("--grep", help="only tensors whose name matches this regular expression")
-    add_switch(parser, "--json", "print JSON")
+    add_switch(parser, "--json", text="print JSON")
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lora_scaling", type=float, help="lora_alpha / lora_rank (default: from the run's adapter_config.json)"
     )
-    add_switch(parser, "--overwrite", "replace an existing output")
+    add_switch(parser, "--overwrite", text="replace an existing output")
 
 
 def _run(arguments: argparse.Namespace) -> int:

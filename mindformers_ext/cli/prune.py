@@ -5,14 +5,14 @@ a pruning run or in one shot, and a mixture to fewer experts."""
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 from pathlib import Path
 
 from mindformers_ext.cli.command import Command, Subcommand, add_subcommands, add_switch, dtype
+from mindformers_ext.cli.model_folder import add_folder, output_of
 from mindformers_ext.cli.prune_experts import experts_options, run_experts
 from mindformers_ext.cli.prune_one_shot import DEPTH, SHAPE
-from mindformers_ext.core.byte_sizes import read_size
+from mindformers_ext.cli.text_options import written
 
 EPILOG = """examples:
   python tools/prune.py masks output/prune --output masks.npz
@@ -81,28 +81,19 @@ def _cut_options(parser: argparse.ArgumentParser) -> None:
     add("--base", type=Path, metavar="DIR", help="the dense model's folder, for config.json and the tokenizer")
     add("--next_yaml", type=Path, metavar="YAML", help="write the YAML of continued pretraining")
     add("--dtype", type=dtype, metavar="TYPE", help="type of the written weights; default: the stored one")
-    add("--max_shard_size", default="5GB", metavar="SIZE", help="bytes of one shard; default %(default)s")
     add_switch(parser, "--fold_lm_head", text="scale the head too, as LLM-Shearing did: not the masked model")
     add_switch(parser, "--force", text="cut although the masks have not come to the target's shape")
-    add_switch(parser, "--overwrite", text="replace an existing folder")
-    add_switch(parser, "--quiet", text="no progress bar")
+    add_folder(parser)
 
 
 def _cut(words: argparse.Namespace) -> int:
-    from mindformers_ext.jobs.merge.output import OutputRequest
     from mindformers_ext.jobs.prune.cut import CutRequest, cut
     from mindformers_ext.jobs.prune.report import table
 
-    out = OutputRequest(
-        folder=words.output,
-        shard_bytes=read_size(words.max_shard_size, "--max_shard_size", bare=True),
-        overwrite=words.overwrite,
-        quiet=words.quiet,
-    )
     report = cut(
         CutRequest(
             model=words.model,
-            output=out,
+            output=output_of(words, words.output),
             masks=words.masks,
             config=words.config,
             strategies=words.strategy_dir,
@@ -116,12 +107,7 @@ def _cut(words: argparse.Namespace) -> int:
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
     print("\n".join(table(report.masks)))
-    before, after = report.parameters
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(
-        f"{words.output}: {after} of {before} weights ({after / before:.1%}), {report.nbytes / 1e9:.3f} GB in "
-        f"{report.seconds:.1f} s, {peak:.2f} GB of memory"
-    )
+    print(written(words.output, report.parameters, report.nbytes, report.seconds))
     return 0
 
 

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindformers_ext.cli.command import Subcommand, add_switch
-from mindformers_ext.core.byte_sizes import read_size
+from mindformers_ext.cli.model_folder import add_folder, output_of
+from mindformers_ext.cli.text_options import add_texts, texts_of, written
 
 if TYPE_CHECKING:
     from mindformers_ext.jobs.prune.one_shot.cuts import OneShotReport
@@ -27,20 +27,9 @@ def _common(parser: argparse.ArgumentParser, methods: str) -> None:
     add("--train_yaml", type=Path, metavar="YAML", help="a training YAML of the dense model")
     add("--importance", type=Path, metavar="FILE.npz", help="what was measured; default: beside OUT, named after MODEL")
     add_switch(parser, "--remake_importance", text="measure anew, whatever the file holds")
-    add("--max_shard_size", default="5GB", metavar="SIZE", help="bytes of one shard; default %(default)s")
-    add_switch(parser, "--overwrite", text="replace an existing folder")
-    add_switch(parser, "--quiet", text="no progress bar")
-    group = parser.add_argument_group("texts")
-    add = group.add_argument
-    add("--calibration", type=Path, nargs="+", required=True, metavar="FILE", help="plain text to measure on")
-    add("--tokens", type=int, default=16384, help="of it that are measured; default %(default)s")
-    add("--held_out", type=Path, nargs="+", default=[], metavar="FILE", help="to judge on; default: what follows")
-    add("--held_out_tokens", type=int, default=8192, help="of it that judge; default %(default)s")
-    add("--block_size", type=int, default=1024, help="tokens a row; default %(default)s")
     add("--seed", type=int, default=0, help="of the random cut beside it; default %(default)s")
-    add("--engine", default="pt", help="pt (PyTorch) or ms (MindSpore); default %(default)s")
-    add("--device_target", default="CPU", help="CPU, GPU or Ascend; default %(default)s")
-    add("--device_id", type=int, default=0, help="number of the device; default %(default)s")
+    add_folder(parser)
+    add_texts(parser)
 
 
 def _shape_options(parser: argparse.ArgumentParser) -> None:
@@ -77,30 +66,10 @@ def _depth_options(parser: argparse.ArgumentParser) -> None:
 
 def _request(words: argparse.Namespace) -> dict[str, Any]:
     """What both requests have in common."""
-    from mindformers_ext.jobs.experts.texts import Texts
-    from mindformers_ext.jobs.merge.output import OutputRequest
-
-    texts = Texts(
-        calibration=tuple(words.calibration),
-        tokens=words.tokens,
-        held_out=tuple(words.held_out),
-        held_out_tokens=words.held_out_tokens,
-        block_size=words.block_size,
-        engine=words.engine,
-        device_target=words.device_target,
-        device_id=words.device_id,
-        quiet=words.quiet,
-    )
-    out = OutputRequest(
-        folder=words.output,
-        shard_bytes=read_size(words.max_shard_size, "--max_shard_size", bare=True),
-        overwrite=words.overwrite,
-        quiet=words.quiet,
-    )
     return {
         "model": words.model,
-        "output": out,
-        "texts": texts,
+        "output": output_of(words, words.output),
+        "texts": texts_of(words),
         "method": words.method,
         "importance": words.importance,
         "remake": words.remake_importance,
@@ -155,12 +124,7 @@ def _show(output: Path, report: OneShotReport) -> int:
         )
         print(f"least squares: error of an output matrix {before:.4f} of its output on average, fitted {after:.4f}")
     print("\n".join(report.judgement.lines()))
-    before, after = report.parameters
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(
-        f"{output}: {after} of {before} weights ({after / before:.1%}), {report.nbytes / 1e9:.3f} GB in "
-        f"{report.seconds:.1f} s, {peak:.2f} GB of memory"
-    )
+    print(written(output, report.parameters, report.nbytes, report.seconds))
     return 0
 
 

@@ -145,7 +145,9 @@ def add_flags(target: argparse.ArgumentParser) -> None:
         target.add_argument(*flag.names, dest=flag.field, type=flag.reader, action=OneValue, help=flag.help, **more)
     target.add_argument("--options", nargs="+", metavar="KEY=VALUE", help="older spelling of --key value")
     add_switch(
-        target, "--verbose", "training: print the whole log, MindFormers' and MindSpore's too, instead of one live line"
+        target,
+        "--verbose",
+        text="training: print the whole log, MindFormers' and MindSpore's too, instead of one live line",
     )
 
 

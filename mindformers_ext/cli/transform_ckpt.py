@@ -38,7 +38,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--transform_process_num", "--process_num", type=int, default=1, help="processes; must divide the target ranks"
     )
-    add_switch(parser, "--transform_by_rank", "accepted: files are always made rank by rank here")
+    add_switch(parser, "--transform_by_rank", text="accepted: files are always made rank by rank here")
     parser.add_argument("--output_format", choices=("ckpt", "safetensors"), help="default: the source's format")
     parser.add_argument("--pick", help="where a rank folder holds several files: last, or the end of the name (3_2)")
     parser.add_argument(
@@ -47,9 +47,11 @@ def _options(parser: argparse.ArgumentParser) -> None:
         default="error",
         help="tensors that the target strategy does not list: an error, or whole on every rank",
     )
-    add_switch(parser, "--check_copies", "compare what several source ranks hold alike (reads every file once more)")
-    add_switch(parser, "--overwrite", "replace existing outputs")
-    add_switch(parser, "--dry_run", "check everything and print the plan, write nothing")
+    add_switch(
+        parser, "--check_copies", text="compare what several source ranks hold alike (reads every file once more)"
+    )
+    add_switch(parser, "--overwrite", text="replace existing outputs")
+    add_switch(parser, "--dry_run", text="check everything and print the plan, write nothing")
 
 
 def _run(arguments: argparse.Namespace) -> int:

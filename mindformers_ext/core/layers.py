@@ -66,7 +66,7 @@ POINTS = {
     "mlp_output": "D",  # what the feed-forward part adds
     "output": "D",  # what leaves the layer
 }
-# Those of a layer that is a mixture, besides "input", "mlp_input", "mlp_output" and "output"; E experts.
+# Those that a mixture has besides; E experts.
 MIXTURE_POINTS = {
     "chosen": "E",  # 1 where the token chose the expert
     "gate_weights": "E",  # what the expert's output is multiplied by; 0 where not chosen

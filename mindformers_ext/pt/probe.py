@@ -2,8 +2,7 @@
 """What a decoder computes inside, with one layer in memory: values and gradients at the named points of a layer.
 
 Points are those of ``core.layers.POINTS``; a mixture, where no token is dropped, has those of width D, and
-``MIXTURE_POINTS``. Everything is float32 unless the spec says
-otherwise.
+``MIXTURE_POINTS``. Everything is float32 unless the spec says otherwise.
 """
 
 from __future__ import annotations
@@ -155,7 +154,7 @@ class TorchLayerProbe:
         }
 
     def _of_mixture(self, x_TD: Tensor, length: int, points: Sequence[str]) -> dict[str, Tensor]:
-        """The outer points of a layer that is a mixture, and those of ``MIXTURE_POINTS`` where ``points`` has any."""
+        """A mixture's points of width D, and those of ``MIXTURE_POINTS`` where ``points`` has any."""
         layer: Any = self._layer
         normed_TD = layer.attention_norm(x_TD)
         mixed_TD = layer.attention(normed_TD, *self._rotary(length))

@@ -76,10 +76,7 @@ def test_a_stage_of_experts_goes_on_where_it_was_killed(
 @pytest.mark.parametrize(
     ("what", "kills"),
     [
-        *(
-            pytest.param(what, 6, marks=pytest.mark.turn("killed training"))
-            for what in ("pt", "pt mixture", "pt prune")
-        ),
+        *(pytest.param(what, 6, marks=pytest.mark.turn("killed runs")) for what in ("pt", "pt mixture", "pt prune")),
         *(pytest.param(what, 6, marks=PRUNED) for what in ("pt cut", "ms prune", "ms cut")),
         pytest.param("ms mixture", 6, marks=pytest.mark.long("tests/cli/test_killed.py kills it on PyTorch")),
         pytest.param("pt", KILLS, marks=pytest.mark.long("tests/cli/test_killed.py kills the same six times")),

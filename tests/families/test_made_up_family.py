@@ -112,7 +112,7 @@ raise SystemExit(dryrun_rank.main())
 """
 
 
-@pytest.mark.turn("compiled")
+@pytest.mark.turn("jobs")
 def test_a_cluster_compiles_it(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Data, model, expert and pipeline parallel, for Ascend."""
     monkeypatch.setattr(dryrun, "RANK_COMMAND", (sys.executable, "-c", RANK, str(ROOT)))

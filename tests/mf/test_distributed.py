@@ -183,7 +183,7 @@ def test_our_own_loop_gives_the_same_bits(pair):
     assert all(np.array_equal(ours.read(name), theirs.read(name)) for name in ours.infos)
 
 
-@pytest.mark.turn("killed pair")
+@pytest.mark.turn("killed runs")
 def test_a_killed_rank_ends_the_job_and_it_resumes_exactly(pair):
     output = pair.folder / "killed"
     slice_weights(pair)
@@ -224,7 +224,7 @@ def test_a_killed_rank_ends_the_job_and_it_resumes_exactly(pair):
             assert row[name] == expected[name], (row["step"], name)
 
 
-@pytest.mark.turn("together")
+@pytest.mark.turn("same figures")
 def test_two_machines_give_the_same(pair):
     reason = namespaces_missing()
     if reason:

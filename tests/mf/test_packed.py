@@ -66,7 +66,7 @@ def test_a_row_of_as_many_documents_as_may_be_fits_the_kernel():
 
 
 @pytest.mark.slow
-@pytest.mark.turn("packed rows on MindFormers' road")
+@pytest.mark.turn("packed rows")
 def test_the_compiler_takes_attention_of_variable_length_on_a_cut_network(job):
     folder = job.folder / "packed"
     folder.mkdir()
@@ -95,7 +95,7 @@ def packed_rows(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.turn("packed rows on MindFormers' road")
+@pytest.mark.turn("packed rows")
 def test_mindformers_loop_takes_the_steps_of_ours_on_packed_rows_and_leaves_frozen_gates(job, tmp_path, monkeypatch):
     from mindformers_ext.mf.run import run
 

@@ -37,7 +37,7 @@ def answer(session: object) -> list[int]:
     return [int(token[0]) for token in chosen]
 
 
-@pytest.mark.turn("carved answers")
+@pytest.mark.turn("llama_moe_v2 answers")
 @pytest.mark.parametrize("form", ["qwen2_moe", "mixtral"])
 def test_fifty_greedy_tokens_are_the_same(form: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)

@@ -161,7 +161,7 @@ def test_neither_batch_nor_cache_changes_a_token(
 
 def in_both_modes(kinds: Iterable[str]) -> list[ParameterSet]:
     """Each kind as a graph and operator by operator: of each mode one takes its turn."""
-    graph, turn = pytest.mark.turn("short answers of graphs"), pytest.mark.turn("short answers")
+    graph, turn = pytest.mark.turn("short answers"), pytest.mark.turn("short answers")
     return [
         *(pytest.param(kind, ms.GRAPH_MODE, id=f"{kind}-GRAPH", marks=graph) for kind in kinds),
         *(pytest.param(kind, ms.PYNATIVE_MODE, id=f"{kind}-PYNATIVE", marks=turn) for kind in kinds),

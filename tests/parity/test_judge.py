@@ -87,5 +87,5 @@ def test_a_llama_moe_is_judged_by_our_code_and_by_none_of_its_folder(tmp_path, r
     judge = open_judge(folder)
     with torch.no_grad():
         expected = model(torch.from_numpy(IDS)).logits.numpy()
-    np.testing.assert_allclose(judge.logits(IDS), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(judge.logits(IDS), expected, rtol=0, atol=1e-5)
     assert judge.encode("a list of names")[0] == 1 and not (tmp_path / "run").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig, Qw
 
 from mindformers_ext.cli.prune import main
 from mindformers_ext.data.tokenizers import open_tokenizer
+from mindformers_ext.jobs.experts.probe import Rows
 from mindformers_ext.jobs.experts.text_domains import read_plain_text
+from mindformers_ext.jobs.experts.texts import Texts, with_texts
 from mindformers_ext.jobs.prune.experts_cut import open_mixture
 from mindformers_ext.surgery.prune.experts import FREQUENCY, REAP, SCORES, ExpertSums, highest, narrower_gate
 from tests.helpers import llama_moe_v2_models
@@ -69,19 +72,10 @@ def mixture(kind: str, folder: Path, useless: int | None = None) -> Path:
 
 
 def pruned(model: Path, out: Path, texts: tuple[Path, Path], *words: object) -> dict[str, Any]:
-    """The report of a run of the command."""
-    given = [
-        "experts",
-        model,
-        out,
-        "--calibration",
-        texts[0],
-        "--held_out",
-        texts[1],
-        "--block_size",
-        LENGTH,
-        "--quiet",
-    ]
+    """The report of a run of the command on all of both texts."""
+    counts = [sum(map(len, rows_of(model, text))) for text in texts]
+    given = ["experts", model, out, "--calibration", texts[0], "--tokens", counts[0], "--held_out", texts[1]]
+    given += ["--held_out_tokens", counts[1], "--block_size", LENGTH, "--quiet"]
     assert main([str(word) for word in (*given, *words)]) == 0
     return json.loads((out / "expert_pruning.json").read_text())
 
@@ -95,8 +89,11 @@ def loaded(folder: Path, **words: Any) -> Any:
 
 def rows_of(folder: Path, text: Path) -> list[torch.Tensor]:
     """The token rows of a text, padding taken off."""
-    rows = read_plain_text(text, open_tokenizer(folder), LENGTH)
-    return [torch.from_numpy(ids[:count]).long() for ids, count in zip(rows.ids, rows.lengths, strict=True)]
+    return [torch.from_numpy(ids).long() for ids in _unpadded(read_plain_text(text, open_tokenizer(folder), LENGTH))]
+
+
+def _unpadded(rows: Rows) -> list[np.ndarray]:
+    return [ids[:count] for ids, count in zip(rows.ids, rows.lengths, strict=True)]
 
 
 @torch.no_grad()
@@ -147,7 +144,7 @@ def test_scores_are_those_of_a_loop_and_the_folder_that_of_a_model_cut_by_hand(
     kind: str, texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
     source = mixture(kind, tmp_path / "source")
-    report = pruned(source, tmp_path / "out", texts, "--keep", 6, "--tokens", 100000)
+    report = pruned(source, tmp_path / "out", texts, "--keep", 6)
     original = loaded(source)
     for layer, found in report["layers"].items():
         reap, count = looped(original, rows_of(source, texts[0]), kind, int(layer))
@@ -264,6 +261,7 @@ def test_what_cannot_be_is_refused(
     texts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = mixture("mixtral", tmp_path / "source"), tmp_path / "out"
+    few = ("--tokens", "40", "--held_out_tokens", "20")
     for words, said in (
         (("--keep", "1", "--method", "random"), "a token chooses 2, so keep 2 to 7"),
         (("--keep", "8", "--method", "random"), "a token chooses 2, so keep 2 to 7"),
@@ -271,9 +269,16 @@ def test_what_cannot_be_is_refused(
         (("--keep", "6", "--method", "loudest"), "reap, frequency, random"),
         (("--keep", "6", "--calibration", str(tmp_path / "none.txt")), "none.txt"),
         (("--keep", "6", "--calibration", str(texts[0]), "--block_size", "65"), "64 tokens a row"),
-        (("--keep", "6", "--calibration", str(texts[0]), "--tokens", "9"), "the last fifth of the rows"),
+        (("--keep", "6", *few, "--calibration", str(texts[0]), "--held_out_tokens", "99999"), "behind those that are"),
+        (
+            ("--keep", "6", *few, "--calibration", *map(str, texts), "--tokens", "99999"),
+            "equal share of --tokens 99999",
+        ),
+        (("--keep", "6", *few, "--calibration", *map(str, texts), "--tokens", "1"), "--tokens 1 of 2 texts"),
+        (("--keep", "6", "--method", "random", "--held_out", str(texts[0])), "--held_out without --calibration"),
         (("--keep", "6", "--method", "random", "--seed", "-1"), "--seed -1"),
-        (("--keep", "6", "--method", "random", "--device_target", "Ascend"), "CPU, GPU"),
+        (("--keep", "6", "--method", "random", "--device_target", "Ascend"), "choose one of CPU, GPU"),
+        (("--keep", "6", "--method", "random", "--engine", "ms"), "choose one of pt"),
     ):
         assert main(["experts", str(source), str(out), *words]) == 2
         assert said in capsys.readouterr().err
@@ -281,6 +286,21 @@ def test_what_cannot_be_is_refused(
     assert main(["experts", str(source), str(out), "--keep", "6", "--method", "random", "--seed", "3"]) == 0
     assert json.loads((out / "expert_pruning.json").read_text())["losses"] == {}
     assert main(["experts", str(source), str(source), "--keep", "6", "--method", "random", "--overwrite"]) == 2
+
+
+def test_without_held_out_text_the_rows_behind_the_measured_ones_judge_in_equal_shares(
+    texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source = mixture("mixtral", tmp_path / "source")
+    with closing(open_mixture(source)) as model:
+        asked = Texts(calibration=texts, tokens=41, held_out_tokens=30, block_size=LENGTH)
+        start = with_texts(model, asked)
+        alone = with_texts(model, replace(asked, held_out=texts))
+    found = [[list(map(int, row)) for row in _unpadded(course.rows)] for course in (start.measured, start.judged)]
+    rows = [[list(map(int, row)) for row in rows_of(source, text)] for text in texts]
+    assert found[0] == [*rows[0][:1], rows[0][1][:5], *rows[1][:1], rows[1][1][:4]]
+    assert found[1] == [rows[0][2][:15], rows[1][2][:15]]
+    assert [list(map(int, row)) for row in _unpadded(alone.judged.rows)] == [rows[0][0][:15], rows[1][0][:15]]
 
 
 def test_scores_do_not_know_the_order_of_experts_nor_count_a_token_twice() -> None:

@@ -19,6 +19,7 @@ import set_up  # noqa: F401 (first)
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ MIXTURES: dict[str, tuple[str, tuple[str, ...]]] = {
     "random split, ridge": ("random", ("--gate", "ridge")),
 }
 TRAINED_ON = "clustering, ridge"
+OneSeed = Callable[[Path, Path, Path, argparse.Namespace, int], dict[str, Any]]  # output, YAML, data, options, seed
 
 
 def corpus(out: Path, config: Path) -> None:
@@ -136,10 +138,10 @@ def mixture(out: Path, data: Path, seed: int, name: str) -> dict[str, Any]:
     return dict(json.loads(report.read_text()))
 
 
-def one_seed(out: Path, config: Path, data: Path, seed: int, epochs: int, further: list[int]) -> dict[str, Any]:
+def one_seed(out: Path, config: Path, data: Path, words: argparse.Namespace, seed: int) -> dict[str, Any]:
     """All figures of a seed: losses of every way, recall of the gates, losses after further steps."""
     print(f"seed {seed}", flush=True)
-    once(out / "dense", lambda: dense_model(out, config, data, seed, epochs))
+    once(out / "dense", lambda: dense_model(out, config, data, seed, words.epochs))
     result: dict[str, Any] = {}
     for name in MIXTURES:
         report = mixture(out, data, seed, name)
@@ -150,35 +152,38 @@ def one_seed(out: Path, config: Path, data: Path, seed: int, epochs: int, furthe
         result[f"{name}: gate"] = losses["gate"]
         result[f"{name}: recall"] = statistics.mean(one["recall"] for one in report["gates"].values())
     moe = out / TRAINED_ON.replace(", ", "_").replace(" ", "_") / "moe"
-    for count in (0, *further):
+    for count in (0, *words.further):
         result[f"dense, {count} further steps"] = trained_on(out, out / "dense", "dense", data, seed, count)
         result[f"{TRAINED_ON}, {count} further steps"] = trained_on(out, moe, "moe", data, seed, count)
     return result
 
 
-def main() -> None:
-    """Make what is missing, and print a table: a row for every figure, a column for every seed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def base_options(about: str | None) -> argparse.ArgumentParser:
+    """The bench's options."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for everything")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default 1 2 3")
     parser.add_argument(
         "--epochs", type=int, default=1, help="passes of the dense model over the data; default %(default)s"
     )
-    parser.add_argument("--further", type=int, nargs="+", default=[100], help="steps of both; default 100")
-    words = parser.parse_args()
+    parser.add_argument("--further", type=int, nargs="+", default=[100], help="steps of all models; default 100")
+    return parser
+
+
+def run_seeds(words: argparse.Namespace, one_seed: OneSeed, file: str, width: int) -> None:
+    """Make what is missing, and print a table: a row for every figure with its mean, a column for every seed. ``file``:
+    of the figures."""
     out = words.output.absolute()
     out.mkdir(parents=True, exist_ok=True)
     config = out / "llama.yaml"
     config.write_text(with_sizes(CONFIG, SIZES), encoding="utf-8")
     data = once(out / "data", lambda: corpus(out / "data", config))
-    found = {
-        seed: one_seed(out / f"seed_{seed}", config, data, seed, words.epochs, words.further) for seed in words.seeds
-    }
-    (out / "quality.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    found = {seed: one_seed(out / f"seed_{seed}", config, data, words, seed) for seed in words.seeds}
+    (out / file).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for name in next(iter(found.values())):
         values = [one[name] for one in found.values()]
-        print(f"{name:44} {statistics.mean(values):7.4f}   " + " ".join(f"{value:7.4f}" for value in values))
+        print(f"{name:{width}} {statistics.mean(values):7.4f}   " + " ".join(f"{value:7.4f}" for value in values))
 
 
 if __name__ == "__main__":
-    main()
+    run_seeds(base_options(__doc__).parse_args(), one_seed, "quality.json", 44)

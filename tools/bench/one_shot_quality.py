@@ -30,18 +30,18 @@ from typing import Any
 
 import torch
 
+from mindformers_ext.cli.text_options import add_texts, texts_of
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.parameters import parameter_count
 from mindformers_ext.core.pruning import ModelShape
 from mindformers_ext.formats.atomic import write_text
-from mindformers_ext.jobs.experts.texts import Texts
 from mindformers_ext.jobs.prune.one_shot.cuts import FITTED, MAGNITUDE, Bench, Cut, bench, chosen_by
 from mindformers_ext.jobs.prune.one_shot.depth import order_of
 from mindformers_ext.jobs.prune.one_shot.importance import measured
 from mindformers_ext.jobs.prune.one_shot.importance_file import Importance, provenance
-from mindformers_ext.jobs.prune.one_shot.quality import ORIGINAL, RANDOM
 from mindformers_ext.jobs.prune.one_shot.request import LEAST_SQUARES, NONE
 from mindformers_ext.jobs.prune.one_shot.targets import fewer_layers, sized, with_fewer
+from mindformers_ext.jobs.prune.quality import ORIGINAL, RANDOM
 from mindformers_ext.surgery.prune.importance import METHODS
 
 KINDS = ("forward", "taylor")
@@ -53,20 +53,15 @@ def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", type=Path)
-    add("--calibration", type=Path, nargs="+", required=True)
-    add("--held_out", type=Path, nargs="+", default=[])
     add("--output", type=Path, required=True)
-    add("--tokens", type=int, default=8192)
-    add("--held_out_tokens", type=int, default=4096)
     add("--order_tokens", type=int, default=512, help="of the calibration, by which ppl tries to leave out layers")
-    add("--block_size", type=int, default=512)
     add("--shares", type=float, nargs="+", default=[0.2, 0.4])
     add("--axes", nargs="+", default=["intermediate_size"])
     add("--methods", nargs="+", default=[*METHODS], choices=[*METHODS])
     add("--depths", nargs="*", default=["bi", "ppl"], choices=["bi", "ppl"])
     add("--seeds", type=int, nargs="+", default=[0, 1])
-    add("--engine", default="pt")
-    add("--device_target", default="CPU")
+    add_texts(parser)
+    parser.set_defaults(tokens=8192, held_out_tokens=4096, block_size=512, quiet=True)
     return parser
 
 
@@ -153,18 +148,8 @@ def main() -> None:
     """Print a table; ``quality.json`` holds the figures."""
     words = options().parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
-    texts = Texts(
-        calibration=tuple(words.calibration),
-        tokens=words.tokens,
-        held_out=tuple(words.held_out),
-        held_out_tokens=words.held_out_tokens,
-        block_size=words.block_size,
-        engine=words.engine,
-        device_target=words.device_target,
-        quiet=True,
-    )
     words.output.mkdir(parents=True, exist_ok=True)
-    with bench(words.model, texts, words.output / "work") as place:
+    with bench(words.model, texts_of(words), words.output / "work") as place:
         found = measured(place.start, words.output / "importance.npz", KINDS, False, print)
         rows = place.start.judged.rows
         about = {

@@ -32,7 +32,6 @@ from experts_quality import to_folder
 from mixture_quality import BATCH, LENGTH, LIMITS, START, corpus
 from own_commands import ROOT, command, once
 
-from mindformers_ext.cli.prune import COMMANDS
 from mindformers_ext.core.config.file import dump_yaml, load_yaml
 from mindformers_ext.core.config.hf import model_spec_from_hf
 from mindformers_ext.core.parameters import model_weights
@@ -242,14 +241,10 @@ def main() -> None:
         )
     out = words.output.absolute()
     once(out / "data" / "prepared" / "manifest.json", lambda: corpus(out / "data", words.wiki))
-    missing = {kind for kind, _ in ONE_SHOT.values()} - set(COMMANDS)
-    left = [name for name in words.only if name in ONE_SHOT and ONE_SHOT[name][0] in missing]
-    if left:
-        print(f"left out, tools/prune.py has no {', '.join(sorted(missing))}: {', '.join(left)}")
     found: dict[str, dict[str, Any]] = {}
     for seed in words.seeds:
         bench = Bench(out / f"seed_{seed}", out / "data", seed, words)
-        found[str(seed)] = {name: bench.row(name) for name in (WHOLE, *words.only) if name not in left}
+        found[str(seed)] = {name: bench.row(name) for name in (WHOLE, *words.only)}
     asked = {name: getattr(words, name) for name in ("source", "prune", "further", "window")}
     (out / "quality.json").write_text(json.dumps({"steps": asked, "found": found}, indent=1) + "\n", encoding="utf-8")
     print("\n".join(table(found)))

@@ -18,13 +18,11 @@ import set_up  # noqa: F401 (first)
 
 # isort: split
 import argparse
-import json
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from experts_quality import CONFIG, LENGTH, SIZES, corpus, dense_model, experts, trained_on
-from own_commands import once, with_sizes
+from experts_quality import LENGTH, base_options, dense_model, experts, run_seeds, trained_on
+from own_commands import once
 
 TOKENS = 30_000  # that gates, scores and distributions are made of
 TEXTS, FILES, SEED = "{texts}", "{files}", "{seed}"  # stand for options of texts, the folder of what is made, a seed
@@ -92,28 +90,7 @@ def one_seed(out: Path, config: Path, data: Path, words: argparse.Namespace, see
     return result
 
 
-def main() -> None:
-    """Make what is missing, and print a table: a row for every model, its mean and the seeds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for everything")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default 1 2 3")
-    parser.add_argument(
-        "--epochs", type=int, default=1, help="passes of the dense model over the data; default %(default)s"
-    )
-    parser.add_argument("--further", type=int, nargs="+", default=[100], help="steps of all; default 100")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="for gates, scores, alignment; default %(default)s")
-    words = parser.parse_args()
-    out = words.output.absolute()
-    out.mkdir(parents=True, exist_ok=True)
-    config = out / "llama.yaml"
-    config.write_text(with_sizes(CONFIG, SIZES), encoding="utf-8")
-    data = once(out / "data", lambda: corpus(out / "data", config))
-    found = {seed: one_seed(out / f"seed_{seed}", config, data, words, seed) for seed in words.seeds}
-    (out / "v2_quality.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    for name in next(iter(found.values())):
-        values = [one[name] for one in found.values()]
-        print(f"{name:60} {statistics.mean(values):7.4f}   " + " ".join(f"{value:7.4f}" for value in values))
-
-
 if __name__ == "__main__":
-    main()
+    parser = base_options(__doc__)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="for gates, scores, alignment; default %(default)s")
+    run_seeds(parser.parse_args(), one_seed, "v2_quality.json", 60)

@@ -20,6 +20,7 @@ from mindformers_ext.jobs.dryrun.facts import RankFacts, rank_facts_from_json
 from mindformers_ext.jobs.dryrun.forks import LOG, Ended, Request
 from mindformers_ext.jobs.dryrun.plan import DryRunPlan
 from mindformers_ext.jobs.dryrun.stubs import Stubs
+from mindformers_ext.jobs.launch.supervise import ended_with_us
 
 RESULT, REQUEST, GRAPHS, ORDER = "result.json", "request.json", "graphs", "order.json"
 # Graphs that MindSpore writes: after the cutting, and the last of the front end. Writing all would double the time.
@@ -78,6 +79,7 @@ def compile_ranks(
             stderr=errors,
             cwd=job.folder,
             start_new_session=True,
+            preexec_fn=ended_with_us(signal.SIGKILL),  # a signal may come before this call has returned
             text=True,
         )
     with server:

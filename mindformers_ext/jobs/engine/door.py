@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from mindformers_ext.core.config.run import ASCEND, CPU, ENGINES, MINDSPORE, PYTORCH
+from mindformers_ext.core.config.run import ASCEND, CPU, DEVICES, ENGINES, GPU, MINDSPORE, PYTORCH
 from mindformers_ext.core.config.train import TrainSpec
-from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import DeviceSpec, NetworkSpec
 from mindformers_ext.formats.atomic import fresh_file
 from mindformers_ext.formats.mindrecord_file import MindRecordFile
@@ -145,6 +145,19 @@ def open_layer_states(folder: Path, read: Callable[[str], np.ndarray]) -> LayerS
     return HiddenStates(folder, read)
 
 
+def check_engine(
+    problems: Problems, engine: str, device_target: str, device_id: int, engines: Sequence[str] = ENGINES
+) -> None:
+    """Add what does not fit of ``--engine``, ``--device_target`` and ``--device_id``. ``engines``: those that can do
+    what is asked."""
+    problems.one_of("--engine", engine, engines)
+    problems.one_of("--device_target", device_target, DEVICES if MINDSPORE in engines else (CPU, GPU))
+    if device_id < 0:
+        problems.add(f"--device_id {device_id}", "devices count from 0")
+    if engine == PYTORCH and device_target == ASCEND and MINDSPORE in engines:
+        problems.add("--device_target Ascend on PyTorch", f"give --engine {MINDSPORE}")
+
+
 def join_job(engine: str, device: DeviceSpec) -> None:
     """Take this process's place in msrun's job, where that has started it: its scheduler runs the same script, ends in
     here, and waits for the workers. Processes of torchrun need none of this as long as they send each other nothing.
@@ -162,7 +175,7 @@ def join_job(engine: str, device: DeviceSpec) -> None:
 
 
 def open_probe(engine: str, spec: NetworkSpec, device: DeviceSpec) -> LayerProbe:
-    """A decoder that shows what it computes inside, layer by layer; on MindSpore a dense one."""
+    """A decoder that shows what it computes inside, layer by layer."""
     if engine == MINDSPORE:
         os.environ.setdefault("GLOG_v", "3")  # see open_engine
         from mindformers_ext.ms.engine import MindSporeEngine

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mindformers_ext.core.config.run import ASCEND, CPU, DEVICES, ENGINES, MINDSPORE, PYTORCH
+from mindformers_ext.core.config.run import CPU, PYTORCH
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import DeviceSpec
 from mindformers_ext.data.tokenizers import open_tokenizer
-from mindformers_ext.jobs.engine.door import join_job
+from mindformers_ext.jobs.engine.door import check_engine, join_job
 from mindformers_ext.jobs.experts.dense_model import StreamedModel, open_dense
 from mindformers_ext.jobs.experts.probe import Course, Rows
 from mindformers_ext.jobs.experts.ranks import Share
@@ -22,6 +22,7 @@ from mindformers_ext.jobs.experts.text_domains import (
     DOMAINS,
     check_length,
     check_percent,
+    check_vocabulary,
     domain_files,
     limited,
     read_domains,
@@ -69,12 +70,7 @@ class Calibration:
             problems.add(f"the conversations '{self.conversations}' are no file", "give a .json or .jsonl")
         if self.max_tokens is not None:
             problems.positive("--max_tokens", self.max_tokens)
-        problems.one_of("--engine", self.engine, ENGINES)
-        problems.one_of("--device_target", self.device_target, DEVICES)
-        if self.device_id < 0:
-            problems.add(f"--device_id {self.device_id}", "devices count from 0")
-        if self.engine == PYTORCH and self.device_target == ASCEND:
-            problems.add("--device_target Ascend on PyTorch", f"give --engine {MINDSPORE}")
+        check_engine(problems, self.engine, self.device_target, self.device_id)
         problems.raise_if_any()
         check_percent(self.data_use_percent)
 
@@ -170,9 +166,5 @@ def _rows(asked: Calibration, model: StreamedModel, keep: bool) -> tuple[Rows, l
             keep,
         )
     rows = limited(rows, asked.max_tokens)
-    if int(rows.ids.max(initial=0)) >= model.spec.vocab_size:
-        raise UserError(
-            f"the tokenizer in '{model.folder}' gives the id {int(rows.ids.max())}, the embedding has "
-            f"{model.spec.vocab_size} rows: they belong to different models"
-        )
+    check_vocabulary(rows, model.folder, model.spec.vocab_size)
     return rows, notes

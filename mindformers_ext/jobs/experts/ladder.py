@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mindformers_ext.jobs.engine.protocols import LayerProbe
 from mindformers_ext.jobs.experts.gating import Gating
-from mindformers_ext.jobs.experts.probe import Course, Part, mean_loss
+from mindformers_ext.jobs.experts.probe import Course, Part, embed, mean_losses
 from mindformers_ext.jobs.experts.states import States
 from mindformers_ext.surgery.experts.choices import by_answers, by_chance, by_gate, kept_neurons
 from mindformers_ext.surgery.experts.split import LayerSplit
@@ -137,10 +137,7 @@ def _climbed(
     layers = course.model.spec.num_hidden_layers
     probe = course.open()
     for state in states:
-        file = state.input_of(0)
-        for _, rows, length in course.parts():
-            file.write(rows, course.model.embed(course.rows.ids[rows.start : rows.stop, :length]))
-        file.close()
+        embed(course, state)
     with tqdm(total=layers * len(ways), desc="measuring", unit="layer", disable=course.quiet or None) as bar:
         for layer in range(layers):
             probe.fill(layer, course.model.layer(layer))
@@ -150,7 +147,8 @@ def _climbed(
                 if way.name == GATE:
                     loads.append(load / max(load.sum(), 1.0))
                 bar.update()
-    return _losses(course, probe, ways, states), course.rows.predicted
+    losses = mean_losses(course, probe, states, layers)
+    return {way.name: loss for way, loss in zip(ways, losses, strict=True)}, course.rows.predicted
 
 
 def _layer(
@@ -182,13 +180,3 @@ def _layer(
     came.close()
     leaves.close()
     return load
-
-
-def _losses(course: Course, probe: LayerProbe, ways: Sequence[Way], states: Sequence[States]) -> dict[str, float]:
-    probe.fill_head(course.model.norm(), course.model.head())
-    found = {}
-    for way, state in zip(ways, states, strict=True):
-        file = state.input_of(course.model.spec.num_hidden_layers)
-        found[way.name] = mean_loss(course, probe, file)
-        file.close()
-    return found

@@ -7,7 +7,7 @@ layer's Jacobian after the other, from the language model's loss summed over all
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -26,9 +26,10 @@ from mindformers_ext.jobs.engine.door import open_probe
 from mindformers_ext.jobs.engine.protocols import LayerProbe
 from mindformers_ext.jobs.experts.dense_model import StreamedModel
 from mindformers_ext.jobs.experts.ranks import Share
-from mindformers_ext.jobs.experts.states import StateFile, States
+from mindformers_ext.jobs.experts.states import Inputs, StateFile, States
 
 Arrays = Mapping[str, np.ndarray]
+Tell = Callable[[str], object]  # a line of what a job says while it works
 Model = TypeVar("Model", bound=StreamedModel)
 BASE = 350 * 10**6  # bytes of a process that has imported a framework
 TOKENS = 2048  # that a layer computes at once, unless one row has more
@@ -197,6 +198,25 @@ def check_needs(wanted: Needs, folder: Path, outputs: int = 0, available: int | 
     check_space(folder, wanted.disk + outputs, inside=True)
 
 
+def embed(course: Course, states: Inputs) -> None:
+    """Keep what enters the first layer."""
+    file = states.input_of(0)
+    for _, rows, length in course.parts():
+        file.write(rows, course.model.embed(course.rows.ids[rows.start : rows.stop, :length]))
+    file.close()
+
+
+def pass_on(course: Course, probe: LayerProbe | None, layer: int, came: Inputs, leaves: Inputs) -> None:
+    """Every row through the layer that the probe holds, or past it where None; ``layer``: after whose number what
+    enters and leaves it is called."""
+    source, target = came.input_of(layer), leaves.input_of(layer + 1)
+    for _, rows, length in course.parts():
+        x = source.read(rows, length)
+        target.write(rows, x if probe is None else probe.forward(x, ())[0])
+    source.close()
+    target.close()
+
+
 def forward(course: Course, states: States, sink: Sink, layers: Sequence[int], keep_last: bool = False) -> None:
     """Run the rows up to the last of ``layers``; the sink sees those layers. What an earlier run has done is passed
     over. ``keep_last``: what leaves the last layer is kept too."""
@@ -206,10 +226,7 @@ def forward(course: Course, states: States, sink: Sink, layers: Sequence[int], k
         return
     probe = course.open()
     if start == 0:
-        file = states.input_of(0)
-        for _, rows, length in course.parts():
-            file.write(rows, course.model.embed(course.rows.ids[rows.start : rows.stop, :length]))
-        file.close()
+        embed(course, states)
     with _bar(course, "forward", last + 1 - start) as bar:
         for layer in range(start, last + 1):
             probe.fill(layer, course.model.layer(layer))
@@ -271,9 +288,15 @@ def row_losses(course: Course, probe: LayerProbe, file: StateFile) -> np.ndarray
     return np.array(found)
 
 
-def mean_loss(course: Course, probe: LayerProbe, file: StateFile) -> float:
-    """Mean cross entropy over the predicted tokens; see ``row_losses``."""
-    return float(row_losses(course, probe, file).sum()) / max(course.rows.predicted, 1)
+def mean_losses(course: Course, probe: LayerProbe, ways: Iterable[Inputs], layers: int) -> list[float]:
+    """Mean cross entropy over the predicted tokens, from what leaves the last of ``layers`` layers of every way."""
+    probe.fill_head(course.model.norm(), course.model.head())
+    found = []
+    for states in ways:
+        file = states.input_of(layers)
+        found.append(float(row_losses(course, probe, file).sum()) / max(course.rows.predicted, 1))
+        file.close()
+    return found
 
 
 def _head(course: Course, states: States, probe: LayerProbe) -> None:

@@ -38,3 +38,11 @@ def own_share(environment: Mapping[str, str] = os.environ) -> Share:
         place = environment.get(local, "")
         return Share(int(number), int(size), int(place) if place.isdecimal() else int(number))
     return Share()
+
+
+def alone(what: str) -> Share:
+    """The share of the only process; several are a ``UserError``. ``what``: "gates are made"."""
+    share = own_share()
+    if share.size > 1:
+        raise UserError(f"{what} by one process, here are {share.size}: start it without a launcher")
+    return share

@@ -176,6 +176,16 @@ def check_length(length: int, tokenizer: Tokenizer, positions: int) -> None:
         )
 
 
+def check_vocabulary(rows: Rows, folder: Path, size: int) -> None:
+    """``UserError`` where the tokenizer in ``folder`` gives an id for which the embedding has no row; ``size``: V."""
+    largest = int(rows.ids.max(initial=0))
+    if largest >= size:
+        raise UserError(
+            f"the tokenizer in '{folder}' gives the id {largest}, the embedding has {size} rows: they belong to "
+            "different models"
+        )
+
+
 def domain_files(folder: Path, weights: Mapping[str, int]) -> dict[str, list[Path]]:
     """The files of each domain; ``UserError`` where one has none."""
     if not folder.is_dir():

@@ -70,7 +70,7 @@ def supervise(
         stderr=subprocess.STDOUT,
         start_new_session=True,
         errors="replace",
-        preexec_fn=_ended_with_us(),
+        preexec_fn=ended_with_us(signal.SIGINT),  # which ends its workers, too
     )
     reader = threading.Thread(target=_read, args=(process, launch, program, watched, screen), daemon=True)
     reader.start()
@@ -102,10 +102,10 @@ def supervise(
     return int(failed)
 
 
-def _ended_with_us() -> Callable[[], None]:
-    """In the new process: when this one is killed, it is interrupted and ends its workers."""
-    libc, interrupt = ctypes.CDLL(None), int(signal.SIGINT)
-    return lambda: libc.prctl(PR_SET_PDEATHSIG, interrupt)
+def ended_with_us(number: int) -> Callable[[], None]:
+    """In the new process: when the thread that starts it ends, however it does, it gets this signal."""
+    libc, wanted = ctypes.CDLL(None), int(number)
+    return lambda: libc.prctl(PR_SET_PDEATHSIG, wanted)
 
 
 def _read(process: subprocess.Popen, launch: Launch, program: Program, watched: _Watched, screen: Screen) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,31 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from mindformers_ext.core.config.run import CPU, GPU, PYTORCH
+from mindformers_ext.core.config.run import PYTORCH
 from mindformers_ext.core.errors import Problems, UserError
-from mindformers_ext.core.spec import DeviceSpec
-from mindformers_ext.data.tokenizers import open_tokenizer
 from mindformers_ext.formats.atomic import fresh_folder, scratch_folder, write_text
 from mindformers_ext.formats.disk import check_space, refusal
 from mindformers_ext.formats.safetensors_dir import CONFIG
 from mindformers_ext.formats.tensors import Array
 from mindformers_ext.jobs.checkpoint.hf_code import with_code
-from mindformers_ext.jobs.experts.probe import (
-    TOKENS,
-    Arrays,
-    Course,
-    Needs,
-    Nothing,
-    Part,
-    Rows,
-    Sink,
-    check_needs,
-    forward,
-    mean_loss,
-    needs,
-)
+from mindformers_ext.jobs.experts.probe import TOKENS, Arrays, Course, Needs, Part, check_needs, forward, needs
 from mindformers_ext.jobs.experts.states import States
-from mindformers_ext.jobs.experts.text_domains import check_length, limited, read_plain_text
+from mindformers_ext.jobs.experts.texts import Ready, Texts, with_texts
 from mindformers_ext.jobs.merge.output import OutputRequest, check_output, write_weights
 from mindformers_ext.jobs.merge.sidecars import copy_tokenizer, write_json
 from mindformers_ext.jobs.prune.experts_cut import (
@@ -53,65 +38,45 @@ from mindformers_ext.jobs.prune.experts_cut import (
     has_hidden_gate,
     open_mixture,
 )
+from mindformers_ext.jobs.prune.quality import ORIGINAL, loss_of
 from mindformers_ext.surgery.prune.experts import (
     MEANING,
     RANDOM,
     SCORES,
     ExpertSums,
-    Floats,
     drawn,
     highest,
     narrower_gate,
 )
+from mindformers_ext.surgery.prune.hard_concrete import Floats
 
 REPORT = "expert_pruning.json"
-ORIGINAL = "original"
 METHODS = tuple(MEANING)
-PYTORCH_DEVICES = (CPU, GPU)
 THREADS = 2  # that write; each holds a few blocks
-HELD_OUT = 5  # one row in so many judges, where no text is given for it
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsRequest:
-    """What to take out of ``model``.
-
-    ``keep`` experts stay in every mixture. ``calibration``: plain texts, ``tokens`` of them in equal shares; none for a
-    draw alone. ``held_out``: texts that judge; none: the last fifth of each calibration text's rows does.
-    """
+    """What to take out of ``model``: ``keep`` experts stay in every mixture. ``texts``: without ``calibration`` for a
+    draw alone. ``seed``: of the draw."""
 
     model: Path
     output: OutputRequest
+    texts: Texts
     method: str
     keep: int
-    calibration: Sequence[Path] = ()
-    held_out: Sequence[Path] = ()
-    tokens: int = 32768
-    block_size: int | None = None
     seed: int = 0
-    device_target: str = CPU
-    device_id: int = 0
-    quiet: bool = False
 
     def check(self) -> None:
         """What can be judged without reading anything; ``UserError`` lists every option that does not fit."""
         problems = Problems("prune experts")
+        self.texts.collect(problems, engines=(PYTORCH,))
         problems.one_of("--method", self.method, METHODS)
-        problems.one_of("--device_target", self.device_target, PYTORCH_DEVICES)
-        for name in ("seed", "device_id"):
-            if getattr(self, name) < 0:
-                problems.add(f"--{name} {getattr(self, name)}", "give 0 or more")
-        for name in ("keep", "tokens"):
-            problems.positive(f"--{name}", getattr(self, name))
-        if self.block_size is not None:
-            problems.positive("--block_size", self.block_size)
-        if self.method != RANDOM and not self.calibration:
+        problems.positive("--keep", self.keep)
+        if self.seed < 0:
+            problems.add(f"--seed {self.seed}", "give 0 or more")
+        if self.method != RANDOM and not self.texts.calibration:
             problems.add(f"--method {self.method} without --calibration", "give texts; only 'random' needs none")
-        if self.held_out and not self.calibration:
-            problems.add("--held_out without --calibration", "give both: the ways beside it are scored, too")
-        for path in (*self.calibration, *self.held_out):
-            if not path.is_file():
-                problems.add(f"the text '{path}' is no file", "give plain text files")
         problems.raise_if_any()
 
 
@@ -169,28 +134,26 @@ def prune_experts(request: ExpertsRequest) -> ExpertsReport:
         UserError: anything wrong with options, model, texts or output; nothing is left half-written.
     """
     request.check()
-    check_output(request.output, [request.model, *request.calibration, *request.held_out])
+    check_output(request.output, [request.model, *request.texts.calibration, *request.texts.held_out])
     with closing(open_mixture(request.model)) as model:
         _check_keep(model, request)
-        rows = _texts(model, request)
-        wanted = _needed(model, rows, request)
+        start = with_texts(model, request.texts) if request.texts.calibration else None
+        wanted = _needed(start, request) if start else 0
         started = time.monotonic()
         try:
             with scratch_folder(request.output.folder) as place:
-                sums = _measured(model, rows[0], request, place) if rows else {}
+                sums = _measured(start, place) if start else {}
                 ways = _ways(model, sums, request)
                 views = {ORIGINAL: model} | {name: model.without(cut) for name, cut in ways.items()}
-                losses = {
-                    name: _loss(_course(view, rows[1], request), place / name) for name, view in views.items() if rows
-                }
-            cut = ways[request.method]
-            content = _content(model, request, ways, sums, losses, rows)
-            nbytes, notes = _write(model, cut, content, request)
+                losses = {name: loss_of(start.judged, view, place / name) for name, view in views.items() if start}
+            tokens = (start.measured.rows.tokens, start.judged.rows.predicted) if start else (0, 0)
+            content = _content(model, request, ways, sums, losses, tokens)
+            nbytes, notes = _write(model, ways[request.method], content, request)
         except OSError as error:
             raise refusal(error, f"read '{request.model}' or to write '{request.output.folder}'") from error
-    seconds, judged = time.monotonic() - started, rows[1].predicted if rows else 0
+    seconds = time.monotonic() - started
     notes += _unused(sums)
-    return ExpertsReport(request.method, losses, judged, wanted, nbytes, seconds, tuple(notes), content)
+    return ExpertsReport(request.method, losses, tokens[1], wanted, nbytes, seconds, tuple(notes), content)
 
 
 def _check_keep(model: MixtureModel, request: ExpertsRequest) -> None:
@@ -200,109 +163,42 @@ def _check_keep(model: MixtureModel, request: ExpertsRequest) -> None:
             f"--keep {request.keep}: '{model.folder}' has {experts} experts a layer and a token chooses {chosen}, so "
             + (f"keep {chosen} to {experts - 1}" if chosen < experts else "none can be taken out")
         )
-    if has_hidden_gate(model.moe) and not request.calibration:
+    if has_hidden_gate(model.moe) and not request.texts.calibration:
         raise UserError(
             f"'{model.folder}' has a gate of two layers, which is fitted anew to the experts that stay: give "
             "--calibration texts"
         )
 
 
-def _texts(model: MixtureModel, request: ExpertsRequest) -> tuple[Rows, Rows] | None:
-    """The rows that score and those that judge; None without texts."""
-    if not request.calibration:
-        return None
-    tokenizer = open_tokenizer(model.folder)
-    length = request.block_size or min(2048, model.spec.max_position_embeddings)
-    check_length(length, tokenizer, model.spec.max_position_embeddings)
-
-    def read(paths: Sequence[Path]) -> list[Rows]:
-        found = [limited(read_plain_text(path, tokenizer, length), -(-request.tokens // len(paths))) for path in paths]
-        largest = max(int(rows.ids.max(initial=0)) for rows in found)
-        if largest >= model.spec.vocab_size:
-            raise UserError(
-                f"the tokenizer in '{model.folder}' gives the id {largest}, the embedding has "
-                f"{model.spec.vocab_size} rows: they belong to different models"
-            )
-        return found
-
-    scoring = read(request.calibration)
-    if request.held_out:
-        judging = _together(read(request.held_out))
-        if not judging.predicted:
-            raise UserError("--held_out has no token that follows another one: give a longer text, or more --tokens")
-        return _together(scoring), judging
-    short = [path for path, rows in zip(request.calibration, scoring, strict=True) if len(rows.ids) < 2]
-    if short:
-        raise UserError(
-            f"'{short[0]}' gives one row of {length} tokens, and the last fifth of the rows is to judge: give a longer "
-            "text, more --tokens, a smaller --block_size, or --held_out"
-        )
-    ends = [len(rows.ids) - max(len(rows.ids) // HELD_OUT, 1) for rows in scoring]
-    pairs = list(zip(scoring, ends, strict=True))
-    return _together([rows.at(slice(end)) for rows, end in pairs]), _together(
-        [rows.at(slice(end, None)) for rows, end in pairs]
-    )
-
-
-def _together(parts: Sequence[Rows]) -> Rows:
-    return Rows(np.concatenate([rows.ids for rows in parts]), np.concatenate([rows.lengths for rows in parts]))
-
-
-def _course(model: MixtureModel, rows: Rows, request: ExpertsRequest) -> Course[MixtureModel]:
-    device = DeviceSpec(request.device_target, request.device_id)
-    together = max(1, TOKENS // int(rows.ids.shape[1]))
-    return Course(model, rows, PYTORCH, device, together, quiet=request.quiet)
-
-
-def _sink(model: MixtureModel, rows: Rows) -> _Statistics:
-    moe, tokens = model.moe, max(TOKENS, int(rows.ids.shape[1]))
-    each = 3 * model.spec.expert_size + 2 * model.spec.hidden_size  # of a token at one expert, float32
+def _sink(course: Course[MixtureModel]) -> _Statistics:
+    spec, moe = course.model.spec, course.model.moe
+    each = 3 * spec.expert_size + 2 * spec.hidden_size  # of a token at one expert, float32
     values = ("chosen", "gate_weights", "expert_norms", *(("gate_hidden",) if has_hidden_gate(moe) else ()))
-    return _Statistics(values, 4 * tokens * moe.num_experts_per_tok * each)
+    return _Statistics(values, 4 * max(TOKENS, course.length) * moe.num_experts_per_tok * each)
 
 
-def _needed(model: MixtureModel, rows: tuple[Rows, Rows] | None, request: ExpertsRequest) -> int:
+def _needed(start: Ready[MixtureModel], request: ExpertsRequest) -> int:
     """Bytes of memory that the passes take; ``UserError`` where they are not there."""
-    if not rows:
-        return 0
-    layers, found = model.spec.num_hidden_layers, Needs(0, 0)
-    for part in rows:
-        own = needs(_course(model, part, request), _sink(model, part), layers, backward=False, loss=True)
+    found = Needs(0, 0)
+    for course in (start.measured, start.judged):
+        own = needs(course, _sink(course), start.model.spec.num_hidden_layers, backward=False, loss=True)
         found = Needs(max(found.memory, own.memory), max(found.disk, own.disk))
     place = next(folder for folder in request.output.folder.absolute().parents if folder.is_dir())
     check_needs(found, place)
     return found.memory
 
 
-def _pass(course: Course, folder: Path, sink: Sink, layers: Sequence[int], keep_last: bool) -> States:
-    states = States(folder, course.length, course.model.spec.hidden_size, folder.name, keep=False)
-    forward(course, states, sink, layers, keep_last)
-    return states
-
-
-def _measured(model: MixtureModel, rows: Rows, request: ExpertsRequest, place: Path) -> dict[int, ExpertSums]:
-    sink = _sink(model, rows)
-    _pass(_course(model, rows, request), place / "scores", sink, model.spec.moe_layers, keep_last=False).remove()
+def _measured(start: Ready[MixtureModel], place: Path) -> dict[int, ExpertSums]:
+    course, sink = start.measured, _sink(start.measured)
+    states = States(place / "scores", course.length, course.model.spec.hidden_size, "scores", keep=False)
+    forward(course, states, sink, course.model.spec.moe_layers)
+    states.remove()
     wrong = [layer for layer, sums in sink.sums.items() if not np.isfinite(sums.weighed).all()]
     if wrong:
         raise UserError(
-            f"'{model.folder}': experts of layer {wrong[0]} give values that are no numbers: copy the model again"
+            f"'{start.model.folder}': experts of layer {wrong[0]} give values that are no numbers: copy the model again"
         )
     return sink.sums
-
-
-def _loss(course: Course[MixtureModel], folder: Path) -> float:
-    layers = range(course.model.spec.num_hidden_layers)
-    states = _pass(course, folder, Nothing(), layers, keep_last=True)
-    try:
-        probe = course.open()
-        probe.fill_head(course.model.norm(), course.model.head())
-        file = states.input_of(len(layers))
-        loss = mean_loss(course, probe, file)
-        file.close()
-        return loss
-    finally:
-        states.remove()
 
 
 def _ways(model: MixtureModel, sums: Mapping[int, ExpertSums], request: ExpertsRequest) -> dict[str, ExpertCut]:
@@ -337,7 +233,7 @@ def _content(
     ways: Mapping[str, ExpertCut],
     sums: Mapping[int, ExpertSums],
     losses: Mapping[str, float],
-    rows: tuple[Rows, Rows] | None,
+    tokens: tuple[int, int],
 ) -> dict[str, Any]:
     cut = ways[request.method]
 
@@ -355,7 +251,7 @@ def _content(
         "method": request.method,
         "seed": request.seed,
         "experts": [model.moe.num_local_experts, request.keep],
-        "tokens": {"calibration": rows[0].tokens if rows else 0, "held_out": rows[1].predicted if rows else 0},
+        "tokens": dict(zip(("calibration", "held_out"), tokens, strict=True)),
         "losses": dict(losses),
         "layers": layers,
     }

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+from mindformers_ext.surgery.prune.hard_concrete import Floats
+
 REAP, FREQUENCY, RANDOM = "reap", "frequency", "random"
 MEANING = {
     REAP: "mean over an expert's tokens of gate weight times norm of its output",

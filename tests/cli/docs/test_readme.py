@@ -8,12 +8,9 @@ import re
 import shlex
 import shutil
 import subprocess
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-
-from tests.helpers.cluster import default_port
 
 PRUNE = "tests/pt/test_prune_run.py, with its own rows and few steps"
 ONE_SHOT = "tests/pt/test_one_shot.py, on tiny models"
@@ -60,6 +57,9 @@ RUN_ELSEWHERE = {
     "--block_size 128": ONE_SHOT,
     "python tools/prune.py depth output/try/llama_a output/try/shallow --method bi --keep 1 --calibration README.md "
     "CHANGELOG.md --tokens 4096 --held_out_tokens 2048 --block_size 128": ONE_SHOT,
+    'bash scripts/msrun_launcher.sh "run_mindformer.py --config configs/tiny/mixtral_pretrain.yaml --use_parallel True '
+    "--parallel.parallel_mode 0 --batch_size 8 --train_data output/quickstart/data/train.mindrecord --num_samples 160 "
+    '--output_dir output/pair" 2 8118 output/msrun_log True 300': "tests/mf/test_distributed.py, with fewer steps",
     "python tools/bench/generate.py": "tests/cli/docs/test_bench.py, with a small model",
     "python tools/bench/cluster.py": "tests/cli/docs/test_bench.py, with few rows",
     "python tools/bench/gpu.py": "tests/cli/run/test_engine_pt.py, with toy shapes",
@@ -115,6 +115,5 @@ def test_the_commands_run_in_their_order(repo_root: Path, tmp_path: Path, quicks
     shutil.copytree(quickstart[0], tmp_path / "output" / "quickstart")
     for command in commands((repo_root / "README.md").read_text("utf-8")):
         if command not in RUN_ELSEWHERE:
-            with default_port() if "msrun_launcher.sh" in command else nullcontext():
-                run(command)
+            run(command)
     assert (tmp_path / "output/try/loss.png").stat().st_size > 20_000

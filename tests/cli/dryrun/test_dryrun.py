@@ -302,7 +302,7 @@ def test_small_the_larger_model_s_file_is_the_smaller_one_s_job(twin: str, other
 
 @pytest.mark.slow
 @pytest.mark.dryrun
-@pytest.mark.turn("compiled")
+@pytest.mark.turn("jobs")
 def test_parts_of_layers_are_computed_again(tmp_path: Path) -> None:
     """``select_recompute``: the first stage's layer repeats attention and experts, the second's norms and product."""
     parts = {"attention": [1, 0], "feed_forward": [1, 0], r".*\.norm": [0, 1], r"feed_forward\.mul": [0, 1]}
@@ -326,7 +326,7 @@ def _operators(run: DryRun, rank: int, *kinds: str) -> tuple[int, ...]:
 
 @pytest.mark.slow
 @pytest.mark.dryrun
-@pytest.mark.turn("compiled")
+@pytest.mark.turn("jobs")
 def test_residual_experts_are_cut_like_a_feed_forward_part(tmp_path: Path) -> None:
     """And each device's scores are spread over its own neurons: the first's are of one expert, the last's of the
     other."""
@@ -346,7 +346,7 @@ def test_residual_experts_are_cut_like_a_feed_forward_part(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.dryrun
-@pytest.mark.turn("compiled")
+@pytest.mark.turn("jobs")
 def test_a_rank_that_fails_leaves_the_others(tmp_path: Path) -> None:
     folder = tmp_path / "out" / "ranks" / "rank_8"
     folder.mkdir(parents=True)

@@ -36,7 +36,7 @@ QWEN3 = {
 
 @pytest.mark.slow
 @pytest.mark.dryrun
-@pytest.mark.turn("compiled")
+@pytest.mark.turn("jobs")
 def test_a_dense_base_compiles_for_data_2_by_model_2(tmp_path: Path) -> None:
     words = yaml.safe_load((RESEARCH / SEED).read_text(encoding="utf-8"))
     del words["moe_config"]

@@ -61,7 +61,7 @@ def compiled(folder: Path, job: str, commit: str | None) -> DryRun:
 
 @pytest.mark.slow
 @pytest.mark.dryrun
-@pytest.mark.parametrize("name", [pytest.param(job, marks=pytest.mark.turn("compiled masks")) for job in JOBS])
+@pytest.mark.parametrize("name", [pytest.param(job, marks=pytest.mark.turn("jobs")) for job in JOBS])
 def test_a_file_compiles_with_its_masks_as_counted(name: str, tmp_path: Path, commit: str | None) -> None:
     run = compiled(tmp_path, name, commit)
     spec, settings = run.spec(), run.settings()
@@ -88,7 +88,7 @@ def test_a_file_compiles_with_its_masks_as_counted(name: str, tmp_path: Path, co
 
 @pytest.mark.slow
 @pytest.mark.dryrun
-@pytest.mark.turn("compiled masks")
+@pytest.mark.turn("jobs")
 @pytest.mark.parametrize("name", ["continue_2_7b", "continue_1_3b", "continue_370m"])
 def test_what_continues_compiles(name: str, tmp_path: Path) -> None:
     ours = {"model.model_config.type": "PortableLlamaConfig", "model.arch.type": "PortableLlamaForCausalLM"}

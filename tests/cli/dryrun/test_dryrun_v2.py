@@ -30,7 +30,7 @@ HEADS = {
 
 @pytest.mark.slow
 @pytest.mark.dryrun
-@pytest.mark.turn("compiled")
+@pytest.mark.turn("jobs")
 @pytest.mark.parametrize("heads", [{}, HEADS], ids=["plain", "heads are experts"])
 def test_it_compiles_in_every_kind_of_parallel(tmp_path: Path, heads: dict[str, Any]) -> None:
     """Data, model, expert, pipeline and sequence parallel at once; no message that nobody has planned."""

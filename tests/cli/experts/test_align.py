@@ -127,7 +127,12 @@ def test_a_model_that_is_the_dense_one_stays_as_it_is(made: Path, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("model", "engine"),
-    [("vanilla", "pt"), ("residual", "pt"), ("heads", "pt"), pytest.param("heads", "ms", marks=pytest.mark.slow)],
+    [
+        ("vanilla", "pt"),
+        ("residual", "pt"),
+        ("heads", "pt"),
+        pytest.param("heads", "ms", marks=[pytest.mark.slow, pytest.mark.turn("llama_moe_v2")]),
+    ],
 )
 def test_an_aligned_model_adds_what_the_dense_one_adds(
     made: Path, tmp_path: Path, model: str, engine: str, monkeypatch: pytest.MonkeyPatch

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from mindformers_ext.cli import experts_upcycle as stage
 from mindformers_ext.cli.convert import main as convert
 from mindformers_ext.cli.experts import main
 from mindformers_ext.formats.safetensors_dir import SafetensorsDirWriter
+from mindformers_ext.jobs.experts.upcycle import request
 from mindformers_ext.jobs.experts.v2.layer_tables import GATE, GATES, LayerTable, write_table
 from tests.helpers.merge_models import config_of, make_model, shapes_of, tensors_of, write_model
 
@@ -388,3 +390,8 @@ def test_the_readmes_command(repo_root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_model(tmp_path / "output/try/llama_a", layers=1)
     assert main(shlex.split(line)[2:]) == 0 and (tmp_path / "output/try/upcycled/model.safetensors").is_file()
+
+
+def test_the_options_offer_what_the_job_knows():
+    for name in ("METHODS", "SCALES", "ROUTERS", "FORMATS"):
+        assert getattr(stage, name) == getattr(request, name)

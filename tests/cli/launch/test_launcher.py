@@ -218,7 +218,7 @@ def test_a_failing_single_worker_fails_the_launcher(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.turn("together")
+@pytest.mark.turn("same figures")
 def test_form_2_and_form_9_on_one_machine(folder, port_8118):
     assert launch("sum.py 2", 2, cwd=folder).startswith("0\n")  # in the background, default port
     text = launch('sum.py 2 "q r"', 2, 2, "127.0.0.1", free_port(), 0, "log9", "True", 60, cwd=folder)

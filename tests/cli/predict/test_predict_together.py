@@ -88,7 +88,7 @@ def both(job, *words):
 
 
 @pytest.mark.slow
-@pytest.mark.turn("together")
+@pytest.mark.turn("same figures")
 def test_two_processes_answer_as_one(mixtral):
     one, two = both(mixtral, "--load_checkpoint", mixtral.folder / "hf", "--predict_batch_size", 2)
     assert lines(two) == lines(one) and all(line["answer"] for line in lines(one)[0])
@@ -142,7 +142,7 @@ print("rank", engine.rank, "found", *found, flush=True)
 
 
 @pytest.mark.slow
-@pytest.mark.turn("together")
+@pytest.mark.turn("same figures")
 def test_processes_with_different_prompts_notice_it(tmp_path):
     (tmp_path / "agree.py").write_text(AGREE_SCRIPT)
     text = launch("agree.py", 2, free_port(), "log", "True", 120, cwd=tmp_path)

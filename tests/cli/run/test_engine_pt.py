@@ -133,7 +133,7 @@ def test_ctrl_c_of_two_processes_is_one_line_and_130(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.turn("killed pair")
+@pytest.mark.turn("killed runs")
 def test_two_processes_killed_and_resumed(job: Path) -> None:
     """FSDP2 and expert parallel from one YAML; the resumed run equals the one that was left alone."""
     whole = launch(job, "--output_dir", "whole")

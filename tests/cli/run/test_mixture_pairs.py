@@ -24,7 +24,7 @@ from tests.helpers.tiny_run import BATCH, ROOT, command, config_of
 pytestmark = pytest.mark.slow
 TIMES = ("seconds", "tokens_per_second")
 ENGINES = [
-    pytest.param("pt", marks=pytest.mark.turn("killed pair")),
+    pytest.param("pt", marks=pytest.mark.turn("killed runs")),
     pytest.param("ms", marks=pytest.mark.long("tests/cli/run/test_mixture_pairs.py does it on PyTorch")),
 ]
 LAUNCHERS = {"pt": "torchrun_launcher.sh", "ms": "msrun_launcher.sh"}
@@ -85,7 +85,7 @@ def test_two_processes_draw_as_one_and_go_on_where_they_were_killed(engine: str,
 
 
 PRUNING = [
-    pytest.param("pt", prune_job, marks=pytest.mark.turn("killed pair")),
+    pytest.param("pt", prune_job, marks=pytest.mark.turn("killed runs")),
     *(
         pytest.param(
             *case, marks=pytest.mark.long("tests/cli/run/test_mixture_pairs.py does it on PyTorch, for the first stage")

@@ -192,7 +192,7 @@ def kill_while_writing(job, output, at_least):
 
 
 @pytest.mark.slow
-@pytest.mark.turn("killed")
+@pytest.mark.turn("killed runs")
 def test_killed_while_writing_a_checkpoint_it_continues_from_the_last_whole_one(whole, job):
     output = job.parent / "killed"
     half = kill_while_writing(job, output, at_least=4)

@@ -93,7 +93,7 @@ def test_fifty_steps_and_the_last_checkpoint_equal_mindformers_road_to_the_last_
 
 
 @pytest.mark.slow
-@pytest.mark.turn("killed")
+@pytest.mark.turn("killed runs")
 def test_killed_and_resumed_is_as_if_it_had_not_been(job: Path, whole: Path) -> None:
     process = own(job, "killed", "--callbacks.1.save_checkpoint_steps", 7)
     metrics, deadline = job.parent / "killed" / "metrics" / "rank_0.jsonl", time.time() + 250

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from hashlib import sha256
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -23,15 +24,15 @@ from mindformers_ext.core.json_text import read_object
 from mindformers_ext.formats.atomic import write_text
 from mindformers_ext.jobs.engine.protocols import LayerProbe
 from mindformers_ext.jobs.experts.carve.cost import layer_carving, layer_pass
-from mindformers_ext.jobs.experts.carve.walk import FORWARD, POINTS, Walker, embed, sample_of
-from mindformers_ext.jobs.experts.probe import Course
-from mindformers_ext.jobs.experts.states import StateFile, States
+from mindformers_ext.jobs.experts.carve.walk import FORWARD, POINTS, Walker, sample_of
+from mindformers_ext.jobs.experts.probe import Course, embed, pass_on
+from mindformers_ext.jobs.experts.states import States, Stream
 from mindformers_ext.jobs.experts.texts import Ready
 from mindformers_ext.surgery.experts.carve.divergence import divergence, log_shares
 from mindformers_ext.surgery.experts.carve.recipes import LayeredRecipe, Recipe, carve_layer
 
 TOKENS, SHARE, CHUNK = 2048, 4, 256  # that judge at most; one row of so many judges; whose logits are held at once
-DENSE, KEPT = "dense", "shared.json"
+KEPT = "shared.json"  # beside the losses of a run that was killed
 
 
 def choices(recipe: Recipe) -> range:
@@ -139,48 +140,47 @@ class _Streams:
     recipe: Recipe
     states: States
 
-    def file(self, name: str, layer: int) -> StateFile:
-        """What enters a layer on one of the ways."""
-        return StateFile(
-            self.states.folder / f"{name}_{layer % 2}.f32", self.judging.length, self.judging.model.spec.hidden_size
-        )
+    def of(self, layer: int, shared: int) -> Stream:
+        """Of the dense model with one layer carved."""
+        return self._named(f"{layer}_{shared}")
+
+    @property
+    def dense(self) -> Stream:
+        """Of the dense model."""
+        return self._named("dense")
+
+    def _named(self, name: str) -> Stream:
+        return Stream(self.states.folder, name, self.judging.length, self.judging.model.spec.hidden_size)
 
     def climbed(self) -> np.ndarray:
         """float64 (layers, choices)."""
         layers, start = self.carving.model.spec.num_hidden_layers, self.states.done(FORWARD)
         probe = self.carving.open()
         if start == 0:
-            embed(self.carving, self.states.input_of(0))
-            embed(self.judging, self.file(DENSE, 0))
+            embed(self.carving, self.states)
+            embed(self.judging, self.dense)
         self.walker.bar.update(start)
         for layer in range(start, layers):
             self.walker.bar.set_postfix_str(f"layer {layer}", refresh=False)
             probe.fill(layer, self.carving.model.layer(layer))
-            for before in range(layer):
-                for shared in choices(self.recipe):
-                    self._pass(probe, f"{before}_{shared}", layer)
+            for before, shared in product(range(layer), choices(self.recipe)):
+                stream = self.of(before, shared)
+                pass_on(self.judging, probe, layer, stream, stream)
             self._try(probe, layer)
             self.states.finish(FORWARD, layer + 1)
             self.walker.bar.update()
         return self._divergences()
-
-    def _pass(self, probe: LayerProbe, name: str, layer: int) -> None:
-        came, leaves = self.file(name, layer), self.file(name, layer + 1)
-        for _, rows, length in self.judging.parts():
-            leaves.write(rows, probe.forward(came.read(rows, length), ())[0])
-        came.close()
-        leaves.close()
 
     def _try(self, probe: LayerProbe, layer: int) -> None:
         """Carve the layer with every S, and send the rows that judge through each."""
         files = self.states.input_of(layer), self.states.input_of(layer + 1)
         weights = self.walker.lengths.weights(layer)[: self.carving.rows.tokens]
         sample = sample_of(self.carving, probe, layer, files, weights, whole=True)
-        came, dense = self.file(DENSE, layer), self.file(DENSE, layer + 1)
+        came, dense = self.dense.input_of(layer), self.dense.input_of(layer + 1)
         for shared in choices(self.recipe):
             total = self.recipe.shared + self.recipe.active
             carved = carve_layer(sample, replace(self.recipe, shared=shared, active=total - shared), layer)
-            leaves = self.file(f"{layer}_{shared}", layer + 1)
+            leaves = self.of(layer, shared).input_of(layer + 1)
             for _, rows, length in self.judging.parts():
                 y, taps = probe.forward(came.read(rows, length), POINTS)
                 dense.write(rows, y)
@@ -198,21 +198,20 @@ class _Streams:
             head[done : done + len(block)] = block
             done += len(block)
         shares = partial(log_shares, norm=model.norm(), head=head, epsilon=model.spec.rms_norm_eps)
-        names = [[f"{layer}_{shared}" for shared in tried] for layer in range(layers)]
         total = np.zeros((layers, len(tried)))
         for _, rows, length in replace(course, tokens=course.length).parts():
             inside, _ = course.kept(rows, length)
-            dense = self._states(DENSE, rows, length)[inside]
+            dense = self._last(self.dense, rows, length)[inside]
             for start in range(0, len(dense), CHUNK):
                 wanted = shares(dense[start : start + CHUNK])
-                for place, name in np.ndenumerate(names):
-                    own = self._states(str(name), rows, length)[inside]
-                    total[place] += divergence(wanted, shares(own[start : start + CHUNK]))
+                for layer, place in np.ndindex(total.shape):
+                    own = self._last(self.of(layer, tried[place]), rows, length)[inside]
+                    total[layer, place] += divergence(wanted, shares(own[start : start + CHUNK]))
         return total / course.rows.tokens
 
-    def _states(self, name: str, rows: range, length: int) -> np.ndarray:
+    def _last(self, stream: Stream, rows: range, length: int) -> np.ndarray:
         """(T, D) of what leaves the last layer."""
-        file = self.file(name, self.judging.model.spec.num_hidden_layers)
+        file = stream.input_of(self.judging.model.spec.num_hidden_layers)
         found = file.read(rows, length)
         file.close()
         return found.reshape(-1, found.shape[-1])

@@ -22,7 +22,7 @@ from mindformers_ext.formats.atomic import write_text
 from mindformers_ext.jobs.engine.protocols import LayerProbe
 from mindformers_ext.jobs.experts.carve.layer_files import LayerFiles
 from mindformers_ext.jobs.experts.dense_model import DenseModel
-from mindformers_ext.jobs.experts.probe import Course, Nothing, Part, forward, row_losses
+from mindformers_ext.jobs.experts.probe import Course, Nothing, Part, embed, forward, row_losses
 from mindformers_ext.jobs.experts.states import StateFile, States
 from mindformers_ext.jobs.experts.texts import Ready
 from mindformers_ext.surgery.experts.carve.carved import CarvedLayer
@@ -99,7 +99,7 @@ class Walker:
         probe = measured.open()
         if start == 0:
             for course, states in ((measured, here), (judged, there)):
-                embed(course, states.input_of(0))
+                embed(course, states)
         self.bar.update(start)
         for layer in range(start, layers):
             self.bar.set_postfix_str(f"layer {layer}", refresh=False)
@@ -199,13 +199,6 @@ def sample_of(
         done += len(texts)
     matrices = (model.matrix(name, layer) for name in ("gate_proj", "up_proj", "down_proj"))
     return LayerSample(x, hidden, weights, numbers, *matrices)
-
-
-def embed(course: Course, file: StateFile) -> None:
-    """Write what enters the first layer."""
-    for _, rows, length in course.parts():
-        file.write(rows, course.model.embed(course.rows.ids[rows.start : rows.stop, :length]))
-    file.close()
 
 
 def _move(course: Course, probe: LayerProbe, came: StateFile, leaves: StateFile, carved: CarvedLayer) -> None:

@@ -30,7 +30,7 @@ class RouterSizes:
 def router_rows(request: UpcycleRequest, model: Model, sizes: RouterSizes) -> Callable[[], np.ndarray]:
     """Checks the request's router; what it returns makes the rows, float32 (layers, experts and shared ones, hidden).
 
-    Granules of one copy have one row, and so one score: they are chosen together and weigh the same.
+    Segments of one copy have one row, and so one score: they are chosen together and weigh the same.
 
     Raises:
         UserError: a file of gates that does not fit.

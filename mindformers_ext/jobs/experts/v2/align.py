@@ -28,10 +28,11 @@ from mindformers_ext.jobs.checkpoint.source import read_config
 from mindformers_ext.jobs.engine.protocols import LayerProbe
 from mindformers_ext.jobs.experts.calibration import Calibration, opened
 from mindformers_ext.jobs.experts.dense_model import StreamedModel, open_weights
-from mindformers_ext.jobs.experts.probe import Course, Part, check_needs, needs
+from mindformers_ext.jobs.experts.probe import Course, Part, Tell, check_needs, embed, needs, pass_on
+from mindformers_ext.jobs.experts.ranks import alone
 from mindformers_ext.jobs.experts.states import States
 from mindformers_ext.jobs.experts.v2.attention import other_tasks
-from mindformers_ext.jobs.experts.v2.distribution import POINT, MomentsSink, Tell, alone
+from mindformers_ext.jobs.experts.v2.distribution import POINT, MomentsSink
 from mindformers_ext.jobs.experts.v2.layer_tables import DISTRIBUTION, MOMENTS, PARTS, LayerTable, read_table
 from mindformers_ext.jobs.experts.v2.mixtral import check_names
 from mindformers_ext.jobs.experts.writing import Task, Tensors, as_written, write_model
@@ -161,10 +162,7 @@ def _measured(
     states = States(folder, course.length, spec.hidden_size, "", keep=False, anew=True)
     found: dict[int, Scales] = {}
     try:
-        file = states.input_of(0)
-        for _, rows, length in course.parts():
-            file.write(rows, course.model.embed(course.rows.ids[rows.start : rows.stop, :length]))
-        file.close()
+        embed(course, states)
         for layer in range(spec.num_hidden_layers):
             found[layer] = {}
             for part in wanted[layer]:
@@ -174,7 +172,8 @@ def _measured(
                 low, middle, high = np.quantile(one.scale, (0, 0.5, 1))
                 bias = np.abs(one.bias).max()
                 tell(f"layer {layer}, {part}: scales {low:.3g} to {high:.3g}, median {middle:.3g}; bias to {bias:.3g}")
-            _pass_on(course, probe, states, layer, found[layer])
+            probe.fill(layer, _aligned(course.model, layer, found[layer]))
+            pass_on(course, probe, layer, states, states)
     finally:
         states.remove()
     return found
@@ -193,16 +192,6 @@ def _moments(
         sink.take(layer, Part(batch, numbers), {POINT[part]: values[POINT[part]][inside]}, {})
     came.close()
     return sink.found[part]
-
-
-def _pass_on(course: Course, probe: LayerProbe, states: States, layer: int, done: Mapping[str, Rescale]) -> None:
-    """Every row through the aligned layer."""
-    probe.fill(layer, _aligned(course.model, layer, done))
-    came, leaves = states.input_of(layer), states.input_of(layer + 1)
-    for _, rows, length in course.parts():
-        leaves.write(rows, probe.forward(came.read(rows, length), ())[0])
-    came.close()
-    leaves.close()
 
 
 def _factor(spec: ModelSpec, part: str) -> float:

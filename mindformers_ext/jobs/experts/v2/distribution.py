@@ -6,50 +6,31 @@ One pass with one layer in memory; every token counts that is no padding.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.formats.atomic import fresh_file, refuse_existing
 from mindformers_ext.formats.fingerprint import fingerprint
-from mindformers_ext.jobs.experts.calibration import Calibration, opened
-from mindformers_ext.jobs.experts.probe import TOKENS, Part, check_needs, forward, needs
-from mindformers_ext.jobs.experts.ranks import Share, own_share
-from mindformers_ext.jobs.experts.states import States, remove_left
-from mindformers_ext.jobs.experts.v2.layer_tables import DISTRIBUTION, MOMENTS, PARTS, SUFFIXES, LayerTable, write_table
+from mindformers_ext.jobs.experts.calibration import opened
+from mindformers_ext.jobs.experts.probe import TOKENS, Part, Tell, check_needs, needs
+from mindformers_ext.jobs.experts.ranks import alone
+from mindformers_ext.jobs.experts.v2.layer_tables import DISTRIBUTION, MOMENTS, PARTS, LayerTable
+from mindformers_ext.jobs.experts.v2.table_stage import TableRequest, table_by_pass
 from mindformers_ext.surgery.experts.alignment import Moments
 
+PART = ".distribution_{}.npz"  # a layer's moments, until all are there
 POINT = dict(zip(PARTS, ("attention_output", "mlp_output"), strict=True))  # where a part's output is seen
-Tell = Callable[[str], object]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistributionRequest:
+class DistributionRequest(TableRequest):
     """What is asked for."""
 
-    calibration: Calibration
-    save_path: Path
-    fmt: str = "pt"
-    overwrite: bool = False
-    dry_run: bool = False
-
-    def check(self) -> None:
-        """``UserError`` lists options that do not fit."""
-        problems = Problems("options")
-        problems.one_of("--format", self.fmt, [suffix[1:] for suffix in SUFFIXES])
-        problems.raise_if_any()
-        self.calibration.check()
-
-    @property
-    def path(self) -> Path:
-        """The file that is written."""
-        return self.save_path / f"{DISTRIBUTION}.{self.fmt}"
+    KIND = DISTRIBUTION
 
 
 @dataclass
@@ -82,14 +63,9 @@ class MomentsSink:
         if self.folder is None:
             return
         arrays: dict[str, Any] = as_arrays(self.found)
-        with fresh_file(part_of(self.folder, layer), overwrite=True) as beside, beside.open("wb") as file:
+        with fresh_file(self.folder / PART.format(layer), overwrite=True) as beside, beside.open("wb") as file:
             np.savez(file, **arrays)
         self.found = {}
-
-
-def part_of(folder: Path, layer: int) -> Path:
-    """Where a layer's moments lie until all are there."""
-    return folder / f".distribution_{layer}.npz"
 
 
 def as_arrays(found: Mapping[str, Moments]) -> dict[str, np.ndarray]:
@@ -99,14 +75,6 @@ def as_arrays(found: Mapping[str, Moments]) -> dict[str, np.ndarray]:
         for part, moments in found.items()
         for name, value in zip(MOMENTS, (np.array([moments.number]), moments.mean, moments.variance), strict=True)
     }
-
-
-def alone(what: str) -> Share:
-    """The only process; several are a ``UserError``."""
-    share = own_share()
-    if share.size > 1:
-        raise UserError(f"{what} by one process, here are {share.size}: start it without a launcher")
-    return share
 
 
 def write_distribution(request: DistributionRequest, tell: Tell = lambda line: None) -> LayerTable | None:
@@ -120,38 +88,19 @@ def write_distribution(request: DistributionRequest, tell: Tell = lambda line: N
     refuse_existing(request.path, request.overwrite)
     with opened(request.calibration, share, not request.dry_run) as start:
         spec, folder = start.model.spec, request.save_path
-        layers = range(spec.num_hidden_layers)
         sink = MomentsSink(PARTS, spec.hidden_size, folder)
-        wanted = needs(start.course, sink, len(layers), backward=False)
+        wanted = needs(start.course, sink, spec.num_hidden_layers, backward=False)
         memory = f"memory about {wanted.memory / 1e9:.2f} GB, for any number of layers"
         for line in (*start.notes, f"{start.rows} rows, {start.tokens} tokens; {memory}"):
             tell(line)
         if request.dry_run:
             return None
         check_needs(wanted, folder)
-        folder.mkdir(parents=True, exist_ok=True)
         about = {"model": fingerprint(start.model.reader), "texts": start.every.digest("")}
-        digest = sha256(json.dumps([about, request.calibration.computed()], sort_keys=True).encode()).hexdigest()
-        place = folder / ".states_distribution"
-        states = States(place, start.course.length, spec.hidden_size, digest, keep=False, anew=request.overwrite)
-        forward(start.course, states, sink, layers)
-        table = LayerTable(
-            DISTRIBUTION, {layer: _read(part_of(folder, layer)) for layer in layers}, about, request.path
-        )
-        write_table(request.path, table, request.overwrite)
-        states.remove()
-        clean(request)
-        return table
+        return table_by_pass(request, start, sink, about, PART, _read)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as arrays:
         found = {name: arrays[name] for name in arrays.files}
     return {name: array.astype(np.float32) if array.dtype.kind == "f" else array for name, array in found.items()}
-
-
-def clean(request: DistributionRequest) -> None:
-    """Delete what a killed run may have left beside the file."""
-    remove_left(request.save_path / ".states_distribution")
-    for path in request.save_path.glob(".distribution_*.npz"):
-        path.unlink()

@@ -6,10 +6,8 @@ One pass through the model with one layer in memory; of each layer a sample of t
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -17,26 +15,25 @@ import numpy as np
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.formats.atomic import fresh_file, refuse_existing
 from mindformers_ext.formats.fingerprint import fingerprint
-from mindformers_ext.jobs.experts.calibration import Calibration, opened
-from mindformers_ext.jobs.experts.probe import Part, check_needs, forward, needs
-from mindformers_ext.jobs.experts.ranks import own_share
+from mindformers_ext.jobs.experts.calibration import opened
+from mindformers_ext.jobs.experts.probe import Part, Tell, check_needs, needs
+from mindformers_ext.jobs.experts.ranks import alone
 from mindformers_ext.jobs.experts.sample import Drawn, draw
-from mindformers_ext.jobs.experts.states import States, remove_left
-from mindformers_ext.jobs.experts.v2.layer_tables import GATE, GATES, SUFFIXES, LayerTable, beside_of, write_table
+from mindformers_ext.jobs.experts.v2.layer_tables import GATE, GATES, LayerTable
+from mindformers_ext.jobs.experts.v2.table_stage import TableRequest, table_by_pass
 from mindformers_ext.surgery.experts.bounded import METRICS, TRIED, bounded_clusters
 
 CLUSTERING, RANDOM = METHODS = ("clustering", "random")
+PART = ".gate_{}.npy"  # a layer's gate, until all are there
 CROWDED = 2.0  # times the mean of first choices: an expert that many tokens find is told of
-Tell = Callable[[str], object]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatesRequest:
+class GatesRequest(TableRequest):
     """What is asked for. ``features``: tokens of a layer that are clustered at most. ``normalise``: centres of length
-    1, which the published program does not make. ``fmt``: of the file."""
+    1, which the published program does not make."""
 
-    calibration: Calibration
-    save_path: Path
+    KIND = GATES
     experts: int = 16
     method: str = CLUSTERING
     jitter: float = 0.1
@@ -46,28 +43,17 @@ class GatesRequest:
     starts: int = 10
     features: int = 131072
     normalise: bool = False
-    fmt: str = "pt"
-    overwrite: bool = False
-    dry_run: bool = False
 
-    def check(self) -> None:
-        """``UserError`` lists options that do not fit."""
-        problems = Problems("options")
+    def collect(self, problems: Problems) -> None:
+        """Add options that do not fit."""
+        super().collect(problems)
         for name, value in (("num_experts", self.experts), ("max_iter", self.passes), ("n_jobs", self.starts)):
             problems.positive(f"--{name}", value)
         problems.positive("--max_features", self.features)
         problems.one_of("--method", self.method, METHODS)
         problems.one_of("--distance_metric", self.metric, METRICS)
-        problems.one_of("--format", self.fmt, [suffix[1:] for suffix in SUFFIXES])
         if not np.isfinite(self.jitter):
             problems.add(f"--balance_jitter_factor {self.jitter}", "give 0 (equal sizes) or a little more")
-        problems.raise_if_any()
-        self.calibration.check()
-
-    @property
-    def path(self) -> Path:
-        """The file that is written."""
-        return self.save_path / f"{GATES}.{self.fmt}"
 
 
 @dataclass
@@ -102,14 +88,9 @@ class GateSink:
         """Make the layer's gate."""
         self.seen = 0
         gate, said = make_gate(self.request, self.x, layer)
-        with fresh_file(part_of(self.place, layer), overwrite=True) as beside, beside.open("wb") as file:
+        with fresh_file(self.place / PART.format(layer), overwrite=True) as beside, beside.open("wb") as file:
             np.save(file, gate)
         self.tell(f"layer {layer}: {said}")
-
-
-def part_of(folder: Path, layer: int) -> Path:
-    """Where a layer's gate lies until all are there."""
-    return folder / f".gate_{layer}.npy"
 
 
 def make_gate(request: GatesRequest, x: np.ndarray, layer: int) -> tuple[np.ndarray, str]:
@@ -141,9 +122,7 @@ def write_gates(request: GatesRequest, tell: Tell = lambda line: None) -> LayerT
         UserError: options, texts or a model that do not fit; too little memory or disk; a file that exists.
     """
     request.check()
-    share = own_share()
-    if share.size > 1:
-        raise UserError(f"gates are made by one process, here are {share.size}: start it without a launcher")
+    share = alone("gates are made")
     refuse_existing(request.path, request.overwrite)
     with opened(request.calibration, share, not request.dry_run) as start:
         spec = start.model.spec
@@ -161,31 +140,8 @@ def write_gates(request: GatesRequest, tell: Tell = lambda line: None) -> LayerT
         if request.dry_run:
             return None
         check_needs(wanted, request.save_path)
-        request.save_path.mkdir(parents=True, exist_ok=True)
         about = {"model": fingerprint(start.model.reader), "texts": start.every.digest(""), "experts": request.experts}
         about |= {name: getattr(request, name) for name in ("method", "seed", "normalise", "features")}
         if request.method == CLUSTERING:
             about |= {name: getattr(request, name) for name in ("jitter", "metric", "passes", "starts")}
-        digest = sha256(json.dumps([about, request.calibration.computed()], sort_keys=True).encode()).hexdigest()
-        place = request.save_path / ".states_gates"
-        states = States(place, start.course.length, spec.hidden_size, digest, keep=False, anew=request.overwrite)
-        forward(start.course, states, sink, range(spec.num_hidden_layers))
-        layers = range(spec.num_hidden_layers)
-        gates = {n: {GATE: np.load(part_of(request.save_path, n), allow_pickle=False)} for n in layers}
-        table = LayerTable(GATES, gates, about, request.path)
-        write_table(request.path, table, request.overwrite)
-        states.remove()
-        clean(request)
-        return table
-
-
-def clean(request: GatesRequest) -> None:
-    """Delete what a killed run may have left beside the file."""
-    remove_left(request.save_path / ".states_gates")
-    for path in request.save_path.glob(".gate_*.npy"):
-        path.unlink()
-
-
-def outputs(request: GatesRequest) -> list[Path]:
-    """What the stage writes."""
-    return [request.path, *([beside_of(request.path)] if request.fmt == "pt" else [])]
+        return table_by_pass(request, start, sink, about, PART, lambda path: {GATE: np.load(path, allow_pickle=False)})

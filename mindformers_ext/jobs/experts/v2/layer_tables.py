@@ -29,6 +29,7 @@ GATES, SCORES, INDICES, DISTRIBUTION = "gate_weights", "importance_scores", "neu
 GATE, RESIDUAL, ABOUT = "gate", "residual", "about"
 PARTS, MOMENTS = ("attn", "mlp"), ("number", "mean", "variance")
 SUFFIXES = (".pt", ".npz", ".json")
+FORMATS = tuple(suffix[1:] for suffix in SUFFIXES)
 MOST_BYTES = 2**32  # of a file unpacked: gates of 126 layers of 64 experts, 16384 wide, are 0.5 GB
 MOST_LAYERS = 2000
 Layer = Mapping[str, np.ndarray]

@@ -17,50 +17,32 @@ from typing import Any
 
 import numpy as np
 
-from mindformers_ext.core.errors import Problems, UserError
+from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.json_text import read_object
 from mindformers_ext.formats.atomic import fresh_file, refuse_existing, write_text
 from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.formats.folder_lock import locked
-from mindformers_ext.jobs.experts.calibration import Calibration, opened
-from mindformers_ext.jobs.experts.probe import Nothing, Part, backward, check_needs, forward, needs
+from mindformers_ext.jobs.experts.calibration import opened
+from mindformers_ext.jobs.experts.probe import Nothing, Part, Tell, backward, check_needs, forward, needs
 from mindformers_ext.jobs.experts.ranks import Share, own_share
 from mindformers_ext.jobs.experts.states import States, remove_left
 from mindformers_ext.jobs.experts.v2.layer_tables import (
     GATE,
     GATES,
     SCORES,
-    SUFFIXES,
     LayerTable,
     read_table,
     write_table,
 )
-
-Tell = Callable[[str], object]
+from mindformers_ext.jobs.experts.v2.table_stage import TableRequest
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoresRequest:
+class ScoresRequest(TableRequest):
     """What is asked for; ``gates``: the file whose rows make clusters of tokens."""
 
-    calibration: Calibration
+    KIND = SCORES
     gates: Path
-    save_path: Path
-    fmt: str = "pt"
-    overwrite: bool = False
-    dry_run: bool = False
-
-    def check(self) -> None:
-        """``UserError`` lists options that do not fit."""
-        problems = Problems("options")
-        problems.one_of("--format", self.fmt, [suffix[1:] for suffix in SUFFIXES])
-        problems.raise_if_any()
-        self.calibration.check()
-
-    @property
-    def path(self) -> Path:
-        """The file that is written."""
-        return self.save_path / f"{SCORES}.{self.fmt}"
 
 
 class ScoreSink:

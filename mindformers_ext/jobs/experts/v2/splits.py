@@ -15,11 +15,11 @@ from mindformers_ext.formats.atomic import refuse_existing
 from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.jobs.experts.dense_model import open_dense
 from mindformers_ext.jobs.experts.v2.layer_tables import (
+    FORMATS,
     GATES,
     INDICES,
     RESIDUAL,
     SCORES,
-    SUFFIXES,
     Layer,
     LayerTable,
     read_table,
@@ -55,7 +55,7 @@ class PlusRequest:
         """``UserError`` lists options that do not fit."""
         problems = Problems("options")
         problems.one_of("--criterion", self.criterion, CRITERIA)
-        problems.one_of("--format", self.fmt, [suffix[1:] for suffix in SUFFIXES])
+        problems.one_of("--format", self.fmt, FORMATS)
         if self.residual < 0:
             problems.add(f"--expert_num_residual {self.residual}", "give 1 or more, or leave it out")
         if self.size is not None:

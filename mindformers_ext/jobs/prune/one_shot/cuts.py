@@ -17,17 +17,18 @@ from mindformers_ext.core.pruning import ModelShape, shape_of_model
 from mindformers_ext.formats.atomic import fresh_folder, scratch_folder
 from mindformers_ext.formats.disk import check_space, refusal
 from mindformers_ext.formats.safetensors_dir import CONFIG
+from mindformers_ext.jobs.experts.probe import Tell
 from mindformers_ext.jobs.experts.texts import Ready, Texts, ready
 from mindformers_ext.jobs.merge.sidecars import copy_tokenizer, write_json
 from mindformers_ext.jobs.prune.cut import Change, count_of, pieces_of, write_pieces
 from mindformers_ext.jobs.prune.masks_file import MASKS, SavedMasks, write_masks
 from mindformers_ext.jobs.prune.next_stage import NextStage, next_from_yaml, write_next
-from mindformers_ext.jobs.prune.one_shot.importance import Tell, measured
+from mindformers_ext.jobs.prune.one_shot.importance import measured
 from mindformers_ext.jobs.prune.one_shot.importance_file import Importance, provenance
 from mindformers_ext.jobs.prune.one_shot.pruned import pruned_model, pruned_words
-from mindformers_ext.jobs.prune.one_shot.quality import ORIGINAL, RANDOM, Judgement, loss_of
 from mindformers_ext.jobs.prune.one_shot.refit import Fit, Fitter, biases
 from mindformers_ext.jobs.prune.one_shot.request import LEAST_SQUARES, NONE, OneShotRequest
+from mindformers_ext.jobs.prune.quality import ORIGINAL, RANDOM, Judgement, loss_of
 from mindformers_ext.jobs.prune.report import REPORT, pruning_report
 from mindformers_ext.jobs.prune.source import DenseSource, open_folder
 from mindformers_ext.surgery.prune.cut import FullMasks, full_masks, pruned_shape

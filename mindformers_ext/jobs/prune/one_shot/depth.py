@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.pruning import ModelShape
+from mindformers_ext.jobs.experts.probe import Tell
 from mindformers_ext.jobs.experts.text_domains import limited
 from mindformers_ext.jobs.prune.one_shot.cuts import (
     MAGNITUDE,
@@ -21,13 +21,12 @@ from mindformers_ext.jobs.prune.one_shot.cuts import (
     carry_out,
     chosen_by,
 )
-from mindformers_ext.jobs.prune.one_shot.importance import Tell
 from mindformers_ext.jobs.prune.one_shot.importance_file import Importance
-from mindformers_ext.jobs.prune.one_shot.quality import RANDOM
 from mindformers_ext.jobs.prune.one_shot.request import INFLUENCE, PERPLEXITY, DepthRequest
 from mindformers_ext.jobs.prune.one_shot.shape import quiet
 from mindformers_ext.jobs.prune.one_shot.skipping import Order, removal_order
 from mindformers_ext.jobs.prune.one_shot.targets import fewer_layers
+from mindformers_ext.jobs.prune.quality import RANDOM
 
 
 def prune_depth(request: DepthRequest, tell: Tell = quiet) -> OneShotReport:
@@ -72,7 +71,7 @@ def order_of(
     path: Path,
     tokens: int,
     remake: bool,
-    tell: Callable[[str], object],
+    tell: Tell,
 ) -> Order:
     """Which layers go first by "ppl"; kept in a file beside that of what was measured."""
     course = replace(place.start.measured, rows=limited(place.start.measured.rows, tokens))

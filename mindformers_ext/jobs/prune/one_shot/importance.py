@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.pruning import ModelShape, shape_of_model
 from mindformers_ext.formats.fingerprint import fingerprint
-from mindformers_ext.jobs.experts.probe import Nothing, Sink, backward, check_needs, forward, needs
+from mindformers_ext.jobs.experts.probe import Nothing, Sink, Tell, backward, check_needs, forward, needs
 from mindformers_ext.jobs.experts.states import States, remove_left
 from mindformers_ext.jobs.experts.texts import Ready
 from mindformers_ext.jobs.prune.one_shot.importance_file import (
@@ -32,7 +32,6 @@ TOLD = {
     "device_target": "another device",
     "version": "another version",
 }
-Tell = Callable[[str], object]
 
 
 def about(start: Ready) -> dict[str, object]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mindformers_ext.core.pruning import ModelShape
 from mindformers_ext.jobs.engine.protocols import LayerProbe
-from mindformers_ext.jobs.experts.probe import Course, check_needs, needs
+from mindformers_ext.jobs.experts.probe import Course, check_needs, embed, needs, pass_on
 from mindformers_ext.jobs.experts.states import States
 from mindformers_ext.jobs.prune.cut import Change
 from mindformers_ext.jobs.prune.one_shot.importance_file import Importance
@@ -85,10 +85,7 @@ class Fitter:
         changes: dict[str, Change] = {}
         fits: list[Fit] = []
         probe = course.open()
-        file = states.input_of(0)
-        for _, rows, length in course.parts():
-            file.write(rows, course.model.embed(course.rows.ids[rows.start : rows.stop, :length]))
-        file.close()
+        embed(course, states)
         numbers = self.full.kept_layers
         with tqdm(total=len(numbers), desc="fitting", unit="layer", disable=course.quiet or None) as bar:
             for place, layer in enumerate(numbers):
@@ -100,7 +97,7 @@ class Fitter:
                     done[output.own] = wide
                     weights = ((name, done.get(name, array)) for name, array in course.model.layer(place))
                     probe.fill(place, weights)
-                _move(course, probe, place, states)
+                pass_on(course, probe, place, states, states)
                 bar.update()
         return changes, fits
 
@@ -138,14 +135,6 @@ class Fitter:
         wide = np.zeros_like(weight)
         wide[:, kept] = chosen
         return wide, fit
-
-
-def _move(course: Course, probe: LayerProbe, place: int, states: States) -> None:
-    came, leaves = states.input_of(place), states.input_of(place + 1)
-    for _, rows, length in course.parts():
-        leaves.write(rows, probe.forward(came.read(rows, length), ())[0])
-    came.close()
-    leaves.close()
 
 
 class _Moments:

@@ -52,6 +52,7 @@ class OneShotRequest:
 
     def collect(self, problems: Problems) -> None:
         """Add every option that does not fit."""
+        self.texts.collect(problems)
         if (self.train_yaml is None) != (self.next_yaml is None):
             problems.add("--next_yaml and --train_yaml belong together", "give both, or none")
         if self.train_yaml and not self.train_yaml.is_file():
@@ -75,7 +76,6 @@ class OneShotRequest:
         problems = Problems("options")
         self.collect(problems)
         problems.raise_if_any()
-        self.texts.check()
         check_output(self.output, [self.model, *self.texts.calibration, *self.texts.held_out])
         if self.next_yaml:
             refuse_existing(self.next_yaml, self.output.overwrite)

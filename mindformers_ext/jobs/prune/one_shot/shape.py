@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.pruning import ModelShape
+from mindformers_ext.jobs.experts.probe import Tell
 from mindformers_ext.jobs.prune.one_shot.cuts import (
     MAGNITUDE,
     Bench,
@@ -15,11 +16,10 @@ from mindformers_ext.jobs.prune.one_shot.cuts import (
     carry_out,
     chosen_by,
 )
-from mindformers_ext.jobs.prune.one_shot.importance import Tell
 from mindformers_ext.jobs.prune.one_shot.importance_file import Importance
-from mindformers_ext.jobs.prune.one_shot.quality import RANDOM
 from mindformers_ext.jobs.prune.one_shot.request import NONE, ShapeRequest
 from mindformers_ext.jobs.prune.one_shot.targets import target_of, with_fewer
+from mindformers_ext.jobs.prune.quality import RANDOM
 from mindformers_ext.surgery.prune.importance import METHODS
 
 FLAP, BIAS = "flap", "flap + bias"
@@ -41,7 +41,7 @@ def prune_shape(request: ShapeRequest, tell: Tell = quiet) -> OneShotReport:
         return target
 
     def choose(place: Bench, found: Importance, target: ModelShape) -> dict[str, Cut]:
-        return ladder(request, place, found, target)
+        return cuts_of(request, place, found, target)
 
     request.check()
     return carry_out(request, tell, METHODS[request.method].needs, aim, choose)
@@ -63,7 +63,7 @@ def has_biases(place: Bench) -> bool:
     return {"mlp_bias", "attention_bias"} <= {word.key for word in place.dense.model.family_row.words}
 
 
-def ladder(request: ShapeRequest, place: Bench, found: Importance, target: ModelShape) -> dict[str, Cut]:
+def cuts_of(request: ShapeRequest, place: Bench, found: Importance, target: ModelShape) -> dict[str, Cut]:
     """The cut that is asked for first, then the same without refit or bias, magnitude, and one drawn at random."""
     method, seed = request.method, request.seed
     own = chosen_by(place, method, found, target, seed)

@@ -5,7 +5,7 @@ arXiv:2402.09025, section 3). The order is kept in a file, so that fewer layers 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,7 @@ from tqdm import tqdm
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.json_text import read_object
 from mindformers_ext.formats.atomic import write_text
-from mindformers_ext.jobs.engine.protocols import LayerProbe
-from mindformers_ext.jobs.experts.probe import Course, mean_loss
+from mindformers_ext.jobs.experts.probe import Course, Tell, embed, mean_losses, pass_on
 from mindformers_ext.jobs.experts.states import States
 from mindformers_ext.jobs.prune.one_shot.importance_file import provenance
 
@@ -35,7 +34,7 @@ def removal_order(
     count: int,
     folder: Path,
     remake: bool,
-    tell: Callable[[str], object],
+    tell: Tell,
 ) -> Order:
     """The first ``count`` layers to go. ``path``: the file of the order, ``about``: of which model and text it is,
     ``folder``: a scratch folder.
@@ -78,39 +77,20 @@ def losses_without(course: Course, left: Sequence[int], folder: Path) -> dict[in
     """The mean loss of the layers ``left`` without each of them in turn. A layer is in memory once."""
     width, length = course.model.spec.hidden_size, course.length
     probe = course.open()
-    states = {None: States(folder / "whole", length, width, "whole", keep=False)}
+    whole = States(folder / "whole", length, width, "whole", keep=False)
     ways: dict[int, States] = {}
     try:
-        file = states[None].input_of(0)
-        for _, rows, tokens in course.parts():
-            file.write(rows, course.model.embed(course.rows.ids[rows.start : rows.stop, :tokens]))
-        file.close()
+        embed(course, whole)
         with tqdm(total=len(left), desc=f"{len(left)} layers", unit="layer", disable=course.quiet or None) as bar:
             for place, layer in enumerate(left):
                 probe.fill(layer, course.model.layer(layer))
                 for way in ways.values():
-                    _move(course, probe, way, way, place)
+                    pass_on(course, probe, place, way, way)
                 ways[layer] = States(folder / str(layer), length, width, str(layer), keep=False)
-                _move(course, None, states[None], ways[layer], place)
-                _move(course, probe, states[None], states[None], place)
+                pass_on(course, None, place, whole, ways[layer])
+                pass_on(course, probe, place, whole, whole)
                 bar.update()
-        probe.fill_head(course.model.norm(), course.model.head())
-        found = {}
-        for layer, way in ways.items():
-            file = way.input_of(len(left))
-            found[layer] = mean_loss(course, probe, file)
-            file.close()
-        return found
+        return dict(zip(ways, mean_losses(course, probe, ways.values(), len(left)), strict=True))
     finally:
-        for way in (*states.values(), *ways.values()):
+        for way in (whole, *ways.values()):
             way.remove()
-
-
-def _move(course: Course, probe: LayerProbe | None, source: States, target: States, place: int) -> None:
-    """Through one layer, or past it where ``probe`` is None."""
-    came, leaves = source.input_of(place), target.input_of(place + 1)
-    for _, rows, tokens in course.parts():
-        x = came.read(rows, tokens)
-        leaves.write(rows, x if probe is None else probe.forward(x, ())[0])
-    came.close()
-    leaves.close()

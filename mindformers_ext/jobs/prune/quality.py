@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mindformers_ext.jobs.experts.dense_model import DenseModel
-from mindformers_ext.jobs.experts.probe import Course, Nothing, check_needs, forward, mean_loss, needs
+from mindformers_ext.jobs.experts.dense_model import StreamedModel
+from mindformers_ext.jobs.experts.probe import Course, Nothing, check_needs, forward, mean_losses, needs
 from mindformers_ext.jobs.experts.states import States
 
 ORIGINAL, RANDOM = "original", "random"
@@ -39,7 +39,7 @@ class Judgement:
         return asdict(self)
 
 
-def loss_of(course: Course, model: DenseModel, folder: Path) -> float:
+def loss_of(course: Course, model: StreamedModel, folder: Path) -> float:
     """Mean loss of ``model`` on the course's rows. ``folder``: made for what enters the layers, and removed."""
     course = replace(course, model=model)
     spec, nothing = model.spec, Nothing()
@@ -47,12 +47,7 @@ def loss_of(course: Course, model: DenseModel, folder: Path) -> float:
     states = States(folder, course.length, spec.hidden_size, "loss", keep=False, anew=True)
     try:
         forward(course, states, nothing, (spec.num_hidden_layers - 1,), keep_last=True)
-        probe = course.open()
-        probe.fill_head(model.norm(), model.head())
-        file = states.input_of(spec.num_hidden_layers)
-        try:
-            return mean_loss(course, probe, file)
-        finally:
-            file.close()
+        (loss,) = mean_losses(course, course.open(), (states,), spec.num_hidden_layers)
+        return loss
     finally:
         states.remove()
