@@ -21,10 +21,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("model", type=Path, metavar="MODEL", help="Hugging Face folder of a dense LLaMA or Mistral")
     add("output", type=Path, metavar="OUT", help="folder to write")
     add("--experts", type=int, required=True, metavar="N", help="groups of neurons of one size, the shared included")
-    add("--shared", type=int, required=True, metavar="S", help="of them that every token passes")
-    add("--active", type=int, required=True, metavar="A", help="of the others that are chosen for a token")
+    text = "of them that every token passes; auto: found by how far each layer's predictions stray"
+    add("--shared", type=number_or_auto, required=True, metavar="S", help=text)
+    text = "of the others that are chosen for a token; with --shared auto, all that a token passes"
+    add("--active", type=int, required=True, metavar="A", help=text)
     add("--method", default="emp", help="emp (default), cmoe, expertweaver, or static: no mixture, to compare")
-    add("--router", help="ridge, representative, mean_gate or oracle; default: the method's (of emp ridge)")
+    text = "ridge or mean_gate; to measure, also representative, threshold, oracle; default: the method's (emp: ridge)"
+    add("--router", help=text)
     add("--refit", help="least_squares or none; default: the method's (of emp least_squares)")
     add(
         "--format",
@@ -44,6 +47,7 @@ def run(words: argparse.Namespace) -> int:
 
     report = carve(_request(words), lambda line: print(line, flush=True))
     print(*report.judged.lines(), sep="\n  ")
+    print(*report.said, sep="\n", end="\n" if report.said else "")
     for note in report.written.notes if report.written and not words.quiet else ():
         print(f"note: {note}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -52,13 +56,19 @@ def run(words: argparse.Namespace) -> int:
     return 0
 
 
+def number_or_auto(word: str) -> int | None:
+    """A number, None for "auto"."""
+    return None if word == "auto" else int(word)
+
+
 def _request(words: argparse.Namespace) -> CarveRequest:
     from mindformers_ext.core.families import MIXTRAL, QWEN2_MOE
     from mindformers_ext.jobs.experts.carve.request import CarveRequest, recipe_of
 
-    sizes = (words.experts, words.shared, words.active)
+    auto = words.shared is None
+    sizes = (words.experts, 1, words.active - 1) if auto else (words.experts, words.shared, words.active)
     recipe = recipe_of(words.method, words.router, words.refit, sizes, words.seed)
-    stock = QWEN2_MOE.name if words.shared > 0 else MIXTRAL.name
+    stock = QWEN2_MOE.name if auto or words.shared > 0 else MIXTRAL.name
     return CarveRequest(
         model=words.model,
         output=output_of(words, words.output),
@@ -67,4 +77,5 @@ def _request(words: argparse.Namespace) -> CarveRequest:
         form=words.format or stock,
         ladder=words.ladder,
         dtype=words.dtype,
+        auto=auto,
     )

@@ -178,12 +178,19 @@ def test_the_whole_ladder_says_in_its_first_line_who_wins(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = carved(place, tmp_path / "out", ladder="full", format="none")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "carving.yml", "ladder.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
+        "carving.yml",
+        "ladder.json",
+        "ladder.png",
+    ]
     recipe = Recipe(method="emp", experts=8, shared=2, active=2)
     assert {*told["ways"]} == {DENSE, *ways(recipe, "full")} and {*told["ways"]} | {"router ridge"} == {*MEANING}
     assert {*ways(recipe, "short")} < {*ways(recipe, "full")} and [*ways(recipe, "none")] == [CARVED]
     printed = capsys.readouterr().out.splitlines()
     assert "about" in printed[0] and printed[1] == told["verdict"]
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"\n**{told['verdict']}.**\n" in card and "](ladder.png)" in card
     best = min((one["loss"], name) for name, one in told["ways"].items() if name.startswith("static"))
     assert told["verdict"].startswith("A STATIC CUT") == (best[0] <= told["ways"][CARVED]["loss"])
     assert f"'{best[1]}'" in told["verdict"] and told["judged_tokens"] == JUDGED - len(told["row_tokens"])
@@ -223,6 +230,7 @@ BAD: list[tuple[dict[str, object], str]] = [
     ({"method": "static"}, "a static cut is no mixture"),
     ({"method": "static", "format": "none", "router": "ridge"}, "nothing is chosen"),
     ({"router": "oracle"}, "no file holds such a router"),
+    ({"router": "threshold", "format": "ours"}, "no file holds such a router"),
     ({"method": "cmoe"}, "no file holds such a router"),
     ({"router": "best"}, "choose one of ridge"),
     ({"refit": "ridge"}, "choose one of least_squares"),

@@ -4,6 +4,7 @@ tokens, no tokens at all, gradients that are views, runs that must be equal to t
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import replace
 
@@ -212,9 +213,28 @@ def test_tokens_that_lost_all_their_experts_may_hold_anything() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_token_reads_its_own_experts_alone(bias: bool) -> None:
+    spec = spec_of(expert_bias=bias)
+    torch.manual_seed(1)
+    layer, x = MoE(spec, spec.model.routing).requires_grad_(False), torch.randn(5, 16)
+    if layer.ffn.bias is not None:
+        layer.ffn.bias.normal_()
+    together = layer.dropless(x)  # by a grouped product
+    for token in range(len(x)):
+        chosen = layer.router.choose(x[None, token : token + 1])[1].flatten()
+        others = torch.ones(8, dtype=torch.bool).index_fill_(0, chosen, False)
+        spoilt = copy.deepcopy(layer)
+        for weights in spoilt.ffn.parameters():
+            weights[others] = float("nan")
+        alone = spoilt.dropless(x[token : token + 1])
+        torch.testing.assert_close(alone[0], together[token], rtol=1e-5, atol=1e-6)
+
+
 def test_the_choice_of_the_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert select_backend(cpu, torch.float32, 64, 128).name == "gmm"
+    assert select_backend(cpu, torch.float32, 64, 128, 1).name == "loop"
     assert not fits_gmm(torch.float32, 30) and select_backend(cpu, torch.float32, 30, 7).name == "loop"
     assert select_backend(cpu, torch.float64, 64, 128).name == "loop"
     assert select_backend(torch.device("cuda"), torch.float32, 64, 128).name == "loop"

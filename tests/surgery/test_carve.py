@@ -13,7 +13,7 @@ import torch
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.surgery import ridge
 from mindformers_ext.surgery.experts.carve.carved import file_rows, weight_error
-from mindformers_ext.surgery.experts.carve.choose import Linear, output_lengths
+from mindformers_ext.surgery.experts.carve.choose import Linear, Threshold, output_lengths
 from mindformers_ext.surgery.experts.carve.grouping import InputFit, by_prediction
 from mindformers_ext.surgery.experts.carve.markers import Markers
 from mindformers_ext.surgery.experts.carve.recipes import (
@@ -217,6 +217,21 @@ def test_rows_of_a_file_choose_alike_and_weigh_within_what_is_said() -> None:
     assert 0.001 < error.largest < 0.03 and error.same > 0.999
     assert weight_error(x, mine, 1).largest == 0
     assert np.isfinite(file_rows(np.zeros((3, HIDDEN)), x)).all()
+
+
+def test_a_threshold_keeps_the_mean_count_and_knows_how_much_experts_add() -> None:
+    rng = np.random.default_rng(0)
+    x, rows = rng.normal(size=(500, HIDDEN)).astype(np.float32), rng.normal(size=(6, HIDDEN))
+    x[:250] *= 4  # tokens to which all experts matter more take the places of others
+    found = Threshold.fitted(x, rows, 2).choose(x, x)
+    assert found.sum() == 1000 and found[:250].sum() > found[250:].sum() > 0
+    scores = x @ rows.T.astype(np.float32)
+    assert scores[found].min() > scores[~found].max()
+    assert Threshold.fitted(x, rows, 6).choose(x, x).all()
+    carved = carve_layer(sample_of(), replace(RECIPE, router="threshold"), 0)
+    assert carved.chooser is not None and len(carved.split.experts) == RECIPE.experts - RECIPE.shared
+    counts = carved.chooser.choose(sample_of().x, sample_of().hidden).sum(1)
+    assert counts.mean() == pytest.approx(RECIPE.active, abs=0.01) and counts.std() > 0
 
 
 @pytest.mark.parametrize("method", [*METHODS])

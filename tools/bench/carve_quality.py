@@ -29,7 +29,15 @@ from mindformers_ext.formats.atomic import write_text
 from mindformers_ext.jobs.experts.carve.losses import DENSE, Judged
 from mindformers_ext.jobs.experts.carve.run import digest_of, measure
 from mindformers_ext.jobs.experts.texts import Texts, ready
-from mindformers_ext.surgery.experts.carve.recipes import LEAST_SQUARES, METHODS, NONE, REPRESENTATIVE, RIDGE, Recipe
+from mindformers_ext.surgery.experts.carve.recipes import (
+    LEAST_SQUARES,
+    METHODS,
+    NONE,
+    REPRESENTATIVE,
+    RIDGE,
+    THRESHOLD,
+    Recipe,
+)
 
 GROUPS = 8
 SHARES = {"75": (3, 3), "62.5": (3, 2), "50": (2, 2)}  # of the neurons, in %: shared, active
@@ -38,6 +46,7 @@ FITTED = replace(PLAIN, refit=LEAST_SQUARES)
 WAYS = {
     "emp + refit": FITTED,
     "emp": PLAIN,
+    "emp + threshold + refit": replace(FITTED, router=THRESHOLD),
     "cmoe": replace(PLAIN, method="cmoe", router=REPRESENTATIVE),
     "rel": replace(PLAIN, method="rel"),
     "rel + refit": replace(FITTED, method="rel"),

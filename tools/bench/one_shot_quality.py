@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from mindformers_ext.cli.prune_options import add_texts, texts_of
+from mindformers_ext.cli.text_options import add_texts, texts_of
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.parameters import parameter_count
 from mindformers_ext.core.pruning import ModelShape

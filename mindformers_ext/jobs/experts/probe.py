@@ -26,7 +26,7 @@ from mindformers_ext.jobs.engine.door import open_probe
 from mindformers_ext.jobs.engine.protocols import LayerProbe
 from mindformers_ext.jobs.experts.dense_model import StreamedModel
 from mindformers_ext.jobs.experts.ranks import Share
-from mindformers_ext.jobs.experts.states import StateFile, States
+from mindformers_ext.jobs.experts.states import Inputs, StateFile, States
 
 Arrays = Mapping[str, np.ndarray]
 Tell = Callable[[str], object]  # a line of what a job says while it works
@@ -198,7 +198,7 @@ def check_needs(wanted: Needs, folder: Path, outputs: int = 0, available: int | 
     check_space(folder, wanted.disk + outputs, inside=True)
 
 
-def embed(course: Course, states: States) -> None:
+def embed(course: Course, states: Inputs) -> None:
     """Keep what enters the first layer."""
     file = states.input_of(0)
     for _, rows, length in course.parts():
@@ -206,7 +206,7 @@ def embed(course: Course, states: States) -> None:
     file.close()
 
 
-def pass_on(course: Course, probe: LayerProbe | None, layer: int, came: States, leaves: States) -> None:
+def pass_on(course: Course, probe: LayerProbe | None, layer: int, came: Inputs, leaves: Inputs) -> None:
     """Every row through the layer that the probe holds, or past it where None; ``layer``: after whose number what
     enters and leaves it is called."""
     source, target = came.input_of(layer), leaves.input_of(layer + 1)
@@ -288,7 +288,7 @@ def row_losses(course: Course, probe: LayerProbe, file: StateFile) -> np.ndarray
     return np.array(found)
 
 
-def mean_losses(course: Course, probe: LayerProbe, ways: Iterable[States], layers: int) -> list[float]:
+def mean_losses(course: Course, probe: LayerProbe, ways: Iterable[Inputs], layers: int) -> list[float]:
     """Mean cross entropy over the predicted tokens, from what leaves the last of ``layers`` layers of every way."""
     probe.fill_head(course.model.norm(), course.model.head())
     found = []

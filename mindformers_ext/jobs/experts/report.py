@@ -15,8 +15,9 @@ import numpy as np
 from mindformers_ext.formats.atomic import fresh_folder, refuse_existing
 from mindformers_ext.jobs.experts.gate_plot import plot_gates
 from mindformers_ext.jobs.experts.ladder import DENSE, GATE, MEANING, STATIC, Ladder
+from mindformers_ext.jobs.experts.ladder_plot import plot_losses
 from mindformers_ext.jobs.run import html
-from mindformers_ext.jobs.run.plot import BLUE, GREY, open_pyplot, save_figure
+from mindformers_ext.jobs.run.plot import open_pyplot, save_figure
 from mindformers_ext.surgery.experts.gradient import overlap
 from mindformers_ext.surgery.experts.split import LayerSplit
 
@@ -44,7 +45,8 @@ def write_report(facts: MixtureFacts, folder: Path, overwrite: bool = False) -> 
         if facts.gates:
             pictures.append((plot_gates(facts.gates, partial / "gates.png"), "What the gates find"))
         if facts.ladder is not None:
-            pictures.append((_plot_ladder(facts.ladder, partial / "ladder.png"), "Loss of each way to choose neurons"))
+            path = plot_losses(facts.ladder.losses, DENSE, GATE, facts.ladder.tokens, partial / "ladder.png")
+            pictures.append((path, "Loss of each way to choose neurons"))
             if facts.ladder.load is not None:
                 pictures.append((_plot_load(facts.ladder.load, partial / "load.png"), "Load of the experts"))
         (partial / "report.html").write_text(_page(facts, pictures), encoding="utf-8")
@@ -152,19 +154,6 @@ def _layer_table(facts: MixtureFacts) -> str:
             row += [f"{one[name]:.3f}" if one else "-" for name in ("recall", "captured", "oracle", "load_cv")]
         rows.append([html.number(value) for value in row])
     return html.table(head, rows)
-
-
-def _plot_ladder(ladder: Ladder, path: Path) -> Path:
-    ways = sorted(ladder.losses.items(), key=lambda item: -item[1])
-    figure, axes = open_pyplot().subplots(figsize=(7, 0.5 * len(ways) + 1.2))
-    base = ladder.losses[DENSE]
-    bars = axes.barh([name for name, _ in ways], [loss - base for _, loss in ways], color=GREY)
-    for bar, (name, loss) in zip(bars, ways, strict=True):
-        bar.set_color(BLUE if name == GATE else GREY)
-        axes.annotate(f" {loss:.3f}", (loss - base, bar.get_y() + bar.get_height() / 2), va="center", fontsize=9)
-    axes.set(title=f"Loss above the dense model's, {ladder.tokens} tokens", xlabel="nats per token")
-    axes.margins(x=0.15)
-    return save_figure(figure, path)
 
 
 def _plot_load(load: np.ndarray, path: Path) -> Path:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 from weakref import finalize
 
 import numpy as np
@@ -54,6 +56,27 @@ class StateFile:
 
     def _place(self, row: int) -> int:
         return row * self._length * self._width * 4
+
+
+class Inputs(Protocol):
+    """What enters the layers of a pass, by layer."""
+
+    def input_of(self, layer: int) -> StateFile:
+        """What enters a layer; of the number behind the last one, what enters the head."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Two files of one way through the layers, which take turns, in a folder that somebody else holds and removes."""
+
+    folder: Path
+    name: str
+    length: int
+    width: int
+
+    def input_of(self, layer: int) -> StateFile:
+        """See ``Inputs``."""
+        return StateFile(self.folder / f"{self.name}_{layer % 2}.f32", self.length, self.width)
 
 
 class States:

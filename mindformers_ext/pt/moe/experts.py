@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mindformers_ext.core.layers import MoESpec
@@ -65,3 +66,14 @@ class Experts(nn.Module):
             return combine(self(dispatch(x_TD, place), place.offs_E, backend), weight_TK, place)
         kind = x_TD.dtype
         return gathered_experts(x_TD, self.gate_up.to(kind), self.down.to(kind), weight_TK, place)
+
+    def of_token(self, x_1D: Tensor, weight_1K: Tensor, expert_1K: Tensor) -> Tensor:
+        """The same (1, D) of one token, whose experts alone are read; their numbers are read on the host."""
+        total, kind = torch.zeros_like(x_1D), x_1D.dtype
+        for expert, weight in zip(expert_1K[0].tolist(), weight_1K.to(kind).unbind(1), strict=True):
+            gate, up = F.linear(x_1D, self.gate_up[expert].to(kind)).chunk(2, -1)
+            y_1D = F.linear(F.silu(gate) * up, self.down[expert].to(kind))
+            if self.bias is not None:
+                y_1D = y_1D + self.bias[expert].to(kind)
+            total = torch.addcmul(total, y_1D, weight)
+        return total

@@ -55,6 +55,8 @@ class MoE(nn.Module):
     def dropless(self, x_TD: Tensor) -> Tensor:
         """See ``FeedForward``."""
         weight_GNK, expert_GNK = self.router.choose(x_TD[None])
+        if len(x_TD) == 1 and self.exchange is None and self.ffn.selected(1, x_TD.dtype, x_TD.device).one_by_one:
+            return self.ffn.of_token(x_TD, weight_GNK[0], expert_GNK[0])
         return self.computed(x_TD, expert_GNK[0], weight_GNK[0], None)
 
     def mixtures(self) -> Iterator[MoE]:

@@ -25,6 +25,7 @@ class Backend:
     forward(x (R, in), w (E, out, in)) -> (R, out); to_input(dy (R, out), w) -> (R, in); to_weight(dy, x) -> (E, out,
     in), exactly zero for an expert without rows. ``capturable``: never reads on the host, fit for a CUDA graph.
     ``gathers``: tokens at hand go through ``gathered`` instead, unsorted, and the products serve its gradients.
+    ``one_by_one``: in inference a single token goes through its experts one after the other, unsorted.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Backend:
     to_weight: Callable[[Tensor, Tensor, Tensor], Tensor]
     capturable: bool = True
     gathers: bool = False
+    one_by_one: bool = False
 
 
 def spans(offs_E: Tensor) -> list[tuple[int, int, int]]:
@@ -84,7 +86,7 @@ def _gmm_to_weight(dy: Tensor, x: Tensor, offs_E: Tensor) -> Tensor:
     return out
 
 
-LOOP = Backend("loop", _loop_forward, _loop_to_input, _loop_to_weight, capturable=False)
+LOOP = Backend("loop", _loop_forward, _loop_to_input, _loop_to_weight, capturable=False, one_by_one=True)
 GMM = Backend("gmm", _gmm_forward, _gmm_to_input, _gmm_to_weight)
 TRITON = replace(GMM, name="triton", gathers=True)
 BACKENDS = {"loop": LOOP, "gmm": GMM, "triton": TRITON}

@@ -33,6 +33,7 @@ class BackendRow:
 
 
 TABLE = (
+    BackendRow("cpu", None, None, 1, "loop", "measured: grouped_mm visits every expert for one token's few"),
     BackendRow("cpu", None, None, None, "gmm", "measured: not slower than the loop (tools/bench/moe_layer.py)"),
     BackendRow("cuda", None, None, 32, "triton", "not measured here: reads weights once and nothing on the host"),
     BackendRow("cuda", torch.bfloat16, None, None, "gmm", "not measured here: grouped_mm is fast for bfloat16 alone"),

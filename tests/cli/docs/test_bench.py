@@ -88,6 +88,10 @@ def test_carving_is_measured(repo_root: Path, tmp_path: Path) -> None:
     small = ["--tokens", "512", "--hidden", "64", "--width", "128"]
     text = bench(repo_root, "carve_layer", *small)
     assert len(re.findall(r"s of CPU, limit \d+", text)) == 2 and "peak memory" in text
+    small = ["--hidden", "48", "--width", "96", "--layers", "2", "--heads", "3", "--vocabulary", "64", "--rounds", "3"]
+    assert re.search(
+        r"^ratio \d+\.\d\d, limit by what is read 1\.\d\d;", bench(repo_root, "carve_decode", *small), re.M
+    )
     make_llama(tmp_path / "model")
     (tmp_path / "text.txt").write_text(". ".join(sentences(120, 0)), encoding="utf-8")
     words = ["--calibration", str(tmp_path / "text.txt"), "--held_out", str(tmp_path / "text.txt"), "--seeds", "1", "2"]

@@ -43,22 +43,35 @@ def carving_needs(start: Ready, recipe: Recipe) -> Needs:
     return needs(start.measured, Held(start, recipe), start.model.spec.num_hidden_layers, backward=False, loss=True)
 
 
-def products(start: Ready, recipe: Recipe) -> float:
-    """Multiplications and additions of one way through all layers, and its loss; rough."""
+def layer_pass(start: Ready, tokens: float) -> float:
+    """Multiplications and additions of so many tokens through one dense layer."""
     spec = start.model.spec
-    measured, judged = start.measured.rows.tokens, start.judged.rows.tokens
-    narrow, wide, both = spec.hidden_size, spec.intermediate_size, measured + judged
-    share = (recipe.shared + recipe.active) / recipe.experts
     heads = spec.num_attention_heads * spec.head_dim
     keys = spec.num_key_value_heads * spec.head_dim
-    layer = 2.0 * both * (2 * narrow * (heads + keys) + (3 + share) * narrow * wide + 2 * heads * start.measured.length)
+    matrices = 2 * spec.hidden_size * (heads + keys) + 3 * spec.hidden_size * spec.intermediate_size
+    return 2.0 * tokens * (matrices + 2 * heads * start.measured.length)
+
+
+def layer_carving(start: Ready, recipe: Recipe, measured: int) -> float:
+    """Multiplications and additions of carving one layer by so many tokens, without their pass; rough."""
+    narrow, wide, layer = start.model.spec.hidden_size, start.model.spec.intermediate_size, 0.0
+    share = (recipe.shared + recipe.active) / recipe.experts
     if recipe.method in METHODS:
         groups = recipe.experts - recipe.shared
         layer += measured * narrow**2 + narrow**3 / 3 + 2.0 * measured * wide * min(wide // recipe.experts, narrow)
         layer += 4.0 * ROUNDS * measured * wide * (groups + 8)
     if recipe.refit == LEAST_SQUARES:
         layer += share * measured * wide**2 + 2.0 * measured * wide * narrow + wide**3 / 3 * 2 + 4.0 * wide**2 * narrow
-    return layer * spec.num_hidden_layers + 6.0 * judged * narrow * spec.vocab_size
+    return layer
+
+
+def products(start: Ready, recipe: Recipe) -> float:
+    """Multiplications and additions of one way through all layers, and its loss; rough."""
+    spec, measured, judged = start.model.spec, start.measured.rows.tokens, start.judged.rows.tokens
+    share = (recipe.shared + recipe.active) / recipe.experts
+    outputs = 2.0 * (measured + judged) * share * spec.hidden_size * spec.intermediate_size
+    layer = layer_pass(start, measured + judged) + outputs + layer_carving(start, recipe, measured)
+    return layer * spec.num_hidden_layers + 6.0 * judged * spec.hidden_size * spec.vocab_size
 
 
 def rate() -> float:

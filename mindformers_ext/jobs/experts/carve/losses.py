@@ -20,6 +20,7 @@ from mindformers_ext.surgery.experts.carve.recipes import (
     ORACLE,
     REPRESENTATIVE,
     RIDGE,
+    THRESHOLD,
     Recipe,
 )
 
@@ -40,7 +41,7 @@ def ways(recipe: Recipe, ladder: str) -> dict[str, Recipe]:
         return short if ladder == "short" else {CARVED: recipe}
     routers = {
         f"router {name}": replace(recipe, router=name)
-        for name in (RIDGE, MEAN_GATE, REPRESENTATIVE, ORACLE)
+        for name in (RIDGE, MEAN_GATE, REPRESENTATIVE, THRESHOLD, ORACLE)
         if name != recipe.router
     }
     return {
@@ -65,6 +66,7 @@ MEANING = {
     f"router {RIDGE}": "this mixture, experts chosen by least squares",
     f"router {MEAN_GATE}": "this mixture, experts chosen by their mean gate row",
     f"router {REPRESENTATIVE}": "this mixture, experts chosen by one neuron each",
+    f"router {THRESHOLD}": "this mixture, a token's experts above a threshold: as many on average, no file has it",
     f"router {ORACLE}": "this mixture, the experts that add most, which nobody knows before",
 }
 

@@ -31,6 +31,7 @@ FORMATS = (*FORMS, OURS, MEASURED_ONLY)
 IN_FILES = (RIDGE, MEAN_GATE)  # routers of one matrix
 CHOICES = ("emp", "cmoe", "expertweaver", "static")  # of METHODS, and a static cut
 KEPT_STATIC = "rel"  # what the latter keeps
+AUTO, LEAST_ACTIVE = "auto", 3  # a word of --shared; with less of --active there is nothing to try
 
 
 def recipe_of(method: str, router: str | None, refit: str | None, sizes: tuple[int, int, int], seed: int) -> Recipe:
@@ -60,7 +61,7 @@ def recipe_of(method: str, router: str | None, refit: str | None, sizes: tuple[i
 @dataclass(frozen=True, kw_only=True)
 class CarveRequest:
     """A dense folder to carve. ``form``: a word of FORMATS; with MEASURED_ONLY the output holds the losses alone.
-    ``dtype`` None keeps types, routers being float32."""
+    ``dtype`` None keeps types, routers being float32. ``auto``: S is to be found, of the recipe's shared + active."""
 
     model: Path
     output: OutputRequest
@@ -69,6 +70,7 @@ class CarveRequest:
     form: str = QWEN2_MOE.name
     ladder: str = LADDERS[0]
     dtype: str | None = None
+    auto: bool = False
 
     @property
     def work(self) -> Path:
@@ -106,6 +108,9 @@ class CarveRequest:
     def _check_sizes(self, problems: Problems) -> None:
         recipe = self.recipe
         problems.positive("--experts", recipe.experts)
+        if self.auto:
+            self._check_auto(problems)
+            return
         problems.positive("--active", recipe.active)
         if recipe.shared < 0:
             problems.add(f"--shared {recipe.shared}", "give 0 or more")
@@ -123,6 +128,19 @@ class CarveRequest:
                 f"--format {self.form} with --shared {recipe.shared}",
                 f"a {MIXTRAL.name} has no shared expert: give --format {QWEN2_MOE.name}, or --shared 0",
             )
+
+    def _check_auto(self, problems: Problems) -> None:
+        recipe = self.recipe
+        total = recipe.shared + recipe.active
+        if not LEAST_ACTIVE <= total <= recipe.experts:
+            problems.add(
+                f"--shared {AUTO} with --active {total} of --experts {recipe.experts}",
+                f"--active counts the shared groups too: give {LEAST_ACTIVE} or more, and at most all",
+            )
+        if recipe.method in STATIC:
+            problems.add(f"--shared {AUTO} with --method static", "nothing is chosen: give a number")
+        if self.form == MIXTRAL.name:
+            problems.add(f"--shared {AUTO} with --format {self.form}", "it has no shared expert: give --shared 0")
 
     def check_model(self, spec: ModelSpec) -> None:
         """``UserError``: the model's neurons do not make so many experts."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,12 +17,13 @@ from mindformers_ext import __version__
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.atomic import fresh_folder, write_text
 from mindformers_ext.formats.fingerprint import fingerprint
-from mindformers_ext.jobs.experts.carve.card import CARD_COPY, card_of
+from mindformers_ext.jobs.experts.carve.card import CARD_COPY, PICTURE, card_of, draw, has_picture
 from mindformers_ext.jobs.experts.carve.cost import carving_needs, products, rate
 from mindformers_ext.jobs.experts.carve.export import check_form, export, how_to_load, weight_words
 from mindformers_ext.jobs.experts.carve.layer_files import LayerFiles
 from mindformers_ext.jobs.experts.carve.losses import CARVED, DENSE, Judged, ways
-from mindformers_ext.jobs.experts.carve.request import LOSSES, MEASURED_ONLY, OURS, CarveRequest
+from mindformers_ext.jobs.experts.carve.request import AUTO, LOSSES, MEASURED_ONLY, OURS, CarveRequest
+from mindformers_ext.jobs.experts.carve.shared import SharedLadder, choices, disk, products_of_search, search
 from mindformers_ext.jobs.experts.carve.walk import Walker
 from mindformers_ext.jobs.experts.probe import check_needs
 from mindformers_ext.jobs.experts.texts import Ready, ready
@@ -35,11 +36,12 @@ Tell = Callable[[str], object]
 
 @dataclass(frozen=True)
 class CarveReport:
-    """The losses, what was said of the layers, and what was written (None: the losses alone)."""
+    """The losses, what was said of the layers, what was written (None: the losses alone), and what to say of it."""
 
     judged: Judged
     figures: Mapping[str, float]
     written: MergeReport | None
+    said: tuple[str, ...]
 
 
 def carve(request: CarveRequest, tell: Tell) -> CarveReport:
@@ -54,10 +56,15 @@ def carve(request: CarveRequest, tell: Tell) -> CarveReport:
     with ready(request.model, request.texts) as start:
         request.check_model(start.model.spec)
         check_form(request, start.model)
-        recipes = ways(request.recipe, request.ladder)
-        _estimate(start, recipes, request, tell)
+        _estimate(start, request, tell)
         digest = digest_of(start)
         request.work.mkdir(parents=True, exist_ok=True)
+        found = None
+        if request.auto:
+            found, alike = _shared(start, request, digest), request.form != MEASURED_ONLY
+            tell(found.words(alike))
+            request = replace(request, recipe=found.recipe(request.recipe, alike))
+        recipes = ways(request.recipe, request.ladder)
         mark = sha256(f"{digest} {request.recipe}".encode()).hexdigest()
         files = LayerFiles(request.work / "layers", mark)
         judged = measure(start, recipes, request.work, digest, {CARVED: files}, request.texts.quiet)
@@ -72,14 +79,17 @@ def carve(request: CarveRequest, tell: Tell) -> CarveReport:
             "seed": request.recipe.seed,
             "figures": figures,
             "layers": by_layer,
+            **({"shared_ladder": found.json()} if found else {}),
             **judged.json(),
         }
+        said: tuple[str, ...] = ()
 
         def beside(folder: Path) -> None:
             write_text(folder / LOSSES, json.dumps(about, indent=1) + "\n")
-            write_card(
-                folder, request.output.folder.name, card_of(request, judged, figures, start.measured.rows.tokens)
-            )
+            card = card_of(request, judged, figures, start.measured.rows.tokens)
+            write_card(folder, request.output.folder.name, card)
+            if has_picture(judged):
+                draw(judged, folder)
 
         written = None
         if request.form == MEASURED_ONLY:
@@ -87,11 +97,20 @@ def carve(request: CarveRequest, tell: Tell) -> CarveReport:
                 beside(partial)
         else:
             written = export(request, start.model, files, beside)
-            tell(how_to_load(request.form, request.output.folder))
-            if request.form != OURS:
-                tell(weight_words(figures))
+            said = (how_to_load(request.form, request.output.folder),)
+            said += () if request.form == OURS else (weight_words(figures),)
     shutil.rmtree(request.work)
-    return CarveReport(judged, figures, written)
+    return CarveReport(judged, figures, written, said)
+
+
+def _shared(start: Ready, request: CarveRequest, digest: str) -> SharedLadder:
+    """How many groups each layer's tokens should all pass."""
+    layers = start.model.spec.num_hidden_layers
+    with tqdm(total=2 * layers, unit="layer", disable=request.texts.quiet or None, mininterval=1.0) as bar:
+        walker = Walker(start, request.work, digest, bar)
+        walker.once(DENSE, None)
+        bar.set_description_str(f"--shared {AUTO}", refresh=False)
+        return search(walker, request.recipe)
 
 
 def measure(
@@ -132,7 +151,7 @@ def _check_place(request: CarveRequest) -> None:
     if request.form == MEASURED_ONLY:
         out = request.output
         held = {item.name for item in out.folder.iterdir()} if out.folder.is_dir() else set()
-        if held and not out.overwrite or held - {LOSSES, "README.md", CARD_COPY} or out.folder.is_file():
+        if held and not out.overwrite or held - {LOSSES, "README.md", CARD_COPY, PICTURE} or out.folder.is_file():
             raise UserError(f"output '{out.folder}' exists: choose another path, or pass --overwrite for older losses")
     else:
         check_output(request.output, [request.model])
@@ -140,17 +159,25 @@ def _check_place(request: CarveRequest) -> None:
         raise UserError(f"'{request.work}' is no folder: a carving leaves there what it has done; remove it")
 
 
-def _estimate(start: Ready, recipes: Mapping[str, Recipe], request: CarveRequest, tell: Tell) -> None:
+def _estimate(start: Ready, request: CarveRequest, tell: Tell) -> None:
     """Say what it takes, and refuse what does not fit."""
-    wanted = carving_needs(start, request.recipe)
+    wanted, recipes = carving_needs(start, request.recipe), ways(request.recipe, request.ladder)
+    searched = ""
+    seconds = sum(products(start, recipe) for recipe in recipes.values())
+    if request.auto:
+        more, tried = products_of_search(start, request.recipe), choices(request.recipe)
+        wanted = replace(wanted, disk=wanted.disk + disk(start, tried))
+        seconds += more
+        searched = f" (of them {more / seconds:.0%} for --shared {AUTO}: {len(tried)} S in every layer)"
+    seconds /= rate()
     place = next(folder for folder in request.work.absolute().parents if folder.is_dir())
     size = sum(info.nbytes for info in start.model.reader.infos.values())
     check_needs(wanted, place, outputs=2 * size)
-    seconds = sum(products(start, recipe) for recipe in recipes.values()) / rate()
     spec = start.model.spec
     tell(
         f"{spec.num_hidden_layers} layers, {start.measured.rows.tokens} tokens measured, "
-        f"{start.judged.rows.tokens} judge, {1 + len(recipes)} ways: about {max(seconds / 60, 0.1):.1f} minutes, "
-        f"{wanted.memory / 1e9:.2f} GB of memory, {(wanted.disk + 2 * size) / 1e9:.2f} GB of disk; "
+        f"{start.judged.rows.tokens} judge, {1 + len(recipes)} ways: about "
+        f"{max(seconds / 60, 0.1):.1f} minutes{searched}, {wanted.memory / 1e9:.2f} GB of memory, "
+        f"{(wanted.disk + 2 * size) / 1e9:.2f} GB of disk; "
         f"killed, it goes on by what stands in '{request.work.name}' beside the output"
     )

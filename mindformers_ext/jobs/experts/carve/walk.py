@@ -21,7 +21,8 @@ from mindformers_ext.core.json_text import read_object
 from mindformers_ext.formats.atomic import write_text
 from mindformers_ext.jobs.engine.protocols import LayerProbe
 from mindformers_ext.jobs.experts.carve.layer_files import LayerFiles
-from mindformers_ext.jobs.experts.probe import Course, Nothing, Part, forward, row_losses
+from mindformers_ext.jobs.experts.dense_model import DenseModel
+from mindformers_ext.jobs.experts.probe import Course, Nothing, Part, embed, forward, row_losses
 from mindformers_ext.jobs.experts.states import StateFile, States
 from mindformers_ext.jobs.experts.texts import Ready
 from mindformers_ext.surgery.experts.carve.carved import CarvedLayer
@@ -98,7 +99,7 @@ class Walker:
         probe = measured.open()
         if start == 0:
             for course, states in ((measured, here), (judged, there)):
-                _embed(course, states.input_of(0))
+                embed(course, states)
         self.bar.update(start)
         for layer in range(start, layers):
             self.bar.set_postfix_str(f"layer {layer}", refresh=False)
@@ -137,24 +138,11 @@ class Walker:
 
     def _layer(self, probe: LayerProbe, recipe: Recipe, layer: int, states: States) -> CarvedLayer:
         """Measure a layer, carve it, and take the measured rows through it."""
-        course, model = self.ready.measured, self.ready.model
-        tokens, spec = course.rows.tokens, model.spec
-        x = np.empty((tokens, spec.hidden_size), np.float32)
-        hidden = np.empty((tokens, spec.intermediate_size), np.float32)
-        numbers = np.empty(tokens, np.int64)
-        came, leaves, done = states.input_of(layer), states.input_of(layer + 1), 0
-        for _, rows, length in course.parts():
-            y, taps = probe.forward(came.read(rows, length), POINTS)
-            leaves.write(rows, y - taps["mlp_output"].reshape(y.shape))  # what this layer's part is added to
-            inside, texts = course.kept(rows, length)
-            part = slice(done, done + len(texts))
-            x[part], hidden[part], numbers[part] = taps["mlp_input"][inside], taps["hidden"][inside], texts
-            done += len(texts)
+        course, came, leaves = self.ready.measured, states.input_of(layer), states.input_of(layer + 1)
+        sample = sample_of(course, probe, layer, (came, leaves), self.lengths.weights(layer), whole=False)
         came.close()
-        matrices = (model.matrix(name, layer) for name in ("gate_proj", "up_proj", "down_proj"))
-        sample = LayerSample(x, hidden, self.lengths.weights(layer), numbers, *matrices)
         carved = carve_layer(sample, recipe, layer)
-        done = 0
+        x, hidden, done = sample.x, sample.hidden, 0
         for _, rows, length in course.parts():
             inside, texts = course.kept(rows, length)
             before = leaves.read(rows, length)
@@ -187,10 +175,30 @@ class Walker:
         return first, second
 
 
-def _embed(course: Course, file: StateFile) -> None:
+def sample_of(
+    course: Course[DenseModel],
+    probe: LayerProbe,
+    layer: int,
+    files: tuple[StateFile, StateFile],
+    weights: np.ndarray,
+    whole: bool,
+) -> LayerSample:
+    """What the layer in memory computes of the course's rows; ``files``: what they come from, and what leaves it goes
+    to: as the dense layer computes it, or with ``whole`` false without its feed-forward part. ``weights``: as
+    ``LayerSample.weights``."""
+    model, tokens, done = course.model, course.rows.tokens, 0
+    x = np.empty((tokens, model.spec.hidden_size), np.float32)
+    hidden = np.empty((tokens, model.spec.intermediate_size), np.float32)
+    numbers = np.empty(tokens, np.int64)
     for _, rows, length in course.parts():
-        file.write(rows, course.model.embed(course.rows.ids[rows.start : rows.stop, :length]))
-    file.close()
+        y, taps = probe.forward(files[0].read(rows, length), POINTS)
+        files[1].write(rows, y if whole else y - taps["mlp_output"].reshape(y.shape))
+        inside, texts = course.kept(rows, length)
+        part = slice(done, done + len(texts))
+        x[part], hidden[part], numbers[part] = taps["mlp_input"][inside], taps["hidden"][inside], texts
+        done += len(texts)
+    matrices = (model.matrix(name, layer) for name in ("gate_proj", "up_proj", "down_proj"))
+    return LayerSample(x, hidden, weights, numbers, *matrices)
 
 
 def _move(course: Course, probe: LayerProbe, came: StateFile, leaves: StateFile, carved: CarvedLayer) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to choose a layer's routed experts for every token. Each gives bool (T, E), so many True a token."""
+"""Ways to choose a layer's routed experts for a token. Each gives bool (T, E), as many True, a token or on average."""
 
 from __future__ import annotations
 
@@ -40,6 +40,26 @@ class Linear:
     def choose(self, x: np.ndarray, hidden: np.ndarray) -> np.ndarray:
         """By x . row."""
         return linear_choice(x, self.rows, self.count)
+
+
+@dataclass(frozen=True, eq=False)
+class Threshold:
+    """The experts whose x . row is ``least`` or more: of some tokens none, of others all, on average as many."""
+
+    rows: np.ndarray
+    least: float
+
+    @classmethod
+    def fitted(cls, x: np.ndarray, rows: np.ndarray, count: int) -> Threshold:
+        """That which chooses ``count`` experts a token on the tokens x (T, D); rows (E, D) as they are, since a
+        router less its mean knows which experts add more, and not how much."""
+        scores = (x @ rows.astype(np.float32).T).ravel()
+        place = len(scores) - len(x) * count
+        return cls(rows.astype(np.float32), float(np.partition(scores, place)[place]))
+
+    def choose(self, x: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+        """By x . row."""
+        return np.asarray(x @ self.rows.T >= np.float32(self.least))
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,14 +8,21 @@ and static cuts of the same number of neurons, which no mixture may lose to.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 import torch
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.surgery.experts.carve.carved import CarvedLayer, file_rows, weight_error
-from mindformers_ext.surgery.experts.carve.choose import Chooser, Linear, Oracle, Representative, output_lengths
+from mindformers_ext.surgery.experts.carve.choose import (
+    Chooser,
+    Linear,
+    Oracle,
+    Representative,
+    Threshold,
+    output_lengths,
+)
 from mindformers_ext.surgery.experts.carve.grouping import InputFit, by_prediction
 from mindformers_ext.surgery.experts.carve.markers import Markers
 from mindformers_ext.surgery.experts.carve.refit import refit_sums
@@ -26,7 +33,7 @@ from mindformers_ext.surgery.ridge import Floats
 
 LEAST_SQUARES, NONE = "least_squares", "none"
 REFITS = (LEAST_SQUARES, NONE)
-RIDGE, REPRESENTATIVE, MEAN_GATE, ORACLE = "ridge", "representative", "mean_gate", "oracle"
+RIDGE, REPRESENTATIVE, MEAN_GATE, ORACLE, THRESHOLD = "ridge", "representative", "mean_gate", "oracle", "threshold"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +49,23 @@ class Recipe:
     refit: str = LEAST_SQUARES
     bias: bool = False
     seed: int = 0
+
+    def at(self, layer: int) -> Recipe:
+        """That of one layer."""
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayeredRecipe(Recipe):
+    """``by_layer``: how many are always computed in each layer; ``shared`` + ``active`` is the sum in all of them."""
+
+    by_layer: tuple[int, ...]
+
+    def at(self, layer: int) -> Recipe:
+        """That of one layer."""
+        words = {item.name: getattr(self, item.name) for item in fields(Recipe)}
+        shared = self.by_layer[layer]
+        return Recipe(**words | {"shared": shared, "active": self.shared + self.active - shared})
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +161,10 @@ STATIC: Mapping[str, Callable[[LayerSample], Floats]] = {
     "rel": LayerSample.energies,
 }
 ROUTERS: Mapping[str, Callable[[Layer, Sequence[np.ndarray]], Chooser]] = {
-    RIDGE: lambda layer, experts: _ridge(layer, experts),
+    RIDGE: lambda layer, experts: _linear(layer, _ridge_rows(layer, experts)),
+    THRESHOLD: lambda layer, experts: Threshold.fitted(
+        layer.sample.x, _ridge_rows(layer, experts), layer.recipe.active
+    ),
     REPRESENTATIVE: lambda layer, experts: Representative.of(
         layer.sample.gate, layer.sample.up, layer.marked().representatives(tuple(experts)), layer.recipe.active
     ),
@@ -148,11 +175,11 @@ ROUTERS: Mapping[str, Callable[[Layer, Sequence[np.ndarray]], Chooser]] = {
 }
 
 
-def _ridge(layer: Layer, experts: Sequence[np.ndarray]) -> Linear:
+def _ridge_rows(layer: Layer, experts: Sequence[np.ndarray]) -> Floats:
     sample = layer.sample
     lengths = output_lengths(sample.hidden, sample.down, experts)
     lengths *= np.sqrt(sample.weights)[:, None].astype(np.float32)
-    return _linear(layer, layer.fit().rows(lengths))
+    return layer.fit().rows(lengths)
 
 
 def _linear(layer: Layer, rows: np.ndarray) -> Linear:
@@ -167,7 +194,7 @@ def carve_layer(sample: LayerSample, recipe: Recipe, number: int) -> CarvedLayer
     """
     if not all(np.isfinite(array).all() for array in (sample.x, sample.hidden, sample.weights, sample.down)):
         raise UserError(f"layer {number} has values that are not finite: the model or the text is damaged")
-    layer = Layer(sample, recipe, number, sample.hidden.shape[1] // recipe.experts, {}, {})
+    layer = Layer(sample, recipe.at(number), number, sample.hidden.shape[1] // recipe.experts, {}, {})
     return _static(layer) if recipe.method in STATIC else _mixture(layer)
 
 
