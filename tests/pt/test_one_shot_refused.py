@@ -52,14 +52,28 @@ REFUSED = {
     "refit of nothing": (
         ["--method", "minitron", "--target", "hidden_size=8", "--refit", "least_squares"], "none of them goes",
     ),
+    "axes of a target": (
+        ["--method", "minitron", "--target", "hidden_size=8", "--axes", "hidden_size"],
+        "--axes without --fewer_parameters",
+    ),
+    "no number": (["--method", "minitron", "--target", "hidden_size=8.0"], "'hidden_size=8.0' is no size"),
+    "twice": (
+        ["--method", "minitron", "--target", "hidden_size=8", "hidden_size=9"], "'hidden_size=9' beside hidden_size=8",
+    ),
+    "yaml over itself": (
+        ["--method", "minitron", "--target", "hidden_size=8", "--next_yaml", "a.yaml", "--train_yaml", "./a.yaml"],
+        "'a.yaml' is the --train_yaml",
+    ),
+    "no GPU": (["--method", "minitron", "--target", "hidden_size=8", "--device_target", "GPU"], "sees no CUDA device"),
     "yaml alone": (["--method", "minitron", "--target", "hidden_size=8", "--next_yaml", "a.yaml"], "belong together"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_does_not_fit_is_refused_and_nothing_is_written(
-    place: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    place: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     more, message = REFUSED[name]
     other, damaged = place / "other.npz", place / "damaged.npz"
     if "OTHER" in more and not other.exists():
