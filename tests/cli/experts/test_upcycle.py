@@ -324,6 +324,7 @@ MISTAKES = {
     "part of a copy": ("llama", f"{GRANULAR} --top_k 6", "--top_k 6 is no multiple", "--router normal"),
     "ties": ("llama", f"{GRANULAR} --router zeros --top_k 4", "--router zeros with --granularity 4", "take groups"),
     "ratio": ("llama", "--method drop --experts 4 --drop_ratio 1.5", "--drop_ratio 1.5", "0 to 1"),
+    "huge": ("llama", f"{COPY} --router_std 1e39", "--router_std 1e+39", "up to 1e+06"),
     "nan": ("llama", f"{COPY} --router_std nan", "--router_std nan", "above 0"),
     "seed": ("llama", f"{COPY} --seed -1", "--seed -1", "whole number"),
     "dtype": ("llama", f"{COPY} --dtype bf17", "dtype 'bf17' is unknown", "bf16"),
