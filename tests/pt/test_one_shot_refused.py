@@ -20,6 +20,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_place(tmp_path_factory.mktemp("one_shot"))
 
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "tiny"
 REFUSED = {
     "unknown method": (["--method", "wanda", "--target", "intermediate_size=8"], "wanda"),
     "above the source": (["--method", "minitron", "--target", "intermediate_size=41"], "above the model's 40"),
@@ -63,6 +64,10 @@ REFUSED = {
     "yaml over itself": (
         ["--method", "minitron", "--target", "hidden_size=8", "--next_yaml", "a.yaml", "--train_yaml", "./a.yaml"],
         "'a.yaml' is the --train_yaml",
+    ),
+    "yaml of a mixture": (
+        ["--method", "minitron", "--target", "hidden_size=8", "--next_yaml", "a.yaml", "--train_yaml",
+         str(CONFIGS / "mixtral_pretrain.yaml")], "--train_yaml is of a mixture of experts",
     ),
     "no GPU": (["--method", "minitron", "--target", "hidden_size=8", "--device_target", "GPU"], "sees no CUDA device"),
     "yaml alone": (["--method", "minitron", "--target", "hidden_size=8", "--next_yaml", "a.yaml"], "belong together"),
