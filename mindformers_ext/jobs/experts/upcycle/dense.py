@@ -20,6 +20,7 @@ from mindformers_ext.jobs.experts.upcycle.request import (
     EXACT,
     GRANULAR,
     MINDSPORE,
+    MOST_SPREAD,
     NO_STATES,
     NORMAL,
     ZEROS,
@@ -36,8 +37,6 @@ from mindformers_ext.jobs.merge.moe_config import Expert, MoEConfig, Shuffle
 from mindformers_ext.jobs.merge.moe_outputs import DENSE, NORMALISED, OUTPUTS, WHY_NOT, Output
 from mindformers_ext.jobs.merge.output import OutputRequest, check_output
 from mindformers_ext.jobs.merge.stream import Findings
-
-MOST_STD = 1e6  # of a router's rows: draws stay far inside float32
 
 
 def upcycle_dense(request: UpcycleRequest, out: OutputRequest, write: bool) -> Upcycled:
@@ -108,9 +107,9 @@ def _check_options(request: UpcycleRequest) -> None:
         problems.add(
             f"--drop_ratio {request.drop_ratio}", "give the share of neurons to redraw, 0 to 1 (published: 0.5)"
         )
-    if not 0 < request.router_std <= MOST_STD:
+    if not 0 < request.router_std <= MOST_SPREAD:
         problems.add(
-            f"--router_std {request.router_std}", f"give a number above 0, up to {MOST_STD:g}, or --router zeros"
+            f"--router_std {request.router_std}", f"give a number above 0, up to {MOST_SPREAD:g}, or --router zeros"
         )
     if not 0 <= request.seed <= SEEDS:
         problems.add(f"--seed {request.seed}", f"give a whole number of 0 to {SEEDS}")
