@@ -23,7 +23,7 @@ log_dir="${log_dir-output/torchrun_log}"
 counted() {
     local value=${!1%ba}
     case $value in
-        '' | *[!0-9]*) refuse "$1=${!1} is no number of steps: write 3200ba" ;;
+        '' | *[!0-9]* | ??????????*) refuse "$1=${!1} is no number of steps: write 3200ba" ;;
     esac
     echo "$((10#$value))"
 }
@@ -33,7 +33,7 @@ train_mixture() {
     local steps rows together value
     for value in gpus nodes device_train_microbatch_size global_train_batch_size; do
         case ${!value} in
-            '' | 0 | *[!0-9]*) refuse "$value=${!value} is no number above 0" ;;
+            '' | 0* | *[!0-9]* | ?????????*) refuse "$value=${!value} is no number above 0: write 1 to 99999999" ;;
         esac
     done
     rows=$((device_train_microbatch_size * gpus * nodes))

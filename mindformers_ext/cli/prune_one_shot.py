@@ -47,7 +47,6 @@ def _shape_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--axes",
         nargs="+",
-        default=["intermediate_size"],
         metavar="NAME",
         help="sizes that --fewer_parameters makes smaller: intermediate_size (default), num_attention_heads, "
         "hidden_size",
@@ -88,7 +87,7 @@ def _shape(words: argparse.Namespace) -> int:
         **_request(words),
         sizes=read_sizes(words.target),
         fewer_parameters=words.fewer_parameters,
-        axes=tuple(words.axes),
+        axes=None if words.axes is None else tuple(words.axes),
         refit=words.refit,
         bias=words.bias,
     )

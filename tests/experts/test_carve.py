@@ -218,10 +218,11 @@ def test_other_methods_are_measured(place: Path, method: str, tmp_path: Path) ->
 
 
 BAD: list[tuple[dict[str, object], str]] = [
-    ({"experts": 7}, "intermediate_size=96 is not a multiple"),
+    ({"experts": 7}, "--experts 7: intermediate_size=96 is not a multiple of it: give a divisor, such as 3, 4, 6, 8"),
     ({"experts": 0}, "--experts=0"),
     ({"active": 0}, "--active=0"),
     ({"active": 7}, "both together are at most all"),
+    ({"active": 6, "ladder": "short"}, "all of --experts 8 are active: a static cut would be no cut"),
     ({"shared": -1}, "--shared -1"),
     ({"shared": 0, "format": "qwen2_moe"}, "give --format mixtral"),
     ({"format": "mixtral"}, "no shared expert"),

@@ -183,6 +183,7 @@ def test_a_file_has_one_number_for_all_layers(place: Path, tmp_path: Path, capsy
     [
         ("2", (), "--active counts the shared groups too"),
         ("9", (), "--active counts the shared groups too"),
+        ("8", ("--ladder", "short"), "all of --experts 8 are active"),
         ("4", ("--format", "mixtral"), "it has no shared expert"),
         ("4", ("--method", "static", "--format", "none"), "nothing is chosen: give a number"),
         ("4", ("--tokens", "20"), "--shared auto keeps a row of the calibration apart"),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections import OrderedDict
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.jobs.experts.states import StateFile
+from mindformers_ext.jobs.experts.v2 import layer_tables
 from mindformers_ext.jobs.experts.v2.layer_tables import (
     GATES,
     INDICES,
@@ -32,6 +35,28 @@ LAYERS: dict[str, dict[int, dict[str, np.ndarray]]] = {
     INDICES: {layer: {str(e): DRAWS.permutation(6)[:2] for e in range(12)} for layer in range(2)},
     "residual": {layer: {"residual": np.array([5, 1]), "0": np.array([3]), "1": np.array([2])} for layer in range(2)},
 }
+
+
+def test_a_table_stands_only_beside_what_tells_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(path: Path, *more: object) -> None:
+        assert beside_of(path).is_file()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layer_tables, "write_tables", dies)
+    with pytest.raises(KeyboardInterrupt):
+        write_table(tmp_path / "file.pt", LayerTable(GATES, LAYERS[GATES]))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_full_disk_is_told_with_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = StateFile(tmp_path / "states.f32", 4, 2)
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="states.f32"):
+        file.write(range(1), np.zeros((1, 4, 2), np.float32))
+    file.close()
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

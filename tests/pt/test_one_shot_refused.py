@@ -20,6 +20,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_place(tmp_path_factory.mktemp("one_shot"))
 
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "tiny"
 REFUSED = {
     "unknown method": (["--method", "wanda", "--target", "intermediate_size=8"], "wanda"),
     "above the source": (["--method", "minitron", "--target", "intermediate_size=41"], "above the model's 40"),
@@ -52,14 +53,32 @@ REFUSED = {
     "refit of nothing": (
         ["--method", "minitron", "--target", "hidden_size=8", "--refit", "least_squares"], "none of them goes",
     ),
+    "axes of a target": (
+        ["--method", "minitron", "--target", "hidden_size=8", "--axes", "hidden_size"],
+        "--axes without --fewer_parameters",
+    ),
+    "no number": (["--method", "minitron", "--target", "hidden_size=8.0"], "'hidden_size=8.0' is no size"),
+    "twice": (
+        ["--method", "minitron", "--target", "hidden_size=8", "hidden_size=9"], "'hidden_size=9' beside hidden_size=8",
+    ),
+    "yaml over itself": (
+        ["--method", "minitron", "--target", "hidden_size=8", "--next_yaml", "a.yaml", "--train_yaml", "./a.yaml"],
+        "'a.yaml' is the --train_yaml",
+    ),
+    "yaml of a mixture": (
+        ["--method", "minitron", "--target", "hidden_size=8", "--next_yaml", "a.yaml", "--train_yaml",
+         str(CONFIGS / "mixtral_pretrain.yaml")], "--train_yaml is of a mixture of experts",
+    ),
+    "no GPU": (["--method", "minitron", "--target", "hidden_size=8", "--device_target", "GPU"], "sees no CUDA device"),
     "yaml alone": (["--method", "minitron", "--target", "hidden_size=8", "--next_yaml", "a.yaml"], "belong together"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_does_not_fit_is_refused_and_nothing_is_written(
-    place: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    place: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     more, message = REFUSED[name]
     other, damaged = place / "other.npz", place / "damaged.npz"
     if "OTHER" in more and not other.exists():

@@ -214,7 +214,7 @@ def test_slices_of_ranks_are_cut_as_the_whole_checkpoint(
     capsys.readouterr()
     assert main(["masks", str(output / "checkpoint"), "--output", str(tmp_path / "m.npz"), "--strategy_dir",
                  str(tmp_path / "none")]) == 2  # fmt: skip
-    assert "--strategy_dir" in capsys.readouterr().err
+    assert f"--strategy_dir '{tmp_path / 'none'}' does not exist" in capsys.readouterr().err
 
 
 REFUSED = {
@@ -252,6 +252,14 @@ def test_bad_words_have_their_own_messages(name: str, job: Path) -> None:
         check_run(config(job, "refused", **words), "test")
     assert message in str(error.value)
     assert not (job.parent / "refused").exists()
+
+
+@pytest.mark.parametrize("section", [{}, False, "on"])
+def test_an_empty_section_is_not_passed_over(section: object, job: Path) -> None:
+    given = config(job, "refused")
+    given["model"]["model_config"]["l0_module"] = section
+    with pytest.raises(UserError, match="is no section: write keys below it"):
+        check_run(given, "test")
 
 
 def test_runs_that_cannot_prune_are_refused(job: Path) -> None:

@@ -58,9 +58,9 @@ def pruning_from_yaml(config: Mapping[str, Any], model: ModelSpec) -> PruningSpe
     """
     words = (config.get("model") or {}).get("model_config") or {}
     given = words.get("l0_module")
-    if not given:
+    if given is None:
         return None
-    if not isinstance(given, Mapping):
+    if not isinstance(given, Mapping) or not given:
         raise UserError(f"{WHERE}={given!r} is no section: write keys below it, such as target_model")
     problems = Problems(WHERE)
     problems.unknown_keys(WHERE, given, READ)

@@ -174,6 +174,14 @@ def join_job(engine: str, device: DeviceSpec) -> None:
     MindSporeEngine().use(replace(device, together=True))
 
 
+def check_device(engine: str, device: DeviceSpec) -> None:
+    """Refuse (``UserError``) a device that PyTorch does not find, before anything is written."""
+    if engine == PYTORCH and device.target != CPU:
+        from mindformers_ext.pt.engine import PyTorchEngine
+
+        PyTorchEngine().use(device)
+
+
 def open_probe(engine: str, spec: NetworkSpec, device: DeviceSpec) -> LayerProbe:
     """A decoder that shows what it computes inside, layer by layer."""
     if engine == MINDSPORE:

@@ -13,7 +13,7 @@ from mindformers_ext.core.config.run import CPU, PYTORCH
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import DeviceSpec
 from mindformers_ext.data.tokenizers import open_tokenizer
-from mindformers_ext.jobs.engine.door import check_engine, join_job
+from mindformers_ext.jobs.engine.door import check_device, check_engine, join_job
 from mindformers_ext.jobs.experts.dense_model import StreamedModel, open_dense
 from mindformers_ext.jobs.experts.probe import Course, Rows
 from mindformers_ext.jobs.experts.ranks import Share
@@ -135,6 +135,7 @@ def opened(
     number = share.local if share.size > 1 and asked.device_target != CPU else asked.device_id
     device = DeviceSpec(asked.device_target, number)
     join_job(asked.engine, device)
+    check_device(asked.engine, device)
     model = open_model(asked.model_path)
     try:
         rows, notes = _rows(asked, model, keep and share.rank == 0)

@@ -48,7 +48,10 @@ class StateFile:
             data = np.ascontiguousarray(state, np.float32).reshape(-1).view(np.uint8).data
             done = 0
             while done < len(data):
-                done += os.pwrite(self._file, data[done:], self._place(row) + done)
+                try:
+                    done += os.pwrite(self._file, data[done:], self._place(row) + done)
+                except OSError as error:  # knows no name
+                    raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def close(self) -> None:
         """Close the file."""

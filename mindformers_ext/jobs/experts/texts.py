@@ -15,7 +15,7 @@ from mindformers_ext.core.config.run import CPU, ENGINES, PYTORCH
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import DeviceSpec
 from mindformers_ext.data.tokenizers import open_tokenizer
-from mindformers_ext.jobs.engine.door import check_engine, join_job
+from mindformers_ext.jobs.engine.door import check_device, check_engine, join_job
 from mindformers_ext.jobs.experts.dense_model import DenseModel, StreamedModel, open_dense
 from mindformers_ext.jobs.experts.probe import Course, Model, Rows
 from mindformers_ext.jobs.experts.text_domains import check_length, check_vocabulary, limited, read_plain_text
@@ -108,6 +108,7 @@ def with_texts(model: Model, texts: Texts) -> Ready[Model]:
     """
     device = DeviceSpec(texts.device_target, texts.device_id)
     join_job(texts.engine, device)
+    check_device(texts.engine, device)
     measured, judged = _rows(texts, model)
     course = Course(model, measured, texts.engine, device, len(measured.ids), quiet=texts.quiet)
     return Ready(course, replace(course, rows=judged, batch=len(judged.ids)))

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from mindformers_ext.core.config.file import dump_yaml
-from mindformers_ext.core.config.mixture_words import MIXTURE
+from mindformers_ext.core.config.mixture_words import MIXTURE, with_mixture_words
 from mindformers_ext.core.config.values import section_at
+from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.pruning import ModelShape
 from mindformers_ext.data.mixture.state import MixtureState, state_from_json
@@ -57,11 +58,13 @@ def next_from_yaml(given: Mapping[str, Any], shape: ModelShape, weights: Path) -
     """The training YAML of the dense model at the pruned sizes, starting from ``weights``.
 
     Raises:
-        UserError: it describes no model.
+        UserError: it describes no model, or a mixture of experts.
     """
     model = given.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("model_config"), dict):
         raise UserError("--train_yaml has no model.model_config: give the YAML of a training run of the dense model")
+    if network_spec_from_yaml(with_mixture_words(given), 1).model.moe:
+        raise UserError("--train_yaml is of a mixture of experts: give the YAML of a training run of the dense model")
     config, notes = _filled(given, shape, weights)
     return NextStage(config, tuple(notes))
 

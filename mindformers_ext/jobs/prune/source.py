@@ -61,7 +61,7 @@ def open_trained(run: TrainedRun, base: Path | None) -> Iterator[DenseSource]:
     model = _dense(run.model, str(run.yaml))
     config = read_config(base) if base else hf_config_from_spec(model)
     if base:
-        model = model_spec_from_hf(config)
+        model = _dense(model_spec_from_hf(config), str(base))
     with opened(run) as reader:
         plain = WithoutMasks(reader)
         layout = resolve_layout(plain.infos, model, None)

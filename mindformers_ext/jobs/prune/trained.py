@@ -74,6 +74,8 @@ def _strategies(place: Path, file: Path, model: ModelSpec, given: Path | None) -
     if place.is_file() or given is None and (len(rank_folders(place)) < 2 or holds_whole(file, model)):
         return None
     found = given or place.parent / STRATEGY
+    if given is not None and not given.exists():
+        raise UserError(f"--strategy_dir '{given}' does not exist: give output/strategy of the run")
     if not found.exists():
         raise UserError(
             f"'{place}' holds the slices of {len(rank_folders(place))} ranks: give the folder of their strategy files "

@@ -20,9 +20,10 @@ class Moments:
 
     @staticmethod
     def of(x: np.ndarray) -> Moments:
-        """Of tokens (n, D), at least one."""
+        """Of tokens (n, D), at least one; NaN where one is not finite."""
         x = x.astype(np.float64)
-        return Moments(len(x), x.mean(0), x.var(0))
+        with np.errstate(invalid="ignore"):
+            return Moments(len(x), x.mean(0), x.var(0))
 
     def merged(self, other: Moments) -> Moments:
         """Of the tokens of both (Chan et al. 1979, updating formulae for variances)."""

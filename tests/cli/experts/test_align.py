@@ -7,11 +7,13 @@ import json
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from mindformers_ext.cli.experts import main
 from mindformers_ext.core.config.hf import model_spec_from_hf
@@ -205,6 +207,28 @@ def test_distributions_of_another_model(
     assert main(words("align", made, "vanilla", tmp_path / "out", "--distribution_file", file)) == 2
     assert said in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["d.json"]
+
+
+@pytest.mark.parametrize(("stage", "model"), [("distribution", "llama_tiny"), ("align", "vanilla")])
+def test_weights_that_are_no_numbers_leave_no_result(
+    made: Path, tmp_path: Path, stage: str, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copytree(made / model, tmp_path / model)
+    weights = load_file(tmp_path / model / "model.safetensors")
+    name = next(name for name in weights if "layers.1." in name and ("w2" in name or "down_proj" in name))
+    weights[name][0, 0] = float("nan")
+    save_file(weights, tmp_path / model / "model.safetensors")
+    assert main(words(stage, made, str(tmp_path / model), tmp_path / "out")) == 2
+    assert "layer 1, mlp gives values that are no numbers" in capsys.readouterr().err
+    assert not (tmp_path / "out" / ("config.json" if stage == "align" else "distribution.pt")).exists()
+
+
+def test_one_token_has_no_distribution(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text("the loss of the model")
+    more = ("--text", tmp_path / "text.txt", "--max_tokens", 1)
+    assert main(words("distribution", made, "llama_tiny", tmp_path / "out", *more)) == 2
+    assert "one token has no variance" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_aligned(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

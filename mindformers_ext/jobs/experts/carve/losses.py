@@ -25,7 +25,8 @@ from mindformers_ext.surgery.experts.carve.recipes import (
 )
 
 DENSE, CARVED, STATIC = "dense", "carved", "static "
-LADDERS = ("short", "full", "none")
+NO_LADDER = "none"
+LADDERS = ("short", "full", NO_LADDER)
 
 
 def ways(recipe: Recipe, ladder: str) -> dict[str, Recipe]:

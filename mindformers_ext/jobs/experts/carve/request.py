@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
 
-from mindformers_ext.core.errors import Problems
+from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.families import MIXTRAL, QWEN2_MOE
 from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.formats.dtypes import float_dtype
-from mindformers_ext.jobs.experts.carve.losses import LADDERS
+from mindformers_ext.jobs.experts.carve.losses import LADDERS, NO_LADDER
 from mindformers_ext.jobs.experts.texts import Texts
 from mindformers_ext.jobs.experts.v2.forms import PLAIN, SHARED, Form
 from mindformers_ext.jobs.merge.output import OutputRequest
@@ -119,6 +120,7 @@ class CarveRequest:
                 f"--shared {recipe.shared} and --active {recipe.active} of --experts {recipe.experts}",
                 "both together are at most all",
             )
+        self._check_cut(problems)
         if self.form == QWEN2_MOE.name and recipe.shared < 1:
             problems.add(
                 f"--format {self.form} with --shared 0", f"give --format {MIXTRAL.name}, or --shared 1 or more"
@@ -129,6 +131,17 @@ class CarveRequest:
                 f"a {MIXTRAL.name} has no shared expert: give --format {QWEN2_MOE.name}, or --shared 0",
             )
 
+    def _check_cut(self, problems: Problems) -> None:
+        """A static cut keeps as many neurons as a token passes, and must leave some out."""
+        recipe = self.recipe
+        if 0 < recipe.experts == recipe.shared + recipe.active and (
+            recipe.method in STATIC or self.ladder != NO_LADDER
+        ):
+            beside = f", or --ladder {NO_LADDER}" if recipe.method not in STATIC else ""
+            problems.add(
+                f"all of --experts {recipe.experts} are active", f"a static cut would be no cut: give fewer{beside}"
+            )
+
     def _check_auto(self, problems: Problems) -> None:
         recipe = self.recipe
         total = recipe.shared + recipe.active
@@ -137,6 +150,7 @@ class CarveRequest:
                 f"--shared {AUTO} with --active {total} of --experts {recipe.experts}",
                 f"--active counts the shared groups too: give {LEAST_ACTIVE} or more, and at most all",
             )
+        self._check_cut(problems)
         if recipe.method in STATIC:
             problems.add(f"--shared {AUTO} with --method static", "nothing is chosen: give a number")
         if self.form == MIXTRAL.name:
@@ -144,9 +158,19 @@ class CarveRequest:
 
     def check_model(self, spec: ModelSpec) -> None:
         """``UserError``: the model's neurons do not make so many experts."""
-        problems = Problems("the model")
-        problems.divides("intermediate_size", spec.intermediate_size, "--experts", self.recipe.experts)
-        problems.raise_if_any()
+        width, experts = spec.intermediate_size, self.recipe.experts
+        if width % experts:
+            near = sorted(divisors(width), key=lambda number: abs(number - experts))[:4]
+            raise UserError(
+                f"--experts {experts}: intermediate_size={width} is not a multiple of it: give a divisor, such as "
+                f"{', '.join(map(str, sorted(near)))}"
+            )
+
+
+def divisors(number: int) -> set[int]:
+    """All of them."""
+    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    return {*small, *(number // n for n in small)}
 
 
 LOSSES = "ladder.json"

@@ -20,6 +20,7 @@ from mindformers_ext.jobs.experts.upcycle.request import (
     EXACT,
     GRANULAR,
     MINDSPORE,
+    MOST_SPREAD,
     NO_STATES,
     NORMAL,
     ZEROS,
@@ -106,8 +107,10 @@ def _check_options(request: UpcycleRequest) -> None:
         problems.add(
             f"--drop_ratio {request.drop_ratio}", "give the share of neurons to redraw, 0 to 1 (published: 0.5)"
         )
-    if not 0 < request.router_std < math.inf:
-        problems.add(f"--router_std {request.router_std}", "give a number above 0, or --router zeros")
+    if not 0 < request.router_std <= MOST_SPREAD:
+        problems.add(
+            f"--router_std {request.router_std}", f"give a number above 0, up to {MOST_SPREAD:g}, or --router zeros"
+        )
     if not 0 <= request.seed <= SEEDS:
         problems.add(f"--seed {request.seed}", f"give a whole number of 0 to {SEEDS}")
     if request.dtype is not None:

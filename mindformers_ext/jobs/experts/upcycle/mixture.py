@@ -32,7 +32,7 @@ from mindformers_ext.jobs.checkpoint.renamed import notes_of
 from mindformers_ext.jobs.checkpoint.source import open_hf, read_config
 from mindformers_ext.jobs.experts.cut import in_type
 from mindformers_ext.jobs.experts.upcycle.card import card_of
-from mindformers_ext.jobs.experts.upcycle.request import MINDSPORE, NO_STATES, Upcycled, UpcycleRequest
+from mindformers_ext.jobs.experts.upcycle.request import MINDSPORE, MOST_SPREAD, NO_STATES, Upcycled, UpcycleRequest
 from mindformers_ext.jobs.experts.v2.mixtral import check_names
 from mindformers_ext.jobs.experts.writing import Task, Tensors, as_written, copied, write_model
 from mindformers_ext.jobs.merge.moe_outputs import OUTPUTS, Output
@@ -93,8 +93,8 @@ def _copies(request: UpcycleRequest, folder: Path, spec: ModelSpec) -> int:
         )
     if request.top_k is not None and not 1 <= request.top_k <= request.experts:
         problems.add(f"--top_k {request.top_k} of {request.experts} experts", "choose 1 to all of them")
-    if not 0 <= request.router_noise < math.inf:
-        problems.add(f"--router_noise {request.router_noise}", "give 0 or more")
+    if not 0 <= request.router_noise <= MOST_SPREAD:
+        problems.add(f"--router_noise {request.router_noise}", f"give 0 to {MOST_SPREAD:g}")
     if not 0 <= request.seed <= SEEDS:
         problems.add(f"--seed {request.seed}", f"give a whole number of 0 to {SEEDS}")
     if spec.num_hidden_layers * request.experts > MOST_EXPERTS:

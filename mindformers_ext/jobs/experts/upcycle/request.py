@@ -19,6 +19,7 @@ ROUTERS = (GROUPS, NORMAL, KMEANS, ZEROS)
 MINDSPORE = "mindspore"
 FORMATS = (*(row.kind for row in OUTPUTS), MINDSPORE)
 STD = 0.02  # of a router's rows
+MOST_SPREAD = 1e6  # of drawn rows and of noise: draws stay far inside float32
 NO_STATES = "optimizer states are not carried over: training begins with new ones"
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.atomic import fresh_file, refuse_existing
 from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.jobs.experts.calibration import opened
@@ -56,6 +57,10 @@ class MomentsSink:
             x = values[POINT[name]]
             if len(x):
                 new = Moments.of(x)
+                if not np.isfinite(new.variance).all():
+                    raise UserError(
+                        f"layer {layer}, {name} gives values that are no numbers: check the model's weights"
+                    )
                 self.found[name] = self.found[name].merged(new) if name in self.found else new
 
     def end(self, layer: int) -> None:
@@ -87,6 +92,8 @@ def write_distribution(request: DistributionRequest, tell: Tell = lambda line: N
     share = alone("distributions are measured")
     refuse_existing(request.path, request.overwrite)
     with opened(request.calibration, share, not request.dry_run) as start:
+        if start.tokens < 2:
+            raise UserError("one token has no variance: give more text, or more --max_tokens")
         spec, folder = start.model.spec, request.save_path
         sink = MomentsSink(PARTS, spec.hidden_size, folder)
         wanted = needs(start.course, sink, spec.num_hidden_layers, backward=False)

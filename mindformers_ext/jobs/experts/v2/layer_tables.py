@@ -82,12 +82,15 @@ def write_table(path: Path, table: LayerTable, overwrite: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     told = {"kind": table.kind, **table.about}
     if path.suffix == ".pt":
-        beside = beside_of(path)
-        beside.unlink(missing_ok=True)
-        write_tables(
-            path, {number: _as_published(table.kind, layer) for number, layer in table.layers.items()}, overwrite
-        )
+        beside = beside_of(path)  # first, so that where the file stands the stage is over
         write_text(beside, json.dumps({**told, "holds": table.digest}, indent=1) + "\n")
+        try:
+            write_tables(
+                path, {number: _as_published(table.kind, layer) for number, layer in table.layers.items()}, overwrite
+            )
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
     elif path.suffix == ".npz":
         named: dict[str, Any] = {f"{n}.{name}": a for n, layer in table.layers.items() for name, a in layer.items()}
         with fresh_file(path, overwrite) as partial, partial.open("wb") as file:

@@ -59,6 +59,8 @@ class OneShotRequest:
             problems.add(f"--train_yaml '{self.train_yaml}' is no file", "give the YAML of a training run")
         if self.next_yaml and self.next_yaml.suffix not in (".yaml", ".yml"):
             problems.add(f"--next_yaml '{self.next_yaml}'", "give the name of a .yaml file")
+        if self.next_yaml and self.train_yaml and self.next_yaml.resolve() == self.train_yaml.resolve():
+            problems.add(f"--next_yaml '{self.next_yaml}' is the --train_yaml", "choose another name")
         out, path = self.output.folder.resolve(), self.importance_path
         if path.suffix != ".npz":
             problems.add(f"--importance '{path}'", "give the name of an .npz file")
@@ -85,12 +87,13 @@ class OneShotRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeRequest(OneShotRequest):
-    """A cut to ``sizes``, or by ``fewer_parameters`` of the whole model along ``axes``. ``bias``: what is cut leaves
+    """A cut to ``sizes``, or by ``fewer_parameters`` of the whole model along ``axes`` (None: the
+    feed-forward's width). ``bias``: what is cut leaves
     its mean as a bias (FLAP)."""
 
     sizes: Mapping[str, int] = field(default_factory=dict)
     fewer_parameters: float | None = None
-    axes: Sequence[str] = ("intermediate_size",)
+    axes: Sequence[str] | None = None
     refit: str = NONE
     bias: bool = False
 
@@ -101,6 +104,8 @@ class ShapeRequest(OneShotRequest):
         problems.one_of("--refit", self.refit, REFITS)
         if bool(self.sizes) == (self.fewer_parameters is not None):
             problems.add("the size comes from --target or from --fewer_parameters", "give one of the two")
+        if self.axes is not None and self.fewer_parameters is None:
+            problems.add("--axes without --fewer_parameters", "it says where that takes from: leave it out")
         if self.bias and self.method != "flap":
             problems.add(f"--bias with --method {self.method}", "it belongs to flap: leave it out")
         if self.bias and self.refit != NONE:

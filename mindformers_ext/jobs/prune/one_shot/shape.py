@@ -18,7 +18,7 @@ from mindformers_ext.jobs.prune.one_shot.cuts import (
 )
 from mindformers_ext.jobs.prune.one_shot.importance_file import Importance
 from mindformers_ext.jobs.prune.one_shot.request import NONE, ShapeRequest
-from mindformers_ext.jobs.prune.one_shot.targets import target_of, with_fewer
+from mindformers_ext.jobs.prune.one_shot.targets import AXES, target_of, with_fewer
 from mindformers_ext.jobs.prune.quality import RANDOM
 from mindformers_ext.surgery.prune.importance import METHODS
 
@@ -36,7 +36,7 @@ def prune_shape(request: ShapeRequest, tell: Tell = quiet) -> OneShotReport:
         if request.fewer_parameters is None:
             target = target_of(request.sizes, place.shape)
         else:
-            target = with_fewer(place.dense.model, request.fewer_parameters, request.axes)
+            target = with_fewer(place.dense.model, request.fewer_parameters, request.axes or AXES[:1])
         check_method(request, place, target)
         return target
 

@@ -25,8 +25,10 @@ def read_sizes(words: Sequence[str]) -> dict[str, int]:
     for word in words:
         name, _, number = word.partition("=")
         problems.one_of("--target", name, SIZES)
-        if not (number.isascii() and number.isdecimal()) or name in found:
-            problems.add(f"'{word}'", "give each size once, as num_attention_heads=6")
+        if not (number.isascii() and number.isdecimal()):
+            problems.add(f"'{word}' is no size", "write a whole number, as num_attention_heads=6")
+        elif name in found:
+            problems.add(f"'{word}' beside {name}={found[name]}", "give each size once")
         else:
             found[name] = int(number)
     problems.raise_if_any()
