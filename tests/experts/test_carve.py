@@ -126,6 +126,7 @@ def test_a_stock_file_is_the_mixture_within_the_weight_error_it_states(
     assert f"{figures['weight_largest']:.2%}" in card and f"{told['ways'][CARVED]['loss']:.4f}" in card
 
 
+@pytest.mark.usefixtures("remote_code")
 def test_our_form_is_the_same_mixture_exactly(place: Path, tmp_path: Path) -> None:
     first = carved(place, tmp_path / "stock", seed=0)
     second = carved(place, tmp_path / "ours", format="ours", seed=0)
@@ -135,6 +136,7 @@ def test_our_form_is_the_same_mixture_exactly(place: Path, tmp_path: Path) -> No
     torch.testing.assert_close(logits(tmp_path / "ours", trust_remote_code=True), exact, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("remote_code")
 @pytest.mark.parametrize("shared", [0, 2])
 def test_all_experts_without_a_refit_are_the_dense_model(place: Path, shared: int, tmp_path: Path) -> None:
     told = carved(place, tmp_path / "out", format="ours", shared=shared, active=8 - shared, refit="none")
