@@ -21,7 +21,7 @@ from mindformers_ext.jobs.experts.carve import walk
 from mindformers_ext.jobs.experts.carve.losses import CARVED, DENSE, MEANING, Judged, ways
 from mindformers_ext.jobs.experts.texts import Texts, ready
 from mindformers_ext.surgery.experts.carve.recipes import Recipe
-from tests.helpers.tiny_llama import HIDDEN, LAYERS, WIDTH, make_llama, sentences
+from tests.helpers.tiny_llama import HIDDEN, LAYERS, WIDTH, make_llama, model_and_text, sentences
 
 BLOCK, TOKENS, JUDGED = 32, 600, 300
 IDS = torch.arange(3, 51).reshape(2, 24)
@@ -29,10 +29,7 @@ IDS = torch.arange(3, 51).reshape(2, 24)
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("carve")
-    make_llama(folder / "model")
-    (folder / "text.txt").write_text(". ".join(sentences(120, 0)), encoding="utf-8")
-    return folder
+    return model_and_text(tmp_path_factory.mktemp("carve"))
 
 
 def words(place: Path, out: Path, *more: str, **own: object) -> list[str]:
@@ -236,7 +233,7 @@ BAD: list[tuple[dict[str, object], str]] = [
     ({"router": "threshold", "format": "ours"}, "no file holds such a router"),
     ({"method": "cmoe"}, "no file holds such a router"),
     ({"router": "best"}, "choose one of ridge"),
-    ({"refit": "ridge"}, "choose one of least_squares"),
+    ({"refit": "ridge"}, "choose one of none, least_squares"),
     ({"ladder": "long"}, "choose one of short"),
     ({"dtype": "float8"}, "float8"),
     ({"format": "none", "dtype": "float32"}, "leave them out"),
@@ -246,6 +243,7 @@ BAD: list[tuple[dict[str, object], str]] = [
     ({"block_size": 4096}, "4096"),
     ({"seed": -1}, "--seed -1"),
     ({"engine": "jax"}, "jax"),
+    ({"device_id": 7}, "there is one CPU"),
     ({"max_shard_size": "much"}, "much"),
 ]
 

@@ -26,17 +26,14 @@ from mindformers_ext.jobs.experts.texts import Texts, ready
 from mindformers_ext.surgery.experts.carve.carved import CarvedLayer
 from mindformers_ext.surgery.experts.carve.recipes import LayeredRecipe, Recipe, carve_layer
 from mindformers_ext.surgery.experts.carve.sample import LayerSample
-from tests.helpers.tiny_llama import LAYERS, make_llama, sentences
+from tests.helpers.tiny_llama import LAYERS, model_and_text
 
 RECIPE = Recipe(method="emp", experts=8, shared=1, active=3)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("carve")
-    make_llama(folder / "model")
-    (folder / "text.txt").write_text(". ".join(sentences(120, 0)), encoding="utf-8")
-    return folder
+    return model_and_text(tmp_path_factory.mktemp("carve"))
 
 
 def texts_of(place: Path) -> Texts:

@@ -76,3 +76,10 @@ def write_texts(folder: Path, each: int = 8) -> Path:
         lines = [json.dumps({"content": text}) for text in sentences(each, number)]
         (folder / f"part_{key}_0.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
+
+
+def model_and_text(folder: Path) -> Path:
+    """``folder`` with a model, and in text.txt sentences to measure and judge it on."""
+    make_llama(folder / "model")
+    (folder / "text.txt").write_text(". ".join(sentences(120, 0)), encoding="utf-8")
+    return folder

@@ -25,10 +25,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mindformers_ext.cli.text_options import add_texts, texts_of
 from mindformers_ext.formats.atomic import write_text
 from mindformers_ext.jobs.experts.carve.losses import DENSE, Judged
 from mindformers_ext.jobs.experts.carve.run import digest_of, measure
-from mindformers_ext.jobs.experts.texts import Texts, ready
+from mindformers_ext.jobs.experts.texts import ready
 from mindformers_ext.surgery.experts.carve.recipes import (
     LEAST_SQUARES,
     METHODS,
@@ -65,32 +66,13 @@ def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", type=Path)
-    add("--calibration", type=Path, nargs="+", required=True)
-    add("--held_out", type=Path, nargs="+", required=True)
     add("--output", type=Path, required=True)
-    add("--tokens", type=int, default=8192)
-    add("--held_out_tokens", type=int, default=12288)
-    add("--block_size", type=int, default=512)
     add("--shares", nargs="+", default=[*SHARES], choices=[*SHARES])
     add("--ways", nargs="+", default=[*FIRST], choices=[*WAYS])
     add("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    add("--engine", default="pt")
-    add("--device_target", default="CPU")
+    add_texts(parser)
+    parser.set_defaults(tokens=8192, held_out_tokens=12288, block_size=512, quiet=False)
     return parser
-
-
-def texts_of(words: argparse.Namespace, seed: int) -> Texts:
-    """Both texts, the calibration's rows in the order of ``seed``."""
-    return Texts(
-        calibration=tuple(words.calibration),
-        tokens=words.tokens,
-        held_out=tuple(words.held_out),
-        held_out_tokens=words.held_out_tokens,
-        block_size=words.block_size,
-        engine=words.engine,
-        device_target=words.device_target,
-        seed=seed,
-    )
 
 
 def measured(words: argparse.Namespace, seed: int) -> Judged:

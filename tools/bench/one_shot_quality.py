@@ -25,6 +25,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,14 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.parameters import parameter_count
 from mindformers_ext.core.pruning import ModelShape
 from mindformers_ext.formats.atomic import write_text
-from mindformers_ext.jobs.prune.one_shot.cuts import FITTED, MAGNITUDE, Bench, Cut, bench, chosen_by
+from mindformers_ext.jobs.prune.one_shot.cuts import FITTED, MAGNITUDE, Cut, Workbench, chosen_by, open_workbench
 from mindformers_ext.jobs.prune.one_shot.depth import order_of
 from mindformers_ext.jobs.prune.one_shot.importance import measured
 from mindformers_ext.jobs.prune.one_shot.importance_file import Importance, provenance
-from mindformers_ext.jobs.prune.one_shot.request import LEAST_SQUARES, NONE
 from mindformers_ext.jobs.prune.one_shot.targets import fewer_layers, sized, with_fewer
 from mindformers_ext.jobs.prune.quality import ORIGINAL, RANDOM
 from mindformers_ext.surgery.prune.importance import METHODS
+from mindformers_ext.surgery.prune.least_squares import LEAST_SQUARES, NONE
 
 KINDS = ("forward", "taylor")
 Making = Callable[[], Cut | None]
@@ -66,49 +67,48 @@ def options() -> argparse.ArgumentParser:
 
 
 def widths(
-    place: Bench, found: Importance, target: ModelShape, words: argparse.Namespace
+    bench: Workbench, found: Importance, target: ModelShape, words: argparse.Namespace
 ) -> Iterator[tuple[str, Making]]:
     """Cuts of the width by name, made when they are asked for."""
     ways = [(method, method, 0) for method in words.methods]
     ways += [(f"{RANDOM} {seed}", RANDOM, seed) for seed in words.seeds]
     for name, method, seed in ways:
-        if method == "flap" and target.hidden_size != place.shape.hidden_size:
+        if method == "flap" and target.hidden_size != bench.shape.hidden_size:
             continue
-        values = chosen_by(place, method, found, target, seed)
+        values = chosen_by(bench, method, found, target, seed)
         for refit in (NONE, LEAST_SQUARES):
             if refit != NONE and seed != words.seeds[0] and method == RANDOM:
                 continue
-
-            def make(values: Any = values, refit: str = refit) -> Cut:
-                return place.cut(values, refit)
-
-            yield name + ("" if refit == NONE else f" + {refit}"), make
+            yield name + ("" if refit == NONE else f" + {refit}"), partial(bench.cut, values, refit)
         if method == "flap":
-            yield "flap + bias", lambda values=values: place.cut(values, bias=found)  # type: ignore[misc]
+            yield "flap + bias", partial(bench.cut, values, bias=found)
 
 
 def depths(
-    place: Bench, found: Importance, target: ModelShape, words: argparse.Namespace
+    bench: Workbench, found: Importance, target: ModelShape, words: argparse.Namespace
 ) -> Iterator[tuple[str, Making]]:
     """Cuts of the depth by name."""
     import numpy as np
 
     def by_order() -> Cut:
         path = words.output / "importance.npz"
-        order = order_of(place, found, target, path, words.order_tokens, False, print)
-        mask = np.ones(place.shape.num_hidden_layers)
+        order = order_of(bench, found, target, path, words.order_tokens, False, print)
+        mask = np.ones(bench.shape.num_hidden_layers)
         mask[list(order.layers)] = 0.0
         return Cut({"layer": mask})
 
+    def by(method: str, seed: int = 0) -> Cut:
+        return Cut(chosen_by(bench, method, found, target, seed))
+
     known: dict[str, Making] = {
-        "bi": lambda: Cut(chosen_by(place, "minitron", found, target, 0)),
+        "bi": partial(by, "minitron"),
         "ppl": by_order,
-        MAGNITUDE: lambda: Cut(chosen_by(place, MAGNITUDE, found, target, 0)),
+        MAGNITUDE: partial(by, MAGNITUDE),
     }
     for name in (*words.depths, *([MAGNITUDE] if words.depths else [])):
         yield f"depth {name}", known[name]
     for seed in words.seeds if words.depths else ():
-        yield f"depth {RANDOM} {seed}", lambda seed=seed: Cut(chosen_by(place, RANDOM, found, target, seed))  # type: ignore[misc]
+        yield f"depth {RANDOM} {seed}", partial(by, RANDOM, seed)
 
 
 class Kept:
@@ -132,14 +132,14 @@ class Kept:
         return self.figures[name]
 
 
-def judged(place: Bench, make: Making) -> dict[str, Any]:
+def judged(bench: Workbench, make: Making) -> dict[str, Any]:
     """Loss, time, and how far fitted matrices are from what they were."""
     started = time.monotonic()
     cut = make()
-    found: dict[str, Any] = {"loss": place.loss(cut)}
+    found: dict[str, Any] = {"loss": bench.loss(cut)}
     if cut is not None and cut.fits:
         found |= {name: sum(getattr(fit, name) for fit in cut.fits) / len(cut.fits) for name in ("before", "after")}
-        for folder in place.scratch.glob(f"{FITTED}*"):  # of this cut: it is not needed any more
+        for folder in bench.scratch.glob(f"{FITTED}*"):  # of this cut: it is not needed any more
             shutil.rmtree(folder)
     return found | {"seconds": time.monotonic() - started}
 
@@ -149,29 +149,29 @@ def main() -> None:
     words = options().parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     words.output.mkdir(parents=True, exist_ok=True)
-    with bench(words.model, texts_of(words), words.output / "work") as place:
-        found = measured(place.start, words.output / "importance.npz", KINDS, False, print)
-        rows = place.start.judged.rows
+    with open_workbench(words.model, texts_of(words), words.output / "work") as bench:
+        found = measured(bench.start, words.output / "importance.npz", KINDS, False, print)
+        rows = bench.start.judged.rows
         about = {
             "importance": provenance(found.about),
             "held_out": rows.digest(""),
             "held_out_tokens": rows.predicted,
-            "tokens": place.start.measured.rows.tokens,
+            "tokens": bench.start.measured.rows.tokens,
             "order_tokens": words.order_tokens,
             "axes": words.axes,
         }
         kept = Kept(words.output / "quality.json", about)
-        base = kept.once(ORIGINAL, lambda: judged(place, lambda: None))["loss"]
-        whole = parameter_count(place.dense.model)
+        base = kept.once(ORIGINAL, lambda: judged(bench, lambda: None))["loss"]
+        whole = parameter_count(bench.dense.model)
         table = [f"held-out loss on {rows.predicted} tokens: the whole model of {whole} parameters {base:.4f}"]
         for share in words.shares:
-            width = with_fewer(place.dense.model, share, words.axes)
-            deep = replace(place.shape, num_hidden_layers=fewer_layers(place.dense.model, share))
+            width = with_fewer(bench.dense.model, share, words.axes)
+            deep = replace(bench.shape, num_hidden_layers=fewer_layers(bench.dense.model, share))
             lines = []
             for shape, ways in ((width, widths), (deep, depths)):
-                left = parameter_count(sized(place.dense.model, shape)) / whole
-                for name, make in ways(place, found, shape, words):
-                    figures = kept.once(f"{share:g} {name}", lambda make=make: judged(place, make))  # type: ignore[misc]
+                left = parameter_count(sized(bench.dense.model, shape)) / whole
+                for name, make in ways(bench, found, shape, words):
+                    figures = kept.once(f"{share:g} {name}", partial(judged, bench, make))
                     lines.append((figures["loss"], f"{name:28} {left:6.1%}  {figures['loss']:.4f}"))
             table.append(f"{share:.0%} fewer parameters")
             table += [f"  {text}  ({loss - base:+.4f})" for loss, text in sorted(lines)]

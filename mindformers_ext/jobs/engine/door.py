@@ -154,6 +154,8 @@ def check_engine(
     problems.one_of("--device_target", device_target, DEVICES if MINDSPORE in engines else (CPU, GPU))
     if device_id < 0:
         problems.add(f"--device_id {device_id}", "devices count from 0")
+    elif device_id and device_target == CPU:
+        problems.add(f"--device_id {device_id} with --device_target {CPU}", "there is one CPU: leave it out")
     if engine == PYTORCH and device_target == ASCEND and MINDSPORE in engines:
         problems.add("--device_target Ascend on PyTorch", f"give --engine {MINDSPORE}")
 

@@ -13,6 +13,7 @@ from mindformers_ext.surgery.prune.cut import Indices
 from mindformers_ext.surgery.prune.hard_concrete import Floats
 from mindformers_ext.surgery.ridge import factor, solve
 
+NONE, LEAST_SQUARES = REFITS = ("none", "least_squares")  # whether output matrices are fitted anew
 RIDGE = 0.03  # of the mean square of the inputs that stay
 
 

@@ -10,8 +10,9 @@ import numpy as np
 from mindformers_ext.jobs.experts.probe import Needs, needs
 from mindformers_ext.jobs.experts.texts import Ready
 from mindformers_ext.surgery.experts.carve.grouping import ROUNDS
-from mindformers_ext.surgery.experts.carve.recipes import LEAST_SQUARES, METHODS, Recipe
+from mindformers_ext.surgery.experts.carve.recipes import METHODS, Recipe
 from mindformers_ext.surgery.experts.carve.refit import PART
+from mindformers_ext.surgery.prune.least_squares import LEAST_SQUARES
 
 TRIED = 1024  # size of the product that is measured
 REACHED = 0.5  # of its rate, by a whole pass

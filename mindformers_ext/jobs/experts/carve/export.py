@@ -9,6 +9,7 @@ sigmoid is one half, and twice its last matrix.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def export(request: CarveRequest, model: DenseModel, files: LayerFiles, beside: 
         UserError: values that do not fit their type, or no room; nothing is left half-written.
     """
     layers = range(model.spec.num_hidden_layers)
-    changes = {DOWN_NAME.format(layer): lambda layer=layer: files.array(layer, DOWN) for layer in layers}  # type: ignore[misc]
+    changes = {DOWN_NAME.format(layer): partial(files.array, layer, DOWN) for layer in layers}
     splits = {layer: files.split(layer) for layer in layers}
     gates = {layer: files.array(layer, ROUTER) for layer in layers}
     if request.form == OURS:

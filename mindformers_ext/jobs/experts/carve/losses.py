@@ -14,15 +14,14 @@ from typing import Any
 import numpy as np
 
 from mindformers_ext.surgery.experts.carve.recipes import (
-    LEAST_SQUARES,
     MEAN_GATE,
-    NONE,
     ORACLE,
     REPRESENTATIVE,
     RIDGE,
     THRESHOLD,
     Recipe,
 )
+from mindformers_ext.surgery.prune.least_squares import LEAST_SQUARES, NONE
 
 DENSE, CARVED, STATIC = "dense", "carved", "static "
 NO_LADDER = "none"

@@ -16,15 +16,14 @@ from mindformers_ext.jobs.experts.texts import Texts
 from mindformers_ext.jobs.experts.v2.forms import PLAIN, SHARED, Form
 from mindformers_ext.jobs.merge.output import OutputRequest
 from mindformers_ext.surgery.experts.carve.recipes import (
-    LEAST_SQUARES,
     MEAN_GATE,
     METHODS,
-    REFITS,
     RIDGE,
     ROUTERS,
     STATIC,
     Recipe,
 )
+from mindformers_ext.surgery.prune.least_squares import LEAST_SQUARES, REFITS
 
 OURS, MEASURED_ONLY = "ours", "none"
 FORMS: dict[str, Form] = {QWEN2_MOE.name: SHARED, MIXTRAL.name: PLAIN}  # stock ones

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -25,13 +25,11 @@ from mindformers_ext.jobs.experts.carve.losses import CARVED, DENSE, Judged, way
 from mindformers_ext.jobs.experts.carve.request import AUTO, LOSSES, MEASURED_ONLY, OURS, CarveRequest
 from mindformers_ext.jobs.experts.carve.shared import SharedLadder, choices, disk, products_of_search, search
 from mindformers_ext.jobs.experts.carve.walk import Walker
-from mindformers_ext.jobs.experts.probe import check_needs
+from mindformers_ext.jobs.experts.probe import Tell, check_needs
 from mindformers_ext.jobs.experts.texts import Ready, ready
 from mindformers_ext.jobs.merge.output import MergeReport, check_output
 from mindformers_ext.jobs.merge.sidecars import write_card
 from mindformers_ext.surgery.experts.carve.recipes import STATIC, Recipe
-
-Tell = Callable[[str], object]
 
 
 @dataclass(frozen=True)

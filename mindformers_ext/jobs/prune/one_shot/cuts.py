@@ -27,12 +27,13 @@ from mindformers_ext.jobs.prune.one_shot.importance import measured
 from mindformers_ext.jobs.prune.one_shot.importance_file import Importance, provenance
 from mindformers_ext.jobs.prune.one_shot.pruned import pruned_model, pruned_words
 from mindformers_ext.jobs.prune.one_shot.refit import Fit, Fitter, biases
-from mindformers_ext.jobs.prune.one_shot.request import LEAST_SQUARES, NONE, OneShotRequest
+from mindformers_ext.jobs.prune.one_shot.request import OneShotRequest
 from mindformers_ext.jobs.prune.quality import ORIGINAL, RANDOM, Judgement, loss_of
 from mindformers_ext.jobs.prune.report import REPORT, pruning_report
 from mindformers_ext.jobs.prune.source import DenseSource, open_folder
 from mindformers_ext.surgery.prune.cut import FullMasks, full_masks, pruned_shape
 from mindformers_ext.surgery.prune.importance import METHODS, Scores, by_chance, masks_of_scores
+from mindformers_ext.surgery.prune.least_squares import LEAST_SQUARES, NONE
 
 ONE_SHOT = "one_shot.json"
 FITTED = "fitted_"  # folders of matrices fitted anew
@@ -64,7 +65,7 @@ class OneShotReport:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Workbench:
     """A dense model, its texts and a scratch folder, on which cuts are tried."""
 
     start: Ready
@@ -120,20 +121,20 @@ def _same(one: Cut, other: Cut) -> bool:
 
 
 @contextmanager
-def bench(model: Path, texts: Texts, work: Path) -> Iterator[Bench]:
+def open_workbench(model: Path, texts: Texts, work: Path) -> Iterator[Workbench]:
     """Everything that cuts of ``model`` are tried with; ``work``: beside it a scratch folder is made."""
     with ExitStack() as stack:
         start = stack.enter_context(ready(model, texts))
         dense = stack.enter_context(open_folder(model))
-        yield Bench(start, dense, stack.enter_context(scratch_folder(work)))
+        yield Workbench(start, dense, stack.enter_context(scratch_folder(work)))
 
 
 def carry_out(
     request: OneShotRequest,
     tell: Tell,
     kinds: Sequence[str],
-    aim: Callable[[Bench], ModelShape],
-    choose: Callable[[Bench, Importance, ModelShape], dict[str, Cut]],
+    aim: Callable[[Workbench], ModelShape],
+    choose: Callable[[Workbench, Importance, ModelShape], dict[str, Cut]],
 ) -> OneShotReport:
     """Measure, cut, judge and write: the first of the chosen cuts is written, the others stand beside it. The request
     is checked.
@@ -147,24 +148,24 @@ def carry_out(
     with ExitStack() as stack:
         start = stack.enter_context(ready(request.model, request.texts))
         dense = stack.enter_context(open_folder(request.model))
-        target = aim(Bench(start, dense, request.work))
+        target = aim(Workbench(start, dense, request.work))
         stage = None
         if request.train_yaml:
             stage = next_from_yaml(load_yaml(request.train_yaml), target, request.output.folder)
         check_space(request.output.folder, sum(item.step.target.nbytes for item in dense.tensors))
         importance = measured(start, request.importance_path, kinds, request.remake, tell)
-        place = Bench(start, dense, stack.enter_context(scratch_folder(request.work)))
-        cuts = choose(place, importance, target)
-        judgement = place.judge(cuts, request.seed, tell)
+        bench = Workbench(start, dense, stack.enter_context(scratch_folder(request.work)))
+        cuts = choose(bench, importance, target)
+        judgement = bench.judge(cuts, request.seed, tell)
         try:
-            return _write(request, place, next(iter(cuts.items())), target, judgement, importance, stage, started)
+            return _write(request, bench, next(iter(cuts.items())), target, judgement, importance, stage, started)
         except OSError as error:
             raise refusal(error, f"read '{request.model}' or to write '{request.output.folder}'") from error
 
 
 def _write(
     request: OneShotRequest,
-    place: Bench,
+    bench: Workbench,
     chosen: tuple[str, Cut],
     target: ModelShape,
     judgement: Judgement,
@@ -173,12 +174,12 @@ def _write(
     started: float,
 ) -> OneShotReport:
     name, cut = chosen
-    dense, full, out = place.dense, place.full(cut.values), request.output
+    dense, full, out = bench.dense, bench.full(cut.values), request.output
     shape = pruned_shape(full)
     if shape != target:
         raise ValueError(f"{shape} came of a target of {target}")
     pieces = list(pieces_of(dense, full, None, cut.changes))
-    masks = SavedMasks({key: np.asarray(value, np.float32) for key, value in cut.values.items()}, place.shape, target)
+    masks = SavedMasks({key: np.asarray(value, np.float32) for key, value in cut.values.items()}, bench.shape, target)
     parameters = (count_of(item.step.target for item in dense.tensors), count_of(piece.info for piece in pieces))
     told = {
         "method": name,
@@ -201,6 +202,6 @@ def _write(
     return OneShotReport(masks, shape, parameters, nbytes, seconds, judgement, tuple(cut.fits), tuple(notes))
 
 
-def chosen_by(place: Bench, method: str, found: Importance, target: ModelShape, seed: int) -> Values:
+def chosen_by(bench: Workbench, method: str, found: Importance, target: ModelShape, seed: int) -> Values:
     """The masks by a measure, or drawn."""
-    return masks_of_scores(place.scores(method, found, seed), place.shape, target)
+    return masks_of_scores(bench.scores(method, found, seed), bench.shape, target)

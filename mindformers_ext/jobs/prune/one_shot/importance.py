@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,8 +60,7 @@ def measured(start: Ready, path: Path, kinds: Sequence[str], remake: bool, tell:
     course, shape = start.measured, shape_of_model(start.model.spec)
     tell(f"measuring {course.rows.tokens} tokens in {len(course.rows.ids)} rows: {', '.join(missing)}")
     sinks: dict[str, Sink] = {
-        kind: SINKS[kind](start.model, shape, lambda layer, kind=kind: folder / f"{kind}_{layer}.npz")  # type: ignore[misc]
-        for kind in missing
+        kind: SINKS[kind](start.model, shape, partial(_layer_file, folder, kind)) for kind in missing
     }
     back = "taylor" in missing
     for sink in sinks.values():
@@ -100,11 +100,16 @@ def _kept(path: Path, wanted: dict[str, object]) -> Importance | None:
     return found
 
 
+def _layer_file(folder: Path, kind: str, layer: int) -> Path:
+    """What a pass has found of one layer."""
+    return folder / f"{kind}_{layer}.npz"
+
+
 def _joined(kind: str, folder: Path, shape: ModelShape) -> dict[str, np.ndarray]:
     """The layers' files as one array a name."""
     found: dict[str, list[np.ndarray]] = {}
     for layer in range(shape.num_hidden_layers):
-        with np.load(folder / f"{kind}_{layer}.npz", allow_pickle=False) as arrays:
+        with np.load(_layer_file(folder, kind, layer), allow_pickle=False) as arrays:
             for name in arrays.files:
                 found.setdefault(name, []).append(arrays[name])
     return {name: np.stack(values) if "L" in KINDS[kind][name] else values[-1] for name, values in found.items()}

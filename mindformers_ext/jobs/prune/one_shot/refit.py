@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -180,7 +181,7 @@ def biases(
             changes[f"model.layers.{place}.{output.name}.bias"] = Change((size,), make)
             for name in () if switch else beside:
                 rows = _rows(full, name, layer)
-                changes[f"model.layers.{place}.{name}.bias"] = Change((rows,), lambda n=rows: np.zeros(n, np.float32))  # type: ignore[misc]
+                changes[f"model.layers.{place}.{name}.bias"] = Change((rows,), partial(np.zeros, rows, np.float32))
     return changes
 
 

@@ -14,9 +14,8 @@ from mindformers_ext.jobs.experts.dense_model import model_name
 from mindformers_ext.jobs.experts.texts import Texts
 from mindformers_ext.jobs.merge.output import OutputRequest, check_output
 from mindformers_ext.surgery.prune.importance import METHODS
+from mindformers_ext.surgery.prune.least_squares import NONE, REFITS
 
-NONE, LEAST_SQUARES = "none", "least_squares"
-REFITS = (NONE, LEAST_SQUARES)
 INFLUENCE, PERPLEXITY = "bi", "ppl"
 DEPTHS = (INFLUENCE, PERPLEXITY)
 
@@ -87,9 +86,8 @@ class OneShotRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeRequest(OneShotRequest):
-    """A cut to ``sizes``, or by ``fewer_parameters`` of the whole model along ``axes`` (None: the
-    feed-forward's width). ``bias``: what is cut leaves
-    its mean as a bias (FLAP)."""
+    """A cut to ``sizes``, or by ``fewer_parameters`` of the whole model along ``axes`` (None: the width of feed-forward
+    parts). ``bias``: what is cut leaves its mean as a bias (FLAP)."""
 
     sizes: Mapping[str, int] = field(default_factory=dict)
     fewer_parameters: float | None = None

@@ -13,7 +13,7 @@ from mindformers_ext.core.pruning import ModelShape, shape_of_model
 from mindformers_ext.core.spec import ModelSpec
 
 LAYERS = "num_hidden_layers"
-SIZES = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", LAYERS)
+NAMES = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", LAYERS)
 AXES = ("intermediate_size", "num_attention_heads", "hidden_size")  # that --fewer_parameters may make smaller
 STEP = 16  # widths stay multiples of it where they are
 SHARES = 256  # steps in which several axes become smaller together
@@ -24,7 +24,7 @@ def read_sizes(words: Sequence[str]) -> dict[str, int]:
     problems, found = Problems("--target"), dict[str, int]()
     for word in words:
         name, _, number = word.partition("=")
-        problems.one_of("--target", name, SIZES)
+        problems.one_of("--target", name, NAMES)
         if not (number.isascii() and number.isdecimal()):
             problems.add(f"'{word}' is no size", "write a whole number, as num_attention_heads=6")
         elif name in found:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -29,10 +30,9 @@ from mindformers_ext.surgery.experts.carve.refit import refit_sums
 from mindformers_ext.surgery.experts.carve.sample import LayerSample, top
 from mindformers_ext.surgery.experts.cluster import balanced_clusters
 from mindformers_ext.surgery.experts.split import LayerSplit
+from mindformers_ext.surgery.prune.least_squares import LEAST_SQUARES, NONE
 from mindformers_ext.surgery.ridge import Floats
 
-LEAST_SQUARES, NONE = "least_squares", "none"
-REFITS = (LEAST_SQUARES, NONE)
 RIDGE, REPRESENTATIVE, MEAN_GATE, ORACLE, THRESHOLD = "ridge", "representative", "mean_gate", "oracle", "threshold"
 
 
@@ -68,28 +68,27 @@ class LayeredRecipe(Recipe):
         return Recipe(**words | {"shared": shared, "active": self.shared + self.active - shared})
 
 
-@dataclass(frozen=True, eq=False)
 class Layer:
     """What the steps of a recipe have in common; ``size``: neurons of a group, ``number``: the layer's."""
 
-    sample: LayerSample
-    recipe: Recipe
-    number: int
-    size: int
-    fits: dict[str, InputFit]
-    markers: dict[str, Markers]
+    def __init__(self, sample: LayerSample, recipe: Recipe, number: int) -> None:
+        self.sample, self.recipe, self.number = sample, recipe, number
+        self.size = sample.hidden.shape[1] // recipe.experts
 
+    @cached_property
     def fit(self) -> InputFit:
-        """The damped least squares on the layer's inputs, made once."""
-        if not self.fits:
-            self.fits[""] = InputFit.of(self.sample.x)
-        return self.fits[""]
+        """The damped least squares on the layer's inputs."""
+        return InputFit.of(self.sample.x)
 
-    def marked(self) -> Markers:
-        """The layer's markers, made once."""
-        if not self.markers:
-            self.markers[""] = Markers(self.sample)
-        return self.markers[""]
+    @cached_property
+    def markers(self) -> Markers:
+        """The layer's markers."""
+        return Markers(self.sample)
+
+    def forget(self) -> None:
+        """Let go of what was made once: a refit needs the memory."""
+        self.__dict__.pop("fit", None)
+        self.__dict__.pop("markers", None)
 
     def draws(self) -> np.random.Generator:
         """Random numbers of this layer's own."""
@@ -109,8 +108,8 @@ def gate_answers(sample: LayerSample) -> tuple[np.ndarray, Floats]:
 
 
 def _emp(layer: Layer, rest: np.ndarray, groups: int) -> np.ndarray:
-    first = layer.marked().groups(rest, groups)
-    return by_prediction(layer.sample, layer.fit(), rest, first, layer.recipe.active) if groups > 1 else first
+    first = layer.markers.groups(rest, groups)
+    return by_prediction(layer.sample, layer.fit, rest, first, layer.recipe.active) if groups > 1 else first
 
 
 def _weaver(layer: Layer, rest: np.ndarray, groups: int) -> np.ndarray:
@@ -145,8 +144,8 @@ class Method:
 METHODS: Mapping[str, Method] = {
     "emp": Method(lambda layer: layer.sample.energies(), _emp, RIDGE, LEAST_SQUARES),
     "cmoe": Method(
-        lambda layer: layer.marked().rates(),
-        lambda layer, rest, groups: layer.marked().groups(rest, groups),
+        lambda layer: layer.markers.rates(),
+        lambda layer, rest, groups: layer.markers.groups(rest, groups),
         REPRESENTATIVE,
         NONE,
     ),
@@ -166,7 +165,7 @@ ROUTERS: Mapping[str, Callable[[Layer, Sequence[np.ndarray]], Chooser]] = {
         layer.sample.x, _ridge_rows(layer, experts), layer.recipe.active
     ),
     REPRESENTATIVE: lambda layer, experts: Representative.of(
-        layer.sample.gate, layer.sample.up, layer.marked().representatives(tuple(experts)), layer.recipe.active
+        layer.sample.gate, layer.sample.up, layer.markers.representatives(tuple(experts)), layer.recipe.active
     ),
     MEAN_GATE: lambda layer, experts: _linear(
         layer, np.stack([layer.sample.gate[ids].mean(0, dtype=np.float64) for ids in experts])
@@ -179,7 +178,7 @@ def _ridge_rows(layer: Layer, experts: Sequence[np.ndarray]) -> Floats:
     sample = layer.sample
     lengths = output_lengths(sample.hidden, sample.down, experts)
     lengths *= np.sqrt(sample.weights)[:, None].astype(np.float32)
-    return layer.fit().rows(lengths)
+    return layer.fit.rows(lengths)
 
 
 def _linear(layer: Layer, rows: np.ndarray) -> Linear:
@@ -194,7 +193,7 @@ def carve_layer(sample: LayerSample, recipe: Recipe, number: int) -> CarvedLayer
     """
     if not all(np.isfinite(array).all() for array in (sample.x, sample.hidden, sample.weights, sample.down)):
         raise UserError(f"layer {number} has values that are not finite: the model or the text is damaged")
-    layer = Layer(sample, recipe.at(number), number, sample.hidden.shape[1] // recipe.experts, {}, {})
+    layer = Layer(sample, recipe.at(number), number)
     return _static(layer) if recipe.method in STATIC else _mixture(layer)
 
 
@@ -212,8 +211,7 @@ def _mixture(layer: Layer) -> CarvedLayer:
     if isinstance(chooser, Linear):
         error = weight_error(sample.x, chooser.rows, recipe.active)
         figures |= {f"weight_{name}": value for name, value in asdict(error).items()}
-    layer.fits.clear()
-    layer.markers.clear()
+    layer.forget()
     down, more = _refitted(layer, always, experts, chosen)
     return CarvedLayer(split, chooser, down, None, figures | more)
 
