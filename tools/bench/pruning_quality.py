@@ -47,11 +47,20 @@ FIXED = {"vocab_size": 1024, "seq_length": LENGTH}
 L0_TARGET = {"d_model": 192, "intermediate_size": 512, "n_layers": 4, "n_heads": 3}
 MEASURED, SHOWN = "calibration.txt", "shown.txt"
 CALIBRATED = 100  # rows of each domain that one-shot cuts measure on
-SHAPE = ("--target", *(f"{SIZES[name]}={size}" for name, size in TARGET.items()))
-DEPTH = ("--keep", 2)  # layers of the source: 2.2 million weights, too
+FLAP_TARGET = {"intermediate_size": 360, "num_layers": 4, "num_heads": 2, "n_kv_heads": 2}  # as many weights: it has
+# no score for the width of the stream
 L0, SCRATCH, WHOLE = "L0", "scratch", "source"
+DEPTH = ("--keep", 2)  # layers of the source: 2.2 million weights, too
+
+
+def shape(sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """The options of ``tools/prune.py shape``."""
+    return ("--target", *(f"{SIZES[name]}={size}" for name, size in sizes.items()))
+
+
 ONE_SHOT: dict[str, tuple[str, tuple[object, ...]]] = {  # name -> subcommand of tools/prune.py, its options
-    **{name: ("shape", ("--method", name, *SHAPE)) for name in ("magnitude", "minitron", "flap", "taylor")},
+    **{name: ("shape", ("--method", name, *shape(TARGET))) for name in ("magnitude", "minitron", "taylor")},
+    "flap": ("shape", ("--method", "flap", *shape(FLAP_TARGET))),
     **{f"depth {name}": ("depth", ("--method", name, *DEPTH)) for name in ("bi", "ppl")},
 }
 WAYS = (L0, SCRATCH, *ONE_SHOT)
