@@ -11,6 +11,7 @@ from typing import Any
 from mindformers_ext.core.config.keys import MODEL, MODES
 from mindformers_ext.core.config.mixture_words import PLACE
 from mindformers_ext.core.config.run import ASCEND, CPU, TRAINER_KEY, data_spec_from_yaml
+from mindformers_ext.core.config.train import GATE_SWITCHES
 from mindformers_ext.core.config.values import section_at
 from mindformers_ext.core.documents import DOCUMENT_IDS
 from mindformers_ext.core.families import GENERIC_NAMES, Family, family_of_yaml
@@ -70,7 +71,8 @@ def adapt(config: Mapping[str, Any], device_target: str) -> tuple[dict[str, Any]
     if data and data.mixture:
         result["train_dataset"]["data_loader"] = {**loader, SEED: data.seed}
     _adapt_parallel(result, device_target, notes)
-    (result.get("runner_config") or {}).pop("freeze_gate", None)  # ``mf.networks`` reads the copy
+    for switch in GATE_SWITCHES:  # ``mf.networks`` reads the copy
+        (result.get("runner_config") or {}).pop(switch.removeprefix("runner_config."), None)
     draws = family is not None and may_draw(family, section_at(config, MODEL))
     columns = (result.get("train_dataset") or {}).get("input_columns") or ["input_ids"]
     if family is not None and DOCUMENT_IDS in columns:  # the network is built for such rows

@@ -12,6 +12,7 @@ from mindformers.models.llama.llama_config import LlamaConfig
 from mindformers_ext.core.cluster.build import BuildSpec, build_spec_from_yaml
 from mindformers_ext.core.config.lora import LoraSpec
 from mindformers_ext.core.config.recompute import RecomputeSpec
+from mindformers_ext.core.config.train import ParameterGroup
 from mindformers_ext.core.families import implied_family
 from mindformers_ext.core.pruning import PruningSpec
 from mindformers_ext.core.spec import NetworkSpec
@@ -61,9 +62,9 @@ class PortableLlamaConfig(LlamaConfig):
         """The masks that ``l0_module`` asks for."""
         return self._build().pruning
 
-    def freezes_gate(self) -> bool:
-        """Whether the gates of its mixtures do not learn."""
-        return self._build().freeze_gate
+    def groups(self) -> tuple[ParameterGroup, ...]:
+        """Parameters that are trained in another way than the rest."""
+        return self._build().groups
 
     def recompute_spec(self) -> RecomputeSpec:
         """The layers that ``recompute_config`` computes again."""

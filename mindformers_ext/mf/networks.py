@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import mindspore as ms
@@ -13,7 +12,7 @@ from mindformers.tools.logger import logger
 from mindformers.tools.utils import get_predict_run_mode, get_real_group_size
 from mindspore import Tensor, ops
 
-from mindformers_ext.core.config.train import FROZEN_GATES
+from mindformers_ext.core.config.train import ParameterGroup, group_of
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.families import implied_family
 from mindformers_ext.mf.config import PortableLlamaConfig
@@ -64,8 +63,8 @@ class PortableLlamaForCausalLM(PreTrainedModel):
         if self.pruning:
             add_masks(self.causal_lm, self.pruning)
             logger.info("Masks: %s", ", ".join(self.pruning.modules))
-        if config.freezes_gate():
-            self._freeze_gates()
+        if groups := config.groups():
+            self._freeze(groups)
         if lora:
             logger.info(
                 "LoRA: rank %d, scale %g, beside %d layers: %s ...",
@@ -87,11 +86,12 @@ class PortableLlamaForCausalLM(PreTrainedModel):
             select_operators().reuse(self)
         self.load_checkpoint(config)
 
-    def _freeze_gates(self) -> None:
-        frozen = [item for item in self.causal_lm.get_parameters() if re.fullmatch(FROZEN_GATES.pattern, item.name)]
+    def _freeze(self, groups: tuple[ParameterGroup, ...]) -> None:
+        """Leave untrained what ``groups`` do not train."""
+        frozen = [item for item in self.causal_lm.get_parameters() if not group_of(item.name, groups).trained]
         for parameter in frozen:
             parameter.requires_grad = False
-        logger.info("freeze_gate: %d weights of gates do not learn", len(frozen))
+        logger.info("%d weights do not learn", len(frozen))
 
     def _mark_recompute(self, config: PortableLlamaConfig) -> None:
         """Mark the layers that compute their activations again; other devices than Ascend have memory to spare."""

@@ -12,7 +12,7 @@ import torch
 from mindspore import Tensor
 
 from mindformers_ext.core.config.schedule import Schedule
-from mindformers_ext.core.config.train import FROZEN_GATES, OptimizerSpec, TrainSpec
+from mindformers_ext.core.config.train import FREEZE_GATE, GATE_SWITCHES, OptimizerSpec, TrainSpec
 from mindformers_ext.core.figures import StepFigures
 from mindformers_ext.ms.causal_lm import build_causal_lm
 from mindformers_ext.ms.trainer import DataParallel, MindSporeTrainer
@@ -117,27 +117,32 @@ def test_packed_rows_on_mindspore_take_pytorchs_steps_and_those_of_padded_rows(n
         assert packed.global_norm == pytest.approx(step.global_norm, rel=2e-4)
 
 
+@pytest.mark.parametrize("switch", GATE_SWITCHES)
 @pytest.mark.parametrize("name", ["mixtral", "llama_moe"])
-def test_frozen_gates_stay_to_the_bit_and_everything_else_learns(name: str) -> None:
-    trainer = torch_trainer(name, replace(TRAIN, groups=(FROZEN_GATES,)))
+def test_gates_stay_to_the_bit_and_everything_else_learns_or_the_other_way_round(name: str, switch: str) -> None:
+    trainer = torch_trainer(name, replace(TRAIN, groups=GATE_SWITCHES[switch]))
     before = {key: value.copy() for key, value in trainer.state(False) if key.startswith(("model.", "lm_head."))}
     for _ in range(3):
         trainer.step(columns("pack"))
     after = dict(trainer.state(False))
     same_ones = {key for key, value in before.items() if np.array_equal(value, after[key])}
     gates = {key for key in before if ".router." in key}
-    assert gates and same_ones == gates
-    assert not any(f"adam_m.{key}" in after for key in gates)
+    stay = gates if switch == FREEZE_GATE else before.keys() - gates
+    no_gradient = {key for key in gates if ".noise." in key}  # these steps draw none
+    assert gates and same_ones == stay | no_gradient
+    assert not any(f"adam_m.{key}" in after for key in stay)
 
 
 @pytest.mark.slow
 @pytest.mark.turn("packed rows")
-def test_frozen_gates_stay_to_the_bit_on_mindspore_too() -> None:
+@pytest.mark.parametrize("switch", GATE_SWITCHES)
+def test_gates_stay_or_learn_alone_on_mindspore_too(switch: str) -> None:
     ms.set_context(mode=ms.GRAPH_MODE)
-    trainer = MindSporeTrainer(NETWORKS["mixtral"](), replace(TRAIN, groups=(FROZEN_GATES,)), DataParallel())
+    trainer = MindSporeTrainer(NETWORKS["mixtral"](), replace(TRAIN, groups=GATE_SWITCHES[switch]), DataParallel())
     trainer.open()
     names = [name for name, _ in trainer.state(False) if name.startswith(("model.", "lm_head."))]
     before = {name: value.copy() for name, value in trainer.state(False) if name in names}
     trainer.step(columns("pack"))
     after = dict(trainer.state(False))
-    assert {n for n in names if np.array_equal(before[n], after[n])} == {n for n in names if ".router." in n}
+    same_ones = {name for name in names if np.array_equal(before[name], after[name])}
+    assert same_ones == {name for name in names if (".router." in name) == (switch == FREEZE_GATE)}

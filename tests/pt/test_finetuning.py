@@ -130,6 +130,11 @@ WRONG = {
     "beta without pairs": (PACKED, ("runner_config.dpo_beta=0.2",), "dpo_beta=0.2: rows are not pairs"),
     "pairs without our loop": (PAIR_COLUMNS, ("engine=ms",), "--trainer own"),
     "a beta of nothing": (PAIR_COLUMNS, ("runner_config.dpo_beta=0",), "dpo_beta=0 is not a number above 0"),
+    "nothing to train": (
+        PACKED,
+        ("runner_config.freeze_gate=True", "runner_config.train_gate_only=True"),
+        "leave nothing to train: give one",
+    ),
     "gates of a dense model": (PACKED, ("runner_config.freeze_gate=True", "moe_config.expert_num=1"), "has no gates"),
 }
 

@@ -11,7 +11,7 @@ from mindformers_ext.core.cluster.cluster_rules import effective_spec
 from mindformers_ext.core.config.lora import LoraSpec, lora_from_yaml
 from mindformers_ext.core.config.pruning import WHERE, pruning_from_yaml
 from mindformers_ext.core.config.recompute import RecomputeSpec, recompute_from_yaml
-from mindformers_ext.core.config.train import FREEZE_GATE, gates_are_frozen
+from mindformers_ext.core.config.train import GATE_SWITCHES, ParameterGroup, trained_groups
 from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.pruning import PruningSpec
@@ -22,33 +22,33 @@ from mindformers_ext.core.spec import NetworkSpec
 class BuildSpec:
     """``network``: with the sizes that are really built (``effective_spec``); ``lora``: adapters beside its layers;
     ``pruning``: masks in them; ``recompute``: layers whose activations are computed again, none where nothing is
-    learnt; ``freeze_gate``: the gates of its mixtures do not learn."""
+    learnt; ``groups``: parameters that are trained in another way than the rest."""
 
     network: NetworkSpec
     lora: LoraSpec | None = None
     pruning: PruningSpec | None = None
     recompute: RecomputeSpec = RecomputeSpec()
-    freeze_gate: bool = False
+    groups: tuple[ParameterGroup, ...] = ()
 
 
 def build_spec(read: NetworkSpec, config: Mapping[str, Any], recompute: bool = True) -> BuildSpec:
     """What is built of the network ``read`` from ``config``; ``recompute``: by an engine that recomputes parts.
 
     Raises:
-        UserError: ``pet_config``, ``l0_module`` or ``recompute_config`` does not fit it, or gates are to be frozen that
-            it lacks.
+        UserError: ``pet_config``, ``l0_module`` or ``recompute_config`` does not fit it, or gates are named that it
+            lacks.
     """
     network = effective_spec(read)[0]
-    freezes = gates_are_frozen(config)
-    if freezes and network.model.moe is None:
-        raise UserError(f"{FREEZE_GATE}: True: a dense model has no gates: leave it out")
+    groups = trained_groups(config)
+    if groups and network.model.moe is None:
+        raise UserError(f"{' and '.join(GATE_SWITCHES)}: a dense model has no gates: leave them out")
     wanted = recompute and config.get("run_mode") != "predict"
     return BuildSpec(
         network=network,
         lora=lora_from_yaml(config),
         pruning=built_pruning(config, network),
         recompute=recompute_from_yaml(config, network) if wanted else RecomputeSpec(),
-        freeze_gate=freezes,
+        groups=groups,
     )
 
 

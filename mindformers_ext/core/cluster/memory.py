@@ -16,6 +16,7 @@ from mindformers_ext.core.cluster.placement import ADAM_STATES, OPTIMIZER_THRESH
 from mindformers_ext.core.cluster.tensor_parallel import part_of, parted_parameters
 from mindformers_ext.core.config.lora import LoraSpec
 from mindformers_ext.core.config.recompute import WHOLE, RecomputeSpec
+from mindformers_ext.core.config.train import ParameterGroup
 from mindformers_ext.core.layers import LayerSpec
 from mindformers_ext.core.pruning import PruningSpec
 from mindformers_ext.core.spec import NetworkSpec
@@ -30,7 +31,8 @@ class StepSettings:
 
     ``lora``: its adapters alone have gradients and optimizer states. ``accumulation_steps`` above 1 or a pipeline means
     that gradients are accumulated in memory of their own, which ``accumulation_is_cut`` cuts as the optimizer's states
-    (``gradient_accumulation_shard``). ``pruning``: the network has masks.
+    (``gradient_accumulation_shard``). ``pruning``: the network has masks. ``groups``: parameters that are trained in
+    another way than the rest.
     """
 
     recompute: RecomputeSpec = field(default_factory=RecomputeSpec)
@@ -39,6 +41,7 @@ class StepSettings:
     accumulation_steps: int = 1
     lora: LoraSpec | None = None
     pruning: PruningSpec | None = None
+    groups: tuple[ParameterGroup, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def _layer(spec: NetworkSpec, layer: int | None) -> LayerSpec:
 def stage_memory(spec: NetworkSpec, settings: StepSettings) -> tuple[StageMemory, ...]:
     """Memory of one device of every stage, by stage."""
     accumulates = spec.parallel.pipeline_stage > 1 or settings.accumulation_steps > 1
-    placed = placed_parameters(spec, settings.threshold, settings.lora, settings.pruning)
+    placed = placed_parameters(spec, settings.threshold, settings.lora, settings.pruning, settings.groups)
     compute = WIDTH[spec.numerics.compute_dtype]
     result = []
     for stage in range(spec.parallel.pipeline_stage):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from mindformers_ext.core.config.keys import SHARDED_MODES
 from mindformers_ext.core.config.lora import LORA_A, LORA_B, LoraSpec
+from mindformers_ext.core.config.train import ParameterGroup, group_of
 from mindformers_ext.core.parameters import WeightRow, model_weights
 from mindformers_ext.core.pruning import PruningSpec
 from mindformers_ext.core.spec import NetworkSpec
@@ -55,6 +56,7 @@ def placed_parameters(
     threshold: int = OPTIMIZER_THRESHOLD,
     lora: LoraSpec | None = None,
     pruning: PruningSpec | None = None,
+    groups: tuple[ParameterGroup, ...] = (),
 ) -> tuple[PlacedParameter, ...]:
     """Every weight of the network with its stage and its slice on one device of that stage.
 
@@ -63,6 +65,7 @@ def placed_parameters(
         threshold: KB; smaller slices are not cut by the optimizer (``parallel_optimizer_threshold``).
         lora: its adapters are added, and they alone are trained.
         pruning: what its masks need is added, which every device has whole.
+        groups: parameters that are trained in another way than the rest.
     """
     parallel = spec.parallel
     sharded = parallel.parallel_mode in SHARDED_MODES and parallel.device_num > 1
@@ -80,7 +83,7 @@ def placed_parameters(
         may_cut = sharded and parallel.enable_parallel_optimizer and not row.fixed
         if may_cut and kilobytes >= threshold and gathered[0] % copies == 0:
             local = (gathered[0] // copies, *gathered[1:])
-        trained = lora is None or name.endswith((LORA_A, LORA_B))
+        trained = group_of(name, groups).trained and (lora is None or name.endswith((LORA_A, LORA_B)))
         placed.append(PlacedParameter(name, stage, whole, gathered, local, numbers, trained))
     for name, whole, is_trained in pruning.parameters() if pruning else ():
         placed.append(PlacedParameter(name, 0, whole, whole, whole, "float32", is_trained))

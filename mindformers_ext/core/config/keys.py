@@ -283,7 +283,8 @@ PASSED: dict[str, frozenset[str]] = {
     "swap_config": frozenset("swap layer_swap op_swap default_prefetch".split()),
     "runner_config": frozenset(
         """epochs sink_mode sink_size gradient_accumulation_steps stop_step num_classes per_epoch_size
-        global_batch_size initial_epoch initial_step origin_epochs step_scale freeze_gate dpo_beta""".split()
+        global_batch_size initial_epoch initial_step origin_epochs step_scale freeze_gate train_gate_only
+        dpo_beta""".split()
     ),
     "model": frozenset({"model_config", "arch"}),
     TOP: frozenset(

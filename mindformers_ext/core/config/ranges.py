@@ -142,6 +142,7 @@ RUN: dict[str, Kind] = {
     "runner_config.sink_size": SINK_SIZE,
     "runner_config.stop_step": whole(0),
     "runner_config.freeze_gate": SWITCH,
+    "runner_config.train_gate_only": SWITCH,
     "runner_config.dpo_beta": number(0, above=True),
     **{f"{name}.{key}": kind for name in ("train_dataset", "eval_dataset") for key, kind in _DATA.items()},
     "train_dataset": SECTION,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mindformers_ext.core.config.lora import LoraSpec, lora_from_yaml
@@ -118,14 +118,25 @@ def group_of(name: str, groups: tuple[ParameterGroup, ...]) -> ParameterGroup:
 
 
 DEFAULT_GROUP = ParameterGroup()
-FREEZE_GATE = "runner_config.freeze_gate"
 # what scores experts stands below ``router`` (core/parameters.py); gates of shared experts choose nothing
 FROZEN_GATES = ParameterGroup(pattern=r"(.*\.)?router\..*", trained=False)
+GATES_ALONE = (replace(FROZEN_GATES, trained=True), ParameterGroup(trained=False))
+FREEZE_GATE, TRAIN_GATE_ONLY = "runner_config.freeze_gate", "runner_config.train_gate_only"
+GATE_SWITCHES: dict[str, tuple[ParameterGroup, ...]] = {FREEZE_GATE: (FROZEN_GATES,), TRAIN_GATE_ONLY: GATES_ALONE}
 
 
-def gates_are_frozen(config: Mapping[str, Any]) -> bool:
-    """Whether the run's gates stay as they are while everything else learns."""
-    return section_at(config, "runner_config").get("freeze_gate") is True
+def trained_groups(config: Mapping[str, Any]) -> tuple[ParameterGroup, ...]:
+    """What the run's switches say of its gates: they stay as they are, or they alone learn.
+
+    Raises:
+        UserError: both switches, or one that leaves nothing to train.
+    """
+    found = [switch for switch in GATE_SWITCHES if _value_at(config, switch) is True]
+    if len(found) > 1:
+        raise UserError(f"{' and '.join(found)} leave nothing to train: give one of them")
+    if TRAIN_GATE_ONLY in found and lora_from_yaml(config):
+        raise UserError(f"{TRAIN_GATE_ONLY}: True trains no adapters: leave it or pet_config out")
+    return GATE_SWITCHES[found[0]] if found else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +222,7 @@ def train_spec_from_yaml(
         print_every=int(monitor.get("per_print_times") or 1),
         checkpoint=_checkpoint(callbacks.get("CheckpointMonitor"), problems, notes, own),
         lora=lora_from_yaml(config),
-        groups=(FROZEN_GATES,) if gates_are_frozen(config) else (),
+        groups=trained_groups(config),
         dpo_beta=_dpo_beta(config, problems),
     )
     problems.raise_if_any()

@@ -21,6 +21,7 @@ from mindformers_ext.core.config.mixture_words import with_mixture_words
 from mindformers_ext.core.config.pruning import pruning_from_yaml
 from mindformers_ext.core.config.recompute import WHERE, recompute_from_yaml
 from mindformers_ext.core.config.run import RunSpec, run_spec_from_yaml
+from mindformers_ext.core.config.train import trained_groups
 from mindformers_ext.core.config.values import read_value, section_at
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import NetworkSpec
@@ -68,7 +69,8 @@ def step_settings(config: Mapping[str, Any], spec: NetworkSpec, ours: bool = Tru
     recompute = recompute_from_yaml(config, spec)
     lora = lora_from_yaml(config) if ours else foreign_lora(config)
     pruning = pruning_from_yaml(config, spec.model) if ours else None
-    return StepSettings(recompute, int(threshold), bool(shard), int(steps), lora, pruning)
+    groups = trained_groups(config) if ours else ()
+    return StepSettings(recompute, int(threshold), bool(shard), int(steps), lora, pruning, groups)
 
 
 def memory_limit(memory: str | None, configured: object) -> int | None:
