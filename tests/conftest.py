@@ -19,6 +19,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("GLOG_v", "3")  # MindSpore: errors only; read when it is first imported
 # MindSpore fails to import where a tokenizer has loaded protobuf's C implementation before it.
 os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
+os.environ.setdefault("MS_COMPILER_CACHE_ENABLE", "0")  # no graph of an earlier run (ms/kept_graphs.py)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads anything
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns when a test forks
 

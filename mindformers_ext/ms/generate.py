@@ -7,6 +7,8 @@ are read a few rows at a time, so that the memory for it does not grow with the 
 
 from __future__ import annotations
 
+from functools import partial
+
 import mindspore as ms
 import mindspore.ops.operations as P
 import numpy as np
@@ -27,6 +29,7 @@ from mindformers_ext.ms.cache import (
 )
 from mindformers_ext.ms.causal_lm import CausalLM
 from mindformers_ext.ms.expert_attention import PromptExpertAttention, TokenExpertAttention
+from mindformers_ext.ms.kept_graphs import compile_kept
 from mindformers_ext.ms.layer import Layer
 from mindformers_ext.ms.ops.select import Operators, select_operators
 
@@ -232,9 +235,17 @@ class MindSporeSession:
         """Compile the prompt graph, and with ``use_cache`` the token graph; PYNATIVE has nothing to compile."""
         if ms.get_context("mode") != ms.GRAPH_MODE:
             return
-        self._prompts.compile(*self._group_of(np.zeros((self.rows, self.length)), np.ones(self.rows), 0))
+
+        inputs = [(self._prompts, self._group_of(np.zeros((self.rows, self.length)), np.ones(self.rows), 0))]
         if use_cache:
-            self._tokens.compile(*self._step_of(np.ones(self.rows), np.ones(self.rows)))
+            inputs.append((self._tokens, self._step_of(np.ones(self.rows), np.ones(self.rows))))
+        graphs = [partial(graph.compile, *values) for graph, values in inputs]
+        if self._prompts.is_part:
+            for compile_one in graphs:
+                compile_one()
+        else:
+            about = (self._prompts.network.spec, self.rows, self.length, self.positions, use_cache)
+            compile_kept(self._tokens, about, graphs)
 
     def _group_of(self, ids: np.ndarray, lengths: np.ndarray, first: int) -> tuple[Tensor, ...]:
         """The prompt graph's inputs for the rows from ``first`` on."""

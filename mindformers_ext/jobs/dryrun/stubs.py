@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from mindformers_ext.core.cache_home import cache_folder
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.elf import read_library
 
@@ -79,12 +80,6 @@ def _joined(places: Iterable[Path], before: str) -> str:
     return os.pathsep.join([*map(str, places), *filter(None, [before])])
 
 
-def cache_folder() -> Path:
-    """Where the stand-ins are kept: below XDG_CACHE_HOME, by default ~/.cache."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "mindformers_ext" / "ascend_stubs"
-
-
 def ensure_stubs(cache: Path | None = None) -> Stubs:
     """The stand-ins for the installed MindSpore, made on first use (a few seconds).
 
@@ -99,7 +94,7 @@ def ensure_stubs(cache: Path | None = None) -> Stubs:
             "the wheel for Linux from PyPI"
         )
     machine = read_library(plugin).machine
-    folder = (cache or cache_folder()) / f"mindspore-{version}-{machine}-{FORM}"
+    folder = (cache or cache_folder("ascend_stubs")) / f"mindspore-{version}-{machine}-{FORM}"
     if not folder.is_dir():
         _make(folder, wanted_functions(mindspore / "lib"), busy_functions(mindspore / "lib"))
     return Stubs(folder, mindspore)
