@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generation with a Mixtral of 97 million parameters: ours (GRAPH, CPU) against transformers' generate, in one run.
+"""Generation with a Mixtral of 97 million parameters: both our engines on a CPU against transformers' generate, in one
+run, and beside what the machine allows.
 
     python tools/bench/generate.py [--prompt 512] [--new 128] [--batches 1 8] [--rounds 3]
 
 Hidden 512, expert width 1024, 7 layers, 8 heads over 2, 8 experts top-2, float32, the same random weights from one
 Hugging Face folder, greedy. Prefill is generate with one new token; decode is what the other new tokens take besides.
-The tokens of both are compared. Memory: the peak of the whole process, that of the framework alone taken off.
+All tokens are compared. Memory: the peak of the whole process, that of the framework alone taken off.
+
+Limits: a prompt takes at least its matrix products, timed alone in torch (each token its two experts; attention's own
+products are left out); a token at least the reading of its weights, at the speed at which this machine sums a large
+array (a batch of B tokens reads each expert that any of them takes).
 """
 
 from __future__ import annotations
@@ -15,14 +20,17 @@ import set_up  # noqa: F401 (first)
 # isort: split
 import argparse
 import functools
+import importlib
 import json
+import os
 import resource
 import tempfile
 import time
+import timeit
 from pathlib import Path
 
 import numpy as np
-from peers import THREADS, compare, machine, serve
+from peers import THREADS, Worker, compare, machine, serve
 
 from mindformers_ext.core.layers import MoESpec
 from mindformers_ext.core.spec import DeviceSpec, ModelSpec, NetworkSpec
@@ -77,7 +85,7 @@ def serve_transformers(options: argparse.Namespace) -> None:
     serve_both(options, generate, before, {})
 
 
-def serve_mindspore(options: argparse.Namespace) -> None:
+def serve_ours(options: argparse.Namespace, engine: str) -> None:
     """Our network and generation loop."""
     from mindformers_ext.core.config.sampling import SamplingSpec
     from mindformers_ext.jobs.predict.generate import Generation
@@ -85,10 +93,9 @@ def serve_mindspore(options: argparse.Namespace) -> None:
 
     model = model_spec(options.hidden, options.ffn, options.layers)
     spec = NetworkSpec(model=model, seq_length=4096)
-    import mindspore  # noqa: F401  so that its own memory is known
-
+    importlib.import_module({"ms": "mindspore", "pt": "torch"}[engine])  # so that its own memory is known
     before, started = peak_memory(), time.perf_counter()
-    network = open_network("ms", DeviceSpec("CPU"), spec, open_weights(Path(options.folder), model))
+    network = open_network(engine, DeviceSpec("CPU"), spec, open_weights(Path(options.folder), model))
     facts = {"load": time.perf_counter() - started, "loaded": peak_memory() - before}
     greedy = {new: SamplingSpec(do_sample=False, max_new_tokens=new) for new in (1, options.new)}
     jobs = {batch: Generation(network, greedy[1], 4096, batch) for batch in options.batches}
@@ -131,17 +138,26 @@ def report(options: argparse.Namespace, result: dict) -> None:
                 },
             ),
         ):
-            mine, theirs = times["mindspore"], times["transformers"]
-            print(
-                f"batch {batch} {name:<8} ours {tokens / mine['wall']:9.1f} tokens/s   transformers "
-                f"{tokens / theirs['wall']:9.1f} tokens/s   ratio wall {theirs['wall'] / mine['wall']:.2f}  "
-                f"CPU {theirs['cpu'] / mine['cpu']:.2f}"
-            )
-    ours, theirs = result["facts"]["mindspore"], result["facts"]["transformers"]
+            theirs, limit = times["transformers"], limits(options, batch)[name]
+            print(f"batch {batch} {name:<8} transformers {tokens / theirs['wall']:9.1f} tokens/s, at most {limit:9.1f}")
+            for engine in OURS:
+                mine = times[engine]
+                speed = tokens / mine["wall"]
+                print(
+                    f"    {engine:<12} {speed:9.1f} tokens/s   ratio wall {theirs['wall'] / mine['wall']:.2f}  CPU "
+                    f"{theirs['cpu'] / mine['cpu']:.2f}   of the limit {speed / limit:.2f}"
+                )
+    theirs = result["facts"]["transformers"]
+    for engine in OURS:
+        report_start(options, engine, result["facts"][engine], theirs)
+
+
+def report_start(options: argparse.Namespace, engine: str, ours: dict, theirs: dict) -> None:
+    """How an engine begins, whether it answers alike, and its memory."""
     for batch in map(str, options.batches):
         same = sum(a == b for a, b in zip(ours["tokens"][batch], theirs["tokens"][batch], strict=True))
         print(
-            f"batch {batch}: first token of a fresh process after {ours['first'][batch]:.1f} s, of it "
+            f"{engine}, batch {batch}: first token of a fresh process after {ours['first'][batch]:.1f} s, of it "
             f"{ours['compile'][batch]:.1f} s compilation (transformers {theirs['first'][batch]:.1f} s); equal "
             f"answers {same} of {batch}"
         )
@@ -150,17 +166,57 @@ def report(options: argparse.Namespace, result: dict) -> None:
     rows, positions = max(options.batches), options.prompt + options.new
     cache = 2 * rows * positions * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * 4
     print(
-        f"weights {weights / 1e6:.0f} MB + cache {cache / 1e6:.0f} MB; peak besides the framework: ours "
+        f"weights {weights / 1e6:.0f} MB + cache {cache / 1e6:.0f} MB; peak besides the framework: {engine} "
         f"{ours['memory'] / 1e6:.0f} MB ({ours['memory'] / (weights + cache):.2f}x), transformers "
         f"{theirs['memory'] / 1e6:.0f} MB"
     )
     print(
         f"weights in after {ours['load']:.1f} s and {ours['loaded'] / 1e6:.0f} MB; the rest are the cache, "
-        f"{2 * len(options.batches)} compiled graphs and the tensors of one pass"
+        "compiled graphs and the tensors of one pass"
     )
 
 
-WORKERS = {"mindspore": serve_mindspore, "transformers": serve_transformers}
+@functools.cache
+def stream_speed() -> float:
+    """Bytes a second at which an array that no cache holds is summed, all threads together."""
+    import torch
+
+    torch.set_num_threads(THREADS)
+    array = torch.ones(2**27)
+    return array.nbytes / min(timeit.repeat(array.sum, number=1, repeat=5))
+
+
+@functools.cache
+def product_time(rows: int, inner: int, columns: int) -> float:
+    """Seconds of one product of (rows, inner) by a weight (columns, inner)."""
+    import torch
+
+    torch.set_num_threads(THREADS)
+    a, weight = torch.ones(rows, inner), torch.ones(columns, inner)
+    return min(timeit.repeat(lambda: torch.nn.functional.linear(a, weight), number=1, repeat=5))
+
+
+def limits(options: argparse.Namespace, batch: int) -> dict[str, float]:
+    """Tokens per second that the machine allows at most, by phase; see the module's text."""
+    model = model_spec(options.hidden, options.ffn, options.layers)
+    moe, hidden, width = model.moe, model.hidden_size, model.intermediate_size
+    assert moe is not None
+    keys = model.num_key_value_heads * model.head_dim
+    attention = [(hidden, 2), (keys, 2)]  # columns, how many such matrices
+    rows = batch * options.prompt
+    share = rows * moe.num_experts_per_tok // moe.num_local_experts  # tokens of each expert, were all equal
+    layer = sum(count * product_time(rows, hidden, columns) for columns, count in attention)
+    layer += moe.num_local_experts * (2 * product_time(share, hidden, width) + product_time(share, width, hidden))
+    prompt = model.num_hidden_layers * layer + product_time(batch, hidden, model.vocab_size)
+    taken = moe.num_local_experts * (1 - (1 - moe.num_experts_per_tok / moe.num_local_experts) ** batch)
+    weights = model.num_hidden_layers * (hidden * 2 * (hidden + keys) + taken * 3 * hidden * width)
+    read = 4 * (weights + hidden * model.vocab_size)
+    return {"prefill": rows / prompt, "decode": batch * stream_speed() / read}
+
+
+OURS = {"mindspore": "ms", "pytorch": "pt"}  # engines
+WORKERS = {name: functools.partial(serve_ours, engine=engine) for name, engine in OURS.items()}
+WORKERS["transformers"] = serve_transformers
 
 
 def main() -> None:
@@ -194,7 +250,12 @@ def main() -> None:
         words += ["--batches", *map(str, options.batches)]
         commands = {key: [__file__, "--worker", key, *words] for key in WORKERS}
         names = [f"{kind} {batch}" for batch in options.batches for kind in ("prefill", "all")]
+        os.environ["XDG_CACHE_HOME"] = folder  # no graph of another run
         report(options, compare(commands, names, options.rounds))
+        again = Worker(commands["mindspore"])  # which finds the graphs of the first one
+        again.close()
+        for batch, first in again.facts["first"].items():
+            print(f"mindspore, batch {batch}, second start: first token after {first:.1f} s behind loading")
 
 
 if __name__ == "__main__":
