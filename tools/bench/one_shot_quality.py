@@ -147,7 +147,7 @@ def judged(bench: Workbench, make: Making) -> dict[str, Any]:
 def main() -> None:
     """Print a table; ``quality.json`` holds the figures."""
     words = options().parse_args()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     words.output.mkdir(parents=True, exist_ok=True)
     with open_workbench(words.model, texts_of(words), words.output / "work") as bench:
         found = measured(bench.start, words.output / "importance.npz", KINDS, False, print)
