@@ -275,6 +275,14 @@ def _experts(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: lis
             f"use_gmm=True with expert_parallel={ep}, model_parallel={mp}: grouped experts stand whole on every device",
             "set both to 1, or use_gmm: False with a capacity_factor",
         )
+    cut = parallel.parallel_mode in SHARDED_MODES and parallel.device_num > 1
+    if cut and run_mode in TRAINING and spec.model.moe.capacity_factor <= 0 and not spec.model.moe.use_gmm:
+        problems.add(
+            f"capacity_factor={spec.model.moe.capacity_factor:g} (dropless) in {parallel.parallel_mode} mode: a graph "
+            "that MindSpore cuts has the number of an expert's slots in it",
+            "set use_gmm: True (with expert_parallel and model_parallel 1), a capacity_factor above 0, or "
+            "parallel.parallel_mode: 0",
+        )
     if ep > 1 and not parallel.enable_alltoall:
         if run_mode in TRAINING:
             problems.add(

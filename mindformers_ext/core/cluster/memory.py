@@ -107,6 +107,25 @@ def layer_sizes(spec: NetworkSpec, layer: int | None = None) -> LayerSizes:
     return LayerSizes(tokens, whole, slots, slots * cut)
 
 
+def has_fixed_slots(spec: NetworkSpec) -> bool:
+    """Whether the rows of a network's experts do not depend on their load: a capacity factor reserves its slots, and
+    with ``use_gmm`` one device has all experts and multiplies K rows of every token."""
+    moe = spec.model.moe
+    return moe is None or moe.capacity_factor > 0 or moe.use_gmm
+
+
+def worst_load(spec: NetworkSpec) -> NetworkSpec:
+    """``spec`` with as many slots as it needs when all tokens of a routing group go to the same experts.
+
+    Dropless experts get as many slots each as the fullest of them needs (``ms.moe.slots``), at most one for every
+    token: what a capacity factor of E reserves.
+    """
+    if spec.model.moe is None or has_fixed_slots(spec):
+        return spec
+    moe = replace(spec.model.moe, capacity_factor=float(spec.model.moe.num_local_experts))
+    return replace(spec, model=replace(spec.model, moe=moe))
+
+
 def _layer(spec: NetworkSpec, layer: int | None) -> LayerSpec:
     return spec.model.layer(spec.model.typical_layer if layer is None else layer)
 
