@@ -36,7 +36,7 @@ class BatchPoint:
 
     @property
     def recomputed(self) -> tuple[float, int, int]:
-        """How much is computed again, to be compared: products, whole layers, parts without products."""
+        """How much is computed again, to be compared: products, whole layers, kinds of parts."""
         recompute = self.settings.recompute
         return self.repeated, len(recompute.layers), len(recompute.selected)
 

@@ -98,6 +98,22 @@ def effective_spec(spec: NetworkSpec) -> tuple[NetworkSpec, list[str]]:
     return replace(spec, parallel=parallel), warnings
 
 
+def uncut_slots(spec: NetworkSpec) -> tuple[str, str] | None:
+    """Why MindSpore cannot cut the training graph of ``spec``, and what to do: dropless slots follow from the load.
+    PyTorch can, and so can prediction, which gives experts no slots. None where nothing hinders."""
+    parallel, moe = spec.parallel, spec.model.moe
+    if parallel.parallel_mode not in SHARDED_MODES or parallel.device_num == 1:
+        return None
+    if moe is None or moe.capacity_factor > 0 or moe.use_gmm:
+        return None
+    return (
+        f"capacity_factor={moe.capacity_factor:g} (dropless) in {parallel.parallel_mode} mode: a graph that MindSpore "
+        "cuts has the number of an expert's slots in it",
+        "set use_gmm: True (with expert_parallel and model_parallel 1), a capacity_factor above 0, or "
+        "parallel.parallel_mode: 0",
+    )
+
+
 def router_tokens(spec: NetworkSpec, run_mode: str = "train") -> int:
     """Tokens N of one routing group; 0 where a group would be empty.
 
@@ -274,14 +290,6 @@ def _experts(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: lis
         problems.add(
             f"use_gmm=True with expert_parallel={ep}, model_parallel={mp}: grouped experts stand whole on every device",
             "set both to 1, or use_gmm: False with a capacity_factor",
-        )
-    cut = parallel.parallel_mode in SHARDED_MODES and parallel.device_num > 1
-    if cut and run_mode in TRAINING and spec.model.moe.capacity_factor <= 0 and not spec.model.moe.use_gmm:
-        problems.add(
-            f"capacity_factor={spec.model.moe.capacity_factor:g} (dropless) in {parallel.parallel_mode} mode: a graph "
-            "that MindSpore cuts has the number of an expert's slots in it",
-            "set use_gmm: True (with expert_parallel and model_parallel 1), a capacity_factor above 0, or "
-            "parallel.parallel_mode: 0",
         )
     if ep > 1 and not parallel.enable_alltoall:
         if run_mode in TRAINING:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from mindformers_ext.core.capacity import expert_capacity, rows_at_once
 from mindformers_ext.core.cluster.placement import ADAM_STATES, OPTIMIZER_THRESHOLD, WIDTH, head_cuts, placed_parameters
@@ -18,7 +19,7 @@ from mindformers_ext.core.config.lora import LoraSpec
 from mindformers_ext.core.config.recompute import WHOLE, RecomputeSpec
 from mindformers_ext.core.layers import LayerSpec
 from mindformers_ext.core.pruning import PruningSpec
-from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.core.stages import open_parts
 
 STATISTICS = 16  # floats that fused attention keeps per row: maximum and sum, eight lanes each
@@ -127,7 +128,12 @@ def worst_load(spec: NetworkSpec) -> NetworkSpec:
 
 
 def _layer(spec: NetworkSpec, layer: int | None) -> LayerSpec:
-    return spec.model.layer(spec.model.typical_layer if layer is None else layer)
+    return _model_layer(spec.model, spec.model.typical_layer if layer is None else layer)
+
+
+@lru_cache(maxsize=4096)  # searches ask for the same layers thousands of times
+def _model_layer(model: ModelSpec, layer: int) -> LayerSpec:
+    return model.layer(layer)
 
 
 def stage_memory(spec: NetworkSpec, settings: StepSettings) -> tuple[StageMemory, ...]:

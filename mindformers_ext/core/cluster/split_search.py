@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from mindformers_ext.core.cluster.cluster_rules import check_network, effective_spec
+from mindformers_ext.core.cluster.cluster_rules import check_network, effective_spec, uncut_slots
 from mindformers_ext.core.cluster.memory import StageMemory, StepSettings, stage_memory
 from mindformers_ext.core.cluster.split_cost import SplitCost, split_cost
 from mindformers_ext.core.config.keys import SHARDED_MODES
@@ -102,12 +102,12 @@ def _candidates(spec: NetworkSpec, settings: StepSettings, rows: int) -> Iterato
 
 
 def is_valid(spec: NetworkSpec) -> bool:
-    """Whether ``spec`` breaks no rule of training."""
+    """Whether ``spec`` breaks no rule of training with MindSpore."""
     try:
         check_network(spec, "train")
     except UserError:
         return False
-    return True
+    return uncut_slots(spec) is None
 
 
 def _divisors(number: int, most: int) -> list[int]:

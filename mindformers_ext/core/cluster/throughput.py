@@ -22,7 +22,7 @@ from mindformers_ext.core.spec import NetworkSpec, ParallelSpec
 @dataclass(frozen=True)
 class Anchor:
     """A share of a device's peak that ``source`` has published (``mfu``) and the ``job`` that reached it; ``peak``:
-    operations a second in 16 bits."""
+    operations a second in 16 bits, taken for all of the device's kinds of NPU."""
 
     device: str
     peak: float

@@ -9,7 +9,7 @@ from typing import Any
 
 from mindformers_ext.core.byte_sizes import read_size, size_text
 from mindformers_ext.core.cluster.batch_search import batch_front
-from mindformers_ext.core.cluster.cluster_rules import effective_spec
+from mindformers_ext.core.cluster.cluster_rules import effective_spec, uncut_slots
 from mindformers_ext.core.cluster.judged import judge_network, read_network
 from mindformers_ext.core.cluster.memory import StepSettings, stage_memory
 from mindformers_ext.core.cluster.split_cost import ASSUMPTIONS
@@ -61,24 +61,40 @@ def suggestions(config: Mapping[str, Any], where: str, world: int | None, memory
         job = _read(with_mixture_words(config), world)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    spec, settings, rows = job.spec, job.settings, job.rows
-    splits, note = fitting_splits(spec, settings, limit, rows), of_every_layer(spec, settings)
-    if not splits:  # what no recompute makes fit is refused
-        every = replace(settings.recompute, layers=frozenset(range(spec.model.num_hidden_layers)))
-        settings = replace(settings, recompute=every)
-        splits, note = fitting_splits(spec, settings, limit, rows), ", with recompute: True, without which none fits"
-    if not splits:
-        advice = split_that_fits(spec, settings, limit)
-        raise UserError(f"{where}: {advice}; a step of {rows} rows is kept, {limit_text} each")
-    head = (
-        f"{where}: {spec.parallel.device_num} devices of {limit_text}, {rows} rows of {spec.seq_length} tokens per step"
-        + note
-    )
+    splits, note = _splits(job, limit)
     own, verdict = _own_split(job, limit)
-    cuts = [*own, Cut("the first split", splits[0].spec, splits[0].settings, is_own=False)]
+    cuts = [*own, *(Cut("the first split", split.spec, split.settings, is_own=False) for split in splits[:1])]
     fronts = ((cut, batch_front(cut.spec, cut.settings, limit, _parts(cut, job.run))) for cut in cuts)
-    cut, front = next(pair for pair in fronts if pair[1].points)  # the first split fits as it was counted
-    return [*suggestion_lines(splits, head), verdict, "", *batch_lines(cut, front, rows, limit_text, device)]
+    found = next((pair for pair in fronts if pair[1].points), None)
+    if found is None:
+        raise UserError(f"{where}: {_advice(job, limit)}; a step of {job.rows} rows is kept, {limit_text} each")
+    head = (
+        f"{where}: {job.spec.parallel.device_num} devices of {limit_text}, {job.rows} rows of {job.spec.seq_length} "
+        f"tokens per step{note}"
+    )
+    listed = suggestion_lines(splits, head) if splits else [head, f"no split is listed: {_advice(job, limit)}"]
+    return [*listed, verdict, "", *batch_lines(*found, job.rows, limit_text, device)]
+
+
+def _splits(job: _Job, limit: int) -> tuple[list[Split], str]:
+    """Those that fit as the file computes, else with all layers again; and which it is, for the list's head."""
+    splits = fitting_splits(job.spec, job.settings, limit, job.rows)
+    if splits:
+        return splits, of_every_layer(job.spec, job.settings)
+    splits = fitting_splits(job.spec, _all_again(job), limit, job.rows)
+    return splits, ", with recompute: True, without which none fits" if splits else ""
+
+
+def _all_again(job: _Job) -> StepSettings:
+    layers = frozenset(range(job.spec.model.num_hidden_layers))
+    return replace(job.settings, recompute=replace(job.settings.recompute, layers=layers))
+
+
+def _advice(job: _Job, limit: int) -> str:
+    """What to do where nothing fits, whatever is computed again."""
+    parallel = replace(job.spec.parallel, parallel_mode="semi_auto_parallel")
+    hindrance = uncut_slots(replace(job.spec, parallel=parallel))
+    return ": ".join(hindrance) if hindrance else split_that_fits(job.spec, _all_again(job), limit)
 
 
 def _read(config: Mapping[str, Any], world: int | None) -> _Job:
@@ -88,7 +104,7 @@ def _read(config: Mapping[str, Any], world: int | None) -> _Job:
     devices = world or parallel.data_parallel * parallel.model_parallel * parallel.pipeline_stage
     spec = replace(spec, parallel=replace(parallel, device_num=devices))
     settings = step_settings(config, effective_spec(spec)[0], run.family is not None)
-    return _Job(spec, run, settings, step_rows(spec, settings))
+    return _Job(spec, run, settings, step_rows(effective_spec(spec)[0], settings))
 
 
 def _parts(cut: Cut, run: RunSpec) -> frozenset[str]:

@@ -138,7 +138,10 @@ def test_the_estimate_says_what_it_is() -> None:
     assert line_with(lines, "estimated tokens/s/NPU: from 31.7 % MFU published for Mixtral-8x7B").endswith(
         "not measured."
     )
-    assert "31.7 % x 313 TFLOP/s (16 bits) x (1 - bubble) / (F x (1 + repeated)); bubble = 5.9 %" in "\n".join(lines)
+    assert (
+        "31.7 % x 313 TFLOP/s (taken as its 16-bit peak) x (1 - bubble) / (F x (1 + repeated)); bubble = 5.9 %"
+        in "\n".join(lines)
+    )
     full = next(row for row in table(lines) if row[1] == "full")
     assert full[2] == "32.7%" and full[-1] == f"~{0.317 * 313e12 * 16 / 17 / 79_712_747_520 / 1.32658:.0f}"
 
@@ -154,6 +157,18 @@ def test_the_estimate_says_what_it_is() -> None:
 def test_no_estimate_beyond_what_was_published(changes: dict[str, Any], device: str, reason: str) -> None:
     lines = suggested({**changes, MC + "num_layers": 4}, "400GB", device=device)
     assert reason in line_with(lines, "no estimate of tokens/s: ") and "estimated" not in table(lines)[0][-1]
+
+
+def test_dropless_experts_where_no_split_compiles() -> None:
+    changes = {ME + "capacity_factor": -1, MC + "num_layers": 2}
+    with pytest.raises(UserError, match=r"job.yaml: capacity_factor=-1 \(dropless\) .*: set use_gmm: True"):
+        suggested(changes, "400GB")
+    lines = suggested({**changes, "parallel.parallel_mode": 0}, "400GB")
+    assert (
+        lines[0].startswith("job.yaml: 16 devices of 400GB, 16 rows of 4096 tokens")
+        and "no split is listed" in lines[1]
+    )
+    assert all(".." in row[3] for row in table(lines)[1:]) and f"{16 * 16 * 4096:,}" == table(lines)[-1][4]
 
 
 def test_the_load_of_experts() -> None:
