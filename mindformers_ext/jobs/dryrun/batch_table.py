@@ -155,8 +155,8 @@ def _estimate_lines(cut: Cut, anchor: Anchor) -> list[str]:
     return [
         f"estimated tokens/s/NPU: from {share} MFU published for {anchor.job} on {anchor.device} ({anchor.source}); "
         "not measured.",
-        f"  = {share} x {anchor.peak / 1e12:.0f} TFLOP/s (taken as its 16-bit peak) x (1 - bubble) / (F x (1 + repeated)); bubble = "
-        f"{bubble:.1f} % with {_counter(cut)}={_counted(cut)};",
+        f"  = {share} x {anchor.peak / 1e12:.0f} TFLOP/s (taken as its 16-bit peak) x (1 - bubble) / "
+        f"(F x (1 + repeated)); bubble = {bubble:.1f} % with {_counter(cut)}={_counted(cut)};",
         f"  F = {model_operations(cut.spec) / 1e9:.4g} GFLOP per token: 6 per weight that a token passes, and causal "
         "attention.",
         "  That job's own recompute and bubble, which are not told, lower its share already. What a split sends is not "
