@@ -140,7 +140,9 @@ def split_that_fits(spec: NetworkSpec, settings: StepSettings, limit: int) -> st
     if fitting:
         return "the cheapest split that fits is " + split_words(fitting[0]) + of_every_layer(spec, settings)
     everything = fitting_splits(spec, settings)
-    least = min((split.memory.total for split in everything), default=0)
+    if not everything:
+        return f"no split of {spec.parallel.device_num} devices keeps the rules and the rows of a step"
+    least = min(split.memory.total for split in everything)
     more = "" if settings.recompute.layers else ", or set recompute_config.recompute: True"
     return (
         f"no split of {spec.parallel.device_num} devices fits (the least is {size_text(least)}): use more devices{more}"

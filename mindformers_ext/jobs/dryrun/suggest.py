@@ -53,6 +53,8 @@ def suggestions(config: Mapping[str, Any], where: str, world: int | None, memory
     Raises:
         UserError: nothing says how much memory there is, the file is wrong elsewhere, or nothing fits.
     """
+    if world is not None and world < 1:
+        raise UserError(f"--worker_num {world}: give the number of devices of the whole job, 1 or more")
     limit_text = memory or (config.get("context") or {}).get("max_device_memory")
     if limit_text is None:
         raise UserError("--suggest needs the memory of one device: add --memory 64GB")
@@ -67,7 +69,8 @@ def suggestions(config: Mapping[str, Any], where: str, world: int | None, memory
     fronts = ((cut, batch_front(cut.spec, cut.settings, limit, _parts(cut, job.run))) for cut in cuts)
     found = next((pair for pair in fronts if pair[1].points), None)
     if found is None:
-        raise UserError(f"{where}: {_advice(job, limit)}; a step of {job.rows} rows is kept, {limit_text} each")
+        advice = f"{_advice(job, limit)}; a step of {job.rows} rows is kept, {limit_text} each"
+        raise UserError(f"{where}: {advice}; {verdict}")
     head = (
         f"{where}: {job.spec.parallel.device_num} devices of {limit_text}, {job.rows} rows of {job.spec.seq_length} "
         f"tokens per step{note}"

@@ -159,6 +159,23 @@ def test_no_estimate_beyond_what_was_published(changes: dict[str, Any], device: 
     assert reason in line_with(lines, "no estimate of tokens/s: ") and "estimated" not in table(lines)[0][-1]
 
 
+@pytest.mark.parametrize(
+    "changes, devices, message",
+    [
+        ({}, 0, "^--worker_num 0: give the number of devices"),
+        ({}, -1, "^--worker_num -1: give the number of devices"),
+        (
+            {ME + "max_router_load": 1},
+            16,
+            "no split of 16 devices keeps the rules .*(?s:.*)split .* is refused: (?s:.*)exceeds max_router_load=1",
+        ),
+    ],
+)
+def test_what_cannot_be_split_is_told(changes: dict[str, Any], devices: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        suggested({**changes, MC + "num_layers": 4}, devices=devices)
+
+
 def test_dropless_experts_where_no_split_compiles() -> None:
     changes = {ME + "capacity_factor": -1, MC + "num_layers": 2}
     with pytest.raises(UserError, match=r"job.yaml: capacity_factor=-1 \(dropless\) .*: set use_gmm: True"):
