@@ -15,6 +15,7 @@ from typing import Any
 
 from mindformers_ext.cli.command import Command, add_switch
 from mindformers_ext.cli.run_flags import FLAGS, OneValue, apply_flags, read_arguments
+from mindformers_ext.core.cluster.throughput import DEVICE
 from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.errors import UserError
 
@@ -28,7 +29,7 @@ examples:
   another split, given on the command line:
     python tools/dryrun.py --config job.yaml --worker_num 16 --parallel_config.data_parallel 4 \\
         --parallel_config.model_parallel 2 --parallel_config.use_seq_parallel True
-  which splits fit devices of 64 GB, the cheapest first (nothing is compiled)?
+  which splits fit devices of 64 GB, how large a micro batch, with how little recompute (nothing is compiled)?
     python tools/dryrun.py --config job.yaml --worker_num 16 --suggest --memory 64GB
   do the graphs compile that 8 devices answer prompts with, and is their memory enough?
     python tools/dryrun.py --config research/mixtral/mixtral_8x7b/predict_mixtral-8x7b.yaml --worker_num 8 \\
@@ -37,7 +38,7 @@ Every option of run_mindformer.py (--epochs, --section.key, ...) works here as w
 """
 RANK_COMMAND = (sys.executable, "-m", "mindformers_ext.cli.dryrun_rank")  # each process that compiles
 PACKAGES = ("mindformers_ext", "mindspore", "mindformers")
-OWN = ("config", "worker_num", "ranks", "out", "memory", "suggest", "jobs", "compare", "keep_graphs", "options")
+OWN = tuple("config worker_num ranks out memory suggest device jobs compare keep_graphs options".split())
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +72,13 @@ def _options(parser: argparse.ArgumentParser) -> None:
         parser,
         "--suggest",
         text="list the splits that fit --memory (default context.max_device_memory), the cheapest "
-        "first, and compile nothing",
+        "first, and the largest micro batches with the least recompute, and compile nothing",
+    )
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        help="with --suggest: whose published share of its peak is the tokens/s estimated from; another one than "
+        f"{DEVICE} gives no estimate (default {DEVICE})",
     )
     parser.add_argument("--jobs", type=int, metavar="N", help="ranks compiled at a time (default: one per core)")
     add_switch(parser, "--compare", text="also compile MindFormers' own network for the same file")
@@ -92,13 +99,13 @@ def _read(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 
 def _run(arguments: argparse.Namespace) -> int:
     from mindformers_ext.jobs.dryrun.facts import RankFacts
-    from mindformers_ext.jobs.dryrun.memory import suggestions
     from mindformers_ext.jobs.dryrun.page import write_page
     from mindformers_ext.jobs.dryrun.plan import plan_dry_run
     from mindformers_ext.jobs.dryrun.progress import DryRunProgress
     from mindformers_ext.jobs.dryrun.ranks import RankJob, compile_ranks
     from mindformers_ext.jobs.dryrun.report import DryRunReport, report_text, write_json
     from mindformers_ext.jobs.dryrun.stubs import ensure_stubs
+    from mindformers_ext.jobs.dryrun.suggest import suggestions
     from mindformers_ext.jobs.run.display import choose_sink
 
     path = Path(arguments.config)
@@ -106,8 +113,11 @@ def _run(arguments: argparse.Namespace) -> int:
     if config.get("run_mode") == "predict":
         _check_words_of_training(arguments)
     if arguments.suggest:
-        print("\n".join(suggestions(config, str(path), arguments.worker_num, arguments.memory)))
+        words = arguments.worker_num, arguments.memory, DEVICE if arguments.device is None else arguments.device
+        print("\n".join(suggestions(config, str(path), *words)))
         return 0
+    if arguments.device is not None:
+        raise UserError("--device belongs to --suggest, which estimates tokens a second: add that, or leave it out")
     if arguments.worker_num is None:
         raise UserError("--worker_num is missing: give the number of devices of the whole job")
     out = (arguments.out or Path("output") / "dryrun" / path.stem).resolve()

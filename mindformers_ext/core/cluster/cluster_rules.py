@@ -98,6 +98,22 @@ def effective_spec(spec: NetworkSpec) -> tuple[NetworkSpec, list[str]]:
     return replace(spec, parallel=parallel), warnings
 
 
+def uncut_slots(spec: NetworkSpec) -> tuple[str, str] | None:
+    """Why MindSpore cannot cut the training graph of ``spec``, and what to do: dropless slots follow from the load.
+    PyTorch can, and so can prediction, which gives experts no slots. None where nothing hinders."""
+    parallel, moe = spec.parallel, spec.model.moe
+    if parallel.parallel_mode not in SHARDED_MODES or parallel.device_num == 1:
+        return None
+    if moe is None or moe.capacity_factor > 0 or moe.use_gmm:
+        return None
+    return (
+        f"capacity_factor={moe.capacity_factor:g} (dropless) in {parallel.parallel_mode} mode: a graph that MindSpore "
+        "cuts has the number of an expert's slots in it",
+        "set use_gmm: True (with expert_parallel and model_parallel 1), a capacity_factor above 0, or "
+        "parallel.parallel_mode: 0",
+    )
+
+
 def router_tokens(spec: NetworkSpec, run_mode: str = "train") -> int:
     """Tokens N of one routing group; 0 where a group would be empty.
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from mindformers_ext.core.cluster.build import BuildSpec, build_spec
-from mindformers_ext.core.cluster.cluster_rules import check_cluster, check_network, effective_spec
+from mindformers_ext.core.cluster.cluster_rules import check_cluster, check_network, effective_spec, uncut_slots
 from mindformers_ext.core.config.foreign import foreign_lora, foreign_spec
-from mindformers_ext.core.config.run import RunSpec
+from mindformers_ext.core.config.run import MINDSPORE, TRAINING, RunSpec
 from mindformers_ext.core.config.view import network_spec_from_yaml, yaml_notes
 from mindformers_ext.core.documents import DOCUMENT_IDS
 from mindformers_ext.core.errors import Problems, UserError
@@ -41,6 +41,11 @@ def judge_network(spec: NetworkSpec, run: RunSpec, mode: str) -> list[str]:
     Raises:
         UserError: lists every broken rule.
     """
+    hindrance = uncut_slots(spec) if run.engine == MINDSPORE and mode in TRAINING else None
+    if hindrance:
+        problems = Problems("these settings do not fit together")
+        problems.add(*hindrance)
+        problems.raise_if_any()
     stages = effective_spec(spec)[0].parallel.pipeline_stage if spec.packed else 1
     if stages > 1:
         problems = Problems("packed rows")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from mindformers_ext.core.capacity import expert_capacity, rows_at_once
 from mindformers_ext.core.cluster.placement import ADAM_STATES, OPTIMIZER_THRESHOLD, WIDTH, head_cuts, placed_parameters
@@ -19,7 +20,7 @@ from mindformers_ext.core.config.recompute import WHOLE, RecomputeSpec
 from mindformers_ext.core.config.train import ParameterGroup
 from mindformers_ext.core.layers import LayerSpec
 from mindformers_ext.core.pruning import PruningSpec
-from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.core.stages import open_parts
 
 STATISTICS = 16  # floats that fused attention keeps per row: maximum and sum, eight lanes each
@@ -110,8 +111,32 @@ def layer_sizes(spec: NetworkSpec, layer: int | None = None) -> LayerSizes:
     return LayerSizes(tokens, whole, slots, slots * cut)
 
 
+def has_fixed_slots(spec: NetworkSpec) -> bool:
+    """Whether the rows of a network's experts do not depend on their load: a capacity factor reserves its slots, and
+    with ``use_gmm`` one device has all experts and multiplies K rows of every token."""
+    moe = spec.model.moe
+    return moe is None or moe.capacity_factor > 0 or moe.use_gmm
+
+
+def worst_load(spec: NetworkSpec) -> NetworkSpec:
+    """``spec`` with as many slots as it needs when all tokens of a routing group go to the same experts.
+
+    Dropless experts get as many slots each as the fullest of them needs (``ms.moe.slots``), at most one for every
+    token: what a capacity factor of E reserves.
+    """
+    if spec.model.moe is None or has_fixed_slots(spec):
+        return spec
+    moe = replace(spec.model.moe, capacity_factor=float(spec.model.moe.num_local_experts))
+    return replace(spec, model=replace(spec.model, moe=moe))
+
+
 def _layer(spec: NetworkSpec, layer: int | None) -> LayerSpec:
-    return spec.model.layer(spec.model.typical_layer if layer is None else layer)
+    return _model_layer(spec.model, spec.model.typical_layer if layer is None else layer)
+
+
+@lru_cache(maxsize=4096)  # searches ask for the same layers thousands of times
+def _model_layer(model: ModelSpec, layer: int) -> LayerSpec:
+    return model.layer(layer)
 
 
 def stage_memory(spec: NetworkSpec, settings: StepSettings) -> tuple[StageMemory, ...]:

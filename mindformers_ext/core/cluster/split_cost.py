@@ -51,26 +51,54 @@ class SplitCost:
 def split_cost(spec: NetworkSpec, settings: StepSettings) -> SplitCost:
     """The cost of the split of ``spec``, as ``core.cluster.cluster_rules.effective_spec`` leaves it."""
     parallel = spec.parallel
-    stages = parallel.pipeline_stage
-    micro = parallel.micro_batch_num if stages > 1 else settings.accumulation_steps
-    bubble = (stages - 1) / (micro * parallel.pp_interleave_num + stages - 1)
-    batches = micro * parallel.micro_batch_interleave_num
-    costs = [_stage_cost(spec, settings, stage, batches) for stage in range(stages)]
+    batches = _micro_batches(spec, settings) * parallel.micro_batch_interleave_num
+    costs = [_stage_cost(spec, settings, stage, batches) for stage in range(parallel.pipeline_stage)]
     operations, sent = max(costs, key=lambda cost: cost[0] / OPERATIONS + sum(cost[1].values()) / LINK)
-    return SplitCost(operations, dict(sent), bubble)
+    return SplitCost(operations, dict(sent), pipeline_bubble(spec, settings))
+
+
+def pipeline_bubble(spec: NetworkSpec, settings: StepSettings) -> float:
+    """The share of a step in which a stage waits for others."""
+    others = spec.parallel.pipeline_stage - 1
+    return others / (_micro_batches(spec, settings) * spec.parallel.pp_interleave_num + others)
+
+
+def repeated_share(spec: NetworkSpec, settings: StepSettings) -> float:
+    """How many more products the busiest stage computes for ``settings.recompute``: 0 none, about 1/3 a whole forward
+    pass again."""
+    stages = [stage_operations(spec, settings, stage) for stage in range(spec.parallel.pipeline_stage)]
+    return max(once + again for once, again in stages) / max(once for once, _ in stages) - 1
+
+
+def stage_operations(spec: NetworkSpec, settings: StepSettings, stage: int) -> tuple[int, int]:
+    """Operations of a stage's products on one device for one micro batch, forward and backward, and those repeated for
+    ``settings.recompute``."""
+    once = head_operations(spec) if stage == spec.parallel.pipeline_stage - 1 else 0
+    repeated = 0
+    for layer in _layers_of(spec, stage):
+        once += layer_operations(spec, layer=layer)
+        repeated += layer_operations(spec, _repeated_parts(settings, layer), layer)
+    return 3 * once, repeated  # backward takes two
+
+
+def _micro_batches(spec: NetworkSpec, settings: StepSettings) -> int:
+    return spec.parallel.micro_batch_num if spec.parallel.pipeline_stage > 1 else settings.accumulation_steps
+
+
+def _layers_of(spec: NetworkSpec, stage: int) -> list[int]:
+    return [layer for layer in range(spec.model.num_hidden_layers) if spec.layer_stage(layer) == stage]
+
+
+def _repeated_parts(settings: StepSettings, layer: int) -> Collection[str]:
+    return WHOLE if layer in settings.recompute.layers else settings.recompute.parts_of(layer)
 
 
 def _stage_cost(spec: NetworkSpec, settings: StepSettings, stage: int, micro: int) -> tuple[float, Counter[str]]:
     stages, parts = spec.parallel.pipeline_stage, spec.parallel.pp_interleave_num
-    here = [layer for layer in range(spec.model.num_hidden_layers) if spec.layer_stage(layer) == stage]
-    operations = 0.0
-    if stage == stages - 1:
-        operations += micro * 3 * head_operations(spec)
+    operations = micro * sum(stage_operations(spec, settings, stage))
     sent: Counter[str] = Counter()
-    for layer in here:
-        again = WHOLE if layer in settings.recompute.layers else settings.recompute.parts_of(layer)
-        once, repeated = layer_operations(spec, layer=layer), layer_operations(spec, again, layer)
-        operations += micro * (3 * once + repeated)  # backward takes two
+    for layer in _layers_of(spec, stage):
+        again = _repeated_parts(settings, layer)
         for purpose, size in layer_sent(spec, layer=layer).items():
             sent[purpose] += micro * 2 * size  # forward, and backward as much again
         for purpose, size in layer_sent(spec, again if settings.recompute.exchanges else (), layer).items():

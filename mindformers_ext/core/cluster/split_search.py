@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from mindformers_ext.core.cluster.cluster_rules import check_network, effective_spec
+from mindformers_ext.core.cluster.cluster_rules import check_network, effective_spec, uncut_slots
 from mindformers_ext.core.cluster.memory import StageMemory, StepSettings, stage_memory
 from mindformers_ext.core.cluster.split_cost import SplitCost, split_cost
+from mindformers_ext.core.config.keys import SHARDED_MODES
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec
 
@@ -43,13 +44,8 @@ def step_rows(spec: NetworkSpec, settings: StepSettings) -> int:
     """Sequences of one training step."""
     parallel = spec.parallel
     micro = parallel.micro_batch_num if parallel.pipeline_stage > 1 else 1
-    return (
-        spec.batch_size
-        * parallel.data_parallel
-        * micro
-        * parallel.micro_batch_interleave_num
-        * settings.accumulation_steps
-    )
+    copies = parallel.data_parallel if parallel.parallel_mode in SHARDED_MODES else parallel.device_num
+    return spec.batch_size * copies * micro * parallel.micro_batch_interleave_num * settings.accumulation_steps
 
 
 def fitting_splits(
@@ -100,17 +96,18 @@ def _candidates(spec: NetworkSpec, settings: StepSettings, rows: int) -> Iterato
                     parallel_mode="semi_auto_parallel",
                 )
                 candidate = replace(spec, parallel=parallel)
-                if _is_valid(candidate):
+                if is_valid(candidate):
                     steps = 1 if pp > 1 else batches
                     yield effective_spec(candidate)[0], replace(settings, recompute=again, accumulation_steps=steps)
 
 
-def _is_valid(spec: NetworkSpec) -> bool:
+def is_valid(spec: NetworkSpec) -> bool:
+    """Whether ``spec`` breaks no rule of training with MindSpore."""
     try:
         check_network(spec, "train")
     except UserError:
         return False
-    return True
+    return uncut_slots(spec) is None
 
 
 def _divisors(number: int, most: int) -> list[int]:

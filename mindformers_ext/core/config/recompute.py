@@ -117,6 +117,22 @@ def recompute_from_yaml(config: Mapping[str, Any], spec: NetworkSpec) -> Recompu
     return found
 
 
+def recompute_words(found: RecomputeSpec, spec: NetworkSpec) -> dict[str, Any]:
+    """``recompute`` and ``select_recompute`` with which ``recompute_from_yaml`` reads ``found`` for ``spec``.
+
+    ``found``: of every stage its first layers, and parts of every layer or none.
+    """
+    counts, sizes = [0] * spec.parallel.pipeline_stage, [0] * spec.parallel.pipeline_stage
+    for layer in range(spec.model.num_hidden_layers):
+        sizes[spec.layer_stage(layer)] += 1
+        counts[spec.layer_stage(layer)] += layer in found.layers
+    names = [re.escape(PARTS[part][0]) for part, layers in found.selected if layers]
+    return {
+        "recompute": counts == sizes or (counts if any(counts) else False),
+        "select_recompute": True if names == [re.escape(PARTS[SELECTED][0])] else names or False,
+    }
+
+
 def recompute_asked(words: object, problems: Problems) -> tuple[bool, bool]:
     """Whether the section ``words`` asks for any whole layer, and for any part, for an engine without a pipeline."""
     if not isinstance(words, Mapping):

@@ -1,37 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a job fits its devices' memory, and the splits that would: before anything is compiled."""
+"""Whether a job fits its devices' memory: before anything is compiled. ``jobs.dryrun.suggest`` lists what would."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mindformers_ext.core.byte_sizes import read_size, size_text
-from mindformers_ext.core.cluster.cluster_rules import effective_spec
-from mindformers_ext.core.cluster.judged import judge_network, read_network
 from mindformers_ext.core.cluster.memory import StepSettings, prediction_memory, stage_memory
 from mindformers_ext.core.cluster.placement import OPTIMIZER_THRESHOLD
-from mindformers_ext.core.cluster.split_cost import ASSUMPTIONS
-from mindformers_ext.core.cluster.split_search import MACHINE, Split, fitting_splits, step_rows
+from mindformers_ext.core.cluster.split_search import Split, fitting_splits
 from mindformers_ext.core.config.foreign import foreign_lora
 from mindformers_ext.core.config.lora import lora_from_yaml
-from mindformers_ext.core.config.mixture_words import with_mixture_words
 from mindformers_ext.core.config.pruning import pruning_from_yaml
 from mindformers_ext.core.config.recompute import WHERE, recompute_from_yaml
-from mindformers_ext.core.config.run import RunSpec, run_spec_from_yaml
 from mindformers_ext.core.config.train import trained_groups
 from mindformers_ext.core.config.values import read_value, section_at
 from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.jobs.predict.generate import Shape
-
-SHOWN = 10  # splits in the list
-NEEDED = (
-    "weights, gradients and optimizer states follow from the slices; activations and gathered weights are "
-    "estimated by arithmetic"
-)
 
 
 def step_settings(config: Mapping[str, Any], spec: NetworkSpec, ours: bool = True) -> StepSettings:
@@ -103,7 +91,7 @@ def check_memory(spec: NetworkSpec, settings: StepSettings, memory: str | None, 
         fullest.total,
         memory,
         configured,
-        lambda limit: _way_out(spec, settings, limit),
+        lambda limit: split_that_fits(spec, settings, limit),
         " (--suggest lists splits that fit)",
     )
 
@@ -148,19 +136,22 @@ def _judged(
     return []
 
 
-def _way_out(spec: NetworkSpec, settings: StepSettings, limit: int) -> str:
+def split_that_fits(spec: NetworkSpec, settings: StepSettings, limit: int) -> str:
+    """The cheapest split that fits ``limit`` bytes of a device, or what else to do."""
     fitting = fitting_splits(spec, settings, limit)
     if fitting:
-        return "the cheapest split that fits is " + split_words(fitting[0]) + _of_every_layer(spec, settings)
+        return "the cheapest split that fits is " + split_words(fitting[0]) + of_every_layer(spec, settings)
     everything = fitting_splits(spec, settings)
-    least = min((split.memory.total for split in everything), default=0)
+    if not everything:
+        return f"no split of {spec.parallel.device_num} devices keeps the rules and the rows of a step"
+    least = min(split.memory.total for split in everything)
     more = "" if settings.recompute.layers else ", or set recompute_config.recompute: True"
     return (
         f"no split of {spec.parallel.device_num} devices fits (the least is {size_text(least)}): use more devices{more}"
     )
 
 
-def _of_every_layer(spec: NetworkSpec, settings: StepSettings) -> str:
+def of_every_layer(spec: NetworkSpec, settings: StepSettings) -> str:
     """What a split is counted with, where the configuration numbers layers per stage."""
     every = settings.recompute.for_every_layer(spec.model.num_hidden_layers)
     return "" if every == settings.recompute else ", with True for the numbers of layers in recompute_config"
@@ -169,95 +160,3 @@ def _of_every_layer(spec: NetworkSpec, settings: StepSettings) -> str:
 def split_words(split: Split) -> str:
     """The sizes of a split in the YAML's words."""
     return ", ".join(f"{name}={value}" for name, value in split.words.items())
-
-
-def suggestions(config: Mapping[str, Any], where: str, world: int | None, memory: str | None) -> list[str]:
-    """Lines for ``--suggest``: splits of the job in ``config`` that fit, cheapest first.
-
-    Args:
-        config: the YAML's content with options applied; its own split may be wrong.
-        where: the file, for messages.
-        world: devices of the whole job; None: as many as the file's split has.
-        memory: of one device; None: ``context.max_device_memory``.
-
-    Raises:
-        UserError: nothing says how much memory there is, the file is wrong elsewhere, or nothing fits.
-    """
-    limit_text = memory or (config.get("context") or {}).get("max_device_memory")
-    if limit_text is None:
-        raise UserError("--suggest needs the memory of one device: add --memory 64GB")
-    limit = read_size(str(limit_text), "--memory" if memory else "context.max_device_memory")
-    config = with_mixture_words(config)
-    words = {**config, "use_parallel": True}
-    try:
-        run = run_spec_from_yaml(words)
-        spec, _ = read_network(words, run, world or 1)
-        parallel = spec.parallel
-        devices = world or parallel.data_parallel * parallel.model_parallel * parallel.pipeline_stage
-        spec = replace(spec, parallel=replace(parallel, device_num=devices))
-        rows = step_rows(spec, settings := step_settings(config, effective_spec(spec)[0], run.family is not None))
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    splits = fitting_splits(spec, settings, limit, rows)
-    if not splits:
-        raise UserError(f"{where}: {_way_out(spec, settings, limit)}; a step of {rows} rows is kept, {limit_text} each")
-    head = (
-        f"{where}: {devices} devices of {limit_text}, {rows} rows of {spec.seq_length} tokens per step"
-        + _of_every_layer(spec, settings)
-    )
-    return [*suggestion_lines(splits, head), _own_split(spec, run, settings, limit)]
-
-
-def _own_split(spec: NetworkSpec, run: RunSpec, settings: StepSettings, limit: int) -> str:
-    """What becomes of the split in the file: refused by a rule, too large, or how much it needs."""
-    names = ("data_parallel", "model_parallel", "expert_parallel", "pipeline_stage", "use_seq_parallel")
-    own = "the file's own split (" + ", ".join(f"{name}={getattr(spec.parallel, name)}" for name in names) + ")"
-    try:
-        judge_network(spec, run, "train")
-    except UserError as error:
-        return f"{own} is refused: {error}"
-    need = max(stage.total for stage in stage_memory(effective_spec(spec)[0], settings))
-    if need > limit:
-        return f"{own} does not fit: it needs {size_text(need)}"
-    return f"{own} fits: it needs {size_text(need)}"
-
-
-def suggestion_lines(splits: Sequence[Split], head: str) -> list[str]:
-    """The table and what its columns mean."""
-    columns = ("dp", "mp", "ep", "pp", "micro", "accumulate", "memory GB", "sent GB", "bubble", "model s")
-    rows: list[tuple[str, ...]] = [columns]
-    for split in splits[:SHOWN]:
-        words, cost = split.words, split.cost
-        rows.append(
-            (
-                *(
-                    f"{words[name]}"
-                    for name in (
-                        "data_parallel",
-                        "model_parallel",
-                        "expert_parallel",
-                        "pipeline_stage",
-                        "micro_batch_num",
-                        "gradient_accumulation_steps",
-                    )
-                ),
-                f"{split.memory.total / 1e9:.1f}",
-                f"{cost.sent_total / 1e9:.1f}",
-                f"{100 * cost.bubble:.0f}%",
-                f"{cost.seconds:.1f}",
-            )
-        )
-    widths = [max(len(row[place]) for row in rows) for place in range(len(columns))]
-    table = ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    best = splits[0]
-    parts = ", ".join(f"{purpose} {size / 1e9:.1f} GB" for purpose, size in sorted(best.cost.sent.items()))
-    return [
-        head,
-        f"{len(splits)} splits fit" + (f", the cheapest {SHOWN}:" if len(splits) > SHOWN else ":"),
-        *table,
-        f"the first one: {split_words(best)}",
-        f"  sends per step: {parts}",
-        f"memory: the fullest stage; {NEEDED}.",
-        f"order: {ASSUMPTIONS}. It puts splits in order and predicts no time.",
-        f"model_parallel stays within a machine of {MACHINE} devices; above 1 it comes with use_seq_parallel.",
-    ]

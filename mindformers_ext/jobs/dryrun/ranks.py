@@ -106,7 +106,8 @@ def _request(job: RankJob, rank: int, root: str) -> Path:
     shutil.rmtree(folder / GRAPHS, ignore_errors=True)
     request = {
         "config": {**plan.config, "output_dir": root},
-        "rows": plan.rows,
+        # without full_batch the ranks share out the rows that are written, and each needs a step's
+        "rows": plan.rows * (1 if plan.spec.parallel.full_batch else plan.world),
         "folder": str(folder),
         "native": job.native,
         "rank": rank,

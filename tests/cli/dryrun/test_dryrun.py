@@ -365,6 +365,7 @@ def test_a_rank_that_fails_leaves_the_others(tmp_path: Path) -> None:
         (["--worker_num", "16", "--memory", "8GB"], "no split of 16 devices fits"),
         (["--worker_num", "16", "--parallel_config.expert_parallel", "16"], "exceeds data_parallel=8"),
         (["--worker_num", "16", "--ranks", "99"], "the ranks 0 to 15"),
+        (["--worker_num", "16", "--device", "Atlas 900 A2"], "--device belongs to --suggest"),
         ([], "--worker_num is missing"),
     ],
 )
@@ -379,6 +380,11 @@ def test_suggest(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "16 devices of 64GB, 128 rows of 4096 tokens per step" in done.stdout
     assert "data_parallel=8, model_parallel=1, expert_parallel=8, pipeline_stage=2" in done.stdout
+    for name in ("README.md", "README_CN.md"):  # show what this prints
+        text = (ROOT / "research" / "mixtral" / name).read_text(encoding="utf-8")
+        assert text.partition("```text\n  batch_size")[2].partition("```")[0].splitlines()[1:] == [
+            line for line in done.stdout.splitlines() if line.startswith("  ") and "~" in line
+        ]
     assert not list(tmp_path.iterdir())
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +19,12 @@ from mindformers_ext.core.cluster.cluster_rules import (
     nearest_sizes,
     router_tokens,
 )
+from mindformers_ext.core.cluster.judged import judge_network, read_network
+from mindformers_ext.core.config.run import run_spec_from_yaml
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.layers import MoESpec
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec, ParallelSpec
+from tests.helpers.pretrain import changed
 from tests.helpers.specs import network_specs
 
 MODEL = ModelSpec(
@@ -290,3 +294,20 @@ def test_the_suggested_sizes_fit(spec: NetworkSpec) -> None:
 def test_data_parallel_always_fits() -> None:
     model = replace(MODEL, num_attention_heads=3, num_key_value_heads=3, num_hidden_layers=1)
     assert nearest_sizes(ParallelSpec(model_parallel=7, device_num=7), model) == (7, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "changes, engine, refused",
+    [
+        ({}, "ms", True),
+        ({}, "pt", False),
+        ({"moe_config.capacity_factor": 1.1}, "ms", False),
+        ({"parallel.parallel_mode": 0}, "ms", False),
+    ],
+)
+def test_dropless_slots_do_not_stand_in_a_cut_graph(changes: dict[str, Any], engine: str, refused: bool) -> None:
+    config = changed({"moe_config.capacity_factor": -1, "engine": engine, "context.device_target": "CPU", **changes})
+    run = run_spec_from_yaml(config)
+    spec, _ = read_network(config, run, 16)
+    with pytest.raises(UserError, match="set use_gmm: True") if refused else nullcontext():
+        judge_network(spec, run, "train")

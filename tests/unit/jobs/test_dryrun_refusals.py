@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,9 @@ import yaml
 
 from mindformers_ext.core.byte_sizes import read_size
 from mindformers_ext.core.errors import UserError
-from mindformers_ext.jobs.dryrun.memory import suggestions
 from mindformers_ext.jobs.dryrun.plan import plan_dry_run
-from tests.helpers.specs import PRETRAIN_YAML
+from tests.helpers.pretrain import changed
 
-SEED = yaml.safe_load(PRETRAIN_YAML)
 IL = "parallel.pipeline_config.pipeline_interleave"
 PC, MC, ME = "parallel_config.", "model.model_config.", "moe_config."
 R17 = {PC + "data_parallel": 2, PC + "model_parallel": 4, PC + "expert_parallel": 2, PC + "use_seq_parallel": True}
@@ -63,6 +60,13 @@ WRONG: list[tuple[str, dict[str, Any], int, str, str]] = [
         16,
         "expert_parallel=16 exceeds data_parallel=8",
         "the nearest expert_parallel that fits is 8",
+    ),
+    (
+        "dropless slots in a cut graph",
+        {ME + "capacity_factor": -1},
+        16,
+        "capacity_factor=-1 (dropless) in semi_auto_parallel mode",
+        "set use_gmm: True (with expert_parallel and model_parallel 1), a capacity_factor above 0",
     ),
     (
         "dp over ep",
@@ -266,18 +270,6 @@ WRONG: list[tuple[str, dict[str, Any], int, str, str]] = [
 ]
 
 
-def changed(changes: dict[str, Any]) -> dict[str, Any]:
-    """The seed's configuration with dotted keys set."""
-    config = copy.deepcopy(SEED)
-    for path, value in changes.items():
-        *parents, last = path.split(".")
-        section = config
-        for name in parents:
-            section = section.setdefault(name, {})
-        section[last] = value
-    return config
-
-
 def refusal(changes: dict[str, Any], devices: int, **more: Any) -> str:
     with pytest.raises(UserError) as caught:
         plan_dry_run(changed(changes), "job.yaml", devices, more.pop("ranks", "stages"), Path("out"), **more)
@@ -347,23 +339,3 @@ def test_amounts(text: str, nbytes: int) -> None:
 def test_wrong_amounts(text: str) -> None:
     with pytest.raises(UserError, match="for example 64GB"):
         read_size(text, "--memory")
-
-
-def test_suggestions_of_a_file_whose_own_split_is_wrong() -> None:
-    lines = suggestions(changed({PC + "model_parallel": 3}), "job.yaml", 16, "64GB")
-    assert lines[0] == "job.yaml: 16 devices of 64GB, 128 rows of 4096 tokens per step"
-    assert "data_parallel=" in "\n".join(lines) and "bubble = (stages - 1)" in "\n".join(lines)
-    assert "the file's own split (data_parallel=8, model_parallel=3, expert_parallel=8" in lines[-1]
-    assert "is refused" in lines[-1] and "8*3*2*1 = 48 is not the device count 16" in lines[-1]
-
-
-@pytest.mark.parametrize("memory, verdict", [("64GB", "fits: it needs 5"), ("52GB", "does not fit: it needs 5")])
-def test_suggestions_tell_what_the_files_own_split_needs(memory: str, verdict: str) -> None:
-    assert verdict in suggestions(changed({}), "job.yaml", 16, memory)[-1]
-
-
-def test_suggestions_need_a_memory() -> None:
-    config = changed({})
-    del config["context"]["max_device_memory"]
-    with pytest.raises(UserError, match="--memory 64GB"):
-        suggestions(config, "job.yaml", 16, None)
