@@ -22,14 +22,19 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from own_commands import command, once
 
+from mindformers_ext.core.config.file import dump_yaml
+from mindformers_ext.core.config.from_model import FirstTry, yaml_from_model
+from mindformers_ext.core.config.run import PYTORCH
 from mindformers_ext.formats.atomic import write_text
 from mindformers_ext.formats.safetensors_dir import SafetensorsDir
+from mindformers_ext.jobs.run.from_folder import describe
 
 TEXT, MODEL, FILES, KEPT = "{text}", "{model}", "{files}", "{kept}"  # the calibration's options, and paths
 MEASURED = ("--max_tokens", "{tokens}", "--block_size", "512")
@@ -66,20 +71,34 @@ STAGES: Mapping[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 MODELS = ("mixture", "static", "residual")
-LORA = (
-    *("--model.model_config.pet_config.pet_type", "lora", "--model.model_config.pet_config.lora_rank", 16),
-    *("--model.model_config.pet_config.lora_alpha", 32, "--model.model_config.pet_config.lora_dropout", 0.0),
-    *("--model.model_config.pet_config.target_modules", ".*wq|.*wk|.*wv|.*wo"),
-)
+LORA = {
+    "pet_type": "lora", "lora_rank": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": ".*wq|.*wk|.*wv|.*wo"
+}  # fmt: skip
 RATE = 1e-4
-# trainings: rate (None: by the gates' size), options; whether the model must have gates
-TRAININGS: Mapping[str, tuple[float | None, tuple[object, ...], bool]] = {
-    "gates alone": (None, ("--runner_config.train_gate_only", True), True),
-    "LoRA": (10 * RATE, LORA, False),
-    "all but gates": (RATE, ("--runner_config.freeze_gate", True), True),
-    "everything": (RATE, (), False),
+
+
+@dataclass(frozen=True)
+class Training:
+    """What learns. ``rate`` None: by the gates' size; ``gates``: it says something of gates, which the model must have;
+    ``runner`` goes into the YAML's runner_config."""
+
+    rate: float | None = RATE
+    gates: bool = False
+    adapters: bool = False
+    runner: Mapping[str, bool] = field(default_factory=dict)
+
+
+TRAININGS = {
+    "everything": Training(),
+    "gates alone": Training(None, gates=True, runner={"train_gate_only": True}),
+    "LoRA": Training(10 * RATE, adapters=True),
+    "all but gates": Training(gates=True, runner={"freeze_gate": True}),
 }
-ROWS, LENGTH = 4, 128  # of a step
+ROWS, LENGTH = 2, 128  # of a step
+ROWS_OF_TEXT = (
+    *("tools/dataset_preprocess/llama/llama_preprocess.py", "--dataset_type", "text", "--input_glob", TEXT),
+    *("--model_file", MODEL, "--seq_length", str(LENGTH), "--output_file", f"{FILES}/rows.mindrecord"),
+)
 
 
 def gates_size(folder: Path) -> float:
@@ -94,20 +113,21 @@ def is_gate(name: str) -> bool:
     return name.endswith((".mlp.gate.weight", ".block_sparse_moe.gate.weight"))
 
 
-def made(out: Path, words: argparse.Namespace) -> dict[str, Path]:
-    """The folder of every model."""
+def filled(stage: Sequence[str], words: argparse.Namespace) -> list[str]:
+    """A command with what stands for paths and numbers put in."""
     size = json.loads((words.model / "config.json").read_text())["intermediate_size"]
-    known = {TEXT: words.calibration, MODEL: words.model, FILES: out, KEPT: size // 2, "{held}": words.held_out}
-    known["{tokens}"] = words.tokens
+    known = {TEXT: words.calibration, MODEL: words.model, FILES: words.output, KEPT: size // 2}
+    known |= {"{held}": words.held_out, "{tokens}": words.tokens}
+    for name, value in known.items():
+        stage = [word.replace(name, str(value)) for word in stage]
+    return list(stage)
 
-    def filled(word: str) -> str:
-        for name, value in known.items():
-            word = word.replace(name, str(value))
-        return word
 
+def made(words: argparse.Namespace) -> dict[str, Path]:
+    """The folder of every model."""
     for place, stage in STAGES.items():
-        once(out / place, partial(command, *map(filled, stage)))
-    return {"dense": words.model, **{name: out / name for name in MODELS}}
+        once(words.output / place, partial(command, *filled(stage, words)))
+    return {"dense": words.model, **{name: words.output / name for name in MODELS}}
 
 
 def judged(run: Path, model: Path, words: argparse.Namespace) -> float:
@@ -123,18 +143,36 @@ def judged(run: Path, model: Path, words: argparse.Namespace) -> float:
     return float(found["PerplexityMetric"]["loss"])
 
 
-def trained(run: Path, model: Path, rate: float, options: Sequence[object], words: argparse.Namespace) -> float:
+def trained(run: Path, model: Path, training: Training, rate: float, words: argparse.Namespace) -> float:
     """The held-out loss of ``model`` behind a training."""
 
     def train() -> None:
+        run.parent.mkdir(parents=True, exist_ok=True)
+        path, rows = run.with_suffix(".yaml"), words.output / "rows.mindrecord"
+        found = describe(model)
+        asked = FirstTry(
+            job="train", load=str(found.load), tokenizer=str(found.tokenizer), engine=PYTORCH, data=str(rows),
+            rows=ROWS, seq_length=LENGTH,
+        )  # fmt: skip
+        config = yaml_from_model(found.model, asked)
+        if training.adapters:
+            config["model"]["model_config"]["pet_config"] = LORA
+        config["runner_config"] |= training.runner
+        path.write_text(dump_yaml(config), encoding="utf-8")
         command(
-            "-m", "mindformers_ext", "train", model, "--data", words.calibration, "--engine", "pt", "--seq_length",
-            LENGTH, "--batch_size", ROWS, "--num_samples", words.steps * ROWS, "--seed", words.seed, "--output_dir",
-            run, "--lr_schedule.learning_rate", rate, "--lr_schedule.lr_end", rate / 10, *options,
+            "run_mindformer.py", "--config", path, "--batch_size", ROWS, "--num_samples", words.steps * ROWS,
+            "--seed", words.seed, "--output_dir", run, "--lr_schedule.learning_rate", rate,
+            "--lr_schedule.lr_end", rate / 10,
         )  # fmt: skip
 
     once(run / "checkpoint", train)
-    return judged(run, run, words)
+    if not training.adapters:
+        return judged(run, run, words)
+    base, merged = run / "base.ckpt", run / "merged.safetensors"
+    once(base, lambda: command("convert_weight.py", "--input_path", model, "--output_path", base))
+    adapters = ("--base", base, "--adapter", run / "checkpoint", "--output", merged)
+    once(merged, lambda: command("tools/merge_lora.py", *adapters))
+    return judged(run, merged, words)
 
 
 def options() -> argparse.ArgumentParser:
@@ -163,17 +201,18 @@ def main() -> None:
     words.output.mkdir(parents=True, exist_ok=True)
     text = words.held_out.read_text(encoding="utf-8")[: words.characters]
     once(words.output / "judge.txt", lambda: write_text(words.output / "judge.txt", text))
-    models = made(words.output, words)
+    once(words.output / "rows.mindrecord", partial(command, *filled(ROWS_OF_TEXT, words)))
+    models = made(words)
     found = {"dense": {"as it is": judged(words.output / "runs" / "dense", models["dense"], words)}}
     for name in words.models:
         runs, size = words.output / "runs", gates_size(models[name])
         row = found[name] = {"as it is": judged(runs / name, models[name], words)}
         for training in words.trainings:
-            rate, more, needs_gates = TRAININGS[training]
-            if needs_gates and not size:
+            way = TRAININGS[training]
+            if way.gates and not size:
                 continue
             run = runs / f"{name}_{training.replace(' ', '_')}"
-            row[training] = trained(run, models[name], rate or words.gate_rate * size, more, words)
+            row[training] = trained(run, models[name], way, way.rate or words.gate_rate * size, words)
             print(f"{name}, {training}: {row[training]:.4f}", flush=True)
     write_text(words.output / "training.json", json.dumps({"steps": words.steps, "losses": found}, indent=1) + "\n")
     for name, row in found.items():
