@@ -57,6 +57,11 @@ class Threshold:
         place = len(scores) - len(x) * count
         return cls(rows.astype(np.float32), float(np.partition(scores, place)[place]))
 
+    @property
+    def bias(self) -> np.ndarray:
+        """float32 (E): added to the scores, those of 0 or more are of the chosen."""
+        return np.full(len(self.rows), -self.least, np.float32)
+
     def choose(self, x: np.ndarray, hidden: np.ndarray) -> np.ndarray:
         """By x . row."""
         return np.asarray(x @ self.rows.T >= np.float32(self.least))
