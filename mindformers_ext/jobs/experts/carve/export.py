@@ -37,12 +37,12 @@ from mindformers_ext.surgery.experts.words import BIAS, ONLY
 PLAIN_SUM = "moefication"  # of what gates can do with the experts' outputs
 DOWN_NAME = "model.layers.{}.mlp.down_proj.weight"
 PASSED = (
-    "Chosen are the groups whose score is above the layer's threshold: none for some tokens, all for others, and as many "
+    "Chosen are the groups whose score is above the layer's threshold: of some tokens none, of others all, and as many "
     "as said on average over the calibration"
 )
 SAVING = (
-    "transformers and our PyTorch engine compute what a token passes; MindSpore gives every expert as many rows as the "
-    "busiest one has in training, and computes all experts of each new token in generation, so it saves little or nothing"
+    "transformers and our PyTorch engine compute what a token passes; in MindSpore's training every expert has as many "
+    "rows as the busiest one, and a new token is computed by all experts: expect no saving there"
 )
 Beside = Callable[[Path], None]
 
