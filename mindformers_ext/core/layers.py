@@ -348,13 +348,15 @@ class MoESpec:
             problems.add(f"gate_noise_epsilon={self.gate_noise_epsilon}", "use a small positive value, 0.01")
 
     def _collect_threshold(self, problems: Problems) -> None:
-        wanted = {**THRESHOLD_WORDS, "num_experts_per_tok": self.num_local_experts}
-        for name, value in wanted.items():
+        beside = f"with moe_gate '{self.gate}'"
+        for name, value in THRESHOLD_WORDS.items():
             if getattr(self, name) != value:
-                problems.add(f"{name}={getattr(self, name)!r} with moe_gate '{self.gate}'", f"it can only be {value!r}")
+                problems.add(f"{name}={getattr(self, name)!r} {beside}", f"set it to {value!r}")
+        if self.num_experts_per_tok != self.num_local_experts:
+            said = f"num_experts_chosen={self.num_experts_per_tok} (num_selects) {beside}"
+            problems.add(said, f"a token may pass all experts: set it to {self.num_local_experts}")
         if self.capacity_factor > 0:
-            said = f"capacity_factor={self.capacity_factor} with moe_gate '{self.gate}'"
-            problems.add(said, "nothing is dropped: set it to -1")
+            problems.add(f"capacity_factor={self.capacity_factor} {beside}", "nothing is dropped: set it to -1")
 
     def _collect_groups(self, problems: Problems) -> None:
         experts, chosen = self.num_local_experts, self.num_experts_per_tok

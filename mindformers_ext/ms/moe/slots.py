@@ -17,10 +17,12 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops.auto_generate import TensorToScalar
 
 from mindformers_ext.core.capacity import expert_capacity
+from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.layers import MoESpec
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.moe.order import ExpertOrder, check_load
 from mindformers_ext.ms.ops.select import Operators
+from mindformers_ext.ms.strategies import Shards
 
 # dispatch (G, E, C) int32: 1 + token of each slot, 0 = empty;
 # slot (G, N, K) int32: flat E*C index of each assignment, 0 where it is dropped;
@@ -204,10 +206,16 @@ class SortedSlots(nn.Cell):
 
 
 def build_slots(spec: NetworkSpec, moe: MoESpec, operators: Operators) -> SlotRule:
-    """The rule that ``moe`` asks for."""
+    """The rule that ``moe`` asks for.
+
+    Raises:
+        UserError: experts chosen by a threshold in a network cut over devices, whose slots are of a fixed number.
+    """
     if moe.use_gmm:
         return operators.build(SortedSlots, moe)
     multiple = spec.parallel.router_model_parallel * moe.comp_comm_parallel_degree
     if moe.by_threshold:
+        if Shards(spec).active:
+            raise UserError("moe_gate 'threshold' is not cut over devices on MindSpore: use one device, or PyTorch")
         return operators.build(FilledSlots, moe, multiple)
     return operators.build(CapacitySlots, moe, multiple, 0, operators.slots)
