@@ -10,7 +10,8 @@ Our own keys, all in ``model.model_config`` because MindFormers refuses unknown 
 routing losses are part of the loss), ``aux_loss_reduce`` (``sum`` or ``mean`` over layers), ``norm_single_choice`` (a
 single chosen expert gets gate 1, as in Hugging Face's Mixtral; default False, MindFormers' rule); and of the families
 ``moe_intermediate_size``, ``shared_expert_intermediate_size``, ``shared_expert_scale``, ``dense_layers`` (numbers of
-the layers without experts), ``moe_gate`` with the words of its noisy kinds (``core.layers.NOISY_WORDS``),
+the layers without experts), ``moe_gate`` with the words of its noisy kinds (``core.layers.NOISY_WORDS``; by a
+threshold ``core.layers.THRESHOLD_WORDS``),
 ``size_experts``, those of residual experts (``core.layers.RESIDUAL_WORDS``), ``add_rescale_bias`` (experts have biases,
 as aligned ones of LLaMA-MoE v2), ``aux_loss_type`` (``layerwise``, ``switch`` or ``legacy_constant``) and
 ``qk_layernorm``; and of attention

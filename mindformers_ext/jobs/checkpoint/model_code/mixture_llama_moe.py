@@ -144,9 +144,9 @@ class LlamaMoEThresholdGate(nn.Module):
 
     def forward(self, x: torch.Tensor, real: torch.Tensor | None = None, counted: bool = True) -> LlamaMoERouting:
         """As ``LlamaMoEGate``."""
-        network = self.gate_network
-        chosen = wide(linear(x, network.weight)) + wide(network.bias) >= 0
-        scores = wide(chosen.to(x.dtype))
+        logits = wide(linear(x, self.gate_network.weight)) + self.gate_network.bias
+        chosen = logits >= 0
+        scores = chosen.to(logits.dtype)
         if not counted:
             return LlamaMoERouting(chosen, scores)
         load = (scores if real is None else scores * real[:, None]).sum(0)
@@ -222,7 +222,7 @@ class LlamaMoECalculator(nn.Module):
 
     def forward(self, x: torch.Tensor, routing: LlamaMoERouting) -> tuple[torch.Tensor, int]:
         """(T, H), and how many assignments found their expert full."""
-        if routing.index.dtype == torch.bool:
+        if self.config.gate_network == THRESHOLD:
             return self.passed(x, routing.index), 0
         if len(x) == 1 and not self.training:  # a text is continued by one token: nothing to sort
             rows = torch.cat([self.experts.expert(x, e) for e in routing.index[0].tolist()])
