@@ -26,7 +26,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     text = "of the others that are chosen for a token; with --shared auto, all that a token passes"
     add("--active", type=int, required=True, metavar="A", help=text)
     add("--method", default="emp", help="emp (default), cmoe, expertweaver, or static: no mixture, to compare")
-    text = "ridge or mean_gate; to measure, also representative, threshold, oracle; default: the method's (emp: ridge)"
+    text = "ridge or mean_gate; with --format ours, threshold; to measure, also representative, oracle; default: the "
+    text += "method's (emp: ridge)"
     add("--router", help=text)
     add("--refit", help="least_squares or none; default: the method's (of emp least_squares)")
     add(

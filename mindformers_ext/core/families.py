@@ -165,6 +165,7 @@ _CUT: dict[str, Any] = {
     "shares_width": True,
     "tokenizer": _LLAMA_TOKENS,
 }
+_GATE_NETWORKS = (("mlp", "mlp_noisy"), ("linear", "linear_noisy"), ("threshold", "threshold"))
 _CUT_SAYS = {
     "gate_type": "TopKBalancedNoisyGate",
     "calculator_type": "UniversalCalculator",
@@ -177,7 +178,7 @@ LLAMA_MOE = Family(
     words=(
         ConfigWord("num_experts", "moe", "num_local_experts", "int", 16),
         ConfigWord("num_selects", "moe", "num_experts_per_tok", "int", 4),
-        ConfigWord("gate_network", "moe", "gate", "str", "mlp", (("mlp", "mlp_noisy"), ("linear", "linear_noisy"))),
+        ConfigWord("gate_network", "moe", "gate", "str", "mlp", _GATE_NETWORKS),
         ConfigWord("gate_use_softmax", "moe", "gate_use_softmax", "bool", True),
         ConfigWord("gate_use_balance", "moe", "gate_use_balance", "bool", True),
         ConfigWord("gate_balance_loss_weight", "moe", "gate_balance_loss_weight", "float", 1e-2),
@@ -277,10 +278,13 @@ GATES: dict[str, tuple[GateWeight, ...]] = {
     "linear": (GateWeight("dense.weight", "E D"),),
     "mlp_noisy": (GateWeight("dense.weight", "E D"), GateWeight("out.weight", "E E"), _NOISE),
     "linear_noisy": (GateWeight("dense.weight", "E D", "zeros"), _NOISE),
+    "threshold": (GateWeight("dense.weight", "E D"), GateWeight("dense.bias", "E", "zeros")),
 }
 # Those that keep the logits of the best K alone, have a balance loss of their own and are trained with noise.
 NOISY_GATES = ("mlp_noisy", "linear_noisy")
-
+# That whose experts are those with a score W x + b of 0 or more, of a token none or all, each added up as it is.
+THRESHOLD = "threshold"
+UNBALANCED_GATES = (*NOISY_GATES, THRESHOLD)  # MindFormers' losses of balance do not weigh on them
 
 # What weighs shared experts, one row each; and routed experts beside shared ones.
 SHARED_GATE, RESIDUAL_GATE = GateWeight("weight", "R D"), GateWeight("weight", "R D", "zeros")

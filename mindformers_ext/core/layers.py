@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from mindformers_ext.core.errors import Problems
-from mindformers_ext.core.families import GATES, NOISY_GATES
+from mindformers_ext.core.families import GATES, NOISY_GATES, THRESHOLD, UNBALANCED_GATES
 
 Sizes = tuple[tuple[int, ...], ...]  # by layer, of each expert
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
@@ -23,7 +23,7 @@ LAYERWISE, SWITCH, LEGACY_CONSTANT = BALANCES = ("layerwise", "switch", "legacy_
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 AUX_LOSS_REDUCTIONS = ("sum", "mean")
 LOAD_FORMS = ("correct", "reference")
-# Fields of ``MoESpec`` that the gates of ``NOISY_GATES`` read alone, and those that they do not read.
+# Fields of ``MoESpec`` that the gates of ``UNBALANCED_GATES`` read alone, and those that they do not read.
 NOISY_WORDS = (
     "gate_use_softmax",
     "gate_use_balance",
@@ -45,6 +45,16 @@ _QUIET_WORDS = (
     "z_loss_factor",
     "balance_via_topk_bias",
 )
+# What a gate by threshold says in LLaMA-MoE's words: it has no noise, no loss, and adds experts up as they are.
+THRESHOLD_WORDS: Mapping[str, Any] = {
+    "gate_use_softmax": False,
+    "gate_use_balance": False,
+    "gate_add_noise": False,
+    "multiply_gate_scores": False,
+    "score_scale_factor": 1.0,
+    "load_compat": LOAD_FORMS[0],
+    "use_gmm": False,
+}
 # Fields of ``SharedExpertSpec`` that mean something where ``weighs_each`` alone, and their words in files.
 RESIDUAL_WORDS = {
     "gate_use_softmax": "gate_use_softmax_residual",
@@ -190,7 +200,8 @@ class MoESpec:
     load, per layer. ``gate_add_noise``: training adds noise to the logits, of at least ``gate_noise_epsilon``.
     ``load_compat`` "reference" counts the load as the released models did, which compares the noise alone with the
     threshold. ``expert_sizes``: per layer, None where experts are alike; a narrower one is
-    held as wide as the widest, with zeros that no gradient reaches. ``expert_bias``: each expert adds a bias of its own
+    held as wide as the widest, with zeros that no gradient reaches. A gate by ``THRESHOLD`` has none of this, which
+    ``THRESHOLD_WORDS`` say; a token may pass all experts, so K = E. ``expert_bias``: each expert adds a bias of its own
     to its output, before it is weighed (LLaMA-MoE v2, aligned).
 
     ``aux_loss_type``: over what the "expert" loss is taken. "layerwise": each layer's tokens; "switch": those of all
@@ -240,6 +251,11 @@ class MoESpec:
     def is_noisy(self) -> bool:
         """Whether its gate is one of ``NOISY_GATES``."""
         return self.gate in NOISY_GATES
+
+    @property
+    def by_threshold(self) -> bool:
+        """Whether a token passes the experts above a threshold, however many."""
+        return self.gate == THRESHOLD
 
     @property
     def draws_noise(self) -> bool:
@@ -320,14 +336,27 @@ class MoESpec:
     def _collect_gate(self, problems: Problems) -> None:
         """What belongs to gates of the other kind has no effect on this one."""
         defaults = {item.name: item.default for item in fields(self)}
-        for name in _QUIET_WORDS if self.is_noisy else NOISY_WORDS:
+        for name in _QUIET_WORDS if self.gate in UNBALANCED_GATES else NOISY_WORDS:
             if getattr(self, name) != defaults[name]:
                 problems.add(f"{name}={getattr(self, name)!r} has no effect on moe_gate '{self.gate}'", "leave it out")
+        if self.by_threshold:
+            self._collect_threshold(problems)
         problems.one_of("load_compat", self.load_compat, LOAD_FORMS)
         if not 0 <= self.gate_balance_loss_weight < math.inf:
             problems.add(f"gate_balance_loss_weight={self.gate_balance_loss_weight}", "use 0 (off) or more")
         if not 0 < self.gate_noise_epsilon < math.inf:
             problems.add(f"gate_noise_epsilon={self.gate_noise_epsilon}", "use a small positive value, 0.01")
+
+    def _collect_threshold(self, problems: Problems) -> None:
+        beside = f"with moe_gate '{self.gate}'"
+        for name, value in THRESHOLD_WORDS.items():
+            if getattr(self, name) != value:
+                problems.add(f"{name}={getattr(self, name)!r} {beside}", f"set it to {value!r}")
+        if self.num_experts_per_tok != self.num_local_experts:
+            said = f"num_experts_chosen={self.num_experts_per_tok} (num_selects) {beside}"
+            problems.add(said, f"a token may pass all experts: set it to {self.num_local_experts}")
+        if self.capacity_factor > 0:
+            problems.add(f"capacity_factor={self.capacity_factor} {beside}", "nothing is dropped: set it to -1")
 
     def _collect_groups(self, problems: Problems) -> None:
         experts, chosen = self.num_local_experts, self.num_experts_per_tok

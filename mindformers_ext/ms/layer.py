@@ -11,6 +11,7 @@ from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.expert_attention import build_attention
 from mindformers_ext.ms.feed_forward import FeedForward, FeedForwardOutput, SwiGlu
 from mindformers_ext.ms.moe import noisy_gate as noisy_gate
+from mindformers_ext.ms.moe import threshold_gate as threshold_gate
 from mindformers_ext.ms.moe.layer import MoE
 from mindformers_ext.ms.moe.shared import SharedMoE
 from mindformers_ext.ms.norm import RmsNorm

@@ -11,6 +11,7 @@ from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.pt.expert_attention import build_attention
 from mindformers_ext.pt.feed_forward import FeedForward, FeedForwardOutput, SwiGlu
 from mindformers_ext.pt.moe import noisy_gate as noisy_gate
+from mindformers_ext.pt.moe import threshold_gate as threshold_gate
 from mindformers_ext.pt.moe.layer import MoE
 from mindformers_ext.pt.moe.shared import SharedMoE
 from mindformers_ext.pt.norm import RmsNorm

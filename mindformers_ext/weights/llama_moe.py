@@ -18,10 +18,9 @@ _EXPERTS = _ALWAYS + "calculator.experts."
 
 
 def routed(prefix: str = _HF, start: str = _MS) -> tuple[Rule, ...]:
-    """Noise and routed experts; ``start``: what stands before them on MindSpore's side."""
+    """Routed experts; ``start``: what stands before them on MindSpore's side."""
     experts = prefix + "calculator.experts."
     return (
-        Rule(prefix + "gate.weight_noise.weight", (start + "router.noise.weight",), "E D"),
         Rule(experts + "weight_gate.{expert}", (start + "ffn.w1.weight",), "M D", Stack()),
         Rule(experts + "weight_down.{expert}", (start + "ffn.w2.weight",), "D M", Stack()),
         Rule(experts + "weight_up.{expert}", (start + "ffn.w3.weight",), "M D", Stack()),
@@ -31,12 +30,16 @@ def routed(prefix: str = _HF, start: str = _MS) -> tuple[Rule, ...]:
 def gates(prefix: str = _HF, start: str = _MS) -> dict[str, tuple[Rule, ...]]:
     """By the kind of gate (``core.families.GATES``)."""
     network = prefix + "gate.gate_network."
+    noise = Rule(prefix + "gate.weight_noise.weight", (start + "router.noise.weight",), "E D")
+    only = Rule(network + "weight", (start + "router.dense.weight",), "E D")
     return {
         "mlp_noisy": (
+            noise,
             Rule(network + "0.weight", (start + "router.dense.weight",), "E D"),
             Rule(network + "2.weight", (start + "router.out.weight",), "E E"),
         ),
-        "linear_noisy": (Rule(network + "weight", (start + "router.dense.weight",), "E D"),),
+        "linear_noisy": (noise, only),
+        "threshold": (only, Rule(network + "bias", (start + "router.dense.bias",), "E")),
     }
 
 

@@ -135,6 +135,26 @@ def test_our_form_is_the_same_mixture_exactly(place: Path, tmp_path: Path) -> No
 
 @pytest.mark.usefixtures("remote_code")
 @pytest.mark.parametrize("shared", [0, 2])
+def test_our_form_holds_a_threshold(
+    place: Path, shared: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = carved(place, tmp_path / "out", format="ours", router="threshold", shared=shared, seed=0)
+    printed = capsys.readouterr().out
+    assert "2 of the other" in (card := (tmp_path / "out" / "README.md").read_text(encoding="utf-8"))
+    assert all("above the layer's threshold" in text for text in (printed, card)) and "MindSpore's training" in printed
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, trust_remote_code=True).eval()
+    measured, tokens = told["ways"][CARVED]["rows"], told["row_tokens"]
+    for found, wanted, length in zip(row_losses(place, model), measured, tokens, strict=True):
+        assert found == pytest.approx(wanted, abs=1e-5 * length)
+    config, tensors = model.config, load_file(tmp_path / "out" / "model.safetensors")
+    start = "model.layers.{}.mlp." + ("moe_layer." if shared else "") + "gate.gate_network."
+    biases = torch.stack([tensors[start.format(layer) + "bias"] for layer in range(LAYERS)])
+    assert config.num_selects == 8 - shared == biases.shape[1] and len(biases[:, 0].unique()) == LAYERS
+    assert torch.equal(biases, biases[:, :1].expand_as(biases))
+
+
+@pytest.mark.usefixtures("remote_code")
+@pytest.mark.parametrize("shared", [0, 2])
 def test_all_experts_without_a_refit_are_the_dense_model(place: Path, shared: int, tmp_path: Path) -> None:
     told = carved(place, tmp_path / "out", format="ours", shared=shared, active=8 - shared, refit="none")
     dense = logits(place / "model")
@@ -230,7 +250,9 @@ BAD: list[tuple[dict[str, object], str]] = [
     ({"method": "static"}, "a static cut is no mixture"),
     ({"method": "static", "format": "none", "router": "ridge"}, "nothing is chosen"),
     ({"router": "oracle"}, "no file holds such a router"),
-    ({"router": "threshold", "format": "ours"}, "no file holds such a router"),
+    ({"router": "oracle", "format": "ours"}, "no file holds such a router"),
+    ({"router": "threshold"}, "no stock file holds such a router: give --format ours"),
+    ({"router": "threshold", "format": "mixtral", "shared": 0}, "no stock file holds such a router"),
     ({"method": "cmoe"}, "no file holds such a router"),
     ({"router": "best"}, "choose one of ridge"),
     ({"refit": "ridge"}, "choose one of none, least_squares"),

@@ -25,6 +25,7 @@ pytestmark = [
 TESTS = (
     "test_saved_mixture.py",
     "test_saved_model.py",
+    "test_saved_threshold.py",
     "test_saved_training.py",
     "test_published_models.py",
     "test_saved_v2.py",

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import strategies as st
 
-from mindformers_ext.core.families import FAMILIES, Family, end_layers
-from mindformers_ext.core.layers import DTYPE_NAMES, LOAD_FORMS, MoESpec, SharedExpertSpec
+from mindformers_ext.core.families import FAMILIES, THRESHOLD, Family, end_layers
+from mindformers_ext.core.layers import DTYPE_NAMES, LOAD_FORMS, THRESHOLD_WORDS, MoESpec, SharedExpertSpec
 from mindformers_ext.core.rope import RopeScaling
 from mindformers_ext.core.spec import FEATURES, KernelSpec, ModelSpec, NetworkSpec, NumericsSpec, ParallelSpec
 
@@ -285,15 +286,17 @@ def noisy_words(draw: st.DrawFn, row: Family, layers: int) -> dict[str, Any]:
     kinds = [ours for word in row.words for _, ours in word.means]
     if not kinds:
         return {}
-    number = st.sampled_from([0.25, 1.0, 4.0])
+    number, gate = st.sampled_from([0.25, 1.0, 4.0]), draw(st.sampled_from(kinds))
+    fixed = THRESHOLD_WORDS if gate == THRESHOLD else {}
     return {
-        "gate": draw(st.sampled_from(kinds)),
+        "gate": gate,
         **{name: draw(st.booleans()) for name in ("gate_use_softmax", "gate_use_balance", "gate_add_noise")},
         "multiply_gate_scores": draw(st.booleans()),
         "gate_noise_epsilon": draw(number),
         "load_compat": draw(st.sampled_from(LOAD_FORMS)),
         "gate_balance_loss_weight": draw(number),
         "score_scale_factor": draw(number | st.tuples(*(number for _ in range(layers)))),
+        **fixed,
     }
 
 
@@ -358,6 +361,7 @@ def family_specs(draw: st.DrawFn, family: str) -> ModelSpec:
             **{key: value for key, value in row.moe.items() if key != "norm_topk_prob"},
             **draw(noisy_words(row, layers)),
         )
+        moe = replace(moe, num_experts_per_tok=experts) if moe.by_threshold else moe
         dense = draw(dense_layers(row, layers))
     window, full = None, ()
     if row.windowed:

@@ -48,6 +48,9 @@ EVERYTHING = {
     "use_weighting": True,
 }
 RESIDUAL_UNEQUAL = "residual, unequal, weighed against the routed"
+THRESHOLD = {"gate_network": "threshold", "gate_use_softmax": False, "multiply_gate_scores": False}
+THRESHOLD |= {"gate_use_balance": False, "gate_add_noise": False}
+RESIDUAL_THRESHOLD = "residual, by threshold"
 CASES: dict[str, dict[str, Any]] = {
     "two layers": WORDS,
     "linear, logits, as released, tied": WORDS | OTHERS,
@@ -55,6 +58,8 @@ CASES: dict[str, dict[str, Any]] = {
     RESIDUAL_UNEQUAL: WORDS | RESIDUAL | EVERYTHING,
     "residual, logits": WORDS | RESIDUAL | {"gate_use_softmax_residual": False},
     "residual, plain sum": WORDS | RESIDUAL | {"multiply_gate_scores_residual": False},
+    "by threshold, unequal": THRESHOLD | {"num_selects": 5, "size_experts": UNEQUAL},
+    RESIDUAL_THRESHOLD: THRESHOLD | RESIDUAL | {"num_selects": 6},
 }
 SEED, UPDATES, BATCH, LENGTH = 9, 3, 2, 11
 FIGURES = ("lm_loss", "aux_loss", "global_norm")
@@ -78,7 +83,7 @@ def theirs(case: str) -> tuple[NetworkSpec, dict[str, np.ndarray], np.ndarray, f
     with torch.no_grad():
         logits = model(tokens[:, :-1]).logits.numpy()
     model.train()
-    for place, layer in enumerate(model.model.layers):
+    for place, layer in enumerate(model.model.layers if spec.noise_shape else ()):
         noise = torch.from_numpy(mixture_noise(KEYS, place, spec.noise_shape)).flatten(0, 1)
         getattr(layer.mlp, "moe_layer", layer.mlp).gate.draw = lambda logits, noise=noise: noise
     found = model(tokens[:, :-1])
@@ -115,7 +120,7 @@ def test_torch_equals_the_saved_code(case: str) -> None:
     assert_same(case, "PyTorch", logits, terms.loss.item(), gradients)
 
 
-@pytest.mark.parametrize("case", ["two layers", RESIDUAL_UNEQUAL])
+@pytest.mark.parametrize("case", ["two layers", RESIDUAL_UNEQUAL, RESIDUAL_THRESHOLD])
 def test_mindspore_equals_the_saved_code(case: str) -> None:
     spec, weights, *_ = theirs(case)
     ms.set_context(mode=ms.PYNATIVE_MODE)  # compiled: tests/ms/test_llama_moe.py, tests/mf/test_noise.py
@@ -124,7 +129,8 @@ def test_mindspore_equals_the_saved_code(case: str) -> None:
     logits = network(Tensor(ids()[:, :-1].astype(np.int32))).asnumpy()
     parameters = network.trainable_params()
     step = ms.value_and_grad(LossNetwork(network).set_train(), None, parameters, has_aux=True)
-    terms, gradients = step(Tensor(ids().astype(np.int32)), Tensor(KEYS))
+    keys = (Tensor(KEYS),) if spec.noise_shape else ()
+    terms, gradients = step(Tensor(ids().astype(np.int32)), *keys)
     named = {item.name: gradient.asnumpy() for item, gradient in zip(parameters, gradients, strict=True)}
     assert_same(case, "MindSpore", logits, float(terms[0].asnumpy()), named)
 
@@ -192,10 +198,11 @@ SESSIONS = [torch_session, pytest.param(mindspore_session, marks=pytest.mark.tur
 
 
 @pytest.mark.parametrize("open_session", SESSIONS)
-def test_generates_with_a_cache_what_the_saved_code_does_without(open_session: Callable) -> None:
+@pytest.mark.parametrize("case", [RESIDUAL_UNEQUAL, RESIDUAL_THRESHOLD])
+def test_generates_with_a_cache_what_the_saved_code_does_without(open_session: Callable, case: str) -> None:
     """Two prompts of different lengths at once."""
-    spec, weights, *_ = theirs(RESIDUAL_UNEQUAL)
-    model = model_of(**CASES[RESIDUAL_UNEQUAL])
+    spec, weights, *_ = theirs(case)
+    model = model_of(**CASES[case])
     session = open_session(spec, weights)
     session.compile()
     tokens, lengths = ids()[:, :9], np.array([9, 5])

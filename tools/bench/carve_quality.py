@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from mindformers_ext.cli.text_options import add_texts, texts_of
+from mindformers_ext.core.families import THRESHOLD
 from mindformers_ext.formats.atomic import write_text
 from mindformers_ext.jobs.experts.carve.losses import DENSE, Judged
 from mindformers_ext.jobs.experts.carve.run import digest_of, measure
@@ -36,7 +37,6 @@ from mindformers_ext.surgery.experts.carve.recipes import (
     NONE,
     REPRESENTATIVE,
     RIDGE,
-    THRESHOLD,
     Recipe,
 )
 

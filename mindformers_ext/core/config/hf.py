@@ -38,7 +38,7 @@ from mindformers_ext.core.config.hf_shared import (
 )
 from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.errors import Problems
-from mindformers_ext.core.families import FAMILIES, Family
+from mindformers_ext.core.families import FAMILIES, UNBALANCED_GATES, Family
 from mindformers_ext.core.layers import NOISY_WORDS, MoESpec, expert_sizes_told
 from mindformers_ext.core.spec import FEATURES, LARGEST, ModelSpec
 
@@ -225,7 +225,7 @@ def routing_as_hf(moe: MoESpec) -> MoESpec:
         norm_topk_prob=moe.norm_topk_prob,
         capacity_factor=0.0,
         aux_losses=expert,
-        aux_loss_reduce="sum" if moe.is_noisy else "mean",
+        aux_loss_reduce="sum" if moe.gate in UNBALANCED_GATES else "mean",
         norm_single_choice=moe.norm_topk_prob and moe.num_experts_per_tok == 1,
         intermediate_size=moe.intermediate_size,
         gate=moe.gate,

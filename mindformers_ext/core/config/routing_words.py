@@ -12,11 +12,15 @@ from typing import Any
 
 from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.errors import Problems
-from mindformers_ext.core.families import NOISY_GATES
+from mindformers_ext.core.families import UNBALANCED_GATES
 from mindformers_ext.core.layers import MoESpec, SharedExpertSpec
 
 ROUTING_POLICY = "TopkRouterV2"
 AUX_FACTOR = 0.05  # MindFormers' default
+NO_GRADIENT = (
+    "moe_gate 'threshold': no gradient reaches the gate, weight decay alone moves it; runner_config.freeze_gate: True "
+    "leaves it as it is"
+)
 
 
 def read_routing(words: Mapping[str, Any], moe: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
@@ -42,21 +46,21 @@ def read_routing(words: Mapping[str, Any], moe: Mapping[str, Any], problems: Pro
     name = "router_dense_type"
     dtype = read_value(f"moe_config.{name}", words.get(name, "float32"), "dtype", "float32", problems)
     return {
-        "aux_losses": _aux_losses(words, moe["gate"] in NOISY_GATES, problems),
+        "aux_losses": _aux_losses(words, moe["gate"] in UNBALANCED_GATES, problems),
         "comp_comm_parallel_degree": degree if overlapped else 1,
         "router_dtype": "float32" if dtype == "float16" else dtype,  # MindFormers' dtype_map
     }
 
 
-def _aux_losses(words: Mapping[str, Any], has_own: bool, problems: Problems) -> tuple[tuple[str, float], ...]:
-    """``has_own``: the gate has a loss of its own; MindFormers' template writes its default factor there too."""
+def _aux_losses(words: Mapping[str, Any], unbalanced: bool, problems: Problems) -> tuple[tuple[str, float], ...]:
+    """``unbalanced``: these do not weigh on the gate; MindFormers' template writes its default factor there too."""
     kinds, factors = words.get("aux_loss_types"), words.get("aux_loss_factors")
     if kinds is None:
         if factors:
             problems.add(f"moe_config.aux_loss_factors={factors} without aux_loss_types", "name their kinds")
         name = "moe_config.aux_loss_factor"
         factor = read_value(name, words.get("aux_loss_factor", AUX_FACTOR), "float", AUX_FACTOR, problems)
-        if has_own and factor == AUX_FACTOR:
+        if unbalanced and factor == AUX_FACTOR:
             return ()
         if factor is not None and not 0 <= factor < 1:
             problems.add(f"{name}={factor} is out of range", "use 0 (off) up to below 1")
@@ -84,6 +88,8 @@ def routing_notes(words: Mapping[str, Any], moe: MoESpec | None, trains: bool) -
         return [
             f"{name}={factor} has no effect: this gate has a loss of its own, gate_balance_loss_weight; set it to 0"
         ]
+    if moe.by_threshold:
+        return [f"{name}={factor} has no effect: a gate by threshold has no loss; set it to 0"] if factor else []
     if trains and factor is None and moe.aux_losses:
         return [
             f"{name} is not set: the loss that balances experts weighs {AUX_FACTOR} (MindFormers drops it), 0 is none"

@@ -10,7 +10,8 @@ Our own keys, all in ``model.model_config`` because MindFormers refuses unknown 
 routing losses are part of the loss), ``aux_loss_reduce`` (``sum`` or ``mean`` over layers), ``norm_single_choice`` (a
 single chosen expert gets gate 1, as in Hugging Face's Mixtral; default False, MindFormers' rule); and of the families
 ``moe_intermediate_size``, ``shared_expert_intermediate_size``, ``shared_expert_scale``, ``dense_layers`` (numbers of
-the layers without experts), ``moe_gate`` with the words of its noisy kinds (``core.layers.NOISY_WORDS``),
+the layers without experts), ``moe_gate`` with the words of its noisy kinds (``core.layers.NOISY_WORDS``; by a
+threshold ``core.layers.THRESHOLD_WORDS``),
 ``size_experts``, those of residual experts (``core.layers.RESIDUAL_WORDS``), ``add_rescale_bias`` (experts have biases,
 as aligned ones of LLaMA-MoE v2), ``aux_loss_type`` (``layerwise``, ``switch`` or ``legacy_constant``) and
 ``qk_layernorm``; and of attention
@@ -41,8 +42,9 @@ from mindformers_ext.core.config.other_words import OTHER_WORDS
 from mindformers_ext.core.config.quantised import check_not_quantised
 from mindformers_ext.core.config.recompute import names_without_effect
 from mindformers_ext.core.config.rope_words import read_extension, written_extension
-from mindformers_ext.core.config.routing_words import read_routing, routing_notes, written_routing
+from mindformers_ext.core.config.routing_words import NO_GRADIENT, read_routing, routing_notes, written_routing
 from mindformers_ext.core.config.run import RUN_MODES, TRAINING
+from mindformers_ext.core.config.train import gates_are_frozen
 from mindformers_ext.core.config.values import read_value, section_at
 from mindformers_ext.core.documents import DOCUMENT_IDS
 from mindformers_ext.core.errors import Problems, nearest
@@ -162,7 +164,10 @@ def yaml_notes(config: Mapping[str, Any], moe: MoESpec | None = None) -> list[st
     notes += [f"recompute_config.select_recompute: {name} keeps nothing here" for name in names_without_effect(config)]
     if dtype_name(sections["moe_config"].get("router_dense_type")) == "float16":
         notes.append("moe_config.router_dense_type float16 is read as float32, as MindFormers does")
-    return notes + routing_notes(sections["moe_config"], moe, sections[TOP].get("run_mode") in TRAINING)
+    trains = sections[TOP].get("run_mode") in TRAINING
+    if moe and moe.by_threshold and trains and not gates_are_frozen(config):
+        notes.append(NO_GRADIENT)
+    return notes + routing_notes(sections["moe_config"], moe, trains)
 
 
 def _sections(config: Mapping[str, Any], problems: Problems) -> Sections:

@@ -21,7 +21,7 @@ from mindformers_ext.jobs.checkpoint.renamed import notes_of
 from mindformers_ext.jobs.checkpoint.source import read_config
 from mindformers_ext.jobs.experts.changed import ChangedReader
 from mindformers_ext.jobs.experts.cut import MLP, Cut, cuts, dense_matrix, ids_of, in_type, routed_prefix
-from mindformers_ext.jobs.experts.gating import Gating, check_gate, mixture_config, random_gates
+from mindformers_ext.jobs.experts.gating import NETWORKS, Gating, check_gate, mixture_config, random_gates
 from mindformers_ext.jobs.experts.neuron_file import NEURONS, write_neurons
 from mindformers_ext.jobs.experts.writing import Task, Tensors, as_written, copied, given, write_model
 from mindformers_ext.jobs.merge.fit import check_fit
@@ -148,7 +148,7 @@ def _cut(reader: Reader, name: str, parts: Sequence[Cut]) -> Task:
 
 
 def _gate_tasks(request: MixtureRequest, config: Mapping[str, Any]) -> list[Task]:
-    """The gate of every layer, with noise weights of 0 where it was fitted without."""
+    """The gate of every layer; one that can add noise has weights of 0 for it where it was fitted without."""
     layers, width = int(config["num_hidden_layers"]), int(config["hidden_size"])
     experts = len(request.splits[0].experts)
     std = float(config.get("initializer_range", 0.02))
@@ -157,7 +157,9 @@ def _gate_tasks(request: MixtureRequest, config: Mapping[str, Any]) -> list[Task
     tasks = []
     for layer in range(layers):
         prefix = routed_prefix(layer, request.splits[layer]) + "gate."
-        arrays = {NOISE: np.zeros((experts, width), np.float32)} | dict(gates[layer])
+        arrays = dict(gates[layer])
+        if request.gating.network in NETWORKS:
+            arrays = {NOISE: np.zeros((experts, width), np.float32)} | arrays
         residual = request.splits[layer].residual
         made = {prefix + name: np.asarray(array, np.float32) for name, array in arrays.items()}
         if residual:

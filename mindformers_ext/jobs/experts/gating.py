@@ -12,13 +12,14 @@ import numpy as np
 
 from mindformers_ext.core.config.hf_attention import with_both_ropes
 from mindformers_ext.core.errors import Problems, UserError
-from mindformers_ext.core.families import LLAMA_MOE
+from mindformers_ext.core.families import LLAMA_MOE, THRESHOLD
 from mindformers_ext.core.philox import normal, seeds
 from mindformers_ext.surgery.experts.split import LayerSplit
-from mindformers_ext.surgery.experts.words import NOISE, WEIGHTS
+from mindformers_ext.surgery.experts.words import BIAS, NOISE, ONLY, WEIGHTS
 
 PRESETS = ("moefication", LLAMA_MOE.name)
 NETWORKS = tuple(WEIGHTS)  # two matrices with tanh between, or one
+WRITTEN = {**WEIGHTS, THRESHOLD: (ONLY, BIAS)}  # tensors of all that a file can hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class Gating:
 
     def collect(self, experts: int, layers: int, problems: Problems) -> None:
         """Add what cannot be."""
-        if self.network not in NETWORKS:
+        if self.network not in WRITTEN:
             problems.add(f"gate_type={self.network}", f"use one of {', '.join(NETWORKS)}")
         if not 1 <= self.chosen <= experts:
             problems.add(f"num_selects={self.chosen} of {experts} experts", f"choose 1 to {experts}")
@@ -137,8 +138,8 @@ def check_gate(layer: int, gate: Mapping[str, np.ndarray], network: str, experts
     Raises:
         UserError: it has not; says which kind it is where that can be told.
     """
-    square = (experts, experts)
-    wanted = dict(zip(WEIGHTS[network], ((experts, width), square), strict=False))
+    second = (experts,) if network == THRESHOLD else (experts, experts)
+    wanted = dict(zip(WRITTEN[network], ((experts, width), second), strict=False))
     found = {name: array.shape for name, array in gate.items() if name != NOISE}
     if found == wanted:
         return

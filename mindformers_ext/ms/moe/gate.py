@@ -25,7 +25,8 @@ from mindformers_ext.ms.moe.order import ExpertOrder
 from mindformers_ext.ms.ops.select import Operators
 from mindformers_ext.ms.strategies import Shards
 
-# expert (G, N, K) int32 and weight (G, N, K) float32, best first, and the probabilities (G, N, E) that the loss takes.
+# expert (G, N, K) int32 and weight (G, N, K) float32, best first, and the probabilities (G, N, E) that the loss takes;
+# of a gate by threshold the expert of an empty place is E.
 # A plain tuple: MindSpore's graphs know no named ones.
 Choice = tuple[Tensor, Tensor, Tensor]
 

@@ -2,7 +2,8 @@
 """Slot rules: which place every assignment gets, and which get none. They know no gate.
 
 A slot is one row that an expert computes. ``CapacitySlots`` gives every expert as many (GShard, Lepikhin et al. 2020,
-section 3.2); ``SortedSlots`` gives each what its tokens need, expert after expert. Every routing group G for itself.
+section 3.2); ``SortedSlots`` gives each what its tokens need, expert after expert; ``FilledSlots`` gives none to the
+empty places of a gate by threshold. Every routing group G for itself.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops.auto_generate import TensorToScalar
 
 from mindformers_ext.core.capacity import expert_capacity
+from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.layers import MoESpec
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.ms.moe.order import ExpertOrder, check_load
 from mindformers_ext.ms.ops.select import Operators
+from mindformers_ext.ms.strategies import Shards
 
 # dispatch (G, E, C) int32: 1 + token of each slot, 0 = empty;
 # slot (G, N, K) int32: flat E*C index of each assignment, 0 where it is dropped;
@@ -150,6 +153,29 @@ class CapacitySlots(nn.Cell):
         return dispatch_GEC, slot_GNK, ops.cast(kept_GNK, ms.float32), assignment_GEC, counts_GE
 
 
+class FilledSlots(CapacitySlots):
+    """Slots of one number for all experts, which is what the one with the most tokens needs; an assignment of expert E
+    is an empty place, gets no slot and counts nowhere."""
+
+    def __init__(self, moe: MoESpec, multiple: int = 1) -> None:
+        super().__init__(moe, multiple)
+        self.order = ExpertOrder(self.experts + 1)
+
+    def construct(self, expert_GNK: Tensor) -> Slots:
+        N = expert_GNK.shape[1]
+        check_load(self.chosen * N, self.experts + 1, self.moe.max_router_load)
+        expert_GT = self._drop_order(expert_GNK)
+        sorted_GT, position_GT, counts_GE, starts_GE = self.order(expert_GT)
+        counts_GE, starts_GE = counts_GE[:, : self.experts], starts_GE[:, : self.experts]
+        capacity = self._capacity(N, ops.maximum(counts_GE, 1))  # of a slot or more: no operator is given nothing
+        dispatch_GEC, assignment_GEC = self._filled(sorted_GT, counts_GE, starts_GE, capacity, N)
+        filled_GT = ops.cast(expert_GT < self.experts, ms.int32)
+        slot_GNK = self._token_order((expert_GT * capacity + position_GT) * filled_GT, N)
+        kept_GNK = self._token_order(ops.cast(filled_GT, ms.float32), N)
+        load_GE = ops.cast(counts_GE, ms.float32)
+        return dispatch_GEC, slot_GNK, kept_GNK, assignment_GEC, load_GE, ops.zeros_like(load_GE[:, 0])
+
+
 class SortedSlots(nn.Cell):
     """Slots without gaps: a slot is a place among the assignments sorted by expert, and none is dropped."""
 
@@ -180,8 +206,16 @@ class SortedSlots(nn.Cell):
 
 
 def build_slots(spec: NetworkSpec, moe: MoESpec, operators: Operators) -> SlotRule:
-    """The rule that ``moe`` asks for."""
+    """The rule that ``moe`` asks for.
+
+    Raises:
+        UserError: experts chosen by a threshold in a network cut over devices, whose slots are of a fixed number.
+    """
     if moe.use_gmm:
         return operators.build(SortedSlots, moe)
     multiple = spec.parallel.router_model_parallel * moe.comp_comm_parallel_degree
+    if moe.by_threshold:
+        if Shards(spec).active:
+            raise UserError("moe_gate 'threshold' is not cut over devices on MindSpore: use one device, or PyTorch")
+        return operators.build(FilledSlots, moe, multiple)
     return operators.build(CapacitySlots, moe, multiple, 0, operators.slots)

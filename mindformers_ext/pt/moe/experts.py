@@ -68,9 +68,11 @@ class Experts(nn.Module):
         return gathered_experts(x_TD, self.gate_up.to(kind), self.down.to(kind), weight_TK, place)
 
     def of_token(self, x_1D: Tensor, weight_1K: Tensor, expert_1K: Tensor) -> Tensor:
-        """The same (1, D) of one token, whose experts alone are read; their numbers are read on the host."""
+        """The same (1, D) of one token, whose experts alone are read; their numbers are read on the host, E is none."""
         total, kind = torch.zeros_like(x_1D), x_1D.dtype
         for expert, weight in zip(expert_1K[0].tolist(), weight_1K.to(kind).unbind(1), strict=True):
+            if expert == len(self.down):
+                continue
             gate, up = F.linear(x_1D, self.gate_up[expert].to(kind)).chunk(2, -1)
             y_1D = F.linear(F.silu(gate) * up, self.down[expert].to(kind))
             if self.bias is not None:

@@ -25,8 +25,9 @@ from mindformers_ext.pt.ops.dtypes import torch_dtype
 class Choice(NamedTuple):
     """What a gate decides.
 
-    expert_GNK (G, N, K) int64, best first; weight_GNK (G, N, K) float32; aux_loss_G (G) float32; counts_GE (G, E)
-    int64 assignments of each expert; reported_GE those of tokens that count, None where all do.
+    expert_GNK (G, N, K) int64, best first, and of a gate by threshold E where a place is empty; weight_GNK (G, N, K)
+    float32; aux_loss_G (G) float32; counts_GE (G, E) int64 assignments of each expert; reported_GE those of tokens that
+    count, None where all do.
     """
 
     expert_GNK: Tensor

@@ -24,6 +24,7 @@ class MoE(nn.Module):
     def __init__(self, spec: NetworkSpec, moe: MoESpec) -> None:
         super().__init__()
         self.experts, self.groups = moe.num_local_experts, spec.parallel.groups
+        self.has_empty = moe.by_threshold
         self.router = build_gate(spec, moe)
         self.slots = build_slots(moe, spec.parallel)
         self.ffn = Experts(spec, moe)
@@ -40,10 +41,15 @@ class MoE(nn.Module):
         self, x_TD: Tensor, noise_TE: Tensor | None = None, counted_T: Tensor | None = None
     ) -> FeedForwardOutput:
         routing = self.route(x_TD, noise_TE, counted_T)
-        kept_TK = None if routing.kept_GNK is None else routing.kept_GNK.flatten(0, 1)
-        y_TD = self.computed(x_TD, routing.expert_GNK.flatten(0, 1), routing.weight_GNK.flatten(0, 1), kept_TK)
+        expert_TK = routing.expert_GNK.flatten(0, 1)
+        kept_TK = self.filled(expert_TK) if routing.kept_GNK is None else routing.kept_GNK.flatten(0, 1)
+        y_TD = self.computed(x_TD, expert_TK, routing.weight_GNK.flatten(0, 1), kept_TK)
         report_GE = torch.cat((routing.counts_GE, routing.dropped_G[:, None]), 1)
         return FeedForwardOutput(y_TD, routing.aux_loss_G, report_GE)
+
+    def filled(self, expert_TK: Tensor) -> Tensor | None:
+        """Which places of the tokens hold an expert (T, K); None where all do."""
+        return expert_TK < self.experts if self.has_empty else None
 
     def computed(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, kept_TK: Tensor | None) -> Tensor:
         """The weighted sum (T, D) of the chosen experts."""
@@ -57,7 +63,7 @@ class MoE(nn.Module):
         weight_GNK, expert_GNK = self.router.choose(x_TD[None])
         if len(x_TD) == 1 and self.exchange is None and self.ffn.selected(1, x_TD.dtype, x_TD.device).one_by_one:
             return self.ffn.of_token(x_TD, weight_GNK[0], expert_GNK[0])
-        return self.computed(x_TD, expert_GNK[0], weight_GNK[0], None)
+        return self.computed(x_TD, expert_GNK[0], weight_GNK[0], self.filled(expert_GNK[0]))
 
     def mixtures(self) -> Iterator[MoE]:
         """This one."""

@@ -16,13 +16,13 @@ def observed(feed_forward: FeedForward, x_TD: Tensor) -> dict[str, Tensor]:
     (moe,) = feed_forward.mixtures()
     weight_GTK, expert_GTK = moe.router.choose(x_TD[None])
     expert_TK = expert_GTK[0]
-    place = sort_by_expert(expert_TK, None, moe.experts)
+    place = sort_by_expert(expert_TK, moe.filled(expert_TK), moe.experts)
     rows = moe.ffn(dispatch(x_TD, place), place.offs_E)
     norm_TK = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)[place.row_TK]
 
     def spread(value_TK: Tensor) -> Tensor:
-        empty_TE = value_TK.new_zeros(len(x_TD), moe.experts)
-        return empty_TE.scatter(1, expert_TK, value_TK)
+        empty_TE = value_TK.new_zeros(len(x_TD), moe.experts + 1)  # E: of empty places
+        return empty_TE.scatter(1, expert_TK, value_TK)[:, : moe.experts]
 
     found = {
         "chosen": spread(torch.ones_like(norm_TK)),

@@ -12,10 +12,11 @@ INITS = ("ridge", "weight", "random")  # what a gate that is trained starts from
 TARGETS = ("chosen", "norm")  # what a ridge gate predicts
 SCORED = ("plain", "positive", "l1_norm", "l2_norm")  # what of an expert's answers is summed (scores.CRITERIA)
 OUTPUT_NORM = "output_norm"  # or the length of what it adds
-FIRST, SECOND, ONLY, NOISE = (
+FIRST, SECOND, ONLY, BIAS, NOISE = (
     "gate_network.0.weight",
     "gate_network.2.weight",
     "gate_network.weight",
+    "gate_network.bias",
     "weight_noise.weight",
 )
 WEIGHTS: Mapping[str, tuple[str, ...]] = {MLP: (FIRST, SECOND), LINEAR: (ONLY,)}  # tensors of a network

@@ -45,7 +45,8 @@ def test_the_commands_run_in_their_order(
             command = command.replace(long, short)
         program = next(name for name in PROGRAMS if command.startswith(name + " "))
         assert PROGRAMS[program](shlex.split(command.removeprefix(program))) == 0, f"{command}\n{capsys.readouterr()}"
-    for name, kind in {"smol_moe": "qwen2_moe", "smol_auto": "qwen2_moe", "smol_upcycled": "mixtral"}.items():
+    kinds = {"smol_moe": "qwen2_moe", "smol_auto": "qwen2_moe", "smol_threshold": "llama_moe"}
+    for name, kind in {**kinds, "smol_upcycled": "mixtral"}.items():
         assert json.loads(Path("data", name, "config.json").read_text())["model_type"] == kind
     assert Path("data/smol_moe.ckpt").stat().st_size > 0 and Path("data/smol_moe/ladder.png").is_file()
     said = capsys.readouterr().out

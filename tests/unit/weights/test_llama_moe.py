@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mindformers_ext.core.config.hf import hf_config_from_spec, hf_notes, model_spec_from_hf
-from mindformers_ext.core.config.view import network_spec_from_yaml, yaml_from_network_spec
+from mindformers_ext.core.config.view import network_spec_from_yaml, yaml_from_network_spec, yaml_notes
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.parameters import model_weights
 from mindformers_ext.core.spec import NetworkSpec
@@ -130,6 +130,49 @@ def test_words_of_another_gate_are_refused() -> None:
         network_spec_from_yaml(sections)
     assert "z_loss_factor=0.1 has no effect on moe_gate 'mlp_noisy'" in str(caught.value)
     assert "aux_losses=(('expert', 0.01),) has no effect" in str(caught.value)
+
+
+BY_THRESHOLD = {
+    "gate_network": "threshold",
+    "num_selects": 3,
+    "gate_use_softmax": False,
+    "gate_use_balance": False,
+    "gate_add_noise": False,
+    "multiply_gate_scores": False,
+}
+
+
+def test_a_threshold_makes_the_round_trip() -> None:
+    spec = spec_of(**BY_THRESHOLD)
+    assert model_spec_from_hf(hf_config_from_spec(spec)) == spec
+    sections = yaml_from_network_spec(NetworkSpec(model=spec, seq_length=4))
+    assert network_spec_from_yaml(sections).model == spec
+    gate = "model.layers.1.feed_forward.router.dense."
+    shapes = {weight.name.removeprefix(gate): weight.shape for weight in model_weights(spec) if gate in weight.name}
+    assert shapes == {"weight": (3, 8), "bias": (3,)}
+    told = {**sections, "run_mode": "train", "runner_config": {**sections["runner_config"], "freeze_gate": False}}
+    assert any("no gradient reaches the gate" in note for note in yaml_notes(told, spec.moe))
+    told["runner_config"]["freeze_gate"] = True
+    told["moe_config"] = {"aux_loss_factor": 0.05}
+    assert [note for note in yaml_notes(told, spec.moe) if "gate" in note] == [
+        "moe_config.aux_loss_factor=0.05 has no effect: a gate by threshold has no loss; set it to 0"
+    ]
+
+
+def test_words_that_mean_nothing_with_a_threshold_are_refused() -> None:
+    words = {"gate_use_softmax": True, "gate_use_balance": True, "gate_add_noise": True, "multiply_gate_scores": True}
+    for name, value in {**words, "load_compat": "reference", "score_scale_factor": 2.0}.items():
+        assert f"{name}={value!r} with moe_gate 'threshold': set it to" in refusal(**BY_THRESHOLD | {name: value})
+    assert "num_experts_chosen=2 (num_selects)" in refusal(**BY_THRESHOLD | {"num_selects": 2})
+    sections = yaml_from_network_spec(NetworkSpec(model=spec_of(**BY_THRESHOLD), seq_length=4))
+    sections["moe_config"] |= {"aux_loss_types": ["expert"], "aux_loss_factors": [0.01], "capacity_factor": 1.1}
+    with pytest.raises(UserError) as caught:
+        network_spec_from_yaml(sections)
+    assert "aux_losses=(('expert', 0.01),) has no effect on moe_gate 'threshold'" in str(caught.value)
+    assert "capacity_factor=1.1 with moe_gate 'threshold': nothing is dropped: set it to -1" in str(caught.value)
+    sections["moe_config"] |= {"aux_loss_types": [], "aux_loss_factors": [], "capacity_factor": -1, "use_gmm": True}
+    with pytest.raises(UserError, match="use_gmm=True with moe_gate 'threshold'"):
+        network_spec_from_yaml(sections)
 
 
 def test_a_plan_says_what_is_padded() -> None:

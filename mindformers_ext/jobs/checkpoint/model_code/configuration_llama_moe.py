@@ -9,7 +9,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 GATE_TYPES = ("TopKBalancedNoisyGate",)
-GATE_NETWORKS = ("mlp", "linear")
+THRESHOLD = "threshold"
+GATE_NETWORKS = ("mlp", "linear", THRESHOLD)
 DROPPING = "SwitchDropTokenCalculator"
 CALCULATORS = ("UniversalCalculator", DROPPING)
 PADDINGS = ("zero", "input")
@@ -38,7 +39,7 @@ MIXTURE: dict[str, Any] = {
     "num_selects": 4,
     "size_experts": None,  # None: equal; else a list for each layer, each summing to the neurons of a layer
     "gate_type": GATE_TYPES[0],
-    "gate_network": "mlp",  # two layers with tanh between; linear: one, first all 0
+    "gate_network": "mlp",  # two layers with tanh between; linear: one, first all 0; threshold: see BY_THRESHOLD
     "gate_use_softmax": True,  # over the chosen logits; else the logits are the scores
     "gate_use_balance": True,
     "gate_balance_loss_weight": 1e-2,
@@ -52,6 +53,18 @@ MIXTURE: dict[str, Any] = {
     "drop_tokens": True,  # these three: with SwitchDropTokenCalculator, in training
     "dropped_padding": "zero",
     "capacity_factor": 1.25,
+}
+# What the words above must be where a token passes the experts whose score W x + b is 0 or more, none or all of them:
+# no noise and no loss, experts are added up as they are, and num_selects is num_experts.
+BY_THRESHOLD: dict[str, Any] = {
+    "gate_use_softmax": False,
+    "gate_use_balance": False,
+    "gate_add_noise": False,
+    "load_compat": LOADS[0],
+    "calculator_type": CALCULATORS[0],
+    "multiply_gate_scores": False,
+    "score_scale_factor": 1.0,
+    "add_weight_norm": False,
 }
 RESIDUAL: dict[str, Any] = {
     "num_experts_residual": 0,  # 0: no residual block
@@ -115,6 +128,10 @@ class LlamaMoEConfig(PretrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}")
         if not 1 <= self.num_selects <= self.num_experts:
             raise ValueError(f"num_selects={self.num_selects}: 1 to num_experts={self.num_experts}")
+        if self.gate_network == THRESHOLD:
+            for name, value in {**BY_THRESHOLD, "num_selects": self.num_experts}.items():
+                if getattr(self, name) != value:
+                    raise ValueError(f"{name}={getattr(self, name)!r} with gate_network={THRESHOLD!r}: only {value!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is no multiple of "

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from .configuration_llama_moe import DROPPING, LlamaMoEConfig
+from .configuration_llama_moe import DROPPING, THRESHOLD, LlamaMoEConfig
 
 linear = nn.functional.linear
 
@@ -26,7 +26,8 @@ class LlamaMoEZeroLinear(nn.Linear):
 
 
 class LlamaMoERouting(NamedTuple):
-    """Experts (T, K), best first, and their scores (T, K); per expert (E,), and the loss: None where nobody asked."""
+    """Experts (T, K), best first, and their scores (T, K); of a gate by threshold which are passed (T, E) bool, and as
+    numbers of 0 and 1; per expert (E,), and the loss: None where nobody asked."""
 
     index: torch.Tensor
     scores: torch.Tensor
@@ -133,6 +134,29 @@ class LlamaMoEGate(nn.Module):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
 
 
+class LlamaMoEThresholdGate(nn.Module):
+    """Lets a token pass the experts whose score W x + b is 0 or more; nothing of it learns."""
+
+    def __init__(self, config: LlamaMoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gate_network = nn.Linear(config.hidden_size, config.num_experts)
+
+    def forward(self, x: torch.Tensor, real: torch.Tensor | None = None, counted: bool = True) -> LlamaMoERouting:
+        """As ``LlamaMoEGate``."""
+        logits = wide(linear(x, self.gate_network.weight)) + self.gate_network.bias
+        chosen = logits >= 0
+        scores = chosen.to(logits.dtype)
+        if not counted:
+            return LlamaMoERouting(chosen, scores)
+        load = (scores if real is None else scores * real[:, None]).sum(0)
+        return LlamaMoERouting(chosen, scores, load, load, load.new_zeros(()))
+
+    def reset(self) -> None:
+        """Fresh weights."""
+        init_weights(self.gate_network, self.config.initializer_range)
+
+
 class LlamaMoEExperts(nn.Module):
     """Experts of any sizes: gate and up (F, H), down (H, F) each, no biases."""
 
@@ -198,6 +222,8 @@ class LlamaMoECalculator(nn.Module):
 
     def forward(self, x: torch.Tensor, routing: LlamaMoERouting) -> tuple[torch.Tensor, int]:
         """(T, H), and how many assignments found their expert full."""
+        if self.config.gate_network == THRESHOLD:
+            return self.passed(x, routing.index), 0
         if len(x) == 1 and not self.training:  # a text is continued by one token: nothing to sort
             rows = torch.cat([self.experts.expert(x, e) for e in routing.index[0].tolist()])
             return self.weighted(rows, routing.scores[0]).sum(0, keepdim=True), 0
@@ -219,6 +245,12 @@ class LlamaMoECalculator(nn.Module):
             y = y.index_add(0, token, x.index_select(0, token))
         return y, len(lost)
 
+    def passed(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """The plain sum (T, H) of the experts that each token passes, ``chosen`` (T, E) bool."""
+        token = chosen.T.nonzero()[:, 1]  # expert after expert
+        out = self.experts(x.index_select(0, token), chosen.sum(0).tolist())
+        return torch.zeros_like(x).index_add(0, token, out)
+
     def fitting(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Assignments that find room, sorted by expert, and those that do not; tokens come in a random order."""
         tokens, chosen = index.shape
@@ -238,7 +270,7 @@ class LlamaMoEMixture(nn.Module):
 
     def __init__(self, config: LlamaMoEConfig, layer: int) -> None:
         super().__init__()
-        self.gate = LlamaMoEGate(config)
+        self.gate = (LlamaMoEThresholdGate if config.gate_network == THRESHOLD else LlamaMoEGate)(config)
         self.calculator = LlamaMoECalculator(config, layer)
 
     def forward(

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mindformers_ext.core.config.file import dump_yaml
-from mindformers_ext.jobs.experts.carve.export import how_to_load, weight_words
+from mindformers_ext.jobs.experts.carve.export import PASSED, by_threshold, how_to_load, weight_words
 from mindformers_ext.jobs.experts.carve.losses import CARVED, DENSE, MEANING, Judged
 from mindformers_ext.jobs.experts.carve.request import MEASURED_ONLY, OURS, CarveRequest
 from mindformers_ext.jobs.experts.dense_model import model_name
@@ -30,6 +30,8 @@ def card_of(request: CarveRequest, judged: Judged, figures: Mapping[str, float],
     else:
         what += f"{recipe.shared} are computed for every token, {recipe.active} of the other "
         what += f"{recipe.experts - recipe.shared} are chosen. "
+    if by_threshold(request):
+        what += f"{PASSED}. "
     what += "Nothing was trained; "
     if request.form != MEASURED_ONLY:
         what += f"it is {how_to_load(request.form, request.output.folder)}; "

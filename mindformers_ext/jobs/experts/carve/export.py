@@ -3,7 +3,7 @@
 
 A stock router weighs the A chosen by a softmax made to sum to one. Its rows are so small that all weights are one A-th,
 but for an error that was measured, and A stands in the experts' last matrices. The shared expert has a gate of 0, whose
-sigmoid is one half, and twice its last matrix.
+sigmoid is one half, and twice its last matrix. Ours adds experts up as they are, and can choose them by a threshold.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mindformers_ext.core.families import LLAMA_MOE
+from mindformers_ext.core.families import LLAMA_MOE, THRESHOLD
 from mindformers_ext.formats.dtypes import BY_NUMPY, float_dtype
 from mindformers_ext.formats.safetensors_dir import CONFIG
 from mindformers_ext.formats.tensors import Array
 from mindformers_ext.jobs.checkpoint.hf_code import with_code
 from mindformers_ext.jobs.checkpoint.renamed import notes_of
 from mindformers_ext.jobs.checkpoint.source import read_config
-from mindformers_ext.jobs.experts.carve.layer_files import DOWN, ROUTER, LayerFiles
+from mindformers_ext.jobs.experts.carve.layer_files import DOWN, ROUTER, ROUTER_BIAS, LayerFiles
 from mindformers_ext.jobs.experts.carve.request import FORMS, OURS, CarveRequest
 from mindformers_ext.jobs.experts.changed import ChangedReader
 from mindformers_ext.jobs.experts.convert import MixtureRequest, convert, dense_folder
@@ -32,9 +32,18 @@ from mindformers_ext.jobs.experts.v2.parts import Made
 from mindformers_ext.jobs.experts.writing import write_model
 from mindformers_ext.jobs.merge.output import MergeReport
 from mindformers_ext.jobs.merge.sidecars import copy_tokenizer, write_json
-from mindformers_ext.surgery.experts.words import ONLY
+from mindformers_ext.surgery.experts.words import BIAS, ONLY
 
+PLAIN_SUM = "moefication"  # of what gates can do with the experts' outputs
 DOWN_NAME = "model.layers.{}.mlp.down_proj.weight"
+PASSED = (
+    "Chosen are the groups whose score is above the layer's threshold: of some tokens none, of others all, and as many "
+    "as said on average over the calibration"
+)
+SAVING = (
+    "transformers and our PyTorch engine compute what a token passes; in MindSpore's training every expert has as many "
+    "rows as the busiest one, and a new token is computed by all experts: expect no saving there"
+)
 Beside = Callable[[Path], None]
 
 
@@ -58,13 +67,12 @@ def export(request: CarveRequest, model: DenseModel, files: LayerFiles, beside: 
     splits = {layer: files.split(layer) for layer in layers}
     gates = {layer: files.array(layer, ROUTER) for layer in layers}
     if request.form == OURS:
-        recipe = request.recipe
-        own = preset("moefication", len(splits[0].experts), recipe.active)
+        biases = {layer: {BIAS: files.array(layer, ROUTER_BIAS)} for layer in layers if by_threshold(request)}
         ours = MixtureRequest(
             model=request.model,
             splits=splits,
-            gates={layer: {ONLY: rows} for layer, rows in gates.items()},
-            gating=Gating(chosen=recipe.active, network="linear", **own),
+            gates={layer: {ONLY: rows} | biases.get(layer, {}) for layer, rows in gates.items()},
+            gating=_gating(request, len(splits[0].experts)),
             output=request.output,
             dtype=request.dtype,
             changes=changes,
@@ -72,6 +80,19 @@ def export(request: CarveRequest, model: DenseModel, files: LayerFiles, beside: 
         )
         return convert(ours)
     return _stock(request, model, Made(_sizes(request, model), splits, gates, ()), changes, beside)
+
+
+def by_threshold(request: CarveRequest) -> bool:
+    """Whether a token passes the experts above a threshold, however many."""
+    return request.recipe.router == THRESHOLD
+
+
+def _gating(request: CarveRequest, experts: int) -> Gating:
+    if by_threshold(request):
+        own = preset(PLAIN_SUM, experts, experts)
+        return Gating(chosen=experts, network=THRESHOLD, balance=0.0, **own)
+    chosen = request.recipe.active
+    return Gating(chosen=chosen, network="linear", **preset(PLAIN_SUM, experts, chosen))
 
 
 def _sizes(request: CarveRequest, model: DenseModel) -> Sizes:

@@ -15,10 +15,10 @@ import numpy as np
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.atomic import shared_file
 from mindformers_ext.surgery.experts.carve.carved import CarvedLayer
-from mindformers_ext.surgery.experts.carve.choose import Linear
+from mindformers_ext.surgery.experts.carve.choose import Linear, Threshold
 from mindformers_ext.surgery.experts.split import LayerSplit
 
-ABOUT, DOWN, ROUTER, PART = "about", "down_proj", "router", "experts.{}"
+ABOUT, DOWN, ROUTER, ROUTER_BIAS, PART = "about", "down_proj", "router", "router_bias", "experts.{}"
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,10 @@ class LayerFiles:
         about |= {"experts": len(split.experts), "shared": len(split.residual)}
         arrays: dict[str, Any] = {ABOUT: np.array(json.dumps(about)), DOWN: carved.down}
         arrays |= {PART.format(place): ids for place, ids in enumerate((*split.experts, *split.residual))}
-        if isinstance(carved.chooser, Linear):
+        if isinstance(carved.chooser, Linear | Threshold):
             arrays[ROUTER] = carved.chooser.rows
+        if isinstance(carved.chooser, Threshold):
+            arrays[ROUTER_BIAS] = carved.chooser.bias
         with shared_file(self.path(layer)) as beside, beside.open("wb") as file:
             np.savez(file, **arrays)
 
@@ -64,7 +66,7 @@ class LayerFiles:
         return LayerSplit(about["width"], tuple(parts[: about["experts"]]), tuple(parts[about["experts"] :]))
 
     def array(self, layer: int, name: str) -> np.ndarray:
-        """DOWN (D, F), ROUTER (E, D), or the neurons of an expert.
+        """DOWN (D, F), ROUTER (E, D), of a threshold ROUTER_BIAS (E), or the neurons of an expert.
 
         Raises:
             UserError: the file is damaged, or lacks it.

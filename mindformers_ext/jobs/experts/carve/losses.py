@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from mindformers_ext.core.families import THRESHOLD
 from mindformers_ext.surgery.experts.carve.recipes import (
     MEAN_GATE,
     ORACLE,
     REPRESENTATIVE,
     RIDGE,
-    THRESHOLD,
     Recipe,
 )
 from mindformers_ext.surgery.prune.least_squares import LEAST_SQUARES, NONE
@@ -66,7 +66,7 @@ MEANING = {
     f"router {RIDGE}": "this mixture, experts chosen by least squares",
     f"router {MEAN_GATE}": "this mixture, experts chosen by their mean gate row",
     f"router {REPRESENTATIVE}": "this mixture, experts chosen by one neuron each",
-    f"router {THRESHOLD}": "this mixture, a token's experts above a threshold: as many on average, no file has it",
+    f"router {THRESHOLD}": "this mixture, experts above a threshold: as many on average, no stock file has it",
     f"router {ORACLE}": "this mixture, the experts that add most, which nobody knows before",
 }
 

@@ -8,7 +8,7 @@ from math import isqrt
 from pathlib import Path
 
 from mindformers_ext.core.errors import Problems, UserError
-from mindformers_ext.core.families import MIXTRAL, QWEN2_MOE
+from mindformers_ext.core.families import MIXTRAL, QWEN2_MOE, THRESHOLD
 from mindformers_ext.core.spec import ModelSpec
 from mindformers_ext.formats.dtypes import float_dtype
 from mindformers_ext.jobs.experts.carve.losses import LADDERS, NO_LADDER
@@ -29,6 +29,7 @@ OURS, MEASURED_ONLY = "ours", "none"
 FORMS: dict[str, Form] = {QWEN2_MOE.name: SHARED, MIXTRAL.name: PLAIN}  # stock ones
 FORMATS = (*FORMS, OURS, MEASURED_ONLY)
 IN_FILES = (RIDGE, MEAN_GATE)  # routers of one matrix
+OURS_ALONE = (THRESHOLD,)  # and those that files of ours can hold besides
 CHOICES = ("emp", "cmoe", "expertweaver", "static")  # of METHODS, and a static cut
 KEPT_STATIC = "rel"  # what the latter keeps
 AUTO, LEAST_ACTIVE = "auto", 3  # a word of --shared; with less of --active there is nothing to try
@@ -93,7 +94,12 @@ class CarveRequest:
                 f"--method static with --format {self.form}",
                 f"a static cut is no mixture: give --format {MEASURED_ONLY}, or write it with tools/prune.py shape",
             )
-        elif self.form != MEASURED_ONLY and recipe.router not in IN_FILES:
+        elif self.form in FORMS and recipe.router in OURS_ALONE:
+            problems.add(
+                f"--router {recipe.router} with --format {self.form}",
+                f"no stock file holds such a router: give --format {OURS}, or --router {' or '.join(IN_FILES)}",
+            )
+        elif self.form != MEASURED_ONLY and recipe.router not in (*IN_FILES, *OURS_ALONE):
             problems.add(
                 f"--router {recipe.router} with --format {self.form}",
                 f"no file holds such a router: give --router {' or '.join(IN_FILES)}, or --format {MEASURED_ONLY}",

@@ -19,7 +19,15 @@ from mindformers_ext.formats.atomic import fresh_folder, write_text
 from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.jobs.experts.carve.card import CARD_COPY, PICTURE, card_of, draw, has_picture
 from mindformers_ext.jobs.experts.carve.cost import carving_needs, products, rate
-from mindformers_ext.jobs.experts.carve.export import check_form, export, how_to_load, weight_words
+from mindformers_ext.jobs.experts.carve.export import (
+    PASSED,
+    SAVING,
+    by_threshold,
+    check_form,
+    export,
+    how_to_load,
+    weight_words,
+)
 from mindformers_ext.jobs.experts.carve.layer_files import LayerFiles
 from mindformers_ext.jobs.experts.carve.losses import CARVED, DENSE, Judged, ways
 from mindformers_ext.jobs.experts.carve.request import AUTO, LOSSES, MEASURED_ONLY, OURS, CarveRequest
@@ -97,6 +105,7 @@ def carve(request: CarveRequest, tell: Tell) -> CarveReport:
             written = export(request, start.model, files, beside)
             said = (how_to_load(request.form, request.output.folder),)
             said += () if request.form == OURS else (weight_words(figures),)
+            said += (PASSED, SAVING) if by_threshold(request) else ()
     shutil.rmtree(request.work)
     return CarveReport(judged, figures, written, said)
 

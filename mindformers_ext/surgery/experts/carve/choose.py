@@ -52,10 +52,18 @@ class Threshold:
     @classmethod
     def fitted(cls, x: np.ndarray, rows: np.ndarray, count: int) -> Threshold:
         """That which chooses ``count`` experts a token on the tokens x (T, D); rows (E, D) as they are, since a
-        router less its mean knows which experts add more, and not how much."""
+        router less its mean knows which experts add more, and not how much. It lies between two scores, so that
+        whoever sums in another order chooses alike."""
         scores = (x @ rows.astype(np.float32).T).ravel()
         place = len(scores) - len(x) * count
-        return cls(rows.astype(np.float32), float(np.partition(scores, place)[place]))
+        below, least = np.partition(scores, (max(place - 1, 0), place))[[max(place - 1, 0), place]]
+        between = np.float32((below + least) / 2)
+        return cls(rows.astype(np.float32), float(between if below < between else least))
+
+    @property
+    def bias(self) -> np.ndarray:
+        """float32 (E): added to the scores, those of 0 or more are of the chosen."""
+        return np.full(len(self.rows), -self.least, np.float32)
 
     def choose(self, x: np.ndarray, hidden: np.ndarray) -> np.ndarray:
         """By x . row."""

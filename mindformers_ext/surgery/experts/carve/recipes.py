@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from mindformers_ext.core.errors import UserError
+from mindformers_ext.core.families import THRESHOLD
 from mindformers_ext.surgery.experts.carve.carved import CarvedLayer, file_rows, weight_error
 from mindformers_ext.surgery.experts.carve.choose import (
     Chooser,
@@ -33,7 +34,7 @@ from mindformers_ext.surgery.experts.split import LayerSplit
 from mindformers_ext.surgery.prune.least_squares import LEAST_SQUARES, NONE
 from mindformers_ext.surgery.ridge import Floats
 
-RIDGE, REPRESENTATIVE, MEAN_GATE, ORACLE, THRESHOLD = "ridge", "representative", "mean_gate", "oracle", "threshold"
+RIDGE, REPRESENTATIVE, MEAN_GATE, ORACLE = "ridge", "representative", "mean_gate", "oracle"
 
 
 @dataclass(frozen=True, kw_only=True)
