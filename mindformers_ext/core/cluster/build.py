@@ -11,7 +11,13 @@ from mindformers_ext.core.cluster.cluster_rules import effective_spec
 from mindformers_ext.core.config.lora import LoraSpec, lora_from_yaml
 from mindformers_ext.core.config.pruning import WHERE, pruning_from_yaml
 from mindformers_ext.core.config.recompute import RecomputeSpec, recompute_from_yaml
-from mindformers_ext.core.config.train import GATE_SWITCHES, ParameterGroup, trained_groups
+from mindformers_ext.core.config.train import (
+    GATE_SWITCHES,
+    GATES_ALONE,
+    TRAIN_GATE_ONLY,
+    ParameterGroup,
+    trained_groups,
+)
 from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.pruning import PruningSpec
@@ -42,6 +48,10 @@ def build_spec(read: NetworkSpec, config: Mapping[str, Any], recompute: bool = T
     groups = trained_groups(config)
     if groups and network.model.moe is None:
         raise UserError(f"{' and '.join(GATE_SWITCHES)}: a dense model has no gates: leave them out")
+    if groups == GATES_ALONE and network.model.moe and network.model.moe.by_threshold:
+        raise UserError(
+            f"{TRAIN_GATE_ONLY}: no gradient reaches a gate by threshold: nothing would learn, leave it out"
+        )
     wanted = recompute and config.get("run_mode") != "predict"
     return BuildSpec(
         network=network,

@@ -44,7 +44,7 @@ from mindformers_ext.core.config.recompute import names_without_effect
 from mindformers_ext.core.config.rope_words import read_extension, written_extension
 from mindformers_ext.core.config.routing_words import NO_GRADIENT, read_routing, routing_notes, written_routing
 from mindformers_ext.core.config.run import RUN_MODES, TRAINING
-from mindformers_ext.core.config.train import gates_are_frozen
+from mindformers_ext.core.config.train import FROZEN_GATES, trained_groups
 from mindformers_ext.core.config.values import read_value, section_at
 from mindformers_ext.core.documents import DOCUMENT_IDS
 from mindformers_ext.core.errors import Problems, nearest
@@ -165,7 +165,7 @@ def yaml_notes(config: Mapping[str, Any], moe: MoESpec | None = None) -> list[st
     if dtype_name(sections["moe_config"].get("router_dense_type")) == "float16":
         notes.append("moe_config.router_dense_type float16 is read as float32, as MindFormers does")
     trains = sections[TOP].get("run_mode") in TRAINING
-    if moe and moe.by_threshold and trains and not gates_are_frozen(config):
+    if moe and moe.by_threshold and trains and FROZEN_GATES not in trained_groups(config):
         notes.append(NO_GRADIENT)
     return notes + routing_notes(sections["moe_config"], moe, trains)
 
