@@ -13,7 +13,7 @@ from typing import Any
 from mindformers_ext.core.config.values import read_value
 from mindformers_ext.core.errors import Problems
 from mindformers_ext.core.families import UNBALANCED_GATES
-from mindformers_ext.core.layers import MoESpec, SharedExpertSpec
+from mindformers_ext.core.layers import LAYERWISE, MoESpec, SharedExpertSpec
 
 ROUTING_POLICY = "TopkRouterV2"
 AUX_FACTOR = 0.05  # MindFormers' default
@@ -79,9 +79,11 @@ def _aux_losses(words: Mapping[str, Any], unbalanced: bool, problems: Problems) 
 
 
 def routing_notes(words: Mapping[str, Any], moe: MoESpec | None, trains: bool) -> list[str]:
-    """What ``aux_loss_factor`` does that its reader might not expect. ``words``: as for ``read_routing``; ``moe``: what
-    was read; ``trains``: whether the run has a loss to add anything to."""
+    """What ``aux_loss_factor`` and ``aux_loss_type`` do that their reader might not expect. ``words``: as for
+    ``read_routing``; ``moe``: what was read; ``trains``: whether the run has a loss to add anything to."""
     name, factor = "moe_config.aux_loss_factor", words.get("aux_loss_factor")
+    if moe is None and words.get("aux_loss_type") not in (None, LAYERWISE):
+        return ["moe_config.aux_loss_type has no effect: a dense model has no experts to balance"]
     if moe is None or words.get("aux_loss_types") is not None:
         return []
     if moe.is_noisy and factor:

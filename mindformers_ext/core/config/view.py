@@ -167,6 +167,9 @@ def yaml_notes(config: Mapping[str, Any], moe: MoESpec | None = None) -> list[st
     trains = sections[TOP].get("run_mode") in TRAINING
     if moe and moe.by_threshold and trains and FROZEN_GATES not in trained_groups(config):
         notes.append(NO_GRADIENT)
+    masks = sections[MODEL].get("l0_module")
+    if isinstance(masks, Mapping) and masks.get("target_model") and "target_sparsity" in masks:
+        notes.append("l0_module.target_sparsity has no effect beside target_model, which says every size")
     return notes + routing_notes(sections["moe_config"], moe, trains)
 
 

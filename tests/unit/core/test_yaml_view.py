@@ -301,6 +301,17 @@ def test_what_becomes_of_the_factor_of_a_loss_is_said(gate: str, words: dict[str
     assert [bool(re.search(note, line)) for line in yaml_notes(config, moe)] == [True] * bool(note)
 
 
+def test_words_that_another_word_or_a_dense_model_makes_idle_are_said() -> None:
+    dense = {"expert_num": 1, "aux_loss_type": "switch"}
+    (note,) = yaml_notes(pretrain(moe_config=dense))
+    assert "aux_loss_type has no effect: a dense model" in note
+    config = pretrain(moe_config={"expert_num": 1})
+    assert not yaml_notes(config)
+    config["model"]["model_config"]["l0_module"] = {"target_model": {"n_layers": 1}, "target_sparsity": 0.3}
+    (note,) = yaml_notes(config)
+    assert "target_sparsity has no effect beside target_model" in note
+
+
 def test_every_key_stands_in_one_table() -> None:
     for section in OUR_SECTIONS:
         tables = [
