@@ -15,7 +15,7 @@ from typing import Any
 
 from mindformers_ext.cli.command import Command, add_switch
 from mindformers_ext.cli.run_flags import FLAGS, OneValue, apply_flags, read_arguments
-from mindformers_ext.core.cluster.throughput import DEVICE
+from mindformers_ext.core.cluster.anchors import DEVICE
 from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.errors import UserError
 

@@ -10,30 +10,14 @@ the first two make the estimate low, and a split that sends more than that job r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from mindformers_ext.core.cluster.anchors import ANCHORS, Anchor
 from mindformers_ext.core.cluster.memory import StepSettings
 from mindformers_ext.core.cluster.placement import WIDTH
 from mindformers_ext.core.cluster.split_cost import head_operations, layer_operations, pipeline_bubble
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec, ParallelSpec
-
-
-@dataclass(frozen=True)
-class Anchor:
-    """A share of a device's peak that ``source`` has published (``mfu``) and the ``job`` that reached it; ``peak``:
-    operations a second in 16 bits, taken for all of the device's kinds of NPU."""
-
-    device: str
-    peak: float
-    mfu: float
-    job: str
-    source: str
-
-
-DEVICE = "Atlas 900 A2"
-# Devices with a published figure for a mixture of experts. This one: MindSpeed-LLM at 7e8c5fe0.
-ANCHORS = (Anchor(DEVICE, 313e12, 0.317, "Mixtral-8x7B on 64 NPUs", "README of MindSpeed-LLM, 2026-03-14"),)
 
 
 def model_operations(spec: NetworkSpec) -> float:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mindformers_ext.core.byte_sizes import size_text
+from mindformers_ext.core.cluster.anchors import Anchor
 from mindformers_ext.core.cluster.batch_search import MOST, BatchFront, BatchPoint
 from mindformers_ext.core.cluster.memory import StepSettings, has_fixed_slots, part_activations, worst_load
 from mindformers_ext.core.cluster.split_cost import pipeline_bubble
 from mindformers_ext.core.cluster.split_search import step_rows
-from mindformers_ext.core.cluster.throughput import Anchor, anchor_for, estimated_tokens, model_operations
+from mindformers_ext.core.cluster.throughput import anchor_for, estimated_tokens, model_operations
 from mindformers_ext.core.config.recompute import WHERE, recompute_words
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from mindformers_ext.core.cluster.anchors import ANCHORS
 from mindformers_ext.core.cluster.memory import StepSettings
-from mindformers_ext.core.cluster.throughput import ANCHORS, anchor_for, estimated_tokens, model_operations
+from mindformers_ext.core.cluster.throughput import anchor_for, estimated_tokens, model_operations
 from mindformers_ext.core.config.lora import LoraSpec
 from mindformers_ext.core.config.recompute import RecomputeSpec
 from mindformers_ext.core.errors import UserError
