@@ -20,24 +20,9 @@ from mindformers_ext.core.cluster.memory import (
 )
 from mindformers_ext.core.cluster.split_cost import repeated_share, stage_operations
 from mindformers_ext.core.config.recompute import RecomputeSpec, recompute_from_yaml, recompute_words
-from mindformers_ext.core.layers import MoESpec
-from mindformers_ext.core.spec import KernelSpec, ModelSpec, NetworkSpec, NumericsSpec, ParallelSpec
+from mindformers_ext.core.spec import NetworkSpec, ParallelSpec
+from tests.helpers.counted import DENSE, MOE
 
-DENSE = NetworkSpec(
-    model=ModelSpec(
-        vocab_size=32,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=4,
-    ),
-    seq_length=4,
-    numerics=NumericsSpec(compute_dtype="bfloat16", param_dtype="float32"),
-    kernels=KernelSpec(flash_attention=True),
-)
-MOE = replace(DENSE, model=replace(DENSE.model, moe=MoESpec(num_local_experts=4, num_experts_per_tok=2)))
 # Bytes of one sequence of DENSE: what a layer keeps (128 + 64 + 800 + 64 + 384), its input, its gated product, the
 # logits; and all that does not depend on it.
 LAYER, INPUT, PRODUCT, LOGITS = 1440, 64, 128, 1280

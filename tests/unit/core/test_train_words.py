@@ -13,6 +13,7 @@ from mindformers_ext.core.errors import Problems, UserError
 from mindformers_ext.core.philox import CHUNK, normal, seeds
 from mindformers_ext.core.spec import ParallelSpec
 from mindformers_ext.data.row_order import RowOrder
+from tests.helpers.pretrain import changed
 from tests.helpers.specs import PRETRAIN_YAML
 
 
@@ -76,13 +77,7 @@ def test_a_constant_rate_without_a_schedule() -> None:
 
 def spec_of(**changes: object) -> tuple[TrainSpec, list[str]]:
     """The long YAML of the older files, with keys set by dotted path."""
-    config = yaml.safe_load(PRETRAIN_YAML)
-    for path, value in changes.items():
-        *sections, last = path.split("__")
-        at = config
-        for name in sections:
-            at = at.setdefault(name, {})
-        at[last] = value
+    config = changed({path.replace("__", "."): value for path, value in changes.items()})
     return train_spec_from_yaml(config, ParallelSpec(), 100, 0.0)
 
 

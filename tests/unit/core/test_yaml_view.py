@@ -32,19 +32,13 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.families import FAMILIES, own_families
 from mindformers_ext.core.layers import MoESpec
 from mindformers_ext.core.spec import NetworkSpec
-from tests.helpers.specs import PRETRAIN_YAML, family_specs, network_specs
+from tests.helpers.pretrain import changed
+from tests.helpers.specs import family_specs, network_specs
 
 
 def pretrain(**changes: Any) -> dict[str, Any]:
     """The sample with dotted keys (``__`` for the dot) changed."""
-    config = yaml.safe_load(PRETRAIN_YAML)
-    for path, value in changes.items():
-        *parents, last = path.split("__")
-        here = config
-        for step in parents:
-            here = here.setdefault(step, {})
-        here[last] = value
-    return config
+    return changed({path.replace("__", "."): value for path, value in changes.items()})
 
 
 def in_model(**changes: Any) -> dict[str, Any]:
