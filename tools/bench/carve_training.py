@@ -10,7 +10,7 @@ is, and after ``--steps`` of training gates alone, adapters in its attention (Lo
 
 Training reads the calibration text. A carved mixture's gates are small (their scale sets the error of its weights), so
 gates that learn alone do so at ``--gate_rate`` times the root of their mean square. What is there already is not made
-again; ``training.json`` holds the figures. SmolLM2: about ten minutes for each of the eleven trainings on one core.
+again; ``training.json`` holds the figures. SmolLM2: five to ten minutes for each of the ten trainings on one core.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ STAGES: Mapping[str, tuple[str, ...]] = {
         *("--neuron_indices_file", f"{FILES}/v2/neuron_indices.pt"),
         *("--model_path", MODEL, "--save_path", f"{FILES}/residual"),
     ),
-}  # fmt: skip
+}
 MODELS = ("mixture", "static", "residual")
 LORA = {
     "pet_type": "lora", "lora_rank": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": ".*wq|.*wk|.*wv|.*wo"

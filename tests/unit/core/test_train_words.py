@@ -111,6 +111,12 @@ def test_what_is_not_built_is_named(path: str, value: object, message: str) -> N
         spec_of(**{path: value})
 
 
+def test_gates_alone_beside_adapters_are_refused() -> None:
+    adapters = {"pet_type": "lora", "target_modules": ".*wq"}
+    with pytest.raises(UserError, match="train_gate_only: True trains no adapters"):
+        spec_of(runner_config__train_gate_only=True, model__model_config__pet_config=adapters)
+
+
 @pytest.mark.parametrize("name", ["pipeline_stage", "model_parallel", "context_parallel"])
 def test_sizes_that_are_not_built_are_named(name: str) -> None:
     config = yaml.safe_load(PRETRAIN_YAML)

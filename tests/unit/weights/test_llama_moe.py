@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mindformers_ext.core.cluster.build import build_spec
 from mindformers_ext.core.config.hf import hf_config_from_spec, hf_notes, model_spec_from_hf
 from mindformers_ext.core.config.view import network_spec_from_yaml, yaml_from_network_spec, yaml_notes
 from mindformers_ext.core.errors import UserError
@@ -157,6 +158,9 @@ def test_a_threshold_makes_the_round_trip() -> None:
     assert [note for note in yaml_notes(told, spec.moe) if "gate" in note] == [
         "moe_config.aux_loss_factor=0.05 has no effect: a gate by threshold has no loss; set it to 0"
     ]
+    alone = {**sections, "runner_config": {"train_gate_only": True}}
+    with pytest.raises(UserError, match="train_gate_only: no gradient reaches a gate by threshold"):
+        build_spec(NetworkSpec(model=spec, seq_length=4), alone)
 
 
 def test_words_that_mean_nothing_with_a_threshold_are_refused() -> None:
