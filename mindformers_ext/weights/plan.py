@@ -86,9 +86,9 @@ class Plan:
         """
         self.check_copies(reader)
         np.empty(HEAP, np.uint8)  # freed at once: from now on malloc keeps blocks instead of giving their pages back
-        source = _Source(reader, self.recast, self.kept, overflow or Overflow())
+        source, scratch = _Source(reader, self.recast, self.kept, overflow or Overflow()), list[Array]()
         for step in self.steps:
-            yield step.target, stream(step.view, source)
+            yield step.target, stream(step.view, source, scratch)
 
     def run(self, reader: TensorReader, allow_overflow: bool = False) -> Iterator[tuple[str, Array]]:
         """Yield (name, array) per target, whole; errors as ``stream``."""
