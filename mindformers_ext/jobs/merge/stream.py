@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mindformers_ext.surgery.merge.stream import Chunk, Stream
 
 CHUNK = 2**19  # elements of one chunk: a handful of float32 copies of it stay in the processor's cache
-COPIED = 2**20  # elements of a block that is only copied
+COPIED = 2**19  # elements of a block that is only copied: looked at and written while the cache holds it
 
 
 @dataclass
