@@ -167,7 +167,7 @@ def _copy(file: OpenFile, tensor: StoredTensor, out: Array, offset: int) -> None
 
 
 def keep_pages() -> None:
-    """From now on malloc keeps the memory of arrays that are freed, up to some MB: fresh pages cost more than a copy."""
+    """From now on malloc keeps the memory of freed arrays of up to some MB: fresh pages cost more than a copy."""
     np.empty(HEAP, np.uint8)
 
 
