@@ -8,17 +8,15 @@ blocks of a bounded number of elements, so memory does not grow with a tensor.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Protocol, TypeAlias, cast
 
 import numpy as np
 
 from mindformers_ext.formats.tensors import Array, Index
-from mindformers_ext.weights.transpose import turn
+from mindformers_ext.weights.transpose import shaped, turn_bands
 
 Shape = tuple[int, ...]
 Range = tuple[int, int, int]
@@ -26,7 +24,6 @@ Range = tuple[int, int, int]
 BLOCK = 2**20  # elements of one block: 2 MiB of 16-bit numbers stay near the processor
 ROWS = 32  # a multiple of rows that are turned at once
 STRIP = 2**26  # elements held while a matrix is turned: one expert of Mixtral-8x7B (58.7 M) at a time
-THREADS = min(4, len(os.sched_getaffinity(0)))  # that turn a matrix; memory has no room for more
 
 
 @dataclass(frozen=True)
@@ -382,7 +379,7 @@ def _strips(view: Slab) -> Iterator[Slab]:
 
 
 def _filled(view: Slab, source: BlockSource, scratch: list[Array]) -> Array:
-    """The transpose of a matrix, in ``scratch``: bands of rows are read and turned, several at a time."""
+    """The transpose of a matrix, in ``scratch``, from bands of its rows."""
     rows, columns = view.shape
     band = max(ROWS, BLOCK // columns // ROWS * ROWS)
 
@@ -390,28 +387,6 @@ def _filled(view: Slab, source: BlockSource, scratch: list[Array]) -> Array:
         return _read(view, source, ((top, min(top + band, rows)), (0, columns)))
 
     first = read(0)
-    strip = _shaped(scratch, (columns, rows), first.dtype)
-
-    def fill(top: int) -> None:
-        turn(_numbers(read(top) if top else first), _numbers(strip[:, top : top + band]))
-
-    tops = range(0, rows, band)
-    if len(tops) > 1:
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(fill, tops))
-    else:
-        fill(0)
+    strip = shaped(scratch, (columns, rows), first.dtype)
+    turn_bands(strip, band, lambda top: read(top) if top else first)
     return strip
-
-
-def _shaped(scratch: list[Array], shape: Shape, kind: np.dtype[Any]) -> Array:
-    """Memory of ``scratch`` as numbers in a shape; fresh pages cost more than turning, so they are used again."""
-    size = prod(shape) * kind.itemsize
-    if not scratch or scratch[0].size < size:
-        scratch[:] = [np.empty(size, np.uint8)]
-    return scratch[0][:size].view(kind).reshape(shape)
-
-
-def _numbers(array: Array) -> Array:
-    """The same bits as plain numbers of the same width: numpy copies bfloat16 slowly."""
-    return array.view(np.dtype(f"u{array.dtype.itemsize}"))
