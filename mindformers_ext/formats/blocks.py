@@ -18,7 +18,7 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.plain_file import open_plain
 from mindformers_ext.formats.tensors import Array, Index, TensorInfo
 
-HEAP = 8 * 2**20  # what malloc is taught: twice as much may lie free at the end of a heap (mallopt(3), M_MMAP_THRESHOLD)
+HEAP = 8 * 2**20  # above what is made again and again; twice as much stays at a heap's end (mallopt(3))
 Range = tuple[int, int]
 _Writer = TypeVar("_Writer", bound="NewFile")
 
