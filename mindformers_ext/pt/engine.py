@@ -14,7 +14,10 @@ from mindformers_ext.pt import names
 from mindformers_ext.pt.causal_lm import CausalLM, build_causal_lm
 from mindformers_ext.pt.generate import PyTorchSession
 from mindformers_ext.pt.init import build_empty
+from mindformers_ext.pt.linear import Linear
+from mindformers_ext.pt.moe.experts import Experts
 from mindformers_ext.pt.ops.memory import keep_freed_memory
+from mindformers_ext.pt.ops.products import has_onednn
 
 
 class PyTorchNetwork:
@@ -39,6 +42,8 @@ class PyTorchNetwork:
 
     def session(self, rows: int, length: int, positions: int, use_cache: bool = True) -> PyTorchSession:
         """Generation for ``rows`` prompts of up to ``length`` tokens, up to ``positions`` with their answers."""
+        if rows > 1 and has_onednn(self.device):
+            order_weights(self.module)
         session = PyTorchSession(self.module, rows, length, positions, self.device)
         session.compile(use_cache)
         return session
@@ -48,6 +53,16 @@ class PyTorchNetwork:
         with torch.inference_mode():
             found = self.module(torch.from_numpy(ids.astype(np.int64)).to(self.device))
         return found.cpu().numpy()
+
+
+def order_weights(module: CausalLM) -> None:
+    """Lay the weights for products of many rows, one matrix after the other (``ops.products``). They are constants then,
+    and stay as they are where the network computes in another type than they have."""
+    for part in module.modules():
+        if type(part) is Linear and part.weight.dtype == module.model.compute_dtype:
+            part.order()
+        elif isinstance(part, Experts) and part.down[0].dtype == module.model.compute_dtype:
+            part.order()
 
 
 class PyTorchEngine:

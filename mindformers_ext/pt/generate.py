@@ -56,19 +56,19 @@ class PyTorchSession:
             return
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream), torch.no_grad():
+        with torch.cuda.stream(stream), torch.inference_mode():
             for _ in range(WARM_UP):
                 self._step()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(self.graph):
+        with torch.inference_mode(), torch.cuda.graph(self.graph):
             self.logits = self._step()
 
     def prompt(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """float32 logits (B, V) behind the last token of each row of ``ids`` (B, S), padded on the right."""
         ids_BS = torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64)).to(self.device)
         last_B = torch.from_numpy(np.asarray(lengths, dtype=np.int64)).to(self.device) - 1
-        with torch.no_grad():
+        with torch.inference_mode():
             decoder, (B, S) = self.network.model, ids_BS.shape
             cos_SP, sin_SP = self._prompt_tables(S, lengths)
             x_TD = decoder.tok_embeddings(ids_BS.reshape(-1)).to(decoder.compute_dtype)
@@ -111,7 +111,7 @@ class PyTorchSession:
         if self.graph is not None and self.logits is not None:
             self.graph.replay()
             return self.logits.cpu().numpy()
-        with torch.no_grad():
+        with torch.inference_mode():
             return self._step().cpu().numpy()
 
     def _step(self) -> Tensor:

@@ -90,7 +90,7 @@ def answers() -> list[str]:
     return [json.loads(line)["answer"] for line in lines]
 
 
-ENGINES = [pytest.param("pt"), pytest.param("ms", marks=pytest.mark.slow)]
+ENGINES = [pytest.param("auto"), pytest.param("pt"), pytest.param("ms", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
