@@ -56,8 +56,10 @@ class PyTorchNetwork:
 
 
 def order_weights(module: CausalLM) -> None:
-    """Lay the weights for products of many rows, one matrix after the other (``ops.products``). They are constants then,
-    and stay as they are where the network computes in another type than they have."""
+    """Lay the weights for products of many rows, one matrix after the other (``ops.products``).
+
+    They are constants then, and stay as they are where the network computes in another type than they have.
+    """
     for part in module.modules():
         if type(part) is Linear and part.weight.dtype == module.model.compute_dtype:
             part.order()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mindformers_ext.core.capacity import last_at_each_place
+from mindformers_ext.core.capacity import last_at_each_place, rows_at_once
 from mindformers_ext.core.log import get_logger
 from mindformers_ext.pt.attention import rotary_tables
 from mindformers_ext.pt.causal_lm import CausalLM
@@ -66,6 +66,12 @@ class PyTorchSession:
 
     def prompt(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """float32 logits (B, V) behind the last token of each row of ``ids`` (B, S), padded on the right."""
+        together = rows_at_once(*ids.shape) if self.device.type == "cpu" else len(ids)
+        groups = [slice(start, start + together) for start in range(0, len(ids), together)]
+        return np.concatenate([self._read(ids[rows], lengths[rows], rows) for rows in groups])
+
+    def _read(self, ids: np.ndarray, lengths: np.ndarray, rows: slice) -> np.ndarray:
+        """``prompt`` of some rows."""
         ids_BS = torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64)).to(self.device)
         last_B = torch.from_numpy(np.asarray(lengths, dtype=np.int64)).to(self.device) - 1
         with torch.inference_mode():
@@ -75,15 +81,15 @@ class PyTorchSession:
             for index, layer in enumerate(decoder.layers):
                 attention, before_TD = layer.attention, layer.attention_norm(x_TD)
                 q, k, v = attention.project(before_TD, S, cos_SP, sin_SP)
-                self._keep(index, k, v, lengths)
+                self._keep(index, rows, k, v, lengths)
                 if isinstance(attention, ExpertAttention):
                     passed = attention.passed(before_TD, S)
-                    self.seen[index][:, :, :S] = passed.seen_BES
+                    self.seen[index][rows, :, :S] = passed.seen_BES
                     mixed_TD = attention.mix_passed(q, k, v, passed, passed.seen_BES)
                 else:
                     mixed_TD = attention.mix(q, k, v)
                 x_TD = self._fed(layer, x_TD + mixed_TD)
-            return self._scores(x_TD.view(B, S, -1)[self.row, last_B]).cpu().numpy()
+            return self._scores(x_TD.view(B, S, -1)[self.row[:B], last_B]).cpu().numpy()
 
     def _prompt_tables(self, length: int, lengths: np.ndarray) -> tuple[Tensor, Tensor]:
         """Tables that broadcast to (B, H, S, P): one for all rows, or where they follow the length one a row."""
@@ -94,9 +100,9 @@ class PyTorchSession:
         cos, sin = (np.stack(tables)[:, None] for tables in zip(*turned, strict=True))
         return rotary_tables((cos, sin), decoder.rotary_dtype, self.device)
 
-    def _keep(self, index: int, k: Tensor, v: Tensor, lengths: np.ndarray) -> None:
-        """Put the keys and values (B, N, S, P) of prompts into layer ``index``'s cache."""
-        keys, values, window = self.keys[index], self.values[index], self.windows[index]
+    def _keep(self, index: int, rows: slice, k: Tensor, v: Tensor, lengths: np.ndarray) -> None:
+        """Put the keys and values (B, N, S, P) of prompts into their rows of layer ``index``'s cache."""
+        keys, values, window = self.keys[index][rows], self.values[index][rows], self.windows[index]
         if k.shape[2] <= window:
             keys[:, :, : k.shape[2]], values[:, :, : k.shape[2]] = k, v
             return

@@ -9,8 +9,8 @@ Hugging Face folder, greedy. Prefill is generate with one new token; decode is w
 All tokens are compared. Memory: the peak of the whole process, that of the framework alone taken off.
 
 Limits: a prompt takes at least its matrix products, timed alone in the faster of torch's two libraries, MKL and oneDNN
-(each token its two experts; attention's own products are left out); a token at least the reading of its weights, at the speed at which this machine sums a large
-array (a batch of B tokens reads each expert that any of them takes).
+(each token its two experts; attention's own products are left out); a token at least the reading of its weights, at the
+speed at which this machine sums a large array (a batch of B tokens reads each expert that any of them takes).
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mindformers_ext.core.capacity import round_up
 from mindformers_ext.core.layers import MoESpec
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.pt.linear import fill_normal
@@ -17,6 +18,8 @@ from mindformers_ext.pt.ops.products import by_onednn, ordered, product
 from mindformers_ext.pt.ops.rows import Sorted, combine, dispatch
 from mindformers_ext.pt.ops.select import select_backend
 from mindformers_ext.pt.ops.swiglu import swiglu
+
+ROWS = 16  # more of them come in multiples of it
 
 
 class Experts(nn.Module):
@@ -86,11 +89,15 @@ class Experts(nn.Module):
         return y if self.bias is None else y + self.bias[expert].to(x.dtype)
 
     def _in_turn(self, x_TD: Tensor, weight_TK: Tensor, place: Sorted) -> Tensor:
-        """``of_tokens`` without gradients: one expert at a time, whose rows alone are held."""
+        """``of_tokens`` without gradients: one expert at a time, whose rows alone are held.
+
+        oneDNN makes and keeps code for every number of rows (1 ms, 1 MB): rows of the first token fill up to a few.
+        """
         total_TD, weight = torch.zeros_like(x_TD), weight_TK.reshape(-1, 1).to(x_TD.dtype)
         for expert, low, high in spans(place.offs_E):
-            token = place.token[low:high]
-            y = self._of_expert(expert, x_TD.index_select(0, token))
+            token, count = place.token[low:high], high - low
+            filled = F.pad(token, (0, round_up(count, ROWS) - count)) if count > ROWS else token
+            y = self._of_expert(expert, x_TD.index_select(0, filled))[:count]
             total_TD.index_add_(0, token, y.mul_(weight.index_select(0, place.order[low:high])))
         return total_TD
 
