@@ -137,7 +137,7 @@ class CausalLM(nn.Module):
     def head(self, x_TD: Tensor) -> Tensor:
         """Logits (T, V) in the type of x."""
         if self.tied:
-            return product(x_TD, self.model.tok_embeddings.embedding_weight.to(x_TD.dtype))
+            return product(x_TD, self.model.tok_embeddings.embedding_weight)
         return self.lm_head(x_TD)
 
     def forward(

@@ -32,8 +32,7 @@ class Linear(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x_TD.dtype)
-        return product(x_TD, self.weight.to(x_TD.dtype), bias)
+        return product(x_TD, self.weight, self.bias)
 
     def order(self) -> None:
         """Lay the weight as ``ops.products`` reads it for many rows; the layer computes in its type from now on."""

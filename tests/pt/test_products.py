@@ -16,6 +16,7 @@ from mindformers_ext.pt.causal_lm import build_causal_lm
 from mindformers_ext.pt.engine import PyTorchNetwork
 from mindformers_ext.pt.layer import build_feed_forward
 from mindformers_ext.pt.moe.layer import MoE
+from mindformers_ext.pt.ops import products
 from mindformers_ext.pt.ops.products import ordered, product
 from tests.pt.test_moe import spec_of
 
@@ -35,6 +36,16 @@ def test_a_product_is_the_plain_one(rows: int, biased: bool) -> None:
     with torch.inference_mode():
         for found in (product(x, weight, bias), product(x, ordered(weight), bias)):
             torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_a_weight_of_another_type_is_turned_block_by_block(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "BLOCK", 48 * 8)  # of 8 rows; 4 are left
+    x, weight, bias = torch.randn(3, 48), torch.randn(20, 48).to(kind), torch.randn(20).to(kind)
+    with torch.inference_mode():
+        found, half = product(x, weight, bias), product(x.to(kind), weight)
+    assert found.dtype == torch.float32 and half.dtype == kind
+    torch.testing.assert_close(found, x @ weight.float().T + bias.float())
 
 
 @pytest.mark.parametrize("tokens", [1, 18])

@@ -65,7 +65,7 @@ class Experts(nn.Module):
 
     def of_tokens(self, x_TD: Tensor, weight_TK: Tensor, place: Sorted) -> Tensor:
         """The weighted sum (T, D) of each token's experts, all of which are here."""
-        if self.backend is None and by_onednn(x_TD.device):
+        if self.backend is None and by_onednn(x_TD):
             return self._in_turn(x_TD, weight_TK, place)
         backend = self.selected(x_TD.shape[0], x_TD.dtype, x_TD.device)
         if not backend.gathers or self.bias is not None:
@@ -84,8 +84,8 @@ class Experts(nn.Module):
 
     def _of_expert(self, expert: int, x: Tensor) -> Tensor:
         """One expert's answer (R, D) to rows (R, D) that are all its own."""
-        gate, up = product(x, self.gate_up[expert].to(x.dtype)).chunk(2, -1)
-        y = product(F.silu(gate).mul_(up), self.down[expert].to(x.dtype))
+        gate, up = product(x, self.gate_up[expert]).chunk(2, -1)
+        y = product(F.silu(gate).mul_(up), self.down[expert])
         return y if self.bias is None else y + self.bias[expert].to(x.dtype)
 
     def _in_turn(self, x_TD: Tensor, weight_TK: Tensor, place: Sorted) -> Tensor:

@@ -12,17 +12,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+KINDS = (torch.float32, torch.bfloat16)
+BLOCK = 2**20  # weights turned at once
+
 
 def product(x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T (+ b) of x (T, in) and a weight (out, in) of its type, plain or ``ordered``: (T, out)."""
-    if weight.is_mkldnn or by_onednn(x_TD.device):
+    """x W^T (+ b) of x (T, in) and a weight (out, in), plain, or ``ordered`` in the type of x: (T, out) in that type.
+
+    In inference on a CPU a weight of another type is turned into it a block at a time, which stays in the cache.
+    """
+    if not weight.is_mkldnn and not by_onednn(x_TD):
+        return F.linear(x_TD, weight.to(x_TD.dtype), None if bias is None else bias.to(x_TD.dtype))
+    if weight.dtype == x_TD.dtype:
         return torch.ops.mkldnn._linear_pointwise(x_TD, weight, bias, "none", [], "")
-    return F.linear(x_TD, weight, bias)
+    blocks = weight.split(max(1, BLOCK // weight.shape[1]))
+    parts = [torch.ops.mkldnn._linear_pointwise(x_TD, w.to(x_TD.dtype), None, "none", [], "") for w in blocks]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return y if bias is None else y + bias.to(y.dtype)
 
 
-def by_onednn(device: torch.device) -> bool:
-    """Whether ``product`` asks oneDNN: in inference mode, on a CPU."""
-    return torch.is_inference_mode_enabled() and has_onednn(device)
+def by_onednn(x: Tensor) -> bool:
+    """Whether ``product`` asks oneDNN for x: in inference mode, on a CPU, in a type for which every CPU has code."""
+    return torch.is_inference_mode_enabled() and x.dtype in KINDS and has_onednn(x.device)
 
 
 def has_onednn(device: torch.device) -> bool:
