@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
+from torch import nn
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import DeviceSpec, NetworkSpec
@@ -17,7 +18,7 @@ from mindformers_ext.pt.init import build_empty
 from mindformers_ext.pt.linear import Linear
 from mindformers_ext.pt.moe.experts import Experts
 from mindformers_ext.pt.ops.memory import keep_freed_memory
-from mindformers_ext.pt.ops.products import has_onednn
+from mindformers_ext.pt.ops.products import has_onednn, ordered
 
 
 class PyTorchNetwork:
@@ -42,8 +43,8 @@ class PyTorchNetwork:
 
     def session(self, rows: int, length: int, positions: int, use_cache: bool = True) -> PyTorchSession:
         """Generation for ``rows`` prompts of up to ``length`` tokens, up to ``positions`` with their answers."""
-        if rows > 1 and has_onednn(self.device):
-            order_weights(self.module)
+        if has_onednn(self.device):
+            order_weights(self.module, rows)
         session = PyTorchSession(self.module, rows, length, positions, self.device)
         session.compile(use_cache)
         return session
@@ -55,16 +56,20 @@ class PyTorchNetwork:
         return found.cpu().numpy()
 
 
-def order_weights(module: CausalLM) -> None:
-    """Lay the weights for products of many rows, one matrix after the other (``ops.products``).
+def order_weights(module: CausalLM, rows: int) -> None:
+    """Lay the weights for products of so many rows, one layer's after the other (``ops.products``).
 
-    They are constants then, and stay as they are where the network computes in another type than they have.
+    They are constants then, and stay as they are where the network computes in another type than they have; so does the
+    embedding that is the head, too, for more than one row.
     """
+    kind, embedding = module.model.compute_dtype, module.model.tok_embeddings
     for part in module.modules():
-        if type(part) is Linear and part.weight.dtype == module.model.compute_dtype:
-            part.order()
-        elif isinstance(part, Experts) and part.down[0].dtype == module.model.compute_dtype:
-            part.order()
+        if type(part) is Linear and part.weight.dtype == kind:
+            part.order(rows)
+        elif isinstance(part, Experts) and part.down[0].dtype == kind:
+            part.order(rows)
+    if module.tied and rows == 1 and embedding.embedding_weight.dtype == kind:
+        embedding.embedding_weight = nn.Parameter(ordered(embedding.embedding_weight, 1), requires_grad=False)
 
 
 class PyTorchEngine:

@@ -58,11 +58,11 @@ class PyTorchSession:
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream), torch.inference_mode():
             for _ in range(WARM_UP):
-                self._step()
+                self._step(self.positions)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.inference_mode(), torch.cuda.graph(self.graph):
-            self.logits = self._step()
+            self.logits = self._step(self.positions)
 
     def prompt(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """float32 logits (B, V) behind the last token of each row of ``ids`` (B, S), padded on the right."""
@@ -118,13 +118,16 @@ class PyTorchSession:
             self.graph.replay()
             return self.logits.cpu().numpy()
         with torch.inference_mode():
-            return self._step().cpu().numpy()
+            filled = int(positions.max()) + 1 if self.device.type == "cpu" else self.positions
+            return self._step(filled).cpu().numpy()
 
-    def _step(self) -> Tensor:
-        """Logits (B, V) behind ``token_B`` at ``position_B``."""
+    def _step(self, filled: int) -> Tensor:
+        """Logits (B, V) behind ``token_B`` at ``position_B``, below ``filled``: what lies behind is not read."""
         decoder = self.network.model
         cos, sin = (table[self.position_B][:, None, None] for table in self.tables)
-        mask = (self.place <= self.position_B[:, None])[:, None, None]
+        mask: Tensor | None = None
+        if self.rows > 1 or self.device.type != "cpu":
+            mask = (self.place[:filled] <= self.position_B[:, None])[:, None, None]
         x_BD = decoder.tok_embeddings(self.token_B).to(decoder.compute_dtype)
         for index, layer in enumerate(decoder.layers):
             attention, before_BD = layer.attention, layer.attention_norm(x_BD)
@@ -132,12 +135,13 @@ class PyTorchSession:
             keys, values, window = self.keys[index], self.values[index], self.windows[index]
             place_B = self.position_B % window  # a cache that is full rolls
             keys[self.row, :, place_B], values[self.row, :, place_B] = k[:, :, 0], v[:, :, 0]
+            keys, values = keys[:, :, :filled], values[:, :, :filled]
             if isinstance(attention, ExpertAttention):
                 passed, seen = attention.passed(before_BD, 1), self.seen[index]
                 seen[self.row, :, place_B] = passed.seen_BES[:, :, 0]
-                mixed_BD = attention.mix_passed(q, keys, values, passed, seen, mask)
+                mixed_BD = attention.mix_passed(q, keys, values, passed, seen[:, :, :filled], mask)
             else:
-                mixed_BD = attention.mix(q, keys, values, mask[..., :window])
+                mixed_BD = attention.mix(q, keys, values, None if mask is None else mask[..., :window])
             x_BD = self._fed(layer, x_BD + mixed_BD)
         return self._scores(x_BD)
 

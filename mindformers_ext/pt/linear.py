@@ -34,7 +34,6 @@ class Linear(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         return product(x_TD, self.weight, self.bias)
 
-    def order(self) -> None:
-        """Lay the weight as ``ops.products`` reads it for many rows; the layer computes in its type from now on."""
-        if not self.weight.is_mkldnn:
-            self.weight = nn.Parameter(ordered(self.weight), requires_grad=False)
+    def order(self, rows: int) -> None:
+        """Lay the weight as ``ops.products`` reads it for so many rows; the layer computes in its type from now on."""
+        self.weight = nn.Parameter(ordered(self.weight, rows), requires_grad=False)

@@ -30,11 +30,17 @@ LAYERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("rows", [1, 2, 33])
 @pytest.mark.parametrize("biased", [False, True])
-def test_a_product_is_the_plain_one(rows: int, biased: bool) -> None:
-    x, weight, bias = torch.randn(rows, 48), torch.randn(20, 48), torch.randn(20) if biased else None
+@pytest.mark.parametrize("rows_of_weight", [20, 90])  # the other way round for one row
+def test_a_product_is_the_plain_one(rows: int, biased: bool, rows_of_weight: int) -> None:
+    x, weight, bias = (
+        torch.randn(rows, 48),
+        torch.randn(rows_of_weight, 48),
+        torch.randn(rows_of_weight) if biased else None,
+    )
     wanted = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     with torch.inference_mode():
-        for found in (product(x, weight, bias), product(x, ordered(weight), bias)):
+        for laid in (weight, ordered(weight, 1), ordered(weight, 8)):
+            found = product(x, laid, bias)
             torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -58,11 +64,13 @@ def test_experts_in_turn_are_the_grouped_ones(kind: str, tokens: int) -> None:
     if layer.ffn.bias is not None:
         torch.nn.init.normal_(layer.ffn.bias)
     wanted = layer(x).y_TD.detach()
-    in_order = copy.deepcopy(layer)
-    in_order.ffn.order()
-    in_order.ffn.order()  # nothing is left to do
+    networks = [copy.deepcopy(layer) for _ in range(3)]
+    networks[1].ffn.order(1)
+    networks[2].ffn.order(1)
+    networks[2].ffn.order(8)  # and nothing is left to do
+    networks[2].ffn.order(1)
     with torch.inference_mode():
-        for mine in (layer, in_order):
+        for mine in networks:
             torch.testing.assert_close(mine.dropless(x), wanted, rtol=1e-5, atol=1e-5)
 
 

@@ -101,10 +101,15 @@ class Experts(nn.Module):
             total_TD.index_add_(0, token, y.mul_(weight.index_select(0, place.order[low:high])))
         return total_TD
 
-    def order(self) -> None:
-        """Lay each matrix as ``ops.products`` reads it for many rows; only inference, in their type, from now on."""
+    def order(self, rows: int) -> None:
+        """Lay each matrix as ``ops.products`` reads it for so many rows; only inference, in their type, from now on."""
         for name in ("gate_up", "down"):
             matrices = getattr(self, name)
-            if not isinstance(matrices, nn.ParameterList):
-                delattr(self, name)
-                setattr(self, name, nn.ParameterList(nn.Parameter(ordered(w), requires_grad=False) for w in matrices))
+            if isinstance(matrices, nn.ParameterList):
+                continue
+            delattr(self, name)
+            if rows == 1:
+                setattr(self, name, nn.Parameter(ordered(matrices, 1), requires_grad=False))
+                continue
+            each = (nn.Parameter(ordered(weight, rows), requires_grad=False) for weight in matrices)
+            setattr(self, name, nn.ParameterList(each))

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""x W^T in inference on a CPU: by oneDNN, which reads the weights of few rows faster than torch's own choice, MKL.
+"""x W^T in inference on a CPU: by oneDNN or MKL, whichever reads the weights faster, and weights in an order for it.
 
-Measured on one core with AVX-512 (float32, weights 512 to 14336 wide): 1 row 1.1 to 1.4 times as fast, 512 rows 1.05 to
-1.2; of weights in oneDNN's own order (``ordered``) 8 rows 1.6 to 3 times, 64 rows 1.3 to 1.9, 512 rows 1.1 to 1.2, but
-one row of wide weights .8. Training keeps to MKL: what is ordered has no gradient.
+Measured on one core with AVX-512 (float32, weights 512 to 14336 wide). oneDNN beside MKL, which torch takes by itself:
+1 row 1.1 to 1.4 times as fast, 512 rows 1.05 to 1.2; of weights in oneDNN's own order 8 rows 1.6 to 3 times, 64 rows
+1.3 to 1.9, 512 rows 1.1 to 1.2, but one row of wide weights .8. For one row MKL is 1.3 to 1.9 times as fast as the
+better one where the weight lies column by column, has more rows than columns, and few columns (nothing is left of it at
+4096): its sums are short otherwise. Training keeps to torch's choice.
 """
 
 from __future__ import annotations
@@ -13,16 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KINDS = (torch.float32, torch.bfloat16)
-BLOCK = 2**20  # weights turned at once
+BLOCK = 2**20  # weights converted at once
+SHORT = 2048  # columns up to which a weight is laid column by column
 
 
 def product(x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T (+ b) of x (T, in) and a weight (out, in), plain, or ``ordered`` in the type of x: (T, out) in that type.
 
-    In inference on a CPU a weight of another type is turned into it a block at a time, which stays in the cache.
+    In inference on a CPU a weight of another type is converted a block at a time, which stays in the cache.
     """
     if not weight.is_mkldnn and not by_onednn(x_TD):
         return F.linear(x_TD, weight.to(x_TD.dtype), None if bias is None else bias.to(x_TD.dtype))
+    if x_TD.shape[0] == 1 and is_turned(weight):
+        return F.linear(x_TD, weight, bias)
     if weight.dtype == x_TD.dtype:
         return torch.ops.mkldnn._linear_pointwise(x_TD, weight, bias, "none", [], "")
     blocks = weight.split(max(1, BLOCK // weight.shape[1]))
@@ -41,6 +46,21 @@ def has_onednn(device: torch.device) -> bool:
     return device.type == "cpu" and torch.backends.mkldnn.is_available()
 
 
-def ordered(weight: Tensor) -> Tensor:
-    """A weight (out, in) in the order in which oneDNN reads it for many rows: for ``product`` alone."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+def is_turned(weight: Tensor) -> bool:
+    """Whether a weight lies column by column."""
+    return not weight.is_mkldnn and weight.stride(-2) == 1 and weight.shape[-1] > 1
+
+
+def ordered(weight: Tensor, rows: int) -> Tensor:
+    """A weight (..., out, in) in the order that products with so many rows read fastest.
+
+    For one row it is the same tensor to every operator; for more, which takes (out, in), ``product`` alone reads it.
+    """
+    weight = weight.detach()
+    if weight.is_mkldnn:
+        return weight
+    if rows > 1:
+        return torch.ops.mkldnn._reorder_linear_weight(weight)
+    if weight.shape[-1] > SHORT or weight.shape[-2] <= weight.shape[-1]:
+        return weight
+    return weight.transpose(-1, -2).contiguous().transpose(-1, -2)
