@@ -43,7 +43,7 @@ class PyTorchNetwork:
 
     def session(self, rows: int, length: int, positions: int, use_cache: bool = True) -> PyTorchSession:
         """Generation for ``rows`` prompts of up to ``length`` tokens, up to ``positions`` with their answers."""
-        if has_onednn(self.device):
+        if has_onednn(self.device, self.module.model.compute_dtype):
             order_weights(self.module, rows)
         session = PyTorchSession(self.module, rows, length, positions, self.device)
         session.compile(use_cache)

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-KINDS = (torch.float32, torch.bfloat16)
 BLOCK = 2**20  # weights converted at once
 SHORT = 2048  # columns up to which a weight is laid column by column
 
@@ -26,9 +25,9 @@ def product(x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not weight.is_mkldnn and not by_onednn(x_TD):
         return F.linear(x_TD, weight.to(x_TD.dtype), None if bias is None else bias.to(x_TD.dtype))
-    if x_TD.shape[0] == 1 and is_turned(weight):
-        return F.linear(x_TD, weight, bias)
     if weight.dtype == x_TD.dtype:
+        if x_TD.shape[0] == 1 and is_turned(weight):
+            return F.linear(x_TD, weight, bias)
         return torch.ops.mkldnn._linear_pointwise(x_TD, weight, bias, "none", [], "")
     blocks = weight.split(max(1, BLOCK // weight.shape[1]))
     parts = [torch.ops.mkldnn._linear_pointwise(x_TD, w.to(x_TD.dtype), None, "none", [], "") for w in blocks]
@@ -37,13 +36,15 @@ def product(x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def by_onednn(x: Tensor) -> bool:
-    """Whether ``product`` asks oneDNN for x: in inference mode, on a CPU, in a type for which every CPU has code."""
-    return torch.is_inference_mode_enabled() and x.dtype in KINDS and has_onednn(x.device)
+    """Whether ``product`` asks oneDNN for x: in inference mode, on a CPU that computes in its type."""
+    return torch.is_inference_mode_enabled() and has_onednn(x.device, x.dtype)
 
 
-def has_onednn(device: torch.device) -> bool:
-    """Whether weights on this device may be ``ordered``."""
-    return device.type == "cpu" and torch.backends.mkldnn.is_available()
+def has_onednn(device: torch.device, kind: torch.dtype) -> bool:
+    """Whether oneDNN multiplies there in this type, and weights of it may be ``ordered``."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return kind == torch.float32 or (kind == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def is_turned(weight: Tensor) -> bool:
@@ -61,6 +62,6 @@ def ordered(weight: Tensor, rows: int) -> Tensor:
         return weight
     if rows > 1:
         return torch.ops.mkldnn._reorder_linear_weight(weight)
-    if weight.shape[-1] > SHORT or weight.shape[-2] <= weight.shape[-1]:
+    if weight.dtype != torch.float32 or weight.shape[-1] > SHORT or weight.shape[-2] <= weight.shape[-1]:
         return weight
     return weight.transpose(-1, -2).contiguous().transpose(-1, -2)
