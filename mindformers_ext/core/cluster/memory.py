@@ -78,6 +78,9 @@ class LayerSizes:
 
     ``tokens``: rows of norms and routing; ``whole_tokens``: rows of attention, which sees whole sequences;
     ``slots``: expert rows before the exchange; ``expert_rows``: rows that its experts multiply.
+
+    Rows that travel to their experts (``use_gmm``) follow from the load: they are as many as at equal load, or on the
+    fullest device ``capacity_factor`` times as many (``worst_load``).
     """
 
     tokens: int
