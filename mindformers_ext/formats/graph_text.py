@@ -5,8 +5,8 @@ One operator takes several lines: its call, ``: (input types) -> (output types)`
 known the same with names of sizes, and comments that start with its scope. A graph may call others; how often each runs
 in one step follows from the calls, both branches of a condition counting once.
 
-How many rows ``AlltoAllV`` moves stands in two lists, of what is sent and what is received, which are known when it
-runs. Two that share a list move as much in that direction: where one side's size is known, so is the other's.
+How many blocks of numbers ``AlltoAllV`` moves stands in two lists, of what is sent and what is received, which are
+known when it runs. Two that share a list move as many blocks: where one's size is known, so is the other's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,17 @@ from pathlib import Path
 
 from mindformers_ext.core.errors import UserError
 
-COLLECTIVES = ("AllReduce", "AllGather", "ReduceScatter", "AlltoAll", "AlltoAllV", "AllToAllv", "Broadcast", "Send", "Receive")
+COLLECTIVES = (
+    "AllReduce",
+    "AllGather",
+    "ReduceScatter",
+    "AlltoAll",
+    "AlltoAllV",
+    "AllToAllv",
+    "Broadcast",
+    "Send",
+    "Receive",
+)
 PRODUCTS = ("MatMul", "BatchMatMul", "MatMulExt")
 BYTES = {
     "Float64": 8,
@@ -43,7 +53,7 @@ _CALL = re.compile(r" = (?:PrimFunc_)?([A-Za-z]\w*)")
 _INVOKED = re.compile(r" = (?:call (@[^\s(]+)|%[\w.]+\[(@.*?)\]\()")
 _GRAPH = re.compile(r"@([^\s(),\]]+)")
 _UNSIZED = re.compile(r"Tensor\[(\w+)\]\]?, \(-1\)")
-_LISTS = re.compile(r"AlltoAllV\([^,]+, (%\w+), (%\w+)\)")
+_LISTS = re.compile(r"AlltoAllV\([^,]+, (%\w+), (%\w+)\).*block_size: I64\((\d+)\)")
 _TENSOR = re.compile(r"Tensor\[(\w+)\]\]?, \(([\d, ]*)\)")
 _RANKS = re.compile(r"(?:group_rank_ids|rank_list): \(([\d, ]*)\)")
 _PEER = re.compile(r"(?:dest_rank|src_rank): I64\((\d+)\)")
@@ -71,8 +81,8 @@ class Collective:
     """One operator that moves data between ranks, and how often a step runs it.
 
     ``ranks`` are the members of its group, or sender and receiver. ``parameter`` is the weight whose gradient or slice
-    it moves, '' for activations. ``scope`` tells the layer. ``lists``: what tells the sizes of an ``AlltoAllV``; its
-    ``source`` and ``result`` have no numbers where the graph does not tell them.
+    it moves, '' for activations. ``scope`` tells the layer. ``lists``: what tells the sizes of an ``AlltoAllV``, in
+    blocks of ``block`` numbers; its ``source`` and ``result`` have no numbers where the graph does not tell them.
     """
 
     kind: str
@@ -86,6 +96,7 @@ class Collective:
     graph: str
     times: int = 1
     lists: tuple[str, ...] = ()
+    block: int = 1
 
     @property
     def payload(self) -> int:
@@ -194,21 +205,22 @@ def _collective(kind: str, line: str, following: Iterator[str], graph: str) -> C
         _name(_OWNER.search(line), 1),
         scope,
         graph,
-        lists=lists.groups() if lists else (),
+        lists=(lists[1], lists[2]) if lists else (),
+        block=int(lists[3]) if lists else 1,
     )
 
 
 def _sized(found: list[Collective]) -> list[Collective]:
     """The same, with the sizes that follow from lists which others of their graph share."""
-    sizes = {
-        (item.graph, name): tensor.shape
+    blocks = {
+        (item.graph, name): math.prod(tensor.shape) // item.block
         for item in found
         for name, tensor in zip(item.lists, (item.source, item.result), strict=False)
         if tensor.shape != UNKNOWN
     }
 
     def known(item: Collective, side: int, tensor: GraphTensor) -> GraphTensor:
-        return replace(tensor, shape=sizes.get((item.graph, item.lists[side]), UNKNOWN))
+        return replace(tensor, shape=(blocks.get((item.graph, item.lists[side]), 0) * item.block,))
 
     return [
         replace(item, source=known(item, 0, item.source), result=known(item, 1, item.result)) if item.lists else item

@@ -8,7 +8,6 @@ holds our side of the bargain: layouts, masks, halves and drop order.
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import mindspore as ms
 import numpy as np
@@ -330,13 +329,3 @@ def test_grouped_product_multiplies_each_part_by_its_matrix():
     cell = with_formula(ascend.GroupedProductKernel(4), "product", grouped)
     expected = portable.GroupedProductOp(4)(x, weight, ends)
     np.testing.assert_allclose(cell(x, weight, ends).asnumpy(), expected.asnumpy(), atol=1e-5)
-
-
-def test_grouped_experts_want_whole_experts(job):
-    from mindformers_ext.core.cluster.cluster_rules import check_network
-    from mindformers_ext.core.errors import UserError
-
-    spec = network_spec_from_yaml(switched(job.yaml, False, "moe_config.use_gmm=True", "moe_config.capacity_factor=-1"))
-    parallel = ParallelSpec(data_parallel=4, expert_parallel=2, enable_alltoall=True, device_num=4)
-    with pytest.raises(UserError, match="use_gmm=True with expert_parallel=2.*set both to 1"):
-        check_network(replace(spec, parallel=parallel))

@@ -2,8 +2,8 @@
 """Grouped experts on several devices are the experts of one: outputs, loads and every gradient.
 
 The devices' own cells run here, and MindSpore differentiates each by itself; the operators that move rows between
-devices (``AlltoAllV``, ``AlltoAll``, ``AllGather``, ``AllReduce``: Ascend's, no CPU has all of them) are permutations and
-sums of what lies on a board (tests/helpers/many_devices.py).
+devices (``AlltoAllV`` and ``AlltoAll`` are Ascend's alone) are permutations and sums of what lies on a board
+(tests/helpers/many_devices.py).
 """
 
 from __future__ import annotations

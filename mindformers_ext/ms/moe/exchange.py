@@ -91,25 +91,25 @@ class MovedRows(nn.Cell):
 
 
 class OrderedRows(nn.Cell):
-    """Rows (R, D) in another order: that of ``place``, whose inverse is ``back`` (both (R) int32)."""
+    """Rows (T, D) in another order: that of ``place``, whose inverse is ``back`` (both (T) int32)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.gather = P.Gather()
 
-    def construct(self, x_RD: Tensor, place_R: Tensor, back_R: Tensor) -> Tensor:
-        return self.gather(x_RD, place_R, 0)
+    def construct(self, x_TD: Tensor, place_T: Tensor, back_T: Tensor) -> Tensor:
+        return self.gather(x_TD, place_T, 0)
 
     def bprop(
-        self, x_RD: Tensor, place_R: Tensor, back_R: Tensor, out: Tensor, dout: Tensor
+        self, x_TD: Tensor, place_T: Tensor, back_T: Tensor, out: Tensor, dout: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return self.gather(dout, back_R, 0), ops.zeros_like(place_R), ops.zeros_like(back_R)
+        return self.gather(dout, back_T, 0), ops.zeros_like(place_T), ops.zeros_like(back_T)
 
 
 class Regrouped(nn.Cell):
     """Where rows that lie by sender and expert are found in the order by expert and sender.
 
-    Inputs: counts (senders, experts) int32, and the numbers 0 to R - 1 of the rows. Output (R) int32: the place of each
+    Inputs: counts (senders, experts) int32, and the numbers 0 to T - 1 of the rows. Output (T) int32: the place of each
     row of the new order in the old one. With the counts transposed it is the inverse.
     """
 
@@ -117,42 +117,42 @@ class Regrouped(nn.Cell):
         super().__init__()
         self.sum_up, self.gather = P.CumSum(), P.Gather()
 
-    def construct(self, counts_SE: Tensor, number_R: Tensor) -> Tensor:
-        old = ops.reshape(counts_SE, (-1,))
-        start_SE = ops.reshape(self.sum_up(old, 0) - old, counts_SE.shape)
-        new = ops.reshape(ops.transpose(counts_SE, (1, 0)), (-1,))
+    def construct(self, counts_GE: Tensor, number_T: Tensor) -> Tensor:
+        old = ops.reshape(counts_GE, (-1,))
+        start_GE = ops.reshape(self.sum_up(old, 0) - old, counts_GE.shape)
+        new = ops.reshape(ops.transpose(counts_GE, (1, 0)), (-1,))
         end = self.sum_up(new, 0)
-        moved = ops.reshape(ops.transpose(start_SE, (1, 0)), (-1,)) - (end - new)
+        moved = ops.reshape(ops.transpose(start_GE, (1, 0)), (-1,)) - (end - new)
         # the first pair that ends behind the row; right=True would say so, but spoils later searches on MindSpore's CPU
-        pair_1R = ops.searchsorted(ops.expand_dims(end, 0), ops.expand_dims(number_R + 1, 0), out_int32=True)
-        return number_R + self.gather(moved, ops.reshape(pair_1R, (-1,)), 0)
+        pair_1T = ops.searchsorted(ops.expand_dims(end, 0), ops.expand_dims(number_T + 1, 0), out_int32=True)
+        return number_T + self.gather(moved, ops.reshape(pair_1T, (-1,)), 0)
 
 
 class CopiedRows(nn.Cell):
-    """Rows (R, D) so many times one after the other."""
+    """Rows (T, D) so many times one after the other."""
 
     def __init__(self, copies: int) -> None:
         super().__init__()
         self.copies = copies
 
-    def construct(self, x_RD: Tensor) -> Tensor:
-        return ops.tile(x_RD, (self.copies, 1))
+    def construct(self, x_TD: Tensor) -> Tensor:
+        return ops.tile(x_TD, (self.copies, 1))
 
-    def bprop(self, x_RD: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+    def bprop(self, x_TD: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
         return (ops.reshape(dout, (self.copies, -1, dout.shape[1])).sum(0),)
 
 
 class SummedRows(nn.Cell):
-    """The sum of so many tensors (R, D) that lie one after the other."""
+    """The sum of so many tensors (T, D) that lie one after the other."""
 
     def __init__(self, copies: int) -> None:
         super().__init__()
         self.copies = copies
 
-    def construct(self, x_RD: Tensor) -> Tensor:
-        return ops.reshape(x_RD, (self.copies, -1, x_RD.shape[1])).sum(0)
+    def construct(self, x_TD: Tensor) -> Tensor:
+        return ops.reshape(x_TD, (self.copies, -1, x_TD.shape[1])).sum(0)
 
-    def bprop(self, x_RD: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+    def bprop(self, x_TD: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
         return (ops.tile(dout, (self.copies, 1)),)
 
 
@@ -191,52 +191,52 @@ class ExchangedProducts(nn.Cell):
     def construct(
         self, x_GETD: Tensor, counts_GE: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        counts_SE = ops.reshape(ops.cast(counts_GE, ms.int32), (self.ep, -1))
+        counts_GE = ops.reshape(ops.cast(counts_GE, ms.int32), (self.ep, -1))
         if self.ep > 1:
-            y = self._spread(x_GETD, counts_SE + 1, w1, w3, w2, bias)
+            y = self._spread(x_GETD, counts_GE + 1, w1, w3, w2, bias)
         else:
-            y = self._shared(ops.reshape(x_GETD, (-1, self.width)), counts_SE, w1, w3, w2, bias)
+            y = self._shared(ops.reshape(x_GETD, (-1, self.width)), counts_GE, w1, w3, w2, bias)
         y_GETD = ops.reshape(y, x_GETD.shape)
         return self.add_up(y_GETD) if self.sums else y_GETD
 
     def _spread(
-        self, x_GETD: Tensor, counts_SE: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, bias: Tensor | None
+        self, x_GETD: Tensor, counts_GE: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, bias: Tensor | None
     ) -> Tensor:
         """Rows to the devices of ``ep`` that hold their expert, and back."""
-        arriving_SE = self.swap(counts_SE)
-        sent, received = self._known(counts_SE), self._known(arriving_SE)
-        x_RD = self.spread(x_GETD, sent, received, (-1, self.width))
-        y_RD = self._shared(x_RD, arriving_SE, w1, w3, w2, bias)
-        return self.spread(y_RD, received, sent, x_GETD.shape)
+        arriving_GE = self.swap(counts_GE)
+        sent, received = self._known(counts_GE), self._known(arriving_GE)
+        x_TD = self.spread(x_GETD, sent, received, (-1, self.width))
+        y_TD = self._shared(x_TD, arriving_GE, w1, w3, w2, bias)
+        return self.spread(y_TD, received, sent, x_GETD.shape)
 
     def _shared(
-        self, x_RD: Tensor, counts_SE: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, bias: Tensor | None
+        self, x_TD: Tensor, counts_GE: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, bias: Tensor | None
     ) -> Tensor:
         """Rows to all devices of ``mp`` where each has its own, and the sums of their products back."""
         if not self.copies:
-            return self._multiplied(x_RD, counts_SE, w1, w3, w2, bias)
-        all_SE = self.gather(counts_SE)
-        received = self._known(ops.reshape(all_SE, (self.mp, -1)))
-        sent = self._known(ops.tile(ops.reshape(counts_SE, (1, -1)), (self.mp, 1)))
-        all_RD = self.share(self.copied(x_RD), sent, received, (-1, self.width))
-        y_RD = self._multiplied(all_RD, all_SE, w1, w3, w2, bias)
-        return self.summed(self.share(y_RD, received, sent, (-1, self.width)))
+            return self._multiplied(x_TD, counts_GE, w1, w3, w2, bias)
+        all_GE = self.gather(counts_GE)
+        received = self._known(ops.reshape(all_GE, (self.mp, -1)))
+        sent = self._known(ops.tile(ops.reshape(counts_GE, (1, -1)), (self.mp, 1)))
+        all_TD = self.share(self.copied(x_TD), sent, received, (-1, self.width))
+        y_TD = self._multiplied(all_TD, all_GE, w1, w3, w2, bias)
+        return self.summed(self.share(y_TD, received, sent, (-1, self.width)))
 
     def _multiplied(
-        self, x_RD: Tensor, counts_SE: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, bias: Tensor | None
+        self, x_TD: Tensor, counts_GE: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, bias: Tensor | None
     ) -> Tensor:
         """The products of rows by sender and expert; biases once in all of ``mp``, since their results are added."""
         if bias is not None:
             bias = bias / self.mp
-        count_E = ops.cast(counts_SE.sum(0), ms.int32)
-        if counts_SE.shape[0] == 1:
-            return self.products.of_rows(x_RD, count_E, w1, w3, w2, bias)
-        number_R = self.sum_up(ops.ones_like(ops.cast(x_RD[:, 0], ms.int32)), 0) - 1
-        place_R = self.regrouped(counts_SE, number_R)
-        back_R = self.regrouped(ops.transpose(counts_SE, (1, 0)), number_R)
-        y_RD = self.products.of_rows(self.ordered(x_RD, place_R, back_R), count_E, w1, w3, w2, bias)
-        return self.ordered(y_RD, back_R, place_R)
+        count_E = ops.cast(counts_GE.sum(0), ms.int32)
+        if counts_GE.shape[0] == 1:
+            return self.products.of_rows(x_TD, count_E, w1, w3, w2, bias)
+        number_T = self.sum_up(ops.ones_like(ops.cast(ops.stop_gradient(x_TD)[:, 0], ms.int32)), 0) - 1
+        place_T = self.regrouped(counts_GE, number_T)
+        back_T = self.regrouped(ops.transpose(counts_GE, (1, 0)), number_T)
+        y_TD = self.products.of_rows(self.ordered(x_TD, place_T, back_T), count_E, w1, w3, w2, bias)
+        return self.ordered(y_TD, back_T, place_T)
 
-    def _known(self, counts_SE: Tensor) -> Tensor:
-        """The counts' sums (S) int64 where the host can read them."""
-        return self.to_host(ops.cast(counts_SE.sum(1), ms.int64), "CPU", True)
+    def _known(self, counts_GE: Tensor) -> Tensor:
+        """Each row's sum, int64, where the host can read them."""
+        return self.to_host(ops.cast(counts_GE.sum(1), ms.int64), "CPU", True)

@@ -66,7 +66,7 @@ WRONG: list[tuple[str, dict[str, Any], int, str, str]] = [
         {ME + "capacity_factor": -1},
         16,
         "capacity_factor=-1 (dropless) in semi_auto_parallel mode",
-        "set use_gmm: True (with expert_parallel and model_parallel 1), a capacity_factor above 0",
+        "set use_gmm: True, a capacity_factor above 0",
     ),
     (
         "dp over ep",
