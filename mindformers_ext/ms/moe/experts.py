@@ -129,14 +129,16 @@ class SortedExperts(Experts):
         self.grouped = shards.local(cell, "grouped biased experts" if moe.expert_bias else "grouped experts")
 
     def construct(self, x_GETD: Tensor, counts_GE: Tensor) -> Tensor:
+        kind = x_GETD.dtype  # cast here: what the optimizer's cut keeps in parts is gathered in the type that computes
+        w1, w3, w2 = ops.cast(self.w1.weight, kind), ops.cast(self.w3.weight, kind), ops.cast(self.w2.weight, kind)
         if self.w2.has_bias:
-            return self.grouped(x_GETD, counts_GE, self.w1.weight, self.w3.weight, self.w2.weight, self.w2.bias)
-        return self.grouped(x_GETD, counts_GE, self.w1.weight, self.w3.weight, self.w2.weight)
+            return self.grouped(x_GETD, counts_GE, w1, w3, w2, ops.cast(self.w2.bias, kind))
+        return self.grouped(x_GETD, counts_GE, w1, w3, w2)
 
 
 class GroupedProducts(nn.Cell):
     """Each row by the weights of its expert. Inputs: rows (1, 1, T, D), counts (1, E), w1, w3 and w2, and w2's biases
-    (E, D) where it has any."""
+    (E, D) where it has any, all of the rows' type."""
 
     def __init__(self, operators: Operators, experts: int) -> None:
         super().__init__()
@@ -155,12 +157,11 @@ class GroupedProducts(nn.Cell):
         self, x_TD: Tensor, count_E: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         """The same of rows (T, D) and int32 counts (E)."""
-        kind = x_TD.dtype
         end_E = ops.cast(self.sum_up(count_E, 0), ms.int64)
-        gate, up = self.product(x_TD, ops.cast(w1, kind), end_E), self.product(x_TD, ops.cast(w3, kind), end_E)
-        y_TD = self.product(self.swiglu(gate, up), ops.cast(w2, kind), end_E)
+        gate, up = self.product(x_TD, w1, end_E), self.product(x_TD, w3, end_E)
+        y_TD = self.product(self.swiglu(gate, up), w2, end_E)
         if bias is not None:
             place_T1 = ops.expand_dims(ops.arange(x_TD.shape[0], dtype=ms.int64), 1)
             behind_T = ops.cast(place_T1 >= ops.expand_dims(end_E, 0), ms.int32).sum(1)
-            y_TD = y_TD + self.gather(ops.cast(bias, kind), ops.minimum(behind_T, self.last), 0)
+            y_TD = y_TD + self.gather(bias, ops.minimum(behind_T, self.last), 0)
         return y_TD

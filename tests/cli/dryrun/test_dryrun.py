@@ -134,9 +134,8 @@ def grouped_as_counted(run: DryRun, facts: RankFacts) -> None:
 
 def sent_as_counted(run: DryRun, facts: RankFacts) -> None:
     """Exchanges between experts, gathered weights and messages between stages, in number and bytes."""
-    spec, (_, passes) = run.spec(), passes_of(run, facts)
-    rows = [row for row in facts.traffic if row.purpose == "experts"]
-    exchanges = 2 * passes if spec.parallel.expert_parallel > 1 else 0  # to the experts and back
+    spec, rows = run.spec(), [row for row in facts.traffic if row.purpose == "experts"]
+    exchanges = 2 * passes_of(run, facts)[1] if spec.parallel.expert_parallel > 1 else 0  # to the experts and back
     assert sum(row.count for row in rows) == exchanges
     assert sum(row.payload for row in rows) == exchanges * expert_exchange(spec)
     assert {row.kind for row in rows} <= {"AlltoAll"}
@@ -145,14 +144,11 @@ def sent_as_counted(run: DryRun, facts: RankFacts) -> None:
 
 def others_as_counted(run: DryRun, facts: RankFacts, summed: Collection[str] = WHOLE) -> None:
     """What else a rank sends. ``summed``: the parts of a layer whose sums over model parallel are counted here."""
-    spec, settings, (_, passes) = run.spec(), run.settings(), passes_of(run, facts)
-    parallel = spec.parallel
-    cut = [
-        item
-        for item in placed_parameters(spec, settings.threshold, settings.lora)
-        if item.stage == facts.stage and item.local != item.gathered
-    ]
-    assert not any(".ffn.w" in item.name for item in cut)  # no expert's weight is gathered
+    spec, settings, passes = run.spec(), run.settings(), passes_of(run, facts)[1]
+    parallel, placed = spec.parallel, placed_parameters(spec, settings.threshold, settings.lora)
+    cut = [item for item in placed if item.stage == facts.stage and item.local != item.gathered]
+    if parallel.expert_parallel == parallel.data_parallel:  # no expert's weight is gathered
+        assert not any(".ffn.w" in item.name for item in cut)
     gathers = [row for row in facts.traffic if row.purpose == "weights"]
     width = WIDTH[spec.numerics.compute_dtype]
     as_stored = "embedding_weight"  # gathered in its own type, the others in the one that computes
