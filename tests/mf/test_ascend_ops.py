@@ -25,7 +25,7 @@ from mindformers_ext.ms.ops.portable_attention import CausalAttentionOp
 from mindformers_ext.ms.ops.select import select_operators
 from tests.helpers.router import TopkRouterV2
 from tests.helpers.routing import drop_order, hard_logits
-from tests.helpers.tiny_run import ROOT, config_of, environment
+from tests.helpers.tiny_run import BATCH, ROOT, SEQ, config_of, environment
 
 MODEL = "model.model_config"
 SWITCHES = (
@@ -53,7 +53,7 @@ def switched(path, on, *more):
 
 @pytest.fixture(scope="module")
 def compiled(job):
-    """Operators of two compiled jobs by name: all kernels with experts over devices, and grouped experts alone."""
+    """Two compiled jobs by name: all kernels with experts over devices, and grouped experts over devices alone."""
     folder = job.folder / "ascend"
     folder.mkdir()
     sizes = {
@@ -67,7 +67,7 @@ def compiled(job):
     }
     common = ("use_parallel=True", "parallel.enable_alltoall=True")
     fused = switched(job.yaml, True, *common, *(f"parallel_config.{name}={size}" for name, size in sizes.items()))
-    sizes |= {"model_parallel": 1, "expert_parallel": 1, "use_seq_parallel": False}
+    sizes |= {"model_parallel": 1, "use_seq_parallel": False}
     grouped = switched(
         job.yaml,
         False,
@@ -127,6 +127,10 @@ def test_the_compiler_takes_grouped_experts_beside_portable_operators(compiled):
     operators, layers = compiled["grouped"]["operators"], 2
     assert compiled["grouped"]["unplanned"] == []
     assert operators["GroupedMatmul"] == 3 * 3 * layers  # three products, forward and two gradients
+    (rows,) = [row for row in compiled["grouped"]["traffic"] if row["kind"] == "AlltoAllV"]
+    assert rows["count"] == operators["AlltoAllV"] == 2 * 2 * layers  # to the experts and back, and their gradients
+    assert rows["payload"] == rows["count"] * (2 * BATCH * SEQ + 4) * 64 * 2  # K of each token, one for each expert
+    assert operators["AlltoAll"] == layers and operators["MoveTo"] == 2 * layers  # how many, known to the host
     for name in ("FlashAttentionScore", "RmsNorm", "RotaryPositionEmbedding", "Swiglu", "TopKRouter"):
         assert name not in operators
     assert operators["Rsqrt"] == 2 * layers + 1 and operators["Sort"] == 2 * layers

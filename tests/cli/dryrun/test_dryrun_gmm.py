@@ -83,7 +83,7 @@ def test_grouped_experts_compile_as_counted(changes: dict, tmp_path: Path, commi
         assert all(other == first for other in others)
 
 
-@pytest.mark.long("16 s of compiling beside MindFormers' own; what ours sends is counted by the test above")
+@pytest.mark.long("tests/mf/test_ascend_ops.py compiles ours alone, and counts its exchanges")
 @pytest.mark.dryrun
 def test_no_more_collectives_than_mindformers_grouped_experts(tmp_path: Path) -> None:
     """Its own also sends every row's expert beside the row, and asks for counts again in the backward pass."""
