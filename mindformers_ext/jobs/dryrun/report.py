@@ -177,6 +177,8 @@ def stage_lines(facts: RankFacts, one_run: str) -> list[str]:
     lines = [f"stage {facts.stage} (rank {facts.rank}), collectives of {one_run}"]
     rows = [(row.kind, row.purpose, group_text(row.ranks), f"{row.count}", *moved_text(row)) for row in facts.traffic]
     lines += table(("kind", "for", "ranks", "count", "payload", "sent by this rank"), rows)
+    if any(BY_LOAD in row for row in rows):
+        lines.append(f"{BY_LOAD}: rows that go on from where routing has taken them; no graph tells how many")
     lines.append(f"largest tensors of rank {facts.rank}")
     lines += table(
         ("tensor", "whole", "here", "type", "bytes"),

@@ -201,7 +201,7 @@ class SortedSlots(nn.Cell):
 
     def construct(self, expert_GNK: Tensor) -> Slots:
         G, N, _ = expert_GNK.shape
-        check_load(self.chosen * N, self.experts, self.moe.max_router_load)
+        check_load(self.chosen * N, self.experts, self.moe.max_router_load, self.experts * self.spare)
         expert_GT, last = ops.reshape(expert_GNK, (G, -1)), self.chosen * N - 1
         placed_GT = self.join((expert_GT, ops.tile(self.every_1E, (G, 1)))) if self.spare else expert_GT
         sorted_GT, position_GT, counts_GE, starts_GE = self.order(placed_GT)
