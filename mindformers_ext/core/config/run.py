@@ -79,7 +79,7 @@ class RunSpec:
     """What is run, on what, by whom, from what and to where.
 
     mode: of ``RUN_MODES``.
-    engine: of ``ENGINES``; ``trainer``: of ``TRAINERS``, None where nobody is named.
+    engine: of ``ENGINES``, ``auto``: chosen for this run; ``trainer``: of ``TRAINERS``, None where nobody is named.
     network, family: the name that the YAML gives its network, and the family of ours that it means, if any.
     runner: what ``choose_runner`` says.
     load: file or folder of weights, None = random ones; ``load_format``: "ckpt" or "safetensors"; ``strategies``: the
@@ -98,6 +98,7 @@ class RunSpec:
     mode: str
     device: DeviceSpec = DeviceSpec(ASCEND)
     engine: str = MINDSPORE
+    auto: bool = False
     trainer: str | None = None
     network: str | None = None
     family: Family | None = None
@@ -189,6 +190,7 @@ def run_spec_from_yaml(config: Mapping[str, Any], where: str = "the configuratio
     asked = RunSpec(
         mode=mode,
         engine=_engine(config, target),
+        auto=config.get("engine") == AUTO,
         device=_device(config, target, problems),
         trainer=_trainer(config, problems),
         network=arch.get("type"),
@@ -215,7 +217,7 @@ def run_spec_from_yaml(config: Mapping[str, Any], where: str = "the configuratio
     )
     problems.raise_if_any()
     run = _decided(asked)
-    if config.get("engine") == AUTO and run.sooner_by_pytorch and importlib.util.find_spec("torch"):
+    if run.auto and run.sooner_by_pytorch and importlib.util.find_spec("torch"):
         run = _decided(replace(run, engine=PYTORCH))
     if run.runner is Runner.OWN_PREDICTION:
         run = replace(run, sampling=sampling_from_yaml(words, (), run.seed))

@@ -18,7 +18,6 @@ from mindformers_ext.core.config.foreign import has_our_weights, is_llama
 from mindformers_ext.core.config.mixture_words import with_mixture_words
 from mindformers_ext.core.config.run import (
     ASCEND,
-    AUTO,
     CPU,
     DEVICES,
     FRAMEWORKS,
@@ -131,7 +130,7 @@ def check_words(
         parts = run.runner is Runner.OWN_PREDICTION and run.use_parallel and together
         if parts:
             notes = [*_check_together(run, read), *notes]
-        if config.get("engine") == AUTO:
+        if run.auto:
             why = "the faster one for predictions of one process on a CPU" if run.sooner_by_pytorch else "for this run"
             notes = [f"engine auto: {FRAMEWORKS[run.engine]}, {why}", *notes]
         notes = [*dead, *notes, *judge_network(read, run, TOGETHER if parts else run.mode)]
