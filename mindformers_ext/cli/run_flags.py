@@ -17,7 +17,7 @@ from typing import Any
 from mindformers_ext.cli.command import add_switch, boolean
 from mindformers_ext.core.config.dtype_keys import name_dtypes
 from mindformers_ext.core.config.overrides import apply_overrides, parse_dotted
-from mindformers_ext.core.config.run import DEVICES, ENGINES, RUN_MODES, TRAINER_KEY, TRAINERS
+from mindformers_ext.core.config.run import AUTO, DEVICES, ENGINES, RUN_MODES, TRAINER_KEY, TRAINERS
 from mindformers_ext.core.errors import Problems, UserError, nearest
 
 
@@ -51,8 +51,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag(
         ("--engine",),
         ("engine",),
-        "ms MindSpore, pt PyTorch (default on GPU, and possible on CPU)",
-        choices=ENGINES,
+        "ms MindSpore, pt PyTorch (default on GPU, and possible on CPU), auto the faster one for this run",
+        choices=(*ENGINES, AUTO),
     ),
     Flag(
         ("--trainer",),

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """MindSpore's graphs as text (``MS_DEV_SAVE_GRAPHS``): parameters, collectives, arithmetic, generated strategies.
 
-One operator takes several lines: its call, ``: (input types) -> (output types)``, and comments that start with its
-scope. A graph may call others; how often each runs in one step follows from the calls, both branches of a condition
-counting once.
+One operator takes several lines: its call, ``: (input types) -> (output types)``, in graphs with sizes that are not
+known the same with names of sizes, and comments that start with its scope. A graph may call others; how often each runs
+in one step follows from the calls, both branches of a condition counting once.
+
+How many blocks of numbers ``AlltoAllV`` moves stands in two lists, of what is sent and what is received, which are
+known when it runs. Two that share a list move as many blocks: where one's size is known, so is the other's.
 """
 
 from __future__ import annotations
@@ -17,7 +20,17 @@ from pathlib import Path
 
 from mindformers_ext.core.errors import UserError
 
-COLLECTIVES = ("AllReduce", "AllGather", "ReduceScatter", "AlltoAll", "AllToAllv", "Broadcast", "Send", "Receive")
+COLLECTIVES = (
+    "AllReduce",
+    "AllGather",
+    "ReduceScatter",
+    "AlltoAll",
+    "AlltoAllV",
+    "AllToAllv",
+    "Broadcast",
+    "Send",
+    "Receive",
+)
 PRODUCTS = ("MatMul", "BatchMatMul", "MatMulExt")
 BYTES = {
     "Float64": 8,
@@ -31,6 +44,7 @@ BYTES = {
     "UInt8": 1,
     "Bool": 1,
 }
+UNKNOWN = (0,)  # the shape of a tensor whose size the graph does not tell
 _ENTRY = re.compile(r"# IR entry: @(\S+)")
 _SUBGRAPH = re.compile(r"subgraph @([^\s(]+)\(")
 _PARAMETER = re.compile(r"%para\d+_(\S+): <(?:Ref\[)?Tensor\[(\w+)\]\]?, \(([\d, ]*)\)")
@@ -38,6 +52,8 @@ _CALL = re.compile(r" = (?:PrimFunc_)?([A-Za-z]\w*)")
 # A call names its graph, or, for a value that holds graphs (a closure, a chosen branch), those that it may hold.
 _INVOKED = re.compile(r" = (?:call (@[^\s(]+)|%[\w.]+\[(@.*?)\]\()")
 _GRAPH = re.compile(r"@([^\s(),\]]+)")
+_UNSIZED = re.compile(r"Tensor\[(\w+)\]\]?, \(-1\)")
+_LISTS = re.compile(r"AlltoAllV\([^,]+, (%\w+), (%\w+)\).*block_size: I64\((\d+)\)")
 _TENSOR = re.compile(r"Tensor\[(\w+)\]\]?, \(([\d, ]*)\)")
 _RANKS = re.compile(r"(?:group_rank_ids|rank_list): \(([\d, ]*)\)")
 _PEER = re.compile(r"(?:dest_rank|src_rank): I64\((\d+)\)")
@@ -65,7 +81,8 @@ class Collective:
     """One operator that moves data between ranks, and how often a step runs it.
 
     ``ranks`` are the members of its group, or sender and receiver. ``parameter`` is the weight whose gradient or slice
-    it moves, '' for activations. ``scope`` tells the layer.
+    it moves, '' for activations. ``scope`` tells the layer. ``lists``: what tells the sizes of an ``AlltoAllV``, in
+    blocks of ``block`` numbers; its ``source`` and ``result`` have no numbers where the graph does not tell them.
     """
 
     kind: str
@@ -78,6 +95,8 @@ class Collective:
     scope: str
     graph: str
     times: int = 1
+    lists: tuple[str, ...] = ()
+    block: int = 1
 
     @property
     def payload(self) -> int:
@@ -138,7 +157,7 @@ def read_graph(path: Path) -> GraphFacts:
         for kind, count in counts.items():
             total[kind] += count * times.get(graph, 0)
     flops = sum(count * times.get(graph, 0) for graph, count in products.items())
-    collectives = tuple(replace(item, times=times.get(item.graph, 0)) for item in found)
+    collectives = tuple(replace(item, times=times.get(item.graph, 0)) for item in _sized(found))
     return GraphFacts(parameters, collectives, total, flops, entry)
 
 
@@ -171,7 +190,10 @@ def _collective(kind: str, line: str, following: Iterator[str], graph: str) -> C
     """The operator of ``line``; reads its types and scope from the two lines after it."""
     left, _, right = next(following, "").partition("->")
     source, result = _first_tensor(left), _first_tensor(right)
-    scope = _name(_SCOPE.search(next(following, "")), 1)
+    behind = next(following, "")
+    if behind.startswith("      : (S:"):
+        behind = next(following, "")
+    scope, lists = _name(_SCOPE.search(behind), 1), _LISTS.search(line)
     ranks = _numbers(_name(_RANKS.search(line), 1)) or _numbers(_name(_PEER.search(line), 1))
     return Collective(
         kind,
@@ -183,7 +205,27 @@ def _collective(kind: str, line: str, following: Iterator[str], graph: str) -> C
         _name(_OWNER.search(line), 1),
         scope,
         graph,
+        lists=(lists[1], lists[2]) if lists else (),
+        block=int(lists[3]) if lists else 1,
     )
+
+
+def _sized(found: list[Collective]) -> list[Collective]:
+    """The same, with the sizes that follow from lists which others of their graph share."""
+    blocks = {
+        (item.graph, name): math.prod(tensor.shape) // item.block
+        for item in found
+        for name, tensor in zip(item.lists, (item.source, item.result), strict=False)
+        if tensor.shape != UNKNOWN
+    }
+
+    def known(item: Collective, side: int, tensor: GraphTensor) -> GraphTensor:
+        return replace(tensor, shape=(blocks.get((item.graph, item.lists[side]), 0) * item.block,))
+
+    return [
+        replace(item, source=known(item, 0, item.source), result=known(item, 1, item.result)) if item.lists else item
+        for item in found
+    ]
 
 
 def _product_flops(types: str) -> int:
@@ -198,7 +240,9 @@ def _product_flops(types: str) -> int:
 
 
 def _first_tensor(text: str) -> GraphTensor:
-    match = _TENSOR.search(text)
+    match, unsized = _TENSOR.search(text), _UNSIZED.search(text)
+    if unsized and not (match and match.start() < unsized.start()):
+        return GraphTensor(unsized[1], UNKNOWN)
     return GraphTensor(match[1], _numbers(match[2])) if match else GraphTensor("", ())
 
 

@@ -79,9 +79,9 @@ STRATEGIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "weighed hidden": (("dp mp", "dp mp"), ()),
     "mean rows": (("tok -", "tok -", "tok -"), ("tok -",)),
     "combine": (("tok - - -", "tok - -", "tok - -", "tok - -", "tok - -"), ("tok - -",)),
-    # experts of sorted slots stand whole on every device, each of which multiplies its own rows
-    "grouped experts": (("tok - - -", "tok -", "- - -", "- - -", "- - -"), ("tok - - -",)),
-    "grouped biased experts": (("tok - - -", "tok -", "- - -", "- - -", "- - -", "- -"), ("tok - - -",)),
+    # each device gives its own rows and gets them back multiplied (ms.moe.exchange)
+    "grouped experts": (("tok - - -", "tok -", "ep mp -", "ep mp -", "ep - mp"), ("tok - - -",)),
+    "grouped biased experts": (("tok - - -", "tok -", "ep mp -", "ep mp -", "ep - mp", "ep -"), ("tok - - -",)),
     "group mean": (("tok",), ()),
     "groups": (("tok", "tok"), ()),
     "scaled groups": (("tok", ""), ()),

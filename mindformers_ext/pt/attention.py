@@ -72,14 +72,16 @@ class Attention(nn.Module):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """softmax(q k^T / sqrt(P)) v, causal and within the window without ``mask``, through the output projection:
-        (B*S, D)."""
+        (B*S, D). A single query without ``mask`` sees every key."""
         return self.wo(self._attend(q, k, v, mask))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        mask = window_mask(q.shape[2], self.window, q.device) if mask is None else mask
+        length = q.shape[2]
+        mask = window_mask(length, self.window, q.device) if mask is None else mask
+        causal = mask is None and length > 1
         grouped = self.heads != self.kv_heads
         return self._joined(
-            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
         )
 
     def _joined(self, mixed: Tensor) -> Tensor:

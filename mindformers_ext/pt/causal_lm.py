@@ -19,6 +19,7 @@ from mindformers_ext.pt.norm import RmsNorm
 from mindformers_ext.pt.ops.dtypes import torch_dtype
 from mindformers_ext.pt.ops.noise import mixture_noise
 from mindformers_ext.pt.ops.packed import restarted_positions
+from mindformers_ext.pt.ops.products import product
 
 
 class Terms(NamedTuple):
@@ -136,7 +137,7 @@ class CausalLM(nn.Module):
     def head(self, x_TD: Tensor) -> Tensor:
         """Logits (T, V) in the type of x."""
         if self.tied:
-            return nn.functional.linear(x_TD, self.model.tok_embeddings.embedding_weight.to(x_TD.dtype))
+            return product(x_TD, self.model.tok_embeddings.embedding_weight)
         return self.lm_head(x_TD)
 
     def forward(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
+from torch import nn
 
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import DeviceSpec, NetworkSpec
@@ -14,7 +15,10 @@ from mindformers_ext.pt import names
 from mindformers_ext.pt.causal_lm import CausalLM, build_causal_lm
 from mindformers_ext.pt.generate import PyTorchSession
 from mindformers_ext.pt.init import build_empty
+from mindformers_ext.pt.linear import Linear
+from mindformers_ext.pt.moe.experts import Experts
 from mindformers_ext.pt.ops.memory import keep_freed_memory
+from mindformers_ext.pt.ops.products import has_onednn, ordered
 
 
 class PyTorchNetwork:
@@ -39,6 +43,8 @@ class PyTorchNetwork:
 
     def session(self, rows: int, length: int, positions: int, use_cache: bool = True) -> PyTorchSession:
         """Generation for ``rows`` prompts of up to ``length`` tokens, up to ``positions`` with their answers."""
+        if has_onednn(self.device, self.module.model.compute_dtype):
+            order_weights(self.module, rows)
         session = PyTorchSession(self.module, rows, length, positions, self.device)
         session.compile(use_cache)
         return session
@@ -48,6 +54,22 @@ class PyTorchNetwork:
         with torch.inference_mode():
             found = self.module(torch.from_numpy(ids.astype(np.int64)).to(self.device))
         return found.cpu().numpy()
+
+
+def order_weights(module: CausalLM, rows: int) -> None:
+    """Lay the weights for products of so many rows, one layer's after the other (``ops.products``).
+
+    They are constants then, and stay as they are where the network computes in another type than they have; so does the
+    embedding that is the head, too, for more than one row.
+    """
+    kind, embedding = module.model.compute_dtype, module.model.tok_embeddings
+    for part in module.modules():
+        if type(part) is Linear and part.weight.dtype == kind:
+            part.order(rows)
+        elif isinstance(part, Experts) and part.down[0].dtype == kind:
+            part.order(rows)
+    if module.tied and rows == 1 and embedding.embedding_weight.dtype == kind:
+        embedding.embedding_weight = nn.Parameter(ordered(embedding.embedding_weight, 1), requires_grad=False)
 
 
 class PyTorchEngine:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mindformers_ext.core.capacity import last_at_each_place
+from mindformers_ext.core.capacity import last_at_each_place, rows_at_once
 from mindformers_ext.core.log import get_logger
 from mindformers_ext.pt.attention import rotary_tables
 from mindformers_ext.pt.causal_lm import CausalLM
@@ -56,34 +56,40 @@ class PyTorchSession:
             return
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream), torch.no_grad():
+        with torch.cuda.stream(stream), torch.inference_mode():
             for _ in range(WARM_UP):
-                self._step()
+                self._step(self.positions)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(self.graph):
-            self.logits = self._step()
+        with torch.inference_mode(), torch.cuda.graph(self.graph):
+            self.logits = self._step(self.positions)
 
     def prompt(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """float32 logits (B, V) behind the last token of each row of ``ids`` (B, S), padded on the right."""
+        together = rows_at_once(*ids.shape) if self.device.type == "cpu" else len(ids)
+        groups = [slice(start, start + together) for start in range(0, len(ids), together)]
+        return np.concatenate([self._read(ids[rows], lengths[rows], rows) for rows in groups])
+
+    def _read(self, ids: np.ndarray, lengths: np.ndarray, rows: slice) -> np.ndarray:
+        """``prompt`` of some rows."""
         ids_BS = torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64)).to(self.device)
         last_B = torch.from_numpy(np.asarray(lengths, dtype=np.int64)).to(self.device) - 1
-        with torch.no_grad():
+        with torch.inference_mode():
             decoder, (B, S) = self.network.model, ids_BS.shape
             cos_SP, sin_SP = self._prompt_tables(S, lengths)
             x_TD = decoder.tok_embeddings(ids_BS.reshape(-1)).to(decoder.compute_dtype)
             for index, layer in enumerate(decoder.layers):
                 attention, before_TD = layer.attention, layer.attention_norm(x_TD)
                 q, k, v = attention.project(before_TD, S, cos_SP, sin_SP)
-                self._keep(index, k, v, lengths)
+                self._keep(index, rows, k, v, lengths)
                 if isinstance(attention, ExpertAttention):
                     passed = attention.passed(before_TD, S)
-                    self.seen[index][:, :, :S] = passed.seen_BES
+                    self.seen[index][rows, :, :S] = passed.seen_BES
                     mixed_TD = attention.mix_passed(q, k, v, passed, passed.seen_BES)
                 else:
                     mixed_TD = attention.mix(q, k, v)
                 x_TD = self._fed(layer, x_TD + mixed_TD)
-            return self._scores(x_TD.view(B, S, -1)[self.row, last_B]).cpu().numpy()
+            return self._scores(x_TD.view(B, S, -1)[self.row[:B], last_B]).cpu().numpy()
 
     def _prompt_tables(self, length: int, lengths: np.ndarray) -> tuple[Tensor, Tensor]:
         """Tables that broadcast to (B, H, S, P): one for all rows, or where they follow the length one a row."""
@@ -94,9 +100,9 @@ class PyTorchSession:
         cos, sin = (np.stack(tables)[:, None] for tables in zip(*turned, strict=True))
         return rotary_tables((cos, sin), decoder.rotary_dtype, self.device)
 
-    def _keep(self, index: int, k: Tensor, v: Tensor, lengths: np.ndarray) -> None:
-        """Put the keys and values (B, N, S, P) of prompts into layer ``index``'s cache."""
-        keys, values, window = self.keys[index], self.values[index], self.windows[index]
+    def _keep(self, index: int, rows: slice, k: Tensor, v: Tensor, lengths: np.ndarray) -> None:
+        """Put the keys and values (B, N, S, P) of prompts into their rows of layer ``index``'s cache."""
+        keys, values, window = self.keys[index][rows], self.values[index][rows], self.windows[index]
         if k.shape[2] <= window:
             keys[:, :, : k.shape[2]], values[:, :, : k.shape[2]] = k, v
             return
@@ -111,14 +117,17 @@ class PyTorchSession:
         if self.graph is not None and self.logits is not None:
             self.graph.replay()
             return self.logits.cpu().numpy()
-        with torch.no_grad():
-            return self._step().cpu().numpy()
+        with torch.inference_mode():
+            filled = int(positions.max()) + 1 if self.device.type == "cpu" else self.positions
+            return self._step(filled).cpu().numpy()
 
-    def _step(self) -> Tensor:
-        """Logits (B, V) behind ``token_B`` at ``position_B``."""
+    def _step(self, filled: int) -> Tensor:
+        """Logits (B, V) behind ``token_B`` at ``position_B``, below ``filled``: what lies behind is not read."""
         decoder = self.network.model
         cos, sin = (table[self.position_B][:, None, None] for table in self.tables)
-        mask = (self.place <= self.position_B[:, None])[:, None, None]
+        mask: Tensor | None = None
+        if self.rows > 1 or self.device.type != "cpu":
+            mask = (self.place[:filled] <= self.position_B[:, None])[:, None, None]
         x_BD = decoder.tok_embeddings(self.token_B).to(decoder.compute_dtype)
         for index, layer in enumerate(decoder.layers):
             attention, before_BD = layer.attention, layer.attention_norm(x_BD)
@@ -126,12 +135,13 @@ class PyTorchSession:
             keys, values, window = self.keys[index], self.values[index], self.windows[index]
             place_B = self.position_B % window  # a cache that is full rolls
             keys[self.row, :, place_B], values[self.row, :, place_B] = k[:, :, 0], v[:, :, 0]
+            keys, values = keys[:, :, :filled], values[:, :, :filled]
             if isinstance(attention, ExpertAttention):
                 passed, seen = attention.passed(before_BD, 1), self.seen[index]
                 seen[self.row, :, place_B] = passed.seen_BES[:, :, 0]
-                mixed_BD = attention.mix_passed(q, keys, values, passed, seen, mask)
+                mixed_BD = attention.mix_passed(q, keys, values, passed, seen[:, :, :filled], mask)
             else:
-                mixed_BD = attention.mix(q, keys, values, mask[..., :window])
+                mixed_BD = attention.mix(q, keys, values, None if mask is None else mask[..., :window])
             x_BD = self._fed(layer, x_BD + mixed_BD)
         return self._scores(x_BD)
 

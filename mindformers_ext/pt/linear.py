@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mindformers_ext.pt.ops.products import ordered, product
 
 
 def fill_normal(weight: nn.Parameter, std: float) -> None:
@@ -31,5 +32,8 @@ class Linear(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x_TD.dtype)
-        return F.linear(x_TD, self.weight.to(x_TD.dtype), bias)
+        return product(x_TD, self.weight, self.bias)
+
+    def order(self, rows: int) -> None:
+        """Lay the weight as ``ops.products`` reads it for so many rows; the layer computes in its type from now on."""
+        self.weight = nn.Parameter(ordered(self.weight, rows), requires_grad=False)

@@ -64,9 +64,10 @@ def fill(network: nn.Module, weights: Iterable[tuple[str, np.ndarray]], optional
 
 def set_view(view: Tensor, weight: np.ndarray) -> None:
     """Copy a numpy array (any float type) into a view of a parameter."""
-    # through float32: numpy's own types do not cover bfloat16
+    # through float32: numpy's own types do not cover bfloat16; torch warns of what cannot be written to
+    plain = np.require(weight, np.float32, ["W"])
     with torch.no_grad():
-        view.copy_(torch.from_numpy(np.array(weight, dtype=np.float32, copy=True)))
+        view.copy_(torch.from_numpy(plain))
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:

@@ -92,6 +92,15 @@ def chosen_ranks(devices: int, stages: int, commit: str | None) -> tuple[int, ..
     return tuple(sorted(fixed | {others[number // stages % len(others)]} if others else fixed))
 
 
+def passes_of(run: DryRun, facts: RankFacts) -> tuple[int, int]:
+    """How often a step passes a layer's experts on this rank: forward alone, and with backward and repeated ones."""
+    spec, again = run.spec(), run.settings().recompute
+    here = [layer for layer in range(spec.model.num_hidden_layers) if spec.layer_stage(layer) == facts.stage]
+    batches = spec.parallel.micro_batch_num * spec.parallel.micro_batch_interleave_num
+    passes = sum(3 if layer in again.layers or "feed_forward" in again.parts_of(layer) else 2 for layer in here)
+    return batches * len(here), batches * passes
+
+
 def small(stages: int, layers: int = 1) -> dict[str, object]:
     """Options that make a file's job small: ``layers`` of each stage, as few micro batches as it bears."""
     return {**TINY, "model.model_config.num_layers": layers * stages, "parallel_config.micro_batch_num": stages}

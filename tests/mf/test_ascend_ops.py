@@ -8,7 +8,6 @@ holds our side of the bargain: layouts, masks, halves and drop order.
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import mindspore as ms
 import numpy as np
@@ -26,7 +25,7 @@ from mindformers_ext.ms.ops.portable_attention import CausalAttentionOp
 from mindformers_ext.ms.ops.select import select_operators
 from tests.helpers.router import TopkRouterV2
 from tests.helpers.routing import drop_order, hard_logits
-from tests.helpers.tiny_run import ROOT, config_of, environment
+from tests.helpers.tiny_run import BATCH, ROOT, SEQ, config_of, environment
 
 MODEL = "model.model_config"
 SWITCHES = (
@@ -54,7 +53,7 @@ def switched(path, on, *more):
 
 @pytest.fixture(scope="module")
 def compiled(job):
-    """Operators of two compiled jobs by name: all kernels with experts over devices, and grouped experts alone."""
+    """Two compiled jobs by name: all kernels with experts over devices, and grouped experts over devices alone."""
     folder = job.folder / "ascend"
     folder.mkdir()
     sizes = {
@@ -68,7 +67,7 @@ def compiled(job):
     }
     common = ("use_parallel=True", "parallel.enable_alltoall=True")
     fused = switched(job.yaml, True, *common, *(f"parallel_config.{name}={size}" for name, size in sizes.items()))
-    sizes |= {"model_parallel": 1, "expert_parallel": 1, "use_seq_parallel": False}
+    sizes |= {"model_parallel": 1, "use_seq_parallel": False}
     grouped = switched(
         job.yaml,
         False,
@@ -128,6 +127,10 @@ def test_the_compiler_takes_grouped_experts_beside_portable_operators(compiled):
     operators, layers = compiled["grouped"]["operators"], 2
     assert compiled["grouped"]["unplanned"] == []
     assert operators["GroupedMatmul"] == 3 * 3 * layers  # three products, forward and two gradients
+    (rows,) = [row for row in compiled["grouped"]["traffic"] if row["kind"] == "AlltoAllV"]
+    assert rows["count"] == operators["AlltoAllV"] == 2 * 2 * layers  # to the experts and back, and their gradients
+    assert rows["payload"] == rows["count"] * (2 * BATCH * SEQ + 4) * 64 * 2  # K of each token, one for each expert
+    assert operators["AlltoAll"] == layers and operators["MoveTo"] == 2 * layers  # how many, known to the host
     for name in ("FlashAttentionScore", "RmsNorm", "RotaryPositionEmbedding", "Swiglu", "TopKRouter"):
         assert name not in operators
     assert operators["Rsqrt"] == 2 * layers + 1 and operators["Sort"] == 2 * layers
@@ -330,13 +333,3 @@ def test_grouped_product_multiplies_each_part_by_its_matrix():
     cell = with_formula(ascend.GroupedProductKernel(4), "product", grouped)
     expected = portable.GroupedProductOp(4)(x, weight, ends)
     np.testing.assert_allclose(cell(x, weight, ends).asnumpy(), expected.asnumpy(), atol=1e-5)
-
-
-def test_grouped_experts_want_whole_experts(job):
-    from mindformers_ext.core.cluster.cluster_rules import check_network
-    from mindformers_ext.core.errors import UserError
-
-    spec = network_spec_from_yaml(switched(job.yaml, False, "moe_config.use_gmm=True", "moe_config.capacity_factor=-1"))
-    parallel = ParallelSpec(data_parallel=4, expert_parallel=2, enable_alltoall=True, device_num=4)
-    with pytest.raises(UserError, match="use_gmm=True with expert_parallel=2.*set both to 1"):
-        check_network(replace(spec, parallel=parallel))

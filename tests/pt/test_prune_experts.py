@@ -288,6 +288,14 @@ def test_what_cannot_be_is_refused(
     assert main(["experts", str(source), str(source), "--keep", "6", "--method", "random", "--overwrite"]) == 2
 
 
+def test_a_mixture_by_threshold_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    off = ("gate_use_softmax", "multiply_gate_scores", "gate_use_balance", "gate_add_noise")
+    words: dict[str, Any] = {"gate_network": "threshold", **dict.fromkeys(off, False)}
+    folder = folder_of(model_of(vocab_size=VOCAB, num_experts=8, num_selects=8, **words), tmp_path / "source")
+    assert main(["experts", str(folder), str(tmp_path / "out"), "--keep", "6", "--method", "random"]) == 2
+    assert "every expert above a threshold" in capsys.readouterr().err
+
+
 def test_without_held_out_text_the_rows_behind_the_measured_ones_judge_in_equal_shares(
     texts: tuple[Path, Path], tmp_path: Path
 ) -> None:

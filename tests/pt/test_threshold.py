@@ -71,11 +71,11 @@ def test_layer_and_gradients_are_those_of_the_masked_sum(case: str, backend: str
 def test_an_expert_computes_its_own_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A single token goes through its experts one after the other."""
     layer, x, computed = layer_of("some"), rows(), list[int]()
-    product, linear = experts_module.grouped_product, F.linear
+    grouped, product = experts_module.grouped_product, experts_module.product
 
     def counted(rows: Tensor, weight: Tensor, offs: Tensor, backend: Any) -> Tensor:
         computed.append(int(offs[-1]))
-        return product(rows, weight, offs, backend)
+        return grouped(rows, weight, offs, backend)
 
     monkeypatch.setattr(experts_module, "grouped_product", counted)
     wanted, chosen = masked_sum(layer, x)
@@ -86,14 +86,14 @@ def test_an_expert_computes_its_own_tokens_alone(monkeypatch: pytest.MonkeyPatch
 
     def called(x: Tensor, weight: Tensor) -> Tensor:
         computed.append(len(weight))
-        return linear(x, weight)
+        return product(x, weight)
 
-    monkeypatch.setattr(experts_module.F, "linear", called)
+    monkeypatch.setattr(experts_module, "product", called)
     for place in range(TOKENS):
         computed.clear()
         found = layer.dropless(x[place : place + 1])
         torch.testing.assert_close(found, wanted[place : place + 1], rtol=1e-4, atol=1e-5)
-        assert len(computed) == 1 + 2 * int(chosen[place].sum())  # the gate, and two products of an expert
+        assert len(computed) == 2 * int(chosen[place].sum())  # two products of an expert
 
 
 def test_padding_is_in_no_report_and_a_probe_sees_what_is_passed() -> None:

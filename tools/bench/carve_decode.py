@@ -22,6 +22,7 @@ import torch
 from mindformers_ext.core.layers import MoESpec, SharedExpertSpec
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.pt.causal_lm import CausalLM
+from mindformers_ext.pt.engine import PyTorchNetwork
 from mindformers_ext.pt.generate import PyTorchSession
 
 PROMPT = 8
@@ -65,8 +66,8 @@ def spec_of(words: argparse.Namespace, carved: bool) -> NetworkSpec:
 def session_of(words: argparse.Namespace, carved: bool) -> tuple[PyTorchSession, int]:
     """A session behind its prompt, and how many weights there are."""
     spec = spec_of(words, carved)
-    network = CausalLM(spec).eval().requires_grad_(False)
-    session = PyTorchSession(network, 1, PROMPT, spec.seq_length, torch.device("cpu"))
+    network = CausalLM(spec).requires_grad_(False)
+    session = PyTorchNetwork(network, torch.device("cpu")).session(1, PROMPT, spec.seq_length)
     session.prompt(np.ones((1, PROMPT), np.int64), np.array([PROMPT]))
     return session, sum(weight.numel() for weight in network.parameters())
 

@@ -130,13 +130,13 @@ def made(words: argparse.Namespace) -> dict[str, Path]:
     return {"dense": words.model, **{name: words.output / name for name in MODELS}}
 
 
-def judged(run: Path, model: Path, words: argparse.Namespace) -> float:
-    """The held-out loss of a folder, or of what a run has trained."""
+def judged(run: Path, model: Path, words: argparse.Namespace, *more: object) -> float:
+    """The held-out loss of a folder, or of what a run has trained; ``more``: options of eval."""
 
     def judge() -> None:
         command(
             "-m", "mindformers_ext", "eval", model, "--text", words.output / "judge.txt", "--engine", "pt",
-            "--output_dir", run / "eval",
+            "--output_dir", run / "eval", *more,
         )  # fmt: skip
 
     found = json.loads(once(run / "eval" / "eval.json", judge).read_text(encoding="utf-8"))
@@ -172,7 +172,7 @@ def trained(run: Path, model: Path, training: Training, rate: float, words: argp
     once(base, lambda: command("convert_weight.py", "--input_path", model, "--output_path", base))
     adapters = ("--base", base, "--adapter", run / "checkpoint", "--output", merged)
     once(merged, lambda: command("tools/merge_lora.py", *adapters))
-    return judged(run, merged, words)
+    return judged(run, merged, words, "--processor.tokenizer.vocab_file", model / "tokenizer.json")
 
 
 def options() -> argparse.ArgumentParser:

@@ -8,9 +8,9 @@ Hidden 512, expert width 1024, 7 layers, 8 heads over 2, 8 experts top-2, float3
 Hugging Face folder, greedy. Prefill is generate with one new token; decode is what the other new tokens take besides.
 All tokens are compared. Memory: the peak of the whole process, that of the framework alone taken off.
 
-Limits: a prompt takes at least its matrix products, timed alone in torch (each token its two experts; attention's own
-products are left out); a token at least the reading of its weights, at the speed at which this machine sums a large
-array (a batch of B tokens reads each expert that any of them takes).
+Limits: a prompt takes at least its matrix products, timed alone in the faster of torch's two libraries, MKL and oneDNN
+(each token its two experts; attention's own products are left out); a token at least the reading of its weights, at the
+speed at which this machine sums a large array (a batch of B tokens reads each expert that any of them takes).
 """
 
 from __future__ import annotations
@@ -191,9 +191,13 @@ def product_time(rows: int, inner: int, columns: int) -> float:
     """Seconds of one product of (rows, inner) by a weight (columns, inner)."""
     import torch
 
+    from mindformers_ext.pt.ops.products import ordered, product
+
     torch.set_num_threads(THREADS)
     a, weight = torch.ones(rows, inner), torch.ones(columns, inner)
-    return min(timeit.repeat(lambda: torch.nn.functional.linear(a, weight), number=1, repeat=5))
+    with torch.inference_mode():
+        ways = (lambda: torch.nn.functional.linear(a, weight), functools.partial(product, a, ordered(weight, rows)))
+        return min(time for way in ways for time in timeit.repeat(way, number=1, repeat=5))
 
 
 def limits(options: argparse.Namespace, batch: int) -> dict[str, float]:

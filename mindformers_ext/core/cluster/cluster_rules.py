@@ -109,8 +109,7 @@ def uncut_slots(spec: NetworkSpec) -> tuple[str, str] | None:
     return (
         f"capacity_factor={moe.capacity_factor:g} (dropless) in {parallel.parallel_mode} mode: a graph that MindSpore "
         "cuts has the number of an expert's slots in it",
-        "set use_gmm: True (with expert_parallel and model_parallel 1), a capacity_factor above 0, or "
-        "parallel.parallel_mode: 0",
+        "set use_gmm: True, a capacity_factor above 0, or parallel.parallel_mode: 0",
     )
 
 
@@ -135,8 +134,6 @@ def nearest_sizes(parallel: ParallelSpec, model: ModelSpec) -> tuple[int, int, i
     given = (parallel.data_parallel, parallel.model_parallel, parallel.pipeline_stage)
     widths = math.gcd(*model.cut_widths.values(), model.hidden_size)
     stages = max(model.num_hidden_layers // parallel.pp_interleave_num, 1)
-    if model.moe and model.moe.use_gmm:
-        widths = 1  # grouped experts stand whole on every device
     if model.tie_word_embeddings or (model.moe and model.moe.balance_via_topk_bias):
         stages = 1
     divisors = _divisors(parallel.device_num)
@@ -285,11 +282,6 @@ def _experts(spec: NetworkSpec, run_mode: str, problems: Problems, warnings: lis
         warnings.append(
             f"model_parallel={mp} with experts but without sequence parallel: every model-parallel rank routes and "
             "exchanges the same tokens; parallel_config.use_seq_parallel: True shares them out"
-        )
-    if spec.model.moe.use_gmm and max(ep, mp) > 1 and run_mode != TOGETHER:
-        problems.add(
-            f"use_gmm=True with expert_parallel={ep}, model_parallel={mp}: grouped experts stand whole on every device",
-            "set both to 1, or use_gmm: False with a capacity_factor",
         )
     if ep > 1 and not parallel.enable_alltoall:
         if run_mode in TRAINING:

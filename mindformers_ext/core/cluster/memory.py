@@ -18,7 +18,7 @@ from mindformers_ext.core.cluster.tensor_parallel import part_of, parted_paramet
 from mindformers_ext.core.config.lora import LoraSpec
 from mindformers_ext.core.config.recompute import WHOLE, RecomputeSpec
 from mindformers_ext.core.config.train import ParameterGroup
-from mindformers_ext.core.layers import LayerSpec
+from mindformers_ext.core.layers import LayerSpec, MoESpec
 from mindformers_ext.core.pruning import PruningSpec
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec
 from mindformers_ext.core.stages import open_parts
@@ -78,6 +78,9 @@ class LayerSizes:
 
     ``tokens``: rows of norms and routing; ``whole_tokens``: rows of attention, which sees whole sequences;
     ``slots``: expert rows before the exchange; ``expert_rows``: rows that its experts multiply.
+
+    Rows that travel to their experts (``use_gmm``) follow from the load: they are as many as at equal load, or on the
+    fullest device ``capacity_factor`` times as many (``worst_load``).
     """
 
     tokens: int
@@ -97,6 +100,8 @@ def layer_sizes(spec: NetworkSpec, layer: int | None = None) -> LayerSizes:
     tokens = whole // cut
     if moe is None:
         return LayerSizes(tokens, whole, 0, 0)
+    if moe.use_gmm:
+        return _grouped_sizes(spec, moe, tokens, whole, cut)
     if moe.capacity_factor > 0:
         capacity = expert_capacity(
             moe.num_experts_per_tok,
@@ -111,22 +116,35 @@ def layer_sizes(spec: NetworkSpec, layer: int | None = None) -> LayerSizes:
     return LayerSizes(tokens, whole, slots, slots * cut)
 
 
+def _grouped_sizes(spec: NetworkSpec, moe: MoESpec, tokens: int, whole: int, cut: int) -> LayerSizes:
+    """The same of sorted rows: K of each token, and where they travel an empty one for every expert."""
+    rows = moe.num_experts_per_tok * tokens
+    empty = moe.num_local_experts if spec.parallel.expert_parallel > 1 else 0
+    return LayerSizes(tokens, whole, rows + empty, (round(rows * max(moe.capacity_factor, 1.0)) + empty) * cut)
+
+
 def has_fixed_slots(spec: NetworkSpec) -> bool:
     """Whether the rows of a network's experts do not depend on their load: a capacity factor reserves its slots, and
-    with ``use_gmm`` one device has all experts and multiplies K rows of every token."""
+    with ``use_gmm`` a device that has all experts multiplies K rows of every token."""
     moe = spec.model.moe
-    return moe is None or moe.capacity_factor > 0 or moe.use_gmm
+    return moe is None or moe.capacity_factor > 0 or (moe.use_gmm and spec.parallel.expert_parallel == 1)
 
 
 def worst_load(spec: NetworkSpec) -> NetworkSpec:
     """``spec`` with as many slots as it needs when all tokens of a routing group go to the same experts.
 
     Dropless experts get as many slots each as the fullest of them needs (``ms.moe.slots``), at most one for every
-    token: what a capacity factor of E reserves.
+    token: what a capacity factor of E reserves. With ``use_gmm`` over ``expert_parallel`` devices the fullest gets from
+    each of them as many rows of every token as it has experts, at most K, where K / ``expert_parallel`` are its share;
+    ``capacity_factor`` becomes that ratio.
     """
-    if spec.model.moe is None or has_fixed_slots(spec):
+    moe, devices = spec.model.moe, spec.parallel.expert_parallel
+    if moe is None or has_fixed_slots(spec):
         return spec
-    moe = replace(spec.model.moe, capacity_factor=float(spec.model.moe.num_local_experts))
+    factor = float(moe.num_local_experts)
+    if moe.use_gmm:
+        factor = devices * min(moe.num_local_experts // devices, moe.num_experts_per_tok) / moe.num_experts_per_tok
+    moe = replace(moe, capacity_factor=factor)
     return replace(spec, model=replace(spec.model, moe=moe))
 
 

@@ -156,10 +156,11 @@ def layer_sent(spec: NetworkSpec, parts: Collection[str] = WHOLE, layer: int | N
     if mp > 1:
         attention, rows = sizes.whole_tokens * hidden * number, sizes.expert_rows * hidden * number
         # with use_seq_parallel a gather before attention and a scattering sum behind; experts' rows are gathered and
-        # summed everywhere, a shared expert's as those of attention
+        # summed everywhere, grouped ones where they came from, a shared expert's as those of attention
         gathers = parallel.use_seq_parallel
         dense = [("AllGather", attention), ("ReduceScatter", attention)] if gathers else [("AllReduce", attention)]
-        experts = [("AllGather", rows)] * gathers + [("AllReduce", rows)]
+        summed = "ReduceScatter" if gathers and moe and moe.use_gmm else "AllReduce"
+        experts = [("AllGather", rows)] * gathers + [(summed, rows)]
         if moe is None:  # its sum is not scattered
             experts = [("AllGather", attention)] * gathers + [("AllReduce", attention)]
         rings = {

@@ -12,6 +12,7 @@ _SENT: dict[str, Callable[[int, int], float]] = {
     "AllGather": lambda size, ranks: size * (ranks - 1) / ranks,
     "ReduceScatter": lambda size, ranks: size * (ranks - 1) / ranks,
     "AlltoAll": lambda size, ranks: size * (ranks - 1) / ranks,
+    "AlltoAllV": lambda size, ranks: size * (ranks - 1) / ranks,  # where every rank gets as much
     "AllToAllv": lambda size, ranks: size * (ranks - 1) / ranks,
     "Broadcast": lambda size, ranks: size if ranks > 1 else 0,
     "Send": lambda size, ranks: size,

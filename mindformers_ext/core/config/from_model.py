@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mindformers_ext.core.config.keys import KEYS, MODEL
-from mindformers_ext.core.config.run import CPU, OWN, PERPLEXITY, TRAINER_KEY
+from mindformers_ext.core.config.run import AUTO, CPU, OWN, PERPLEXITY, PYTORCH, TRAINER_KEY
 from mindformers_ext.core.config.values import section_at
 from mindformers_ext.core.config.view import yaml_from_network_spec
 from mindformers_ext.core.spec import ModelSpec, NetworkSpec, NumericsSpec
@@ -83,10 +83,13 @@ def _length(model: ModelSpec, job: str) -> int:
 
 
 def _numerics(asked: FirstTry) -> NumericsSpec:
-    """float32 on a CPU; elsewhere the type of the file, which training keeps for products alone, if it has float32's
-    range."""
-    if asked.device == CPU or asked.stored not in HALF:
+    """float32 on a CPU, from weights that PyTorch leaves in the type of the file; elsewhere the type of the file, which
+    training keeps for products alone, if it has float32's range."""
+    if asked.stored not in HALF:
         return NumericsSpec()
+    if asked.device == CPU:
+        keeps = asked.job != "train" and asked.engine in (PYTORCH, AUTO)
+        return NumericsSpec(param_dtype=asked.stored) if keeps else NumericsSpec()
     if asked.job == "train":
         return NumericsSpec(compute_dtype=asked.stored if asked.stored == "bfloat16" else FULL)
     return NumericsSpec(compute_dtype=asked.stored, param_dtype=asked.stored)

@@ -62,6 +62,8 @@ OPEN_SECTIONS: dict[str, tuple[str, ...]] = {
     SEED_SECTION: SEED_WORDS,
     "trainer": ("type", "model_name"),
     "model.arch": ("type",),
+    "processor": ("tokenizer",),
+    "processor.tokenizer": ("vocab_file", "tokenizer_file"),
     "parallel.parallel_optimizer_config": (
         "gradient_accumulation_shard",
         "parallel_optimizer_threshold",

@@ -7,6 +7,7 @@ out gets a ``RunSpec``; the mapping goes on to MindFormers alone, with what the 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -26,6 +27,8 @@ TRAINING = ("train", "finetune")
 RUN_MODES = (*TRAINING, "eval", "predict")
 ASCEND, GPU, CPU = DEVICES = ("Ascend", "GPU", "CPU")
 MINDSPORE, PYTORCH = ENGINES = ("ms", "pt")
+FRAMEWORKS = {MINDSPORE: "MindSpore", PYTORCH: "PyTorch"}
+AUTO = "auto"  # --engine auto: what a run is computed with fastest
 OWN, MINDFORMERS = TRAINERS = ("own", "mindformers")
 TRAINER_KEY = "loop"  # at the top of the file; the section ``trainer`` is MindFormers'
 JIT_LEVELS = ("O0", "O1", "O2")
@@ -76,7 +79,7 @@ class RunSpec:
     """What is run, on what, by whom, from what and to where.
 
     mode: of ``RUN_MODES``.
-    engine: of ``ENGINES``; ``trainer``: of ``TRAINERS``, None where nobody is named.
+    engine: of ``ENGINES``, ``auto``: chosen for this run; ``trainer``: of ``TRAINERS``, None where nobody is named.
     network, family: the name that the YAML gives its network, and the family of ours that it means, if any.
     runner: what ``choose_runner`` says.
     load: file or folder of weights, None = random ones; ``load_format``: "ckpt" or "safetensors"; ``strategies``: the
@@ -95,6 +98,7 @@ class RunSpec:
     mode: str
     device: DeviceSpec = DeviceSpec(ASCEND)
     engine: str = MINDSPORE
+    auto: bool = False
     trainer: str | None = None
     network: str | None = None
     family: Family | None = None
@@ -141,6 +145,13 @@ class RunSpec:
         """Of checkpoint files: .ckpt or .safetensors."""
         return f".{self.load_format}"
 
+    @property
+    def sooner_by_pytorch(self) -> bool:
+        """Whether PyTorch answers before MindSpore does, alike: for networks of ours in one process on a CPU, where it
+        compiles nothing and reads weights faster (tools/bench/generate.py)."""
+        ours = self.runner in (Runner.OWN_PREDICTION, Runner.OWN_EVALUATION)
+        return ours and self.device.target == CPU and not self.use_parallel
+
     def alone(self) -> RunSpec:
         """The same run by this process alone."""
         return _decided(replace(self, device=replace(self.device, together=False)))
@@ -179,6 +190,7 @@ def run_spec_from_yaml(config: Mapping[str, Any], where: str = "the configuratio
     asked = RunSpec(
         mode=mode,
         engine=_engine(config, target),
+        auto=config.get("engine") == AUTO,
         device=_device(config, target, problems),
         trainer=_trainer(config, problems),
         network=arch.get("type"),
@@ -205,6 +217,8 @@ def run_spec_from_yaml(config: Mapping[str, Any], where: str = "the configuratio
     )
     problems.raise_if_any()
     run = _decided(asked)
+    if run.auto and run.sooner_by_pytorch and importlib.util.find_spec("torch"):
+        run = _decided(replace(run, engine=PYTORCH))
     if run.runner is Runner.OWN_PREDICTION:
         run = replace(run, sampling=sampling_from_yaml(words, (), run.seed))
     return run
@@ -245,10 +259,12 @@ def _decided(run: RunSpec) -> RunSpec:
 
 
 def _engine(config: Mapping[str, Any], device: str) -> str:
-    """``engine`` (``--engine``), else PyTorch on a GPU and MindSpore elsewhere."""
-    name = config.get("engine") or (PYTORCH if device == GPU else MINDSPORE)
-    if name not in ENGINES:
-        raise UserError(f"engine={name!r} is unknown: choose one of {', '.join(ENGINES)} (--engine)")
+    """``engine`` (``--engine``), else PyTorch on a GPU and MindSpore elsewhere, which ``AUTO`` begins with."""
+    name = config.get("engine") or AUTO
+    if name not in (*ENGINES, AUTO):
+        raise UserError(f"engine={name!r} is unknown: choose one of {', '.join(ENGINES)}, {AUTO} (--engine)")
+    if name == AUTO:
+        return PYTORCH if device == GPU else MINDSPORE
     if name == PYTORCH and device not in (GPU, CPU):
         raise UserError(f"--engine pt with device_target {device}: PyTorch runs here on GPU and CPU (--device_target)")
     if name == MINDSPORE and device == GPU:

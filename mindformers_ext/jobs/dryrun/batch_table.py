@@ -144,10 +144,14 @@ def _load_lines(spec: NetworkSpec) -> list[str]:
             else f"capacity_factor {moe.capacity_factor:g} reserves every expert's slots and drops what exceeds them"
         )
         return [f"experts: from equal to worst load the same {equal} per layer and sequence: {why}."]
+    where = (
+        "all tokens go to the experts of one device"
+        if moe.use_gmm
+        else "all tokens of a routing group go to the same experts, for each gets as many slots as the fullest needs"
+    )
     return [
-        f"experts: {equal} per layer and sequence at equal load .. {worst} at the worst, where all tokens of a routing "
-        "group go to the same experts, for each gets as many slots as the fullest needs. memory: at equal load, which "
-        "fits, .. at the worst, which may not. A capacity_factor bounds it."
+        f"experts: {equal} per layer and sequence at equal load .. {worst} at the worst, where {where}. memory: at "
+        "equal load, which fits, .. at the worst, which may not. A capacity_factor bounds it."
     ]
 
 

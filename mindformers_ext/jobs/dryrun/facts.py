@@ -25,6 +25,8 @@ PURPOSES = (
     ("Grad_AllGather/", "layout"),
     ("Grad_ReduceScatter/", "partial sums"),
     ("Grad_AllReduce/", "partial sums"),
+    ("-ExchangedProducts/AllReduce", "partial sums"),
+    ("-ExchangedProducts/", "experts"),  # how many rows the others have
     ("virtual", "data"),
 )
 KINDS = ("weight", "gradient", "optimizer", "cache", "other")

@@ -8,7 +8,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mindformers_ext.core.byte_sizes import read_size, size_text
-from mindformers_ext.core.cluster.memory import StepSettings, prediction_memory, stage_memory
+from mindformers_ext.core.cluster.memory import (
+    StepSettings,
+    has_fixed_slots,
+    prediction_memory,
+    stage_memory,
+    worst_load,
+)
 from mindformers_ext.core.cluster.placement import OPTIMIZER_THRESHOLD
 from mindformers_ext.core.cluster.split_search import Split, fitting_splits
 from mindformers_ext.core.config.foreign import foreign_lora
@@ -94,6 +100,17 @@ def check_memory(spec: NetworkSpec, settings: StepSettings, memory: str | None, 
         lambda limit: split_that_fits(spec, settings, limit),
         " (--suggest lists splits that fit)",
     )
+
+
+def load_notes(spec: NetworkSpec, settings: StepSettings) -> list[str]:
+    """A line that tells the range, where memory follows the load of experts: all else is counted at equal load."""
+    if has_fixed_slots(spec):
+        return []
+    equal, worst = (max(stage.total for stage in stage_memory(each, settings)) for each in (spec, worst_load(spec)))
+    return [
+        f"memory follows the load of the experts: the fullest stage needs {size_text(equal)} at equal load, which is "
+        f"counted here, and about {size_text(worst)} at the worst"
+    ]
 
 
 def check_prediction_memory(

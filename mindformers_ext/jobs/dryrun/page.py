@@ -18,6 +18,7 @@ from mindformers_ext.jobs.dryrun.report import (
     compared,
     group_text,
     memory_table,
+    moved_text,
     shape_text,
     shown_kinds,
     sizes,
@@ -141,8 +142,7 @@ def _stage(facts: RankFacts, one_run: str) -> str:
             html.text(row.purpose),
             html.text(group_text(row.ranks)),
             html.number(row.count),
-            html.number(size_text(row.payload)),
-            html.number(size_text(row.sent)),
+            *map(html.number, moved_text(row)),
             (f'<div class="bar"><i style="background:var(--a);width:{100 * row.sent / most:.2f}%"></i></div>', False),
         )
         for row in sorted(facts.traffic, key=lambda row: -row.sent)

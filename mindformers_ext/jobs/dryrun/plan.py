@@ -26,7 +26,13 @@ from mindformers_ext.core.config.run import (
 from mindformers_ext.core.config.values import section_at
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.jobs.dryrun.memory import check_memory, check_prediction_memory, memory_limit, step_settings
+from mindformers_ext.jobs.dryrun.memory import (
+    check_memory,
+    check_prediction_memory,
+    load_notes,
+    memory_limit,
+    step_settings,
+)
 from mindformers_ext.jobs.dryrun.predict import check_prediction, prediction_shape
 from mindformers_ext.jobs.predict.generate import Shape
 from mindformers_ext.jobs.predict.network import dropless_spec
@@ -145,7 +151,7 @@ def plan_dry_run(
         limits = memory, section_at(words, "context").get("max_device_memory")
         if shape is None:
             settings = step_settings(words, spec, run.family is not None)
-            notes += check_memory(spec, settings, *limits)
+            notes += [*check_memory(spec, settings, *limits), *load_notes(spec, settings)]
             stages = stage_memory(spec, settings)
         else:
             spec = dropless_spec(spec, run.device, spec.seq_length)

@@ -13,7 +13,7 @@ from mindformers_ext.core.byte_sizes import size_text
 from mindformers_ext.core.cluster.memory import StageMemory
 from mindformers_ext.core.spec import ParallelSpec
 from mindformers_ext.formats.atomic import fresh_file
-from mindformers_ext.jobs.dryrun.facts import KINDS, RankFacts
+from mindformers_ext.jobs.dryrun.facts import KINDS, RankFacts, TrafficFact
 from mindformers_ext.jobs.dryrun.plan import LIMITS, DryRunPlan
 
 SIZES = (
@@ -45,6 +45,7 @@ MEMORY = (
     ("gathered", "gathered weights", True),
     ("total", "together", True),
 )
+BY_LOAD = "by load"
 LOSS_NOTE = (
     "Between pipeline stages ours also sends the auxiliary loss and its gradient, a few bytes in one message "
     "per micro batch and direction; MindFormers' network computes that loss and throws it away."
@@ -174,11 +175,10 @@ def _rank_row(facts: RankFacts, kinds: Mapping[str, str]) -> tuple[str, ...]:
 def stage_lines(facts: RankFacts, one_run: str) -> list[str]:
     """Collectives (of ``one_run``), largest tensors and generated strategies of one rank."""
     lines = [f"stage {facts.stage} (rank {facts.rank}), collectives of {one_run}"]
-    rows = [
-        (row.kind, row.purpose, group_text(row.ranks), f"{row.count}", size_text(row.payload), size_text(row.sent))
-        for row in facts.traffic
-    ]
+    rows = [(row.kind, row.purpose, group_text(row.ranks), f"{row.count}", *moved_text(row)) for row in facts.traffic]
     lines += table(("kind", "for", "ranks", "count", "payload", "sent by this rank"), rows)
+    if any(BY_LOAD in row for row in rows):
+        lines.append(f"{BY_LOAD}: rows that go on from where routing has taken them; no graph tells how many")
     lines.append(f"largest tensors of rank {facts.rank}")
     lines += table(
         ("tensor", "whole", "here", "type", "bytes"),
@@ -191,6 +191,13 @@ def stage_lines(facts: RankFacts, one_run: str) -> list[str]:
         kinds = ", ".join(sorted({row.kind for row in facts.unplanned}))
         lines.append(f"{len(facts.unplanned)} operators have no strategy of their own (MindSpore made one up): {kinds}")
     return lines
+
+
+def moved_text(row: TrafficFact) -> tuple[str, str]:
+    """Payload and what this rank sends; of rows that go on from where the load has taken them neither is known."""
+    if row.kind == "AlltoAllV" and not row.payload:
+        return BY_LOAD, BY_LOAD
+    return size_text(row.payload), size_text(row.sent)
 
 
 def balance_lines(stages: Sequence[RankFacts]) -> list[str]:

@@ -158,6 +158,11 @@ def prune_experts(request: ExpertsRequest) -> ExpertsReport:
 
 def _check_keep(model: MixtureModel, request: ExpertsRequest) -> None:
     experts, chosen = model.moe.num_local_experts, model.moe.num_experts_per_tok
+    if model.moe.by_threshold:
+        raise UserError(
+            f"'{model.folder}' passes a token through every expert above a threshold: which could be taken out is "
+            "not measured here; give a mixture that chooses a number of experts (carve it with another --router)"
+        )
     if not chosen <= request.keep < experts:
         raise UserError(
             f"--keep {request.keep}: '{model.folder}' has {experts} experts a layer and a token chooses {chosen}, so "

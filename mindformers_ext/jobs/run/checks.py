@@ -20,6 +20,7 @@ from mindformers_ext.core.config.run import (
     ASCEND,
     CPU,
     DEVICES,
+    FRAMEWORKS,
     GPU,
     MINDFORMERS,
     MINDSPORE,
@@ -129,6 +130,9 @@ def check_words(
         parts = run.runner is Runner.OWN_PREDICTION and run.use_parallel and together
         if parts:
             notes = [*_check_together(run, read), *notes]
+        if run.auto:
+            why = "the faster one for predictions of one process on a CPU" if run.sooner_by_pytorch else "for this run"
+            notes = [f"engine auto: {FRAMEWORKS[run.engine]}, {why}", *notes]
         notes = [*dead, *notes, *judge_network(read, run, TOGETHER if parts else run.mode)]
         return read, build_network(read, config, run, run.engine == MINDSPORE), notes
     except UserError as error:

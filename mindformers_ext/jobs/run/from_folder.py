@@ -15,7 +15,7 @@ from typing import Any
 
 from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.config.hf import hf_notes, model_spec_from_hf
-from mindformers_ext.core.config.run import ASCEND, CPU, GPU, MINDSPORE, MODEL, PYTORCH, TRAINING
+from mindformers_ext.core.config.run import ASCEND, AUTO, CPU, GPU, MINDSPORE, MODEL, PYTORCH, TRAINING
 from mindformers_ext.core.config.values import section_at
 from mindformers_ext.core.config.view import network_spec_from_yaml
 from mindformers_ext.core.errors import UserError
@@ -80,7 +80,7 @@ def this_device(engine: str | None) -> tuple[str, str | None]:
         return ASCEND, engine
     if engine != MINDSPORE and has_device(GPU):
         return GPU, engine
-    if engine is None and importlib.util.find_spec("mindspore") is None:
+    if engine in (None, AUTO) and importlib.util.find_spec("mindspore") is None:
         return CPU, PYTORCH
     return CPU, engine
 

@@ -18,7 +18,7 @@ from mindformers_ext.core.cluster.cluster_rules import effective_spec
 from mindformers_ext.core.config.lora import DROPOUT_SEED
 from mindformers_ext.core.config.pruning import pruning_from_yaml, with_pruning
 from mindformers_ext.core.config.recompute import recompute_from_yaml
-from mindformers_ext.core.config.run import MINDSPORE, PYTORCH, RunSpec
+from mindformers_ext.core.config.run import FRAMEWORKS, MINDSPORE, RunSpec
 from mindformers_ext.core.config.train import OWN_LOOPS, TrainSpec, train_spec_from_yaml
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.log import get_logger, set_up_logging
@@ -52,8 +52,6 @@ from mindformers_ext.jobs.train.mixture_data import MixtureData
 from mindformers_ext.jobs.train.pairs import PairData
 from mindformers_ext.jobs.train.pruning_masks import PruningMasks
 from mindformers_ext.jobs.train.token_data import BatchSource, TokenData, check_words
-
-FRAMEWORKS = {MINDSPORE: "MindSpore", PYTORCH: "PyTorch"}
 
 
 @dataclass

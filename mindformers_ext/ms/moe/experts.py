@@ -14,6 +14,7 @@ from mindspore.common.initializer import Normal, initializer
 
 from mindformers_ext.core.layers import MoESpec
 from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.ms.moe.exchange import ExchangedProducts, links_along
 from mindformers_ext.ms.ops.dtypes import mindspore_dtype
 from mindformers_ext.ms.ops.select import Operators
 from mindformers_ext.ms.strategies import Shards
@@ -107,7 +108,9 @@ class SlotExperts(Experts):
 
 
 class SortedExperts(Experts):
-    """Input and output: rows (G, 1, kN, D) sorted by expert; the counts (G, E) float32 say how many each has.
+    """Input and output: rows (G, 1, T, D) sorted by expert; the counts (G, E) float32 say how many each has.
+
+    On several devices of a cut graph they are ``ms.moe.exchange``'s.
 
     Raises:
         ValueError: several routing groups on one device.
@@ -118,18 +121,24 @@ class SortedExperts(Experts):
         shards, groups = Shards(spec), spec.parallel.groups
         if groups > 1 and not shards.active:
             raise ValueError(f"grouped experts sort the tokens of one device: one routing group, not {groups}")
-        row = "grouped biased experts" if moe.expert_bias else "grouped experts"
-        self.grouped = shards.local(GroupedProducts(operators, moe.num_local_experts), row)
+        cell: nn.Cell = GroupedProducts(operators, moe.num_local_experts // shards.ep)
+        if shards.ep * shards.mp > 1:
+            width, own_rows = spec.model.hidden_size, spec.parallel.use_seq_parallel
+            experts, columns = (links_along(shards, axis, width) for axis in ("ep", "mp"))
+            cell = ExchangedProducts(cell, width, experts, columns, own_rows)
+        self.grouped = shards.local(cell, "grouped biased experts" if moe.expert_bias else "grouped experts")
 
     def construct(self, x_GETD: Tensor, counts_GE: Tensor) -> Tensor:
+        kind = x_GETD.dtype  # cast here: what the optimizer's cut keeps in parts is gathered in the type that computes
+        w1, w3, w2 = ops.cast(self.w1.weight, kind), ops.cast(self.w3.weight, kind), ops.cast(self.w2.weight, kind)
         if self.w2.has_bias:
-            return self.grouped(x_GETD, counts_GE, self.w1.weight, self.w3.weight, self.w2.weight, self.w2.bias)
-        return self.grouped(x_GETD, counts_GE, self.w1.weight, self.w3.weight, self.w2.weight)
+            return self.grouped(x_GETD, counts_GE, w1, w3, w2, ops.cast(self.w2.bias, kind))
+        return self.grouped(x_GETD, counts_GE, w1, w3, w2)
 
 
 class GroupedProducts(nn.Cell):
-    """Each row by the weights of its expert. Inputs: rows (1, 1, kN, D), counts (1, E), w1, w3 and w2, and w2's biases
-    (E, D) where it has any."""
+    """Each row by the weights of its expert. Inputs: rows (1, 1, T, D), counts (1, E), w1, w3 and w2, and w2's biases
+    (E, D) where it has any, all of the rows' type."""
 
     def __init__(self, operators: Operators, experts: int) -> None:
         super().__init__()
@@ -140,14 +149,19 @@ class GroupedProducts(nn.Cell):
     def construct(
         self, x_GETD: Tensor, counts_GE: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        kind = x_GETD.dtype
         x_TD = ops.reshape(x_GETD, (-1, x_GETD.shape[3]))
         count_E = ops.cast(ops.reshape(counts_GE, (-1,)), ms.int32)
+        return ops.reshape(self.of_rows(x_TD, count_E, w1, w3, w2, bias), x_GETD.shape)
+
+    def of_rows(
+        self, x_TD: Tensor, count_E: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """The same of rows (T, D) and int32 counts (E)."""
         end_E = ops.cast(self.sum_up(count_E, 0), ms.int64)
-        gate, up = self.product(x_TD, ops.cast(w1, kind), end_E), self.product(x_TD, ops.cast(w3, kind), end_E)
-        y_TD = self.product(self.swiglu(gate, up), ops.cast(w2, kind), end_E)
+        gate, up = self.product(x_TD, w1, end_E), self.product(x_TD, w3, end_E)
+        y_TD = self.product(self.swiglu(gate, up), w2, end_E)
         if bias is not None:
             place_T1 = ops.expand_dims(ops.arange(x_TD.shape[0], dtype=ms.int64), 1)
             behind_T = ops.cast(place_T1 >= ops.expand_dims(end_E, 0), ms.int32).sum(1)
-            y_TD = y_TD + self.gather(ops.cast(bias, kind), ops.minimum(behind_T, self.last), 0)
-        return ops.reshape(y_TD, x_GETD.shape)
+            y_TD = y_TD + self.gather(bias, ops.minimum(behind_T, self.last), 0)
+        return y_TD

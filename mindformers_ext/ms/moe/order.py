@@ -42,12 +42,12 @@ class ExpertOrder(nn.Cell):
         return sorted_GT, position_GT, counts_GE, starts_GE
 
 
-def check_load(assignments: int, experts: int, max_router_load: int) -> None:
-    """Refuse sizes that the integer keys, or the user's own limit, do not hold."""
+def check_load(assignments: int, experts: int, max_router_load: int, empty: int = 0) -> None:
+    """Refuse sizes that the integer keys, or the user's own limit, do not hold. ``empty``: places sorted with them."""
     if assignments > max_router_load:
         raise ValueError(
             f"{assignments} assignments per routing group exceed max_router_load={max_router_load}: "
             "raise moe_config.max_router_load or shorten the batch"
         )
-    if experts * assignments >= INT32_LIMIT:
+    if experts * (assignments + empty) >= INT32_LIMIT:
         raise ValueError(f"{experts} experts x {assignments} assignments do not fit 32-bit keys: use more groups")

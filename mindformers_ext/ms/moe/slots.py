@@ -13,6 +13,7 @@ from typing import Protocol
 
 import mindspore as ms
 import mindspore.ops.operations as P
+import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops.auto_generate import TensorToScalar
 
@@ -29,7 +30,7 @@ from mindformers_ext.ms.strategies import Shards
 # kept (G, N, K) float32: 1, or 0 where it is dropped;
 # assignment (G, E, C) int32: token * K + choice of each slot (of the first token for an empty one);
 # counts (G, E) float32: assignments per expert before dropping; dropped (G) float32: their share.
-# Sorted slots have no E: (G, 1, kN) stands for (G, E, C). A plain tuple: MindSpore's graphs know no named ones.
+# Sorted slots have no E: (G, 1, T) stands for (G, E, C). A plain tuple: MindSpore's graphs know no named ones.
 Slots = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -177,11 +178,16 @@ class FilledSlots(CapacitySlots):
 
 
 class SortedSlots(nn.Cell):
-    """Slots without gaps: a slot is a place among the assignments sorted by expert, and none is dropped."""
+    """Slots without gaps: a slot is a place among the assignments sorted by expert, and none is dropped.
 
-    def __init__(self, moe: MoESpec) -> None:
+    ``spare``: one empty slot behind those of each expert, so that none has no rows, wherever it is.
+    """
+
+    def __init__(self, moe: MoESpec, spare: bool = False) -> None:
         super().__init__()
         self.moe = moe
+        self.spare, self.join = spare, P.Concat(axis=1)
+        self.every_1E = Tensor(np.arange(moe.num_local_experts, dtype=np.int32)[None])
         self.experts, self.chosen = moe.num_local_experts, moe.num_experts_per_tok
         self.order = ExpertOrder(self.experts)
         self.gather = P.Gather(batch_dims=1)
@@ -191,18 +197,24 @@ class SortedSlots(nn.Cell):
 
     def shape(self, tokens: int) -> list[int]:
         """See ``SlotRule``."""
-        return [1, tokens * self.chosen]
+        return [1, tokens * self.chosen + self.experts * self.spare]
 
     def construct(self, expert_GNK: Tensor) -> Slots:
         G, N, _ = expert_GNK.shape
-        check_load(self.chosen * N, self.experts, self.moe.max_router_load)
-        expert_GT = ops.reshape(expert_GNK, (G, -1))
-        sorted_GT, position_GT, counts_GE, starts_GE = self.order(expert_GT)
-        slot_GNK = ops.reshape(position_GT + self.gather(starts_GE, expert_GT, 1), (G, N, -1))
+        check_load(self.chosen * N, self.experts, self.moe.max_router_load, self.experts * self.spare)
+        expert_GT, last = ops.reshape(expert_GNK, (G, -1)), self.chosen * N - 1
+        placed_GT = self.join((expert_GT, ops.tile(self.every_1E, (G, 1)))) if self.spare else expert_GT
+        sorted_GT, position_GT, counts_GE, starts_GE = self.order(placed_GT)
+        slot_GT = position_GT + self.gather(starts_GE, placed_GT, 1)
         assignment_GET = ops.expand_dims(sorted_GT, 1)
+        dispatch_GET = assignment_GET // self.chosen + 1
+        if self.spare:
+            slot_GT, counts_GE = slot_GT[:, : last + 1], counts_GE - 1
+            filled_GET = ops.cast(assignment_GET <= last, ms.int32)
+            dispatch_GET, assignment_GET = dispatch_GET * filled_GET, assignment_GET * filled_GET
         load_GE = ops.cast(counts_GE, ms.float32)
         kept_GNK, dropped_G = ops.ones_like(ops.cast(expert_GNK, ms.float32)), ops.zeros_like(load_GE[:, 0])
-        return assignment_GET // self.chosen + 1, slot_GNK, kept_GNK, assignment_GET, load_GE, dropped_G
+        return dispatch_GET, ops.reshape(slot_GT, (G, N, -1)), kept_GNK, assignment_GET, load_GE, dropped_G
 
 
 def build_slots(spec: NetworkSpec, moe: MoESpec, operators: Operators) -> SlotRule:
@@ -212,7 +224,7 @@ def build_slots(spec: NetworkSpec, moe: MoESpec, operators: Operators) -> SlotRu
         UserError: experts chosen by a threshold in a network cut over devices, whose slots are of a fixed number.
     """
     if moe.use_gmm:
-        return operators.build(SortedSlots, moe)
+        return operators.build(SortedSlots, moe, Shards(spec).ep > 1)
     multiple = spec.parallel.router_model_parallel * moe.comp_comm_parallel_degree
     if moe.by_threshold:
         if Shards(spec).active:

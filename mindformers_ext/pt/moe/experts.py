@@ -7,15 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mindformers_ext.core.capacity import round_up
 from mindformers_ext.core.layers import MoESpec
 from mindformers_ext.core.spec import NetworkSpec
 from mindformers_ext.pt.linear import fill_normal
 from mindformers_ext.pt.ops.dtypes import torch_dtype
 from mindformers_ext.pt.ops.gathered import gathered_experts
-from mindformers_ext.pt.ops.grouped import Backend, grouped_product
+from mindformers_ext.pt.ops.grouped import Backend, grouped_product, spans
+from mindformers_ext.pt.ops.products import by_onednn, ordered, product
 from mindformers_ext.pt.ops.rows import Sorted, combine, dispatch
 from mindformers_ext.pt.ops.select import select_backend
 from mindformers_ext.pt.ops.swiglu import swiglu
+
+ROWS = 16  # more of them come in multiples of it
 
 
 class Experts(nn.Module):
@@ -61,6 +65,8 @@ class Experts(nn.Module):
 
     def of_tokens(self, x_TD: Tensor, weight_TK: Tensor, place: Sorted) -> Tensor:
         """The weighted sum (T, D) of each token's experts, all of which are here."""
+        if self.backend is None and by_onednn(x_TD):
+            return self._in_turn(x_TD, weight_TK, place)
         backend = self.selected(x_TD.shape[0], x_TD.dtype, x_TD.device)
         if not backend.gathers or self.bias is not None:
             return combine(self(dispatch(x_TD, place), place.offs_E, backend), weight_TK, place)
@@ -73,9 +79,37 @@ class Experts(nn.Module):
         for expert, weight in zip(expert_1K[0].tolist(), weight_1K.to(kind).unbind(1), strict=True):
             if expert == len(self.down):
                 continue
-            gate, up = F.linear(x_1D, self.gate_up[expert].to(kind)).chunk(2, -1)
-            y_1D = F.linear(F.silu(gate) * up, self.down[expert].to(kind))
-            if self.bias is not None:
-                y_1D = y_1D + self.bias[expert].to(kind)
-            total = torch.addcmul(total, y_1D, weight)
+            total = torch.addcmul(total, self._of_expert(expert, x_1D), weight)
         return total
+
+    def _of_expert(self, expert: int, x: Tensor) -> Tensor:
+        """One expert's answer (R, D) to rows (R, D) that are all its own."""
+        gate, up = product(x, self.gate_up[expert]).chunk(2, -1)
+        y = product(F.silu(gate).mul_(up), self.down[expert])
+        return y if self.bias is None else y + self.bias[expert].to(x.dtype)
+
+    def _in_turn(self, x_TD: Tensor, weight_TK: Tensor, place: Sorted) -> Tensor:
+        """``of_tokens`` without gradients: one expert at a time, whose rows alone are held.
+
+        oneDNN makes and keeps code for every number of rows (1 ms, 1 MB): rows of the first token fill up to a few.
+        """
+        total_TD, weight = torch.zeros_like(x_TD), weight_TK.reshape(-1, 1).to(x_TD.dtype)
+        for expert, low, high in spans(place.offs_E):
+            token, count = place.token[low:high], high - low
+            filled = F.pad(token, (0, round_up(count, ROWS) - count)) if count > ROWS else token
+            y = self._of_expert(expert, x_TD.index_select(0, filled))[:count]
+            total_TD.index_add_(0, token, y.mul_(weight.index_select(0, place.order[low:high])))
+        return total_TD
+
+    def order(self, rows: int) -> None:
+        """Lay each matrix as ``ops.products`` reads it for so many rows; only inference, in their type, from now on."""
+        for name in ("gate_up", "down"):
+            matrices = getattr(self, name)
+            if isinstance(matrices, nn.ParameterList):
+                continue
+            delattr(self, name)
+            if rows == 1:
+                setattr(self, name, nn.Parameter(ordered(matrices, 1), requires_grad=False))
+                continue
+            each = (nn.Parameter(ordered(weight, rows), requires_grad=False) for weight in matrices)
+            setattr(self, name, nn.ParameterList(each))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import yaml
 
 from mindformers_ext.cli import mfext, run_mindformer
 
@@ -90,7 +91,7 @@ def answers() -> list[str]:
     return [json.loads(line)["answer"] for line in lines]
 
 
-ENGINES = [pytest.param("pt"), pytest.param("ms", marks=pytest.mark.slow)]
+ENGINES = [pytest.param("auto"), pytest.param("pt"), pytest.param("ms", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -102,6 +103,18 @@ def test_an_answer_is_transformers_and_its_yaml_gives_it_again(engine: str, fold
     Path("output/predictions.jsonl").unlink()
     assert run_mindformer.main(["--config", "job.yaml"]) == 0
     assert answers() == [expected]
+
+
+def test_pytorch_leaves_half_weights_in_their_type(folder: Path, tmp_path: Path) -> None:
+    """On a CPU it computes in float32 with them, as transformers does that loads them so."""
+    half = tmp_path / "half"
+    shutil.copytree(folder, half)
+    transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(half)
+    options = ["--max_new_tokens", NEW, "--engine", "pt", "--device_target", "CPU"]
+    assert mf("predict", half, PROMPT, *options, "--save_yaml", "job.yaml") == 0
+    assert answers() == [greedy(half)]
+    words = yaml.safe_load(Path("job.yaml").read_text("utf-8"))["model"]["model_config"]
+    assert words["param_init_type"] == "bfloat16" and words.get("compute_dtype", "float32") == "float32"
 
 
 def test_keys_without_effect_are_noted(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

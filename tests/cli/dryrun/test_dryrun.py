@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,13 @@ from mindformers_ext.core.cluster.split_cost import expert_exchange, layer_sent
 from mindformers_ext.core.config.file import load_yaml
 from mindformers_ext.core.config.lora import LORA_A, LORA_B
 from mindformers_ext.core.config.overrides import apply_overrides
+from mindformers_ext.core.config.recompute import WHOLE
 from mindformers_ext.core.stages import stage_messages
 from mindformers_ext.formats.ms_file import open_checkpoint
 from mindformers_ext.jobs.dryrun.facts import RankFacts
 from mindformers_ext.jobs.dryrun.ranks import GRAPHS
 from tests.conftest import whose_turn
-from tests.helpers.dryrun import PIPELINE, RESEARCH, DryRun, alike, chosen_ranks, dry_run, members, small
+from tests.helpers.dryrun import PIPELINE, RESEARCH, DryRun, alike, chosen_ranks, dry_run, members, passes_of, small
 from tests.helpers.sliced import same, write_file
 from tests.helpers.tiny_run import ROOT, environment
 
@@ -132,26 +134,21 @@ def grouped_as_counted(run: DryRun, facts: RankFacts) -> None:
 
 def sent_as_counted(run: DryRun, facts: RankFacts) -> None:
     """Exchanges between experts, gathered weights and messages between stages, in number and bytes."""
-    spec, settings = run.spec(), run.settings()
-    parallel, layers = spec.parallel, spec.model.num_hidden_layers
-    here = [layer for layer in range(layers) if spec.layer_stage(layer) == facts.stage]
-    batches = parallel.micro_batch_num * parallel.micro_batch_interleave_num
-    again = settings.recompute
-    passes = batches * sum(
-        3 if layer in again.layers or "feed_forward" in again.parts_of(layer) else 2 for layer in here
-    )
-    rows = [row for row in facts.traffic if row.purpose == "experts"]
-    exchanges = 2 * passes if parallel.expert_parallel > 1 else 0  # to the experts and back
+    spec, rows = run.spec(), [row for row in facts.traffic if row.purpose == "experts"]
+    exchanges = 2 * passes_of(run, facts)[1] if spec.parallel.expert_parallel > 1 else 0  # to the experts and back
     assert sum(row.count for row in rows) == exchanges
     assert sum(row.payload for row in rows) == exchanges * expert_exchange(spec)
     assert {row.kind for row in rows} <= {"AlltoAll"}
+    others_as_counted(run, facts)
 
-    cut = [
-        item
-        for item in placed_parameters(spec, settings.threshold, settings.lora)
-        if item.stage == facts.stage and item.local != item.gathered
-    ]
-    assert not any(".ffn.w" in item.name for item in cut)  # no expert's weight is gathered
+
+def others_as_counted(run: DryRun, facts: RankFacts, summed: Collection[str] = WHOLE) -> None:
+    """What else a rank sends. ``summed``: the parts of a layer whose sums over model parallel are counted here."""
+    spec, settings, passes = run.spec(), run.settings(), passes_of(run, facts)[1]
+    parallel, placed = spec.parallel, placed_parameters(spec, settings.threshold, settings.lora)
+    cut = [item for item in placed if item.stage == facts.stage and item.local != item.gathered]
+    if parallel.expert_parallel == parallel.data_parallel:  # no expert's weight is gathered
+        assert not any(".ffn.w" in item.name for item in cut)
     gathers = [row for row in facts.traffic if row.purpose == "weights"]
     width = WIDTH[spec.numerics.compute_dtype]
     as_stored = "embedding_weight"  # gathered in its own type, the others in the one that computes
@@ -166,9 +163,10 @@ def sent_as_counted(run: DryRun, facts: RankFacts) -> None:
     if parallel.model_parallel == 1:  # nothing is moved because two operators disagree; the loss is summed
         assert {row.kind for row in inside} <= {"AllReduce"} and all(row.payload <= 8 * row.count for row in inside)
     elif facts.stage == 0:
-        assert sum(row.sent for row in inside) == passes * layer_sent(spec)["model parallel"]
+        assert sum(row.sent for row in inside) == passes * layer_sent(spec, summed)["model parallel"]
     sends = [row for row in facts.traffic if row.kind == "Send"]
     messages = stage_messages(facts.stage, parallel.pipeline_stage, parallel.pp_interleave_num)
+    batches = parallel.micro_batch_num * parallel.micro_batch_interleave_num
     assert sum(row.count for row in sends) == 2 * batches * messages  # rows and loss
 
 

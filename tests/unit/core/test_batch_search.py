@@ -12,6 +12,7 @@ import pytest
 from mindformers_ext.core.cluster.batch_search import MOST, BatchFront, batch_front
 from mindformers_ext.core.cluster.memory import (
     StepSettings,
+    has_fixed_slots,
     layer_activations,
     layer_sizes,
     part_activations,
@@ -133,6 +134,19 @@ def test_the_range_from_equal_to_worst_load() -> None:
     (point,) = batch_front(dropless, StepSettings(), 10**9).points[:1]
     # 8 more rows in 4 layers: each is dispatched, multiplied thrice, and exchanged before and behind
     assert point.worst.total - point.memory.total == point.spec.batch_size * 4 * 8 * 2 * (8 + 3 * 16 + 2 * 8)
+
+
+def test_grouped_experts_at_the_worst_are_all_on_one_device() -> None:
+    """4 tokens of each of 4 devices choose 2 of 8 experts: 8 rows of each at equal load, with an empty one for every
+    expert; a device of 2 experts may get both choices of all 16 tokens, of 1 expert one."""
+    for devices, worst in ((2, 2 * 8), (4, 4 * 8), (8, 8 * 4)):
+        parallel = ParallelSpec(data_parallel=devices, expert_parallel=devices, device_num=devices)
+        spec = replace(experts(capacity_factor=0.0, use_gmm=True, num_local_experts=8), parallel=parallel)
+        assert not has_fixed_slots(spec)
+        sizes = [layer_sizes(each) for each in (spec, worst_load(spec))]
+        assert [(each.slots, each.expert_rows) for each in sizes] == [(16, 16), (16, worst + 8)]
+    cut = replace(spec, parallel=replace(parallel, model_parallel=2, use_seq_parallel=True, device_num=16))
+    assert layer_sizes(cut).expert_rows == 2 * layer_sizes(cut).slots == 2 * (4 + 8)
 
 
 @pytest.mark.parametrize("spec", [experts(capacity_factor=1.5), experts(capacity_factor=0.0, use_gmm=True), DENSE])

@@ -121,6 +121,20 @@ def test_bytes_of_an_exchange() -> None:
     assert layer_sent(SEED) == {"experts": 2 * round(8 * 1127 * 4096 * 2 * 7 / 8)}
 
 
+def test_bytes_of_grouped_experts() -> None:
+    """K rows of every token and one for each expert; of the sums over mp as many as each device has sent."""
+    moe = replace(SEED.model.routing, use_gmm=True, capacity_factor=0.0)
+    spec = replace(SEED, model=replace(SEED.model, moe=moe))
+    rows = (2 * 4096 + 8) * 4096 * 2
+    assert expert_exchange(spec) == rows and layer_sent(spec) == {"experts": 2 * round(rows * 7 / 8)}
+    for own_rows in (False, True):
+        sizes = cut(data_parallel=2, model_parallel=4, expert_parallel=2, use_seq_parallel=own_rows).parallel
+        tokens = 4096 // (4 if own_rows else 1)
+        attention, grouped = 4096 * 4096 * 2, (2 * tokens + 8) * 4096 * 2 * (4 if own_rows else 1)
+        sent = layer_sent(replace(spec, parallel=sizes))
+        assert sent["model parallel"] == 2 * round(attention * 3 / 4) + 2 * round(grouped * 3 / 4)
+
+
 def test_cost() -> None:
     cost = split_cost(SEED, ALL_LAYERS)
     assert cost.bubble == pytest.approx(1 / 17)

@@ -302,6 +302,7 @@ def test_data_parallel_always_fits() -> None:
         ({}, "ms", True),
         ({}, "pt", False),
         ({"moe_config.capacity_factor": 1.1}, "ms", False),
+        ({"moe_config.use_gmm": True}, "ms", False),
         ({"parallel.parallel_mode": 0}, "ms", False),
     ],
 )

@@ -23,7 +23,7 @@ from mindformers_ext.jobs.dryrun.facts import RankFacts, parameter_facts, purpos
 from mindformers_ext.jobs.dryrun.page import page
 from mindformers_ext.jobs.dryrun.plan import asked_ranks, plan_dry_run
 from mindformers_ext.jobs.dryrun.ranks import error_text
-from mindformers_ext.jobs.dryrun.report import DryRunReport, group_text, report_text
+from mindformers_ext.jobs.dryrun.report import DryRunReport, group_text, moved_text, report_text
 from mindformers_ext.jobs.dryrun.stubs import Stubs, c_source, pause_source
 from tests.helpers.specs import PRETRAIN_YAML
 
@@ -73,6 +73,46 @@ def test_graph(graph: Path) -> None:
     assert (exchange.kind, exchange.times, exchange.payload, exchange.ranks) == ("AlltoAll", 2, 16, (0, 4))
     assert (message.kind, message.ranks) == ("Send", (8,))
     assert facts.matmul_flops == 2 * (2 * 4 * 2 * 8)
+
+
+# Rows that go where the load sends them, and come back; numbers of one kind share a list, those of another do not.
+BY_LOAD = """\
+# IR entry: @step
+subgraph @step() {
+  %0(x) = AlltoAllV(%para1_x, %para2_sent, %para3_received) {instance name: move} primitive_attrs: {group: "a", \
+block_size: I64(64), group_rank_ids: (0, 4)}
+      : (<Tensor[Float16], (8192)>, <Tensor[Int64], (2)>, <Tensor[Int64], (2)>) -> (<Tensor[Float16], (-1)>)
+      : (S:[8192], S:[2], S:[2]) -> (S:[s1<[1,inf]>])
+      # Fullname with scope: (Default/0-Layer/cell-ExchangedProducts/spread-MovedRows/AlltoAllV-op0)
+  %1(ids) = AlltoAllV(%para4_ids, %para2_sent, %para3_received) primitive_attrs: {block_size: I64(1), \
+group_rank_ids: (0, 4)}
+      : (<Tensor[Float32], (128)>, <Tensor[Int64], (2)>, <Tensor[Int64], (2)>) -> (<Tensor[Float32], (-1)>)
+      # Fullname with scope: (Default/AlltoAllV-op0)
+  %2(on) = AlltoAllV(%0, %5, %6) primitive_attrs: {block_size: I64(64), group_rank_ids: (0, 1)}
+      : (<Tensor[Float16], (-1)>, <Tensor[Int64], (2)>, <Tensor[Int64], (2)>) -> (<Tensor[Float16], (-1)>)
+      # Fullname with scope: (Default/AlltoAllV-op0)
+  %3(y) = AlltoAllV(%2, %para3_received, %para2_sent) primitive_attrs: {block_size: I64(64), group_rank_ids: (0, 4)}
+      : (<Tensor[Float16], (-1)>, <Tensor[Int64], (2)>, <Tensor[Int64], (2)>) -> (<Tensor[Float16], (-1)>)
+      # Fullname with scope: (Default/AlltoAllV-op0)
+  %4(z) = AllReduce(%3) primitive_attrs: {group_rank_ids: (0, 1)}
+      : (<Tensor[Float16], (128, 64)>) -> (<Tensor[Float16], (128, 64)>)
+      : (S:[128, 64]) -> (S:[128, 64])
+      # Fullname with scope: (Default/0-Layer/cell-ExchangedProducts/AllReduce-op0)
+  Return(%4)
+}
+"""
+
+
+def test_rows_that_follow_the_load_are_counted_where_a_graph_tells_their_number(tmp_path: Path) -> None:
+    path = tmp_path / "x.ir"
+    path.write_text(BY_LOAD, encoding="utf-8")
+    rows = traffic_facts(read_graph(path).collectives)
+    assert [(row.kind, row.purpose, row.ranks, row.count, row.payload) for row in rows] == [
+        ("AllReduce", "partial sums", (0, 1), 1, 128 * 64 * 2),
+        ("AlltoAllV", "experts", (0, 1), 1, 0),
+        ("AlltoAllV", "experts", (0, 4), 3, 2 * 8192 * 2 + 128 * 4),
+    ]
+    assert moved_text(rows[1]) == ("by load", "by load") and moved_text(rows[2]) == ("33.28 kB", "16.64 kB")
 
 
 def test_parameters_by_kind(graph: Path) -> None:

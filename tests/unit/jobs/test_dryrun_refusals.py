@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mindformers_ext.core.byte_sizes import read_size
+from mindformers_ext.core.byte_sizes import read_size, size_text
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.jobs.dryrun.plan import plan_dry_run
 from tests.helpers.pretrain import changed
@@ -66,7 +66,7 @@ WRONG: list[tuple[str, dict[str, Any], int, str, str]] = [
         {ME + "capacity_factor": -1},
         16,
         "capacity_factor=-1 (dropless) in semi_auto_parallel mode",
-        "set use_gmm: True (with expert_parallel and model_parallel 1), a capacity_factor above 0",
+        "set use_gmm: True, a capacity_factor above 0",
     ),
     (
         "dp over ep",
@@ -279,6 +279,15 @@ def refusal(changes: dict[str, Any], devices: int, **more: Any) -> str:
 def test_the_seed_is_accepted() -> None:
     plan = plan_dry_run(changed({}), "job.yaml", 16, "stages", Path("out"))
     assert plan.ranks == (0, 8) and plan.rows == 128
+    assert "follows the load" not in "".join(plan.notes)
+
+
+def test_grouped_experts_are_told_with_the_worst_load() -> None:
+    """All layers are computed again, one at a time: of 8 devices 4096 rows each to one expert for 2 x 4096 in all."""
+    plan = plan_dry_run(changed({ME + "use_gmm": True, ME + "capacity_factor": -1}), "job.yaml", 16, "0", Path("out"))
+    equal, rows = max(stage.total for stage in plan.memory), (8 - 2) * 4096
+    (note,) = [note for note in plan.notes if "follows the load" in note]
+    assert size_text(equal) in note and size_text(equal + rows * (4096 + 3 * 14336) * 2) in note
 
 
 def test_r17s_split_is_accepted() -> None:

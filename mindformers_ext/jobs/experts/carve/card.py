@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mindformers_ext.core.config.file import dump_yaml
-from mindformers_ext.jobs.experts.carve.export import PASSED, by_threshold, how_to_load, weight_words
+from mindformers_ext.jobs.experts.carve.export import HOLD_GATES, PASSED, by_threshold, how_to_load, weight_words
 from mindformers_ext.jobs.experts.carve.losses import CARVED, DENSE, MEANING, Judged
 from mindformers_ext.jobs.experts.carve.request import MEASURED_ONLY, OURS, CarveRequest
 from mindformers_ext.jobs.experts.dense_model import model_name
@@ -36,7 +36,7 @@ def card_of(request: CarveRequest, judged: Judged, figures: Mapping[str, float],
     if request.form != MEASURED_ONLY:
         what += f"it is {how_to_load(request.form, request.output.folder)}; "
     if request.form not in (MEASURED_ONLY, OURS):
-        what += f"{weight_words(figures)}; "
+        what += f"{weight_words(figures)}; {HOLD_GATES}; "
     told = asdict(recipe) | {"model": name, "format": request.form, "measured_tokens": measured}
     return Card(
         method=recipe.method,

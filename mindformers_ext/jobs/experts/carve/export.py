@@ -44,6 +44,10 @@ SAVING = (
     "transformers and our PyTorch engine compute what a token passes; in MindSpore's training every expert has as many "
     "rows as the busiest one, and a new token is computed by all experts: expect no saving there"
 )
+HOLD_GATES = (
+    "to train it further hold its gates still (runner_config.freeze_gate: True) or use LoRA: its router rows are small "
+    "and shaken by a rate that suits the other weights"
+)
 Beside = Callable[[Path], None]
 
 

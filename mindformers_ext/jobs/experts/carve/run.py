@@ -20,6 +20,7 @@ from mindformers_ext.formats.fingerprint import fingerprint
 from mindformers_ext.jobs.experts.carve.card import CARD_COPY, PICTURE, card_of, draw, has_picture
 from mindformers_ext.jobs.experts.carve.cost import carving_needs, products, rate
 from mindformers_ext.jobs.experts.carve.export import (
+    HOLD_GATES,
     PASSED,
     SAVING,
     by_threshold,
@@ -104,7 +105,7 @@ def carve(request: CarveRequest, tell: Tell) -> CarveReport:
         else:
             written = export(request, start.model, files, beside)
             said = (how_to_load(request.form, request.output.folder),)
-            said += () if request.form == OURS else (weight_words(figures),)
+            said += () if request.form == OURS else (weight_words(figures), HOLD_GATES)
             said += (PASSED, SAVING) if by_threshold(request) else ()
     shutil.rmtree(request.work)
     return CarveReport(judged, figures, written, said)
