@@ -217,13 +217,22 @@ class SortedSlots(nn.Cell):
         return dispatch_GET, ops.reshape(slot_GT, (G, N, -1)), kept_GNK, assignment_GET, load_GE, dropped_G
 
 
+def sorts_rows(spec: NetworkSpec, moe: MoESpec) -> bool:
+    """Whether experts multiply rows without gaps: where ``use_gmm`` asks for it, and where nothing is dropped on one CPU,
+    since slots enough for the largest load are many more than assignments."""
+    if moe.use_gmm:
+        return True
+    is_whole = spec.parallel.groups == 1 and not Shards(spec).active and ms.get_context("device_target") == "CPU"
+    return is_whole and moe.capacity_factor <= 0 and not moe.by_threshold
+
+
 def build_slots(spec: NetworkSpec, moe: MoESpec, operators: Operators) -> SlotRule:
     """The rule that ``moe`` asks for.
 
     Raises:
         UserError: experts chosen by a threshold in a network cut over devices, whose slots are of a fixed number.
     """
-    if moe.use_gmm:
+    if sorts_rows(spec, moe):
         return operators.build(SortedSlots, moe, Shards(spec).ep > 1)
     multiple = spec.parallel.router_model_parallel * moe.comp_comm_parallel_degree
     if moe.by_threshold:
