@@ -25,6 +25,7 @@ from mindformers_ext.ms.moe.order import ExpertOrder, check_load
 from mindformers_ext.ms.ops.select import Operators
 from mindformers_ext.ms.strategies import Shards
 
+FEW = 16  # experts that have products of their own on a CPU unasked: each takes its time to compile
 # dispatch (G, E, C) int32: 1 + token of each slot, 0 = empty;
 # slot (G, N, K) int32: flat E*C index of each assignment, 0 where it is dropped;
 # kept (G, N, K) float32: 1, or 0 where it is dropped;
@@ -218,12 +219,12 @@ class SortedSlots(nn.Cell):
 
 
 def sorts_rows(spec: NetworkSpec, moe: MoESpec) -> bool:
-    """Whether experts multiply rows without gaps: where ``use_gmm`` asks for it, and where nothing is dropped on one CPU,
-    since slots enough for the largest load are many more than assignments."""
+    """Whether experts multiply rows without gaps: as ``use_gmm`` asks, or where nothing is dropped on one CPU, as slots
+    enough for the largest load are many more than assignments. A product per expert is compiled then."""
     if moe.use_gmm:
         return True
     is_whole = spec.parallel.groups == 1 and not Shards(spec).active and ms.get_context("device_target") == "CPU"
-    return is_whole and moe.capacity_factor <= 0 and not moe.by_threshold
+    return is_whole and moe.capacity_factor <= 0 and not moe.by_threshold and moe.num_local_experts <= FEW
 
 
 def build_slots(spec: NetworkSpec, moe: MoESpec, operators: Operators) -> SlotRule:
