@@ -18,6 +18,7 @@ from mindformers_ext.core.errors import UserError
 from mindformers_ext.core.plain_file import open_plain
 from mindformers_ext.formats.tensors import Array, Index, TensorInfo
 
+HEAP = 8 * 2**20  # above what is made again and again; twice as much stays at a heap's end (mallopt(3))
 Range = tuple[int, int]
 _Writer = TypeVar("_Writer", bound="NewFile")
 
@@ -163,6 +164,11 @@ def _copy(file: OpenFile, tensor: StoredTensor, out: Array, offset: int) -> None
             file.fill(target[done : done + count], block.offset + skip)
             done += count
         position += block.length
+
+
+def keep_pages() -> None:
+    """From now on malloc keeps the memory of freed arrays of up to some MB: fresh pages cost more than a copy."""
+    np.empty(HEAP, np.uint8)
 
 
 def byte_view(array: Array) -> npt.NDArray[Any]:

@@ -89,12 +89,12 @@ def _half_of_bfloat16(array: Array) -> Array | None:
     result = bits & 0x7FFF
     if int(result.max(initial=0)) >= HALF_END:
         return None
-    small = result < HALF_START
+    small = np.flatnonzero(result < HALF_START)
     result -= 112 << 7
     result <<= 3
     result |= bits & 0x8000
     halves = result.view(FLOAT16)
-    halves[small] = array[small].astype(FLOAT16)
+    halves.reshape(-1)[small] = array.reshape(-1)[small].astype(FLOAT16)
     return halves
 
 

@@ -13,14 +13,13 @@ import numpy as np
 
 from mindformers_ext.core.errors import LISTED, Problems, UserError
 from mindformers_ext.core.pruning import ROOT as MASKED
+from mindformers_ext.formats.blocks import keep_pages
 from mindformers_ext.formats.dtypes import BY_NUMPY, cast, is_float
 from mindformers_ext.formats.tensors import Array, Index, TensorInfo, TensorReader
 from mindformers_ext.weights.rules import Extras, RuleSet
 from mindformers_ext.weights.views import BLOCK, Shape, View, boxes, describe, leaves, stream, whole
 
 Direction = Literal["to_ms", "to_hf", "relayout"]
-
-HEAP = 31 * 2**20  # just below the size up to which glibc learns (mallopt(3), M_MMAP_THRESHOLD)
 
 
 @dataclass
@@ -85,10 +84,10 @@ class Plan:
             UserError: finite values become infinite and ``overflow`` does not allow it.
         """
         self.check_copies(reader)
-        np.empty(HEAP, np.uint8)  # freed at once: from now on malloc keeps blocks instead of giving their pages back
-        source = _Source(reader, self.recast, self.kept, overflow or Overflow())
+        keep_pages()
+        source, scratch = _Source(reader, self.recast, self.kept, overflow or Overflow()), list[Array]()
         for step in self.steps:
-            yield step.target, stream(step.view, source)
+            yield step.target, stream(step.view, source, scratch)
 
     def run(self, reader: TensorReader, allow_overflow: bool = False) -> Iterator[tuple[str, Array]]:
         """Yield (name, array) per target, whole; errors as ``stream``."""

@@ -1,40 +1,66 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transpose of a matrix of 16- or 32-bit numbers in memory, about as fast as numpy allows.
+"""The transpose of a matrix in memory, about as fast as numpy allows.
 
-numpy moves one number at a time when strides differ, and the width of a number costs nothing: neighbours are moved
-together as one 64-bit number and taken apart by shifts, which numpy does many at a time. Tiles keep both sides in
-the processor's cache.
+numpy moves one number at a time when strides differ, whatever its width. So the numbers of neighbouring rows are first
+laid beside each other, which reads and writes along rows, and then moved together as one of 64 bits.
 """
 
 from __future__ import annotations
 
-import sys
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mindformers_ext.formats.tensors import Array
+
 Numbers = npt.NDArray[np.unsignedinteger[Any]]
 
-TILE = 256  # rows and columns of a tile: 128 KiB of 16-bit numbers, and as much for the 64-bit ones
 WIDE = np.dtype(np.uint64)
+THREADS = min(4, len(os.sched_getaffinity(0)))  # that turn bands; memory has no room for more
+PAD = 8  # numbers behind a row: rows whose distance is a power of two push each other out of the cache
 
 
-def turned(matrix: Numbers) -> Numbers:
-    """The transpose (columns, rows), contiguous, of ``matrix`` (rows, columns), whose rows are contiguous each."""
+def turn(matrix: Numbers, out: Numbers) -> None:
+    """Fill ``out`` (columns, rows) with the transpose of ``matrix`` (rows, columns); the rows of both are contiguous.
+
+    A matrix that fits the processor's cache twice is turned fastest.
+    """
     rows, columns = matrix.shape
-    out = np.empty((columns, rows), matrix.dtype)
     together = WIDE.itemsize // matrix.itemsize
-    packed = columns - columns % together if sys.byteorder == "little" and together > 1 else 0
-    wide = matrix[:, :packed].view(WIDE)
-    for left in range(0, packed, TILE):
-        right = min(left + TILE, packed)
-        for top in range(0, rows, TILE):
-            bottom = min(top + TILE, rows)
-            tile = wide[top:bottom, left // together : right // together].T.copy()
-            for place in range(together):
-                np.copyto(out[left + place : right : together, top:bottom], tile, casting="unsafe")  # the low bits
-                tile >>= np.uint64(8 * matrix.itemsize)
-    for top in range(0, rows, TILE):
-        out[packed:, top : top + TILE] = matrix[top : top + TILE, packed:].T
-    return out
+    joined = rows - rows % together if together > 1 else 0
+    if joined:
+        beside = np.empty((joined // together, columns + PAD, together), matrix.dtype)[:, :columns]
+        for place in range(together):
+            beside[:, :, place] = matrix[place:joined:together]
+        out[:, :joined].view(WIDE)[...] = beside.view(WIDE)[..., 0].T
+    out[:, joined:] = matrix[joined:].T
+
+
+def turn_bands(out: Array, rows: int, read: Callable[[int], Array]) -> None:
+    """Fill ``out`` with the transpose of a matrix, in bands of ``rows``, several at once; ``read`` gives the band that
+    begins at a row."""
+
+    def fill(top: int) -> None:
+        turn(_numbers(read(top)), _numbers(out[:, top : top + rows]))
+
+    tops = range(0, out.shape[1], rows)
+    with ThreadPoolExecutor(min(THREADS, len(tops))) as pool:
+        list(pool.map(fill, tops))
+
+
+def shaped(scratch: list[Array], shape: tuple[int, ...], kind: np.dtype[Any]) -> Array:
+    """Memory of ``scratch`` as an array; fresh pages cost more than turning, so they are used again."""
+    size = prod(shape) * kind.itemsize
+    if not scratch or scratch[0].size < size:
+        scratch[:] = [np.empty(size, np.uint8)]
+    return scratch[0][:size].view(kind).reshape(shape)
+
+
+def _numbers(array: Array) -> Numbers:
+    """The same bits as plain numbers of the same width: numpy copies bfloat16 slowly."""
+    return array.view(np.dtype(f"u{array.dtype.itemsize}"))

@@ -11,19 +11,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias, cast
 
 import numpy as np
 
 from mindformers_ext.formats.tensors import Array, Index
-from mindformers_ext.weights.transpose import turned
+from mindformers_ext.weights.transpose import shaped, turn_bands
 
 Shape = tuple[int, ...]
 Range = tuple[int, int, int]
 """Start, stop, step."""
 BLOCK = 2**20  # elements of one block: 2 MiB of 16-bit numbers stay near the processor
-TURNED = 2**22  # elements of a block of a matrix that is turned: more columns at once, less work per element
-WIDTH = 64  # a multiple of columns that are turned at once
+ROWS = 32  # a multiple of rows that are turned at once
 STRIP = 2**26  # elements held while a matrix is turned: one expert of Mixtral-8x7B (58.7 M) at a time
 
 
@@ -277,10 +276,10 @@ def describe(view: View) -> str:
 
 
 def stream(view: View, source: BlockSource, scratch: list[Array] | None = None) -> Iterator[Array]:
-    """The data in C order, in blocks of at most ``BLOCK`` (turned: ``TURNED``) elements, or one row; what is padded, a
-    matrix of one expert, in one.
+    """The data in C order, in blocks of at most ``BLOCK`` elements, or one row; what is padded, a matrix of one expert,
+    in one.
 
-    ``scratch`` is memory that the matrices of one tensor share.
+    ``scratch`` is memory that matrices to be turned share.
     """
     scratch = [] if scratch is None else scratch
     if isinstance(view, Interleaved):
@@ -357,32 +356,37 @@ def _read(view: Slab, source: BlockSource, box: Sequence[tuple[int, int]]) -> Ar
 
 
 def _turned(view: Slab, source: BlockSource, scratch: list[Array]) -> Iterator[Array]:
-    """A swapped slab: strips of the stored columns are read into ``scratch`` and leave it turned, block by block."""
-    plain = replace(view, swapped=False)
-    *outer, rows, columns = plain.shape
-    width = min(columns, max(1, STRIP // rows))
-    step, block = max(1, BLOCK // width), max(WIDTH, TURNED // rows // WIDTH * WIDTH)
-    for place in np.ndindex(*outer):
-        at = tuple((number, number + 1) for number in place)
-        for left in range(0, columns, width):
-            right = min(left + width, columns)
-            for top in range(0, rows, step):
-                bottom = min(top + step, rows)
-                given = _read(plain, source, (*at, (top, bottom), (left, right))).reshape(bottom - top, right - left)
-                strip = _shaped(scratch, (rows, right - left), given.dtype)
-                strip[top:bottom] = _numbers(given)
-            for low in range(0, right - left, block):
-                yield source.finish(view.name, turned(strip[:, low : low + block]).view(given.dtype))
+    """A swapped slab, strip by strip of the stored columns."""
+    for piece in _strips(replace(view, swapped=False)):
+        strip = _filled(piece, source, scratch)
+        step = max(1, BLOCK // strip.shape[1])
+        for low in range(0, len(strip), step):
+            held = strip[low : low + step]
+            block = source.finish(view.name, held)
+            yield block.copy() if block is held else block  # the strip is filled again while this one is in use
 
 
-def _shaped(scratch: list[Array], shape: Shape, kind: np.dtype[Any]) -> Array:
-    """Memory of ``scratch`` as numbers in a shape; fresh pages cost more than turning, so they are used again."""
-    size = prod(shape) * kind.itemsize
-    if not scratch or scratch[0].size < size:
-        scratch[:] = [np.empty(size, np.uint8)]
-    return _numbers(scratch[0][:size].view(kind).reshape(shape))
+def _strips(view: Slab) -> Iterator[Slab]:
+    """The matrices of a slab that is not swapped, as many columns at a time as ``STRIP`` allows."""
+    if len(view.shape) > 2:
+        for place in range(view.shape[0]):
+            yield from _strips(cast(Slab, matrix(view, place)))
+        return
+    rows, columns = view.shape
+    width = max(1, STRIP // rows)
+    for left in range(0, columns, width):
+        yield cast(Slab, part(view, 1, left, min(left + width, columns)))
 
 
-def _numbers(array: Array) -> Array:
-    """The same bits as plain numbers of the same width: numpy copies bfloat16 slowly."""
-    return array.view(np.dtype(f"u{array.dtype.itemsize}"))
+def _filled(view: Slab, source: BlockSource, scratch: list[Array]) -> Array:
+    """The transpose of a matrix, in ``scratch``, from bands of its rows."""
+    rows, columns = view.shape
+    band = max(ROWS, BLOCK // columns // ROWS * ROWS)
+
+    def read(top: int) -> Array:
+        return _read(view, source, ((top, min(top + band, rows)), (0, columns)))
+
+    first = read(0)
+    strip = shaped(scratch, (columns, rows), first.dtype)
+    turn_bands(strip, band, lambda top: read(top) if top else first)
+    return strip

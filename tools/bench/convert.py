@@ -7,7 +7,7 @@ memory is the kernel's own figure (VmHWM), its time from start to the file under
 source bytes per second of ours over those of the peer: by wall clock, by processor time (user and system), and by
 wall clock without waiting for the disk (neither side syncs).
 
-    python tools/bench/convert.py [--folder DIR] [--rounds 3] [--experts 8]
+    python tools/bench/convert.py [--folder DIR] [--rounds 3] [--experts 8] [--only GMM]
 """
 
 from __future__ import annotations
@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--experts", type=int, default=8, help="fewer for a quick look")
     parser.add_argument("--width", type=int, default=4096, help="hidden size, a multiple of 64; the others follow")
+    parser.add_argument("--only", default="", help="the lines whose name holds this")
     given = parser.parse_args()
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     kind = cpu[1] if cpu else "unknown processor"
@@ -184,8 +185,12 @@ def main() -> None:
                 gmm,
             ),
         )
+        needs_ckpt = any(source == ckpt and given.only in name for name, source, *_ in table)
         for name, source, words, target in table:
-            measure(name, source, words, target, given.rounds, keep=target == ckpt)
+            if given.only in name:
+                measure(name, source, words, target, given.rounds, keep=target == ckpt)
+            elif target == ckpt and needs_ckpt:
+                converted(words, sync=False)
 
 
 if __name__ == "__main__":

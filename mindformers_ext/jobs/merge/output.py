@@ -12,10 +12,10 @@ from typing import Any
 from mindformers_ext.core.config.hf import model_spec_from_hf
 from mindformers_ext.core.errors import UserError
 from mindformers_ext.formats.atomic import refuse_existing
+from mindformers_ext.formats.blocks import keep_pages
 from mindformers_ext.formats.ms_file import check_suffix
 from mindformers_ext.formats.safetensors_dir import CONFIG, SafetensorsDirWriter
 from mindformers_ext.formats.tensors import Array, TensorInfo
-from mindformers_ext.jobs.checkpoint.convert import ConvertRequest, convert
 from mindformers_ext.jobs.checkpoint.copy_tensors import bytes_bar, counted
 from mindformers_ext.jobs.merge.threads import in_threads, thread_count, until
 
@@ -87,6 +87,7 @@ def write_weights(
     folder: Path, infos: Sequence[TensorInfo], out: OutputRequest, blocks: Callable[[int], Iterator[Array]]
 ) -> None:
     """Write every tensor from its blocks (by place in ``infos``), with a progress bar of bytes; the largest first."""
+    keep_pages()
     total = sum(info.nbytes for info in infos)
     with (
         SafetensorsDirWriter(folder, infos, out.shard_bytes) as writer,
@@ -104,6 +105,8 @@ def chain_mindspore(request: OutputRequest) -> list[str]:
     """Convert the finished folder where asked; returns notes."""
     if not request.to_mindspore:
         return []
+    from mindformers_ext.jobs.checkpoint.convert import ConvertRequest, convert
+
     report = convert(
         ConvertRequest(input_path=request.folder, output_path=request.to_mindspore, overwrite=request.overwrite)
     )

@@ -19,8 +19,8 @@ from mindformers_ext.surgery.merge.settings import Method
 if TYPE_CHECKING:
     from mindformers_ext.surgery.merge.stream import Chunk, Stream
 
-CHUNK = 2**19  # elements of one chunk: a handful of float32 copies of it stay in the processor's cache
-COPIED = 2**20  # elements of a block that is only copied
+CHUNK = 3 * 2**17  # elements of one chunk: a handful of float32 copies of it stay in the processor's cache
+COPIED = 2**19  # elements of a block that is only copied: looked at and written while the cache holds it
 
 
 @dataclass

@@ -14,6 +14,7 @@ import mindspore as ms
 import mindspore.ops.operations as P
 import numpy as np
 from mindspore import Tensor, nn, ops
+from mindspore.ops.auto_generate import TensorToScalar
 
 
 class SquareSumOp(nn.Cell):
@@ -114,28 +115,69 @@ class GroupedProductOp(nn.Cell):
     """Rows times the matrix of their group.
 
     Inputs: x (T, in) with the rows of each group together, weight (E, out, in), end (E) int64, where each group's rows
-    end. Output (T, out). Every matrix multiplies all rows here, which costs E products instead of one; it is the form
-    that every device has.
+    end. Output (T, out); rows behind the last group's are 0. Each group multiplies its own rows, whose number is known
+    when the graph runs.
     """
 
     def __init__(self, groups: int) -> None:
         super().__init__()
         self.groups = groups
-        self.split = P.Split(axis=0, output_num=groups)
-        self.split_ends = P.Split(axis=0, output_num=groups)
-        self.product = P.MatMul(transpose_b=True)
+        self.split, self.split_ends = (P.Split(axis=0, output_num=groups) for _ in range(2))
+        self.slice, self.join, self.stack, self.to_scalar = (
+            P.Slice(),
+            P.Concat(axis=0),
+            P.Stack(axis=0),
+            TensorToScalar(),
+        )
+        self.product_nt, self.product, self.product_tn = (
+            P.MatMul(transpose_b=True),
+            P.MatMul(),
+            P.MatMul(transpose_a=True),
+        )
+
+    def _numbers(self, x_E: Tensor) -> tuple:
+        """(E) int64 as numbers of the graph."""
+        found: tuple = ()
+        for part in self.split_ends(x_E):
+            found = found + (self.to_scalar(ops.reshape(part, ())),)
+        return found
+
+    def _by_group(self, x_TD: Tensor, weight: Tensor, end_E: Tensor, transposed: bool) -> Tensor:
+        """Each row times its group's matrix, or its transpose."""
+        T, width = x_TD.shape
+        _, columns, own = weight.shape
+        out = columns if transposed else own
+        first = 0
+        y: tuple = ()
+        ends, matrices = self._numbers(end_E), self.split(weight)
+        for group in range(self.groups):
+            rows, matrix = self.slice(x_TD, (first, 0), (ends[group] - first, width)), matrices[group]
+            matrix = ops.reshape(matrix, (columns, own))
+            y = y + (self.product_nt(rows, matrix) if transposed else self.product(rows, matrix),)
+            first = ends[group]
+        behind = ops.zeros((T - first, out), x_TD.dtype)
+        return ops.reshape(self.join((*y, behind)), (T, out))
 
     def construct(self, x_TD: Tensor, weight: Tensor, end_E: Tensor) -> Tensor:
-        place_T = Tensor(np.arange(x_TD.shape[0], dtype=np.int64)[:, None])
-        weights, ends = self.split(weight), self.split_ends(end_E)
-        behind = ops.zeros_like(ends[0])
-        total = 0.0
+        return self._by_group(x_TD, weight, end_E, True)
+
+    def bprop(
+        self, x_TD: Tensor, weight: Tensor, end_E: Tensor, out: Tensor, dout: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        T = x_TD.shape[0]
+        start_E = ops.concat((ops.zeros((1,), end_E.dtype), end_E[: self.groups - 1]))
+        # The product over no rows leaves its memory as it was: an idle group has one row, of zeros, behind all others.
+        is_idle_E = ops.cast(start_E == end_E, end_E.dtype)
+        firsts = self._numbers(start_E + (T - start_E) * is_idle_E)
+        counts = self._numbers(end_E - start_E + is_idle_E)
+        x = self.join((x_TD, ops.zeros((1, x_TD.shape[1]), x_TD.dtype)))
+        dy = self.join((dout, ops.zeros((1, dout.shape[1]), dout.dtype)))
+        dweight: tuple = ()
         for group in range(self.groups):
-            own_T = ops.logical_and(place_T >= behind, place_T < ends[group])
-            y_TD = self.product(x_TD, ops.squeeze(weights[group], 0))
-            total = total + y_TD * ops.cast(own_T, x_TD.dtype)
-            behind = ends[group]
-        return total
+            at, count = (firsts[group], 0), counts[group]
+            own = self.slice(dy, at, (count, dout.shape[1]))
+            dweight = dweight + (self.product_tn(own, self.slice(x, at, (count, x_TD.shape[1]))),)
+        return self._by_group(dout, weight, end_E, False), self.stack(dweight), ops.zeros_like(end_E)
 
 
 class RotaryOp(nn.Cell):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random keep masks that depend on nothing but (seed, tensor, model, place): any chunks, threads or restarts agree.
 
-Philox counts; the mask of element i is 32 bits at place i of the stream keyed by the names. Source: Salmon et al.,
-"Parallel random numbers: as easy as 1, 2, 3", 2011; numpy's implementation.
+The mask of element i is at place i of a stream of bits that the names key and that can be entered anywhere: PCG64DXSM,
+which takes half the time of Philox. Source: O'Neill, "PCG: a family of simple fast space-efficient statistically good
+algorithms for random number generation", 2014; numpy's implementation.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ import hashlib
 import numpy as np
 import torch
 
-PER_COUNT = 8  # numbers of 32 bits that one step of the counter gives
+STEP = 8  # bytes that one step of the stream gives
+COARSE = 2**-4  # the density from which on 16 bits are enough: it is met to a factor of 1 +- 2**-13, else to 2**-32
 
 
-def words(seed: int, name: str, model: int, start: int, count: int) -> np.ndarray:
-    """32 random bits for each of the elements ``start`` to ``start + count`` of a tensor, as uint32."""
+def words(seed: int, name: str, model: int, start: int, count: int, kind: str = "<u4") -> np.ndarray:
+    """Random bits for each of the elements ``start`` to ``start + count`` of a tensor, as unsigned integers."""
     digest = hashlib.blake2b(f"{seed}\0{model}\0{name}".encode(), digest_size=16).digest()
-    first = start // PER_COUNT
-    source = np.random.Philox(key=int.from_bytes(digest, "little"), counter=first)
-    skip = start - first * PER_COUNT
-    raw: np.ndarray = source.random_raw((skip + count + 1) // 2).view("<u4")
+    each = STEP // np.dtype(kind).itemsize
+    first = start // each
+    skip = start - first * each
+    source = np.random.PCG64DXSM(int.from_bytes(digest, "little")).advance(first)
+    raw: np.ndarray = source.random_raw(-(-(skip + count) // each)).astype("<u8", copy=False).view(kind)
     return raw[skip : skip + count]
 
 
@@ -29,8 +32,9 @@ def keep_mask(seed: int, name: str, model: int, start: int, shape: tuple[int, ..
     """True with probability ``density`` for each element of a chunk that begins at element ``start``."""
     if density <= 0.0 or density >= 1.0:
         return np.full(shape, density > 0.0)
-    drawn = words(seed, name, model, start, int(np.prod(shape)))
-    return (drawn < np.uint32(round(density * 2**32 - 0.5))).reshape(shape)
+    kind, values = ("<u2", 2**16) if density >= COARSE else ("<u4", 2**32)
+    drawn = words(seed, name, model, start, int(np.prod(shape)), kind)
+    return (drawn < np.array(min(round(density * values), values - 1), kind)).reshape(shape)
 
 
 def bit_mask(mask: np.ndarray) -> torch.Tensor:

@@ -109,8 +109,9 @@ def test_router_state_stays_in_a_relayout_and_training_state_does_not():
     rep=st.integers(1, 3),
     block=st.integers(1, 40),
     strip=st.integers(1, 40),
+    rows=st.integers(1, 9),
 )
-def test_transforms_have_exact_inverses_in_any_blocks(kind, swap, n, sizes, rep, block, strip):
+def test_transforms_have_exact_inverses_in_any_blocks(kind, swap, n, sizes, rep, block, strip, rows):
     a, b, c = sizes
     transform, shapes = {
         "identity": (Identity(), [(a, b, c)]),
@@ -125,8 +126,8 @@ def test_transforms_have_exact_inverses_in_any_blocks(kind, swap, n, sizes, rep,
     hf = {f"hf{i}": rng.normal(size=shape).astype(ml_dtypes.bfloat16) for i, shape in enumerate(shapes)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(views, "BLOCK", block)
-        patch.setattr(views, "TURNED", block)
         patch.setattr(views, "STRIP", strip)
+        patch.setattr(views, "ROWS", rows)
         made = transform.to_ms([views.whole(name, array.shape) for name, array in hf.items()])
         ms = {f"ms{i}": flat(view, hf).reshape(view.shape) for i, view in enumerate(made)}
         back = transform.to_hf([views.whole(name, array.shape) for name, array in ms.items()], shapes)
@@ -214,3 +215,13 @@ def test_sizes_from_shapes_move_experts(spec, experts):
     for part in ("wq", "lm_head"):  # a file cut before its head must not pass for a tied one
         with pytest.raises(UserError, match="--config"):
             sizes_from_shapes({name: info for name, info in infos(ms).items() if part not in name})
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32, np.float64, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 70, 41), (2, 64, 33)])
+def test_matrices_of_any_type_turn_in_bands_and_strips(kind, shape, monkeypatch):
+    monkeypatch.setattr(views, "BLOCK", 1024)
+    monkeypatch.setattr(views, "STRIP", 64 * 20)
+    stored = np.random.default_rng(0).integers(0, 256, (*shape, np.dtype(kind).itemsize), np.uint8).view(kind)[..., 0]
+    made = flat(views.swap(views.whole("a", shape)), {"a": stored})
+    assert made.tobytes() == np.ascontiguousarray(stored.swapaxes(1, 2)).tobytes()
