@@ -118,9 +118,10 @@ def device_layer(box: Box, moe: MoESpec, device: int, board: Board, weights: dic
     layer.slots = SortedSlots(moe, box.ep > 1)
     products = GroupedProducts(operators, EXPERTS // box.ep)
     layer.ffn.grouped = ExchangedProducts(products, HIDDEN, *links, box.own_rows)
-    for name, value in sliced(weights, box, device).items():
-        own = next(parameter for parameter in layer.trainable_params() if parameter.name == name)
-        own.set_data(Tensor(value), slice_shape=True)
+    values = sliced(weights, box, device)
+    for _, cell in layer.cells_and_names():  # new parameters: set_data leaves the old shape to gradients of our own
+        for key, parameter in cell.parameters_dict(recurse=False).items():
+            setattr(cell, key.rpartition(".")[2], ms.Parameter(Tensor(values[parameter.name]), name=parameter.name))
     return layer
 
 
