@@ -93,7 +93,7 @@ def completed(script: str, *words: str, path: str | None = None) -> set[str]:
         (["mfext", "tra"], {"transform", "train"}),
         (["mfext", ""], set(NAMES)),
         (["mfext", "convert", "--dt"], {"--dtype"}),
-        (["mfext", "eval", "--engine", ""], {"ms", "pt"}),
+        (["mfext", "eval", "--engine", ""], {"auto", "ms", "pt"}),
         (["mfext", "merge", ""], {"yaml", "moe"}),
         (["mfext", "merge", "moe", "--to-m"], {"--to-mindspore"}),
         (["mfext", "completion", ""], {"bash", "zsh", "fish"}),
