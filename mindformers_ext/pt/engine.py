@@ -17,7 +17,7 @@ from mindformers_ext.pt.generate import PyTorchSession
 from mindformers_ext.pt.init import build_empty
 from mindformers_ext.pt.linear import Linear
 from mindformers_ext.pt.moe.experts import Experts
-from mindformers_ext.pt.ops.memory import keep_freed_memory
+from mindformers_ext.pt.ops.memory import give_back_freed_memory, keep_freed_memory
 from mindformers_ext.pt.ops.products import has_onednn, ordered
 
 
@@ -36,6 +36,7 @@ class PyTorchNetwork:
     def fill(self, weights: Iterable[tuple[str, np.ndarray]]) -> None:
         """As ``load``, one tensor at a time; see ``pt.names.fill``."""
         names.fill(self.module, weights)
+        give_back_freed_memory()
 
     def agree(self, digest: bytes) -> bool:
         """True: one process holds the network."""
@@ -45,6 +46,7 @@ class PyTorchNetwork:
         """Generation for ``rows`` prompts of up to ``length`` tokens, up to ``positions`` with their answers."""
         if has_onednn(self.device, self.module.model.compute_dtype):
             order_weights(self.module, rows)
+            give_back_freed_memory()
         session = PyTorchSession(self.module, rows, length, positions, self.device)
         session.compile(use_cache)
         return session

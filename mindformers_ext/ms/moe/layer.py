@@ -14,7 +14,7 @@ from mindformers_ext.ms.moe.dropless import dropless
 from mindformers_ext.ms.moe.experts import SlotExperts, SortedExperts
 from mindformers_ext.ms.moe.gate import build_gate, counted_assignments
 from mindformers_ext.ms.moe.rows import CombineRows, DispatchRows
-from mindformers_ext.ms.moe.slots import SlotRule, build_slots, sorts_rows
+from mindformers_ext.ms.moe.slots import SlotRule, build_slots
 from mindformers_ext.ms.ops.select import Operators
 from mindformers_ext.ms.strategies import Shards
 
@@ -33,7 +33,7 @@ class MoE(nn.Cell):
         self.groups, self.draws = spec.parallel.groups, moe.draws_noise
         self.router = build_gate(spec, moe, operators)
         self.slots = build_slots(spec, moe, operators)
-        self.ffn = (SortedExperts if sorts_rows(spec, moe) else SlotExperts)(spec, moe, operators)
+        self.ffn = (SortedExperts if self.is_sorted else SlotExperts)(spec, moe, operators)
         self.dispatch = shards.local(operators.build(DispatchRows, chosen), "dispatch", _dispatched_shape)
         self.combine = shards.local(operators.build(CombineRows, chosen, hidden), "combine", _combined_shape)
         self.join = P.Concat(axis=-1)

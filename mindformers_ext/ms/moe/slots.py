@@ -25,7 +25,6 @@ from mindformers_ext.ms.moe.order import ExpertOrder, check_load
 from mindformers_ext.ms.ops.select import Operators
 from mindformers_ext.ms.strategies import Shards
 
-FEW = 16  # experts that have products of their own on a CPU unasked: each takes its time to compile
 # dispatch (G, E, C) int32: 1 + token of each slot, 0 = empty;
 # slot (G, N, K) int32: flat E*C index of each assignment, 0 where it is dropped;
 # kept (G, N, K) float32: 1, or 0 where it is dropped;
@@ -218,22 +217,13 @@ class SortedSlots(nn.Cell):
         return dispatch_GET, ops.reshape(slot_GT, (G, N, -1)), kept_GNK, assignment_GET, load_GE, dropped_G
 
 
-def sorts_rows(spec: NetworkSpec, moe: MoESpec) -> bool:
-    """Whether experts multiply rows without gaps: as ``use_gmm`` asks, or where nothing is dropped on one CPU, as slots
-    enough for the largest load are many more than assignments. A product per expert is compiled then."""
-    if moe.use_gmm:
-        return True
-    is_whole = spec.parallel.groups == 1 and not Shards(spec).active and ms.get_context("device_target") == "CPU"
-    return is_whole and moe.capacity_factor <= 0 and not moe.by_threshold and moe.num_local_experts <= FEW
-
-
 def build_slots(spec: NetworkSpec, moe: MoESpec, operators: Operators) -> SlotRule:
     """The rule that ``moe`` asks for.
 
     Raises:
         UserError: experts chosen by a threshold in a network cut over devices, whose slots are of a fixed number.
     """
-    if sorts_rows(spec, moe):
+    if moe.use_gmm:
         return operators.build(SortedSlots, moe, Shards(spec).ep > 1)
     multiple = spec.parallel.router_model_parallel * moe.comp_comm_parallel_degree
     if moe.by_threshold:
