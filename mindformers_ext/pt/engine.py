@@ -46,7 +46,6 @@ class PyTorchNetwork:
         """Generation for ``rows`` prompts of up to ``length`` tokens, up to ``positions`` with their answers."""
         if has_onednn(self.device, self.module.model.compute_dtype):
             order_weights(self.module, rows)
-            give_back_freed_memory()
         session = PyTorchSession(self.module, rows, length, positions, self.device)
         session.compile(use_cache)
         return session
@@ -65,11 +64,13 @@ def order_weights(module: CausalLM, rows: int) -> None:
     embedding that is the head, too, for more than one row.
     """
     kind, embedding = module.model.compute_dtype, module.model.tok_embeddings
-    for part in module.modules():
-        if type(part) is Linear and part.weight.dtype == kind:
-            part.order(rows)
-        elif isinstance(part, Experts) and part.down[0].dtype == kind:
-            part.order(rows)
+    for block in (*module.model.layers, module):  # what a layer leaves behind goes back before the next one's turn
+        for part in block.modules():
+            if type(part) is Linear and part.weight.dtype == kind:
+                part.order(rows)
+            elif isinstance(part, Experts) and part.down[0].dtype == kind:
+                part.order(rows)
+        give_back_freed_memory()
     if module.tied and rows == 1 and embedding.embedding_weight.dtype == kind:
         embedding.embedding_weight = nn.Parameter(ordered(embedding.embedding_weight, 1), requires_grad=False)
 
