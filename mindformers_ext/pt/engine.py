@@ -18,7 +18,7 @@ from mindformers_ext.pt.init import build_empty
 from mindformers_ext.pt.linear import Linear
 from mindformers_ext.pt.moe.experts import Experts
 from mindformers_ext.pt.ops.memory import give_back_freed_memory, keep_freed_memory
-from mindformers_ext.pt.ops.products import has_onednn, ordered
+from mindformers_ext.pt.ops.products import has_onednn, prepacked
 
 
 class PyTorchNetwork:
@@ -45,7 +45,7 @@ class PyTorchNetwork:
     def session(self, rows: int, length: int, positions: int, use_cache: bool = True) -> PyTorchSession:
         """Generation for ``rows`` prompts of up to ``length`` tokens, up to ``positions`` with their answers."""
         if has_onednn(self.device, self.module.model.compute_dtype):
-            order_weights(self.module, rows)
+            prepack_weights(self.module, rows)
         session = PyTorchSession(self.module, rows, length, positions, self.device)
         session.compile(use_cache)
         return session
@@ -57,7 +57,7 @@ class PyTorchNetwork:
         return found.cpu().numpy()
 
 
-def order_weights(module: CausalLM, rows: int) -> None:
+def prepack_weights(module: CausalLM, rows: int) -> None:
     """Lay the weights for products of so many rows, one layer's after the other (``ops.products``).
 
     They are constants then, and stay as they are where the network computes in another type than they have; so does the
@@ -67,12 +67,12 @@ def order_weights(module: CausalLM, rows: int) -> None:
     for block in (*module.model.layers, module):  # what a layer leaves behind goes back before the next one's turn
         for part in block.modules():
             if type(part) is Linear and part.weight.dtype == kind:
-                part.order(rows)
+                part.prepack(rows)
             elif isinstance(part, Experts) and part.down[0].dtype == kind:
-                part.order(rows)
+                part.prepack(rows)
         give_back_freed_memory()
     if module.tied and rows == 1 and embedding.embedding_weight.dtype == kind:
-        embedding.embedding_weight = nn.Parameter(ordered(embedding.embedding_weight, 1), requires_grad=False)
+        embedding.embedding_weight = nn.Parameter(prepacked(embedding.embedding_weight, 1), requires_grad=False)
 
 
 class PyTorchEngine:

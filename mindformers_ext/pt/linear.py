@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mindformers_ext.pt.ops.products import ordered, product
+from mindformers_ext.pt.ops.products import prepacked, product
 
 
 def fill_normal(weight: nn.Parameter, std: float) -> None:
@@ -34,6 +34,6 @@ class Linear(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         return product(x_TD, self.weight, self.bias)
 
-    def order(self, rows: int) -> None:
+    def prepack(self, rows: int) -> None:
         """Lay the weight as ``ops.products`` reads it for so many rows; the layer computes in its type from now on."""
-        self.weight = nn.Parameter(ordered(self.weight, rows), requires_grad=False)
+        self.weight = nn.Parameter(prepacked(self.weight, rows), requires_grad=False)

@@ -21,11 +21,11 @@ from mindformers_ext.formats.tensors import Array
 Numbers = npt.NDArray[np.unsignedinteger[Any]]
 
 WIDE = np.dtype(np.uint64)
-THREADS = min(4, len(os.sched_getaffinity(0)))  # that turn bands; memory has no room for more
+THREADS = min(4, len(os.sched_getaffinity(0)))  # that transpose bands; memory has no room for more
 PAD = 8  # numbers behind a row: rows whose distance is a power of two push each other out of the cache
 
 
-def turn(matrix: Numbers, out: Numbers) -> None:
+def transpose_into(matrix: Numbers, out: Numbers) -> None:
     """Fill ``out`` (columns, rows) with the transpose of ``matrix`` (rows, columns); the rows of both are contiguous.
 
     A matrix that fits the processor's cache twice is turned fastest.
@@ -41,12 +41,12 @@ def turn(matrix: Numbers, out: Numbers) -> None:
     out[:, joined:] = matrix[joined:].T
 
 
-def turn_bands(out: Array, rows: int, read: Callable[[int], Array]) -> None:
+def transpose_bands(out: Array, rows: int, read: Callable[[int], Array]) -> None:
     """Fill ``out`` with the transpose of a matrix, in bands of ``rows``, several at once; ``read`` gives the band that
     begins at a row."""
 
     def fill(top: int) -> None:
-        turn(_numbers(read(top)), _numbers(out[:, top : top + rows]))
+        transpose_into(_numbers(read(top)), _numbers(out[:, top : top + rows]))
 
     tops = range(0, out.shape[1], rows)
     with ThreadPoolExecutor(min(THREADS, len(tops))) as pool:

@@ -16,7 +16,7 @@ from typing import Protocol, TypeAlias, cast
 import numpy as np
 
 from mindformers_ext.formats.tensors import Array, Index
-from mindformers_ext.weights.transpose import shaped, turn_bands
+from mindformers_ext.weights.transpose import shaped, transpose_bands
 
 Shape = tuple[int, ...]
 Range = tuple[int, int, int]
@@ -305,7 +305,7 @@ def stream(view: View, source: BlockSource, scratch: list[Array] | None = None) 
         for piece in view.parts:
             yield from stream(piece, source, scratch)
     elif view.swapped:
-        yield from _turned(view, source, scratch)
+        yield from _transposed(view, source, scratch)
     else:
         for box in boxes(view.shape, BLOCK):
             yield source.finish(view.name, _read(view, source, box))
@@ -355,7 +355,7 @@ def _read(view: Slab, source: BlockSource, box: Sequence[tuple[int, int]]) -> Ar
     return array[:: kept[0][2]] if kept and kept[0][2] != 1 else array
 
 
-def _turned(view: Slab, source: BlockSource, scratch: list[Array]) -> Iterator[Array]:
+def _transposed(view: Slab, source: BlockSource, scratch: list[Array]) -> Iterator[Array]:
     """A swapped slab, strip by strip of the stored columns."""
     for piece in _strips(replace(view, swapped=False)):
         strip = _filled(piece, source, scratch)
@@ -388,5 +388,5 @@ def _filled(view: Slab, source: BlockSource, scratch: list[Array]) -> Array:
 
     first = read(0)
     strip = shaped(scratch, (columns, rows), first.dtype)
-    turn_bands(strip, band, lambda top: read(top) if top else first)
+    transpose_bands(strip, band, lambda top: read(top) if top else first)
     return strip

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 from mindspore import Tensor, nn
 
-from mindformers_ext.ms.moe.exchange import Links
+from mindformers_ext.ms.moe.exchange import Collectives
 
 TURNS = 30
 
@@ -77,8 +77,8 @@ class Sum(nn.Cell):
         return (self.total(dout),)
 
 
-def links_between(board: Board, members: list[int], device: int, width: int) -> Links | None:
-    """The operators of ``device`` in the group ``members``, as ``exchange.links_along`` makes them."""
+def collectives_between(board: Board, members: list[int], device: int, width: int) -> Collectives | None:
+    """The operators of ``device`` in the group ``members``, as ``exchange.collectives_along`` makes them."""
     place = members.index(device)
 
     def move(flat: Tensor, sent: Tensor, received: Tensor) -> Tensor:
@@ -109,4 +109,4 @@ def links_between(board: Board, members: list[int], device: int, width: int) -> 
 
     if len(members) == 1:
         return None
-    return Links(len(members), move, swap, gather, Sum(board, members), lambda counts, place, waits: counts)
+    return Collectives(len(members), move, swap, gather, Sum(board, members), lambda counts, place, waits: counts)

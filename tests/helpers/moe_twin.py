@@ -31,14 +31,14 @@ class Result:
     dropped: float = 0.0
 
 
-def random_weights(experts: int, seed: int = 0) -> dict[str, np.ndarray]:
+def random_weights(experts: int, seed: int = 0, ffn: int = FFN) -> dict[str, np.ndarray]:
     """Weights large enough that the experts differ and the gate prefers."""
     generator = np.random.default_rng(seed)
     shapes = {
         GATE: (experts, HIDDEN),
-        W1: (experts, FFN, HIDDEN),
-        W2: (experts, HIDDEN, FFN),
-        W3: (experts, FFN, HIDDEN),
+        W1: (experts, ffn, HIDDEN),
+        W2: (experts, HIDDEN, ffn),
+        W3: (experts, ffn, HIDDEN),
     }
     return {name: generator.normal(0, 0.5, shape).astype(np.float32) for name, shape in shapes.items()}
 

@@ -22,7 +22,7 @@ from mindformers_ext.ms.moe.exchange import ExchangedProducts
 from mindformers_ext.ms.moe.experts import GroupedProducts
 from mindformers_ext.ms.moe.slots import SortedSlots
 from mindformers_ext.ms.ops.select import select_operators
-from tests.helpers.many_devices import Board, links_between
+from tests.helpers.many_devices import Board, collectives_between
 from tests.helpers.moe_twin import (
     GATE,
     HIDDEN,
@@ -37,6 +37,7 @@ from tests.helpers.moe_twin import (
     layer_runner,
     loop,
     random_rows,
+    random_weights,
 )
 
 EXPERTS, FFN, TOKENS, BIAS = 4, 6, 5, "ffn.w2.bias"  # TOKENS: of one routing group
@@ -82,15 +83,9 @@ def _operators_one_by_one() -> Iterator[None]:
 
 def weights_of(seed: int, favoured: tuple[int, ...] = (), bias: bool = False) -> dict[str, np.ndarray]:
     """``favoured`` experts are everybody's choice where the first input is 1."""
-    generator = np.random.default_rng(seed)
-    shapes = {
-        GATE: (EXPERTS, HIDDEN),
-        W1: (EXPERTS, FFN, HIDDEN),
-        W2: (EXPERTS, HIDDEN, FFN),
-        W3: (EXPERTS, FFN, HIDDEN),
-        **({BIAS: (EXPERTS, HIDDEN)} if bias else {}),
-    }
-    weights = {name: generator.normal(0, 0.5, shape).astype(np.float32) for name, shape in shapes.items()}
+    weights = random_weights(EXPERTS, seed, FFN)
+    if bias:
+        weights[BIAS] = np.random.default_rng(seed).normal(0, 0.5, (EXPERTS, HIDDEN)).astype(np.float32)
     for expert in favoured:
         weights[GATE][expert, 0] += 8.0
     return weights
@@ -109,15 +104,15 @@ def sliced(weights: dict[str, np.ndarray], box: Box, device: int) -> dict[str, n
 
 
 def device_layer(box: Box, moe: MoESpec, device: int, board: Board, weights: dict[str, np.ndarray]) -> nn.Cell:
-    """The layer of one device: a network's of one, with that device's slots, weights and links."""
+    """The layer of one device: a network's of one, with that device's slots, weights and collectives."""
     layer, operators = layer_of(moe), select_operators()
     first, m = device // (box.mp * box.ep) * box.mp * box.ep, device % box.mp
     over_ep = [first + place * box.mp + m for place in range(box.ep)]
     over_mp = [device - m + place for place in range(box.mp)]
-    links = (links_between(board, members, device, HIDDEN) for members in (over_ep, over_mp))
+    collectives = (collectives_between(board, members, device, HIDDEN) for members in (over_ep, over_mp))
     layer.slots = SortedSlots(moe, box.ep > 1)
     products = GroupedProducts(operators, EXPERTS // box.ep)
-    layer.ffn.grouped = ExchangedProducts(products, HIDDEN, *links, box.own_rows)
+    layer.ffn.grouped = ExchangedProducts(products, HIDDEN, *collectives, box.own_rows)
     values = sliced(weights, box, device)
     for _, cell in layer.cells_and_names():  # new parameters: set_data leaves the old shape to gradients of our own
         for key, parameter in cell.parameters_dict(recurse=False).items():

@@ -115,8 +115,10 @@ def test_a_choice_of_one_learns_through_its_probability(mode: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [{}, {"use_gating_sigmoid": True, "routed_scaling_factor": 2.5}], ids=str)
 def test_grouped_experts_are_dropless_experts(mode: str, words: dict) -> None:
-    """``use_gmm``: sorted rows instead of slots, the same outputs and gradients (up to 7 large, of products of other
-    sizes: 2e-5 is 1.2e-5 found, and what the loop in float64 allows)."""
+    """``use_gmm``: sorted rows instead of slots, the same outputs and gradients.
+
+    Products of other sizes round otherwise: gradients of up to 7 differ by 1.2e-5.
+    """
     weights = random_weights(5)
     moe = MoESpec(num_local_experts=5, num_experts_per_tok=2, capacity_factor=-1.0, **words)
     found = layer_runner(replace(moe, use_gmm=True), weights)(X, WEIGHT)

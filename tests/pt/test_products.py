@@ -17,7 +17,7 @@ from mindformers_ext.pt.engine import PyTorchNetwork
 from mindformers_ext.pt.layer import build_feed_forward
 from mindformers_ext.pt.moe.layer import MoE
 from mindformers_ext.pt.ops import products
-from mindformers_ext.pt.ops.products import ordered, product
+from mindformers_ext.pt.ops.products import prepacked, product
 from tests.pt.test_moe import spec_of
 
 LAYERS: dict[str, dict[str, Any]] = {
@@ -39,7 +39,7 @@ def test_a_product_is_the_plain_one(rows: int, biased: bool, rows_of_weight: int
     )
     wanted = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     with torch.inference_mode():
-        for laid in (weight, ordered(weight, 1), ordered(weight, 8)):
+        for laid in (weight, prepacked(weight, 1), prepacked(weight, 8)):
             found = product(x, laid, bias)
             torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
@@ -65,10 +65,10 @@ def test_experts_in_turn_are_the_grouped_ones(kind: str, tokens: int) -> None:
         torch.nn.init.normal_(layer.ffn.bias)
     wanted = layer(x).y_TD.detach()
     networks = [copy.deepcopy(layer) for _ in range(3)]
-    networks[1].ffn.order(1)
-    networks[2].ffn.order(1)
-    networks[2].ffn.order(8)  # and nothing is left to do
-    networks[2].ffn.order(1)
+    networks[1].ffn.prepack(1)
+    networks[2].ffn.prepack(1)
+    networks[2].ffn.prepack(8)  # and nothing is left to do
+    networks[2].ffn.prepack(1)
     with torch.inference_mode():
         for mine in networks:
             torch.testing.assert_close(mine.dropless(x), wanted, rtol=1e-5, atol=1e-5)

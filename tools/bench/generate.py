@@ -191,12 +191,12 @@ def product_time(rows: int, inner: int, columns: int) -> float:
     """Seconds of one product of (rows, inner) by a weight (columns, inner)."""
     import torch
 
-    from mindformers_ext.pt.ops.products import ordered, product
+    from mindformers_ext.pt.ops.products import prepacked, product
 
     torch.set_num_threads(THREADS)
     a, weight = torch.ones(rows, inner), torch.ones(columns, inner)
     with torch.inference_mode():
-        ways = (lambda: torch.nn.functional.linear(a, weight), functools.partial(product, a, ordered(weight, rows)))
+        ways = (lambda: torch.nn.functional.linear(a, weight), functools.partial(product, a, prepacked(weight, rows)))
         return min(time for way in ways for time in timeit.repeat(way, number=1, repeat=5))
 
 

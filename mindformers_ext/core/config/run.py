@@ -146,9 +146,9 @@ class RunSpec:
         return f".{self.load_format}"
 
     @property
-    def sooner_by_pytorch(self) -> bool:
-        """Whether PyTorch answers before MindSpore does, alike: for networks of ours in one process on a CPU, where it
-        compiles nothing and reads weights faster (tools/bench/generate.py)."""
+    def faster_with_pytorch(self) -> bool:
+        """Whether PyTorch gives the same answers sooner than MindSpore: for networks of ours in one process on a CPU,
+        where it compiles nothing and reads weights faster (tools/bench/generate.py)."""
         ours = self.runner in (Runner.OWN_PREDICTION, Runner.OWN_EVALUATION)
         return ours and self.device.target == CPU and not self.use_parallel
 
@@ -217,7 +217,7 @@ def run_spec_from_yaml(config: Mapping[str, Any], where: str = "the configuratio
     )
     problems.raise_if_any()
     run = _decided(asked)
-    if run.auto and run.sooner_by_pytorch and importlib.util.find_spec("torch"):
+    if run.auto and run.faster_with_pytorch and importlib.util.find_spec("torch"):
         run = _decided(replace(run, engine=PYTORCH))
     if run.runner is Runner.OWN_PREDICTION:
         run = replace(run, sampling=sampling_from_yaml(words, (), run.seed))

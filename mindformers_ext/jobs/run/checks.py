@@ -131,8 +131,7 @@ def check_words(
         if parts:
             notes = [*_check_together(run, read), *notes]
         if run.auto:
-            why = "the faster one for predictions of one process on a CPU" if run.sooner_by_pytorch else "for this run"
-            notes = [f"engine auto: {FRAMEWORKS[run.engine]}, {why}", *notes]
+            notes = [f"engine auto: {FRAMEWORKS[run.engine]} computes this run", *notes]
         notes = [*dead, *notes, *judge_network(read, run, TOGETHER if parts else run.mode)]
         return read, build_network(read, config, run, run.engine == MINDSPORE), notes
     except UserError as error:

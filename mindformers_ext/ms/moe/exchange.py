@@ -25,7 +25,7 @@ from mindformers_ext.ms.strategies import Shards
 
 
 @dataclass(frozen=True)
-class Links:
+class Collectives:
     """Operators between the devices of one group, and the one that makes counts known to the host.
 
     ``move``: flat rows, rows to each device and rows from each give flat rows; ``swap``: row i of (devices, X) to
@@ -40,14 +40,14 @@ class Links:
     to_host: Callable[..., Tensor]
 
 
-def links_along(shards: Shards, axis: str, width: int) -> Links | None:
-    """The links of this process's device along an axis of the stage's box, for rows of ``width``; None along one
+def collectives_along(shards: Shards, axis: str, width: int) -> Collectives | None:
+    """The collectives of this process's device along an axis of the stage's box, for rows of ``width``; None along one
     device."""
     count, stride = shards.sizes[axis], 1 if axis == "mp" else shards.mp
     if count == 1:
         return None
     group = _group(count, stride)
-    return Links(
+    return Collectives(
         count,
         ops.AlltoAllV(group=group, block_size=width),
         # what is known of counts is kept for the backward pass: asking again would cost a message and a wait
@@ -76,9 +76,9 @@ class MovedRows(nn.Cell):
     """Rows that travel. Inputs: rows of any shape, how many of ``width`` go to each device and come from each (int64,
     on the host), and the shape of the result."""
 
-    def __init__(self, links: Links) -> None:
+    def __init__(self, collectives: Collectives) -> None:
         super().__init__()
-        self.move = links.move
+        self.move = collectives.move
 
     def construct(self, x: Tensor, sent: Tensor, received: Tensor, shape: tuple[int, ...]) -> Tensor:
         return ops.reshape(self.move(ops.reshape(x, (-1,)), sent, received), shape)
@@ -165,18 +165,18 @@ class ExchangedProducts(nn.Cell):
     Args:
         products: multiplies rows of all of a device's experts.
         width: D.
-        experts: the links between devices of ``ep``, None where each has all experts. With them every expert has a row
-            in ``T`` that is no token's (``ms.moe.slots.SortedSlots``), so that no device is left without rows.
+        experts: the collectives between devices of ``ep``, None where each has all experts. With them every expert has
+            a row in ``T`` that is no token's (``ms.moe.slots.SortedSlots``), so that no device is left without rows.
         columns: the same of ``mp``.
         own_rows: whether devices of ``mp`` have rows of their own.
     """
 
     def __init__(
-        self, products: nn.Cell, width: int, experts: Links | None, columns: Links | None, own_rows: bool
+        self, products: nn.Cell, width: int, experts: Collectives | None, columns: Collectives | None, own_rows: bool
     ) -> None:
         super().__init__()
         self.products, self.width = products, width
-        self.ep, self.mp = (links.devices if links else 1 for links in (experts, columns))
+        self.ep, self.mp = (collectives.devices if collectives else 1 for collectives in (experts, columns))
         self.copies = columns is not None and own_rows
         self.sums = columns is not None and not own_rows
         if experts:

@@ -14,7 +14,7 @@ from mindspore.common.initializer import Normal, initializer
 
 from mindformers_ext.core.layers import MoESpec
 from mindformers_ext.core.spec import NetworkSpec
-from mindformers_ext.ms.moe.exchange import ExchangedProducts, links_along
+from mindformers_ext.ms.moe.exchange import ExchangedProducts, collectives_along
 from mindformers_ext.ms.ops.dtypes import mindspore_dtype
 from mindformers_ext.ms.ops.select import Operators
 from mindformers_ext.ms.strategies import Shards
@@ -124,7 +124,7 @@ class SortedExperts(Experts):
         cell: nn.Cell = GroupedProducts(operators, moe.num_local_experts // shards.ep)
         if shards.ep * shards.mp > 1:
             width, own_rows = spec.model.hidden_size, spec.parallel.use_seq_parallel
-            experts, columns = (links_along(shards, axis, width) for axis in ("ep", "mp"))
+            experts, columns = (collectives_along(shards, axis, width) for axis in ("ep", "mp"))
             cell = ExchangedProducts(cell, width, experts, columns, own_rows)
         self.grouped = shards.local(cell, "grouped biased experts" if moe.expert_bias else "grouped experts")
 

@@ -122,18 +122,12 @@ class GroupedProductOp(nn.Cell):
     def __init__(self, groups: int) -> None:
         super().__init__()
         self.groups = groups
-        self.split, self.split_ends = (P.Split(axis=0, output_num=groups) for _ in range(2))
-        self.slice, self.join, self.stack, self.to_scalar = (
-            P.Slice(),
-            P.Concat(axis=0),
-            P.Stack(axis=0),
-            TensorToScalar(),
-        )
-        self.product_nt, self.product, self.product_tn = (
-            P.MatMul(transpose_b=True),
-            P.MatMul(),
-            P.MatMul(transpose_a=True),
-        )
+        self.split = P.Split(axis=0, output_num=groups)
+        self.split_ends = P.Split(axis=0, output_num=groups)
+        self.slice, self.join, self.stack = P.Slice(), P.Concat(axis=0), P.Stack(axis=0)
+        self.to_scalar = TensorToScalar()
+        self.product = P.MatMul()
+        self.product_nt, self.product_tn = P.MatMul(transpose_b=True), P.MatMul(transpose_a=True)
 
     def _numbers(self, x_E: Tensor) -> tuple:
         """(E) int64 as numbers of the graph."""

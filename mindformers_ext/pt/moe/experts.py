@@ -14,7 +14,7 @@ from mindformers_ext.pt.linear import fill_normal
 from mindformers_ext.pt.ops.dtypes import torch_dtype
 from mindformers_ext.pt.ops.gathered import gathered_experts
 from mindformers_ext.pt.ops.grouped import Backend, grouped_product, spans
-from mindformers_ext.pt.ops.products import by_onednn, ordered, product
+from mindformers_ext.pt.ops.products import prepacked, product, uses_onednn
 from mindformers_ext.pt.ops.rows import Sorted, combine, dispatch
 from mindformers_ext.pt.ops.select import select_backend
 from mindformers_ext.pt.ops.swiglu import swiglu
@@ -65,8 +65,8 @@ class Experts(nn.Module):
 
     def of_tokens(self, x_TD: Tensor, weight_TK: Tensor, place: Sorted) -> Tensor:
         """The weighted sum (T, D) of each token's experts, all of which are here."""
-        if self.backend is None and by_onednn(x_TD):
-            return self._in_turn(x_TD, weight_TK, place)
+        if self.backend is None and uses_onednn(x_TD):
+            return self._by_expert(x_TD, weight_TK, place)
         backend = self.selected(x_TD.shape[0], x_TD.dtype, x_TD.device)
         if not backend.gathers or self.bias is not None:
             return combine(self(dispatch(x_TD, place), place.offs_E, backend), weight_TK, place)
@@ -88,7 +88,7 @@ class Experts(nn.Module):
         y = product(F.silu(gate).mul_(up), self.down[expert])
         return y if self.bias is None else y + self.bias[expert].to(x.dtype)
 
-    def _in_turn(self, x_TD: Tensor, weight_TK: Tensor, place: Sorted) -> Tensor:
+    def _by_expert(self, x_TD: Tensor, weight_TK: Tensor, place: Sorted) -> Tensor:
         """``of_tokens`` without gradients: one expert at a time, whose rows alone are held.
 
         oneDNN makes and keeps code for every number of rows (1 ms, 1 MB): rows of the first token fill up to a few.
@@ -101,7 +101,7 @@ class Experts(nn.Module):
             total_TD.index_add_(0, token, y.mul_(weight.index_select(0, place.order[low:high])))
         return total_TD
 
-    def order(self, rows: int) -> None:
+    def prepack(self, rows: int) -> None:
         """Lay each matrix as ``ops.products`` reads it for so many rows; only inference, in their type, from now on."""
         for name in ("gate_up", "down"):
             matrices = getattr(self, name)
@@ -109,7 +109,7 @@ class Experts(nn.Module):
                 continue
             delattr(self, name)
             if rows == 1:
-                setattr(self, name, nn.Parameter(ordered(matrices, 1), requires_grad=False))
+                setattr(self, name, nn.Parameter(prepacked(matrices, 1), requires_grad=False))
                 continue
-            each = (nn.Parameter(ordered(weight, rows), requires_grad=False) for weight in matrices)
+            each = (nn.Parameter(prepacked(weight, rows), requires_grad=False) for weight in matrices)
             setattr(self, name, nn.ParameterList(each))

@@ -95,11 +95,14 @@ ENGINES = [pytest.param("auto"), pytest.param("pt"), pytest.param("ms", marks=py
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_an_answer_is_transformers_and_its_yaml_gives_it_again(engine: str, folder: Path, tmp_path: Path) -> None:
+def test_an_answer_is_transformers_and_its_yaml_gives_it_again(
+    engine: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--max_new_tokens", NEW, "--engine", engine, "--device_target", "CPU"]
     assert mf("predict", *options, folder, PROMPT, "--save_yaml", "job.yaml", "--context.mode", 0) == 0
     expected = greedy(folder)
     assert answers() == [expected] and len(expected) > NEW // 2
+    assert ("engine auto: PyTorch" in capsys.readouterr().err) == (engine == "auto")
     Path("output/predictions.jsonl").unlink()
     assert run_mindformer.main(["--config", "job.yaml"]) == 0
     assert answers() == [expected]
