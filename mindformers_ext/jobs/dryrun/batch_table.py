@@ -151,7 +151,7 @@ def _load_lines(spec: NetworkSpec) -> list[str]:
     )
     return [
         f"experts: {equal} per layer and sequence at equal load .. {worst} at the worst, where {where}. memory: at "
-        "equal load, which fits, .. at the worst, which may not. A capacity_factor bounds it."
+        "equal load, which fits, .. at the worst, which may not. A capacity_factor above 0 (use_gmm: False) bounds it."
     ]
 
 
