@@ -114,6 +114,7 @@ for package in $(sed -n 's/^#if-missing //p' "$lock"); do
     step $pip --no-deps "$package" || echo "setup_env: no $package for this machine; the tests that need it are skipped"
 done
 step $pip --no-deps --no-build-isolation -e .
+step "$venv/bin/python" -m compileall -q mindformers_ext tools  # or each start compiles, where nothing may write bytecode later
 check_mindspore
 want > $stamp.new
 mv $stamp.new $stamp
