@@ -14,6 +14,9 @@ from mindformers_ext.pt.linear import Linear
 from mindformers_ext.pt.norm import RmsNorm
 from mindformers_ext.pt.ops.dtypes import torch_dtype
 from mindformers_ext.pt.ops.packed import select_packed
+from mindformers_ext.pt.ops.products import is_for_numpy
+
+LONG = 2**18  # numbers of the keys from which numpy is asked: a shorter cache is read by torch sooner
 
 
 def rotary_tables(
@@ -37,6 +40,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate-half rotary embedding of x (..., P) in the tables' type; the result has x's."""
     low, high = x.to(cos.dtype).chunk(2, -1)
     return (x.to(cos.dtype) * cos + torch.cat((-high, low), -1) * sin).to(x.dtype)
+
+
+def _attend_alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(1, H P) of one query (1, H, 1, P) that sees every key (1, N, S, P), by numpy, which has the threads."""
+    q_NGP, k_NSP, v_NSP = q.view(k.shape[1], -1, q.shape[-1]).numpy(), k[0].numpy(), v[0].numpy()
+    mixed_NGP, scale = np.empty(q_NGP.shape, np.float32), np.float32(q.shape[-1] ** -0.5)
+    for head, (q_GP, k_SP, v_SP) in enumerate(zip(q_NGP, k_NSP, v_NSP, strict=True)):
+        score_GS = np.dot(q_GP * scale, k_SP.T)
+        np.exp(score_GS - score_GS.max(1, keepdims=True), out=score_GS)
+        mixed_NGP[head] = np.dot(score_GS, v_SP) / score_GS.sum(1, keepdims=True)
+    return torch.from_numpy(mixed_NGP.reshape(1, -1))
 
 
 class Attention(nn.Module):
@@ -77,6 +91,8 @@ class Attention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         length = q.shape[2]
+        if length == 1 and mask is None and k.numel() >= LONG and is_for_numpy(q):
+            return _attend_alone(q, k, v)
         mask = window_mask(length, self.window, q.device) if mask is None else mask
         causal = mask is None and length > 1
         grouped = self.heads != self.kv_heads

@@ -7,6 +7,8 @@ processor launches one graph instead of some hundred kernels. Rows do not see ea
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from mindformers_ext.core.log import get_logger
 from mindformers_ext.pt.attention import rotary_tables
 from mindformers_ext.pt.causal_lm import CausalLM
 from mindformers_ext.pt.expert_attention import ExpertAttention
+from mindformers_ext.pt.ops.products import one_pool
 
 WARM_UP = 3  # steps before a capture: libraries allocate and choose kernels in them
 
@@ -117,9 +120,9 @@ class PyTorchSession:
         if self.graph is not None and self.logits is not None:
             self.graph.replay()
             return self.logits.cpu().numpy()
-        with torch.inference_mode():
-            filled = int(positions.max()) + 1 if self.device.type == "cpu" else self.positions
-            return self._step(filled).cpu().numpy()
+        on_cpu = self.device.type == "cpu"
+        with torch.inference_mode(), one_pool() if on_cpu and self.rows == 1 else nullcontext():
+            return self._step(int(positions.max()) + 1 if on_cpu else self.positions).cpu().numpy()
 
     def _step(self, filled: int) -> Tensor:
         """Logits (B, V) behind ``token_B`` at ``position_B``, below ``filled``: what lies behind is not read."""

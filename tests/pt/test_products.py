@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,12 +14,15 @@ import torch
 
 from mindformers_ext.core.layers import THRESHOLD_WORDS
 from mindformers_ext.core.spec import NetworkSpec
+from mindformers_ext.pt import attention
+from mindformers_ext.pt.attention import Attention
 from mindformers_ext.pt.causal_lm import build_causal_lm
 from mindformers_ext.pt.engine import PyTorchNetwork
 from mindformers_ext.pt.layer import build_feed_forward
 from mindformers_ext.pt.moe.layer import MoE
+from mindformers_ext.pt.norm import RmsNorm
 from mindformers_ext.pt.ops import products
-from mindformers_ext.pt.ops.products import prepacked, product
+from mindformers_ext.pt.ops.products import one_pool, prepacked, product
 from tests.pt.test_moe import spec_of
 
 LAYERS: dict[str, dict[str, Any]] = {
@@ -40,8 +45,28 @@ def test_a_product_is_the_plain_one(rows: int, biased: bool, rows_of_weight: int
     wanted = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     with torch.inference_mode():
         for laid in (weight, prepacked(weight, 1), prepacked(weight, 8)):
-            found = product(x, laid, bias)
-            torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+            for pool in (nullcontext, one_pool):
+                with pool():
+                    found = product(x, laid, bias)
+                torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_one_row_by_numpy_is_that_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norm and attention; of the keys only those that are filled, all heads of a group with their own."""
+    monkeypatch.setattr(attention, "LONG", 1)
+    spec, threads = spec_of(), torch.get_num_threads()
+    grouped = replace(spec.model.layer(0).attention, num_attention_heads=6, num_key_value_heads=2)
+    mixer, norm = Attention(spec, grouped), RmsNorm(spec)
+    torch.nn.init.normal_(norm.weight)
+    x, q = torch.randn(1, spec.model.hidden_size), torch.randn(1, 6, 1, mixer.head_dim)
+    k, v = (torch.randn(1, 2, 9, mixer.head_dim)[:, :, :7] for _ in range(2))
+    with torch.inference_mode():
+        wanted = norm(x), mixer.mix(q, k, v)
+        with one_pool():
+            found = norm(x), mixer.mix(q, k, v)
+    assert torch.get_num_threads() == threads
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])

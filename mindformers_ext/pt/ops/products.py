@@ -1,21 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""x W^T in inference on a CPU: by oneDNN or MKL, whichever reads the weights faster, and weights prepacked for it.
+"""x W^T in inference on a CPU: by the library that reads the weights fastest, and weights prepacked for it.
 
-Measured on one core with AVX-512 (float32, weights 512 to 14336 wide). oneDNN beside MKL, which torch takes by itself:
-1 row 1.1 to 1.4 times as fast, 512 rows 1.05 to 1.2; of weights in oneDNN's own order 8 rows 1.6 to 3 times, 64 rows
-1.3 to 1.9, 512 rows 1.1 to 1.2, but one row of wide weights .8. For one row MKL is 1.3 to 1.9 times as fast as the
-better one where the weight is column-major, has more rows than columns, and few columns (nothing is left of it at
-4096): its sums are short otherwise. Training keeps to torch's choice.
+One row is what numpy's BLAS does best: OpenBLAS reads float32 weights (192 to 49152 rows, 192 to 14336 columns,
+AVX-512) 1.1 to 1.9 times as fast as the better one of oneDNN and MKL, at 13 to 31 GB/s on two threads where a sum reads
+20 to 40. It reads column-major ones faster, unless they have few rows and more columns. Several rows go to oneDNN,
+beside MKL, which torch takes by itself: 512 rows 1.05 to 1.2 times as fast, and of weights in oneDNN's own order 8
+rows 1.6 to 3 times, 64 rows 1.3 to 1.9, 512 rows 1.1 to 1.2. Training keeps to torch's choice.
+
+numpy's threads and torch's wait for work in a loop, and take the processors from each other (2 to 6 times as slow):
+numpy is asked where torch has one thread, as ``one_pool`` leaves it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 2**20  # weights converted at once
-SHORT = 2048  # columns up to which a weight becomes column-major for one row
+MANY = 1024  # rows from which a weight becomes column-major for one row, though it has more columns
 
 
 def product(x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -23,16 +30,44 @@ def product(x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     In inference on a CPU a weight of another type is converted a block at a time, which stays in the cache.
     """
+    if weight.dtype == torch.float32 and is_for_numpy(x_TD) and not weight.is_mkldnn:
+        return _of_row(x_TD, weight, bias)
     if not weight.is_mkldnn and not uses_onednn(x_TD):
         return F.linear(x_TD, weight.to(x_TD.dtype), None if bias is None else bias.to(x_TD.dtype))
     if weight.dtype == x_TD.dtype:
-        if x_TD.shape[0] == 1 and is_column_major(weight):
-            return F.linear(x_TD, weight, bias)
         return torch.ops.mkldnn._linear_pointwise(x_TD, weight, bias, "none", [], "")
     blocks = weight.split(max(1, BLOCK // weight.shape[1]))
-    parts = [torch.ops.mkldnn._linear_pointwise(x_TD, w.to(x_TD.dtype), None, "none", [], "") for w in blocks]
+    parts = [product(x_TD, w.to(x_TD.dtype)) for w in blocks]
     y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     return y if bias is None else y + bias.to(y.dtype)
+
+
+def _of_row(x_1D: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``product`` of one float32 row by numpy, (1, out)."""
+    y_1F = torch.from_numpy(np.dot(weight.numpy(), x_1D[0].numpy()))[None]
+    return y_1F if bias is None else y_1F.add_(bias)
+
+
+def is_for_numpy(x_TD: Tensor) -> bool:
+    """Whether x is one row that numpy computes with, in inference on a CPU."""
+    return (
+        x_TD.shape[0] == 1
+        and x_TD.dtype == torch.float32
+        and x_TD.device.type == "cpu"
+        and torch.is_inference_mode_enabled()
+        and torch.get_num_threads() == 1
+    )
+
+
+@contextmanager
+def one_pool() -> Iterator[None]:
+    """Leave torch one thread: all that computes one row belongs to numpy's."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def uses_onednn(x: Tensor) -> bool:
@@ -47,11 +82,6 @@ def has_onednn(device: torch.device, kind: torch.dtype) -> bool:
     return kind == torch.float32 or (kind == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def is_column_major(weight: Tensor) -> bool:
-    """Whether a weight lies column by column."""
-    return not weight.is_mkldnn and weight.stride(-2) == 1 and weight.shape[-1] > 1
-
-
 def prepacked(weight: Tensor, rows: int) -> Tensor:
     """A weight (..., out, in) in the order that products with so many rows read fastest.
 
@@ -62,6 +92,6 @@ def prepacked(weight: Tensor, rows: int) -> Tensor:
         return weight
     if rows > 1:
         return torch.ops.mkldnn._reorder_linear_weight(weight)
-    if weight.dtype != torch.float32 or weight.shape[-1] > SHORT or weight.shape[-2] <= weight.shape[-1]:
+    if weight.dtype != torch.float32 or weight.shape[-2] < min(MANY, weight.shape[-1]):
         return weight
     return weight.transpose(-1, -2).contiguous().transpose(-1, -2)
