@@ -128,6 +128,7 @@ class CausalLM(nn.Module):
         super().__init__()
         model = spec.model
         self.spec = spec
+        self.by_numpy = False  # whether numpy reads all weights for one row (``pt.ops.products``)
         self.tied, self.add_aux_loss = model.tie_word_embeddings, spec.return_extra_loss
         self.model = Decoder(spec)
         if not self.tied:

@@ -16,6 +16,7 @@ from mindformers_ext.pt.causal_lm import CausalLM, build_causal_lm
 from mindformers_ext.pt.generate import PyTorchSession
 from mindformers_ext.pt.init import build_empty
 from mindformers_ext.pt.linear import Linear
+from mindformers_ext.pt.lora import LoraLinear
 from mindformers_ext.pt.moe.experts import Experts
 from mindformers_ext.pt.ops.memory import give_back_freed_memory, keep_freed_memory
 from mindformers_ext.pt.ops.products import has_onednn, prepacked
@@ -73,6 +74,10 @@ def prepack_weights(module: CausalLM, rows: int) -> None:
         give_back_freed_memory()
     if module.tied and rows == 1 and embedding.embedding_weight.dtype == kind:
         embedding.embedding_weight = nn.Parameter(prepacked(embedding.embedding_weight, 1), requires_grad=False)
+    plain = all(weight.dtype == torch.float32 and not weight.is_mkldnn for weight in module.parameters())
+    module.by_numpy = (
+        plain and kind == torch.float32 and not any(isinstance(part, LoraLinear) for part in module.modules())
+    )
 
 
 class PyTorchEngine:

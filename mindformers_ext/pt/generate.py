@@ -120,9 +120,9 @@ class PyTorchSession:
         if self.graph is not None and self.logits is not None:
             self.graph.replay()
             return self.logits.cpu().numpy()
-        on_cpu = self.device.type == "cpu"
-        with torch.inference_mode(), one_pool() if on_cpu and self.rows == 1 else nullcontext():
-            return self._step(int(positions.max()) + 1 if on_cpu else self.positions).cpu().numpy()
+        with torch.inference_mode(), one_pool() if self.rows == 1 and self.network.by_numpy else nullcontext():
+            filled = int(positions.max()) + 1 if self.device.type == "cpu" else self.positions
+            return self._step(filled).cpu().numpy()
 
     def _step(self, filled: int) -> Tensor:
         """Logits (B, V) behind ``token_B`` at ``position_B``, below ``filled``: what lies behind is not read."""

@@ -109,12 +109,15 @@ def test_rows_together_get_the_logits_that_each_gets_alone() -> None:
     whole = [network.logits(row[None, :length])[0, -1] for row, length in zip(ids, lengths, strict=True)]
     alone = network.session(1, 20, 32)
     first = [alone.prompt(ids[[row]], lengths[[row]])[0] for row in range(3)]
+    tokens = np.array([3, 4, 5])
+    assert network.module.by_numpy
+    by_numpy = alone.token(tokens[2:], places[2:])[0]
     together = network.session(3, 20, 32)
-    assert network.module.model.layers[0].attention.wq.weight.is_mkldnn
+    assert network.module.model.layers[0].attention.wq.weight.is_mkldnn and not network.module.by_numpy
     np.testing.assert_allclose(first, whole, atol=1e-5)
     np.testing.assert_allclose(together.prompt(ids, lengths), whole, atol=1e-5)
-    tokens = np.array([3, 4, 5])
     next_together = together.token(tokens, places)
+    np.testing.assert_allclose(by_numpy, next_together[2], atol=1e-5)
     alone = network.session(1, 20, 32)
     for row in range(3):
         alone.prompt(ids[[row]], lengths[[row]])
