@@ -62,7 +62,7 @@ def serve_transformers(tokens: int, factor: float, dtype: str) -> None:
     x = a["x"][None].requires_grad_()
 
     def forward() -> None:
-        with torch.no_grad():
+        with torch.inference_mode():
             block(x)
 
     def both() -> None:
@@ -144,7 +144,7 @@ def serve_pytorch(tokens: int, factor: float, dtype: str) -> None:
     x, dout = a["x"].to(kind).requires_grad_(), a["dout"].to(kind)
 
     def forward() -> None:
-        with torch.no_grad():
+        with torch.inference_mode():
             layer(x)
 
     def both() -> None:
