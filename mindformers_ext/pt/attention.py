@@ -42,7 +42,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x.to(cos.dtype) * cos + torch.cat((-high, low), -1) * sin).to(x.dtype)
 
 
-def _attend_alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend_one_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """(1, H P) of one query (1, H, 1, P) that sees every key (1, N, S, P), by numpy, which has the threads."""
     q_NGP, k_NSP, v_NSP = q.view(k.shape[1], -1, q.shape[-1]).numpy(), k[0].numpy(), v[0].numpy()
     mixed_NGP, scale = np.empty(q_NGP.shape, np.float32), np.float32(q.shape[-1] ** -0.5)
@@ -92,7 +92,7 @@ class Attention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         length = q.shape[2]
         if length == 1 and mask is None and k.numel() >= LONG and is_for_numpy(q):
-            return _attend_alone(q, k, v)
+            return _attend_one_query(q, k, v)
         mask = window_mask(length, self.window, q.device) if mask is None else mask
         causal = mask is None and length > 1
         grouped = self.heads != self.kv_heads

@@ -18,7 +18,7 @@ from mindformers_ext.core.log import get_logger
 from mindformers_ext.pt.attention import rotary_tables
 from mindformers_ext.pt.causal_lm import CausalLM
 from mindformers_ext.pt.expert_attention import ExpertAttention
-from mindformers_ext.pt.ops.products import one_pool
+from mindformers_ext.pt.ops.products import one_thread
 
 WARM_UP = 3  # steps before a capture: libraries allocate and choose kernels in them
 
@@ -120,7 +120,7 @@ class PyTorchSession:
         if self.graph is not None and self.logits is not None:
             self.graph.replay()
             return self.logits.cpu().numpy()
-        with torch.inference_mode(), one_pool() if self.rows == 1 and self.network.by_numpy else nullcontext():
+        with torch.inference_mode(), one_thread() if self.rows == 1 and self.network.by_numpy else nullcontext():
             filled = int(positions.max()) + 1 if self.device.type == "cpu" else self.positions
             return self._step(filled).cpu().numpy()
 

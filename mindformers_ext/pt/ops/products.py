@@ -2,13 +2,13 @@
 """x W^T in inference on a CPU: by the library that reads the weights fastest, and weights prepacked for it.
 
 One row is what numpy's BLAS does best: OpenBLAS reads float32 weights (192 to 49152 rows, 192 to 14336 columns,
-AVX-512) 1.1 to 1.9 times as fast as the better one of oneDNN and MKL, at 13 to 31 GB/s on two threads where a sum reads
-20 to 40. It reads column-major ones faster, unless they have few rows and more columns. Several rows go to oneDNN,
+AVX-512) 1.0 to 1.9 times as fast as the better one of oneDNN and MKL, at 13 to 39 GB/s on two threads where a sum reads
+20 to 44. It reads column-major ones faster, unless they have few rows and more columns. Several rows go to oneDNN,
 beside MKL, which torch takes by itself: 512 rows 1.05 to 1.2 times as fast, and of weights in oneDNN's own order 8
 rows 1.6 to 3 times, 64 rows 1.3 to 1.9, 512 rows 1.1 to 1.2. Training keeps to torch's choice.
 
 numpy's threads and torch's wait for work in a loop, and take the processors from each other (2 to 6 times as slow):
-numpy is asked where torch has one thread, as ``one_pool`` leaves it.
+numpy is asked where torch has one thread, as ``one_thread`` leaves it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def is_for_numpy(x_TD: Tensor) -> bool:
 
 
 @contextmanager
-def one_pool() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Leave torch one thread: all that computes one row belongs to numpy's."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
