@@ -122,7 +122,7 @@ def test_parts_share_the_memory_of_the_whole() -> None:
     assert (parts[3].asnumpy() == 7.0).all() and not (parts[2].asnumpy() == 7.0).any()
 
 
-def test_the_cheapest_form_is_chosen() -> None:
+def test_the_cheapest_form_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     ms.set_context(mode=ms.GRAPH_MODE)
     cell = layer(MoESpec(num_local_experts=8, num_experts_per_tok=2), random_weights(8))
     assert [type(dropless(cell, tokens)) for tokens in (1, 2, 32, 33, 4096)] == [
@@ -137,3 +137,8 @@ def test_the_cheapest_form_is_chosen() -> None:
     assert [type(dropless(cell, tokens)) for tokens in (1, 40)] == [EveryExpert, SortedRows]
     few = layer(MoESpec(num_local_experts=4, num_experts_per_tok=2), random_weights(4))
     assert type(dropless(few, 1)) is EveryExpert and few.ffn.w1.weight.shape == (4, 7, HIDDEN)
+    monkeypatch.setattr("mindformers_ext.ms.moe.dropless.OPERATORS", 0)  # as of large experts: what is read decides
+    cell = layer(MoESpec(num_local_experts=8, num_experts_per_tok=2), random_weights(8))
+    assert [type(dropless(cell, tokens)) for tokens in (1, 4, 8)] == [SlicedExperts, SlicedExperts, EveryExpert]
+    ms.set_context(mode=ms.PYNATIVE_MODE)  # whose views of parts are copied
+    assert type(dropless(cell, 1)) is ChosenExperts

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixture-of-experts layers for inference: no token is ever dropped, whatever the load, and padding is not computed.
 
-Four forms of one function, on the parameters of a trained ``MoE``, chosen by the number of tokens of a graph:
+Four forms of one function, on the parameters of a trained ``MoE``, chosen by the number of tokens of a graph and the
+bytes that each moves:
 
-- ``SlicedExperts`` for prompts: tokens sorted by expert, each expert multiplies its own and no other;
+- ``SlicedExperts`` for prompts, and for a few tokens of large experts: tokens sorted by expert, each expert multiplies
+  its own and no other;
 - ``EveryExpert`` for a few tokens: every expert computes all of them. A batched product reads each weight once however
   few its columns are, so this costs what reading the weights costs, and nothing is sorted;
 - ``ChosenExperts`` for a single token: copies the weights of its experts only;
@@ -32,7 +34,10 @@ from mindformers_ext.ms.moe.order import ExpertOrder
 from mindformers_ext.ms.moe.rows import WeightedRows
 
 EVERY_EXPERT_UP_TO = 32  # tokens; above it the products computed in vain outweigh the sorting
-COPY_COST = 3  # reading, writing and reading again a weight that is copied
+# Of a few tokens reading weights is the cost. In reads of what is read, as two cores measure it (NOTES of Mixtral):
+COPY = 3  # reading, writing and reading again a weight that is copied
+UNEVEN = 1.15  # an expert's product by itself, where one product of all is 1
+OPERATORS = 8_000_000  # bytes that could be read while the operators of one expert by itself start
 
 
 class Mixture(Protocol):
@@ -51,11 +56,24 @@ class Mixture(Protocol):
 
 def dropless(moe: Mixture, tokens: int) -> nn.Cell:
     """The cheapest of the forms for graphs of ``tokens`` rows; see ``SlicedExperts`` for inputs and output."""
-    if tokens == 1 and COPY_COST * moe.chosen <= moe.experts:
-        return ChosenExperts(moe)
-    if tokens <= EVERY_EXPERT_UP_TO:
-        return EveryExpert(moe)
-    return SortedRows(moe) if moe.is_sorted else SlicedExperts(moe)
+    if tokens > EVERY_EXPERT_UP_TO:
+        return SortedRows(moe) if moe.is_sorted else SlicedExperts(moe)
+    experts = moe.experts
+    expert = sum(w.weight.size * w.weight.itemsize for w in (moe.ffn.w1, moe.ffn.w2, moe.ffn.w3)) / experts
+    costs: dict[type[_Routed], float] = {}
+    if tokens == 1:
+        costs[ChosenExperts] = COPY * moe.chosen * expert
+    costs[EveryExpert] = experts * expert
+    if has_parts():
+        used = experts * (1 - (1 - moe.chosen / experts) ** tokens)  # expected, were all equally likely
+        costs[SlicedExperts] = UNEVEN * used * expert + OPERATORS * experts
+    return min(costs, key=lambda form: costs[form])(moe)
+
+
+def has_parts() -> bool:
+    """Whether experts' matrices can be parameters of their own (``shared_parts``); elsewhere sizes that follow the
+    data are no gain for a few tokens."""
+    return bool(ms.get_context("device_target") == "CPU" and ms.get_context("mode") == ms.GRAPH_MODE)
 
 
 class _Routed(nn.Cell):
@@ -154,7 +172,7 @@ class SlicedExperts(_Routed):
         self.split = P.Split(axis=0, output_num=self.experts + 1)
         self.product, self.product_nt = P.MatMul(), P.MatMul(transpose_b=True)
         self.to_scalar, self.transpose = TensorToScalar(), P.Transpose()
-        self.has_parts = ms.get_context("device_target") == "CPU" and ms.get_context("mode") == ms.GRAPH_MODE
+        self.has_parts = has_parts()
         if self.has_parts:
             self.w1, self.w2, self.w3 = (shared_parts(w.weight) for w in (moe.ffn.w1, moe.ffn.w2, moe.ffn.w3))
 
