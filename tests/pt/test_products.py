@@ -50,6 +50,18 @@ def test_a_product_is_the_plain_one(rows: int, biased: bool, rows_of_weight: int
                 torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_wide_weight_stays_as_it_is_and_is_the_left_factor(biased: bool) -> None:
+    rows = products.TURNED.start
+    x, weight, bias = torch.randn(rows, products.WIDE), torch.randn(24, products.WIDE), torch.randn(24)
+    with torch.inference_mode():
+        laid = prepacked(weight, 1)
+        found = product(x, laid, bias if biased else None)
+    assert laid.data_ptr() == weight.data_ptr() and found.is_contiguous()
+    wanted = x.double() @ weight.double().T + (bias.double() if biased else 0)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_one_query_by_numpy_gets_what_torch_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the keys only those that are filled, all heads of a group with their own."""
     monkeypatch.setattr(attention, "LONG", 1)

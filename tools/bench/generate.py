@@ -258,8 +258,8 @@ def main() -> None:
         report(options, compare(commands, names, options.rounds))
         again = Worker(commands["mindspore"])  # which finds the graphs of the first one
         again.close()
-        for batch, first in again.facts["first"].items():
-            print(f"mindspore, batch {batch}, second start: first token after {first:.1f} s behind loading")
+        first = ", ".join(f"{seconds:.1f} s (batch {batch})" for batch, seconds in again.facts["first"].items())
+        print(f"mindspore, second start: first token {first} behind loading; peak {again.facts['memory'] / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":
