@@ -6,7 +6,7 @@ AVX-512) 1.0 to 1.9 times as fast as the better one of oneDNN and MKL, at 13 to 
 20 to 44. It reads column-major ones faster, unless they have few rows and more columns, or many columns. Several rows
 go to oneDNN, beside MKL, which torch takes by itself: 512 rows 1.05 to 1.2 times as fast, and of weights in oneDNN's
 own order 8 rows 1.6 to 3 times, 64 rows 1.3 to 1.9, 512 rows 1.1 to 1.2. A wide weight as it lies it reads faster as
-the left factor: 16 to 64 rows 1.05 to 1.5 times, 1.1 to 1.8 times as fast as a column-major one. Training keeps to
+the left factor: 16 to 64 rows 1.05 to 1.4 times, 1.05 to 1.7 times as fast as a column-major one. Training keeps to
 torch's choice.
 
 numpy's threads and torch's wait for work in a loop, and take the processors from each other (2 to 6 times as slow):
