@@ -3,10 +3,12 @@
 run, and beside what the machine allows.
 
     python tools/bench/generate.py [--prompt 512] [--new 128] [--batches 1 8] [--rounds 3]
+    python tools/bench/generate.py --hidden 2048 --ffn 5632 --layers 4 --prompt 128 --new 16 --batches 1
 
 Hidden 512, expert width 1024, 7 layers, 8 heads over 2, 8 experts top-2, float32, the same random weights from one
-Hugging Face folder, greedy. Prefill is generate with one new token; decode is what the other new tokens take besides.
-All tokens are compared. Memory: the peak of the whole process, that of the framework alone taken off.
+Hugging Face folder, greedy; the second command has real widths (4.7 GB, held three times). Prefill is generate with one
+new token; decode is what the other new tokens take besides. All tokens are compared. Memory: the peak of the whole
+process, that of the framework alone taken off.
 
 Limits: a prompt takes at least its matrix products, timed alone in the faster of torch's two libraries, MKL and oneDNN
 (each token its two experts; attention's own products are left out); a token at least the reading of its weights, at the
@@ -231,7 +233,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="prompts computed together")
     parser.add_argument("--rounds", type=int, default=3, help="measured runs per engine")
     for name, value in FULL.items():
-        parser.add_argument(f"--{name}", type=int, default=value, help=argparse.SUPPRESS)
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"of the model, by default {value}")
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
