@@ -142,6 +142,7 @@ COMMAND = Command(
     epilog=EPILOG,
     options=_options,
     run=run,
+    blas_threads=False,
 )
 parser, main = COMMAND.parser, COMMAND.main
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import sys
 from collections.abc import Sequence
 
@@ -34,9 +33,6 @@ MORE = (
         "ray",
     ),
 )
-# commands that move numbers and multiply none, or each thread its own: numpy's BLAS would have threads that wait busily
-# from the time it is loaded, for a tenth of a second of processor time (an eighth of a merge that copies a gigabyte)
-WITHOUT_BLAS_THREADS = ("convert", "convert_reversed", "inspect_ckpt", "merge", "transform_ckpt")
 SET_UP = """\
 Set up once, in the folder of this repository, then activate the environment:
   bash scripts/setup_env.sh
@@ -50,8 +46,6 @@ def start(command: str, argv: Sequence[str] | None = None) -> int:
     """
     if is_not_set_up():
         return NOT_SET_UP
-    if command in WITHOUT_BLAS_THREADS and "numpy" not in sys.modules:
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         code: int = importlib.import_module(f"mindformers_ext.cli.{command}").main(argv)
         return code

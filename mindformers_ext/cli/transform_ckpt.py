@@ -103,5 +103,6 @@ COMMAND = Command(
     epilog=EPILOG,
     options=_options,
     run=_run,
+    blas_threads=False,
 )
 parser, main = COMMAND.parser, COMMAND.main

@@ -137,7 +137,7 @@ def test_the_cheapest_form_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [type(dropless(cell, tokens)) for tokens in (1, 40)] == [EveryExpert, SortedRows]
     few = layer(MoESpec(num_local_experts=4, num_experts_per_tok=2), random_weights(4))
     assert type(dropless(few, 1)) is EveryExpert and few.ffn.w1.weight.shape == (4, 7, HIDDEN)
-    monkeypatch.setattr("mindformers_ext.ms.moe.dropless.OPERATORS", 0)  # as of large experts: what is read decides
+    monkeypatch.setattr("mindformers_ext.ms.moe.dropless.LAUNCH", 0)  # as of large experts: what is read decides
     cell = layer(MoESpec(num_local_experts=8, num_experts_per_tok=2), random_weights(8))
     assert [type(dropless(cell, tokens)) for tokens in (1, 4, 8)] == [SlicedExperts, SlicedExperts, EveryExpert]
     ms.set_context(mode=ms.PYNATIVE_MODE)  # whose views of parts are copied

@@ -43,8 +43,8 @@ import json, os, re, sys, time
 sync, start = sys.argv[1] == "sync", time.perf_counter()
 if not sync:
     os.fsync = lambda descriptor: None
-from mindformers_ext.cli import start as entry
-code = entry.start("convert", sys.argv[2:])
+from mindformers_ext.cli.convert import main
+code = main(sys.argv[2:])
 peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 times = os.times()
 print(json.dumps(dict(code=code, wall=time.perf_counter() - start, cpu=times.user + times.system, peak=peak)))

@@ -37,7 +37,7 @@ EVERY_EXPERT_UP_TO = 32  # tokens; above it the products computed in vain outwei
 # Of a few tokens reading weights is the cost. In reads of what is read, as two cores measure it (NOTES of Mixtral):
 COPY = 3  # reading, writing and reading again a weight that is copied
 UNEVEN = 1.15  # an expert's product by itself, where one product of all is 1
-OPERATORS = 8_000_000  # bytes that could be read while the operators of one expert by itself start
+LAUNCH = 8_000_000  # bytes that could be read while the operators of one expert by itself are launched
 
 
 class Mixture(Protocol):
@@ -66,7 +66,7 @@ def dropless(moe: Mixture, tokens: int) -> nn.Cell:
     costs[EveryExpert] = experts * expert
     if has_parts():
         used = experts * (1 - (1 - moe.chosen / experts) ** tokens)  # expected, were all equally likely
-        costs[SlicedExperts] = UNEVEN * used * expert + OPERATORS * experts
+        costs[SlicedExperts] = UNEVEN * used * expert + LAUNCH * experts
     return min(costs, key=lambda form: costs[form])(moe)
 
 

@@ -39,14 +39,19 @@ def product(x_TD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not weight.is_mkldnn and not uses_onednn(x_TD):
         return F.linear(x_TD, weight.to(x_TD.dtype), None if bias is None else bias.to(x_TD.dtype))
     if weight.dtype == x_TD.dtype:
-        if weight.is_mkldnn or weight.shape[1] < WIDE or len(x_TD) not in TURNED:
-            return torch.ops.mkldnn._linear_pointwise(x_TD, weight, bias, "none", [], "")
-        y_TF = torch.ops.mkldnn._linear_pointwise(weight, x_TD, None, "none", [], "").T.contiguous()
-        return y_TF if bias is None else y_TF.add_(bias)
+        return _by_onednn(x_TD, weight, bias)
     blocks = weight.split(max(1, BLOCK // weight.shape[1]))
     parts = [product(x_TD, w.to(x_TD.dtype)) for w in blocks]
     y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     return y if bias is None else y + bias.to(y.dtype)
+
+
+def _by_onednn(x_TD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``product`` in one type."""
+    if weight.is_mkldnn or weight.shape[1] < WIDE or len(x_TD) not in TURNED:
+        return torch.ops.mkldnn._linear_pointwise(x_TD, weight, bias, "none", [], "")
+    y_TF = torch.ops.mkldnn._linear_pointwise(weight, x_TD, None, "none", [], "").T.contiguous()
+    return y_TF if bias is None else y_TF.add_(bias)
 
 
 def _of_row(x_1D: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

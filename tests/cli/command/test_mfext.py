@@ -43,6 +43,15 @@ def test_showing_every_help_loads_nothing_heavy(helps: tuple[dict[str, str], set
     assert not helps[1] & {"numpy", "torch", "mindspore", "transformers", "mindformers", "ml_dtypes", "safetensors"}
 
 
+def test_a_command_that_multiplies_nothing_has_no_threads_of_blas(repo_root: Path, tmp_path: Path) -> None:
+    count = "import sys, os; from mindformers_ext.cli.mfext import main; code = main(sys.argv[1:]); import numpy; "
+    count += "print(len(os.listdir('/proc/self/task')))"
+    environment = {key: value for key, value in os.environ.items() if key != "OPENBLAS_NUM_THREADS"}
+    words = [sys.executable, "-c", count, "inspect", str(tmp_path / "no.ckpt")]
+    done = subprocess.run(words, cwd=repo_root, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
+
+
 def test_the_help_lists_every_command_with_examples(helps: tuple[dict[str, str], set[str]]) -> None:
     text = helps[0][""]
     assert all(f"\n  {row.name} " in text and row.summary in text for row in ROWS)
